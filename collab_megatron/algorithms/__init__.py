@@ -1,0 +1,1 @@
+"""Pure tensors and numbers: advantages, policy losses, KL. No megatron, no torch.distributed."""

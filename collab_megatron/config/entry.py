@@ -1,0 +1,138 @@
+"""The configurations of the entry points: sections put together, and the checks that need two of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from collab_megatron.config.sections import (
+    AlgorithmSection,
+    Count,
+    DataSection,
+    EngineSection,
+    EvaluationSection,
+    LLMSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    Positive,
+    RewardSection,
+    RolloutSection,
+    RunSection,
+    Section,
+    SimulatorsSection,
+    SyncSection,
+    TrainSection,
+)
+
+KNOWN_METRICS = ("accuracy", "interactivity", "token_amount")
+
+
+def _check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
+    unknown = sorted(set(reward.metric_weights) - set(KNOWN_METRICS))
+    if unknown:
+        raise ValueError(f"reward.metric_weights names {unknown}; known metrics are {list(KNOWN_METRICS)}")
+    judged = "interactivity" in reward.metric_weights or (
+        "accuracy" in reward.metric_weights and reward.accuracy_verifier == "judge"
+    )
+    if judged and simulators.judge is None:
+        raise ValueError("these metrics need an LLM judge: set simulators.judge")
+
+
+class RLConfig(Section):
+    """`python -m collab_megatron.train_rl`."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    data: DataSection
+    simulators: SimulatorsSection
+    reward: RewardSection = RewardSection()
+    rollout: RolloutSection = RolloutSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    parallel: ParallelSection = ParallelSection()
+    engine: EngineSection = EngineSection()
+    sync: SyncSection = SyncSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        _check_metrics(self.reward, self.simulators)
+        if self.rollout.min_replies > self.rollout.num_replies:
+            raise ValueError("rollout.min_replies is larger than rollout.num_replies: no group could ever be kept")
+        if self.algorithm.mini_batches > self.rollout.prompts_per_step:
+            raise ValueError("algorithm.mini_batches is larger than rollout.prompts_per_step: lower it")
+        if self.train.eval_interval and self.data.validation is None:
+            raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
+        return self
+
+
+class SFTConfig(Section):
+    """`python -m collab_megatron.train_sft`."""
+
+    run: RunSection = RunSection(name="sft")
+    model: ModelSection
+    data: DataSection
+    train: TrainSection = TrainSection()
+    batch_size: Positive = 64  # conversations per optimizer step, over all data ranks
+    max_tokens: Positive = 4096  # longer conversations are left out and counted
+    optimizer: OptimizerSection = OptimizerSection(lr=1e-5)
+    parallel: ParallelSection = ParallelSection()
+    export_hf: Path | None = None  # where the final weights go as a Hugging Face folder
+
+
+class EvaluateConfig(Section):
+    """`python -m collab_megatron.evaluate`: whole conversations with a model as it stands."""
+
+    run: RunSection = RunSection(name="evaluate")
+    model: ModelSection
+    data: DataSection
+    simulators: SimulatorsSection
+    reward: RewardSection = RewardSection()
+    rollout: RolloutSection = RolloutSection()
+    engine: EngineSection = EngineSection()
+    parallel: ParallelSection = ParallelSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    output: Path | None = None  # JSON with the figures
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        _check_metrics(self.reward, self.simulators)
+        if self.data.validation is None:
+            raise ValueError("data.validation is not set: name the held-out parquet")
+        return self
+
+
+class BuildDatasetConfig(Section):
+    """`tools/build_dataset.py`: grow multi-turn conversations from single-turn problems."""
+
+    problems: Path  # JSONL: single_turn_prompt, single_turn_completion, [single_turn_metadata], [prompt]
+    output: Path  # folder; conversations are appended, finished ones are never made twice
+    tokenizer: str | None = None  # HF folder that counts token_amount; None: whitespace words
+    simulators: SimulatorsSection
+    reward: RewardSection = RewardSection()
+    seed: int = 1
+    num_conversations: Positive | None = None  # None: all problems
+    num_candidate_responses: Positive = 2
+    num_repeat_rollouts: Annotated[int, Field(ge=1)] = 1  # futures per candidate
+    max_total_turns: Positive = 4  # assistant turns per conversation
+    max_user_turns: Count = 2  # user turns inside a scored future
+    max_concurrency: Positive = 32  # conversations at a time, per process
+    processes: Positive = 1
+    system_prompt: str = ""  # put in front of every prompt when not empty
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        _check_metrics(self.reward, self.simulators)
+        if self.simulators.assistant is None:
+            raise ValueError("simulators.assistant is not set: name the model that proposes the replies")
+        return self
+
+
+def llm_roles(simulators: SimulatorsSection) -> dict[str, LLMSection]:
+    """The roles that are configured, by name."""
+    named: dict[str, Any] = {"user": simulators.user, "judge": simulators.judge, "assistant": simulators.assistant}
+    return {role: section for role, section in named.items() if section is not None}

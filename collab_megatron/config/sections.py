@@ -1,0 +1,194 @@
+"""The sections of a configuration: frozen, typed, every field with its meaning and unit.
+
+A config file holds only what differs from the defaults here. Entry points combine the sections (entry.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Unknown keys are refused (load.py names the nearest known one); values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RunSection(Section):
+    """Where a run writes, and from which random seed."""
+
+    dir: Path = Path("runs/default")  # everything the run makes lies below
+    name: str = "run"  # sub-folder of tensorboard/ and checkpoints/, so that several runs share one dir
+    seed: int = 1
+    resume: bool = False  # go on from the newest complete checkpoint of this run
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.dir / "checkpoints" / self.name
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.dir / "tensorboard" / self.name
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.dir / "logs" / self.name
+
+
+class ModelSection(Section):
+    """The model to train: a Hugging Face folder or hub name."""
+
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class ParallelSection(Section):
+    """How many ranks share the model. World size = tensor * data."""
+
+    tensor: Positive = 1  # tensor-parallel ranks per replica
+    data: Positive = 1  # replicas
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    sequence_parallel: bool = False
+    collective_timeout_s: Seconds = 300.0  # deadline of every collective between trainer ranks
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.data
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule; one unit of the schedule is one training step."""
+
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)  # where the decay ends
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0)  # largest gradient norm; 0 turns clipping off
+    distributed: bool = False  # megatron's DistributedOptimizer (optimizer state sharded over data ranks)
+
+
+class TrainSection(Section):
+    """The length and rhythm of training."""
+
+    steps: Positive = 100
+    micro_batch_tokens: Positive = 8192  # padded tokens of one micro-batch on one data rank
+    save_interval: Count = 0  # steps between checkpoints; 0: only at the end
+    keep_last: Positive = 2  # complete checkpoints to keep
+    eval_interval: Count = 0  # RL: steps between held-out evaluations; 0: only before the first and after the last
+    eval_at_start: bool = True
+
+
+class AlgorithmSection(Section):
+    """GRPO on multiturn-aware rewards."""
+
+    advantage_eps: float = Field(0.05, gt=0)  # added to the group's std; tiny values inflate groups that differ in length only
+    min_group_std: float = Field(0.01, ge=0)  # groups whose rewards spread less get advantage 0
+    clip_low: float = Field(0.2, ge=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = Field(0.2, ge=0)
+    kl_coef: float = Field(0.001, ge=0)  # weight of the low-variance KL to the reference; 0: no reference model
+    importance_cap: float = Field(2.0, gt=0)  # trainer/engine importance weight exp(logp - rollout_logp) is cut here
+    mini_batches: Positive = 1  # optimizer steps per rollout batch
+
+
+class RolloutSection(Section):
+    """The shape of the conversation trees."""
+
+    prompts_per_step: Positive = 16
+    num_replies: Annotated[int, Field(ge=2)] = 8  # n, the GRPO group
+    num_repeat_rollouts: Count = 3  # K futures per reply; 0 scores the reply as it stands
+    max_user_turns: Count = 2  # user turns inside a future
+    max_assistant_turns: Positive = 3  # policy turns in all; the trained reply is the first
+    max_new_tokens: Positive = 2048  # per policy turn
+    max_prompt_tokens: Positive = 8192  # longer prompts are left out and counted
+    temperature: float = Field(1.0, gt=0)
+    min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
+    step_timeout_s: Seconds = 1800.0  # deadline of one step's rollouts
+
+
+class RewardSection(Section):
+    """R* = sum over metrics of clamp(weight * score, -1, 1). token_amount counts assistant tokens in thousands."""
+
+    metric_weights: dict[str, float] = {"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1}
+    accuracy_verifier: Literal["exact", "judge"] = "judge"
+
+
+class LLMSection(Section):
+    """One role behind an LLM API, in LiteLLM's terms."""
+
+    model: str  # e.g. gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
+    api_base: str | None = None  # URL of a compatible server; None: the provider's own
+    api_key_env: str | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
+    temperature: float = Field(1.0, ge=0)
+    max_tokens: Positive = 1024
+    timeout_s: Seconds = 60.0  # deadline of one attempt
+    deadline_s: Seconds = 240.0  # deadline of one call, its retries included
+    max_attempts: Positive = 5
+    max_concurrency: Positive = 64
+    json_mode: bool = True  # ask the provider for a JSON object where the prompt wants one
+    prompt_file: Path | None = None  # replaces the shipped prompt template
+    input_usd_per_mtoken: float | None = Field(None, ge=0)  # price; None: LiteLLM's table
+    output_usd_per_mtoken: float | None = Field(None, ge=0)
+
+
+class SimulatorsSection(Section):
+    """The LLMs around the policy."""
+
+    user: LLMSection
+    judge: LLMSection | None = None  # needed by interactivity and by accuracy_verifier: judge
+    assistant: LLMSection | None = None  # only tools/build_dataset.py: who proposes the candidate replies
+
+
+class EngineSection(Section):
+    """The SGLang server: started by us, or given as a URL."""
+
+    url: str | None = None  # an SGLang server that runs already; None: start one
+    python: str | None = None  # interpreter of the engine's own environment; None: ours
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0: a free one
+    tensor: Positive = 1
+    max_total_tokens: Positive | None = None  # KV-cache tokens; None: SGLang decides
+    max_running_requests: Positive | None = None
+    mem_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    context_length: Positive | None = None
+    extra_args: tuple[str, ...] = ()
+    startup_timeout_s: Seconds = 300.0
+    request_timeout_s: Seconds = 600.0
+    max_concurrency: Positive = 256  # generate calls in flight
+    threads: Positive | None = None  # CPU threads; None: one on CPU
+
+
+class SyncSection(Section):
+    """Weights from trainer to engine."""
+
+    bucket_mb: Positive = 512  # one broadcast call carries at most this much
+    timeout_s: Seconds = 300.0  # deadline of a whole sync
+    verify: bool = True  # compare checksums of trainer and engine after each sync
+
+
+class DataSection(Section):
+    """Parquet files as written by tools/prepare_dataset.py."""
+
+    train: Path
+    validation: Path | None = None
+
+
+class EvaluationSection(Section):
+    """Whole conversations on held-out tasks."""
+
+    num_tasks: Positive = 1000  # at most; fewer if the file has fewer
+    temperature: float = Field(0.0, ge=0)
+    max_assistant_turns: Positive = 3
+    max_concurrency: Positive = 64
+    timeout_s: Seconds = 1800.0

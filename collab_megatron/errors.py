@@ -1,0 +1,40 @@
+"""The two kinds of ending that are not success, and the one place that turns them into an exit code.
+
+UserError: something the user can mend (config, data, key, layout, server address). Exit code 2.
+RunError: something broke while running (a server died, a disk filled up). Exit code 1.
+Both carry one sentence that says what happened and what to do; entry points print it without a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_RUN = 1
+EXIT_USER = 2
+
+
+class UserError(ValueError):
+    """A mistake of the user; the message says how to mend it."""
+
+
+class RunError(RuntimeError):
+    """A failure of the run; the message names rank, phase and peer where there are any."""
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run an entry point and leave the process with 0, 1 (RunError) or 2 (UserError).
+
+    Any other exception keeps its traceback: it is a defect of ours, not news for the user.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_RUN)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

@@ -1,0 +1,196 @@
+"""The data contract: what flows from a dataset row to a gradient.
+
+    Task -> Reply[n] -> Future[n][K] -> metric scores -> MR -> advantage -> TrainingSample -> StepMetrics
+
+Everything here is a frozen dataclass of plain values: it travels between processes as msgpack and onto disk as JSON.
+Ragged axes are named by suffix: G replies of a group, K futures of a reply, M metrics, T tokens.
+The Protocols at the end are what the driver is given; a test gives it small fakes, a run the real clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+TERMINATION_SIGNAL = "[TERMINATE]"
+"""The string by which a simulated user ends the chat."""
+
+
+class RolloutStatus(StrEnum):
+    """How a future ended. Only the first three carry scores; a failure is a status, never a score of zero."""
+
+    TERMINATED = "terminated"  # the simulated user ended the chat
+    MAX_TURNS = "max_turns"  # the turn limits were reached
+    TRUNCATED = "truncated"  # the policy ran into its token limit: scored as it stands
+    SIMULATOR_FAILED = "simulator_failed"
+    JUDGE_FAILED = "judge_failed"
+    ENGINE_FAILED = "engine_failed"
+
+    @property
+    def scored(self) -> bool:
+        return self in (RolloutStatus.TERMINATED, RolloutStatus.MAX_TURNS, RolloutStatus.TRUNCATED)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str  # system | user | assistant
+    content: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One RL prompt: a chat history that ends with a user turn, and what simulator and metrics know beyond it."""
+
+    task_id: str  # unique within its dataset
+    prompt: tuple[Message, ...]  # system prompt first where there is one, user turn last
+    single_turn_prompt: str  # the complete task, known to the simulator only
+    ground_truth: str  # the reference answer
+    task_desc: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # single_turn_metadata
+
+    @property
+    def ambiguous(self) -> bool | None:
+        """Whether the opening leaves something out; None where the dataset does not say."""
+        return self.metadata.get("ambiguous")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What an engine sampled for one context."""
+
+    token_ids_T: tuple[int, ...]  # sampled ids, the end-of-turn id included where it was sampled
+    logprobs_T: tuple[float, ...]  # log-probability of each id under the sampling distribution's raw logits
+    versions_T: tuple[int, ...]  # weight version that sampled each id
+    finish_reason: str  # stop | length
+    cached_tokens: int = 0  # prompt tokens served from the engine's prefix cache
+
+
+@dataclass(frozen=True)
+class Future:
+    """One simulated rest of the conversation after a reply (a `session` of the CollabLLM datasets)."""
+
+    index: int  # 0..K-1
+    status: RolloutStatus
+    messages: tuple[Message, ...]  # the turns after the reply, user first
+    scores: Mapping[str, float] = field(default_factory=dict)  # metric name -> raw score; empty if not scored
+    reward: float | None = None  # weighted, clamped sum of the scores; None if not scored
+    policy_tokens: int = 0  # assistant tokens from the trained reply on
+    versions: tuple[int, int] = (0, 0)  # lowest and highest weight version of its policy turns
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One sampled reply (step 1), its futures (step 2), its multiturn-aware reward (step 3) and advantage (step 4)."""
+
+    text: str
+    generation: Generation
+    futures_K: tuple[Future, ...]
+    mr: float | None = None  # mean reward over the scored futures; None if none is left
+    advantage: float | None = None  # None if the reply or its group was dropped
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt's conversation tree: the n replies that GRPO compares."""
+
+    task: Task
+    prompt_ids: tuple[int, ...]  # the token ids the replies were sampled from
+    replies_G: tuple[Reply, ...]
+    kept: bool  # False: too few scored replies; trains nothing and is counted
+    seconds: Mapping[str, float] = field(default_factory=dict)  # summed waiting time per kind: engine, user, judge
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """One reply as the trainer sees it: ids and numbers, no text."""
+
+    prompt_ids: tuple[int, ...]
+    reply_ids_T: tuple[int, ...]
+    rollout_logprobs_T: tuple[float, ...]
+    versions_T: tuple[int, ...]
+    advantage: float
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.reply_ids_T)
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """What the driver hands to the trainer for one step."""
+
+    step: int
+    samples: tuple[TrainingSample, ...]
+    metrics: Mapping[str, float]  # names as they stand on the dashboard, e.g. "reward/mr_mean"
+
+
+@dataclass(frozen=True)
+class LLMReply:
+    """A simulator's or judge's answer."""
+
+    text: str
+    cost_usd: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    latency_s: float = 0.0
+
+
+class PolicyEngine(Protocol):
+    """Samples policy turns: token ids in, token ids out."""
+
+    async def generate(
+        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int
+    ) -> list[Generation]:
+        """n continuations of `input_ids`. Raises RunError if the engine does not answer within its deadline."""
+        ...
+
+
+class ChatLLM(Protocol):
+    """One role of the LLM gateway (user, judge, assistant)."""
+
+    async def complete(
+        self, messages: Sequence[Message], *, sample_index: int = 0, n: int = 1, json_reply: bool = False
+    ) -> list[LLMReply]:
+        """n replies. `sample_index` tells apart repeated calls with the same messages.
+
+        Raises SimulatorError (collab_megatron.simulators.gateway) once the retry budget is spent.
+        """
+        ...
+
+
+class UserSimulator(Protocol):
+    """Plays the user of a conversation."""
+
+    async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
+        """The next user turn; contains TERMINATION_SIGNAL when the user ends the chat. Raises SimulatorError."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScoredConversation:
+    """What a metric sees: the whole finished conversation."""
+
+    task: Task
+    messages: tuple[Message, ...]  # prompt, reply and future, in order
+    num_prompt_messages: int  # messages[:num_prompt_messages] is the prompt; the trained reply follows
+    policy_tokens: int  # assistant tokens from the trained reply on
+    sample_index: int = 0
+
+    @property
+    def last_assistant(self) -> str:
+        return next((m.content for m in reversed(self.messages) if m.role == "assistant"), "")
+
+
+class Metric(Protocol):
+    """One conversation-level metric; `uses_llm` metrics are awaited beside each other."""
+
+    name: str
+
+    async def score(self, conversation: ScoredConversation) -> float:
+        """The raw score. Raises SimulatorError if a judge could not be had."""
+        ...
