@@ -1,0 +1,176 @@
+"""An OpenAI-compatible HTTP endpoint for the demo's roles, on loopback.
+
+Serves POST /v1/chat/completions, GET /v1/models and GET /health. Real enough for LiteLLM to talk to: `n`, `seed`,
+`temperature`, usage (counted in whitespace words), errors in OpenAI's shape. Where DESK_API_KEY is set, every /v1 call
+must carry it as a bearer token. Starts in a fraction of a second: no torch, no transformers.
+
+    python -m collab_megatron.demo.endpoint --port 0 --ready-file /tmp/desk.addr --die-with-parent
+
+`--ready-file` receives `host:port` once the socket listens, so a launcher waits for the file and never polls a port.
+Exit code 0 after SIGTERM or SIGINT; 2, with one sentence on stderr, for a mistake such as a port in use or a bad path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import hmac
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from collab_megatron.demo.roles import ROLES, answer
+from collab_megatron.errors import UserError, run_cli
+
+API_KEY_VARIABLE = "DESK_API_KEY"
+FINGERPRINT = "desk-1"
+MAX_BODY_BYTES = 4 << 20
+SHUTDOWN_S = 2.0
+PR_SET_PDEATHSIG = 1
+
+
+def complete(request: Mapping[str, Any], completion_id: str) -> dict[str, Any]:
+    """The chat.completion object for a request; KeyError for an unknown model, ValueError for a malformed request."""
+    if request.get("stream"):
+        raise ValueError("stream is not supported by this endpoint")
+    if request.get("seed") is None:
+        request = {**request, "seed": random.getrandbits(31)}  # OpenAI's meaning of no seed: samples differ
+    contents = answer(request)
+    prompt_words = sum(len(message["content"].split()) for message in request["messages"])
+    completion_words = sum(len(content.split()) for content in contents)
+    choices = [
+        {"index": i, "message": {"role": "assistant", "content": content}, "logprobs": None, "finish_reason": "stop"}
+        for i, content in enumerate(contents)
+    ]
+    return {
+        "id": completion_id,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": request["model"],
+        "system_fingerprint": FINGERPRINT,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": prompt_words,
+            "completion_tokens": completion_words,
+            "total_tokens": prompt_words + completion_words,
+        },
+    }
+
+
+def build_app(api_key: str | None) -> web.Application:
+    """The web application; `api_key` None or empty serves without authentication."""
+    numbers = itertools.count(1)
+
+    async def chat_completions(request: web.Request) -> web.Response:
+        try:
+            body = json.loads(await request.read())
+        except ValueError as error:  # JSON or UTF-8
+            return _error(400, f"the body is not JSON: {error}", "invalid_json")
+        if not isinstance(body, dict):
+            return _error(400, "the body must be a JSON object", "invalid_request")
+        if not isinstance(body.get("model"), str) or body["model"] not in ROLES:
+            known = ", ".join(ROLES)
+            return _error(404, f"no model {body.get('model')!r} here: use one of {known}", "model_not_found", "model")
+        try:
+            return _json(200, complete(body, f"chatcmpl-desk-{next(numbers)}"))
+        except ValueError as error:
+            return _error(400, str(error), "invalid_request", "messages")
+
+    async def models(request: web.Request) -> web.Response:
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "collab_megatron"} for name in ROLES]
+        return _json(200, {"object": "list", "data": data})
+
+    async def health(request: web.Request) -> web.Response:
+        return _json(200, {"status": "ok"})
+
+    @web.middleware
+    async def authorize(request: web.Request, handler: Any) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "")
+        if request.path.startswith("/v1/") and not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+            return _error(401, "the bearer token is missing or wrong", "invalid_api_key")
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    app = web.Application(middlewares=[authorize] if api_key else [], client_max_size=MAX_BODY_BYTES)
+    app.router.add_post("/v1/chat/completions", chat_completions)
+    app.router.add_get("/v1/models", models)
+    app.router.add_get("/health", health)
+    return app
+
+
+async def serve(host: str, port: int, ready_file: Path | None, api_key: str | None) -> None:
+    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one. Raises UserError if the address cannot be had."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    runner = web.AppRunner(build_app(api_key), access_log=None, shutdown_timeout=SHUTDOWN_S)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot listen on {host}:{port} ({reason}): choose another --port, or 0") from error
+        bound = runner.addresses[0][1]
+        if ready_file is not None:
+            _publish(ready_file, f"{host}:{bound}")
+        print(f"desk endpoint listens on http://{host}:{bound}/v1", flush=True)
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+def die_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when the thread that started it ends. UserError outside Linux."""
+    if sys.platform != "linux":
+        raise UserError("--die-with-parent works on Linux only")
+    parent = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise UserError(f"--die-with-parent: prctl failed ({os.strerror(ctypes.get_errno())})")
+    if os.getppid() != parent:  # it ended before the kernel was told
+        sys.exit(0)
+
+
+def _json(status: int, value: Any) -> web.Response:
+    return web.Response(status=status, body=json.dumps(value).encode(), content_type="application/json")
+
+
+def _error(status: int, message: str, code: str, param: str | None = None) -> web.Response:
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    return _json(status, {"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def _publish(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text)
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write --ready-file {path} ({error.strerror})") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve the demo's user simulator, judge and assistant over HTTP.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free port (default)")
+    parser.add_argument("--ready-file", type=Path, help="receives host:port once the endpoint listens")
+    parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends (Linux)")
+    args = parser.parse_args()
+    if args.die_with_parent:
+        die_with_parent()
+    asyncio.run(serve(args.host, args.port, args.ready_file, os.environ.get(API_KEY_VARIABLE)))
+
+
+if __name__ == "__main__":
+    run_cli(main)

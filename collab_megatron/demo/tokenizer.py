@@ -1,0 +1,67 @@
+"""The demo model's word-level tokenizer and chat template.
+
+A token is a word with the space before it, so decoding is plain joining and `decode(encode(text)) == text` for every
+text of the world. A chat turn is one role token, the content and one end token. Role tokens cut the text before it is
+split into words, so the ids of a chat are the concatenation of the ids of its pieces, and sampled ids stand in a later
+prompt exactly as sampled.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from collab_megatron.demo import world
+from collab_megatron.demo.roles import TERMINATION_SIGNAL
+
+VOCAB_SIZE = 384
+PAD, UNK, END = "<|pad|>", "<|unk|>", "<|end|>"
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
+WORD_PATTERN = r" ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]"
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+SAMPLED_TASKS = 6000
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer, the same on every call. AssertionError if the world's words do not fit into VOCAB_SIZE."""
+    words = {word for text in world_texts() for word in re.findall(WORD_PATTERN, text)}
+    tokens = [PAD, UNK, END, *ROLE_TOKENS, *sorted(words)]
+    assert len(tokens) <= VOCAB_SIZE, f"{len(tokens)} words do not fit into a vocabulary of {VOCAB_SIZE}"
+    tokens += [f"<|spare{i}|>" for i in range(len(tokens), VOCAB_SIZE)]
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNK))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([PAD, UNK, END, *ROLE_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        unk_token=UNK,
+        eos_token=END,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def world_texts() -> Iterator[str]:
+    """Texts that hold every word of the world wherever it can stand; seeded, so the vocabulary never changes."""
+    rng = random.Random(0)
+    yield from (f"that is right {TERMINATION_SIGNAL}", f"that is not right {TERMINATION_SIGNAL}")
+    yield from (f"never mind {TERMINATION_SIGNAL}", "i do not follow", "what do you mean")
+    for values in world.SLOT_VALUES.values():
+        yield from (f"it is {value}" for value in values)
+    for slot in world.SLOT_VALUES:
+        yield world.question_text([slot])
+    for _ in range(SAMPLED_TASKS):
+        task = world.sample_task(rng, "train")
+        yield from (task.opening, task.request, task.command)
+        asked = task.missing or world.INTENT_SLOTS[task.intent]
+        yield world.question_text(asked)
+        yield world.render_answer(rng, task.slots, asked)
