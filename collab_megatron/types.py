@@ -9,7 +9,7 @@ The Protocols at the end are what the driver is given; a test gives it small fak
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -63,7 +63,7 @@ class Generation:
     """What an engine sampled for one context."""
 
     token_ids_T: tuple[int, ...]  # sampled ids, the end-of-turn id included where it was sampled
-    logprobs_T: tuple[float, ...]  # log-probability of each id under the sampling distribution's raw logits
+    logprobs_T: tuple[float, ...]  # log-probability of each id under the raw logits (temperature 1)
     versions_T: tuple[int, ...]  # weight version that sampled each id
     finish_reason: str  # stop | length
     cached_tokens: int = 0  # prompt tokens served from the engine's prefix cache
@@ -154,10 +154,18 @@ class ChatLLM(Protocol):
     """One role of the LLM gateway (user, judge, assistant)."""
 
     async def complete(
-        self, messages: Sequence[Message], *, sample_index: int = 0, n: int = 1, json_reply: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        sample_index: int = 0,
+        n: int = 1,
+        json_reply: bool = False,
+        check: Callable[[str], object] | None = None,
     ) -> list[LLMReply]:
         """n replies. `sample_index` tells apart repeated calls with the same messages.
 
+        `check` raises ValueError for a text that cannot be used (empty, no JSON, a field missing): the gateway counts
+        it as malformed and asks again inside the same retry budget.
         Raises SimulatorError (collab_megatron.simulators.gateway) once the retry budget is spent.
         """
         ...

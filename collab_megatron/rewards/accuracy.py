@@ -1,0 +1,55 @@
+"""accuracy: 1.0 if the conversation reached the reference answer, else 0.0.
+
+`exact` compares the last assistant turn with the reference, spaces and line breaks aside: for tasks whose answer has one
+form. `judge` asks an LLM that sees task, reference and conversation.
+"""
+
+from __future__ import annotations
+
+from collab_megatron.simulators.parsing import json_object, verdict_field
+from collab_megatron.simulators.templates import chat_lines, load_template
+from collab_megatron.types import ChatLLM, Message, ScoredConversation
+
+
+class ExactAccuracy:
+    """Implements types.Metric without an LLM."""
+
+    name = "accuracy"
+
+    async def score(self, conversation: ScoredConversation) -> float:
+        """1.0 or 0.0; never fails."""
+        return float(same_text(conversation.last_assistant, conversation.task.ground_truth))
+
+
+class JudgedAccuracy:
+    """Implements types.Metric with an LLM judge."""
+
+    name = "accuracy"
+
+    def __init__(self, judge: ChatLLM) -> None:
+        self._judge = judge
+        self._template = load_template("judge_accuracy", None, required=("request", "reference", "chat"))
+
+    async def score(self, conversation: ScoredConversation) -> float:
+        """1.0 or 0.0. Waits for one judge call. Raises SimulatorError."""
+        task = conversation.task
+        prompt = self._template.fill(
+            request=task.single_turn_prompt, reference=task.ground_truth, chat=chat_lines(conversation.messages)
+        )
+        replies = await self._judge.complete(
+            [Message("user", prompt)],
+            sample_index=conversation.sample_index,
+            json_reply=True,
+            check=read_verdict,
+        )
+        return float(read_verdict(replies[0].text))
+
+
+def same_text(left: str, right: str) -> bool:
+    """Equality after every run of white space became one space; an empty reference equals nothing."""
+    return bool(right.split()) and left.split() == right.split()
+
+
+def read_verdict(text: str) -> bool:
+    """The judge's `correct`. Raises MalformedReply."""
+    return verdict_field(json_object(text), "correct")

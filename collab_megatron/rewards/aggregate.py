@@ -1,0 +1,42 @@
+"""Scores to rewards. Pure.
+
+R* of one conversation = sum over metrics of clamp(weight * score, -1, 1)
+MR of a reply          = mean of R* over the futures that carry scores
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from collab_megatron.types import Future
+
+LIMIT = 1.0
+
+
+def conversation_reward(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """R* of one conversation. Raises KeyError if a weighted metric has no score: missing is not zero."""
+    return sum(max(-LIMIT, min(LIMIT, weight * scores[name])) for name, weight in weights.items())
+
+
+def multiturn_reward(futures: Iterable[Future]) -> float | None:
+    """MR: the mean reward of the scored futures; None if none is left."""
+    rewards = [future.reward for future in _scored(futures) if future.reward is not None]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def beyond_clamp(scores: Mapping[str, float], weights: Mapping[str, float]) -> bool:
+    """Whether some weighted metric is cut by the clamp. A score that just reaches the limit is not: nothing is lost."""
+    return any(abs(weight * scores[name]) > LIMIT for name, weight in weights.items())
+
+
+def clamped_share(futures: Iterable[Future], weights: Mapping[str, float]) -> float:
+    """Share of the scored futures in which the clamp cuts a metric; 0 without scored futures.
+
+    Where it is high that metric no longer tells replies apart: lower its weight.
+    """
+    cut = [beyond_clamp(future.scores, weights) for future in _scored(futures)]
+    return sum(cut) / len(cut) if cut else 0.0
+
+
+def _scored(futures: Iterable[Future]) -> Iterable[Future]:
+    return (future for future in futures if future.status.scored)

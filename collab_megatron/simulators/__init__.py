@@ -1,0 +1,16 @@
+"""The LLMs around the policy: the one room that talks to an LLM API (and the only one that imports litellm)."""
+
+from collab_megatron.simulators.failure import SimulatorError
+from collab_megatron.simulators.gateway import Gateway
+from collab_megatron.simulators.usage import GatewaySnapshot, RoleUsage
+from collab_megatron.simulators.user import LLMUserSimulator, ends_chat, strip_signal
+
+__all__ = [
+    "Gateway",
+    "GatewaySnapshot",
+    "LLMUserSimulator",
+    "RoleUsage",
+    "SimulatorError",
+    "ends_chat",
+    "strip_signal",
+]

@@ -1,0 +1,73 @@
+"""Prompt templates: text files with `$name` places, filled in one pass.
+
+Values go in verbatim and are never looked at again, so braces, dollars and percent signs in a user's text are harmless.
+A literal dollar in a template is written `$$`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from collab_megatron.errors import UserError
+from collab_megatron.types import Message
+
+BLOCK_ENDS = ("</chat>", "</request>", "</reference>")
+
+
+class PromptTemplate:
+    """One template whose names were checked when it was loaded."""
+
+    def __init__(self, text: str, *, required: Iterable[str], optional: Iterable[str] = (), source: str) -> None:
+        """Raises UserError if `text` lacks a required name, has an unknown one, or a lone dollar."""
+        self._template = Template(text)
+        self._source = source
+        required, known = set(required), set(required) | set(optional)
+        if not self._template.is_valid():
+            raise UserError(f"prompt {source}: a lone $ stands in it; write $$ for a dollar sign")
+        found = set(self._template.get_identifiers())
+        if found - known:
+            raise UserError(f"prompt {source}: unknown name ${min(found - known)}; known: {_listed(known)}")
+        if required - found:
+            raise UserError(f"prompt {source}: ${min(required - found)} is missing; it needs {_listed(required)}")
+
+    def fill(self, **values: str) -> str:
+        """The prompt. Raises KeyError if a name of the template has no value."""
+        return self._template.substitute(values)
+
+
+def load_template(
+    name: str, prompt_file: Path | None, *, required: Iterable[str], optional: Iterable[str] = ()
+) -> PromptTemplate:
+    """`prompt_file` where given, else the shipped `prompts/{name}.txt`. Raises UserError if it cannot be used."""
+    if prompt_file is None:
+        text = resources.files("collab_megatron.simulators").joinpath("prompts", f"{name}.txt").read_text("utf-8")
+        return PromptTemplate(text, required=required, optional=optional, source=f"{name}.txt")
+    try:
+        text = prompt_file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt_file {prompt_file} cannot be read: {error}") from None
+    return PromptTemplate(text, required=required, optional=optional, source=str(prompt_file))
+
+
+def chat_lines(chat: Sequence[Message]) -> str:
+    r"""The user and assistant turns, one JSON object a line.
+
+    A closing tag of the prompt's blocks inside a turn is written with JSON's `\/`, so that no turn can end its block.
+    """
+    lines = [
+        json.dumps({"role": message.role, "content": message.content}, ensure_ascii=False)
+        for message in chat
+        if message.role in ("user", "assistant")
+    ]
+    text = "\n".join(lines)
+    for end in BLOCK_ENDS:
+        text = text.replace(end, end.replace("/", "\\/"))
+    return text
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"${name}" for name in sorted(names))
