@@ -18,7 +18,7 @@ class MalformedReply(ValueError):
 
 
 def strip_scratchpad(text: str) -> str:
-    """The reply without thinking blocks that some models put before their answer, and without a code fence around it."""
+    """The reply without the thinking blocks that some models put first, and without a code fence around it."""
     text = SCRATCHPADS.sub("", text).strip()
     fenced = FENCE.match(text)
     return fenced.group(1).strip() if fenced else text
@@ -81,7 +81,6 @@ def _repaired(text: str) -> Any:
     if start < 0:
         return None
     value = json_repair.loads(text[start:])
-    # Several objects come back as a list; the answer is the last one.
-    return (
-        next((item for item in reversed(value) if isinstance(item, dict)), None) if isinstance(value, list) else value
-    )
+    if isinstance(value, list):  # several objects: the last one is the answer
+        value = next((item for item in reversed(value) if isinstance(item, dict)), None)
+    return value

@@ -1,7 +1,7 @@
 """The simulated user: an LLM that knows the whole task and plays the person who wants it done.
 
 The chat reaches the LLM as JSON lines inside one prompt, not as chat turns of its own. In API turns the simulator would
-have to be the "assistant" that speaks the user's lines, and models that were trained as assistants fall out of that part.
+have to be the "assistant" that speaks the user's lines, and models trained as assistants fall out of that part.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LLMUserSimulator:
         )
 
     async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
-        """The next user turn (the opening, if `chat` has no turns yet); holds TERMINATION_SIGNAL where the user ends it.
+        """The next user turn (the opening, if `chat` has no turns); holds TERMINATION_SIGNAL where the user ends it.
 
         Waits for one LLM call. Raises SimulatorError.
         """

@@ -1,0 +1,109 @@
+"""Where rows come from: a parquet, JSON or JSONL file, a folder of them, a saved `datasets` folder, or a hub name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from collab_megatron.data.schema import CollabRow, read_rows
+from collab_megatron.errors import UserError
+
+SUFFIXES = (".parquet", ".jsonl", ".json")
+SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
+
+
+def load_rows(source: str, split: str = "train") -> list[CollabRow]:
+    """All CollabLLM rows of `source`; `split` matters for hub names and saved datasets.
+
+    Raises UserError if there is nothing, or something that cannot be read.
+    """
+    return read_rows(load_raw(source, split), source)
+
+
+def load_raw(source: str, split: str = "train") -> list[Mapping[str, Any]]:
+    """Rows as plain mappings, unchecked. Raises UserError as load_rows does."""
+    path = Path(source)
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        return _read_folder(path, split)
+    if path.is_absolute() or source.startswith((".", "~")) or path.suffix in SUFFIXES or source.count("/") != 1:
+        raise UserError(f"no dataset {source}: it is neither a file, nor a folder, nor a hub name (owner/name)")
+    return _from_hub(source, split)
+
+
+def _read_file(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        if path.suffix == ".parquet":
+            rows: list[Mapping[str, Any]] = pq.read_table(path).to_pylist()
+            return rows
+        if path.suffix == ".jsonl":
+            return list(read_json_lines(path))
+        if path.suffix == ".json":
+            value = json.loads(path.read_text("utf-8"))
+            if not isinstance(value, list):
+                raise UserError(f"{path} must hold a list of rows, not a {type(value).__name__}")
+            return value
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    raise UserError(f"{path}: files must end in {', '.join(SUFFIXES)}")
+
+
+def read_json_lines(path: Path) -> Iterable[Mapping[str, Any]]:
+    """The objects of a JSONL file; empty lines are skipped. Raises UserError naming the first line that is not JSON."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number} is not valid JSON: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _read_folder(folder: Path, split: str) -> list[Mapping[str, Any]]:
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return _from_disk(folder, split)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and not path.name.startswith("."))
+    # Folders saved from the hub hold train-*.parquet beside test-*.parquet: never mix them.
+    if any(path.name.startswith(SPLIT_NAMES) for path in files):
+        files = [path for path in files if path.name.startswith(split)]
+    if not files:
+        raise UserError(f"{folder} holds no {', '.join(SUFFIXES)} file for split {split!r}, and is no saved dataset")
+    return [row for path in files for row in _read_file(path)]
+
+
+def _from_disk(folder: Path, split: str) -> list[Mapping[str, Any]]:
+    import datasets  # here because it takes a second and files need none of it
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{folder} cannot be read as a saved dataset: {error}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise UserError(f"{folder} has no split {split!r}; it has {', '.join(loaded)}")
+        loaded = loaded[split]
+    rows: list[Mapping[str, Any]] = loaded.to_list()
+    return rows
+
+
+def _from_hub(name: str, split: str) -> list[Mapping[str, Any]]:
+    import datasets
+
+    try:
+        rows: list[Mapping[str, Any]] = datasets.load_dataset(name, split=split).to_list()
+    except Exception as error:  # noqa: BLE001 - the hub client raises many kinds, all of them the user's to mend
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} (split {split!r}) could not be loaded from the hub: {first_line}") from None
+    return rows

@@ -1,0 +1,28 @@
+"""Which rows a step takes: a pure function of (seed, step), so that a resumed run goes on where it stopped.
+
+The rows are an endless sequence of epochs, each a shuffle of its own; step s takes rows [s * batch_size, ...) of it. A
+batch may span two epochs; no row is left out or taken twice within an epoch.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, num_rows: int) -> tuple[int, ...]:
+    order = list(range(num_rows))
+    random.Random(f"order/{seed}/{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def step_indices(seed: int, step: int, *, num_rows: int, batch_size: int) -> list[int]:
+    """The `batch_size` row indices of `step` (from 0). Raises ValueError for an empty dataset or a negative step."""
+    if num_rows < 1 or batch_size < 1 or step < 0:
+        raise ValueError(f"step {step} of {num_rows} rows in batches of {batch_size} does not exist")
+    first = step * batch_size
+    return [
+        _epoch(seed, position // num_rows, num_rows)[position % num_rows]
+        for position in range(first, first + batch_size)
+    ]
