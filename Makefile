@@ -1,0 +1,40 @@
+# make install | test | lint | format | demo | demo-ablation | lock | clean
+# PYTHON=/path/to/python3.11 chooses the interpreter of .venv; ARGS="..." goes to pytest or to the demo.
+PYTHON ?=
+ARGS ?=
+export PYTHON
+
+.PHONY: help install test lint format demo demo-ablation lock clean
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+install:
+	@bash tools/install.sh
+
+test: install
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: install
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+demo: install
+	.venv/bin/python tools/demo.py $(ARGS)
+
+demo-ablation: install
+	.venv/bin/python tools/demo.py --ablation $(ARGS)
+
+lock:
+	bash tools/lock.sh
+
+# the environment and caches; what runs wrote (runs/) stays
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info tools/cpu_support/build
+	find collab_megatron tests tools -depth -name '__pycache__' -exec rm -rf {} +
+	find tools/cpu_support/src -depth -name '*.egg-info' -exec rm -rf {} +
