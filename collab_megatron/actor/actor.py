@@ -1,0 +1,213 @@
+"""The policy (or the frozen reference) on this rank: log-probs of micro-batches, and one optimizer step over them.
+
+    actor = Actor.build(path, dtype="bfloat16", grid=grid, optimizer=config.optimizer, total_steps=config.train.steps)
+    old_logprobs, _ = actor.logprobs(micro_batches)
+    result = actor.train_step(micro_batches, loss_fn, normalizer=trained_tokens_of_all_ranks)
+
+The loss of a step is sum / normalizer. Nothing else scales it: not the number of micro-batches, not the data ranks. So
+one batch has one gradient, however it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from collab_megatron.actor.grid import RankGrid, agree
+from collab_megatron.actor.model import PolicyModel, build_model, token_statistics
+from collab_megatron.actor.optimizer import build_optimizer, step_if_finite, wrap_for_training
+from collab_megatron.algorithms.losses import LossSum
+from collab_megatron.batching.micro_batch import MicroBatch
+from collab_megatron.config.sections import OptimizerSection, ParallelSection
+from collab_megatron.convert.exporter import TensorInfo, hf_tensors, tensor_plan
+from collab_megatron.convert.hf_folder import write_hf_folder
+from collab_megatron.convert.layout import check_layout, read_hf_config
+from collab_megatron.convert.loader import load_hf_weights
+from collab_megatron.convert.source import resolve_model_folder
+from collab_megatron.convert.spec import ModelSpec, model_spec
+from collab_megatron.errors import RunError, UserError
+
+LossFn = Callable[[Tensor, MicroBatch], LossSum]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step; the same on every rank."""
+
+    grad_norm: float  # before clipping; not finite when skipped
+    lr: float  # what this step used
+    metrics: dict[str, float]  # sums over all trained tokens of all ranks / normalizer; always "loss" and "entropy"
+    skipped: bool  # the gradient was not finite: weights, optimizer and schedule are as before
+
+
+@dataclass
+class Actor:
+    """One model on this rank of the grid. Every method is collective over the ranks that it says."""
+
+    grid: RankGrid
+    spec: ModelSpec
+    dtype: torch.dtype
+    source_folder: Path  # config, tokenizer and first weights come from here
+    model: PolicyModel  # unwrapped
+    section: OptimizerSection | None = None  # None: frozen
+    wrapped: Any = None  # the model inside megatron's DDP
+    optimizer: MegatronOptimizer | None = None
+    scheduler: OptimizerParamScheduler | None = None
+
+    @classmethod
+    def build(
+        cls,
+        model_path: str | Path,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        grid: RankGrid,
+        optimizer: OptimizerSection | None,
+        total_steps: int = 0,
+        load_weights: bool = True,
+    ) -> Actor:
+        """Load a model folder onto the grid. `optimizer` None: frozen reference, which keeps no gradients.
+
+        `load_weights` False leaves them undefined, for a checkpoint that is loaded next (source: its own `hf` folder).
+        Raises UserError where folder, layout or schedule do not fit.
+        """
+        folder = resolve_model_folder(model_path)
+        hf_config = read_hf_config(folder)
+        check_layout(hf_config, ParallelSection(tensor=grid.tp_size, data=grid.dp_size))
+        spec = model_spec(hf_config)
+        torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        model = build_model(spec, torch_dtype, grid)
+        if load_weights:
+            load_hf_weights(model, spec, folder, tp_rank=grid.tp_rank, tp_size=grid.tp_size)
+        actor = cls(grid, spec, torch_dtype, folder, model, optimizer)
+        if optimizer is None:
+            model.requires_grad_(False).eval()
+            return actor
+        actor.wrapped = wrap_for_training(model, optimizer, grid)
+        actor.optimizer, actor.scheduler = build_optimizer(actor.wrapped, optimizer, torch_dtype, total_steps)
+        return actor
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        assert self.optimizer is not None, "a frozen actor has no learning rate"
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def num_params(self) -> int:
+        """Of the whole model, padding left out."""
+        return sum(torch.Size(info.shape).numel() for info in self.tensor_plan())
+
+    @torch.no_grad()
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per micro-batch [B, S] fp32 on the CPU: log-probability of each token, and entropy where it was chosen.
+
+        Position 0 is zero; padding holds numbers without meaning. Collective over the tensor-parallel ranks, which must
+        pass the same micro-batches.
+        """
+        pairs = [
+            token_statistics(self.model, batch.ids.to(self.grid.device), sequence_parallel=self.grid.sequence_parallel)
+            for batch in micro_batches
+        ]
+        return [logprobs.cpu() for logprobs, _ in pairs], [entropy.cpu() for _, entropy in pairs]
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float) -> StepResult:
+        """Gradient of (sum of loss_fn over all micro-batches of all data ranks) / normalizer, clipped, then AdamW.
+
+        `loss_fn` is given log-probs [B, S] on grid.device and the micro-batch on the same device. `normalizer` is the
+        number of trained tokens of the global batch. Collective over all ranks: every rank needs at least one
+        micro-batch and the same metric names; tensor-parallel ranks the same micro-batches.
+        """
+        if self.optimizer is None or self.scheduler is None or self.section is None:
+            raise RuntimeError("train_step on a frozen actor")
+        if not micro_batches or normalizer <= 0:
+            raise ValueError(
+                f"a step needs micro-batches and trained tokens, not {len(micro_batches)} and {normalizer}"
+            )
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=partial(self._forward, loss_fn, normalizer),
+            data_iterator=iter(micro_batches),
+            model=[self.wrapped],
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].ids.shape[1],  # read by pipeline schedules only
+            micro_batch_size=micro_batches[0].ids.shape[0],
+            forward_only=False,
+        )
+        lr = self.lr
+        grad_norm, stepped = step_if_finite(self.optimizer, self.section.clip_grad)
+        if stepped:
+            self.scheduler.step(increment=1)
+        return StepResult(grad_norm, lr, self._reduce(sums, normalizer), skipped=not stepped)
+
+    def _forward(
+        self, loss_fn: LossFn, normalizer: float, batches: Iterator[MicroBatch], model: Any
+    ) -> tuple[Tensor, Any]:
+        """Megatron's forward_step_func: the output that goes on to the loss function, and that function."""
+        batch = _on(next(batches), self.grid.device)
+        logprobs, entropy = token_statistics(model, batch.ids, sequence_parallel=self.grid.sequence_parallel)
+
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            result = loss_fn(output, batch)
+            metrics = {
+                **result.metrics,
+                "loss": result.loss.detach(),
+                "entropy": (entropy.detach() * batch.mask).sum(),
+            }
+            # three values with calculate_per_token_loss: upstream neither scales nor averages the first
+            return result.loss / normalizer, torch.zeros((), dtype=torch.int, device=output.device), metrics
+
+        return logprobs, loss
+
+    def _reduce(self, sums: list[dict[str, Tensor]], normalizer: float) -> dict[str, float]:
+        """Metric sums of this rank's micro-batches -> sums over the data ranks / normalizer."""
+        names = sorted(sums[0])
+        total = torch.stack([torch.stack([s[name].float() for name in names]) for s in sums]).sum(dim=0)
+        if self.grid.dp_size > 1:
+            dist.all_reduce(total, group=self.grid.dp_group)
+        return dict(zip(names, (total / normalizer).tolist(), strict=True))
+
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights as whole Hugging Face tensors, one at a time; every rank must drain it (convert/exporter.py)."""
+        return hf_tensors(self.model, self.spec, self.grid)
+
+    def tensor_plan(self) -> list[TensorInfo]:
+        """What hf_tensors will yield, in order."""
+        return tensor_plan(self.spec, self.dtype)
+
+    def save_hf(
+        self, output: Path, *, max_shard_size: str | int = "5GB", metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a Hugging Face folder. Collective over all ranks; rank 0 writes, all raise RunError if it fails."""
+        failure: Exception | None = None
+        stream = self.hf_tensors()
+        if self.grid.is_main:
+            try:
+                write_hf_folder(stream, self.source_folder, output, max_shard_size=max_shard_size, metadata=metadata)
+            except Exception as error:  # noqa: BLE001  (raised again below, once no rank waits for this one)
+                failure = error
+        for _ in stream:  # the other ranks take part in every gather, and so does rank 0 after a failure
+            continue
+        said = agree(self.grid, None if failure is None else str(failure))
+        if isinstance(failure, UserError | RunError):
+            raise failure
+        if said:
+            raise RunError(f"saving the model to {output} failed: {said[0]}") from failure
+
+
+def _on(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    if batch.ids.device == device:
+        return batch
+    values = {name: value.to(device, non_blocking=True) for name, value in batch.values.items()}
+    ids, mask = batch.ids.to(device, non_blocking=True), batch.mask.to(device, non_blocking=True)
+    return MicroBatch(ids=ids, mask=mask, values=values, sample_indices=batch.sample_indices)

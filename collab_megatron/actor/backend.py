@@ -1,0 +1,59 @@
+"""The one device choice: process-group backend, device, layer spec, fusions, optimizer; logged, with the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from collab_megatron.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Everything that differs between a CPU rank and a GPU rank."""
+
+    name: str  # cpu | cuda
+    device: torch.device
+    process_group: str  # gloo | nccl
+    transformer_engine: bool  # layers from transformer-engine; else megatron's local spec with our attention and norm
+    gradient_fusion: bool  # weight gradients added to the buffer inside the matmul (apex extension, on CUDA)
+    overlap: bool  # gradient reduction beside the backward pass
+    optimizer: str  # which Adam megatron picks: transformer-engine | apex | torch
+
+
+def choose_backend(wanted: str, local_rank: int) -> Backend:
+    """`wanted`: auto | cpu | cuda. Raises UserError where the machine cannot give it."""
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        raise UserError("parallel.device is cuda but torch finds no CUDA device; use auto or cpu")
+    if wanted == "cpu" and has_cuda:
+        raise UserError("parallel.device is cpu on a machine with CUDA; hide the devices with CUDA_VISIBLE_DEVICES=''")
+    has_te, has_apex = _importable("transformer_engine"), _importable("apex")
+    optimizer = "transformer-engine" if has_te else "apex" if has_apex else "torch"
+    if not has_cuda:
+        backend = Backend("cpu", torch.device("cpu"), "gloo", False, False, False, "torch")
+        reason = "torch finds no CUDA device"
+    else:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank} has no device: this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        # megatron asserts on this extension when the fusion is asked for without it
+        fusion = _importable("fused_weight_gradient_mlp_cuda")
+        backend = Backend("cuda", device, "nccl", has_te, fusion, True, optimizer)
+        reason = f"CUDA is there; transformer-engine {_has(has_te)}, apex {_has(has_apex)}"
+    logger.info("backend: %s (%s)", backend, reason)
+    return backend
+
+
+def _importable(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _has(there: bool) -> str:
+    return "installed" if there else "not installed"

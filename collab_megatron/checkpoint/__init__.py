@@ -1,0 +1,1 @@
+"""Training state on disk: Megatron's distributed checkpoints, written aside, marked complete, kept few."""

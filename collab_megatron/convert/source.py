@@ -1,0 +1,30 @@
+"""Where a model's files are: a folder, or a name on the Hugging Face hub fetched into its cache. Pure: no torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from collab_megatron.errors import UserError
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def resolve_model_folder(path: str | Path) -> Path:
+    """A local folder with the model's files.
+
+    Raises UserError when `path` is neither a folder nor a hub name that can be fetched (or is in the cache already).
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if not _HUB_NAME.fullmatch(str(path)):
+        raise UserError(f"there is no model folder {path}")
+    from huggingface_hub import snapshot_download  # only here: most runs name a folder
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"model {path} is neither a folder nor can it be fetched from the hub: {error}") from error

@@ -1,0 +1,151 @@
+"""What a Hugging Face config says about a dense decoder, read once into one typed value. Pure: no torch.
+
+The mapping from config keys to fields is the same for Llama 2/3, Mistral, Qwen2 and Qwen3; what differs between them
+(biases, query/key norms) is one row of `ARCHITECTURES`. Anything that would change the function computed and is not
+implemented is refused here, in one sentence, before a weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from collab_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one Hugging Face class differs from plain Llama."""
+
+    qkv_bias: bool = False  # query, key and value projections carry a bias
+    qk_norm: bool = False  # RMSNorm over each head's query and key
+    sliding_window: bool = False  # `sliding_window` in the config is in force (Qwen2 has it behind use_sliding_window)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": Architecture(),
+    "MistralForCausalLM": Architecture(sliding_window=True),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True),
+    "Qwen3ForCausalLM": Architecture(qk_norm=True),
+}
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding: the base and, for Llama 3.x and linear scaling, how frequencies are stretched."""
+
+    theta: float
+    kind: str = "default"  # default | linear | llama3
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3 only
+    high_freq_factor: float = 4.0  # llama3 only
+    original_max_positions: int = 8192  # llama3 only
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A dense decoder-only transformer; all sizes are of the whole model, not of a shard."""
+
+    architecture: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    norm_eps: float
+    tied: bool  # output projection shares the embedding's weight
+    qkv_bias: bool
+    qk_norm: bool
+    rope: RopeSpec
+    sliding_window: int | None  # a token sees itself and the window - 1 before it; None: all
+    init_std: float
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The named dimensions that the tables in tables.py use for shapes."""
+        return {
+            "vocab": self.vocab,
+            "hidden": self.hidden,
+            "ffn": self.ffn,
+            "q": self.heads * self.head_dim,
+            "kv": self.kv_heads * self.head_dim,
+            "head": self.head_dim,
+        }
+
+    def padded_vocab(self, tensor_parallel: int) -> int:
+        """Rows of the embedding: a multiple of 64 and of the tensor-parallel size.
+
+        A multiple of 64 whatever the layout, so that a checkpoint fits every tensor-parallel size of 1, 2, 4 ... 64.
+        """
+        multiple = 64
+        while multiple % tensor_parallel:
+            multiple += 64
+        return -(-self.vocab // multiple) * multiple
+
+
+def model_spec(hf_config: Mapping[str, Any]) -> ModelSpec:
+    """Read the contents of a config.json.
+
+    Raises UserError for an unsupported architecture (naming those supported), a missing key, or a feature that is not
+    implemented.
+    """
+    name = next(iter(hf_config.get("architectures") or []), str(hf_config.get("model_type")))
+    if name not in ARCHITECTURES:
+        raise UserError(f"the model's architecture is {name}; supported are {', '.join(ARCHITECTURES)}")
+    traits = ARCHITECTURES[name]
+    _refuse_unsupported(name, hf_config)
+    try:
+        heads, hidden = int(hf_config["num_attention_heads"]), int(hf_config["hidden_size"])
+        return ModelSpec(
+            architecture=name,
+            hidden=hidden,
+            layers=int(hf_config["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(hf_config.get("num_key_value_heads") or heads),
+            head_dim=int(hf_config.get("head_dim") or hidden // heads),
+            ffn=int(hf_config["intermediate_size"]),
+            vocab=int(hf_config["vocab_size"]),
+            max_positions=int(hf_config.get("max_position_embeddings", 2048)),
+            norm_eps=float(hf_config.get("rms_norm_eps", 1e-6)),
+            tied=bool(hf_config.get("tie_word_embeddings", False)),
+            qkv_bias=traits.qkv_bias,
+            qk_norm=traits.qk_norm,
+            rope=_rope(hf_config),
+            sliding_window=hf_config.get("sliding_window") if traits.sliding_window else None,
+            init_std=float(hf_config.get("initializer_range", 0.02)),
+        )
+    except KeyError as error:
+        raise UserError(f"config.json of the model has no {error.args[0]!r}") from error
+
+
+def _rope(hf_config: Mapping[str, Any]) -> RopeSpec:
+    # transformers 5 writes `rope_parameters`; earlier versions `rope_theta` beside an optional `rope_scaling`
+    rope = {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0)
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    if kind == "default":
+        return RopeSpec(theta)
+    if kind == "linear":
+        return RopeSpec(theta, kind, float(rope["factor"]))
+    if kind == "llama3":
+        return RopeSpec(
+            theta,
+            kind,
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    raise UserError(f"rotary embeddings of type {kind!r} are not supported; supported are default, linear, llama3")
+
+
+def _refuse_unsupported(name: str, hf_config: Mapping[str, Any]) -> None:
+    if (act := hf_config.get("hidden_act", "silu")) != "silu":
+        raise UserError(f"hidden_act {act!r} of {name} is not supported (only silu)")
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
+        if hf_config.get(key):
+            raise UserError(f"{key} of {name} is not supported; use a model without it")
