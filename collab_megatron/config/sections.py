@@ -112,7 +112,7 @@ class RolloutSection(Section):
     max_assistant_turns: Positive = 3  # policy turns in all; the trained reply is the first
     max_new_tokens: Positive = 2048  # per policy turn
     max_prompt_tokens: Positive = 8192  # longer prompts are left out and counted
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=1.0, le=1.0)  # the trainer's log-probs are of the unscaled distribution
     min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
     step_timeout_s: Seconds = 1800.0  # deadline of one step's rollouts
 
@@ -174,7 +174,7 @@ class SyncSection(Section):
 
     bucket_mb: Positive = 512  # one broadcast call carries at most this much
     timeout_s: Seconds = 300.0  # deadline of a whole sync
-    verify: bool = True  # compare checksums of trainer and engine after each sync
+    max_logprob_gap: float = Field(0.5, gt=0)  # mean |trainer - engine| log-prob that stops the run: weights differ
 
 
 class DataSection(Section):

@@ -1,0 +1,64 @@
+"""From a rollout batch to what one optimizer step needs: token samples in, loss function out. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from collab_megatron.algorithms.losses import LossSum, grpo_loss
+from collab_megatron.batching.micro_batch import MicroBatch, TokenSample
+from collab_megatron.config.sections import AlgorithmSection
+from collab_megatron.types import TrainingSample
+
+
+def token_sample(sample: TrainingSample) -> TokenSample:
+    """Prompt and reply as one sequence; only reply tokens are trained."""
+    before, reply = len(sample.prompt_ids), len(sample.reply_ids_T)
+    return TokenSample(
+        ids=[*sample.prompt_ids, *sample.reply_ids_T],
+        mask=[0.0] * before + [1.0] * reply,
+        values={
+            "advantages": [0.0] * before + [sample.advantage] * reply,
+            "rollout_logprobs": [0.0] * before + list(sample.rollout_logprobs_T),
+        },
+    )
+
+
+def mini_batches(samples: Sequence[TrainingSample], count: int) -> list[list[TrainingSample]]:
+    """`count` consecutive parts of nearly equal size, none empty; groups stay together as far as sizes allow."""
+    count = min(count, len(samples))
+    bounds = [round(i * len(samples) / count) for i in range(count + 1)]
+    return [list(samples[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def with_values(batch: MicroBatch, name: str, values: Tensor) -> MicroBatch:
+    """The batch with one more per-token tensor [B, S]."""
+    return MicroBatch(batch.ids, batch.mask, {**batch.values, name: values}, batch.sample_indices)
+
+
+def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch], LossSum]:
+    """The loss of a micro-batch. Without "old_logprobs" the policy at the start of the step is the policy itself,
+    which is exact for one optimizer step per batch and saves a forward pass; without "ref_logprobs" there is no KL.
+    """
+
+    def loss(logprobs: Tensor, batch: MicroBatch) -> LossSum:
+        old = batch.values.get("old_logprobs", logprobs.detach())
+        rollout = batch.values["rollout_logprobs"]
+        total = grpo_loss(
+            logprobs,
+            old_logprobs=old,
+            rollout_logprobs=rollout,
+            ref_logprobs=batch.values.get("ref_logprobs"),
+            advantages=batch.values["advantages"],
+            mask=batch.mask,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            kl_coef=algorithm.kl_coef,
+            importance_cap=algorithm.importance_cap,
+        )
+        gap = ((old - rollout).abs() * batch.mask).detach()
+        return LossSum(loss=total.loss, metrics={**total.metrics, "logprob_gap": torch.sum(gap)})
+
+    return loss

@@ -1,0 +1,66 @@
+"""The command line that all entry points share, and how a launched trainer rank finds its peers."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from collab_megatron.errors import RunError
+
+
+@dataclass(frozen=True)
+class TrainerArguments:
+    """Given by the launcher to every trainer rank."""
+
+    engine_url: str = ""
+    engine_ready_file: Path | None = None  # appears once the engine answers
+    driver_ready_file: Path | None = None  # appears once the driver listens; holds its address
+
+    def wait_for_engine(self, timeout_s: float) -> None:
+        """Raises RunError at the deadline."""
+        if self.engine_ready_file is not None:
+            _wait_for_file(self.engine_ready_file, f"engine {self.engine_url}", timeout_s)
+
+    def driver_address(self, timeout_s: float) -> str:
+        """The driver's address once it listens. Raises RunError at the deadline."""
+        if self.driver_ready_file is None:
+            raise RuntimeError("this run has no driver")
+        return _wait_for_file(self.driver_ready_file, "the driver", timeout_s)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """An entry point's command line."""
+
+    config: Path
+    overrides: list[str]
+    dry_run: bool
+    trainer: TrainerArguments | None  # set in a process that the launcher started as a trainer rank
+
+
+def parse_arguments(description: str | None, argv: list[str] | None = None) -> Arguments:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a YAML file, see conf/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, start nothing")
+    internal = parser.add_argument_group("set by the launcher")
+    internal.add_argument("--trainer-rank", action="store_true", help=argparse.SUPPRESS)
+    internal.add_argument("--engine-url", default="", help=argparse.SUPPRESS)
+    internal.add_argument("--engine-ready-file", type=Path, help=argparse.SUPPRESS)
+    internal.add_argument("--driver-ready-file", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    trainer = None
+    if args.trainer_rank:
+        trainer = TrainerArguments(args.engine_url, args.engine_ready_file, args.driver_ready_file)
+    return Arguments(config=args.config, overrides=args.overrides, dry_run=args.dry_run, trainer=trainer)
+
+
+def _wait_for_file(path: Path, what: str, timeout_s: float) -> str:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise RunError(f"trainer waited over {timeout_s:g} s for {what}")
+        time.sleep(0.05)
+    return path.read_text()

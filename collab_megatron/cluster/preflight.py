@@ -1,0 +1,152 @@
+"""Every check that can be made before a process is started: a user's mistake ends in seconds, with one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.cluster.processes import port_in_use
+from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config.entry import llm_roles
+from collab_megatron.config.sections import EngineSection, LLMSection, ParallelSection, RunSection
+from collab_megatron.convert.layout import check_layout, read_hf_config
+from collab_megatron.convert.source import resolve_model_folder
+from collab_megatron.convert.spec import model_spec
+from collab_megatron.convert.tables import parameter_count
+from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.parquet import read_conversations, read_tasks
+from collab_megatron.errors import UserError
+from collab_megatron.simulators import Gateway
+
+REACH_TIMEOUT_S = 5.0
+CHECKPOINT_COPIES = 2
+"""Room that saving needs: the checkpoint being written beside the one it replaces."""
+
+
+@dataclass(frozen=True)
+class RLStart:
+    """What the checks found out on the way."""
+
+    first_step: int
+    max_context_tokens: int
+
+
+def device_of(parallel: ParallelSection) -> str:
+    """cpu or cuda, without importing torch into the launcher."""
+    if parallel.device != "auto":
+        return parallel.device
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def check_rl(config: RLConfig) -> RLStart:
+    """All checks of train_rl. Raises UserError."""
+    hf_config = _check_model(config.model.path, config.parallel)
+    first_step = _check_run(config.run, config.train.steps)
+    read_tasks(config.data.train)
+    if config.data.validation is not None:
+        read_tasks(config.data.validation)
+    _check_devices(config.parallel, config.engine)
+    _check_engine(config.engine)
+    _check_disk(config.run.dir, hf_config, config.model.dtype)
+    asyncio.run(_check_simulators(llm_roles(config.simulators), config.run.seed))
+    return RLStart(first_step=first_step, max_context_tokens=max_context_tokens(hf_config, config.engine))
+
+
+def check_sft(config: SFTConfig) -> None:
+    """All checks of train_sft. Raises UserError."""
+    hf_config = _check_model(config.model.path, config.parallel)
+    _check_run(config.run, config.train.steps)
+    read_conversations(config.data.train)
+    _check_devices(config.parallel, None)
+    _check_disk(config.run.dir, hf_config, config.model.dtype)
+    target = config.export_hf
+    if target is not None and target.exists() and any(target.iterdir()):
+        raise UserError(f"export_hf {target} exists and is not empty: choose another folder or remove it")
+
+
+def check_evaluate(config: EvaluateConfig) -> int:
+    """All checks of an evaluation; returns the context length. Raises UserError."""
+    hf_config = _check_model(config.model.path, ParallelSection(device=config.parallel.device))
+    if config.data.validation is not None:
+        read_tasks(config.data.validation)
+    _check_engine(config.engine)
+    asyncio.run(_check_simulators(llm_roles(config.simulators), config.run.seed))
+    return max_context_tokens(hf_config, config.engine)
+
+
+def max_context_tokens(hf_config: dict[str, Any], engine: EngineSection) -> int:
+    """Tokens that prompt and reply may take together in the engine."""
+    limits = [limit for limit in (engine.context_length, hf_config.get("max_position_embeddings")) if limit]
+    return min(limits) if limits else 2**31 - 1
+
+
+def _check_model(path: str, parallel: ParallelSection) -> dict[str, Any]:
+    folder = resolve_model_folder(path)
+    hf_config = read_hf_config(folder)
+    check_layout(hf_config, parallel)
+    ChatTemplate(load_tokenizer(folder)).check_exact()
+    return hf_config
+
+
+def _check_run(run: RunSection, steps: int) -> int:
+    """The first step to run. A fresh run must not write over an earlier one's checkpoints."""
+    newest = newest_complete(run.checkpoints_dir)
+    if newest is None:
+        return 0
+    if not run.resume:
+        raise UserError(
+            f"{run.checkpoints_dir} holds checkpoints of an earlier run: set run.resume=true to go on from "
+            f"{newest.name}, or choose another run.dir"
+        )
+    done = read_info(newest).step
+    if done >= steps:
+        raise UserError(f"{newest} has already done {done} of {steps} steps: raise train.steps to go on")
+    return done
+
+
+def _check_devices(parallel: ParallelSection, engine: EngineSection | None) -> None:
+    if device_of(parallel) != "cuda":
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    own_engine = engine is not None and engine.url is None
+    needed = parallel.world_size + (engine.tensor if engine is not None and own_engine else 0)
+    if present < needed:
+        raise UserError(
+            f"this layout needs {needed} GPUs on the node, {present} are visible: lower parallel.tensor, parallel.data "
+            "or engine.tensor"
+        )
+
+
+def _check_engine(engine: EngineSection) -> None:
+    if engine.url is None and engine.port and port_in_use(engine.host, engine.port):
+        raise UserError(
+            f"port {engine.port} on {engine.host} is in use: end what listens there, or set engine.port=0 for a free one"
+        )
+
+
+async def _check_simulators(roles: dict[str, LLMSection], seed: int) -> None:
+    gateway = Gateway(roles, seed)  # a missing key is found here
+    try:
+        await gateway.check_reachable(REACH_TIMEOUT_S)
+    finally:
+        await gateway.close()
+
+
+def _check_disk(run_dir: Path, hf_config: dict[str, Any], dtype: str) -> None:
+    """Weights, fp32 master weights where they differ, and two Adam moments."""
+    num_params = parameter_count(model_spec(hf_config))
+    per_param = 4 + 8 + (2 if dtype == "bfloat16" else 0)
+    needed = num_params * per_param * CHECKPOINT_COPIES
+    existing = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{run_dir} has {free / 2**20:.0f} MB free, its checkpoints need {needed / 2**20:.0f} MB: free some space or "
+            "choose another run.dir"
+        )

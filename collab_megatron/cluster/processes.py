@@ -1,0 +1,160 @@
+"""Child processes that never outlive us: own process group each, death signal, one supervisor that ends them all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from collab_megatron.errors import EXIT_RUN, EXIT_USER, RunError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+GRACE_S = 10.0  # between TERM and KILL
+TAIL_LINES = 12
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to TERM this process when its parent ends (Linux prctl)."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def port_in_use(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+@dataclass
+class Child:
+    """One started process."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path | None  # None: its output goes to ours
+
+
+class Supervisor:
+    """Starts children and ends all of them, whatever happens. Use as a context manager."""
+
+    def __init__(self, logs_dir: Path) -> None:
+        self._logs_dir = logs_dir
+        self._children: list[Child] = []
+
+    def __enter__(self) -> Supervisor:
+        self._logs_dir.mkdir(parents=True, exist_ok=True)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _raise_interrupt)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end_all()
+
+    def start(self, name: str, argv: Sequence[str], env: Mapping[str, str], *, show: bool = False) -> Child:
+        """Start `argv` with `env` on top of ours; output to LOGS/name.log, or to our own if `show`."""
+        log = None if show else self._logs_dir / f"{name}.log"
+        sink = None if log is None else log.open("ab")
+        try:
+            process = subprocess.Popen(
+                list(argv),
+                env={**os.environ, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink and subprocess.STDOUT,
+                start_new_session=True,  # its own group: one kill reaches whatever it starts
+                preexec_fn=die_with_parent,
+            )
+        finally:
+            if sink is not None:
+                sink.close()
+        child = Child(name, process, log)
+        self._children.append(child)
+        return child
+
+    def check(self) -> None:
+        """Raise RunError (or exit with 2 for a user's mistake) if a child has ended with an error."""
+        for child in self._children:
+            code = child.process.poll()
+            if code not in (None, 0):
+                self._fail(child, code)
+
+    def wait_for(self, children: Sequence[Child], *, poll_s: float = 0.1) -> None:
+        """Until all `children` have ended well; any child's failure ends everything."""
+        while any(child.process.poll() is None for child in children):
+            self.check()
+            time.sleep(poll_s)
+        self.check()
+
+    def wait_for_file(self, path: Path, child: Child, *, timeout_s: float) -> str:
+        """The text of a file that `child` writes when it is ready. Raises RunError at the deadline."""
+        deadline = time.monotonic() + timeout_s
+        while not path.exists():
+            self.check()
+            if child.process.poll() is not None or time.monotonic() > deadline:
+                raise RunError(f"{child.name} was not ready within {timeout_s:g} s; see {child.log}")
+            time.sleep(0.05)
+        return path.read_text()
+
+    def end_all(self) -> None:
+        """TERM to every child's group, KILL after GRACE_S; returns when none is left."""
+        for child in self._children:
+            _signal_group(child, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_S
+        for child in self._children:
+            try:
+                child.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                print(f"{child.name} did not end within {GRACE_S:g} s: killed", file=sys.stderr, flush=True)
+            _signal_group(child, signal.SIGKILL)  # whatever is left of its group
+            child.process.wait()
+        self._children.clear()
+
+    def _fail(self, child: Child, code: int) -> None:
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        told = _tail(child.log) if child.log is not None else []
+        sentence = next((line.removeprefix("error: ") for line in reversed(told) if line.startswith("error: ")), None)
+        if code == EXIT_USER:
+            if sentence:
+                print(f"error: {sentence}", file=sys.stderr, flush=True)
+            self.end_all()
+            sys.exit(EXIT_USER)
+        if code == EXIT_RUN and child.log is None:  # it has told the user itself
+            self.end_all()
+            sys.exit(EXIT_RUN)
+        if sentence is None and told:
+            print("\n".join(f"  {child.name}| {line}" for line in told), file=sys.stderr, flush=True)
+        where = f"; see {child.log}" if child.log is not None else ""
+        raise RunError(f"{child.name} ended with {how}{': ' + sentence if sentence else ''}{where}")
+
+
+def _signal_group(child: Child, number: signal.Signals) -> None:
+    try:
+        os.killpg(child.process.pid, number)
+    except ProcessLookupError:
+        return  # nobody of the group is left
+
+
+def _tail(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+
+
+def _raise_interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

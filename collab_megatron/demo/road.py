@@ -1,0 +1,192 @@
+"""The whole road of the demo, stage by stage, each a command that a user could type.
+
+model -> tasks -> endpoint -> base evaluation -> data -> SFT -> RL (evaluates before and after) -> export -> proof
+
+Every stage is a process of its own; a failure ends the road with that stage's exit code. The figures are collected into
+RUN_DIR/summary.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collab_megatron.cluster.processes import Child, Supervisor
+from collab_megatron.errors import UserError
+
+HELD_OUT_SHOWN = ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr")
+ENDPOINT_START_S = 30.0
+KEY_VARIABLE = "DESK_API_KEY"
+
+
+@dataclass(frozen=True)
+class RoadSettings:
+    """How long the road is. `full` is the demo; `short` walks the same way with a few steps (tests)."""
+
+    run_dir: Path
+    seed: int = 1
+    conversations: int = 6000  # grown by the data builder
+    held_out: int = 1000
+    sft_steps: int | None = None  # None: what the shipped config says
+    rl_steps: int | None = None
+    overrides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stage -> further a.b=c
+
+
+class Road:
+    """Runs stages and keeps the time of each."""
+
+    def __init__(self, settings: RoadSettings, repository: Path) -> None:
+        self._settings = settings
+        self._repository = repository
+        self._key = secrets.token_hex(16)  # as secret as a real one: it must show up nowhere
+        self._api_base = ""
+        self.wall_s: dict[str, float] = {}
+
+    @property
+    def run_dir(self) -> Path:
+        return self._settings.run_dir
+
+    def start_endpoint(self, supervisor: Supervisor) -> None:
+        """The simulated user, judge and assistant, behind HTTP on a free port."""
+        ready = self.run_dir / "logs" / "endpoint.address"
+        ready.unlink(missing_ok=True)
+        argv = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", "0", "--ready-file", str(ready)]
+        child: Child = supervisor.start("endpoint", [*argv, "--die-with-parent"], {KEY_VARIABLE: self._key})
+        address = supervisor.wait_for_file(ready, child, timeout_s=ENDPOINT_START_S)
+        self._api_base = f"http://{address.strip()}/v1"
+
+    def stage(self, name: str, argv: Sequence[str]) -> None:
+        """Run one command to its end, its output on our terminal; exits with its code if it fails."""
+        print(f"\n== {name}: python {' '.join(argv)}", flush=True)
+        start = time.monotonic()
+        code = subprocess.call([sys.executable, *argv], cwd=self._repository, env={**os.environ, KEY_VARIABLE: self._key})
+        self.wall_s[name] = self.wall_s.get(name, 0.0) + time.monotonic() - start
+        if code:
+            sys.exit(code)
+        print(f"== {name} took {self.wall_s[name]:.0f} s", flush=True)
+
+    def roles(self, *names: str) -> list[str]:
+        """Overrides that point these roles at the endpoint."""
+        return [f"simulators.{name}.api_base={self._api_base}" for name in names]
+
+    def further(self, stage: str) -> list[str]:
+        return list(self._settings.overrides.get(stage, ()))
+
+    # the stages, in order
+
+    def make_model(self) -> None:
+        argv = ["-m", "collab_megatron.demo.model", "--output", str(self.run_dir / "model")]
+        self.stage("model", [*argv, "--seed", str(self._settings.seed)])
+
+    def make_tasks(self) -> None:
+        s = self._settings
+        argv = ["-m", "collab_megatron.demo.tasks", "--output", str(self.run_dir / "data" / "tasks")]
+        self.stage("tasks", [*argv, "--train", str(s.conversations), "--heldout", str(s.held_out), "--seed", str(s.seed)])
+
+    def build_data(self) -> None:
+        data = self.run_dir / "data"
+        argv = ["tools/build_dataset.py", "conf/demo_data.yaml", *self.roles("user", "judge", "assistant")]
+        argv += [f"problems={data / 'tasks' / 'train.jsonl'}", f"output={data / 'multiturn'}"]
+        argv += [f"tokenizer={self.run_dir / 'model'}", f"seed={self._settings.seed}", *self.further("data")]
+        self.stage("data", argv)
+        prepare = ["tools/prepare_dataset.py", "--dataset", str(data / "multiturn"), "--output", str(data)]
+        self.stage("data", [*prepare, "--dataset-type", "sft"])
+        held_out = str(data / "tasks" / "heldout.jsonl")
+        self.stage("data", [*prepare, "--dataset-type", "rl", "--validation", held_out, *self.further("prepare_rl")])
+
+    def evaluate_base(self) -> None:
+        argv = ["-m", "collab_megatron.evaluate", "conf/demo_evaluate.yaml", *self.roles("user", "judge")]
+        argv += [*self._common(), f"model.path={self.run_dir / 'model'}", *self._rl_data()]
+        argv += [f"output={self.run_dir / 'evaluation_base.json'}", *self.further("evaluate")]
+        self.stage("evaluate_base", argv)
+
+    def train_sft(self) -> None:
+        argv = ["-m", "collab_megatron.train_sft", "conf/demo_sft.yaml", *self._common()]
+        argv += [f"model.path={self.run_dir / 'model'}", f"data.train={self.run_dir / 'data' / 'sft_train.parquet'}"]
+        argv += [f"export_hf={self.run_dir / 'sft_hf'}", *self._steps(self._settings.sft_steps), *self.further("sft")]
+        self.stage("sft", argv)
+
+    def train_rl(self, name: str = "rl", run_dir: Path | None = None, overrides: Sequence[str] = ()) -> None:
+        argv = ["-m", "collab_megatron.train_rl", "conf/demo_rl.yaml", *self.roles("user", "judge")]
+        argv += [*self._common(run_dir), f"run.name={name}", f"model.path={self.run_dir / 'sft_hf'}", *self._rl_data()]
+        self.stage(name, [*argv, *self._steps(self._settings.rl_steps), *self.further("rl"), *overrides])
+
+    def export(self) -> None:
+        checkpoints = self.run_dir / "checkpoints" / "rl"
+        newest = max(path for path in checkpoints.iterdir() if path.name.startswith("step_"))
+        argv = ["tools/convert_checkpoint.py", "megatron-to-hf", "--checkpoint", str(newest)]
+        self.stage("export", [*argv, "--output", str(self.run_dir / "hf")])
+        probe = str(self.run_dir / "engine_probe.json")
+        self.stage("proof", ["tools/check_export.py", "--hf", str(self.run_dir / "hf"), "--probe", probe])
+
+    def _common(self, run_dir: Path | None = None) -> list[str]:
+        return [f"run.dir={run_dir or self.run_dir}", f"run.seed={self._settings.seed}"]
+
+    def _rl_data(self) -> list[str]:
+        data = self.run_dir / "data"
+        return [f"data.train={data / 'rl_train.parquet'}", f"data.validation={data / 'rl_validation.parquet'}"]
+
+    def _steps(self, steps: int | None) -> list[str]:
+        return [] if steps is None else [f"train.steps={steps}"]
+
+
+def refuse_used_folder(run_dir: Path) -> None:
+    """The demo always starts afresh. Raises UserError rather than writing over an earlier run."""
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty: remove it (rm -r {run_dir}) or choose another with --run-dir")
+
+
+def walk(settings: RoadSettings, repository: Path) -> dict[str, Any]:
+    """The whole road; returns the summary that now stands in RUN_DIR/summary.json."""
+    from collab_megatron.demo.summary import write_summary  # reads files the stages have written
+
+    refuse_used_folder(settings.run_dir)
+    road = Road(settings, repository)
+    with Supervisor(settings.run_dir / "logs") as supervisor:
+        road.make_model()
+        road.make_tasks()
+        road.start_endpoint(supervisor)
+        road.build_data()
+        road.evaluate_base()
+        road.train_sft()
+        road.train_rl()
+        road.export()
+    return write_summary(settings.run_dir, wall_s=road.wall_s, settings=settings_json(settings))
+
+
+ABLATION: Mapping[str, tuple[str, ...]] = {
+    # the same budget on accuracy and tokens alone, so that nothing but the futures says whether asking pays
+    "rl_reply_only": ("rollout.num_repeat_rollouts=0", "reward.metric_weights={accuracy: 1.0, token_amount: -0.1}"),
+    "rl_no_interactivity": ("reward.metric_weights={accuracy: 1.0, token_amount: -0.1}",),
+}
+
+
+def ablate(settings: RoadSettings, repository: Path) -> dict[str, Any]:
+    """Two more RL runs from the SFT model of an earlier `walk`; their figures join its summary."""
+    from collab_megatron.demo.summary import read_summary, write_summary
+
+    earlier = read_summary(settings.run_dir)
+    road = Road(settings, repository)
+    road.wall_s = dict(earlier["wall_s"])
+    with Supervisor(settings.run_dir / "logs") as supervisor:
+        road.start_endpoint(supervisor)
+        for name, overrides in ABLATION.items():
+            folder = settings.run_dir / "ablation" / name
+            refuse_used_folder(folder)
+            road.wall_s.pop(name, None)
+            road.train_rl(name, folder, [*overrides, "train.eval_at_start=false"])
+    return write_summary(settings.run_dir, wall_s=road.wall_s, settings=earlier["config"]["settings"])
+
+
+def settings_json(settings: RoadSettings) -> dict[str, Any]:
+    """The settings as they stand in the summary."""
+    plain = {"seed": settings.seed, "conversations": settings.conversations, "held_out": settings.held_out}
+    return json.loads(json.dumps({**plain, "sft_steps": settings.sft_steps, "rl_steps": settings.rl_steps}))

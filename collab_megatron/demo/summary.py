@@ -1,0 +1,100 @@
+"""Collects a demo's figures from what its stages wrote into summary.json, and prints the closing table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from collab_megatron.errors import UserError
+
+HELD_OUT = ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr")
+STAGES = ("base", "sft", "rl", "rl_reply_only", "rl_no_interactivity")
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Raises UserError if no demo has finished in `run_dir`."""
+    path = run_dir / "summary.json"
+    if not path.exists():
+        raise UserError(f"no {path}: run `make demo` first")
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary
+
+
+def write_summary(run_dir: Path, *, wall_s: Mapping[str, float], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Write RUN_DIR/summary.json from the evaluations and usage files below it; returns its contents."""
+    evaluations = _evaluations(run_dir)
+    summary: dict[str, Any] = {
+        name: {stage: round(figures[name], 4) for stage, figures in evaluations.items() if name in figures}
+        for name in HELD_OUT
+    }
+    summary["conversations"] = {stage: int(figures["conversations"]) for stage, figures in evaluations.items()}
+    summary["wall_s"] = {stage: round(seconds, 1) for stage, seconds in wall_s.items()}
+    summary["api_calls"] = _api_calls(run_dir)
+    resolved = {path.parent.name: path.read_text() for path in sorted(run_dir.rglob("logs/*/resolved.yaml"))}
+    summary["config"] = {"settings": dict(settings), **resolved}
+    aside = run_dir / "summary.json.tmp"
+    aside.write_text(json.dumps(summary, indent=1) + "\n")
+    os.replace(aside, run_dir / "summary.json")
+    return summary
+
+
+def print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
+    """The table, where the files are, and what to type next."""
+    stages = [stage for stage in STAGES if stage in summary["accuracy"]]
+    table = Table(title="held-out conversations, temperature 0")
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage.replace("_", " "), justify="right")
+    for name in HELD_OUT:
+        table.add_row(name.replace("_", " "), *(f"{summary[name].get(stage, float('nan')):.3f}" for stage in stages))
+    console = Console(width=110)
+    console.print()
+    console.print(table)
+    total = sum(summary["wall_s"].values())
+    calls = sum(summary["api_calls"].values())
+    console.print(f"{total / 60:.1f} minutes, {calls:,} LLM calls, {summary['conversations']['base']} held-out tasks")
+    for what, where in (
+        ("figures", "summary.json"),
+        ("conversations", "conversations.jsonl"),
+        ("final model", "hf/"),
+        ("checkpoints", "checkpoints/"),
+        ("logs", "logs/"),
+    ):
+        console.print(f"  {what:14s} {run_dir / where}", highlight=False, soft_wrap=True)
+    console.print(f"\n  .venv/bin/tensorboard --logdir {run_dir / 'tensorboard'}\n", highlight=False, soft_wrap=True)
+
+
+def _evaluations(run_dir: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {"base": json.loads((run_dir / "evaluation_base.json").read_text())}
+    by_step = _by_step(run_dir / "evaluations.jsonl")
+    found["sft"], found["rl"] = by_step[0], by_step[max(by_step)]
+    for stage in ("rl_reply_only", "rl_no_interactivity"):
+        path = run_dir / "ablation" / stage / "evaluations.jsonl"
+        if path.exists():
+            by_step = _by_step(path)
+            found[stage] = by_step[max(by_step)]
+    return found
+
+
+def _by_step(path: Path) -> dict[int, dict[str, float]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {int(row["step"]): row for row in rows}
+
+
+def _api_calls(run_dir: Path) -> dict[str, int]:
+    """Calls per role, all stages together."""
+    usages = [json.loads((run_dir / "evaluation_base.json").read_text())]
+    usages += [json.loads(path.read_text()) for path in sorted(run_dir.rglob("api_usage.json"))]
+    calls: dict[str, int] = {}
+    for usage in usages:
+        for name, value in usage.items():
+            if name.startswith("simulator/") and name.endswith("/calls"):
+                role = name.split("/")[1]
+                calls[role] = calls.get(role, 0) + int(value)
+    return calls

@@ -1,0 +1,1 @@
+"""Grows conversation trees: policy replies, simulated users, judges, rewards, advantages. Never imports megatron."""

@@ -1,0 +1,85 @@
+"""Builds the players of the conversations from a config: engine client, simulated user, judges, chat template."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
+from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.driver.conversation import Limits, Players
+from collab_megatron.engine.client import EngineClient
+from collab_megatron.errors import UserError
+from collab_megatron.monitor.busy import BusyClock
+from collab_megatron.rewards import make_scorer
+from collab_megatron.simulators import Gateway, LLMUserSimulator
+from collab_megatron.types import Task
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The players and the clients behind them whose counters go to the dashboard."""
+
+    players: Players
+    limits: Limits
+    engine: EngineClient
+    gateway: Gateway
+
+
+@asynccontextmanager
+async def assemble(config: RLConfig | EvaluateConfig, *, engine_url: str, max_context_tokens: int) -> AsyncIterator[Cast]:
+    """Clients that live as long as the block. Raises UserError for a missing key or an inexact chat template."""
+    chat = ChatTemplate(load_tokenizer(config.model.path))
+    chat.check_exact()
+    sections = llm_roles(config.simulators)
+    gateway = Gateway(sections, config.run.seed)
+    rollout = config.rollout
+    judge = gateway.role("judge") if "judge" in sections else None
+    judge_prompt = config.simulators.judge.prompt_file if config.simulators.judge else None
+    async with EngineClient(
+        engine_url,
+        stop_token_ids=chat.end_ids,
+        timeout_s=config.engine.request_timeout_s,
+        max_concurrency=config.engine.max_concurrency,
+    ) as engine:
+        try:
+            yield Cast(
+                players=Players(
+                    engine=engine,
+                    user=LLMUserSimulator(gateway.role("user"), config.simulators.user.prompt_file),
+                    scorer=make_scorer(
+                        config.reward.metric_weights,
+                        judge,
+                        accuracy_verifier=config.reward.accuracy_verifier,
+                        judge_prompt_file=judge_prompt,
+                    ),
+                    chat=chat,
+                    engine_clock=BusyClock(),
+                    user_clock=BusyClock(),
+                    judge_clock=BusyClock(),
+                ),
+                limits=Limits(
+                    max_user_turns=rollout.max_user_turns,
+                    max_assistant_turns=rollout.max_assistant_turns,
+                    max_new_tokens=rollout.max_new_tokens,
+                    max_context_tokens=max_context_tokens,
+                    temperature=rollout.temperature,
+                ),
+                engine=engine,
+                gateway=gateway,
+            )
+        finally:
+            await gateway.close()
+
+
+def usable_tasks(tasks: list[Task], cast: Cast, max_prompt_tokens: int) -> list[Task]:
+    """The tasks whose prompt fits. Raises UserError if none does."""
+    room = min(max_prompt_tokens, cast.limits.max_context_tokens - cast.limits.max_new_tokens)
+    fitting = [task for task in tasks if len(cast.players.chat.prompt_ids(task.prompt)) <= room]
+    if not fitting:
+        raise UserError(
+            f"none of the {len(tasks)} prompts fits into {room} tokens: raise rollout.max_prompt_tokens or lower "
+            "rollout.max_new_tokens"
+        )
+    return fitting

@@ -1,0 +1,165 @@
+"""One future: the rest of a conversation after a reply, played until the user ends it or the turn limits are reached.
+
+Token-in, token-out: the policy's context is a list of ids that only grows. A sampled reply enters it as it was sampled;
+what follows is the chat template's glue around the user's text. Text is made of ids for simulator and judge alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from collab_megatron.errors import RunError
+from collab_megatron.monitor.busy import BusyClock
+from collab_megatron.types import (
+    TERMINATION_SIGNAL,
+    Future,
+    Generation,
+    Message,
+    PolicyEngine,
+    RolloutStatus,
+    ScoredConversation,
+    Task,
+    UserSimulator,
+)
+
+
+class Chat(Protocol):
+    """The chat template as the driver needs it (data/chat.py)."""
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]: ...
+    def turn_glue(self, user_text: str, *, cut: bool = False) -> list[int]: ...
+    def reply_text(self, token_ids: Sequence[int]) -> str: ...
+    def ended(self, token_ids: Sequence[int]) -> bool: ...
+
+
+class ConversationScorer(Protocol):
+    """All metrics of one conversation (rewards/scorer.py)."""
+
+    async def score(self, conversation: ScoredConversation) -> dict[str, float]: ...
+    def reward(self, scores: dict[str, float]) -> float: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a conversation ends."""
+
+    max_user_turns: int  # user turns after the reply
+    max_assistant_turns: int  # policy turns, the reply included
+    max_new_tokens: int  # per policy turn
+    max_context_tokens: int  # what engine and model can hold
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Players:
+    """Everybody a conversation needs, and the clocks that tell how long each was waited for."""
+
+    engine: PolicyEngine
+    user: UserSimulator
+    scorer: ConversationScorer
+    chat: Chat
+    engine_clock: BusyClock
+    user_clock: BusyClock
+    judge_clock: BusyClock
+
+
+@dataclass
+class _State:
+    """The conversation as it grows."""
+
+    messages: list[Message]
+    context: list[int]
+    policy_tokens: int
+    versions: list[int]
+    user_turns: int = 0
+    assistant_turns: int = 1
+    cut: bool = False  # the last policy turn ran into its token limit
+
+
+async def play_future(
+    task: Task,
+    prompt_ids: Sequence[int],
+    reply: Generation,
+    *,
+    index: int,
+    sample_index: int,
+    simulate: bool,
+    limits: Limits,
+    players: Players,
+) -> Future:
+    """Play and score future `index` of a reply. Never raises RunError: a failed call becomes the future's status.
+
+    With `simulate` False (K = 0) the reply is scored as it stands. Waits for the engine, the user simulator and the
+    judges in turn; `sample_index` tells the simulator's repeated calls with the same chat apart.
+    """
+    state = _State(
+        messages=[*task.prompt, Message("assistant", players.chat.reply_text(reply.token_ids_T))],
+        context=[*prompt_ids, *reply.token_ids_T],
+        policy_tokens=len(reply.token_ids_T),
+        versions=list(reply.versions_T),
+        cut=not players.chat.ended(reply.token_ids_T),
+    )
+    status, error = RolloutStatus.MAX_TURNS, ""
+    if simulate:
+        status, error = await _simulate(task, state, sample_index, limits, players)
+    elif state.cut:
+        status = RolloutStatus.TRUNCATED
+    played = Future(
+        index=index,
+        status=status,
+        messages=tuple(state.messages[len(task.prompt) + 1 :]),
+        policy_tokens=state.policy_tokens,
+        versions=(min(state.versions), max(state.versions)),
+        error=error,
+    )
+    return await _score(task, state, sample_index, played, players) if status.scored else played
+
+
+async def _simulate(
+    task: Task, state: _State, sample_index: int, limits: Limits, players: Players
+) -> tuple[RolloutStatus, str]:
+    while state.user_turns < limits.max_user_turns and state.assistant_turns < limits.max_assistant_turns:
+        try:
+            with players.user_clock:
+                user_text = await players.user.reply(task, state.messages, sample_index=sample_index)
+        except RunError as error:
+            return RolloutStatus.SIMULATOR_FAILED, str(error)
+        state.messages.append(Message("user", user_text))
+        state.user_turns += 1
+        if TERMINATION_SIGNAL in user_text:
+            return RolloutStatus.TERMINATED, ""
+        state.context += players.chat.turn_glue(user_text, cut=state.cut)
+        if len(state.context) + limits.max_new_tokens > limits.max_context_tokens:
+            return RolloutStatus.TRUNCATED, ""
+        try:
+            with players.engine_clock:
+                (turn,) = await players.engine.generate(
+                    state.context, n=1, temperature=limits.temperature, max_new_tokens=limits.max_new_tokens
+                )
+        except RunError as error:
+            return RolloutStatus.ENGINE_FAILED, str(error)
+        state.messages.append(Message("assistant", players.chat.reply_text(turn.token_ids_T)))
+        state.context += turn.token_ids_T
+        state.policy_tokens += len(turn.token_ids_T)
+        state.versions += turn.versions_T
+        state.assistant_turns += 1
+        state.cut = not players.chat.ended(turn.token_ids_T)
+    return (RolloutStatus.TRUNCATED if state.cut else RolloutStatus.MAX_TURNS), ""
+
+
+async def _score(task: Task, state: _State, sample_index: int, played: Future, players: Players) -> Future:
+    conversation = ScoredConversation(
+        task=task,
+        messages=tuple(state.messages),
+        num_prompt_messages=len(task.prompt),
+        policy_tokens=state.policy_tokens,
+        sample_index=sample_index,
+    )
+    try:
+        with players.judge_clock:
+            scores = await players.scorer.score(conversation)
+    except RunError as error:
+        return replace(played, status=RolloutStatus.JUDGE_FAILED, error=str(error))
+    return replace(played, scores=scores, reward=players.scorer.reward(scores))

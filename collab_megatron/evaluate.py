@@ -1,0 +1,69 @@
+"""Plays whole held-out conversations with a model as it stands and writes the figures.
+
+    python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...]
+
+Starts an engine for `model.path` (or uses `engine.url`), plays at `evaluation.temperature`, prints the figures and writes
+them to `output` as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import uvloop
+
+from collab_megatron.cluster.cli import parse_arguments
+from collab_megatron.cluster.launch import launch_engine_only
+from collab_megatron.cluster.preflight import check_evaluate
+from collab_megatron.cluster.processes import Supervisor
+from collab_megatron.config import EvaluateConfig, dump_config, load_config
+from collab_megatron.data.parquet import read_tasks
+from collab_megatron.driver.cast import assemble, usable_tasks
+from collab_megatron.driver.collector import evaluate
+from collab_megatron.errors import UserError, run_cli
+
+
+async def play(config: EvaluateConfig, engine_url: str, max_context_tokens: int) -> dict[str, float]:
+    """Figures over the held-out tasks, and the API calls made for them."""
+    if config.data.validation is None:
+        raise UserError("data.validation is not set: name the held-out parquet")
+    async with assemble(config, engine_url=engine_url, max_context_tokens=max_context_tokens) as cast:
+        tasks = usable_tasks(read_tasks(config.data.validation), cast, config.rollout.max_prompt_tokens)
+        figures, _ = await evaluate(
+            tasks,
+            evaluation=config.evaluation,
+            weights=config.reward.metric_weights,
+            limits=cast.limits,
+            players=cast.players,
+        )
+        return figures | cast.gateway.snapshot().metrics()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Aside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    os.replace(aside, path)
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    config = load_config(EvaluateConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(dump_config(config))
+        return
+    max_context_tokens = check_evaluate(config)
+    with Supervisor(config.run.logs_dir) as supervisor:
+        url = launch_engine_only(supervisor, config)
+        figures = uvloop.run(play(config, url, max_context_tokens))
+    for name, value in sorted(figures.items()):
+        print(f"{name:40s} {value:.4f}")
+    if config.output is not None:
+        write_json(config.output, figures)
+
+
+if __name__ == "__main__":
+    run_cli(main)

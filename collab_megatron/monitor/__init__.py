@@ -1,0 +1,1 @@
+"""What a run shows: clocks, metrics, TensorBoard, the progress line."""

@@ -1,0 +1,27 @@
+"""Wall seconds per phase of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class PhaseTimer:
+    """`with timer("update"):` adds up; `drain()` gives {"time_s/update": seconds} and starts anew."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
+
+    def drain(self) -> dict[str, float]:
+        named = {f"time_s/{phase}": seconds for phase, seconds in self._seconds.items()}
+        self._seconds = {}
+        return named

@@ -1,0 +1,136 @@
+"""Reinforcement learning with multiturn-aware rewards.
+
+    python -m collab_megatron.train_rl conf/demo_rl.yaml [section.key=value ...] [--dry-run]
+
+A step's life: the driver samples n replies per prompt from the engine, plays K futures of each against the simulated user,
+judges them and turns the rewards into group advantages; the trainer scores the replies under the reference, takes a
+clipped policy-gradient step, and publishes the new weights to the engine. `main` launches engine, driver and trainer
+ranks on this node; `train` is what every trainer rank runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
+from collab_megatron.config import RLConfig, dump_config, load_config
+from collab_megatron.errors import RunError, run_cli
+
+
+def train(config: RLConfig, arguments: TrainerArguments) -> None:
+    """The loop of one trainer rank."""
+    # heavy and megatron-bound: the launcher, which shares this file, must start without them
+    from collab_megatron.actor.actor import Actor
+    from collab_megatron.actor.grid import close_grid, init_grid
+    from collab_megatron.checkpoint.folders import newest_complete
+    from collab_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+    from collab_megatron.monitor.timers import PhaseTimer
+    from collab_megatron.resharding.publisher import Publisher
+    from collab_megatron.training.engine_probe import write_engine_probe
+    from collab_megatron.training.inbox import Inbox
+    from collab_megatron.training.reporter import Reporter
+    from collab_megatron.training.rl_step import update
+
+    grid = init_grid(config.parallel, config.run.seed)
+    total = config.train.steps
+    actor = Actor.build(
+        config.model.path,
+        dtype=config.model.dtype,
+        grid=grid,
+        optimizer=config.optimizer,
+        total_steps=total * config.algorithm.mini_batches,
+    )
+    reference = None
+    if config.algorithm.kl_coef > 0:
+        reference = Actor.build(config.model.path, dtype=config.model.dtype, grid=grid, optimizer=None)
+    first_step = 0
+    checkpoint = newest_complete(config.run.checkpoints_dir) if config.run.resume else None
+    if checkpoint is not None:
+        first_step = load_checkpoint(actor, checkpoint).step
+
+    arguments.wait_for_engine(config.engine.startup_timeout_s)
+    inbox = Inbox(
+        grid,
+        driver_address=arguments.driver_address(config.engine.startup_timeout_s),
+        step_timeout_s=config.rollout.step_timeout_s,
+        eval_timeout_s=config.evaluation.timeout_s,
+    )
+    publisher = Publisher(actor, engine_url=arguments.engine_url, engine_ranks=config.engine.tensor, sync=config.sync)
+    reporter = Reporter(config, first_step=first_step) if grid.is_main else None
+    timer = PhaseTimer()
+
+    def evaluate(step: int) -> None:
+        if config.data.validation is not None:
+            figures = inbox.evaluate(step, step)
+            if reporter:
+                reporter.evaluation(step, figures)
+
+    def save(step: int) -> None:
+        with timer("checkpoint"):
+            extra = {"config": config.model_dump(mode="json"), "weight_version": step}
+            save_checkpoint(actor, config.run.checkpoints_dir, step=step, extra=extra, keep_last=config.train.keep_last)
+
+    publisher.publish(first_step)
+    if config.train.eval_at_start and first_step == 0:
+        evaluate(0)
+    for step in range(first_step, total):
+        with timer("step"):
+            with timer("wait_for_rollout"):
+                batch = inbox.next_batch(step, version=step)
+            metrics = update(
+                actor,
+                reference,
+                batch,
+                algorithm=config.algorithm,
+                micro_batch_tokens=config.train.micro_batch_tokens,
+                timer=timer,
+            )
+            require_same_weights(metrics, config.sync.max_logprob_gap)
+            with timer("weight_sync"):
+                sync = publisher.publish(step + 1)
+        done = step + 1
+        interval = config.train.save_interval
+        if done == total or (interval and done % interval == 0):
+            save(done)
+        if reporter:
+            reporter.step(done, batch.metrics, metrics, sync, timer.drain())
+        if done == total or (config.train.eval_interval and done % config.train.eval_interval == 0):
+            evaluate(done)
+    if reporter and first_step < total:
+        write_engine_probe(config, publisher.control, batch)
+        reporter.close()
+    inbox.close()
+    publisher.close()
+    close_grid()
+
+
+def require_same_weights(metrics: Mapping[str, float], max_gap: float) -> None:
+    """Engine and trainer must agree on what was sampled. Raises RunError: training on would be silently off-policy."""
+    gap = metrics["train/logprob_gap"]
+    if not gap <= max_gap:
+        raise RunError(
+            f"trainer and engine log-probs differ by {gap:.3g} on average (sync.max_logprob_gap is {max_gap:g}): "
+            "the engine does not serve the trainer's weights"
+        )
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    config = load_config(RLConfig, arguments.config, arguments.overrides)
+    if arguments.trainer is not None:
+        train(config, arguments.trainer)
+        return
+    from collab_megatron.cluster.launch import launch_rl
+    from collab_megatron.cluster.plan import rl_plan
+    from collab_megatron.cluster.preflight import check_rl
+
+    if arguments.dry_run:
+        print(dump_config(config))
+        print(rl_plan(config))
+        return
+    start = check_rl(config)
+    launch_rl(config, start)
+
+
+if __name__ == "__main__":
+    run_cli(main)

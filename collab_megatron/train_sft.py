@@ -1,0 +1,98 @@
+"""Supervised fine-tuning on conversations; the loss is on assistant tokens only.
+
+    python -m collab_megatron.train_sft conf/demo_sft.yaml [section.key=value ...] [--dry-run]
+
+`main` launches the trainer ranks on this node; `train` is what every rank runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from collab_megatron.cluster.cli import parse_arguments
+from collab_megatron.config import SFTConfig, dump_config, load_config
+from collab_megatron.errors import run_cli
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def train(config: SFTConfig) -> None:
+    """The loop of one trainer rank."""
+    # heavy and megatron-bound: the launcher, which shares this file, must start without them
+    from collab_megatron.actor.actor import Actor
+    from collab_megatron.actor.grid import barrier, close_grid, init_grid
+    from collab_megatron.algorithms.losses import LossSum, sft_loss
+    from collab_megatron.batching import MicroBatch
+    from collab_megatron.checkpoint.folders import newest_complete
+    from collab_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+    from collab_megatron.convert.hf_folder import write_hf_folder
+    from collab_megatron.monitor.timers import PhaseTimer
+    from collab_megatron.training.sft_data import SFTData
+    from collab_megatron.training.sft_reporter import SFTReporter
+
+    grid = init_grid(config.parallel, config.run.seed)
+    total = config.train.steps
+    actor = Actor.build(
+        config.model.path, dtype=config.model.dtype, grid=grid, optimizer=config.optimizer, total_steps=total
+    )
+    data = SFTData(config, grid)
+    first_step = 0
+    checkpoint = newest_complete(config.run.checkpoints_dir) if config.run.resume else None
+    if checkpoint is not None:
+        first_step = load_checkpoint(actor, checkpoint).step
+    reporter = SFTReporter(config, first_step=first_step, data=data) if grid.is_main else None
+    timer = PhaseTimer()
+
+    def loss(logprobs: Tensor, batch: MicroBatch) -> LossSum:
+        return sft_loss(logprobs, mask=batch.mask)
+
+    for step in range(first_step, total):
+        with timer("data"):
+            micro_batches, trained_tokens = data.step(step)
+        with timer("update"):
+            result = actor.train_step(micro_batches, loss, normalizer=trained_tokens)
+        done = step + 1
+        interval = config.train.save_interval
+        if done == total or (interval and done % interval == 0):
+            with timer("checkpoint"):
+                extra = {"config": config.model_dump(mode="json")}
+                save_checkpoint(
+                    actor, config.run.checkpoints_dir, step=done, extra=extra, keep_last=config.train.keep_last
+                )
+        if reporter:
+            reporter.step(done, result, trained_tokens, timer.drain())
+    if config.export_hf is not None:
+        stream = actor.hf_tensors()
+        if grid.is_main:
+            metadata = {"run": str(config.run.dir), "name": config.run.name, "step": str(total)}
+            write_hf_folder(stream, actor.source_folder, config.export_hf, metadata=metadata)
+        else:
+            for _ in stream:  # take part in the gathering
+                pass
+        barrier(grid)
+    if reporter:
+        reporter.close()
+    close_grid()
+
+
+def main() -> None:
+    arguments = parse_arguments(__doc__)
+    config = load_config(SFTConfig, arguments.config, arguments.overrides)
+    if arguments.trainer is not None:
+        train(config)
+        return
+    from collab_megatron.cluster.launch import launch_sft
+    from collab_megatron.cluster.plan import sft_plan
+    from collab_megatron.cluster.preflight import check_sft
+
+    if arguments.dry_run:
+        print(dump_config(config))
+        print(sft_plan(config))
+        return
+    check_sft(config)
+    launch_sft(config)
+
+
+if __name__ == "__main__":
+    run_cli(main)

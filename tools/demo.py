@@ -1,0 +1,49 @@
+"""The demo: a small model learns to ask before it answers. `make demo` and `make demo-ablation` call this.
+
+    python tools/demo.py [--run-dir runs/demo] [--seed 1]
+    python tools/demo.py --ablation [--run-dir runs/demo]
+    python tools/demo.py --short --run-dir DIR     # the same road in a few steps; nothing is learned
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from collab_megatron.demo.road import RoadSettings, ablate, walk
+from collab_megatron.demo.summary import print_summary
+from collab_megatron.errors import run_cli
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def short_settings(run_dir: Path, seed: int) -> RoadSettings:
+    """Every stage for real, none of them long."""
+    few = ("evaluation.num_tasks=24",)
+    rl = (*few, "rollout.prompts_per_step=4", "rollout.num_replies=4", "train.save_interval=2")
+    return RoadSettings(
+        run_dir=run_dir,
+        seed=seed,
+        conversations=48,
+        held_out=24,
+        sft_steps=10,
+        rl_steps=3,
+        overrides={"evaluate": few, "rl": rl, "sft": ("batch_size=16", "optimizer.warmup_steps=2")},
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--ablation", action="store_true", help="two more RL runs from an earlier demo's SFT model")
+    parser.add_argument("--short", action="store_true", help="a few steps of everything; nothing is learned")
+    args = parser.parse_args()
+    run_dir = args.run_dir.absolute()
+    settings = short_settings(run_dir, args.seed) if args.short else RoadSettings(run_dir, args.seed)
+    summary = ablate(settings, REPOSITORY) if args.ablation else walk(settings, REPOSITORY)
+    print_summary(summary, args.run_dir)
+
+
+if __name__ == "__main__":
+    run_cli(main)
