@@ -2,7 +2,7 @@
 
 A conversation's context grows as ids:  prompt_ids + reply ids (as sampled) + turn_glue(user turn) + reply ids + ...
 `turn_glue` is the stretch of the template between two sampled replies. check_exact() proves on probe conversations that
-this equals tokenising the whole chat at once, which holds where the end-of-turn token is a special token and the template
+this equals tokenising the whole chat at once; it does where the end-of-turn token is a special token and the template
 does not rewrite earlier turns.
 """
 

@@ -73,7 +73,7 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> in
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """SFT conversations as prepare_dataset.py wrote them. Raises UserError naming the file and what is wrong with it."""
+    """SFT conversations as prepare_dataset.py wrote them. Raises UserError naming the file and what is wrong."""
     return _read(Path(path), CONVERSATION_SCHEMA, "sft", _to_conversation)
 
 

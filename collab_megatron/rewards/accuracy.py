@@ -1,6 +1,7 @@
 """accuracy: 1.0 if the conversation reached the reference answer, else 0.0.
 
-`exact` compares the last assistant turn with the reference, white space aside: for tasks whose answer has one form. `judge` asks an LLM that sees task, reference and conversation.
+`exact` compares the last assistant turn with the reference, white space aside: for tasks whose answer has one form.
+`judge` asks an LLM that sees task, reference and conversation.
 """
 
 from __future__ import annotations

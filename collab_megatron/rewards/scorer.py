@@ -27,8 +27,8 @@ class Scorer:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = {m.name: group.create_task(m.score(conversation)) for m in self.metrics}
-        except* Exception as errors:
-            raise _first(errors) from None
+        except ExceptionGroup as errors:  # `except*` would wrap what is raised in a group again
+            raise first_error(errors) from None
         return {name: task.result() for name, task in tasks.items()}
 
     def reward(self, scores: Mapping[str, float]) -> float:
@@ -36,8 +36,8 @@ class Scorer:
         return conversation_reward(scores, self.weights)
 
 
-def _first(errors: BaseExceptionGroup) -> BaseException:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+def first_error(errors: BaseException) -> BaseException:
+    """The first plain exception of a group, however deep."""
+    while isinstance(errors, BaseExceptionGroup):
+        errors = errors.exceptions[0]
+    return errors

@@ -1,0 +1,71 @@
+"""Grow multi-turn CollabLLM conversations from single-turn problems.
+
+    python tools/build_dataset.py conf/build.yaml [section.key=value ...]
+
+Writes conversations-*.jsonl (flat CollabLLM rows) into the config's `output` folder; tools/prepare_dataset.py reads it.
+Interrupted builds go on with the same command; conversations that are finished are never made twice. Exit code 2 for a
+mistake in config or data, 1 if the build broke off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installing it
+
+from collab_megatron.config import BuildDatasetConfig, load_config
+from collab_megatron.data.build.processes import Progress, build_dataset
+from collab_megatron.errors import RunError, run_cli
+
+QUIET_S = 10.0  # between progress lines where the output is a file
+
+
+class Display:
+    """One line that is written over on a terminal; a line now and then in a file."""
+
+    def __init__(self) -> None:
+        self._shown_at = 0.0
+
+    def show(self, progress: Progress) -> None:
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{progress.line()}", end="", flush=True)
+        elif time.monotonic() - self._shown_at >= QUIET_S:
+            self._shown_at = time.monotonic()
+            print(progress.line(), flush=True)
+
+    def finish(self, progress: Progress) -> None:
+        if sys.stdout.isatty():
+            print("\r\x1b[K", end="")
+        tally = progress.tally
+        print(
+            f"{progress.before + tally.done} of {progress.total} conversations ({progress.before} were there before, "
+            f"{tally.failed} failed), {tally.rows} new rows in {progress.seconds:.1f} s ({progress.per_s:.1f}/s)"
+        )
+        for role, usage in tally.usage.items():
+            print(
+                f"  {role}: {usage.calls} calls, {usage.retries} retries, {usage.failures} failed, "
+                f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, ${usage.cost_usd:.4f}"
+            )
+        print(f"  all: {progress.calls} calls, ${progress.cost_usd:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Grow multi-turn conversations from single-turn problems.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    args = parser.parse_args()
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    config = load_config(BuildDatasetConfig, args.config, args.overrides)
+    display = Display()
+    progress = build_dataset(config, display.show)
+    display.finish(progress)
+    if progress.tally.done == 0 and progress.before < progress.total:
+        raise RunError(f"no conversation was finished; last error: {progress.tally.last_error}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
