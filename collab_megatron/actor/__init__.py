@@ -4,6 +4,11 @@ Importing this package makes megatron importable on a machine without CUDA (cpu_
 is there. It must run before any megatron module, hence here.
 """
 
+import warnings
+
 from collab_megatron.actor.cpu_support import install
+
+# a page of warnings per rank about optional packages; backend.py logs in one line what was chosen
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
 install()

@@ -94,7 +94,7 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         # megatron types it int, but only ever builds a timedelta of it
-        distributed_timeout_minutes=parallel.collective_timeout_s / 60,  # type: ignore[arg-type]
+        distributed_timeout_minutes=parallel.collective_timeout_s / 60,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -57,7 +57,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, local, mine, log_normalizer = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         hit = torch.where(mine, grad, 0.0)
@@ -89,7 +89,7 @@ def logprobs_and_entropy(
     flat = logits.reshape(-1, columns)
     real = min(max(vocab - first, 0), columns)
     if real < columns:
-        # a rank of nothing but padding keeps one column that weighs nothing: its backward pass must run like the others'
+        # a rank of nothing but padding keeps a column that weighs nothing: its backward pass must run like the others'
         flat = flat[:, :real] if real else flat[:, :1] * 0.0 - 1e30
     rows = max(1, chunk_elements // max(1, columns))
     logprobs, entropy = _LogprobsAndEntropy.apply(flat, labels.reshape(-1), first, group, rows)

@@ -15,6 +15,7 @@ from collab_megatron.actor.grid import RankGrid
 from collab_megatron.actor.layers import layer_spec
 from collab_megatron.actor.logprobs import logprobs_and_entropy
 from collab_megatron.convert.spec import ModelSpec, RopeSpec
+from collab_megatron.convert.tables import canonical_name, rows
 
 
 class PolicyModel(GPTModel):
@@ -94,9 +95,26 @@ def build_model(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid) -> PolicyMo
     )
     model.spec, model.grid = spec, grid
     model.to(grid.device)
+    _mark_shards(model, spec)
     # upstream knows llama3 stretching with one set of constants only; the frequencies are a plain attribute
     model.rotary_pos_emb.inv_freq = rope_frequencies(spec.rope, spec.head_dim).to(grid.device)
     return model
+
+
+def _mark_shards(model: PolicyModel, spec: ModelSpec) -> None:
+    """Say of each parameter how it is cut. Upstream does so only while initialising weights, which we skip; unmarked,
+    a shard counts as a copy and is left out of the gradient norm on every rank but the first, in silence.
+    """
+    cuts = {row.megatron: row.cut for row in rows(spec)}
+    for name, parameter in model.named_parameters():
+        cut = cuts[canonical_name(name)]
+        marks = {
+            "tensor_model_parallel": cut is not None,
+            "partition_dim": -1 if cut is None else cut,
+            "partition_stride": 1,
+        }
+        for mark, value in marks.items():
+            setattr(parameter, mark, value)
 
 
 def rope_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:

@@ -1,0 +1,98 @@
+"""Checkpoint folders: their names, what makes one complete, which is the newest. Pure: no torch.
+
+checkpoints/NAME/
+    step_00000040/          renamed from step_00000040.tmp once everything below is on the disk
+        model/              megatron's distributed checkpoint (torch_dist)
+        hf/                 config, tokenizer, chat template: what conversion needs
+        complete.json       the marker, written last: step, layout, extra state
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collab_megatron.errors import UserError
+
+MARKER = "complete.json"
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8})")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a complete checkpoint says of itself."""
+
+    folder: Path
+    step: int  # optimizer steps done
+    extra: dict[str, Any]  # the caller's own JSON: data position, config ...
+    layout: dict[str, Any]  # tensor, data, distributed_optimizer, dtype, architecture
+
+    @property
+    def model_folder(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def hf_folder(self) -> Path:
+        return self.folder / "hf"
+
+
+def step_folder(directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies once it is complete."""
+    return directory / f"step_{step:08d}"
+
+
+def write_marker(folder: Path, *, step: int, layout: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    """Declare `folder` complete. Raises TypeError where `extra` is not JSON."""
+    content = {"format": FORMAT, "step": step, "layout": dict(layout), "extra": dict(extra)}
+    (folder / MARKER).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_info(folder: Path) -> CheckpointInfo:
+    """Read the marker. Raises UserError where `folder` is not a complete checkpoint of a format that we know."""
+    try:
+        content = json.loads((folder / MARKER).read_text())
+        found = content["format"]
+        info = CheckpointInfo(folder, int(content["step"]), content["extra"], content["layout"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a complete checkpoint: its {MARKER} is missing or unreadable") from error
+    if found != FORMAT:
+        raise UserError(f"{folder} is a checkpoint of format {found}; this version reads format {FORMAT}")
+    return info
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Step folders whose name and marker agree, oldest first."""
+    found = []
+    for folder in directory.glob("step_*") if directory.is_dir() else ():
+        match = _NAME.fullmatch(folder.name)
+        if match and _says(folder, int(match[1])):
+            found.append(folder)
+    return sorted(found)
+
+
+def newest_complete(directory: Path) -> Path | None:
+    """The newest complete checkpoint, never a torn one; None where there is none."""
+    return next(reversed(complete_checkpoints(directory)), None)
+
+
+def retire(directory: Path, keep_last: int) -> None:
+    """Remove complete checkpoints but the newest `keep_last`, and whatever an interrupted save left behind."""
+    for folder in complete_checkpoints(directory)[:-keep_last]:
+        # without its marker first: a removal cut short must not leave something that looks complete
+        (folder / MARKER).unlink()
+        shutil.rmtree(folder)
+    for torn in directory.glob("step_*.tmp"):
+        shutil.rmtree(torn)
+
+
+def _says(folder: Path, step: int) -> bool:
+    try:
+        return read_info(folder).step == step and (folder / "model" / "metadata.json").is_file()
+    except UserError:
+        return False

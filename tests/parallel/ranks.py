@@ -1,0 +1,68 @@
+"""Real gloo processes for a test: N copies of a script, a deadline, and the failing rank's traceback.
+
+    run_ranks("grpo_ranks.py", 2, str(model_folder), "--tensor=2")
+
+The script reads RANK and WORLD_SIZE as any trainer rank does. Each rank's output goes to a file, so that no pipe fills up.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+class RanksFailed(AssertionError):
+    """A rank ended with an error or the deadline passed; the message holds the failing ranks' output."""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_ranks(script: Path, ranks: int, *args: str, deadline_s: float = 150.0) -> list[str]:
+    """Run `script` on `ranks` processes; returns each rank's output, or raises RanksFailed and leaves no process."""
+    port = str(free_port())
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"rank{rank}" for rank in range(ranks)]
+        processes = []
+        for rank, log in enumerate(logs):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            env = {
+                **os.environ,
+                **{name: str(value) for name, value in place.items()},
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "PYTHONPATH": str(REPO),
+                "OMP_NUM_THREADS": "1",
+            }
+            with log.open("w") as out:
+                command = [sys.executable, "-W", "ignore", str(script), *args]
+                processes.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env))
+        end = time.monotonic() + deadline_s
+        try:
+            # a rank that failed leaves the others waiting for it: stop at the first
+            while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.05)
+            late = [rank for rank, p in enumerate(processes) if p.poll() is None]
+            failed = [rank for rank, p in enumerate(processes) if p.poll()]
+        finally:
+            for p in processes:
+                p.kill()
+                p.wait()
+        texts = [log.read_text(errors="replace") for log in logs]
+    if failed:
+        raise RanksFailed("\n".join(f"--- rank {r} of {ranks} ---\n{texts[r][-4000:]}" for r in failed))
+    if late:
+        raise RanksFailed("\n".join(f"--- rank {r} was not done after {deadline_s} s ---\n{texts[r][-2000:]}" for r in late))
+    return texts
