@@ -2,8 +2,8 @@
 
     python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...]
 
-Starts an engine for `model.path` (or uses `engine.url`), plays at `evaluation.temperature`, prints the figures and writes
-them to `output` as JSON.
+Starts an engine for `model.path` (or uses `engine.url`), plays at `evaluation.temperature`, prints the figures and
+writes them to `output` as JSON.
 """
 
 from __future__ import annotations

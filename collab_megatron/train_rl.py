@@ -2,9 +2,9 @@
 
     python -m collab_megatron.train_rl conf/demo_rl.yaml [section.key=value ...] [--dry-run]
 
-A step's life: the driver samples n replies per prompt from the engine, plays K futures of each against the simulated user,
-judges them and turns the rewards into group advantages; the trainer scores the replies under the reference, takes a
-clipped policy-gradient step, and publishes the new weights to the engine. `main` launches engine, driver and trainer
+A step's life: the driver samples n replies per prompt from the engine, plays K futures of each against the simulated
+user, judges them and turns the rewards into group advantages; the trainer scores the replies under the reference, takes
+a clipped policy-gradient step, and publishes the new weights to the engine. `main` launches engine, driver and trainer
 ranks on this node; `train` is what every trainer rank runs.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,7 +31,7 @@ def mini_batches(samples: Sequence[TrainingSample], count: int) -> list[list[Tra
     """`count` consecutive parts of nearly equal size, none empty; groups stay together as far as sizes allow."""
     count = min(count, len(samples))
     bounds = [round(i * len(samples) / count) for i in range(count + 1)]
-    return [list(samples[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(samples[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def with_values(batch: MicroBatch, name: str, values: Tensor) -> MicroBatch:

@@ -23,7 +23,10 @@ from collab_megatron.engine.server_args import engine_command
 
 def launch_rl(config: RLConfig, start: RLStart) -> None:
     """Run engine, driver and trainers; returns when training is done. Raises RunError when a part fails."""
-    with Supervisor(config.run.logs_dir) as supervisor, tempfile.TemporaryDirectory(prefix="collab_megatron_") as scratch:
+    with (
+        Supervisor(config.run.logs_dir) as supervisor,
+        tempfile.TemporaryDirectory(prefix="collab_megatron_") as scratch,
+    ):
         files = Path(scratch)
         resolved = write_resolved(config, config.run.logs_dir)
         url, engine = start_engine(

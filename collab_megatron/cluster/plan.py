@@ -73,7 +73,8 @@ def _training_lines(
     shown = ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in per_rank.items())
     return [
         f"model       {spec.architecture}, {params:,} parameters, {dtype}",
-        f"trainer     {parallel.world_size} ranks on {device_of(parallel)}: tensor {parallel.tensor} x data {parallel.data}",
+        f"trainer     {parallel.world_size} ranks on {device_of(parallel)}: tensor {parallel.tensor} "
+        f"x data {parallel.data}",
         f"per rank    {shown} ({sum(per_rank.values()) / 2**20:,.0f} MB without activations)",
     ]
 

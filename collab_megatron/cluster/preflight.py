@@ -126,7 +126,8 @@ def _check_devices(parallel: ParallelSection, engine: EngineSection | None) -> N
 def _check_engine(engine: EngineSection) -> None:
     if engine.url is None and engine.port and port_in_use(engine.host, engine.port):
         raise UserError(
-            f"port {engine.port} on {engine.host} is in use: end what listens there, or set engine.port=0 for a free one"
+            f"port {engine.port} on {engine.host} is in use: end what listens there, or set "
+            "engine.port=0 for a free one"
         )
 
 
@@ -147,6 +148,6 @@ def _check_disk(run_dir: Path, hf_config: dict[str, Any], dtype: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"{run_dir} has {free / 2**20:.0f} MB free, its checkpoints need {needed / 2**20:.0f} MB: free some space or "
-            "choose another run.dir"
+            f"{run_dir} has {free / 2**20:.0f} MB free, its checkpoints need {needed / 2**20:.0f} MB: free "
+            "some space or choose another run.dir"
         )

@@ -65,7 +65,9 @@ class Supervisor:
             signal.signal(number, _raise_interrupt)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.end_all()
 
     def start(self, name: str, argv: Sequence[str], env: Mapping[str, str], *, show: bool = False) -> Child:

@@ -1,6 +1,6 @@
 """YAML to a typed config: `extends`, `a.b=c` overrides, and errors that name the key and its nearest neighbour.
 
-    config = load_config(RLConfig, Path("conf/demo_rl.yaml"), ["train.steps=3", "run.resume=true"])
+config = load_config(RLConfig, Path("conf/demo_rl.yaml"), ["train.steps=3", "run.resume=true"])
 """
 
 from __future__ import annotations

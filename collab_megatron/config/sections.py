@@ -67,15 +67,15 @@ class ParallelSection(Section):
 class OptimizerSection(Section):
     """AdamW and its schedule; one unit of the schedule is one training step."""
 
-    lr: float = Field(1e-6, gt=0)
-    min_lr: float = Field(0.0, ge=0)  # where the decay ends
+    lr: float = Field(default=1e-6, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)  # where the decay ends
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     beta1: Share = 0.9
     beta2: Share = 0.95
-    eps: float = Field(1e-8, gt=0)
-    clip_grad: float = Field(1.0, ge=0)  # largest gradient norm; 0 turns clipping off
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, ge=0)  # largest gradient norm; 0 turns clipping off
     distributed: bool = False  # megatron's DistributedOptimizer (optimizer state sharded over data ranks)
 
 
@@ -93,12 +93,15 @@ class TrainSection(Section):
 class AlgorithmSection(Section):
     """GRPO on multiturn-aware rewards."""
 
-    advantage_eps: float = Field(0.05, gt=0)  # added to the group's std; tiny values inflate groups that differ in length only
-    min_group_std: float = Field(0.01, ge=0)  # groups whose rewards spread less get advantage 0
-    clip_low: float = Field(0.2, ge=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: float = Field(0.2, ge=0)
-    kl_coef: float = Field(0.001, ge=0)  # weight of the low-variance KL to the reference; 0: no reference model
-    importance_cap: float = Field(2.0, gt=0)  # trainer/engine importance weight exp(logp - rollout_logp) is cut here
+    # added to the group's std; a tiny value inflates groups whose replies differ in length only
+    advantage_eps: float = Field(default=0.05, gt=0)
+    min_group_std: float = Field(default=0.01, ge=0)  # groups whose rewards spread less get advantage 0
+    clip_low: float = Field(default=0.2, ge=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = Field(default=0.2, ge=0)
+    kl_coef: float = Field(default=0.001, ge=0)  # weight of the low-variance KL to the reference; 0: no reference model
+    importance_cap: float = Field(
+        default=2.0, gt=0
+    )  # trainer/engine importance weight exp(logp - rollout_logp) is cut here
     mini_batches: Positive = 1  # optimizer steps per rollout batch
 
 
@@ -112,7 +115,7 @@ class RolloutSection(Section):
     max_assistant_turns: Positive = 3  # policy turns in all; the trained reply is the first
     max_new_tokens: Positive = 2048  # per policy turn
     max_prompt_tokens: Positive = 8192  # longer prompts are left out and counted
-    temperature: float = Field(1.0, ge=1.0, le=1.0)  # the trainer's log-probs are of the unscaled distribution
+    temperature: float = Field(default=1.0, ge=1.0, le=1.0)  # the trainer's log-probs are of the unscaled distribution
     min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
     step_timeout_s: Seconds = 1800.0  # deadline of one step's rollouts
 
@@ -130,7 +133,7 @@ class LLMSection(Section):
     model: str  # e.g. gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
     api_base: str | None = None  # URL of a compatible server; None: the provider's own
     api_key_env: str | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
-    temperature: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0)
     max_tokens: Positive = 1024
     timeout_s: Seconds = 60.0  # deadline of one attempt
     deadline_s: Seconds = 240.0  # deadline of one call, its retries included
@@ -138,8 +141,8 @@ class LLMSection(Section):
     max_concurrency: Positive = 64
     json_mode: bool = True  # ask the provider for a JSON object where the prompt wants one
     prompt_file: Path | None = None  # replaces the shipped prompt template
-    input_usd_per_mtoken: float | None = Field(None, ge=0)  # price; None: LiteLLM's table
-    output_usd_per_mtoken: float | None = Field(None, ge=0)
+    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table
+    output_usd_per_mtoken: float | None = Field(default=None, ge=0)
 
 
 class SimulatorsSection(Section):
@@ -174,7 +177,9 @@ class SyncSection(Section):
 
     bucket_mb: Positive = 512  # one broadcast call carries at most this much
     timeout_s: Seconds = 300.0  # deadline of a whole sync
-    max_logprob_gap: float = Field(0.5, gt=0)  # mean |trainer - engine| log-prob that stops the run: weights differ
+    max_logprob_gap: float = Field(
+        default=0.5, gt=0
+    )  # mean |trainer - engine| log-prob that stops the run: weights differ
 
 
 class DataSection(Section):
@@ -188,7 +193,7 @@ class EvaluationSection(Section):
     """Whole conversations on held-out tasks."""
 
     num_tasks: Positive = 1000  # at most; fewer if the file has fewer
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
     max_assistant_turns: Positive = 3
     max_concurrency: Positive = 64
     timeout_s: Seconds = 1800.0

@@ -67,7 +67,9 @@ class Road:
         """Run one command to its end, its output on our terminal; exits with its code if it fails."""
         print(f"\n== {name}: python {' '.join(argv)}", flush=True)
         start = time.monotonic()
-        code = subprocess.call([sys.executable, *argv], cwd=self._repository, env={**os.environ, KEY_VARIABLE: self._key})
+        code = subprocess.call(
+            [sys.executable, *argv], cwd=self._repository, env={**os.environ, KEY_VARIABLE: self._key}
+        )
         self.wall_s[name] = self.wall_s.get(name, 0.0) + time.monotonic() - start
         if code:
             sys.exit(code)
@@ -89,7 +91,9 @@ class Road:
     def make_tasks(self) -> None:
         s = self._settings
         argv = ["-m", "collab_megatron.demo.tasks", "--output", str(self.run_dir / "data" / "tasks")]
-        self.stage("tasks", [*argv, "--train", str(s.conversations), "--heldout", str(s.held_out), "--seed", str(s.seed)])
+        self.stage(
+            "tasks", [*argv, "--train", str(s.conversations), "--heldout", str(s.held_out), "--seed", str(s.seed)]
+        )
 
     def build_data(self) -> None:
         data = self.run_dir / "data"

@@ -28,7 +28,9 @@ class Cast:
 
 
 @asynccontextmanager
-async def assemble(config: RLConfig | EvaluateConfig, *, engine_url: str, max_context_tokens: int) -> AsyncIterator[Cast]:
+async def assemble(
+    config: RLConfig | EvaluateConfig, *, engine_url: str, max_context_tokens: int
+) -> AsyncIterator[Cast]:
     """Clients that live as long as the block. Raises UserError for a missing key or an inexact chat template."""
     chat = ChatTemplate(load_tokenizer(config.model.path))
     chat.check_exact()

@@ -125,7 +125,9 @@ def _require_version(batch: RolloutBatch, version: int) -> None:
         raise RunError(f"driver: step {batch.step} holds tokens of weight versions {sorted(seen)}, expected {version}")
 
 
-async def serve(config: RLConfig, *, engine_url: str, max_context_tokens: int, first_step: int, ready_file: Path) -> None:
+async def serve(
+    config: RLConfig, *, engine_url: str, max_context_tokens: int, first_step: int, ready_file: Path
+) -> None:
     """Answer requests until told to stop."""
     recorder = TreeRecorder(config.run.dir / "conversations.jsonl", first_step=first_step)
     context = zmq.asyncio.Context()

@@ -1,5 +1,6 @@
-"""Control calls to one SGLang server: wait until ready, pause, update, continue. Synchronous: the trainer's rank 0 uses it.
+"""Control calls to one SGLang server: wait until ready, pause, update, continue.
 
+Synchronous: the trainer's rank 0 and the launcher use it.
 Endpoints: sglang/srt/entrypoints/http_server.py (0.5.23).
 """
 

@@ -24,7 +24,9 @@ class BusyClock:
         self._open += 1
         self.calls += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._open -= 1
         if self._open == 0:
             self._total += time.monotonic() - self._since

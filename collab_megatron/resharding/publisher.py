@@ -1,7 +1,7 @@
 """Publish the actor's weights: pause -> begin -> buckets -> end -> continue, and the version goes up.
 
-Every trainer rank takes part in gathering; rank 0 alone talks to the engine and sends. Transport: broadcast in a group of
-rank 0 and the engine's ranks (`update_weights_from_distributed`), gloo on CPU, NCCL on GPU.
+Every trainer rank takes part in gathering; rank 0 alone talks to the engine and sends. Transport: broadcast in a group
+of rank 0 and the engine's ranks (`update_weights_from_distributed`), gloo on CPU, NCCL on GPU.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class Publisher:
     def publish(self, version: int) -> SyncReport:
         """Send all weights and make them `version`. Collective: every trainer rank calls it.
 
-        Raises RunError naming bucket, call and engine; the engine stays paused then, so it cannot serve half-new weights.
+        Raises RunError naming bucket, call and engine; the engine stays paused then: it must not serve half-new
+        weights.
         """
         start = time.monotonic()
         stream = self._actor.hf_tensors()

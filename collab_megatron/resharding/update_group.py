@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 
-def join_as_sender(*, address: str, port: int, world_size: int, group_name: str, backend: str, timeout_s: float) -> dist.ProcessGroup:
+def join_as_sender(
+    *, address: str, port: int, world_size: int, group_name: str, backend: str, timeout_s: float
+) -> dist.ProcessGroup:
     """Join as rank 0; blocks until the engine's ranks 1 .. world_size-1 have joined, at most `timeout_s`.
 
     torch has no public way to a second, independent world, so this does what the engine does on its side
@@ -24,7 +26,7 @@ def join_as_sender(*, address: str, port: int, world_size: int, group_name: str,
         [],
         dist.Backend(backend),
         dist.PrefixStore(group_name, store),
-        group_name=group_name,
+        group_name=c10d.GroupName(group_name),
         timeout=timeout,
     )
     c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}

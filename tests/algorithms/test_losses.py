@@ -1,0 +1,142 @@
+"""The losses against plain arithmetic, and that micro-batching does not change them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from collab_megatron.algorithms.advantages import group_advantages
+from collab_megatron.algorithms.grpo_step import make_grpo_loss, mini_batches, token_sample, with_values
+from collab_megatron.algorithms.losses import grpo_loss, importance_weights, low_variance_kl, sft_loss
+from collab_megatron.batching import split_by_tokens
+from collab_megatron.config.sections import AlgorithmSection
+from collab_megatron.types import TrainingSample
+
+
+def test_one_token_by_hand() -> None:
+    logprob = torch.tensor([[-1.0]], requires_grad=True)
+    result = grpo_loss(
+        logprob,
+        old_logprobs=torch.tensor([[-1.5]]),
+        rollout_logprobs=torch.tensor([[-1.6]]),
+        ref_logprobs=torch.tensor([[-1.2]]),
+        advantages=torch.tensor([[2.0]]),
+        mask=torch.ones(1, 1),
+        clip_low=0.2,
+        clip_high=0.2,
+        kl_coef=0.1,
+        importance_cap=2.0,
+    )
+    weight = math.exp(0.1)
+    kl = math.exp(-0.2) + 0.2 - 1
+    assert result.loss.item() == pytest.approx(-weight * 1.2 * 2.0 + 0.1 * kl)  # exp(0.5) is clipped to 1.2
+    assert result.metrics["clip_fraction"].item() == 1.0
+    assert result.metrics["kl"].item() == pytest.approx(kl)
+    result.loss.backward()
+    # the clipped surrogate has no gradient: only the KL's remains, d/dp (exp(r-p) - (r-p) - 1) = 1 - exp(r-p)
+    assert logprob.grad is not None
+    assert logprob.grad.item() == pytest.approx(0.1 * (1 - math.exp(-0.2)))
+
+
+def test_a_negative_advantage_is_clipped_from_below() -> None:
+    result = grpo_loss(
+        torch.tensor([[-2.0]]),
+        old_logprobs=torch.tensor([[-1.0]]),
+        rollout_logprobs=torch.tensor([[-1.0]]),
+        ref_logprobs=None,
+        advantages=torch.tensor([[-1.0]]),
+        mask=torch.ones(1, 1),
+        clip_low=0.2,
+        clip_high=0.3,
+        kl_coef=0.0,
+        importance_cap=2.0,
+    )
+    assert result.loss.item() == pytest.approx(0.8)
+    assert "kl" not in result.metrics
+
+
+def test_padding_never_counts_and_never_overflows() -> None:
+    big = torch.tensor([[-1.0, 1e4]])  # what stands on padding must not matter, not even as inf * 0
+    result = grpo_loss(
+        big,
+        old_logprobs=torch.tensor([[-1.0, 0.0]]),
+        rollout_logprobs=torch.tensor([[-1.0, 0.0]]),
+        ref_logprobs=torch.tensor([[-1.0, 0.0]]),
+        advantages=torch.tensor([[1.0, 0.0]]),
+        mask=torch.tensor([[1.0, 0.0]]),
+        clip_low=0.2,
+        clip_high=0.2,
+        kl_coef=0.1,
+        importance_cap=2.0,
+    )
+    assert result.loss.item() == pytest.approx(-1.0)
+
+
+@given(st.floats(-5, 0), st.floats(-5, 0))
+@settings(max_examples=50, deadline=None)
+def test_the_kl_estimate_is_never_negative(policy: float, reference: float) -> None:
+    assert low_variance_kl(torch.tensor(policy), torch.tensor(reference)).item() >= -1e-6
+
+
+def test_importance_weights_are_cut_and_carry_no_gradient() -> None:
+    logprobs = torch.tensor([0.0, -1.0], requires_grad=True)
+    weights = importance_weights(logprobs, torch.tensor([-5.0, -1.0]), cap=2.0)
+    assert weights.tolist() == [2.0, 1.0]
+    assert not weights.requires_grad
+
+
+def test_sft_loss_is_the_sum_of_negative_logprobs() -> None:
+    result = sft_loss(torch.tensor([[-1.0, -2.0, -4.0]]), mask=torch.tensor([[0.0, 1.0, 1.0]]))
+    assert result.loss.item() == 6.0
+
+
+def test_advantages_by_hand() -> None:
+    assert group_advantages([1.0, 0.0], eps=0.0 + 1e-9, min_std=0.01) == pytest.approx([2**-0.5, -(2**-0.5)], rel=1e-6)
+    # all wrong, lengths differ by a token: no signal rather than a full-size one
+    assert group_advantages([-0.0010, -0.0011, -0.0012], eps=0.05, min_std=0.01) == [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError):
+        group_advantages([1.0], eps=0.05, min_std=0.01)
+
+
+def sample(length: int, advantage: float) -> TrainingSample:
+    return TrainingSample(
+        prompt_ids=tuple(range(1, 4)),
+        reply_ids_T=tuple(range(5, 5 + length)),
+        rollout_logprobs_T=tuple(-0.1 * i for i in range(length)),
+        versions_T=(0,) * length,
+        advantage=advantage,
+    )
+
+
+@given(st.integers(8, 64), st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_the_loss_does_not_depend_on_micro_batching(tokens: int, pad_multiple: int) -> None:
+    samples = [sample(length, advantage) for length, advantage in ((1, 1.0), (4, -1.0), (7, 0.5), (2, 0.0))]
+
+    def total(micro_batch_tokens: int, multiple: int) -> float:
+        loss_fn = make_grpo_loss(AlgorithmSection(kl_coef=0.1))
+        result = 0.0
+        batches = split_by_tokens(
+            [token_sample(s) for s in samples],
+            micro_batch_tokens=micro_batch_tokens,
+            pad_id=0,
+            pad_multiple=multiple,
+        )
+        for batch in batches:
+            logprobs = -0.03 * batch.ids.float()
+            result += loss_fn(logprobs, with_values(batch, "ref_logprobs", logprobs - 0.1)).loss.item()
+        return result
+
+    assert total(tokens, pad_multiple) == pytest.approx(total(10_000, 1), rel=1e-5)
+
+
+def test_mini_batches_cover_everything_once() -> None:
+    samples = [sample(1, float(i)) for i in range(7)]
+    parts = mini_batches(samples, 3)
+    assert [len(part) for part in parts] == [2, 3, 2]
+    assert [s for part in parts for s in part] == samples
+    assert len(mini_batches(samples[:2], 5)) == 2

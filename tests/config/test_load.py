@@ -1,0 +1,90 @@
+"""YAML to config: extends, overrides, and errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from collab_megatron.config import RLConfig, SFTConfig, dump_config, load_config
+from collab_megatron.errors import UserError
+
+RL = """
+model: {path: m}
+data: {train: t.parquet}
+simulators: {user: {model: gpt-4o-mini}, judge: {model: gpt-4o-mini}}
+"""
+
+
+@pytest.fixture
+def rl_file(tmp_path: Path) -> Path:
+    path = tmp_path / "rl.yaml"
+    path.write_text(RL)
+    return path
+
+
+def test_extends_and_overrides_in_that_order(tmp_path: Path, rl_file: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: rl.yaml\ntrain: {steps: 5}\nsimulators: {user: {temperature: 0.5}}\n")
+    config = load_config(RLConfig, child, ["train.steps=7", "run.resume=true"])
+    assert (config.train.steps, config.run.resume) == (7, True)
+    assert config.simulators.user.model == "gpt-4o-mini"
+    assert config.simulators.user.temperature == 0.5
+
+
+def test_metric_weights_are_replaced_whole(rl_file: Path) -> None:
+    config = load_config(RLConfig, rl_file, ["reward.metric_weights={accuracy: 1.0}"])
+    assert config.reward.metric_weights == {"accuracy": 1.0}
+
+
+def test_what_is_dumped_loads_again(tmp_path: Path, rl_file: Path) -> None:
+    config = load_config(RLConfig, rl_file)
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(RLConfig, tmp_path / "dumped.yaml") == config
+
+
+def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
+    with pytest.raises(ValidationError):
+        load_config(RLConfig, rl_file).train.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'steps'?"),
+        ("simulators.judge.modle=x", "did you mean 'model'?"),
+        ("qqq=1", "known keys here: algorithm, data"),
+        ("train.steps=0", "'train.steps': input should be greater than 0 (got 0)"),
+        ("train.steps", "is not of the form section.key=value"),
+        ("train.steps.x=1", "should be a valid integer"),
+        ("train.steps=[", "not valid YAML"),
+        ("reward.metric_weights={bleu: 1}", "known metrics are"),
+        ("simulators.judge=null", "set simulators.judge"),
+        ("rollout.min_replies=9", "no group could ever be kept"),
+        ("train.eval_interval=5", "data.validation is not"),
+        ("rollout.temperature=0.7", "'rollout.temperature': input should be"),
+    ],
+)
+def test_mistakes_are_one_sentence(rl_file: Path, override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(RLConfig, rl_file, [override])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("data: {train: x}\n")
+    with pytest.raises(UserError, match="'model' is not set"):
+        load_config(SFTConfig, tmp_path / "a.yaml")
+    with pytest.raises(UserError, match="no config file"):
+        load_config(SFTConfig, tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("extends: c.yaml\n")
+    with pytest.raises(UserError, match="circle"):
+        load_config(SFTConfig, tmp_path / "c.yaml")
+    (tmp_path / "d.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(SFTConfig, tmp_path / "d.yaml")
+    (tmp_path / "e.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="mapping"):
+        load_config(SFTConfig, tmp_path / "e.yaml")

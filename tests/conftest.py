@@ -1,0 +1,71 @@
+"""What many tests share: the demo's model folder, its endpoint, a real SGLang server. Each is made once per session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from collab_megatron.cluster.processes import Supervisor, free_port
+from collab_megatron.config.sections import EngineSection
+from collab_megatron.engine.control import EngineControl
+from collab_megatron.engine.server_args import engine_command
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DESK_KEY = "a-key-for-tests-0123456789abcdef"
+
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@dataclass(frozen=True)
+class Server:
+    """Something that answers HTTP."""
+
+    url: str
+    pid: int
+
+
+@pytest.fixture(scope="session")
+def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
+    """Ends every process that a session's fixture started."""
+    with Supervisor(tmp_path_factory.mktemp("logs")) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model, randomly initialised, as a Hugging Face folder."""
+    from collab_megatron.demo.model import write_model
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    write_model(folder, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def desk(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """The demo's endpoint; its key is DESK_KEY."""
+    ready = tmp_path_factory.mktemp("desk") / "address"
+    argv = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", "0", "--ready-file", str(ready)]
+    child = supervisor.start("endpoint", argv, {"DESK_API_KEY": DESK_KEY})
+    address = supervisor.wait_for_file(ready, child, timeout_s=30)
+    return Server(url=f"http://{address}/v1", pid=child.process.pid)
+
+
+@pytest.fixture(scope="session")
+def engine(supervisor: Supervisor, tiny_model: Path) -> Server:
+    """A real SGLang server holding `tiny_model` in fp32."""
+    section = EngineSection(max_total_tokens=16384, max_running_requests=64)
+    command = engine_command(
+        section, model_path=str(tiny_model), dtype="float32", device="cpu", port=free_port(), seed=1
+    )
+    child = supervisor.start("engine", command.argv, command.env)
+    control = EngineControl(command.url, timeout_s=120)
+    control.wait_until_ready(timeout_s=180, alive=lambda: child.process.poll() is None)
+    control.close()
+    return Server(url=command.url, pid=child.process.pid)

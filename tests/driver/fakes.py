@@ -1,0 +1,102 @@
+"""Small stand-ins for the players of a conversation; the real ones are met in tests/end_to_end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from collab_megatron.driver.conversation import Limits, Players
+from collab_megatron.errors import RunError
+from collab_megatron.monitor.busy import BusyClock
+from collab_megatron.types import Generation, Message, ScoredConversation, Task
+
+END = 9
+
+TASK = Task(
+    task_id="t1",
+    prompt=(Message("user", "book a table"),),
+    single_turn_prompt="book a table at noon",
+    ground_truth="BOOK noon",
+    metadata={"ambiguous": True},
+)
+LIMITS = Limits(max_user_turns=2, max_assistant_turns=3, max_new_tokens=4, max_context_tokens=100, temperature=1.0)
+
+
+class LetterChat:
+    """Every character is a token; END closes a reply."""
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        return [ord(c) for message in messages for c in message.content]
+
+    def turn_glue(self, user_text: str, *, cut: bool = False) -> list[int]:
+        return [*([END] if cut else []), *(ord(c) for c in user_text)]
+
+    def reply_text(self, token_ids: Sequence[int]) -> str:
+        return "".join(chr(i) for i in token_ids if i != END)
+
+    def ended(self, token_ids: Sequence[int]) -> bool:
+        return bool(token_ids) and token_ids[-1] == END
+
+
+def generation(text: str, *, ended: bool = True, version: int = 0) -> Generation:
+    ids = (*(ord(c) for c in text), *((END,) if ended else ()))
+    return Generation(ids, (-0.5,) * len(ids), (version,) * len(ids), "stop" if ended else "length")
+
+
+@dataclass
+class ScriptedEngine:
+    """Answers with the next of `texts`, over and over; remembers the contexts it was given."""
+
+    texts: Sequence[str]
+    contexts: list[list[int]] = field(default_factory=list)
+    fail_after: int | None = None
+
+    async def generate(
+        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int
+    ) -> list[Generation]:
+        if self.fail_after is not None and len(self.contexts) >= self.fail_after:
+            raise RunError("engine is gone")
+        start = len(self.contexts)
+        self.contexts.append(list(input_ids))
+        return [generation(self.texts[(start + i) % len(self.texts)]) for i in range(n)]
+
+
+@dataclass
+class ScriptedUser:
+    """`answer(chat, sample_index)` gives the next user turn or raises."""
+
+    answer: Callable[[Sequence[Message], int], str]
+    asked: list[int] = field(default_factory=list)
+
+    async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
+        self.asked.append(sample_index)
+        return self.answer(chat, sample_index)
+
+
+@dataclass
+class LengthScorer:
+    """Scores the number of messages; `fail_if(conversation)` loses the judge."""
+
+    fail_if: Callable[[ScoredConversation], bool] = lambda conversation: False
+    seen: list[ScoredConversation] = field(default_factory=list)
+
+    async def score(self, conversation: ScoredConversation) -> dict[str, float]:
+        self.seen.append(conversation)
+        if self.fail_if(conversation):
+            raise RunError("judge is gone")
+        return {"accuracy": float(len(conversation.messages))}
+
+    def reward(self, scores: dict[str, float]) -> float:
+        return scores["accuracy"]
+
+
+def players(engine: ScriptedEngine, user: ScriptedUser, scorer: LengthScorer | None = None) -> Players:
+    return Players(
+        engine=engine,
+        user=user,
+        scorer=scorer or LengthScorer(),
+        chat=LetterChat(),
+        engine_clock=BusyClock(),
+        user_clock=BusyClock(),
+        judge_clock=BusyClock(),
+    )

@@ -1,0 +1,133 @@
+"""Groups: concurrency, MR over the futures that are there, advantages, what is dropped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from collab_megatron.driver.conversation import Players
+from collab_megatron.driver.group import grow_group, play_once, training_samples, with_advantages
+from collab_megatron.driver.metrics import evaluation_metrics, rollout_metrics
+from collab_megatron.driver.record import TreeRecorder
+from collab_megatron.errors import RunError
+from collab_megatron.types import Future, Group, Message, Reply, RolloutStatus
+from tests.driver.fakes import LIMITS, TASK, LengthScorer, ScriptedEngine, ScriptedUser, generation, players
+
+
+def terminate(chat: Sequence[Message], sample_index: int) -> str:
+    return "[TERMINATE]"
+
+
+async def grow(cast: Players, *, replies: int = 4, futures: int = 2) -> Group:
+    return await grow_group(
+        TASK,
+        num_replies=replies,
+        num_futures=futures,
+        min_replies=2,
+        advantage_eps=0.05,
+        min_group_std=0.01,
+        limits=LIMITS,
+        players=cast,
+    )
+
+
+def reply(*rewards: float | None) -> Reply:
+    futures = tuple(
+        Future(
+            index=k,
+            status=RolloutStatus.JUDGE_FAILED if reward is None else RolloutStatus.TERMINATED,
+            messages=(),
+            scores={} if reward is None else {"accuracy": reward},
+            reward=reward,
+        )
+        for k, reward in enumerate(rewards)
+    )
+    scored = [reward for reward in rewards if reward is not None]
+    return Reply("which day?", generation("x"), futures, mr=sum(scored) / len(scored) if scored else None)
+
+
+def group(*replies: Reply) -> Group:
+    return with_advantages(Group(TASK, (1, 2), replies, kept=True), min_replies=2, eps=0.05, min_std=0.01)
+
+
+async def test_every_future_has_its_own_sample_index() -> None:
+    user = ScriptedUser(terminate)
+    await grow(players(ScriptedEngine(["a", "b"]), user), replies=4, futures=3)
+    assert sorted(user.asked) == list(range(12))
+
+
+async def test_futures_run_at_the_same_time() -> None:
+    together = asyncio.Barrier(8)
+
+    class WaitingUser(ScriptedUser):
+        async def reply(self, task: object, chat: Sequence[Message], *, sample_index: int) -> str:
+            await asyncio.wait_for(together.wait(), timeout=5)  # passes only if all eight are under way
+            return "[TERMINATE]"
+
+    grown = await grow(players(ScriptedEngine(["a"]), WaitingUser(terminate)))
+    assert all(f.status is RolloutStatus.TERMINATED for r in grown.replies_G for f in r.futures_K)
+
+
+async def test_a_lost_judge_drops_futures_not_the_group() -> None:
+    calls = iter(range(100))
+    scorer = LengthScorer(fail_if=lambda conversation: next(calls) == 0)
+    grown = await grow(players(ScriptedEngine(["a", "b"]), ScriptedUser(terminate), scorer))
+    assert grown.kept
+    assert sum(f.status is RolloutStatus.JUDGE_FAILED for r in grown.replies_G for f in r.futures_K) == 1
+    assert all(r.mr == 3.0 for r in grown.replies_G)  # the mean of what is there, nothing pulled towards zero
+
+
+def test_missing_is_not_zero() -> None:
+    grown = group(reply(1.0, 1.0), reply(0.0, None), reply(None, None))
+    assert [r.mr for r in grown.replies_G] == [1.0, 0.0, None]
+    assert grown.replies_G[2].advantage is None
+    assert len(training_samples(grown)) == 2
+    assert sum(r.advantage or 0.0 for r in grown.replies_G) == pytest.approx(0.0)
+
+
+def test_a_group_with_one_reply_left_is_dropped_and_counted() -> None:
+    grown = group(reply(1.0), reply(None), reply(None))
+    assert not grown.kept
+    assert training_samples(grown) == []
+    assert rollout_metrics([grown], {"accuracy": 1.0})["rollout/groups_dropped"] == 1
+
+
+async def test_unsampled_replies_stop_the_step() -> None:
+    with pytest.raises(RunError, match="engine is gone"):
+        await grow(players(ScriptedEngine(["a"], fail_after=0), ScriptedUser(terminate)))
+
+
+def test_metrics_of_a_step() -> None:
+    grown = group(reply(1.0, 0.0), reply(0.0, 0.0), reply(None, 1.0))
+    metrics = rollout_metrics([grown], {"accuracy": 1.0})
+    assert metrics["reward/mr_mean"] == pytest.approx((0.5 + 0.0 + 1.0) / 3)
+    assert metrics["reward/accuracy_mean"] == pytest.approx(2 / 5)
+    assert metrics["rollout/clarify_rate_ambiguous"] == 1.0
+    assert "rollout/clarify_rate_complete" not in metrics  # nothing was measured: no figure
+    assert metrics["rollout/futures_judge_failed"] == 1
+    assert metrics["advantage/groups_with_signal"] == 1.0
+
+
+async def test_evaluation_counts_failed_conversations_without_averaging_them() -> None:
+    good = await play_once(TASK, limits=LIMITS, players=players(ScriptedEngine(["a?"]), ScriptedUser(terminate)))
+    lost = reply(None)
+    figures = evaluation_metrics([(TASK, good), (TASK, lost)], {"accuracy": 1.0})
+    assert figures["accuracy"] == 3.0
+    assert figures["conversations"] == 2
+    assert figures["conversations_failed"] == 1
+
+
+def test_a_resumed_recorder_takes_out_what_will_be_run_again(tmp_path) -> None:
+    path = tmp_path / "conversations.jsonl"
+    recorder = TreeRecorder(path, first_step=0)
+    for step in range(4):
+        recorder.write(step, [group(reply(1.0), reply(0.0))])
+    with path.open("a") as file:
+        file.write('{"step": 4, "torn')
+    TreeRecorder(path, first_step=2)
+    lines = path.read_text().splitlines()
+    assert [line[:9] for line in lines] == ['{"step":0', '{"step":1']
+    assert '"advantage":' in lines[0]
+    assert '"weight_versions":[0]' in lines[0]

@@ -1,0 +1,73 @@
+"""Trainer and driver over a real ZeroMQ socket: polling, errors, deadlines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import zmq
+
+from collab_megatron.driver import protocol
+from collab_megatron.driver.protocol import Answer, DriverClient, Request, encode_answer, request_decoder
+from collab_megatron.errors import RunError
+from collab_megatron.types import RolloutBatch, TrainingSample
+
+BATCH = RolloutBatch(
+    step=7, samples=(TrainingSample((1, 2), (3, 4), (-0.5, -0.25), (6, 6), 1.5),), metrics={"reward/mr_mean": 0.5}
+)
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[[list[Answer]], str]]:
+    """Serve a list of answers, one per request; the address to ask."""
+    context = zmq.Context()
+    threads = []
+
+    def serve(answers: list[Answer]) -> str:
+        socket = context.socket(zmq.REP)
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
+
+        def run() -> None:
+            decode = request_decoder()
+            for answer in answers:
+                assert isinstance(decode(socket.recv()), Request)
+                socket.send(encode_answer(answer))
+            socket.close(linger=1000)
+
+        threads.append(threading.Thread(target=run, daemon=True))
+        threads[-1].start()
+        return f"tcp://127.0.0.1:{port}"
+
+    yield serve
+    for thread in threads:
+        thread.join(timeout=5)
+    context.destroy(linger=0)
+
+
+def test_a_batch_arrives_as_it_was_sent_after_any_number_of_polls(served: Callable[[list[Answer]], str]) -> None:
+    client = DriverClient(served([Answer(pending=True), Answer(pending=True), Answer(batch=BATCH)]))
+    assert client.next_batch(7, 6, timeout_s=30) == BATCH
+    client.close()
+
+
+def test_the_drivers_error_becomes_ours(served: Callable[[list[Answer]], str]) -> None:
+    client = DriverClient(served([Answer(error="driver: all judges are gone")]))
+    with pytest.raises(RunError, match="all judges are gone"):
+        client.next_batch(0, 0, timeout_s=30)
+    client.close()
+
+
+def test_a_deadline_names_what_was_waited_for(served: Callable[[list[Answer]], str]) -> None:
+    client = DriverClient(served([Answer(pending=True)]))
+    with pytest.raises(RunError, match="the rollouts of step 3"):
+        client.next_batch(3, 3, timeout_s=0.0)
+    client.close()
+
+
+def test_a_silent_driver_is_noticed(monkeypatch: pytest.MonkeyPatch, served: Callable[[list[Answer]], str]) -> None:
+    monkeypatch.setattr(protocol, "ANSWER_TIMEOUT_S", 0.2)
+    client = DriverClient(served([]))
+    with pytest.raises(RunError, match="silent"):
+        client.evaluate(0, 0, timeout_s=30)
+    client.close()
