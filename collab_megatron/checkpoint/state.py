@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from collab_megatron.actor.actor import Actor
 from collab_megatron.actor.cpu_support import create_empty_adam_state
-from collab_megatron.actor.optimizer import set_learning_rates
+from collab_megatron.actor.optimizer import parts, set_learning_rates
 
 
 def layout_of(actor: Actor) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def layout_of(actor: Actor) -> dict[str, Any]:
         "architecture": actor.spec.architecture,
         "num_params": actor.num_params,
         "dtype": str(actor.dtype).removeprefix("torch."),
+        "optimizer": actor.optimizer is not None,
         "distributed_optimizer": bool(actor.section and actor.section.distributed),
     }
 
@@ -66,11 +67,21 @@ def restore(actor: Actor, state: dict[str, Any]) -> None:
     assert not lost, lost
     assert not unexpected, unexpected
     if actor.optimizer is not None and actor.scheduler is not None:
+        _add_step_zero(actor.optimizer, state["optimizer"])
         actor.optimizer.load_state_dict(state["optimizer"])
         actor.scheduler.num_steps = int(state["scheduler"]["num_steps"])
         set_learning_rates(actor.optimizer, actor.scheduler)
     if "random" in state:
         _restore_random(state["random"])
+
+
+def _add_step_zero(optimizer: Any, state: dict[str, Any]) -> None:
+    """Upstream leaves AdamW's step out when it is 0 (saved before the first step) and cannot load what it then saved."""
+    if not all(isinstance(part.optimizer, torch.optim.AdamW) for part in parts(optimizer)):
+        return
+    inner = state.get("optimizer", state)
+    if "state" in inner and "common_step" not in inner["state"]:
+        inner["state"]["common_step"] = torch.tensor(0.0)
 
 
 def _random_states() -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import CheckpointException
 
 from collab_megatron.actor.actor import Actor
 from collab_megatron.actor.grid import agree
@@ -68,6 +69,8 @@ def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
     for key in fixed:
         if info.layout.get(key) != here[key]:
             raise UserError(f"{folder} has {key} {info.layout.get(key)!r}; this run has {here[key]!r}")
+    if actor.optimizer is not None and not info.layout.get("optimizer"):
+        raise UserError(f"{folder} holds weights only; convert it with megatron-to-hf and start from that folder")
     same = all(info.layout.get(key) == here[key] for key in ("tensor", "data", "device"))
     state = sharded_state(actor, loading=True, random_states=same and actor.optimizer is not None)
     try:
@@ -89,7 +92,7 @@ class _SaveFailed(Exception):
 _FULL = "[disk full] "
 
 
-def _describe(error: Exception, folder: Path) -> str:
+def _describe(error: BaseException, folder: Path) -> str:
     mark = _FULL if is_disk_full(error, folder) else ""
     return f"{mark}{type(error).__name__}: {error}".splitlines()[0]
 
@@ -117,7 +120,7 @@ def _prepare(actor: Actor, aside: Path) -> None:
     copy_companions(actor.source_folder, aside / "hf")
     # keeps room for the few small files written last, among them one of upstream's whose failure on rank 0 would leave
     # the other ranks in a barrier
-    (aside / "model" / _BALLAST).write_bytes(b"\0" * _BALLAST_BYTES)
+    (aside / _BALLAST).write_bytes(b"\0" * _BALLAST_BYTES)
 
 
 def _save_tensors(actor: Actor, folder: Path) -> None:
@@ -132,7 +135,7 @@ def _save_tensors(actor: Actor, folder: Path) -> None:
 
     def after() -> None:
         if actor.grid.is_main:
-            (folder / _BALLAST).unlink()
+            (folder.parent / _BALLAST).unlink()
 
     strategy = InProcessSave(actor.grid.cpu_group, before, after)
     failure: str | None = None
@@ -142,9 +145,11 @@ def _save_tensors(actor: Actor, folder: Path) -> None:
             dist_checkpointing.save(state, str(folder), strategy)
     except _SaveFailed as heard:
         logger.debug("rank %d heard: %s", actor.grid.rank, heard)  # rank 0 says it again below, to all at once
-    except Exception as error:
-        logger.exception("rank %d: saving to %s failed", actor.grid.rank, folder)
+    except (Exception, CheckpointException) as error:
+        # torch's CheckpointException is a BaseException
         failure = _describe(error, folder)
+        if not failure.startswith(_FULL):
+            logger.exception("rank %d: saving to %s failed", actor.grid.rank, folder)
     if not reached:
         agree(actor.grid, failure)  # the others are waiting in before()
     if said := agree(actor.grid, failure):

@@ -76,7 +76,15 @@ def reference_steps(folder: Path, batch: MicroBatch) -> tuple[list[dict[str, flo
         optimizer.step()
         report = {name: value.item() / tokens for name, value in result.metrics.items()}
         entropy_sum = (entropy.detach() * batch.mask).sum().item()
-        reports.append({**report, "loss": result.loss.item() / tokens, "entropy": entropy_sum / tokens, "norm": norm.item(), "lr": lr})
+        reports.append(
+            {
+                **report,
+                "loss": result.loss.item() / tokens,
+                "entropy": entropy_sum / tokens,
+                "norm": norm.item(),
+                "lr": lr,
+            }
+        )
     return reports, {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -134,8 +142,7 @@ def check_training(folder: Path, grid: RankGrid, distributed: bool, micro_batch_
         for name, wanted in report.items():
             close(result.metrics[name], wanted, f"step {step} {name}")
     for name, tensor in actor.hf_tensors():
-        wanted = weights[name]
-        error = (tensor - wanted).norm() / wanted.norm()
+        error = (tensor - weights[name]).norm() / weights[name].norm()
         assert error < 1e-5, f"{name} differs by {error}"
 
 
@@ -165,7 +172,10 @@ def check_bf16(folder: Path, grid: RankGrid) -> None:
     rounded = actor.logprobs(batches)[0][0]
     assert rounded.dtype == torch.float32
     assert ((rounded - exact) * batches[0].mask).abs().mean() < 0.05
-    losses = [actor.train_step(batches, lambda l, b: LossSum(-(l * b.mask).sum(), {}), 40.0).metrics["loss"] for _ in range(3)]
+    losses = [
+        actor.train_step(batches, lambda lp, b: LossSum(-(lp * b.mask).sum(), {}), 40.0).metrics["loss"]
+        for _ in range(3)
+    ]
     assert losses[2] < losses[0], losses
 
 

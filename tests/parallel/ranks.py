@@ -2,7 +2,7 @@
 
     run_ranks("grpo_ranks.py", 2, str(model_folder), "--tensor=2")
 
-The script reads RANK and WORLD_SIZE as any trainer rank does. Each rank's output goes to a file, so that no pipe fills up.
+The script reads RANK and WORLD_SIZE as any trainer rank does. Each rank's output goes to a file: no pipe fills up.
 """
 
 from __future__ import annotations
@@ -64,5 +64,7 @@ def run_ranks(script: Path, ranks: int, *args: str, deadline_s: float = 150.0) -
     if failed:
         raise RanksFailed("\n".join(f"--- rank {r} of {ranks} ---\n{texts[r][-4000:]}" for r in failed))
     if late:
-        raise RanksFailed("\n".join(f"--- rank {r} was not done after {deadline_s} s ---\n{texts[r][-2000:]}" for r in late))
+        raise RanksFailed(
+            "\n".join(f"--- rank {r} was not done after {deadline_s} s ---\n{texts[r][-2000:]}" for r in late)
+        )
     return texts
