@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installing it
 
-from collab_megatron.data.prepare import Shape, prepare  # noqa: E402
-from collab_megatron.errors import run_cli  # noqa: E402
+from collab_megatron.data.prepare import Shape, prepare
+from collab_megatron.errors import run_cli
 
 
 def main() -> None:

@@ -74,7 +74,11 @@ def read_json_lines(path: Path) -> Iterable[Mapping[str, Any]]:
 def _read_folder(folder: Path, split: str) -> list[Mapping[str, Any]]:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _from_disk(folder, split)
-    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and not path.name.startswith("."))
+    # One kind of file only, rows before descriptions: dataset folders keep small .json files beside their rows.
+    found = [
+        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    files = next((same for suffix in SUFFIXES if (same := sorted(p for p in found if p.suffix == suffix))), [])
     # Folders saved from the hub hold train-*.parquet beside test-*.parquet: never mix them.
     if any(path.name.startswith(SPLIT_NAMES) for path in files):
         files = [path for path in files if path.name.startswith(split)]

@@ -62,7 +62,7 @@ class LiteLLMApi:
             return
         try:
             self._litellm.get_model_info(section.model)
-        except Exception:  # LiteLLM raises a bare Exception for "not mapped"
+        except Exception:  # noqa: BLE001 - LiteLLM raises a bare Exception for "not mapped"
             logger.warning(
                 "simulators.%s: no price known for %s; its calls are counted as 0 dollars "
                 "(set input_usd_per_mtoken and output_usd_per_mtoken to count them)",

@@ -1,0 +1,259 @@
+"""Rows in every form and from every place, to RL tasks and SFT conversations; bad input names what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from collab_megatron.data.load import load_rows
+from collab_megatron.data.order import step_indices
+from collab_megatron.data.parquet import read_conversations, read_tasks, write_conversations, write_tasks
+from collab_megatron.data.prepare import Shape, prepare
+from collab_megatron.data.rl import rl_tasks
+from collab_megatron.data.schema import read_rows
+from collab_megatron.data.sft import sft_conversations
+from collab_megatron.data.splits import split_rows
+from collab_megatron.errors import UserError
+from collab_megatron.types import Message, Task
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+OPENING = [turn("user", "a table")]
+LONGER = [*OPENING, turn("assistant", "which day?"), turn("user", "monday")]
+
+
+def flat(conv_id: int, turn_id: int, completion: str, score: float | None, **changes: Any) -> dict[str, Any]:
+    row = {
+        "prompt": LONGER if turn_id else OPENING,
+        "completion": completion,
+        "conv_id": conv_id,
+        "score": score,
+        "single_turn_prompt": f"task {conv_id}",
+        "single_turn_completion": f"answer {conv_id}",
+        "single_turn_metadata": {"ambiguous": True, "missing": ["day"]},
+        "turn_id": turn_id,
+        "sessions": [[turn("user", "bye")]],
+        "rewards": {"accuracy": 1.0, "interactivity": 0.5},
+    }
+    return {**row, **changes}
+
+
+FLAT = [
+    flat(0, 0, "which day?", 1.5),
+    flat(0, 0, "BOOK", 0.5),
+    flat(0, 1, "BOOK monday", 1.0),
+    flat(0, 1, "BOOK tuesday", 0.1, rewards={"accuracy": 0.0}),
+    flat(1, 0, "BOOK now", None, rewards={}),
+]
+NESTED = [
+    {
+        "single_turn_prompt": "task 0",
+        "single_turn_completion": "answer 0",
+        "single_turn_metadata": json.dumps({"ambiguous": True, "missing": ["day"]}),
+        "turns": [
+            {
+                "prompt": prompt,
+                "responses": [
+                    {"completion": row["completion"], "score": row["score"], "sessions": [], "rewards": row["rewards"]}
+                    for row in FLAT[first : first + 2]
+                ],
+            }
+            for prompt, first in ((OPENING, 0), (LONGER, 2))
+        ],
+    }
+]
+
+
+def test_flat_and_nested_rows_are_the_same() -> None:
+    assert read_rows(NESTED, "n") == read_rows(FLAT[:4], "f")
+
+
+def test_every_place_gives_the_same_rows(tmp_path: Path) -> None:
+    rows = FLAT[:4]
+    expected = read_rows(rows, "memory")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "part-0.jsonl").write_text("\n".join(map(json.dumps, rows[:1])))
+    (folder / "part-1.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
+    (folder / "notes.json").write_text("{}")
+    hub_like = tmp_path / "hub"
+    (hub_like / "data").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), hub_like / "data" / "train-00000-of-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(FLAT[3:4]), hub_like / "data" / "test-00000-of-00001.parquet")
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "dict"))
+    for name in ("a.jsonl", "a.json", "a.parquet", "folder", "hub", "saved", "dict"):
+        assert load_rows(str(tmp_path / name)) == expected, name
+    with pytest.raises(UserError, match="no split 'test'; it has train"):
+        load_rows(str(tmp_path / "dict"), split="test")
+
+
+def test_parquet_fills_what_a_row_lacks_with_null(tmp_path: Path) -> None:
+    mixed = [flat(0, 0, "a", 1.0), flat(1, 0, "b", None, rewards={"bleu": 0.3}, single_turn_metadata={"x": 1})]
+    pq.write_table(pa.Table.from_pylist(mixed), tmp_path / "m.parquet")
+    second = load_rows(str(tmp_path / "m.parquet"))[1]
+    assert "ambiguous" not in second.metadata
+    assert second.score is None
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion", "conv_id", "turn_id", "single_turn_prompt"])
+def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
+    row = flat(0, 0, "a", 1.0)
+    del row[column]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=f"rows.jsonl has no column '{column}'; its columns are .*score"):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"prompt": "hello"}, "prompt must be a list"),
+        ({"prompt": []}, "at least one entry"),
+        ({"prompt": [turn("assistant", "hi")]}, "must end with a user turn"),
+        ({"prompt": [turn("tool", "hi")]}, "roles are"),
+        ({"prompt": [turn("user", "a"), {"text": "b"}]}, "list of {role, content}"),
+        ({"completion": None}, "completion must be text"),
+        ({"score": "high"}, "score must be a number"),
+        ({"turn_id": "first"}, "turn_id must be a whole number"),
+        ({"single_turn_metadata": "{'a': __import__('os')}"}, "not JSON"),
+        ({"rewards": {"accuracy": "good"}}, "rewards.accuracy must be a number"),
+    ],
+)
+def test_a_bad_cell_is_named(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=f"rows: row 1: .*{complaint}|rows: row 1: {complaint}"):
+        read_rows([flat(0, 0, "a", 1.0), {**flat(0, 0, "a", 1.0), **changes}], "rows")
+
+
+def test_bad_places(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "torn.jsonl").write_text('{"a": 1}\n{"a": ')
+    (tmp_path / "object.json").write_text("{}")
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    (tmp_path / "rows.csv").write_text("a,b")
+    (tmp_path / "void").mkdir()
+    for name, complaint in [
+        ("empty.jsonl", "holds no rows"),
+        ("torn.jsonl", "line 2 is not valid JSON"),
+        ("object.json", "must hold a list"),
+        ("bad.parquet", "cannot be read"),
+        ("rows.csv", "files must end in"),
+        ("void", "holds no .parquet"),
+        ("absent.jsonl", "neither a file"),
+    ]:
+        with pytest.raises(UserError, match=complaint):
+            load_rows(str(tmp_path / name))
+
+
+def test_rl_tasks_are_the_distinct_histories() -> None:
+    tasks = rl_tasks(read_rows(FLAT, "f"), system_prompt="Be brief.")
+    assert [(task.prompt[-1].content, task.ground_truth) for task in tasks] == [
+        ("a table", "answer 0"),
+        ("monday", "answer 0"),
+        ("a table", "answer 1"),  # the same opening of another task
+    ]
+    assert all(task.prompt[0] == Message("system", "Be brief.") for task in tasks)
+    assert len({task.task_id for task in tasks}) == 3
+    assert tasks[0].ambiguous is True
+    assert len(rl_tasks(read_rows(FLAT, "f"), first_turn_only=True)) == 2
+
+
+def test_ground_truth_falls_back() -> None:
+    def truth(**changes: Any) -> str:
+        return rl_tasks(read_rows([flat(0, 0, "reply", 1.0, **changes)], "f"))[0].ground_truth
+
+    assert truth(ground_truth="given") == "given"
+    assert truth() == "answer 0"
+    assert truth(single_turn_completion="") == "reply"
+
+
+def test_sft_takes_the_last_turn_then_the_best_score() -> None:
+    chats = sft_conversations(read_rows(FLAT, "f"))
+    assert [(chat.conv_id, chat.messages[-1].content, len(chat.messages)) for chat in chats] == [
+        ("0", "BOOK monday", 4),
+        ("1", "BOOK now", 2),
+    ]
+    strict = sft_conversations(read_rows(FLAT, "f"), metric="interactivity", threshold=0.5)
+    assert [chat.conv_id for chat in strict] == ["0"]
+    with pytest.raises(UserError, match="no row has a reward named 'bleu'"):
+        sft_conversations(read_rows(FLAT, "f"), metric="bleu")
+    with pytest.raises(UserError, match="lower the threshold"):
+        sft_conversations(read_rows(FLAT, "f"), metric="accuracy", threshold=2.0)
+
+
+def test_splits_hold_out_whole_tasks() -> None:
+    rows = read_rows([flat(conv, t, "x", 1.0) for conv in range(40) for t in (0, 0, 1)], "f")
+    train, held_out = split_rows(rows, 0.1, seed=3)
+    assert len({row.conv_id for row in held_out}) == 4
+    assert len(train) + len(held_out) == len(rows)
+    assert not {row.single_turn_prompt for row in train} & {row.single_turn_prompt for row in held_out}
+    assert split_rows(rows, 0.1, seed=3)[1] == held_out != split_rows(rows, 0.1, seed=4)[1]
+    assert len({row.conv_id for row in split_rows(rows, 0.001, seed=3)[1]}) == 1
+    for share in (0.0, 1.0):
+        with pytest.raises(UserError, match="hold out"):
+            split_rows(rows, share, seed=3)
+
+
+def test_parquet_brings_back_what_was_written(tmp_path: Path) -> None:
+    tasks = [
+        Task(
+            "a", (Message("user", "é {x}"),), "task", "truth", "desc", {"missing": ["day"], "n": 1, "ambiguous": None}
+        ),
+        Task("b", (Message("system", "s"), Message("user", "y")), "task", "truth"),
+    ]
+    assert write_tasks(tmp_path / "deep" / "t.parquet", tasks) == 2
+    assert read_tasks(tmp_path / "deep" / "t.parquet") == tasks
+    chats = sft_conversations(read_rows(FLAT, "f"))
+    write_conversations(tmp_path / "c.parquet", chats)
+    assert read_conversations(tmp_path / "c.parquet") == chats
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.parquet", "deep"]
+    with pytest.raises(UserError, match=r"no column 'task_id'.*--dataset-type rl"):
+        read_tasks(tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="no file"):
+        read_tasks(tmp_path / "none.parquet")
+    write_tasks(tmp_path / "e.parquet", [])
+    with pytest.raises(UserError, match="holds no rows"):
+        read_tasks(tmp_path / "e.parquet")
+    (tmp_path / "x.parquet").write_text("x")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        read_tasks(tmp_path / "x.parquet")
+
+
+def test_prepare(tmp_path: Path) -> None:
+    rows = [flat(conv, t, f"r{s}", float(s)) for conv in range(10) for t in (0, 1) for s in (0, 1)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    train, held_out = prepare("rl", str(source), tmp_path / "out", validation_share=0.2, shape=Shape(max_rows=5))
+    assert (train.rows_written, held_out.rows_written) == (5, 4)
+    assert len(read_tasks(train.path)) == 5
+    (only,) = prepare("sft", str(source), tmp_path / "out")
+    assert only.path.name == "sft_train.parquet"
+    assert only.rows_written == 10
+    assert {chat.messages[-1].content for chat in read_conversations(only.path)} == {"r1"}
+    with pytest.raises(UserError, match="not both"):
+        prepare("rl", str(source), tmp_path / "out", validation=str(source), validation_share=0.2)
+
+
+def test_order_takes_every_row_once_an_epoch_and_can_start_anywhere() -> None:
+    steps = [step_indices(7, step, num_rows=10, batch_size=4) for step in range(5)]
+    flat_order = [index for step in steps for index in step]
+    assert sorted(flat_order[:10]) == sorted(flat_order[10:20]) == list(range(10))
+    assert flat_order[:10] != flat_order[10:20]
+    assert step_indices(7, 3, num_rows=10, batch_size=4) == steps[3] != step_indices(8, 3, num_rows=10, batch_size=4)
+    assert len(step_indices(1, 0, num_rows=3, batch_size=8)) == 8
+    with pytest.raises(ValueError, match="does not exist"):
+        step_indices(1, 0, num_rows=0, batch_size=4)

@@ -1,0 +1,246 @@
+"""tools/build_dataset.py and tools/prepare_dataset.py end to end, against the demo's endpoint as a process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from collab_megatron.config import BuildDatasetConfig, load_config
+from collab_megatron.data.build.processes import Progress, build_dataset
+from collab_megatron.data.load import load_rows
+from collab_megatron.data.parquet import read_conversations, read_tasks
+from collab_megatron.demo.tasks import write_tasks
+from collab_megatron.errors import RunError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_S = 30.0
+TOOL_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the demo's endpoint."""
+    ready = tmp_path_factory.mktemp("desk") / "address"
+    command = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", "0", "--ready-file", str(ready)]
+    process = subprocess.Popen([*command, "--die-with-parent"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + READY_S
+        while not ready.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield f"http://{ready.read_text().strip()}/v1"
+    finally:
+        process.terminate()
+        process.wait(READY_S)
+
+
+def build(config: Path, *overrides: str) -> Progress:
+    """The tool's work in this process: it takes seconds to import LiteLLM in another."""
+    return build_dataset(load_config(BuildDatasetConfig, config, overrides), lambda progress: None)
+
+
+def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TOOL_S)
+
+
+@pytest.fixture
+def config(desk: str, tmp_path: Path) -> Path:
+    write_tasks(tmp_path / "tasks", train=40, heldout=10, seed=1)
+    role = {"api_base": desk, "api_key_env": None, "deadline_s": 20.0}
+    raw: dict[str, Any] = {
+        "problems": str(tmp_path / "tasks" / "train.jsonl"),
+        "output": str(tmp_path / "built"),
+        "simulators": {name: {**role, "model": f"hosted_vllm/desk-{name}"} for name in ("user", "judge", "assistant")},
+        "reward": {
+            "accuracy_verifier": "exact",
+            "metric_weights": {"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1},
+        },
+        "num_repeat_rollouts": 2,
+    }
+    path = tmp_path / "build.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def built_rows(config: Path) -> list[dict[str, Any]]:
+    shards = sorted((config.parent / "built").glob("conversations-*.jsonl"))
+    return [json.loads(line) for shard in shards for line in shard.read_text().splitlines()]
+
+
+def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
+    ran = tool("build_dataset", str(config), "num_conversations=30", "processes=2")
+    assert ran.returncode == 0, ran.stderr
+    assert "30 of 30 conversations (0 were there before, 0 failed)" in ran.stdout
+    assert "assistant:" in ran.stdout
+    rows = built_rows(config)
+    assert {row["conv_id"] for row in rows} == set(range(30))
+    assert len(list((tmp_path / "built").glob("conversations-*.jsonl"))) == 2
+    for row in rows:
+        rewards = row["rewards"]
+        assert set(rewards) == {"accuracy", "interactivity", "token_amount"}
+        assert 1 <= len(row["sessions"]) <= 2
+        expected = rewards["accuracy"] + rewards["interactivity"] - 0.1 * rewards["token_amount"]
+        assert row["score"] == pytest.approx(expected)
+    # A question's futures differ from a guess's: the engine has something to choose from.
+    assert max(row["score"] for row in rows) > 1.9
+    assert min(row["score"] for row in rows) < 0.5
+    later = [row for row in rows if row["turn_id"] > 0]
+    assert later
+    assert all(len(row["prompt"]) == 2 * row["turn_id"] + 1 for row in rows)
+    for row in later:
+        kept = [r for r in rows if r["conv_id"] == row["conv_id"] and r["turn_id"] == row["turn_id"] - 1]
+        best = max(kept, key=lambda r: r["score"])
+        assert row["prompt"][-2]["content"] == best["completion"]
+        assert row["prompt"][-1]["content"] in [session[0]["content"] for session in best["sessions"]]
+
+    out = tmp_path / "out"
+    ran = tool("prepare_dataset", "--dataset", str(tmp_path / "built"), "--dataset-type", "sft", "--output", str(out))
+    assert ran.returncode == 0, ran.stderr
+    assert "30 rows" in ran.stdout
+    assert len(read_conversations(out / "sft_train.parquet")) == 30
+    arguments = ["--dataset", str(tmp_path / "built"), "--dataset-type", "rl", "--output", str(out), "--turns", "first"]
+    heldout = str(tmp_path / "tasks" / "heldout.jsonl")
+    ran = tool("prepare_dataset", *arguments, "--validation", heldout, "--system-prompt", "Be brief.")
+    assert ran.returncode == 0, ran.stderr
+    assert len(read_tasks(out / "rl_train.parquet")) == 30
+    validation = read_tasks(out / "rl_validation.parquet")
+    assert len(validation) == 10
+    assert {task.prompt[0].content for task in validation} == {"Be brief."}
+
+
+def test_an_interrupted_build_goes_on(config: Path, tmp_path: Path) -> None:
+    build(config, "num_conversations=12")
+    shard = tmp_path / "built" / "conversations-000.jsonl"
+    lines = shard.read_text().splitlines(keepends=True)
+    longest, count = Counter(json.loads(line)["conv_id"] for line in lines).most_common(1)[0]
+    assert count > 1
+    whole = [line for line in lines if json.loads(line)["conv_id"] != longest]
+    cut = [line for line in lines if json.loads(line)["conv_id"] == longest]
+    # A kill fell after a line's end, then inside a line.
+    for torn in ("".join(whole + cut[:-1]), "".join(whole) + cut[0][:50]):
+        shard.write_text(torn)
+        progress = build(config, "num_conversations=14")
+        rows = built_rows(config)
+        counts = Counter(row["conv_id"] for row in rows)
+        assert set(counts) == set(range(14))
+        assert all(counts[row["conv_id"]] == row["conv_rows"] for row in rows)
+        assert shard.read_text().startswith("".join(whole))
+        assert progress.tally.failed == 0
+        shard_after = {json.dumps(row) for row in rows if row["conv_id"] == longest}
+        assert shard_after == {json.dumps(json.loads(line)) for line in cut}  # the same seed makes the same again
+    finished = build(config, "num_conversations=14")
+    assert finished.before == 14
+    assert finished.calls == 0
+    assert len(load_rows(str(tmp_path / "built"))) == len(built_rows(config))
+
+
+def test_the_same_seed_builds_the_same_rows(config: Path, tmp_path: Path) -> None:
+    def rows(name: str, *overrides: str) -> list[str]:
+        build(config, f"output={tmp_path / name}", "num_conversations=10", *overrides)
+        return sorted(line for shard in (tmp_path / name).glob("*.jsonl") for line in shard.read_text().splitlines())
+
+    assert rows("a") == rows("b", "max_concurrency=3") != rows("c", "seed=2")
+
+
+def test_the_simulator_opens_where_a_problem_brings_no_prompt(config: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "tasks" / "train.jsonl"
+    rows = [json.loads(line) for line in problems.read_text().splitlines()[:5]]
+    for row in rows:
+        del row["prompt"]
+    problems.write_text("\n".join(map(json.dumps, rows)))
+    build(config, "system_prompt=Be brief.")
+    for row in built_rows(config):
+        assert row["prompt"][0] == {"role": "system", "content": "Be brief."}
+        assert row["prompt"][1]["role"] == "user"
+
+
+def test_futures_without_users_still_continue_the_chat(config: Path) -> None:
+    build(config, "num_conversations=10", "max_user_turns=0", "max_total_turns=2")
+    rows = built_rows(config)
+    assert any(row["turn_id"] == 1 for row in rows)
+    assert all(session == [] for row in rows for session in row["sessions"])
+
+
+def test_failed_conversations_are_counted_and_left_out(config: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "tasks" / "train.jsonl"
+    good = problems.read_text().splitlines()[:4]
+    bad = json.dumps({**json.loads(good[0]), "single_turn_prompt": "a request that the desk cannot read"})
+    problems.write_text("\n".join([*good, bad]))
+    progress = build(config)
+    assert (progress.tally.done, progress.tally.failed) == (4, 1)
+    assert "1 failed" in progress.line()
+    assert {row["conv_id"] for row in built_rows(config)} == set(range(4))
+
+
+def test_a_hopeless_build_gives_up(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collab_megatron.data.build.worker.HOPELESS_FAILURES", 5)
+    with pytest.raises(RunError, match=r"5 conversations failed in a row.*assistant \(hosted_vllm/nobody\).*404"):
+        build(config, "simulators.assistant.model=hosted_vllm/nobody")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("problems=nowhere.jsonl", "no problems file"),
+        ("simulators.judge.api_base=http://127.0.0.1:9/v1", "simulators.judge.api_base"),
+        ("simulators.user.api_key_env=NO_SUCH_KEY", "NO_SUCH_KEY"),
+        ("tokenizer=no/such/folder", "no tokenizer"),
+        ("simulators.user.prompt_file=none.txt", "none.txt"),
+    ],
+)
+def test_mistakes_are_user_errors(config: Path, override: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        build(config, override)
+
+
+def test_mistakes_end_with_one_sentence(config: Path) -> None:
+    for overrides, code, complaint in [
+        (["num_candidates=3"], 2, "did you mean 'num_candidate_responses'"),
+        (["simulators.user.api_base=http://127.0.0.1:9/v1", "processes=2"], 2, "simulators.user.api_base"),
+        (["simulators.assistant.model=hosted_vllm/nobody", "num_conversations=3"], 1, "no conversation was finished"),
+    ]:
+        ran = tool("build_dataset", str(config), *overrides)
+        assert ran.returncode == code, ran.stderr
+        assert complaint in ran.stderr
+        assert "Traceback" not in ran.stderr
+
+
+def test_bad_problems_name_the_line(config: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "tasks" / "train.jsonl"
+    for text, complaint in [
+        ('{"single_turn_prompt": "x"}', "problem 0 has no text 'single_turn_completion'"),
+        (
+            '{"single_turn_prompt": "x", "single_turn_completion": "y", "prompt": [{"role": "system"}]}',
+            "prompt must be",
+        ),
+        ("{", "line 1 is not valid JSON"),
+        ("", "holds no problems"),
+    ]:
+        problems.write_text(text)
+        with pytest.raises(UserError, match=complaint):
+            build(config)
+
+
+def test_a_folder_that_was_begun_otherwise_is_not_mixed(config: Path) -> None:
+    build(config, "num_conversations=2")
+    with pytest.raises(UserError, match="another num_repeat_rollouts"):
+        build(config, "num_conversations=4", "num_repeat_rollouts=1")
+
+
+def test_prepare_names_a_missing_column(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": [], "reply": ""}\n')
+    arguments = ["--dataset", str(tmp_path / "rows.jsonl"), "--dataset-type", "rl", "--output", str(tmp_path)]
+    ran = tool("prepare_dataset", *arguments)
+    assert ran.returncode == 2
+    assert "no column 'completion'; its columns are prompt, reply" in ran.stderr
