@@ -67,6 +67,10 @@ class EngineControl:
             },
         )
 
+    def destroy_update_group(self, group_name: str) -> None:
+        """The engine's ranks leave the group."""
+        self._post("destroy_weights_update_group", {"group_name": group_name})
+
     def begin_update(self) -> None:
         self._post("begin_weight_update", {})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,6 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.errors import RunError
 from collab_megatron.resharding.buckets import cut_buckets, dtype_name, num_bytes
 from collab_megatron.resharding.update_group import join_as_sender
-
-GROUP_NAME = "collab_megatron_weights"
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ class Publisher:
         self._actor = actor
         self._sync = sync
         self._buckets = cut_buckets(actor.tensor_plan(), sync.bucket_mb * 2**20)
+        # of this run alone: an engine that outlives a run may still hold the group of one that was killed
+        self._group_name = f"collab_megatron_{uuid.uuid4().hex[:12]}"
         self._control: EngineControl | None = None
         self._group: dist.ProcessGroup | None = None
         if actor.grid.is_main:
@@ -76,7 +77,7 @@ class Publisher:
             "address": "127.0.0.1",
             "port": free_port(),
             "world_size": 1 + engine_ranks,
-            "group_name": GROUP_NAME,
+            "group_name": self._group_name,
             "backend": self._actor.grid.backend.process_group,
         }
         joining = _Call(f"init_weights_update_group of {control.url}", control.init_update_group, **world)
@@ -126,7 +127,7 @@ class Publisher:
             names=[tensor.name for tensor in bucket],
             dtypes=[dtype_name(tensor.dtype) for tensor in bucket],
             shapes=[tensor.shape for tensor in bucket],
-            group_name=GROUP_NAME,
+            group_name=self._group_name,
             weight_version=version,
         )
         for expected in bucket:
@@ -141,5 +142,7 @@ class Publisher:
         receiving.finish(self._sync.timeout_s)
 
     def close(self) -> None:
+        """Leave the engine as it was found: the group is dissolved."""
         if self._control is not None:
+            self._control.destroy_update_group(self._group_name)
             self._control.close()

@@ -1,0 +1,148 @@
+"""Every mistake of a user ends before a process is started, with one sentence that says how to mend it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from collab_megatron.cluster.plan import rl_plan, sft_plan
+from collab_megatron.cluster.preflight import check_rl, check_sft
+from collab_megatron.cluster.processes import free_port
+from collab_megatron.config import RLConfig, SFTConfig, load_config
+from collab_megatron.data.parquet import Conversation, write_conversations, write_tasks
+from collab_megatron.errors import UserError
+from collab_megatron.types import Message
+from tests.conftest import DESK_KEY, REPOSITORY, Server
+from tests.driver.fakes import TASK
+
+Load = Callable[..., RLConfig]
+
+
+@pytest.fixture
+def load(tmp_path: Path, tiny_model: Path, desk: Server, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """A sound demo config, with overrides."""
+    monkeypatch.setenv("DESK_API_KEY", DESK_KEY)
+    tasks = tmp_path / "tasks.parquet"
+    write_tasks(tasks, [TASK])
+
+    def loaded(*overrides: str) -> RLConfig:
+        sound = [
+            f"run.dir={tmp_path / 'run'}",
+            f"model.path={tiny_model}",
+            f"data.train={tasks}",
+            f"data.validation={tasks}",
+            f"simulators.user.api_base={desk.url}",
+            f"simulators.judge.api_base={desk.url}",
+        ]
+        return load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", [*sound, *overrides])
+
+    return loaded
+
+
+def refusal(config: RLConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        check_rl(config)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_a_sound_config_passes(load: Load) -> None:
+    start = check_rl(load())
+    assert start.first_step == 0
+    assert start.max_context_tokens > 64
+
+
+def test_a_layout_that_does_not_divide(load: Load) -> None:
+    assert "tensor" in refusal(load("parallel.tensor=3"))
+
+
+def test_a_model_folder_without_tokenizer_template_or_weights(load: Load, tiny_model: Path, tmp_path: Path) -> None:
+    assert "no-such-model" in refusal(load("model.path=/no-such-model"))
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    (broken / "chat_template.jinja").unlink()
+    assert "chat template" in refusal(load(f"model.path={broken}"))
+    (broken / "tokenizer.json").unlink()
+    assert "tokenizer" in refusal(load(f"model.path={broken}"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    assert "supported are LlamaForCausalLM" in refusal(load(f"model.path={broken}"))
+
+
+def test_data_that_is_missing_empty_or_lacks_a_column(load: Load, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert "nowhere.parquet" in refusal(load("data.train=nowhere.parquet"))
+    table = pq.read_table(tmp_path / "tasks.parquet")
+    pq.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
+    assert "empty" in refusal(load(f"data.train={tmp_path / 'empty.parquet'}"))
+    pq.write_table(table.drop_columns(["ground_truth"]), tmp_path / "lacking.parquet")
+    sentence = refusal(load(f"data.train={tmp_path / 'lacking.parquet'}"))
+    assert "ground_truth" in sentence
+    assert "lacking.parquet" in sentence
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
+    assert "other.parquet" in refusal(load(f"data.validation={tmp_path / 'other.parquet'}"))
+
+
+def test_simulators_without_key_or_answer(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = f"http://127.0.0.1:{free_port()}/v1"
+    sentence = refusal(load(f"simulators.judge.api_base={silent}"))
+    assert "simulators.judge" in sentence
+    assert silent in sentence
+    monkeypatch.delenv("DESK_API_KEY")
+    sentence = refusal(load())
+    assert "DESK_API_KEY" in sentence
+
+
+def test_a_port_in_use(load: Load) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"port {port} " in refusal(load(f"engine.port={port}"))
+
+
+def test_gpus_that_are_not_there(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert "needs 3 GPUs" in refusal(load("parallel.device=cuda"))
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "1 MB free" in refusal(load())
+
+
+def test_sft_refuses_to_write_over_an_export(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.safetensors").write_bytes(b"precious")
+    chat = (Message("user", "a"), Message("assistant", "b"))
+    write_conversations(tmp_path / "sft.parquet", [Conversation("c1", chat)])
+    config = load_config(
+        SFTConfig,
+        REPOSITORY / "conf" / "demo_sft.yaml",
+        [
+            f"run.dir={tmp_path}",
+            f"model.path={tiny_model}",
+            f"data.train={tmp_path / 'sft.parquet'}",
+            f"export_hf={tmp_path / 'export'}",
+        ],
+    )
+    with pytest.raises(UserError, match="not empty"):
+        check_sft(config)
+    assert "trainer     2 ranks" in sft_plan(config)
+
+
+def test_the_plan_counts_calls_and_bytes(load: Load) -> None:
+    plan = rl_plan(load("simulators.user.output_usd_per_mtoken=0.6"))
+    assert "16 prompts x 8 replies = 128 replies, 256 futures, at most 640 policy turns" in plan
+    assert "user calls  at most 512 per step to openai/desk-user, at most $0.04 of output" in plan
+    assert "judge calls 256 per step" in plan
+    assert "1,279,232 parameters" in plan

@@ -1,0 +1,100 @@
+"""Children never outlive the supervisor, and their last sentence becomes ours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from collab_megatron.cluster.processes import Supervisor, free_port, port_in_use
+from collab_megatron.errors import RunError
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def gone(pid: int, within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_failed_child_ends_the_others_and_is_quoted(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"engine ended with exit code 1: the disk is full; see .*engine.log"):
+        with Supervisor(tmp_path) as supervisor:
+            sleeper = supervisor.start("trainer", python("import time; time.sleep(60)"), {})
+            supervisor.start("engine", python("import sys; print('error: the disk is full'); sys.exit(1)"), {})
+            supervisor.wait_for([sleeper])
+    assert sleeper.process.poll() is not None
+
+
+def test_a_users_mistake_keeps_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("driver", python("import sys; print('error: no key'); sys.exit(2)"), {})
+        supervisor.wait_for([child])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: no key\n"
+
+
+def test_a_killed_child_is_named_with_its_signal(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="engine ended with signal SIGKILL"), Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("engine", python("import time; time.sleep(60)"), {})
+        os.kill(child.process.pid, signal.SIGKILL)
+        supervisor.wait_for([child])
+
+
+def test_grandchildren_end_too(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "print(p.pid, flush=True); time.sleep(60)"
+    )
+    with Supervisor(tmp_path) as supervisor:
+        supervisor.start("engine", python(code), {})
+        log = tmp_path / "engine.log"
+        while not log.read_text().strip():
+            time.sleep(0.05)
+        grandchild = int(log.read_text())
+        assert psutil.pid_exists(grandchild)
+    assert gone(grandchild)
+
+
+def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from collab_megatron.cluster.processes import Supervisor\n"
+        f"with Supervisor(Path({str(tmp_path)!r})) as s:\n"
+        "    child = s.start('engine', [sys.executable, '-c', 'import time; time.sleep(60)'], {})\n"
+        "    print(child.process.pid, flush=True); time.sleep(60)\n"
+    )
+    launcher = subprocess.Popen(python(code), stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    child = int(launcher.stdout.readline())
+    launcher.kill()
+    launcher.wait()
+    launcher.stdout.close()
+    assert gone(child)
+
+
+def test_a_ready_file_that_never_comes_is_a_run_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="driver was not ready within 0.3 s"), Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("driver", python("import time; time.sleep(60)"), {})
+        supervisor.wait_for_file(tmp_path / "never", child, timeout_s=0.3)
+
+
+def test_ports() -> None:
+    port = free_port()
+    assert not port_in_use("127.0.0.1", port)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        assert port_in_use("127.0.0.1", port)

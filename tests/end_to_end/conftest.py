@@ -1,0 +1,80 @@
+"""The whole road, shortened, once for all tests that look at what it left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import DESK_KEY, REPOSITORY, Server
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    output: str  # stdout and stderr
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.output.splitlines() if line.startswith("error: ")]
+
+
+Run = Callable[..., Ended]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "DESK_API_KEY": DESK_KEY, "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """`run("-m", "collab_megatron.train_rl", ...)`: a Python command of this repository to its end."""
+
+    def ran(*argv: str, timeout_s: float = 240) -> Ended:
+        done = subprocess.run(
+            [sys.executable, *argv],
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        return Ended(done.returncode, done.stdout)
+
+    return ran
+
+
+@pytest.fixture(scope="session")
+def short_demo(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """RUN_DIR of `tools/demo.py --short`, and what it said."""
+    run_dir = tmp_path_factory.mktemp("demo") / "run"
+    ended = run("tools/demo.py", "--short", "--run-dir", str(run_dir), timeout_s=560)
+    assert ended.code == 0, ended.output[-6000:]
+    return run_dir, ended
+
+
+@pytest.fixture
+def rl_command(short_demo: tuple[Path, Ended], desk: Server, engine: Server) -> Callable[..., list[str]]:
+    """`python` arguments of a small RL run on the short demo's data, against the session's engine unless overridden."""
+    demo, _ = short_demo
+
+    def command(run_dir: Path, *overrides: str) -> list[str]:
+        return [
+            *("-m", "collab_megatron.train_rl", "conf/demo_rl.yaml", f"run.dir={run_dir}"),
+            *(f"model.path={demo / 'sft_hf'}", f"data.train={demo / 'data' / 'rl_train.parquet'}"),
+            *(f"data.validation={demo / 'data' / 'rl_validation.parquet'}", "evaluation.num_tasks=8"),
+            *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+            *("rollout.prompts_per_step=4", "rollout.num_replies=4", f"engine.url={engine.url}"),
+            *("train.eval_at_start=false", "train.save_interval=1", *overrides),
+        ]
+
+    return command

@@ -1,0 +1,164 @@
+"""What breaks while running: one sentence, exit code 1, nobody left running, earlier checkpoints whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from collab_megatron.checkpoint.folders import newest_complete
+from collab_megatron.cluster.processes import free_port
+from tests.conftest import DESK_KEY, REPOSITORY
+from tests.end_to_end.conftest import Ended, Run, environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+class Running:
+    """A launcher under way, with everything it has started."""
+
+    def __init__(self, argv: list[str], log: Path) -> None:
+        self._log = log
+        with log.open("wb") as sink:
+            self._process = subprocess.Popen(
+                [sys.executable, *argv], cwd=REPOSITORY, env=environment(), stdout=sink, stderr=subprocess.STDOUT
+            )
+        self.family: list[psutil.Process] = []
+
+    def wait_until(self, said: str, timeout_s: float = 150) -> None:
+        deadline = time.monotonic() + timeout_s
+        while said not in self._log.read_text():
+            assert self._process.poll() is None, self._log.read_text()[-4000:]
+            assert time.monotonic() < deadline, self._log.read_text()[-4000:]
+            time.sleep(0.05)
+        self.family = psutil.Process(self._process.pid).children(recursive=True)
+
+    def child(self, *words: str) -> psutil.Process:
+        """The first started process whose command line holds all `words`."""
+        return next(p for p in self.family if all(word in " ".join(p.cmdline()) for word in words))
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def end(self, timeout_s: float = 90) -> Ended:
+        code = self._process.wait(timeout_s)
+        gone, alive = psutil.wait_procs(self.family, timeout=15)
+        assert not alive, f"left running: {alive}"
+        assert gone
+        return Ended(code, self._log.read_text())
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
+
+    def begin(argv: list[str]) -> Running:
+        started.append(Running(argv, tmp_path / "launcher.log"))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.send(signal.SIGTERM)
+        running._process.wait(30)
+
+
+def test_a_killed_engine_ends_the_run_and_keeps_the_checkpoint(
+    rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
+) -> None:
+    running = start(rl_command(tmp_path / "run", "train.steps=500", "engine.url=null"))
+    running.wait_until("rl 2/500")
+    os.kill(running.child("sglang.launch_server").pid, signal.SIGKILL)
+    ended = running.end()
+    assert ended.code == 1
+    assert any("engine" in error for error in ended.errors), ended.output[-3000:]
+    assert "Traceback" not in ended.output
+    assert newest_complete(tmp_path / "run" / "checkpoints" / "rl") is not None
+    assert DESK_KEY not in ended.output
+
+
+def test_a_term_signal_ends_everything(
+    rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
+) -> None:
+    running = start(rl_command(tmp_path / "run", "train.steps=500"))
+    running.wait_until("rl 1/500")
+    running.send(signal.SIGTERM)
+    assert running.end().code == 130
+
+
+def test_simulators_that_go_away_end_the_run(
+    rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
+) -> None:
+    port = free_port()
+    argv = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", str(port), "--die-with-parent"]
+    with subprocess.Popen(argv, env=environment()) as endpoint:
+        time.sleep(2)
+        base = f"http://127.0.0.1:{port}/v1"
+        overrides = [
+            f"simulators.{role}.{key}" for role in ("user", "judge") for key in (f"api_base={base}", "deadline_s=2")
+        ]
+        running = start(rl_command(tmp_path / "run", "train.steps=500", *overrides))
+        running.wait_until("rl 1/500")
+        endpoint.kill()
+        ended = running.end()
+    assert ended.code == 1
+    assert "had to be dropped" in ended.errors[-1]
+    assert "simulator" in ended.errors[-1] or "user" in ended.errors[-1]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(mount)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no small file system can be mounted here: {made.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_disk_that_fills_up_while_saving(
+    short_demo: tuple[Path, Ended], start: Callable[..., Running], small_disk: Path
+) -> None:
+    demo, _ = short_demo
+    running = start(
+        [
+            *("-m", "collab_megatron.train_sft", "conf/demo_sft.yaml", f"run.dir={small_disk}", "export_hf=null"),
+            *(f"model.path={demo / 'model'}", f"data.train={demo / 'data' / 'sft_train.parquet'}"),
+            *("train.steps=2000", "train.save_interval=20", "batch_size=16", "optimizer.warmup_steps=1"),
+        ]
+    )
+    running.wait_until("sft 50/2000")
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:  # all but 4 MB: less than one checkpoint
+        file.truncate(0)
+        left = shutil.disk_usage(small_disk).free - 4 * 2**20
+        while left > 0:
+            left -= file.write(b"\0" * min(left, 2**20))
+    ended = running.end()
+    assert ended.code == 1
+    assert "disk" in ended.errors[-1], ended.output[-3000:]
+    newest = newest_complete(small_disk / "checkpoints" / "sft")
+    assert newest is not None
+    assert not list((small_disk / "checkpoints" / "sft").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("module", ["train_rl", "train_sft", "evaluate"])
+def test_mistakes_on_the_command_line_end_with_two(run: Run, module: str) -> None:
+    conf = {"train_rl": "demo_rl", "train_sft": "demo_sft", "evaluate": "demo_evaluate"}[module]
+    begin = time.monotonic()
+    ended = run("-m", f"collab_megatron.{module}", f"conf/{conf}.yaml", "model.pth=x", timeout_s=30)
+    assert ended.code == 2
+    assert ended.output.count("\n") == 1
+    assert "did you mean 'path'?" in ended.output
+    assert time.monotonic() - begin < 20
