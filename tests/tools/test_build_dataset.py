@@ -234,6 +234,9 @@ def test_bad_problems_name_the_line(config: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_was_begun_otherwise_is_not_mixed(config: Path) -> None:
     build(config, "num_conversations=2")
+    build(config, "num_conversations=3", "simulators.user.timeout_s=7", "max_concurrency=1")
+    with pytest.raises(UserError, match=r"another simulators\.user\.temperature:"):
+        build(config, "num_conversations=4", "simulators.user.temperature=0.5")
     with pytest.raises(UserError, match="another num_repeat_rollouts"):
         build(config, "num_conversations=4", "num_repeat_rollouts=1")
 
