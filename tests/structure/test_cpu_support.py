@@ -16,7 +16,12 @@ CPU_ENGINE = {"SGLANG_USE_CPU_ENGINE": "1"}
 def run_python(code: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     base = {name: value for name, value in os.environ.items() if name != "SGLANG_USE_CPU_ENGINE"}
     return subprocess.run(
-        [sys.executable, "-c", code], env={**base, **(env or {})}, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", code],
+        env={**base, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 

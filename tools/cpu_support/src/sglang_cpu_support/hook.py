@@ -51,7 +51,8 @@ class SglKernelStandIn(MetaPathFinder):
         if fullname != "sgl_kernel" or os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
             return None
         standin = find_spec("sglang_cpu_support.sgl_kernel_standin")
-        assert standin is not None and standin.origin is not None
+        assert standin is not None
+        assert standin.origin is not None
         return spec_from_file_location(fullname, standin.origin)
 
 
