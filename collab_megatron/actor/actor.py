@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from collab_megatron.actor.grid import RankGrid, agree
+from collab_megatron.actor.grid import RankGrid, agree, phase
 from collab_megatron.actor.model import PolicyModel, build_model, token_statistics
 from collab_megatron.actor.optimizer import build_optimizer, step_if_finite, wrap_for_training
 from collab_megatron.algorithms.losses import LossSum
@@ -114,10 +114,12 @@ class Actor:
         Position 0 is zero; padding holds numbers without meaning. Collective over the tensor-parallel ranks, which must
         pass the same micro-batches.
         """
-        pairs = [
-            token_statistics(self.model, batch.ids.to(self.grid.device), sequence_parallel=self.grid.sequence_parallel)
-            for batch in micro_batches
-        ]
+        sequence_parallel = self.grid.sequence_parallel
+        with phase(self.grid, "log-probs"):
+            pairs = [
+                token_statistics(self.model, batch.ids.to(self.grid.device), sequence_parallel=sequence_parallel)
+                for batch in micro_batches
+            ]
         return [logprobs.cpu() for logprobs, _ in pairs], [entropy.cpu() for _, entropy in pairs]
 
     def train_step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float) -> StepResult:
@@ -133,6 +135,20 @@ class Actor:
             raise ValueError(
                 f"a step needs micro-batches and trained tokens, not {len(micro_batches)} and {normalizer}"
             )
+        lr = self.lr
+        with phase(self.grid, "the training step"):
+            sums = self._gradients(micro_batches, loss_fn, normalizer)
+            grad_norm, stepped = step_if_finite(self.optimizer, self.section.clip_grad)
+            metrics = self._reduce(sums, normalizer)
+        if stepped:
+            self.scheduler.step(increment=1)
+        return StepResult(grad_norm, lr, metrics, skipped=not stepped)
+
+    def _gradients(
+        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float
+    ) -> list[dict[str, Tensor]]:
+        """Fill the gradient buffer, summed over all ranks; returns the metric sums per micro-batch of this rank."""
+        assert self.optimizer is not None
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums: list[dict[str, Tensor]] = get_forward_backward_func()(
@@ -144,11 +160,7 @@ class Actor:
             micro_batch_size=micro_batches[0].ids.shape[0],
             forward_only=False,
         )
-        lr = self.lr
-        grad_norm, stepped = step_if_finite(self.optimizer, self.section.clip_grad)
-        if stepped:
-            self.scheduler.step(increment=1)
-        return StepResult(grad_norm, lr, self._reduce(sums, normalizer), skipped=not stepped)
+        return sums
 
     def _forward(
         self, loss_fn: LossFn, normalizer: float, batches: Iterator[MicroBatch], model: Any

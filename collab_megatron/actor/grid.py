@@ -6,8 +6,10 @@ neighbouring devices.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -138,6 +140,25 @@ def agree(rank_grid: RankGrid, failure: str | None) -> list[str]:
     said: list[str | None] = [None] * rank_grid.world_size
     dist.all_gather_object(said, failure, group=rank_grid.cpu_group)
     return [f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None]
+
+
+@contextlib.contextmanager
+def phase(rank_grid: RankGrid, name: str) -> Iterator[None]:
+    """Name the phase and this rank where a collective fails because a peer died or missed the deadline.
+
+    Raises RunError for those; anything else passes through as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # gloo raises plain RuntimeErrors that only their source path gives away
+        if not isinstance(error, dist.DistError) and "gloo" not in first_line:
+            raise
+        raise RunError(
+            f"rank {rank_grid.rank} (tp {rank_grid.tp_rank}, dp {rank_grid.dp_rank}) in {name}: a peer died or did not "
+            f"answer within {rank_grid.timeout_s:g} s; its own log says why ({first_line})"
+        ) from error
 
 
 def _set_threads(backend: Backend) -> None:

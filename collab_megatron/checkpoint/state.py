@@ -76,7 +76,7 @@ def restore(actor: Actor, state: dict[str, Any]) -> None:
 
 
 def _add_step_zero(optimizer: Any, state: dict[str, Any]) -> None:
-    """Upstream leaves AdamW's step out when it is 0 (saved before the first step) and cannot load what it then saved."""
+    """Upstream leaves AdamW's step out when it is 0 (saved before the first step) and then cannot load its own file."""
     if not all(isinstance(part.optimizer, torch.optim.AdamW) for part in parts(optimizer)):
         return
     inner = state.get("optimizer", state)

@@ -38,3 +38,8 @@ def test_equals_plain_pytorch(models: Path, tensor: int, data: int, sequence_par
 def test_world_size_must_fit_the_layout(models: Path) -> None:
     with pytest.raises(RanksFailed, match=r"1 ranks were started, but parallel\.tensor=2 times parallel\.data=1 is 2"):
         run_ranks(HERE / "actor_ranks.py", 1, str(models), "2", "1", "0", "0")
+
+
+@pytest.mark.slow
+def test_a_lost_peer_is_reported_with_rank_and_phase(models: Path) -> None:
+    run_ranks(HERE / "lost_peer_ranks.py", 2, str(models / "llama"))
