@@ -60,18 +60,19 @@ INTENT_PHRASES: dict[str, tuple[str, ...]] = {
 INTENT_NOUNS = {"table": "BOOK", "taxi": "RIDE", "delivery": "ORDER", "reminder": "REMIND", "room": "ROOM"}
 
 # No wording begins with its value: the first word of a message is another token than the same word after a space.
+# Within an intent no two slots share a telling word: a small model goes by "for" alone and asks for what it was told.
 SLOT_WORDINGS: dict[str, tuple[str, ...]] = {
-    "size": ("for {} people", "for a party of {}", "with {} seats"),
+    "size": ("for {} people", "for a party of {}", "seating {}"),
     "time": ("at {}", "around {}", "not before {}"),
-    "day": ("on {}", "for {}", "day is {}"),
-    "name": ("under {}", "my name is {}", "in the name of {}"),
-    "from": ("from the {}", "starting at the {}", "leaving the {}"),
+    "day": ("on {}", "dated {}", "day is {}"),
+    "name": ("under {}", "called {}", "in the name {}"),
+    "from": ("from the {}", "leaving the {}", "starting near the {}"),
     "to": ("to the {}", "going to the {}", "towards the {}"),
-    "item": ("with {}", "of the {}", "all {}"),
-    "count": ("for {} guests", "with {} portions", "enough for {}"),
-    "task": ("about the {}", "for the {}", "because of the {}"),
+    "item": ("with {}", "all {}", "choosing {}"),
+    "count": ("for {} guests", "making {} portions", "enough for {}"),
+    "task": ("about the {}", "regarding the {}", "because of the {}"),
     "kind": ("of type {}", "a {} one", "the {} kind"),
-    "nights": ("for {} nights", "staying {} nights", "with {} nights"),
+    "nights": ("for {} nights", "staying {} nights", "during {} nights"),
 }
 GREETINGS = ("", "", "hello", "hi there", "good morning")
 CLOSINGS = ("", "", "", "please", "thank you")

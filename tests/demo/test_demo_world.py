@@ -99,6 +99,12 @@ def test_every_word_has_one_meaning():
     assert not set(world.INTENT_NOUNS) & set(re.findall(r"[a-z]+", " ".join(wordings)))
 
 
+def test_slots_of_an_intent_share_no_telling_word():
+    for slots in world.INTENT_SLOTS.values():
+        words = [{*" ".join(world.SLOT_WORDINGS[slot]).split()} - {"{}", "the"} for slot in slots]
+        assert sum(map(len, words)) == len(set.union(*words))
+
+
 def test_parse_reply_tells_commands_questions_and_the_rest():
     assert world.parse_reply("BOOK size 4 time 6pm") == world.Command("BOOK size 4 time 6pm")
     assert world.parse_reply("which time and day?") == world.Question(("time", "day"))
