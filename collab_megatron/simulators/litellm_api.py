@@ -1,10 +1,10 @@
 """LiteLLM behind one small function: messages in, texts and token counts out.
 
-Choices, with the CPU time of one call on one core (measured against a trivial local server):
-- `litellm.acompletion`, not the Router: a role has one deployment, and the Router adds half again to every call and
+Choices, with the CPU time of one call measured against a trivial local server:
+- `litellm.acompletion`, not the Router: a role has one deployment, the Router adds about 2 ms to every call, and it
   brings retry and cool-down layers of its own, while this project has exactly one (role.py).
-- `hosted_vllm/NAME` is the cheapest way to an OpenAI-compatible server (about a quarter below `openai/NAME`, which goes
-  through the openai client). Both work; the demo uses the first.
+- `hosted_vllm/NAME` is the cheapest way to an OpenAI-compatible server: about 2.2 ms, against 3.6 ms for `openai/NAME`,
+  which goes through the openai client. Both work.
 - A model that LiteLLM has no price for is registered once, so that the price search is not repeated on every call.
 """
 

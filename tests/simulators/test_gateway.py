@@ -115,11 +115,12 @@ def test_a_retry_after_beyond_the_deadline_fails_at_once(endpoint: Any) -> None:
     assert not error.fatal
 
 
-def test_server_errors_are_retried_until_the_attempts_are_spent(endpoint: Any) -> None:
+@pytest.mark.parametrize("provider", ["hosted_vllm", "openai"])
+def test_server_errors_are_retried_until_the_attempts_are_spent(endpoint: Any, provider: str) -> None:
     endpoint.script = [(500, {})] * 3
-    error, after = failing(section(endpoint, max_attempts=3))
+    error, after = failing(section(endpoint, model=f"{provider}/m", max_attempts=3))
     message = str(error)
-    assert "user (hosted_vllm/m)" in message
+    assert f"user ({provider}/m)" in message
     assert "3 attempts" in message
     assert "(status 500)" in message
     assert SECRET not in message
