@@ -1,0 +1,156 @@
+"""The shape of the project: import edges, pure rooms, shipped configs, file sizes, swallowed errors, machine paths.
+
+Every check is a function of a tree, so that the same function is shown to fail on a tree with the fault in it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig, load_config
+from tests.structure import import_rules
+
+REPOSITORY = Path(__file__).parents[2]
+STANDARD_LIBRARY = frozenset(sys.stdlib_module_names)
+LONGEST_FILE = 400
+NOT_OURS = {
+    ".git",
+    ".venv",
+    "runs",
+    "build",
+    "__pycache__",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".pytest_cache",
+    ".hypothesis",
+}
+TEXT = {".py", ".yaml", ".cfg", ".toml", ".md", ".sh", ".sbatch", ".txt", ".in", ".pth", ""}
+# put together here, so that this file does not contain what it looks for
+MACHINE_PATH = re.compile(rf"(?<![\w.~}}*])/({'|'.join(('work', 'root', 'home', 'Users'))})/[\w.]")
+KINDS: dict[str, type[BaseModel]] = {
+    "rl": RLConfig,
+    "sft": SFTConfig,
+    "evaluate": EvaluateConfig,
+    "data": BuildDatasetConfig,
+}
+
+
+def own_files(root: Path, *suffixes: str) -> Iterator[Path]:
+    for file in sorted(root.rglob("*")):
+        parts = file.relative_to(root).parts
+        if file.suffix in suffixes and file.is_file() and not any(p in NOT_OURS or ".egg-info" in p for p in parts):
+            yield file
+
+
+def forbidden_imports(root: Path) -> list[str]:
+    return import_rules.violations(root, STANDARD_LIBRARY)
+
+
+def long_files(root: Path) -> list[str]:
+    counts = {file: len(file.read_text().splitlines()) for file in own_files(root, ".py", ".sh", ".yaml", ".sbatch")}
+    return [f"{file}: {count} lines" for file, count in counts.items() if count > LONGEST_FILE]
+
+
+def swallowed_errors(root: Path) -> list[str]:
+    """Handlers that do nothing at all. `contextlib.suppress` with a named type says the same on purpose."""
+    return [
+        f"{file}:{node.lineno}"
+        for file in own_files(root, ".py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ExceptHandler)
+        and all(
+            isinstance(line, ast.Pass)
+            or (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and line.value.value is ...)
+            for line in node.body
+        )
+    ]
+
+
+def machine_paths(root: Path) -> list[str]:
+    return [
+        f"{file}:{number}: {line.strip()}"
+        for file in own_files(root, *TEXT)
+        if file.name != "LICENSE"
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if MACHINE_PATH.search(line)
+    ]
+
+
+@pytest.mark.parametrize("check", [forbidden_imports, long_files, swallowed_errors, machine_paths])
+def test_the_tree_is_in_order(check: Callable[[Path], list[str]]) -> None:
+    assert check(REPOSITORY) == []
+
+
+def test_every_room_and_every_added_edge_of_the_table_exists() -> None:
+    package = REPOSITORY / import_rules.PACKAGE
+    rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert rooms - {"__init__"} <= {*import_rules.ROOMS, *import_rules.FREE}, "a new room: give it a row in the table"
+    assert import_rules.unused_additions(REPOSITORY) == []
+
+
+FAULTS = [
+    (forbidden_imports, "driver/x.py", "import litellm"),
+    (forbidden_imports, "train_rl.py", "from megatron.core import parallel_state"),
+    (forbidden_imports, "algorithms/x.py", "from torch import distributed"),
+    (forbidden_imports, "batching/x.py", "import numpy"),
+    (forbidden_imports, "rewards/x.py", "def f():\n    import torch.distributed"),
+    (forbidden_imports, "engine/x.py", "from sglang import Engine"),
+    (forbidden_imports, "engine/x.py", "from collab_megatron.actor.grid import RankGrid"),
+    (forbidden_imports, "engine/x.py", "from collab_megatron import driver"),
+    (forbidden_imports, "engine/x.py", "from ..driver import group"),
+    (forbidden_imports, "driver/x.py", "from collab_megatron.algorithms.losses import LossSum"),
+    (forbidden_imports, "data/x.py", "from collab_megatron.rewards import Scorer"),
+    (forbidden_imports, "types.py", "import pydantic"),
+    (forbidden_imports, "demo/endpoint.py", "import torch"),
+    (long_files, "driver/x.py", "x = 1\n" * (LONGEST_FILE + 1)),
+    (swallowed_errors, "driver/x.py", "try:\n    f()\nexcept ValueError:\n    pass"),
+    (machine_paths, "driver/x.py", f"path = '/{'home'}/someone/model'"),
+]
+
+
+@pytest.mark.parametrize(("check", "file", "text"), FAULTS, ids=[text.split("\n")[0][:50] for _, _, text in FAULTS])
+def test_each_check_finds_its_fault(tmp_path: Path, check: Callable[[Path], list[str]], file: str, text: str) -> None:
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(REPOSITORY / import_rules.PACKAGE, tmp_path / import_rules.PACKAGE, ignore=ignore)
+    before = check(tmp_path)
+    target = tmp_path / import_rules.PACKAGE / file
+    with target.open("a") as changed:
+        changed.write("\n" + text + "\n")
+    new = [found for found in check(tmp_path) if found not in before]
+    assert new
+    assert all(str(target) in found for found in new), new
+
+
+@pytest.mark.parametrize("room", ["types", "config", "algorithms", "batching", "rewards"])
+def test_pure_rooms_leave_megatron_and_litellm_unloaded(room: str) -> None:
+    files = REPOSITORY / import_rules.PACKAGE / room
+    names = sorted(f"{room}.{file.stem}" for file in files.glob("*.py") if file.stem != "__init__") or [room]
+    code = "import importlib, sys\n"
+    code += "".join(f"importlib.import_module('{import_rules.PACKAGE}.{name}')\n" for name in names)
+    code += "print([name for name in ('megatron', 'litellm', 'sglang') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+CONFIGS = sorted((REPOSITORY / "conf").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_every_shipped_config_loads(file: Path) -> None:
+    """A file whose name does not say its kind is a base: one that does must extend it."""
+    kind = next((kind for word, kind in KINDS.items() if word in file.stem.split("_")), None)
+    if kind is not None:
+        load_config(kind, file)
+    else:
+        extended = [yaml.safe_load(other.read_text()).get("extends") for other in CONFIGS]
+        assert file.name in extended, f"{file.name}: neither a kind of {sorted(KINDS)} nor extended by one"
