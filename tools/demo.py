@@ -1,8 +1,8 @@
 """The demo: a small model learns to ask before it answers. `make demo` and `make demo-ablation` call this.
 
-    python tools/demo.py [--run-dir runs/demo] [--seed 1]
-    python tools/demo.py --ablation [--run-dir runs/demo]
-    python tools/demo.py --short --run-dir DIR     # the same road in a few steps; nothing is learned
+python tools/demo.py [--run-dir runs/demo] [--seed 1]
+python tools/demo.py --ablation [--run-dir runs/demo]
+python tools/demo.py --short --run-dir DIR     # the same road in a few steps; nothing is learned
 """
 
 from __future__ import annotations

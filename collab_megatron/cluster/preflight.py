@@ -13,7 +13,7 @@ from collab_megatron.checkpoint.folders import newest_complete, read_info
 from collab_megatron.cluster.processes import port_in_use
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig
 from collab_megatron.config.entry import llm_roles
-from collab_megatron.config.sections import EngineSection, LLMSection, ParallelSection, RunSection
+from collab_megatron.config.sections import EngineSection, ParallelSection, RunSection
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.convert.spec import model_spec
@@ -21,6 +21,7 @@ from collab_megatron.convert.tables import parameter_count
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_conversations, read_tasks
 from collab_megatron.errors import UserError
+from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway
 
 REACH_TIMEOUT_S = 5.0
@@ -53,7 +54,7 @@ def check_rl(config: RLConfig) -> RLStart:
     _check_devices(config.parallel, config.engine)
     _check_engine(config.engine)
     _check_disk(config.run.dir, hf_config, config.model.dtype)
-    asyncio.run(_check_simulators(llm_roles(config.simulators), config.run.seed))
+    asyncio.run(_check_simulators(config))
     return RLStart(first_step=first_step, max_context_tokens=max_context_tokens(hf_config, config.engine))
 
 
@@ -75,7 +76,7 @@ def check_evaluate(config: EvaluateConfig) -> int:
     if config.data.validation is not None:
         read_tasks(config.data.validation)
     _check_engine(config.engine)
-    asyncio.run(_check_simulators(llm_roles(config.simulators), config.run.seed))
+    asyncio.run(_check_simulators(config))
     return max_context_tokens(hf_config, config.engine)
 
 
@@ -131,9 +132,10 @@ def _check_engine(engine: EngineSection) -> None:
         )
 
 
-async def _check_simulators(roles: dict[str, LLMSection], seed: int) -> None:
-    gateway = Gateway(roles, seed)  # a missing key is found here
+async def _check_simulators(config: RLConfig | EvaluateConfig) -> None:
+    gateway = Gateway(llm_roles(config.simulators), config.run.seed)  # a missing key is found here
     try:
+        configured_scorer(config.reward, config.simulators, gateway)
         await gateway.check_reachable(REACH_TIMEOUT_S)
     finally:
         await gateway.close()

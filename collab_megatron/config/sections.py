@@ -125,6 +125,7 @@ class RewardSection(Section):
 
     metric_weights: dict[str, float] = {"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1}
     accuracy_verifier: Literal["exact", "judge"] = "judge"
+    metric_modules: tuple[str, ...] = ()  # Python modules that register metrics of your own (rewards/registry.py)
 
 
 class LLMSection(Section):

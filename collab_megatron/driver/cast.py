@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.engine.client import EngineClient
 from collab_megatron.errors import UserError
 from collab_megatron.monitor.busy import BusyClock
-from collab_megatron.rewards import make_scorer
+from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway, LLMUserSimulator
 from collab_megatron.types import Task
 
@@ -34,28 +35,22 @@ async def assemble(
     """Clients that live as long as the block. Raises UserError for a missing key or an inexact chat template."""
     chat = ChatTemplate(load_tokenizer(config.model.path))
     chat.check_exact()
-    sections = llm_roles(config.simulators)
-    gateway = Gateway(sections, config.run.seed)
+    gateway = Gateway(llm_roles(config.simulators), config.run.seed)
     rollout = config.rollout
-    judge = gateway.role("judge") if "judge" in sections else None
-    judge_prompt = config.simulators.judge.prompt_file if config.simulators.judge else None
     async with EngineClient(
         engine_url,
         stop_token_ids=chat.end_ids,
         timeout_s=config.engine.request_timeout_s,
         max_concurrency=config.engine.max_concurrency,
     ) as engine:
+        gc.collect()
+        gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
         try:
             yield Cast(
                 players=Players(
                     engine=engine,
                     user=LLMUserSimulator(gateway.role("user"), config.simulators.user.prompt_file),
-                    scorer=make_scorer(
-                        config.reward.metric_weights,
-                        judge,
-                        accuracy_verifier=config.reward.accuracy_verifier,
-                        judge_prompt_file=judge_prompt,
-                    ),
+                    scorer=configured_scorer(config.reward, config.simulators, gateway),
                     chat=chat,
                     engine_clock=BusyClock(),
                     user_clock=BusyClock(),

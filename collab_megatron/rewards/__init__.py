@@ -2,6 +2,7 @@
 
 from collab_megatron.rewards.aggregate import clamped_share, conversation_reward, multiturn_reward
 from collab_megatron.rewards.clarify import asks_question
+from collab_megatron.rewards.configured import configured_scorer
 from collab_megatron.rewards.registry import MetricContext, known_metrics, make_scorer, register_metric
 from collab_megatron.rewards.scorer import Scorer
 
@@ -10,6 +11,7 @@ __all__ = [
     "Scorer",
     "asks_question",
     "clamped_share",
+    "configured_scorer",
     "conversation_reward",
     "known_metrics",
     "make_scorer",

@@ -4,12 +4,13 @@
     def brevity(context: MetricContext) -> Metric:
         return Brevity()
 
-and `reward.metric_weights: {brevity: 0.2}` in the config; no trainer code changes.
+in a module that `reward.metric_modules` names, and `reward.metric_weights: {brevity: 0.2}`; no trainer code changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,17 @@ def make_scorer(
     *,
     accuracy_verifier: str = "judge",
     judge_prompt_file: Path | None = None,
+    metric_modules: Sequence[str] = (),
 ) -> Scorer:
-    """The scorer of a run. Raises UserError for an unknown metric or one that lacks its judge."""
+    """The scorer of a run. `metric_modules` are imported first, so that they may register metrics.
+
+    Raises UserError for a module that cannot be imported, an unknown metric, or one that lacks its judge.
+    """
+    for module in metric_modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"reward.metric_modules: {module} cannot be imported ({error})") from None
     context = MetricContext(judge, accuracy_verifier, judge_prompt_file)
     unknown = sorted(set(metric_weights) - set(_FACTORIES))
     if unknown:

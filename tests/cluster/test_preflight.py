@@ -101,6 +101,21 @@ def test_simulators_without_key_or_answer(load: Load, monkeypatch: pytest.Monkey
     assert "DESK_API_KEY" in sentence
 
 
+def test_a_metric_that_nobody_registered(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentence = refusal(load("reward.metric_weights={bleu: 1}"))
+    assert "'bleu'" in sentence
+    assert "accuracy, interactivity, token_amount" in sentence
+    assert "no_such_module" in refusal(load("reward.metric_modules=[no_such_module]"))
+    (tmp_path / "my_metrics.py").write_text(
+        "from collab_megatron.rewards import register_metric\n"
+        "from collab_megatron.rewards.token_amount import TokenAmount\n"
+        "class Brevity(TokenAmount):\n    name = 'brevity'\n"
+        "register_metric('brevity')(lambda context: Brevity())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check_rl(load("reward.metric_modules=[my_metrics]", "reward.metric_weights={brevity: 1}"))
+
+
 def test_a_port_in_use(load: Load) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -31,11 +31,11 @@ def gone(pid: int, within_s: float = 5.0) -> bool:
 
 
 def test_a_failed_child_ends_the_others_and_is_quoted(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"engine ended with exit code 1: the disk is full; see .*engine.log"):
-        with Supervisor(tmp_path) as supervisor:
-            sleeper = supervisor.start("trainer", python("import time; time.sleep(60)"), {})
-            supervisor.start("engine", python("import sys; print('error: the disk is full'); sys.exit(1)"), {})
-            supervisor.wait_for([sleeper])
+    said = r"engine ended with exit code 1: the disk is full; see .*engine.log"
+    with pytest.raises(RunError, match=said), Supervisor(tmp_path) as supervisor:
+        sleeper = supervisor.start("trainer", python("import time; time.sleep(60)"), {})
+        supervisor.start("engine", python("import sys; print('error: the disk is full'); sys.exit(1)"), {})
+        supervisor.wait_for([sleeper])
     assert sleeper.process.poll() is not None
 
 
@@ -86,7 +86,7 @@ def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_ready_file_that_never_comes_is_a_run_error(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="driver was not ready within 0.3 s"), Supervisor(tmp_path) as supervisor:
+    with pytest.raises(RunError, match=r"driver was not ready within 0\.3 s"), Supervisor(tmp_path) as supervisor:
         child = supervisor.start("driver", python("import time; time.sleep(60)"), {})
         supervisor.wait_for_file(tmp_path / "never", child, timeout_s=0.3)
 

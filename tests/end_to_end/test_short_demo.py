@@ -14,7 +14,35 @@ from tests.end_to_end.conftest import Ended, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-DASHBOARD = ["reward/mr_mean", "reward/mr_std", "reward/accuracy_mean", "reward/accuracy_std", "reward/interactivity_mean", "reward/token_amount_mean", "advantage/std", "rollout/clarify_rate", "rollout/reply_tokens_mean", "rollout/tokens_per_s", "train/kl", "train/entropy", "train/clip_fraction", "train/grad_norm", "train/logprob_gap", "train/tokens_per_s", "train/lr", "time_s/rollout", "time_s/simulators", "time_s/judges", "time_s/logprobs", "time_s/update", "time_s/weight_sync", "simulator/user/calls", "simulator/judge/calls", "simulator/user/cost_usd", "simulator/judge/cost_usd"]
+DASHBOARD = [
+    "reward/mr_mean",
+    "reward/mr_std",
+    "reward/accuracy_mean",
+    "reward/accuracy_std",
+    "reward/interactivity_mean",
+    "reward/token_amount_mean",
+    "advantage/std",
+    "rollout/clarify_rate",
+    "rollout/reply_tokens_mean",
+    "rollout/tokens_per_s",
+    "train/kl",
+    "train/entropy",
+    "train/clip_fraction",
+    "train/grad_norm",
+    "train/logprob_gap",
+    "train/tokens_per_s",
+    "train/lr",
+    "time_s/rollout",
+    "time_s/simulators",
+    "time_s/judges",
+    "time_s/logprobs",
+    "time_s/update",
+    "time_s/weight_sync",
+    "simulator/user/calls",
+    "simulator/judge/calls",
+    "simulator/user/cost_usd",
+    "simulator/judge/cost_usd",
+]
 
 
 def test_the_summary_holds_every_figure(short_demo: tuple[Path, Ended]) -> None:
