@@ -1,6 +1,6 @@
-"""Prints the project's tree with a phrase for every file, from the files' own first lines; `--write` puts it into README.md.
+"""Prints the project's tree with a phrase for every file, from the files' own first lines.
 
-A structure test holds README.md against it.
+`--write` puts it into README.md; a structure test holds README.md against it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,8 @@ def lines(folder: Path, depth: int) -> Iterator[str]:
     for path in entries:
         indent = "  " * depth
         if path.is_dir():
-            if (
-                path.name.startswith((".", "__"))
-                or path.name.endswith(".egg-info")
-                or (path.name == "build" and depth < 2)
-            ):
+            generated = path.name.endswith(".egg-info") or (path.name == "build" and depth < 2)
+            if generated or path.name.startswith((".", "__")):
                 continue
             init = path / "__init__.py"
             label = f"{indent}{path.name}/"
@@ -63,11 +60,7 @@ def tree() -> str:
     for name in FOLDERS:
         shown.append(f"{name}/")
         shown.extend(lines(REPOSITORY / name, 1))
-    shown.append(
-        clip(
-            f"{'tests/':{COLUMN}s}mirrors the rooms; parallel/ on gloo, end_to_end/ the whole road, slurm/ a real Slurm"
-        )
-    )
+    shown.append(f"{'tests/':{COLUMN}s}mirrors the rooms; parallel/ on gloo, slurm/ a real Slurm, end_to_end/ the road")
     return "\n".join(shown) + "\n"
 
 

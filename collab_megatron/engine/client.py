@@ -12,6 +12,10 @@ import orjson
 from collab_megatron.errors import RunError
 from collab_megatron.types import Generation
 
+# SGLang's server closes a connection that was idle for 5 s; one taken from the pool at that moment fails. Between two
+# steps connections are idle for as long as the update takes, so ours are given up well before.
+KEEPALIVE_S = 2.0
+
 
 class EngineClient:
     """One server behind one connection pool; at most `max_concurrency` requests in flight. Use as a context manager."""
@@ -31,7 +35,7 @@ class EngineClient:
     async def __aenter__(self) -> EngineClient:
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            connector=aiohttp.TCPConnector(limit=self._max_concurrency),
+            connector=aiohttp.TCPConnector(limit=self._max_concurrency, keepalive_timeout=KEEPALIVE_S),
             json_serialize=lambda value: orjson.dumps(value).decode(),
         )
         return self
@@ -59,15 +63,8 @@ class EngineClient:
             },
             "return_logprob": True,
         }
-        try:
-            async with self._slots, self._session.post(f"{self._url}/generate", json=body) as response:
-                payload = orjson.loads(await response.read())
-        except TimeoutError:
-            raise RunError(f"engine {self._url} did not answer a generate call within {self._timeout_s:g} s") from None
-        except aiohttp.ClientError as error:
-            raise RunError(f"engine {self._url} is gone during generate ({type(error).__name__}: {error})") from None
-        if response.status != 200:
-            raise RunError(f"engine {self._url} refused a generate call ({response.status}): {str(payload)[:300]}")
+        async with self._slots:
+            payload = await self._post(self._session, body)
         items = payload if isinstance(payload, list) else [payload]
         generations = [parse_generation(item) for item in items]
         self.requests += 1
@@ -75,6 +72,18 @@ class EngineClient:
         self.generated_tokens += sum(len(g.token_ids_T) for g in generations)
         self.cached_tokens += sum(g.cached_tokens for g in generations)
         return generations
+
+    async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Any:
+        try:
+            async with session.post(f"{self._url}/generate", json=body) as response:
+                payload = orjson.loads(await response.read())
+        except TimeoutError:
+            raise RunError(f"engine {self._url} did not answer a generate call within {self._timeout_s:g} s") from None
+        except aiohttp.ClientError as error:
+            raise RunError(f"engine {self._url} is gone during generate ({type(error).__name__}: {error})") from None
+        if response.status != 200:
+            raise RunError(f"engine {self._url} refused a generate call ({response.status}): {str(payload)[:300]}")
+        return payload
 
 
 def parse_generation(item: dict[str, Any]) -> Generation:

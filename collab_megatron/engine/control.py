@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from collab_megatron.engine.client import KEEPALIVE_S
 from collab_megatron.errors import RunError
 
 
@@ -21,7 +22,9 @@ class EngineControl:
     def __init__(self, url: str, *, timeout_s: float) -> None:
         self.url = url
         self._timeout_s = timeout_s
-        self._client = httpx.Client(base_url=url, timeout=timeout_s, trust_env=False)
+        self._client = httpx.Client(
+            base_url=url, timeout=timeout_s, trust_env=False, limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S)
+        )
 
     def close(self) -> None:
         self._client.close()
