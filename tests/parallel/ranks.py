@@ -28,7 +28,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_ranks(script: Path, ranks: int, *args: str, deadline_s: float = 150.0) -> list[str]:
+def run_ranks(script: Path, ranks: int, *args: str, deadline_s: float = 240.0) -> list[str]:
     """Run `script` on `ranks` processes; returns each rank's output, or raises RanksFailed and leaves no process."""
     port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:

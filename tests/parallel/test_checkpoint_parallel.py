@@ -23,12 +23,35 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-@pytest.mark.slow
-def test_resume_is_bit_exact_and_other_layouts_take_over(work: Path) -> None:
-    """TP2 and DP2 with the distributed optimizer resume bit for bit; TP1 then takes both over; bf16 on its own."""
+@pytest.fixture(scope="module")
+def tp2(work: Path) -> str:
     run_ranks(SCRIPT, 2, "resume", str(work), "2", "1", "0", "float32", "tp2")
-    run_ranks(SCRIPT, 2, "resume", str(work), "1", "2", "1", "float32", "dp2", "tp2")
-    run_ranks(SCRIPT, 1, "resume", str(work), "1", "1", "0", "float32", "tp1", "tp2", "dp2")
+    return "tp2"
+
+
+@pytest.fixture(scope="module")
+def dp2(work: Path, tp2: str) -> str:
+    run_ranks(SCRIPT, 2, "resume", str(work), "1", "2", "1", "float32", "dp2", tp2)
+    return "dp2"
+
+
+@pytest.mark.slow
+def test_tp2_resumes_bit_for_bit(tp2: str) -> None:
+    assert tp2
+
+
+@pytest.mark.slow
+def test_dp2_with_the_distributed_optimizer_resumes_bit_for_bit_and_takes_over_tp2(dp2: str) -> None:
+    assert dp2
+
+
+@pytest.mark.slow
+def test_tp1_resumes_bit_for_bit_and_takes_over_tp2_and_dp2(work: Path, tp2: str, dp2: str) -> None:
+    run_ranks(SCRIPT, 1, "resume", str(work), "1", "1", "0", "float32", "tp1", tp2, dp2)
+
+
+@pytest.mark.slow
+def test_bf16_resumes_bit_for_bit(work: Path) -> None:
     run_ranks(SCRIPT, 1, "resume", str(work), "1", "1", "0", "bfloat16", "tp1-bf16")
 
 
