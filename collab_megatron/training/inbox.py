@@ -66,7 +66,11 @@ class Inbox:
                 payload = b"\x01" + str(error).encode()
         size = torch.tensor([len(payload)], dtype=torch.int64)
         dist.broadcast(size, src=0, group=self._group)
-        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(int(size), dtype=torch.uint8)
+        data = (
+            torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+            if payload
+            else torch.empty(int(size), dtype=torch.uint8)
+        )
         dist.broadcast(data, src=0, group=self._group)
         received = data.numpy().tobytes()
         if received[:1] == b"\x01":

@@ -27,7 +27,9 @@ class SFTData:
         ]
         self.num_left_out = len(encoded) - len(self._samples)
         if not self._samples:
-            raise UserError(f"none of the {len(encoded)} conversations fits into max_tokens={config.max_tokens}: raise it")
+            raise UserError(
+                f"none of the {len(encoded)} conversations fits into max_tokens={config.max_tokens}: raise it"
+            )
 
     def __len__(self) -> int:
         return len(self._samples)

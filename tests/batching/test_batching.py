@@ -17,9 +17,7 @@ def sample(length: int) -> TokenSample:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(40, 200), st.sampled_from([1, 2, 8]))
 @settings(max_examples=50, deadline=None)
 def test_every_sample_once_within_the_token_budget(lengths: list[int], budget: int, multiple: int) -> None:
-    batches = split_by_tokens(
-        [sample(n) for n in lengths], micro_batch_tokens=budget, pad_id=0, pad_multiple=multiple
-    )
+    batches = split_by_tokens([sample(n) for n in lengths], micro_batch_tokens=budget, pad_id=0, pad_multiple=multiple)
     assert sorted(i for batch in batches for i in batch.sample_indices) == list(range(len(lengths)))
     for batch in batches:
         rows, padded = batch.ids.shape

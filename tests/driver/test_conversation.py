@@ -106,9 +106,7 @@ async def test_failures_are_statuses_without_scores() -> None:
 
     future = await play(generation("a"), engine=ScriptedEngine(["b"]), user=ScriptedUser(gone))
     assert future.status is RolloutStatus.SIMULATOR_FAILED
-    future_engine = await play(
-        generation("a"), engine=ScriptedEngine(["b"], fail_after=0), user=ScriptedUser(noon)
-    )
+    future_engine = await play(generation("a"), engine=ScriptedEngine(["b"], fail_after=0), user=ScriptedUser(noon))
     assert future_engine.status is RolloutStatus.ENGINE_FAILED
     judged = await play(
         generation("a"),
