@@ -1,4 +1,4 @@
-"""What many tests share: the demo's model folder, its endpoint, a real SGLang server. Each is made once per session."""
+"""What many tests share: the demo's model folder, its endpoint, a real SGLang server, a real Slurm; each made once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collab_megatron.cluster.processes import Supervisor, free_port
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
+from tests.slurm.cluster import SlurmCluster, running_cluster, why_not
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DESK_KEY = "a-key-for-tests-0123456789abcdef"
@@ -69,3 +70,12 @@ def engine(supervisor: Supervisor, tiny_model: Path) -> Server:
     control.wait_until_ready(timeout_s=180, alive=lambda: child.process.poll() is None)
     control.close()
     return Server(url=command.url, pid=child.process.pid)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A Slurm of two virtual nodes; skips with the reason where there can be none."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with running_cluster() as cluster:
+        yield cluster
