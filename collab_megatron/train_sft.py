@@ -21,12 +21,11 @@ def train(config: SFTConfig) -> None:
     """The loop of one trainer rank."""
     # heavy and megatron-bound: the launcher, which shares this file, must start without them
     from collab_megatron.actor.actor import Actor
-    from collab_megatron.actor.grid import barrier, close_grid, init_grid
+    from collab_megatron.actor.grid import close_grid, init_grid
     from collab_megatron.algorithms.losses import LossSum, sft_loss
     from collab_megatron.batching import MicroBatch
     from collab_megatron.checkpoint.folders import newest_complete
     from collab_megatron.checkpoint.store import load_checkpoint, save_checkpoint
-    from collab_megatron.convert.hf_folder import write_hf_folder
     from collab_megatron.monitor.timers import PhaseTimer
     from collab_megatron.training.sft_data import SFTData
     from collab_megatron.training.sft_reporter import SFTReporter
@@ -63,14 +62,8 @@ def train(config: SFTConfig) -> None:
         if reporter:
             reporter.step(done, result, trained_tokens, timer.drain())
     if config.export_hf is not None:
-        stream = actor.hf_tensors()
-        if grid.is_main:
-            metadata = {"run": str(config.run.dir), "name": config.run.name, "step": str(total)}
-            write_hf_folder(stream, actor.source_folder, config.export_hf, metadata=metadata)
-        else:
-            for _ in stream:  # take part in the gathering
-                pass
-        barrier(grid)
+        metadata = {"run": str(config.run.dir), "name": config.run.name, "step": str(total)}
+        actor.save_hf(config.export_hf, metadata=metadata)
     if reporter:
         reporter.close()
     close_grid()
