@@ -1,0 +1,71 @@
+"""Single-turn problems as the data engine reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collab_megatron.data.load import read_json_lines
+from collab_megatron.errors import UserError
+from collab_megatron.types import Message, Task
+
+NEEDED = ("single_turn_prompt", "single_turn_completion")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem; its index in the file is the conversation's conv_id."""
+
+    index: int
+    task: Task  # its prompt holds the opening, where the problem brings one
+
+
+def read_problems(path: Path, limit: int | None) -> list[Problem]:
+    """The first `limit` problems of a JSONL file. Raises UserError naming file, line and column."""
+    if not path.is_file():
+        raise UserError(f"no problems file {path}: check `problems` in the config")
+    problems = []
+    for index, row in enumerate(read_json_lines(path)):
+        if limit is not None and index >= limit:
+            break
+        problems.append(_read_problem(index, row, f"{path}, problem {index}"))
+    if not problems:
+        raise UserError(f"{path} holds no problems")
+    return problems
+
+
+def _read_problem(index: int, row: Mapping[str, Any], where: str) -> Problem:
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where} is a {type(row).__name__}, not a JSON object")
+    for column in NEEDED:
+        if not isinstance(row.get(column), str):
+            raise UserError(f"{where} has no text {column!r}; its keys are {', '.join(row)}")
+    metadata = row.get("single_turn_metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise UserError(f"{where}: single_turn_metadata must be a mapping")
+    task = Task(
+        task_id=str(index),
+        prompt=_opening(row.get("prompt"), where),
+        single_turn_prompt=row["single_turn_prompt"],
+        ground_truth=row["single_turn_completion"],
+        task_desc=str(row.get("task_desc") or ""),
+        metadata=metadata,
+    )
+    return Problem(index, task)
+
+
+def _opening(value: Any, where: str) -> tuple[Message, ...]:
+    """The chat that a problem begins with: text, or a list of {role, content} that ends with a user turn."""
+    if not value:
+        return ()
+    if isinstance(value, str):
+        return (Message("user", value),)
+    try:
+        messages = tuple(Message(str(turn["role"]), str(turn["content"])) for turn in value)
+    except (TypeError, KeyError):
+        raise UserError(f"{where}: prompt must be text or a list of {{role, content}}") from None
+    if messages[-1].role != "user":
+        raise UserError(f"{where}: prompt must end with a user turn")
+    return messages

@@ -1,0 +1,108 @@
+"""Finished conversations on disk: JSONL shards that are only ever appended to, and survive a kill.
+
+A conversation goes into its shard in one write. Every row carries `conv_rows`, the number of rows of its conversation,
+so a conversation that a crash cut off is recognised wherever the cut fell, and dropped when the build goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from collab_megatron.config.entry import BuildDatasetConfig
+from collab_megatron.errors import RunError, UserError
+
+SETTINGS_FILE = "build.json"
+# What may differ between the runs that fill one folder: where and how fast, but nothing that shapes a conversation.
+FREE_SETTINGS = frozenset({"output", "problems", "num_conversations", "max_concurrency", "processes"})
+SHAPING_LLM_SETTINGS = ("model", "temperature", "max_tokens", "json_mode", "prompt_file")
+
+
+def shard_path(output: Path, worker: int) -> Path:
+    return output / f"conversations-{worker:03d}.jsonl"
+
+
+def claim_output(config: BuildDatasetConfig) -> set[int]:
+    """Make the folder ready; the conv_ids that are finished in it.
+
+    Raises UserError if it holds conversations made with other settings: mixed rows would not be comparable.
+    """
+    output = config.output
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        done: set[int] = set()
+        for shard in sorted(output.glob("conversations-*.jsonl")):
+            done |= _mend_shard(shard)
+        path, settings = output / SETTINGS_FILE, _settings(config)
+        if done and path.exists():
+            _compare_settings(json.loads(path.read_text()), settings, output)
+        else:
+            _replace(path, [json.dumps(settings, indent=1).encode()])
+    except json.JSONDecodeError:
+        raise UserError(f"{output / SETTINGS_FILE} is damaged: choose another output folder") from None
+    except OSError as error:
+        raise UserError(f"output folder {output} cannot be used: {error}") from None
+    return done
+
+
+def append_conversation(shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append the rows of one conversation to an open file descriptor. Raises RunError on a full disk."""
+    data = b"".join(json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n" for row in rows)
+    try:
+        while data:
+            data = data[os.write(shard, data) :]
+    except OSError as error:
+        raise RunError(f"conversations cannot be written: {error}; finished ones are kept") from None
+
+
+def _settings(config: BuildDatasetConfig) -> dict[str, Any]:
+    """Everything that shapes the conversations, flat: dotted name -> plain value."""
+    raw = config.model_dump(mode="json")
+    settings = {name: value for name, value in raw.items() if name not in FREE_SETTINGS and name != "simulators"}
+    for role, section in raw["simulators"].items():
+        if section is not None:
+            settings |= {f"simulators.{role}.{name}": section[name] for name in SHAPING_LLM_SETTINGS}
+    settings["problems (contents)"] = hashlib.sha256(config.problems.read_bytes()).hexdigest()
+    return settings
+
+
+def _compare_settings(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) -> None:
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if changed:
+        raise UserError(
+            f"{output} holds conversations made with another {', '.join(changed)}: choose another output folder, or go back to the "
+            "settings in its build.json"
+        )
+
+
+def _mend_shard(shard: Path) -> set[int]:
+    """Drop what a crash cut off; the conv_ids that are whole."""
+    whole: list[tuple[int, bytes]] = []
+    expected: dict[int, int] = {}
+    lines = shard.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        try:
+            row = json.loads(line)
+            conv_id, expected_rows = int(row["conv_id"]), int(row["conv_rows"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if line.endswith(b"\n"):
+            expected[conv_id] = expected_rows
+            whole.append((conv_id, line))
+    counts = Counter(conv_id for conv_id, _ in whole)
+    done = {conv_id for conv_id, count in counts.items() if count == expected[conv_id]}
+    kept = [line for conv_id, line in whole if conv_id in done]
+    if len(kept) != len(lines):
+        _replace(shard, kept)
+    return done
+
+
+def _replace(path: Path, lines: Iterable[bytes]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(b"".join(lines))
+    aside.replace(path)
