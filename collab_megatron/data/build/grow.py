@@ -1,8 +1,8 @@
 """One conversation, grown turn by turn: candidates, their simulated futures, the best one kept.
 
 At every turn the assistant proposes replies (one call), each is scored by its multiturn-aware reward over simulated
-futures in which the same assistant plays the policy, and the best goes into the conversation. The first user turn of the
-best reply's first future then continues the chat, so what was scored is also what happens next.
+futures in which the same assistant plays the policy, and the best goes into the conversation. The first user turn of
+the best reply's first future then continues the chat, so what was scored is also what happens next.
 
 A failed future is dropped; a candidate without a scored future drops out; a turn without candidates fails the whole
 conversation with SimulatorError.
