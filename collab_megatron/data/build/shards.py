@@ -75,8 +75,8 @@ def _compare_settings(old: Mapping[str, Any], new: Mapping[str, Any], output: Pa
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed:
         raise UserError(
-            f"{output} holds conversations made with another {', '.join(changed)}: choose another output folder, or go back to the "
-            "settings in its build.json"
+            f"{output} holds conversations made with another {', '.join(changed)}: choose another output folder, or "
+            "go back to the settings in its build.json"
         )
 
 

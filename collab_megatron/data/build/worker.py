@@ -59,7 +59,7 @@ async def build_share(
             max_user_turns=config.max_user_turns,
             system_prompt=config.system_prompt,
         )
-        # The modules behind LiteLLM are hundreds of thousands of objects; without this every full collection walks them.
+        # the modules behind LiteLLM are hundreds of thousands of objects that every full collection would walk
         gc.freeze()
         queue = iter(problems)
         async with asyncio.TaskGroup() as group:
