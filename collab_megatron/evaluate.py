@@ -8,10 +8,6 @@ writes them to `output` as JSON.
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
 import uvloop
 
 from collab_megatron.cluster.cli import parse_arguments
@@ -23,6 +19,7 @@ from collab_megatron.data.parquet import read_tasks
 from collab_megatron.driver.cast import assemble, usable_tasks
 from collab_megatron.driver.collector import evaluate
 from collab_megatron.errors import UserError, run_cli
+from collab_megatron.files import publish_json
 
 
 async def play(config: EvaluateConfig, engine_url: str, max_context_tokens: int) -> dict[str, float]:
@@ -41,14 +38,6 @@ async def play(config: EvaluateConfig, engine_url: str, max_context_tokens: int)
         return figures | cast.gateway.snapshot().metrics()
 
 
-def write_json(path: Path, value: object) -> None:
-    """Aside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    os.replace(aside, path)
-
-
 def main() -> None:
     arguments = parse_arguments(__doc__)
     config = load_config(EvaluateConfig, arguments.config, arguments.overrides)
@@ -62,7 +51,7 @@ def main() -> None:
     for name, value in sorted(figures.items()):
         print(f"{name:40s} {value:.4f}")
     if config.output is not None:
-        write_json(config.output, figures)
+        publish_json(config.output, dict(sorted(figures.items())))
 
 
 if __name__ == "__main__":

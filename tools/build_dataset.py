@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installing it
-
 from collab_megatron.config import BuildDatasetConfig, load_config
 from collab_megatron.data.build.processes import Progress, build_dataset
 from collab_megatron.errors import RunError, run_cli
+from collab_megatron.files import publish_json
+from collab_megatron.simulators.usage import API_USAGE_FILE, GatewaySnapshot
 
 QUIET_S = 10.0  # between progress lines where the output is a file
 
@@ -63,6 +63,7 @@ def main() -> None:
     display = Display()
     progress = build_dataset(config, display.show)
     display.finish(progress)
+    publish_json(config.output / API_USAGE_FILE, GatewaySnapshot(progress.tally.usage).metrics())
     if progress.tally.done == 0 and progress.before < progress.total:
         raise RunError(f"no conversation was finished; last error: {progress.tally.last_error}")
 

@@ -10,10 +10,7 @@ Exit code 2 with one sentence for a mistake in the arguments or the data.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without installing it
 
 from collab_megatron.data.prepare import Shape, prepare
 from collab_megatron.errors import run_cli

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from collab_megatron.errors import UserError
+from collab_megatron.files import publish_json
+from collab_megatron.simulators.usage import API_USAGE_FILE
 
 HELD_OUT = ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr")
 STAGES = ("base", "sft", "rl", "rl_reply_only", "rl_no_interactivity")
@@ -38,9 +39,7 @@ def write_summary(run_dir: Path, *, wall_s: Mapping[str, float], settings: Mappi
     summary["api_calls"] = _api_calls(run_dir)
     resolved = {path.parent.name: path.read_text() for path in sorted(run_dir.rglob("logs/*/resolved.yaml"))}
     summary["config"] = {"settings": dict(settings), **resolved}
-    aside = run_dir / "summary.json.tmp"
-    aside.write_text(json.dumps(summary, indent=1) + "\n")
-    os.replace(aside, run_dir / "summary.json")
+    publish_json(run_dir / "summary.json", summary)
     return summary
 
 
@@ -90,7 +89,7 @@ def _by_step(path: Path) -> dict[int, dict[str, float]]:
 def _api_calls(run_dir: Path) -> dict[str, int]:
     """Calls per role, all stages together."""
     usages = [json.loads((run_dir / "evaluation_base.json").read_text())]
-    usages += [json.loads(path.read_text()) for path in sorted(run_dir.rglob("api_usage.json"))]
+    usages += [json.loads(path.read_text()) for path in sorted(run_dir.rglob(API_USAGE_FILE))]
     calls: dict[str, int] = {}
     for usage in usages:
         for name, value in usage.items():

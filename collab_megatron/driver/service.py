@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
-import os
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -29,9 +27,9 @@ from collab_megatron.driver.collector import collect_step, evaluate
 from collab_megatron.driver.protocol import POLL_S, Answer, Request, encode_answer, request_decoder
 from collab_megatron.driver.record import TreeRecorder
 from collab_megatron.errors import RunError, run_cli
+from collab_megatron.files import publish_json, publish_text
+from collab_megatron.simulators.usage import API_USAGE_FILE
 from collab_megatron.types import RolloutBatch, Task
-
-API_USAGE_FILE = "api_usage.json"
 
 
 class Service:
@@ -136,7 +134,7 @@ async def serve(
     decode = request_decoder()
     async with assemble(config, engine_url=engine_url, max_context_tokens=max_context_tokens) as cast:
         service = Service(config, cast, recorder)
-        _publish(ready_file, f"tcp://127.0.0.1:{port}")
+        publish_text(ready_file, f"tcp://127.0.0.1:{port}")
         running = True
         while running:
             request = decode(await socket.recv())
@@ -148,16 +146,9 @@ async def serve(
             elif answer.error:
                 print(f"{request.op} {request.step} failed after {time.monotonic() - start:.1f} s: {answer.error}")
             running = request.op != "stop"
-        usage = json.dumps(cast.gateway.snapshot().metrics(), indent=1, sort_keys=True)
-        _publish(config.run.logs_dir / API_USAGE_FILE, usage)  # of this attempt
+        publish_json(config.run.logs_dir / API_USAGE_FILE, cast.gateway.snapshot().metrics())  # of this attempt
     socket.close(linger=1000)
     context.term()
-
-
-def _publish(ready_file: Path, text: str) -> None:
-    aside = ready_file.with_name(ready_file.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, ready_file)
 
 
 def main() -> None:

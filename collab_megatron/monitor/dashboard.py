@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from collab_megatron.errors import RunError
+from collab_megatron.files import publish_text
 
 
 class Dashboard:
@@ -53,6 +53,4 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 def _drop_steps(path: Path, first_step: int) -> None:
     kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(line + "\n" for line in kept))
-    os.replace(aside, path)
+    publish_text(path, "".join(line + "\n" for line in kept))

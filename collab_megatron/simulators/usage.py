@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+API_USAGE_FILE = "api_usage.json"
+"""Where a process leaves its final counters, for the totals of a run."""
+
 
 @dataclass
 class RoleUsage:
