@@ -26,8 +26,8 @@ FRUITLESS_TURNS = 2  # after so many replies that it cannot follow, the user giv
 # How often one reply of the passive assistant asks. A data builder that keeps the better of two replies raises a rate p
 # to about 1 - (1 - p)^2. Two rates, because under greedy decoding one rate for every slot is all or nothing.
 ASK_OFTEN_SLOTS = frozenset({"name", "from"})
-ASK_RATE_OFTEN = 0.47
-ASK_RATE_SELDOM = 0.16
+ASK_RATE_OFTEN = 0.48
+ASK_RATE_SELDOM = 0.18
 ASK_RATE_NEEDLESS = 0.02  # where nothing is missing
 MAX_QUESTIONS = 2  # the assistant guesses rather than ask once more
 
