@@ -33,7 +33,7 @@ class RoadSettings:
 
     run_dir: Path
     seed: int = 1
-    conversations: int = 4000  # grown by the data builder
+    conversations: int = 6000  # grown by the data builder
     held_out: int = 1000
     sft_steps: int | None = None  # None: what the shipped config says
     rl_steps: int | None = None

@@ -20,9 +20,14 @@ def _put(metrics: dict[str, float], name: str, value: float | None) -> None:
 
 
 def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> dict[str, float]:
-    """Share of first replies that ask: over all prompts, the ambiguous and the complete ones."""
+    """Share of replies to an opening that ask: over all openings, the ambiguous and the complete ones.
+
+    Histories with an answered question are left out: what was missing at the opening is there by then.
+    """
     asked: dict[str, list[float]] = {"clarify_rate": [], "clarify_rate_ambiguous": [], "clarify_rate_complete": []}
     for task, reply in pairs:
+        if sum(message.role == "user" for message in task.prompt) > 1:
+            continue
         asks = float(asks_question(reply.text))
         asked["clarify_rate"].append(asks)
         if task.ambiguous is not None:
