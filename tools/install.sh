@@ -23,11 +23,11 @@ find_python() {
   fail "no Python 3.11 found (SGLang, Megatron-Core and torch are locked for it): install it, or name it with PYTHON=..."
 }
 
-# what the environment is made of: any change of it means a new one
+# what the environment is made of: a change of it means a new one
 fingerprint() {
   { "$python" --version
-    find requirements tools/cpu_support/{src,setup.py,pyproject.toml} tools/install.sh setup.cfg -type f \
-      ! -path '*/__pycache__/*' ! -path '*.egg-info/*' -print0 | sort -z | xargs -0 sha256sum
+    find requirements/*.txt tools/cpu_support/{src,setup.py,pyproject.toml} -type f ! -path '*/__pycache__/*' \
+      ! -path '*.egg-info/*' -print0 | sort -z | xargs -0 sha256sum
   } | sha256sum | cut -d' ' -f1
 }
 

@@ -27,7 +27,6 @@ NOT_OURS = {
     ".git",
     ".venv",
     "runs",
-    "build",
     "__pycache__",
     ".mypy_cache",
     ".ruff_cache",
