@@ -104,7 +104,8 @@ class Road:
         prepare = ["tools/prepare_dataset.py", "--dataset", str(data / "multiturn"), "--output", str(data)]
         self.stage("data", [*prepare, "--dataset-type", "sft"])
         held_out = str(data / "tasks" / "heldout.jsonl")
-        self.stage("data", [*prepare, "--dataset-type", "rl", "--validation", held_out, *self.further("prepare_rl")])
+        # openings only: a history with its question answered teaches nothing about asking
+        self.stage("data", [*prepare, "--dataset-type", "rl", "--validation", held_out, "--turns", "first"])
 
     def evaluate_base(self) -> None:
         argv = ["-m", "collab_megatron.evaluate", "conf/demo_evaluate.yaml", *self.roles("user", "judge")]
