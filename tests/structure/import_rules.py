@@ -13,12 +13,13 @@ from pathlib import Path
 
 PACKAGE = "collab_megatron"
 
-# the data contract, the two errors, and the small config sections that leaf functions take
-EVERYWHERE = ("types", "errors", "config.sections")
+# the data contract, the two errors, writing aside and renaming, and the config sections that leaf functions take
+EVERYWHERE = ("types", "errors", "files", "config.sections")
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
+    "files": (),
     "config": (),
     "data": (),
     "simulators": (),
@@ -49,6 +50,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "convert": "preflight: does the model fit the layout",
         "data": "preflight: can the data be read",
         "engine": "starts the server and waits until it answers",
+        "rewards": "preflight: does the config name metrics that exist",
         "simulators": "preflight: do the LLM services answer",
     },
     "convert": {"actor.grid": "a type: the exporter is given the rank grid"},
@@ -58,6 +60,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "simulators": "conversations are grown with simulated users",
     },
     "demo": {"cluster.processes": "the demo's road starts child processes"},
+    "demo.summary": {"simulators.usage": "reads the file of API calls that a run left"},
     "driver": {
         "cluster.processes": "the driver ends with its parent",
         "config": "the driver's service is put together from the whole config",
@@ -85,6 +88,7 @@ OUTSIDE: Mapping[str, tuple[str, ...]] = {
 ONLY: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
+    "files": (),
     "config": ("pydantic", "yaml"),
     "algorithms": ("torch",),
     "batching": ("torch",),
