@@ -48,8 +48,11 @@ def main() -> None:
     with Supervisor(config.run.logs_dir) as supervisor:
         url = launch_engine_only(supervisor, config)
         figures = uvloop.run(play(config, url, max_context_tokens))
+    calls = sum(value for name, value in figures.items() if name.endswith("/calls"))
     for name, value in sorted(figures.items()):
-        print(f"{name:40s} {value:.4f}")
+        if not name.startswith("simulator/"):  # those stand in the output file
+            print(f"  {name:24s} {value:.4f}")
+    print(f"  {calls:.0f} LLM calls, ${figures['simulator/cost_usd']:.4f}")
     if config.output is not None:
         publish_json(config.output, dict(sorted(figures.items())))
 

@@ -16,6 +16,9 @@ def check(hf_folder: Path, probe_file: Path) -> int:
     """Compare all rows of the probe; their number. Raises RunError at the first difference."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     if not probe_file.exists():
         raise UserError(f"no {probe_file}: train_rl writes it when a run ends")

@@ -10,5 +10,7 @@ from collab_megatron.actor.cpu_support import install
 
 # a page of warnings per rank about optional packages; backend.py logs in one line what was chosen
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+# and about torch interfaces that megatron 0.16 still uses
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
 
 install()

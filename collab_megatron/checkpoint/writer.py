@@ -8,6 +8,7 @@ same files, no process. Upstream: megatron/core/dist_checkpointing/strategies/to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.strategies import torch as upstream
+
+# upstream warns of an "old incomplete checkpoint" when another rank has begun to write into the folder that is new
+logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
 
 
 class InProcessSave(upstream.TorchDistSaveShardedStrategy):

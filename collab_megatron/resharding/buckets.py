@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from collab_megatron.convert.exporter import TensorInfo
-
-
-def num_bytes(tensor: TensorInfo) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -24,9 +19,9 @@ def cut_buckets(plan: Sequence[TensorInfo], bucket_bytes: int) -> list[list[Tens
     buckets: list[list[TensorInfo]] = []
     size = 0
     for tensor in plan:
-        if not buckets or size + num_bytes(tensor) > bucket_bytes:
+        if not buckets or size + tensor.num_bytes > bucket_bytes:
             buckets.append([])
             size = 0
         buckets[-1].append(tensor)
-        size += num_bytes(tensor)
+        size += tensor.num_bytes
     return buckets

@@ -21,7 +21,7 @@ from collab_megatron.config.sections import SyncSection
 from collab_megatron.convert.exporter import TensorInfo
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.errors import RunError
-from collab_megatron.resharding.buckets import cut_buckets, dtype_name, num_bytes
+from collab_megatron.resharding.buckets import cut_buckets, dtype_name
 from collab_megatron.resharding.update_group import join_as_sender
 
 
@@ -114,7 +114,7 @@ class Publisher:
         self._control.end_update()
         self._control.resume()
         end = time.monotonic()
-        total = sum(num_bytes(tensor) for bucket in self._buckets for tensor in bucket)
+        total = sum(tensor.num_bytes for bucket in self._buckets for tensor in bucket)
         return SyncReport(seconds=end - start, paused_s=end - paused, bytes=total)
 
     def _send(
