@@ -20,7 +20,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def short_settings(run_dir: Path, seed: int) -> RoadSettings:
     """Every stage for real, none of them long."""
     few = ("evaluation.num_tasks=24",)
-    rl = (*few, "rollout.prompts_per_step=4", "rollout.num_replies=4", "train.save_interval=2")
+    rl = (
+        *few,
+        "rollout.prompts_per_step=4",
+        "rollout.num_replies=4",
+        "train.save_interval=2",
+        "optimizer.warmup_steps=1",
+    )
     return RoadSettings(
         run_dir=run_dir,
         seed=seed,

@@ -36,6 +36,14 @@ def _check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None
         raise ValueError("these metrics need an LLM judge: set simulators.judge")
 
 
+def _check_schedule(optimizer: OptimizerSection, steps: int) -> None:
+    if optimizer.schedule != "constant" and optimizer.warmup_steps >= steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves nothing of {steps} optimizer steps to decay over: "
+            "lower it, or set optimizer.schedule=constant"
+        )
+
+
 class RLConfig(Section):
     """`python -m collab_megatron.train_rl`."""
 
@@ -56,6 +64,7 @@ class RLConfig(Section):
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         _check_metrics(self.reward, self.simulators)
+        _check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
         if self.rollout.min_replies > self.rollout.num_replies:
             raise ValueError("rollout.min_replies is larger than rollout.num_replies: no group could ever be kept")
         if self.algorithm.mini_batches > self.rollout.prompts_per_step:
@@ -77,6 +86,11 @@ class SFTConfig(Section):
     optimizer: OptimizerSection = OptimizerSection(lr=1e-5)
     parallel: ParallelSection = ParallelSection()
     export_hf: Path | None = None  # where the final weights go as a Hugging Face folder
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        _check_schedule(self.optimizer, self.train.steps)
+        return self
 
 
 class EvaluateConfig(Section):

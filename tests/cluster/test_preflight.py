@@ -158,6 +158,6 @@ def test_sft_refuses_to_write_over_an_export(tmp_path: Path, tiny_model: Path) -
 def test_the_plan_counts_calls_and_bytes(load: Load) -> None:
     plan = rl_plan(load("simulators.user.output_usd_per_mtoken=0.6"))
     assert "16 prompts x 8 replies = 128 replies, 256 futures, at most 640 policy turns" in plan
-    assert "user calls  at most 512 per step to openai/desk-user, at most $0.04 of output" in plan
+    assert "user calls  at most 512 per step to hosted_vllm/desk-user, at most $0.04 of output" in plan
     assert "judge calls 256 per step" in plan
     assert "1,279,232 parameters" in plan

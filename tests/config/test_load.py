@@ -60,6 +60,7 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("train.steps.x=1", "should be a valid integer"),
         ("train.steps=[", "not valid YAML"),
         ("simulators.judge=null", "set simulators.judge"),
+        ("optimizer={schedule: linear, warmup_steps: 100}", "nothing of 100 optimizer steps to decay over"),
         ("rollout.min_replies=9", "no group could ever be kept"),
         ("train.eval_interval=5", "data.validation is not"),
         ("rollout.temperature=0.7", "'rollout.temperature': input should be"),
