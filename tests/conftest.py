@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from collab_megatron.cluster.processes import Supervisor, free_port
@@ -70,6 +71,15 @@ def engine(supervisor: Supervisor, tiny_model: Path) -> Server:
     control.wait_until_ready(timeout_s=180, alive=lambda: child.process.poll() is None)
     control.close()
     return Server(url=command.url, pid=child.process.pid)
+
+
+@pytest.fixture
+def tiny_engine(engine: Server, tiny_model: Path) -> Server:
+    """The session's server with the weights of `tiny_model`, whatever a training run has sent it since."""
+    body = {"model_path": str(tiny_model), "weight_version": "default", "flush_cache": True}
+    reply = httpx.post(f"{engine.url}/update_weights_from_disk", json=body, timeout=60, trust_env=False)
+    assert reply.json()["success"], reply.text
+    return engine
 
 
 @pytest.fixture(scope="session")

@@ -68,12 +68,12 @@ async def test_a_refused_a_silent_and_a_missing_engine_are_named() -> None:
 
 
 @pytest.mark.slow
-async def test_the_real_server_generates_what_transformers_does(engine: Server, tiny_model: Path) -> None:
+async def test_the_real_server_generates_what_transformers_does(tiny_engine: Server, tiny_model: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    async with EngineClient(engine.url, stop_token_ids=[2], timeout_s=60, max_concurrency=8) as client:
+    async with EngineClient(tiny_engine.url, stop_token_ids=[2], timeout_s=60, max_concurrency=8) as client:
         for prompt in PROMPTS:
             (greedy,) = await client.generate(prompt, n=1, temperature=0.0, max_new_tokens=12)
             expected = model.generate(
@@ -92,8 +92,8 @@ async def test_the_real_server_generates_what_transformers_does(engine: Server, 
 
 
 @pytest.mark.slow
-def test_control_calls_of_the_real_server(engine: Server) -> None:
-    control = EngineControl(engine.url, timeout_s=30)
+def test_control_calls_of_the_real_server(tiny_engine: Server) -> None:
+    control = EngineControl(tiny_engine.url, timeout_s=30)
     assert control.weight_version() == "default"
     control.pause()
     control.resume()
