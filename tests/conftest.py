@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,25 @@ class Server:
 
     url: str
     pid: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    output: str  # stdout and stderr
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.output.splitlines() if line.startswith("error: ")]
+
+
+Run = Callable[..., Ended]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "DESK_API_KEY": DESK_KEY, "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -89,3 +109,23 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         pytest.skip(reason)
     with running_cluster() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """`run("-m", "collab_megatron.train_rl", ...)`: a Python command of this repository to its end."""
+
+    def ran(*argv: str, timeout_s: float = 240) -> Ended:
+        done = subprocess.run(
+            [sys.executable, *argv],
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        return Ended(done.returncode, done.stdout)
+
+    return ran

@@ -2,55 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import DESK_KEY, REPOSITORY, Server
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A command that has ended."""
-
-    code: int
-    output: str  # stdout and stderr
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.output.splitlines() if line.startswith("error: ")]
-
-
-Run = Callable[..., Ended]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "DESK_API_KEY": DESK_KEY, "PYTHONUNBUFFERED": "1"}
-
-
-@pytest.fixture(scope="session")
-def run() -> Run:
-    """`run("-m", "collab_megatron.train_rl", ...)`: a Python command of this repository to its end."""
-
-    def ran(*argv: str, timeout_s: float = 240) -> Ended:
-        done = subprocess.run(
-            [sys.executable, *argv],
-            cwd=REPOSITORY,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-        return Ended(done.returncode, done.stdout)
-
-    return ran
+from tests.conftest import Ended, Run, Server
 
 
 @pytest.fixture(scope="session")

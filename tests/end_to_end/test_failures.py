@@ -16,8 +16,7 @@ import pytest
 
 from collab_megatron.checkpoint.folders import newest_complete
 from collab_megatron.cluster.processes import free_port
-from tests.conftest import DESK_KEY, REPOSITORY
-from tests.end_to_end.conftest import Ended, Run, environment
+from tests.conftest import DESK_KEY, REPOSITORY, Ended, Run, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -10,8 +10,7 @@ import pytest
 
 from collab_megatron.checkpoint.folders import newest_complete, read_info
 from collab_megatron.monitor.dashboard import read_metrics
-from tests.conftest import DESK_KEY
-from tests.end_to_end.conftest import Ended, Run
+from tests.conftest import DESK_KEY, Ended, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
