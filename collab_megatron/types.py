@@ -1,6 +1,6 @@
 """The data contract: what flows from a dataset row to a gradient.
 
-    Task -> Reply[n] -> Future[n][K] -> metric scores -> MR -> advantage -> TrainingSample -> StepMetrics
+    Task -> Reply[n] -> Future[n][K] -> metric scores -> MR -> advantage -> TrainingSample
 
 Everything here is a frozen dataclass of plain values: it travels between processes as msgpack and onto disk as JSON.
 Ragged axes are named by suffix: G replies of a group, K futures of a reply, M metrics, T tokens.
