@@ -20,6 +20,8 @@ from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
 
+DRIVER_END_S = 60.0
+
 
 def launch_rl(config: RLConfig, start: RLStart) -> None:
     """Run engine, driver and trainers; returns when training is done. Raises RunError when a part fails."""
@@ -54,7 +56,7 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
         wait_for_engine(supervisor, url, engine, config.engine)
         (files / "engine").write_text(url)
         supervisor.wait_for(trainers)
-        supervisor.wait_for([driver])
+        supervisor.wait_for([driver], timeout_s=DRIVER_END_S)  # it was told to stop by the trainer
 
 
 def launch_sft(config: SFTConfig) -> None:

@@ -22,8 +22,14 @@ TAIL_LINES = 12
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to TERM this process when its parent ends (Linux prctl)."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Ask the kernel to TERM this process when its parent ends. Raises RunError outside Linux or if it refuses."""
+    if sys.platform != "linux":
+        raise RunError("processes that end with their parent need Linux")
+    parent = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise RunError(f"prctl refused to tie this process to its parent ({os.strerror(ctypes.get_errno())})")
+    if os.getppid() != parent:  # it ended before the kernel was told
+        os._exit(0)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -98,10 +104,16 @@ class Supervisor:
             if code not in (None, 0):
                 self._fail(child, code)
 
-    def wait_for(self, children: Sequence[Child], *, poll_s: float = 0.1) -> None:
-        """Until all `children` have ended well; any child's failure ends everything."""
-        while any(child.process.poll() is None for child in children):
+    def wait_for(self, children: Sequence[Child], *, timeout_s: float | None = None, poll_s: float = 0.1) -> None:
+        """Until all `children` have ended well; any child's failure ends everything.
+
+        Without `timeout_s` it takes as long as they do: training has no deadline. Raises RunError at the deadline.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while running := [child.name for child in children if child.process.poll() is None]:
             self.check()
+            if deadline is not None and time.monotonic() > deadline:
+                raise RunError(f"{', '.join(running)} did not end within {timeout_s:g} s")
             time.sleep(poll_s)
         self.check()
 

@@ -4,7 +4,7 @@ Serves POST /v1/chat/completions, GET /v1/models and GET /health. Real enough fo
 `temperature`, usage (counted in whitespace words), errors in OpenAI's shape. Where DESK_API_KEY is set, every /v1 call
 must carry it as a bearer token. Starts in a fraction of a second: no torch, no transformers.
 
-    python -m collab_megatron.demo.endpoint --port 0 --ready-file /tmp/desk.addr --die-with-parent
+    python -m collab_megatron.demo.endpoint --port 0 --ready-file desk.address --die-with-parent
 
 `--ready-file` receives `host:port` once the socket listens, so a launcher waits for the file and never polls a port.
 Exit code 0 after SIGTERM or SIGINT; 2, with one sentence on stderr, for a mistake such as a port in use or a bad path.
@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import hmac
 import itertools
 import json
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any
 
 from aiohttp import web
 
+from collab_megatron.cluster.processes import die_with_parent
 from collab_megatron.demo.roles import ROLES, answer
 from collab_megatron.errors import UserError, run_cli
 
@@ -36,7 +35,6 @@ API_KEY_VARIABLE = "DESK_API_KEY"
 FINGERPRINT = "desk-1"
 MAX_BODY_BYTES = 4 << 20
 SHUTDOWN_S = 2.0
-PR_SET_PDEATHSIG = 1
 
 
 def complete(request: Mapping[str, Any], completion_id: str) -> dict[str, Any]:
@@ -129,17 +127,6 @@ async def serve(host: str, port: int, ready_file: Path | None, api_key: str | No
         await stop.wait()
     finally:
         await runner.cleanup()
-
-
-def die_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when the thread that started it ends. UserError outside Linux."""
-    if sys.platform != "linux":
-        raise UserError("--die-with-parent works on Linux only")
-    parent = os.getppid()
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        raise UserError(f"--die-with-parent: prctl failed ({os.strerror(ctypes.get_errno())})")
-    if os.getppid() != parent:  # it ended before the kernel was told
-        sys.exit(0)
 
 
 def _json(status: int, value: Any) -> web.Response:

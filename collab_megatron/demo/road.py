@@ -8,7 +8,6 @@ RUN_DIR/summary.json.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import subprocess
@@ -22,14 +21,13 @@ from typing import Any
 from collab_megatron.cluster.processes import Child, Supervisor
 from collab_megatron.errors import UserError
 
-HELD_OUT_SHOWN = ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr")
 ENDPOINT_START_S = 30.0
 KEY_VARIABLE = "DESK_API_KEY"
 
 
 @dataclass(frozen=True)
 class RoadSettings:
-    """How long the road is. `full` is the demo; `short` walks the same way with a few steps (tests)."""
+    """How long the road is; the defaults are the demo's, tools/demo.py --short walks the same way in a few steps."""
 
     run_dir: Path
     seed: int = 1
@@ -195,4 +193,4 @@ def ablate(settings: RoadSettings, repository: Path) -> dict[str, Any]:
 def settings_json(settings: RoadSettings) -> dict[str, Any]:
     """The settings as they stand in the summary."""
     plain = {"seed": settings.seed, "conversations": settings.conversations, "held_out": settings.held_out}
-    return json.loads(json.dumps({**plain, "sft_steps": settings.sft_steps, "rl_steps": settings.rl_steps}))
+    return {**plain, "sft_steps": settings.sft_steps, "rl_steps": settings.rl_steps}

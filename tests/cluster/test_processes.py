@@ -91,6 +91,12 @@ def test_a_ready_file_that_never_comes_is_a_run_error(tmp_path: Path) -> None:
         supervisor.wait_for_file(tmp_path / "never", child, timeout_s=0.3)
 
 
+def test_a_child_that_does_not_end_is_named_at_the_deadline(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"driver did not end within 0\.3 s"), Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("driver", python("import time; time.sleep(60)"), {})
+        supervisor.wait_for([child], timeout_s=0.3)
+
+
 def test_ports() -> None:
     port = free_port()
     assert not port_in_use("127.0.0.1", port)
