@@ -1,7 +1,8 @@
-"""The rank grid: which rank is which tensor-parallel and data-parallel rank, and their process groups. Set once.
+"""The rank grid: this rank's tensor-, pipeline-, context-, expert- and data-parallel place and groups. Set once.
 
-Ranks are laid out with tensor parallelism innermost (megatron's default order), so that its heavy collectives stay on
-neighbouring devices.
+Ranks are laid out in megatron's default order: tensor parallelism innermost, so that its heavy collectives stay on
+neighbouring devices, pipeline stages outermost. Experts are never cut (expert tensor parallelism is 1): the ranks of
+one pipeline stage hold expert shards first and copies of those second.
 """
 
 from __future__ import annotations
@@ -31,13 +32,25 @@ class RankGrid:
 
     rank: int
     world_size: int
+    parallel: ParallelSection
     tp_rank: int
     tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
+    ep_rank: int
+    ep_size: int
     tp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup  # data ranks of the same context rank
+    dp_cp_group: dist.ProcessGroup  # all ranks that hold the same dense shard
+    ep_group: dist.ProcessGroup
     cpu_group: dist.ProcessGroup  # gloo over all ranks: small messages and agreements, never in NCCL's way
+    pp_cpu_group: dist.ProcessGroup  # gloo over the pipeline stages
     backend: Backend
     sequence_parallel: bool
     timeout_s: float  # deadline of every collective
@@ -51,9 +64,24 @@ class RankGrid:
         return self.rank == 0
 
     @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes log-probs and losses."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def place(self) -> str:
+        """For messages: "tp 0, pp 1, dp 0"; what has one rank only is left out."""
+        axes = {"tp": self.tp_size, "pp": self.pp_size, "cp": self.cp_size, "ep": self.ep_size, "dp": self.dp_size}
+        return ", ".join(f"{axis} {getattr(self, axis + '_rank')}" for axis, size in axes.items() if size > 1)
+
+    @property
     def pad_multiple(self) -> int:
-        """Padded sequence lengths must be multiples of this (batching.split_by_tokens)."""
-        return self.tp_size if self.sequence_parallel else 1
+        """Row lengths must be multiples of this (batching.split_by_tokens).
+
+        Sequence parallelism gives each tensor-parallel rank an equal part; context parallelism each of its ranks two.
+        """
+        sequence = self.tp_size if self.sequence_parallel else 1
+        return sequence * (2 * self.cp_size if self.cp_size > 1 else 1)
 
 
 _grid: RankGrid | None = None
@@ -70,7 +98,8 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
     """Join the process groups (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT from the environment) and seed.
 
     A single rank needs no environment at all. Waits at most `collective_timeout_s` for the other ranks.
-    Raises UserError if WORLD_SIZE is not tensor * data, RunError if the other ranks do not come in time.
+    Raises UserError if WORLD_SIZE is not that of the layout or the layout cannot be run here, RunError if the other
+    ranks do not come in time.
     """
     global _grid
     if _grid is not None:
@@ -79,10 +108,15 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != parallel.world_size:
         raise UserError(
-            f"{world_size} ranks were started, but parallel.tensor={parallel.tensor} times "
-            f"parallel.data={parallel.data} is {parallel.world_size}"
+            f"{world_size} ranks were started, but parallel.tensor={parallel.tensor} * pipeline={parallel.pipeline} * "
+            f"context={parallel.context} * data={parallel.data} is {parallel.world_size}"
         )
     backend = choose_backend(parallel.device, local_rank)
+    if parallel.context > 1 and not backend.transformer_engine:
+        raise UserError(
+            f"parallel.context={parallel.context} needs transformer-engine's attention, which this machine does not "
+            "have: set parallel.context=1"
+        )
     _set_threads(backend)
     timeout = timedelta(seconds=parallel.collective_timeout_s)
     where: dict[str, Any] = {"rank": rank, "world_size": world_size}
@@ -95,26 +129,44 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
         raise RunError(f"rank {rank} of {world_size} could not join the others at {address}: {error}") from error
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.interleave if parallel.interleave > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         # megatron types it int, but only ever builds a timedelta of it
         distributed_timeout_minutes=parallel.collective_timeout_s / 60,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
     _grid = RankGrid(
         rank=rank,
         world_size=world_size,
+        parallel=parallel,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel.tensor,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel.pipeline,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel.context,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel.data,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel.expert,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=pp_group,
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
         cpu_group=dist.new_group(backend="gloo", timeout=timeout),
+        pp_cpu_group=_every_group_on_cpu(pp_group, world_size, timeout),
         backend=backend,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
         timeout_s=parallel.collective_timeout_s,
     )
-    logger.info("rank %d of %d: tp rank %d, dp rank %d", rank, world_size, _grid.tp_rank, _grid.dp_rank)
+    logger.info("rank %d of %d: %s", rank, world_size, _grid.place or "alone")
     return _grid
 
 
@@ -156,9 +208,22 @@ def phase(rank_grid: RankGrid, name: str) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in first_line:
             raise
         raise RunError(
-            f"rank {rank_grid.rank} (tp {rank_grid.tp_rank}, dp {rank_grid.dp_rank}) in {name}: a peer died or did not "
-            f"answer within {rank_grid.timeout_s:g} s; its own log says why ({first_line})"
+            f"rank {rank_grid.rank} ({rank_grid.place}) in {name}: a peer died or did not answer within "
+            f"{rank_grid.timeout_s:g} s; its own log says why ({first_line})"
         ) from error
+
+
+def _every_group_on_cpu(group: dist.ProcessGroup, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
+    """The same ranks over gloo. Collective over the world: torch wants every rank at every new_group."""
+    every: list[Any] = [None] * world_size
+    dist.all_gather_object(every, tuple(dist.get_process_group_ranks(group)))
+    mine = None
+    for ranks in sorted(set(every)):
+        made = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+        if dist.get_rank() in ranks:
+            mine = made
+    assert mine is not None
+    return mine
 
 
 def _set_threads(backend: Backend) -> None:

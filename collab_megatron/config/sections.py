@@ -51,17 +51,21 @@ class ModelSection(Section):
 
 
 class ParallelSection(Section):
-    """How many ranks share the model. World size = tensor * data."""
+    """How many ranks share the model. World size = tensor * pipeline * context * data."""
 
     tensor: Positive = 1  # tensor-parallel ranks per replica
+    pipeline: Positive = 1  # pipeline stages
+    interleave: Positive = 1  # model chunks per pipeline stage; above 1: the interleaved schedule
+    context: Positive = 1  # ranks that share each sequence; needs transformer-engine
+    expert: Positive = 1  # ranks that share the experts of a mixture-of-experts model; divides tensor * context * data
     data: Positive = 1  # replicas
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    sequence_parallel: bool = False
+    sequence_parallel: bool = False  # split norms and residuals over the tensor-parallel ranks too
     collective_timeout_s: Seconds = 300.0  # deadline of every collective between trainer ranks
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
 
 class OptimizerSection(Section):
@@ -77,15 +81,22 @@ class OptimizerSection(Section):
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0)  # largest gradient norm; 0 turns clipping off
     distributed: bool = False  # megatron's DistributedOptimizer (optimizer state sharded over data ranks)
+    overlap: bool | None = None  # reduce gradients and gather parameters beside the computation; None: on GPUs
+    cpu_offload: Share = 0.0  # share of master weights and moments that lives on the host, with the step taken there
 
 
 class TrainSection(Section):
     """The length and rhythm of training."""
 
     steps: Positive = 100
-    micro_batch_tokens: Positive = 8192  # padded tokens of one micro-batch on one data rank
+    micro_batch_tokens: Positive = 8192  # tokens of one micro-batch on one data rank, padding included
+    packing: bool = False  # sequences end to end in one row (THD) instead of padded rows
+    recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
+    logits_chunk_mb: Positive = 512  # fp32 logits that may exist at a time; more tokens are worked on chunk by chunk
     save_interval: Count = 0  # steps between checkpoints; 0: only at the end
     keep_last: Positive = 2  # complete checkpoints to keep
+    keep_every: Count = 0  # besides, keep every checkpoint whose step is a multiple of this; 0: none
+    async_save: bool = False  # write checkpoints beside the training
     eval_interval: Count = 0  # RL: steps between held-out evaluations; 0: only before the first and after the last
     eval_at_start: bool = True
 
@@ -99,6 +110,8 @@ class AlgorithmSection(Section):
     clip_low: float = Field(default=0.2, ge=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = Field(default=0.2, ge=0)
     kl_coef: float = Field(default=0.001, ge=0)  # weight of the low-variance KL to the reference; 0: no reference model
+    # model: a second copy on the device; swap: the initial weights wait on the host and are swapped in
+    reference: Literal["model", "swap"] = "model"
     importance_cap: float = Field(
         default=2.0, gt=0
     )  # trainer/engine importance weight exp(logp - rollout_logp) is cut here
