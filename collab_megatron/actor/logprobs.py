@@ -94,3 +94,85 @@ def logprobs_and_entropy(
     rows = max(1, chunk_elements // max(1, columns))
     logprobs, entropy = _LogprobsAndEntropy.apply(flat, labels.reshape(-1), first, group, rows)
     return logprobs.view(labels.shape), entropy.view(labels.shape)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, real: int, group: Any, columns: int
+    ) -> tuple[Tensor, Tensor]:
+        tokens = hidden.shape[0]
+        local = labels - first
+        mine = (local >= 0) & (local < real)
+        local = torch.where(mine, local, 0)
+        label_logit = torch.linalg.vecdot(hidden, weight[local]).float().masked_fill_(~mine, 0.0)
+        stats = [torch.stack([_LEAST.expand(tokens), *torch.zeros(2, tokens)]).to(hidden.device)]
+        for i in range(0, real, columns):
+            part = (hidden @ weight[i : min(i + columns, real)].t()).float()
+            highest = part.amax(dim=1)
+            exponentials = (part - highest[:, None]).exp_()
+            stats.append(torch.stack([highest, exponentials.sum(dim=1), torch.linalg.vecdot(exponentials, part)]))
+        merged = torch.cat([_merge(torch.stack(stats)), label_logit[None]])
+        if group is not None and dist.get_world_size(group) > 1:
+            shards = [torch.empty_like(merged) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(shards, merged, group=group)
+            every = torch.stack(shards)  # [ranks, 4, N]
+            merged, label_logit = _merge(every[:, :3]), every[:, 3].sum(dim=0)
+        highest, total, weighted = merged[:3]
+        log_normalizer = total.log() + highest
+        entropy = log_normalizer - weighted / total
+        ctx.save_for_backward(hidden, weight, local, mine, log_normalizer)
+        ctx.real, ctx.columns = real, columns
+        ctx.mark_non_differentiable(entropy)
+        return label_logit - log_normalizer, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, local, mine, log_normalizer = ctx.saved_tensors
+        hidden_grad = torch.zeros_like(hidden, dtype=torch.float32)
+        weight_grad = torch.zeros_like(weight)
+        for i in range(0, ctx.real, ctx.columns):
+            j = min(i + ctx.columns, ctx.real)
+            part = (hidden @ weight[i:j].t()).float().sub_(log_normalizer[:, None]).exp_().mul_(-grad[:, None])
+            here = mine & (local >= i) & (local < j)
+            part.scatter_add_(1, torch.where(here, local - i, 0)[:, None], torch.where(here, grad, 0.0)[:, None])
+            part = part.to(hidden.dtype)
+            hidden_grad += part @ weight[i:j]
+            weight_grad[i:j] = part.t() @ hidden
+        return hidden_grad.to(hidden.dtype), weight_grad, None, None, None, None, None
+
+
+_LEAST = torch.tensor(-1e30)  # "highest logit" of no columns at all
+
+
+def _merge(stats: Tensor) -> Tensor:
+    """[parts, 3, N] (highest logit, sum of exp(logit - highest), the same weighted by the logit) -> [3, N]."""
+    highest = stats[:, 0].amax(dim=0)
+    rescale = (stats[:, 0] - highest).exp_()
+    return torch.stack([highest, (stats[:, 1] * rescale).sum(dim=0), (stats[:, 2] * rescale).sum(dim=0)])
+
+
+def head_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab: int,
+    tp_rank: int = 0,
+    group: dist.ProcessGroup | None = None,
+    chunk_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Per token: log-probability of its label (differentiable) and entropy of its distribution (not); fp32 [N] each.
+
+    hidden: [N, H], any float dtype, whole (gathered over sequence parallelism); weight: [V, H], this rank's rows of the
+    padded output matrix; labels: [N] int64, global ids; vocab: true size of the vocabulary, so that padding takes no
+    probability; chunk_bytes: fp32 logits held at a time. Collective over `group` in the forward pass only.
+
+    The gradient that reaches `hidden` is this rank's part of the sum over the vocabulary: put megatron's
+    copy_to_tensor_model_parallel_region (or gather_from_sequence_parallel_region) in front, which sums it over `group`.
+    """
+    first = tp_rank * weight.shape[0]
+    real = min(max(vocab - first, 0), weight.shape[0])
+    columns = max(1, chunk_bytes // (4 * max(1, hidden.shape[0])))
+    logprobs, entropy = _HeadLogprobs.apply(hidden, weight, labels, first, real, group, columns)
+    return logprobs, entropy
