@@ -66,6 +66,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "config": "the driver's service is put together from the whole config",
         "monitor.busy": "engine and API time are measured where they are spent",
     },
+    "monitor": {"convert.spec": "a type: operations are counted from the model's sizes"},
     "resharding": {
         "actor.actor": "the weights come from the actor",
         "cluster.processes": "a free port for the update group",
