@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from collab_megatron.config.sections import ParallelSection
-from collab_megatron.convert.spec import ARCHITECTURES, model_spec
+from collab_megatron.convert.spec import ARCHITECTURES, ModelSpec, model_spec
 from collab_megatron.errors import UserError
 
 SUPPORTED: tuple[str, ...] = tuple(ARCHITECTURES)
@@ -31,17 +32,63 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 def check_layout(hf_config: Mapping[str, Any], parallel: ParallelSection) -> None:
     """Raise UserError, naming what to change, where the model cannot be split as `parallel` asks."""
     spec = model_spec(hf_config)
-    if parallel.tensor == 1:
-        return
-    for what, count in (
-        ("attention heads", spec.heads),
-        ("key/value heads", spec.kv_heads),
-        ("MLP columns", spec.ffn),
-    ):
+    _check_tensor(spec, parallel)
+    _check_pipeline(spec, parallel)
+    _check_experts(spec, parallel)
+    if parallel.context > 1 and spec.sliding_window:
+        raise UserError(
+            f"parallel.context={parallel.context} does not go with the model's sliding_window={spec.sliding_window}: "
+            "set parallel.context=1"
+        )
+
+
+def _check_tensor(spec: ModelSpec, parallel: ParallelSection) -> None:
+    cut = {"attention heads": spec.heads, "key/value heads": spec.kv_heads}
+    if not spec.experts:
+        cut["MLP columns"] = spec.ffn
+    for what, count in cut.items():
         if count % parallel.tensor:
-            sizes = (spec.heads, spec.kv_heads, spec.ffn)
-            fitting = [n for n in range(1, spec.kv_heads + 1) if not any(size % n for size in sizes)]
+            fitting = _divisors(math.gcd(*cut.values()))
             raise UserError(
-                f"parallel.tensor={parallel.tensor} does not divide the model's {count} {what}; "
-                f"it may be {', '.join(map(str, fitting))}"
+                f"parallel.tensor={parallel.tensor} does not divide the model's {count} {what}; it may be {fitting}"
             )
+    if spec.experts and parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"a mixture of experts with parallel.tensor={parallel.tensor} needs parallel.sequence_parallel=true"
+        )
+
+
+def _check_pipeline(spec: ModelSpec, parallel: ParallelSection) -> None:
+    pipeline, interleave = parallel.pipeline, parallel.interleave
+    if interleave > 1 and pipeline == 1:
+        raise UserError(f"parallel.interleave={interleave} needs parallel.pipeline above 1: set parallel.interleave=1")
+    if spec.layers % pipeline:
+        raise UserError(
+            f"parallel.pipeline={pipeline} does not divide the model's {spec.layers} layers; "
+            f"it may be {_divisors(spec.layers)}"
+        )
+    if spec.layers % (pipeline * interleave):
+        raise UserError(
+            f"parallel.interleave={interleave} does not divide the {spec.layers // pipeline} layers of each of "
+            f"{pipeline} pipeline stages; it may be {_divisors(spec.layers // pipeline)}"
+        )
+
+
+def _check_experts(spec: ModelSpec, parallel: ParallelSection) -> None:
+    expert, ranks = parallel.expert, parallel.tensor * parallel.context * parallel.data
+    if expert > 1 and not spec.experts:
+        raise UserError(f"parallel.expert={expert} needs a mixture of experts, and the model is dense: set it to 1")
+    if spec.experts % expert:
+        raise UserError(
+            f"parallel.expert={expert} does not divide the model's {spec.experts} experts; "
+            f"it may be {_divisors(math.gcd(spec.experts, ranks))}"
+        )
+    if ranks % expert:
+        raise UserError(
+            f"parallel.expert={expert} does not divide parallel.tensor * context * data = {ranks}; "
+            f"it may be {_divisors(math.gcd(spec.experts or 1, ranks))}"
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -1,22 +1,29 @@
 """Hugging Face safetensors into a built Megatron model: lazily, and on each rank only its own slices.
 
-safetensors maps the file; a slice reads the bytes of that slice. A tensor that is missing, has another shape, or that
-no table row knows is refused by name: a model with a silently missing bias would train and be wrong.
+safetensors maps the file; a slice reads the bytes of that slice, and only of this rank's layers and experts. A tensor
+that is missing, has another shape, or that no table row knows is refused by name: a model with a silently missing bias
+would train and be wrong.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from collab_megatron.convert.place import local_parameters, local_rows
 from collab_megatron.convert.reshape import join
 from collab_megatron.convert.spec import ModelSpec
-from collab_megatron.convert.tables import Row, canonical_name, rows
+from collab_megatron.convert.tables import Row, rows
 from collab_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from collab_megatron.actor.grid import RankGrid
 
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 
@@ -78,28 +85,37 @@ class SafetensorsFolder:
 
 
 @torch.no_grad()
-def load_hf_weights(model: nn.Module, spec: ModelSpec, folder: Path, *, tp_rank: int, tp_size: int) -> None:
-    """Fill every parameter of `model` (this rank's shard; any dtype and device) from the folder's safetensors.
+def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, grid: RankGrid) -> None:
+    """Fill every parameter of this rank's model chunks (any dtype and device) from the folder's safetensors.
 
-    Raises UserError naming tensor, shape and file where the folder does not hold the model that config.json describes.
+    No communication. Raises UserError naming tensor, shape and file where the folder does not hold the model that
+    config.json describes; a wrong shape is only seen by the ranks that read the tensor.
     """
-    parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    parameters = local_parameters(chunks, spec, grid)
     with SafetensorsFolder(folder) as source:
-        expected = {name for row in rows(spec) for name in row.hf}
-        ignored = {"lm_head.weight"} if spec.tied else set()
-        unknown = {n for n in source.names - expected - ignored if not n.endswith(_IGNORED_ENDINGS)}
-        if unknown:
-            raise UserError(f"{folder} holds tensors that {spec.architecture} does not have: {sorted(unknown)[:3]}")
-        for row in rows(spec):
-            parameter = parameters.pop(row.megatron)
-            value = _shard(source, row, spec, tp_rank, tp_size)
+        check_names(source, spec)
+        for row in local_rows(spec, grid):
+            parameter = parameters[row.megatron]
+            value = read_shard(source, row, spec, grid.tp_rank, grid.tp_size)
             assert value.shape == parameter.shape, (row.megatron, value.shape, parameter.shape)
             parameter.copy_(value)
-    assert not parameters, f"parameters without a row in tables.py: {sorted(parameters)}"
 
 
-def _shard(source: SafetensorsFolder, row: Row, spec: ModelSpec, tp_rank: int, tp_size: int) -> Tensor:
-    """This rank's value of the row's Megatron parameter, in the file's dtype."""
+def check_names(source: SafetensorsFolder, spec: ModelSpec) -> None:
+    """Raise UserError naming a tensor that the model needs and the folder lacks, or the other way round."""
+    expected = {name: dims for row in rows(spec) for name, dims in zip(row.hf, row.shapes, strict=True)}
+    for name, dims in expected.items():
+        if name not in source.names:
+            shape = [spec.dims[dim] for dim in dims]
+            raise UserError(f"tensor {name} of shape {shape} is missing in {source.folder}")
+    ignored = {"lm_head.weight"} if spec.tied else set()
+    unknown = {n for n in source.names - expected.keys() - ignored if not n.endswith(_IGNORED_ENDINGS)}
+    if unknown:
+        raise UserError(f"{source.folder} holds tensors that {spec.architecture} does not have: {sorted(unknown)[:3]}")
+
+
+def read_shard(source: SafetensorsFolder, row: Row, spec: ModelSpec, tp_rank: int, tp_size: int) -> Tensor:
+    """One rank's value of the row's Megatron parameter, in the file's dtype; vocabulary padding is zero."""
     parts = []
     for name, dims in zip(row.hf, row.shapes, strict=True):
         shape = tuple(spec.dims[dim] for dim in dims)

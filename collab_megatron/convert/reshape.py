@@ -57,9 +57,12 @@ def split(row: Row, parameter: Tensor, spec: ModelSpec, tensor_parallel: int) ->
 
 
 def gather(row: Row, shards: Sequence[Tensor], spec: ModelSpec) -> tuple[Tensor, ...]:
-    """Every rank's Megatron parameter, in rank order -> the row's whole, contiguous, unpadded Hugging Face tensors."""
+    """Every tensor-parallel rank's parameter, in rank order -> the row's whole, contiguous, unpadded HF tensors.
+
+    Of a row that is not cut, one rank's parameter is enough.
+    """
     if row.cut is None:
-        return (shards[0].contiguous(),)
+        return tuple(tensor.contiguous() for tensor in split(row, shards[0], spec, 1))
     pieces = [split(row, shard, spec, len(shards)) for shard in shards]
     whole = tuple(torch.cat(part, dim=row.cut) if len(part) > 1 else part[0] for part in zip(*pieces, strict=True))
     if row.is_vocab:

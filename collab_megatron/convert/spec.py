@@ -1,8 +1,8 @@
-"""What a Hugging Face config says about a dense decoder, read once into one typed value. Pure: no torch.
+"""What a Hugging Face config says about a decoder, read once into one typed value. Pure: no torch.
 
-The mapping from config keys to fields is the same for Llama 2/3, Mistral, Qwen2 and Qwen3; what differs between them
-(biases, query/key norms) is one row of `ARCHITECTURES`. Anything that would change the function computed and is not
-implemented is refused here, in one sentence, before a weight is read.
+The mapping from config keys to fields is the same for Llama 2/3, Mistral, Qwen2, Qwen3 and Qwen3-MoE; what differs
+between them (biases, query/key norms, experts) is one row of `ARCHITECTURES`. Anything that would change the function
+computed and is not implemented is refused here, in one sentence, before a weight is read.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Architecture:
     qkv_bias: bool = False  # query, key and value projections carry a bias
     qk_norm: bool = False  # RMSNorm over each head's query and key
     sliding_window: bool = False  # `sliding_window` in the config is in force (Qwen2 has it behind use_sliding_window)
+    experts: bool = False  # every MLP is a mixture of experts
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -28,6 +29,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MistralForCausalLM": Architecture(sliding_window=True),
     "Qwen2ForCausalLM": Architecture(qkv_bias=True),
     "Qwen3ForCausalLM": Architecture(qk_norm=True),
+    "Qwen3MoeForCausalLM": Architecture(qk_norm=True, experts=True),
 }
 
 
@@ -45,7 +47,7 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A dense decoder-only transformer; all sizes are of the whole model, not of a shard."""
+    """A decoder-only transformer; all sizes are of the whole model, not of a shard."""
 
     architecture: str
     hidden: int
@@ -53,7 +55,7 @@ class ModelSpec:
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
+    ffn: int  # columns of a dense MLP; a mixture of experts has none
     vocab: int
     max_positions: int
     norm_eps: float
@@ -63,6 +65,10 @@ class ModelSpec:
     rope: RopeSpec
     sliding_window: int | None  # a token sees itself and the window - 1 before it; None: all
     init_std: float
+    experts: int = 0  # MLPs per layer among which a router chooses; 0: dense
+    experts_per_token: int = 0
+    expert_ffn: int = 0  # columns of one expert's MLP
+    norm_topk: bool = False  # the chosen experts' weights are scaled to sum 1
 
     @property
     def dims(self) -> dict[str, int]:
@@ -74,6 +80,8 @@ class ModelSpec:
             "q": self.heads * self.head_dim,
             "kv": self.kv_heads * self.head_dim,
             "head": self.head_dim,
+            "experts": self.experts,
+            "expert_ffn": self.expert_ffn,
         }
 
     def padded_vocab(self, tensor_parallel: int) -> int:
@@ -117,9 +125,31 @@ def model_spec(hf_config: Mapping[str, Any]) -> ModelSpec:
             rope=_rope(hf_config),
             sliding_window=hf_config.get("sliding_window") if traits.sliding_window else None,
             init_std=float(hf_config.get("initializer_range", 0.02)),
+            **(_experts(name, hf_config) if traits.experts else {}),
         )
     except KeyError as error:
         raise UserError(f"config.json of the model has no {error.args[0]!r}") from error
+
+
+def _experts(name: str, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers 5 writes `num_local_experts`; earlier versions, and the hub's files, `num_experts`
+    experts = int(hf_config["num_local_experts" if "num_local_experts" in hf_config else "num_experts"])
+    per_token, normalised = int(hf_config["num_experts_per_tok"]), bool(hf_config.get("norm_topk_prob", False))
+    if hf_config.get("mlp_only_layers") or hf_config.get("decoder_sparse_step", 1) != 1:
+        raise UserError(f"{name} with dense layers among those of experts is not supported; use a model without them")
+    if hf_config.get("shared_expert_intermediate_size") or hf_config.get("n_shared_experts"):
+        raise UserError(f"shared experts of {name} are not supported; use a model without them")
+    if not 1 <= per_token <= experts or (per_token == 1 and normalised):
+        raise UserError(
+            f"{name} with num_experts_per_tok={per_token} of {experts} experts and norm_topk_prob={normalised} is not "
+            "supported; several experts, or one without norm_topk_prob, must be chosen"
+        )
+    return {
+        "experts": experts,
+        "experts_per_token": per_token,
+        "expert_ffn": int(hf_config["moe_intermediate_size"]),
+        "norm_topk": normalised,
+    }
 
 
 def _rope(hf_config: Mapping[str, Any]) -> RopeSpec:
@@ -127,6 +157,8 @@ def _rope(hf_config: Mapping[str, Any]) -> RopeSpec:
     rope = {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
     theta = float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0)
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    if (share := rope.get("partial_rotary_factor") or hf_config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError(f"partial_rotary_factor={share} is not supported; use a model that rotates whole heads")
     if kind == "default":
         return RopeSpec(theta)
     if kind == "linear":

@@ -1,15 +1,17 @@
 """Which Hugging Face tensors make up which Megatron parameter, one row each. Pure: no torch.
 
 A row names its tensors' shapes by dimension (ModelSpec.dims), the dimension along which tensor parallelism cuts them,
-and how several tensors are joined into one. `{layer}` counts from 0. Names are those of Megatron's local spec; the
-transformer-engine spec fuses two norms into the next projection, which `ALIASES` undoes.
+and how several tensors are joined into one. `{layer}` and `{expert}` count from 0 over the whole model. Names are those
+of Megatron's local spec. Transformer-engine's fuses two norms into the next projection and numbers the weights of
+grouped experts, which `ALIASES` undoes; the norm before a mixture of experts it leaves alone.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from collab_megatron.convert.spec import ModelSpec
@@ -19,27 +21,28 @@ Join = Literal["none", "qkv", "gate_up"]
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron parameter. `{layer}` stands in both names where `per_layer`."""
+    """One Megatron parameter. A row of the tables below may hold `{layer}` and `{expert}`; one of `rows` never does."""
 
     megatron: str
     hf: tuple[str, ...]
     shapes: tuple[tuple[str, ...], ...]  # of each HF tensor, as names of ModelSpec.dims
     cut: int | None  # dimension that tensor parallelism cuts; None: every rank holds the whole tensor
     join: Join = "none"
-
-    @property
-    def per_layer(self) -> bool:
-        return "{layer}" in self.megatron
+    layer: int | None = None  # None: outside the layers
+    expert: int | None = None  # the expert it belongs to, of the whole model: only that expert's ranks hold it
 
     @property
     def is_vocab(self) -> bool:
         """Its rows are the vocabulary: padded in Megatron, not in Hugging Face."""
         return self.shapes[0][0] == "vocab"
 
-    def at(self, layer: int) -> Row:
-        """The row with the layer's number filled in."""
-        names = tuple(name.format(layer=layer) for name in self.hf)
-        return Row(self.megatron.format(layer=layer), names, self.shapes, self.cut, self.join)
+    def at(self, layer: int, expert: int | None = None) -> Row:
+        """The row with the numbers filled in."""
+
+        def fill(name: str) -> str:
+            return name.format(layer=layer, expert=expert)
+
+        return replace(self, megatron=fill(self.megatron), hf=tuple(map(fill, self.hf)), layer=layer, expert=expert)
 
 
 _M = "decoder.layers.{layer}."
@@ -78,36 +81,60 @@ MLP_IN = Row(
 )
 MLP_OUT = Row(_M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), (("hidden", "ffn"),), 1)
 
+ROUTER = Row(_M + "mlp.router.weight", (_H + "mlp.gate.weight",), (("experts", "hidden"),), None)
+# experts are spread over expert-parallel ranks whole: their tensor-parallel size is 1
+_EXPERT = _M + "mlp.experts.local_experts.{expert}."
+EXPERT_IN = Row(
+    _EXPERT + "linear_fc1.weight",
+    (_H + "mlp.experts.{expert}.gate_proj.weight", _H + "mlp.experts.{expert}.up_proj.weight"),
+    (("expert_ffn", "hidden"), ("expert_ffn", "hidden")),
+    None,
+    "gate_up",
+)
+EXPERT_OUT = Row(
+    _EXPERT + "linear_fc2.weight",
+    (_H + "mlp.experts.{expert}.down_proj.weight",),
+    (("hidden", "expert_ffn"),),
+    None,
+)
+
+# transformer-engine's name, as a regular expression that ends the parameter's name -> the table's
 ALIASES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    r"self_attention\.linear_qkv\.layer_norm_weight": "input_layernorm.weight",
+    r"mlp\.linear_fc1\.layer_norm_weight": "pre_mlp_layernorm.weight",
+    r"mlp\.experts\.(linear_fc[12])\.weight(\d+)": r"mlp.experts.local_experts.\2.\1.weight",
 }
 
 
 def canonical_name(megatron_name: str) -> str:
     """A parameter's name as it stands in the table, whichever layer spec built the model."""
-    for fused, plain in ALIASES.items():
-        if megatron_name.endswith(fused):
-            return megatron_name.removesuffix(fused) + plain
+    for theirs, ours in ALIASES.items():
+        name, count = re.subn(rf"(?<=\.){theirs}$", ours, megatron_name)
+        if count:
+            return name
     return megatron_name
 
 
-def layer_rows(spec: ModelSpec) -> list[Row]:
-    """The rows of one layer, in the order in which they are streamed."""
-    rows = [INPUT_NORM, QKV_WEIGHT]
+def layer_rows(spec: ModelSpec, layer: int) -> Iterator[Row]:
+    """The rows of one layer, numbers filled in, in the order in which they are streamed."""
+    attention = [INPUT_NORM, QKV_WEIGHT]
     if spec.qkv_bias:
-        rows.append(QKV_BIAS)
+        attention.append(QKV_BIAS)
     if spec.qk_norm:
-        rows += [Q_NORM, K_NORM]
-    return [*rows, ATTENTION_OUT, MLP_NORM, MLP_IN, MLP_OUT]
+        attention += [Q_NORM, K_NORM]
+    mlp = [ROUTER] if spec.experts else [MLP_IN, MLP_OUT]
+    for row in [*attention, ATTENTION_OUT, MLP_NORM, *mlp]:
+        yield row.at(layer)
+    for expert in range(spec.experts):
+        yield EXPERT_IN.at(layer, expert)
+        yield EXPERT_OUT.at(layer, expert)
 
 
 def rows(spec: ModelSpec) -> Iterator[Row]:
-    """Every row of the model, layers filled in, in the order in which tensors are streamed."""
+    """Every row of the model, numbers filled in, in the order in which tensors are streamed."""
     yield EMBEDDING
     for layer in range(spec.layers):
-        for row in layer_rows(spec):
-            yield row.at(layer)
+        yield from layer_rows(spec, layer)
     yield FINAL_NORM
     if not spec.tied:
         yield OUTPUT
