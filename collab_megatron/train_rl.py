@@ -22,6 +22,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     # heavy and megatron-bound: the launcher, which shares this file, must start without them
     from collab_megatron.actor.actor import Actor
     from collab_megatron.actor.grid import close_grid, init_grid
+    from collab_megatron.actor.reference import build_reference
     from collab_megatron.checkpoint.folders import newest_complete
     from collab_megatron.checkpoint.store import load_checkpoint, save_checkpoint
     from collab_megatron.monitor.timers import PhaseTimer
@@ -39,10 +40,10 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         grid=grid,
         optimizer=config.optimizer,
         total_steps=total * config.algorithm.mini_batches,
+        recompute=config.train.recompute,
+        logits_chunk_mb=config.train.logits_chunk_mb,
     )
-    reference = None
-    if config.algorithm.kl_coef > 0:
-        reference = Actor.build(config.model.path, dtype=config.model.dtype, grid=grid, optimizer=None)
+    reference = build_reference(actor, config.algorithm, logits_chunk_mb=config.train.logits_chunk_mb)
     first_step = 0
     checkpoint = newest_complete(config.run.checkpoints_dir) if config.run.resume else None
     if checkpoint is not None:
@@ -82,7 +83,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                 reference,
                 batch,
                 algorithm=config.algorithm,
-                micro_batch_tokens=config.train.micro_batch_tokens,
+                train=config.train,
                 timer=timer,
             )
             require_same_weights(metrics, config.sync.max_logprob_gap)

@@ -33,9 +33,15 @@ def train(config: SFTConfig) -> None:
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
     actor = Actor.build(
-        config.model.path, dtype=config.model.dtype, grid=grid, optimizer=config.optimizer, total_steps=total
+        config.model.path,
+        dtype=config.model.dtype,
+        grid=grid,
+        optimizer=config.optimizer,
+        total_steps=total,
+        recompute=config.train.recompute,
+        logits_chunk_mb=config.train.logits_chunk_mb,
     )
-    data = SFTData(config, grid)
+    data = SFTData(config, grid, actor.spec)
     first_step = 0
     checkpoint = newest_complete(config.run.checkpoints_dir) if config.run.resume else None
     if checkpoint is not None:
@@ -48,9 +54,9 @@ def train(config: SFTConfig) -> None:
 
     for step in range(first_step, total):
         with timer("data"):
-            micro_batches, trained_tokens = data.step(step)
+            share, trained_tokens = data.step(step)
         with timer("update"):
-            result = actor.train_step(micro_batches, loss, normalizer=trained_tokens)
+            result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
         done = step + 1
         interval = config.train.save_interval
         if done == total or (interval and done % interval == 0):
@@ -60,7 +66,7 @@ def train(config: SFTConfig) -> None:
                     actor, config.run.checkpoints_dir, step=done, extra=extra, keep_last=config.train.keep_last
                 )
         if reporter:
-            reporter.step(done, result, trained_tokens, timer.drain())
+            reporter.step(done, result, share, trained_tokens, timer.drain())
     if config.export_hf is not None:
         metadata = {"run": str(config.run.dir), "name": config.run.name, "step": str(total)}
         actor.save_hf(config.export_hf, metadata=metadata)

@@ -11,7 +11,7 @@ one batch has one gradient, however it is cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,15 +20,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from collab_megatron.actor.grid import RankGrid, agree, phase
-from collab_megatron.actor.model import PolicyModel, build_model, token_statistics
+from collab_megatron.actor.model import PolicyModel, Recompute, build_model
 from collab_megatron.actor.optimizer import build_optimizer, step_if_finite, wrap_for_training
+from collab_megatron.actor.schedule import forward, from_last_stage, run_schedule, token_aligned
 from collab_megatron.algorithms.losses import LossSum
 from collab_megatron.batching.micro_batch import MicroBatch
-from collab_megatron.config.sections import OptimizerSection, ParallelSection
+from collab_megatron.config.sections import OptimizerSection
 from collab_megatron.convert.exporter import TensorInfo, hf_tensors, tensor_plan
 from collab_megatron.convert.hf_folder import write_hf_folder
 from collab_megatron.convert.layout import check_layout, read_hf_config
@@ -58,11 +58,12 @@ class Actor:
     spec: ModelSpec
     dtype: torch.dtype
     source_folder: Path  # config, tokenizer and first weights come from here
-    model: PolicyModel  # unwrapped
+    chunks: list[PolicyModel]  # unwrapped; several where the pipeline is interleaved
     section: OptimizerSection | None = None  # None: frozen
-    wrapped: Any = None  # the model inside megatron's DDP
+    wrapped: list[Any] = field(default_factory=list)  # the chunks inside megatron's DDP
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
+    _weights_scattered: bool = False  # after a step of the overlapping distributed optimizer, until they are gathered
 
     @classmethod
     def build(
@@ -74,6 +75,8 @@ class Actor:
         optimizer: OptimizerSection | None,
         total_steps: int = 0,
         load_weights: bool = True,
+        recompute: Recompute = "none",
+        logits_chunk_mb: int = 512,
     ) -> Actor:
         """Load a model folder onto the grid. `optimizer` None: frozen reference, which keeps no gradients.
 
@@ -82,17 +85,18 @@ class Actor:
         """
         folder = resolve_model_folder(model_path)
         hf_config = read_hf_config(folder)
-        check_layout(hf_config, ParallelSection(tensor=grid.tp_size, data=grid.dp_size))
+        check_layout(hf_config, grid.parallel)
         spec = model_spec(hf_config)
         torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-        model = build_model(spec, torch_dtype, grid)
+        chunks = build_model(spec, torch_dtype, grid, recompute=recompute, logits_chunk_bytes=logits_chunk_mb * 2**20)
         if load_weights:
-            load_hf_weights(model, spec, folder, tp_rank=grid.tp_rank, tp_size=grid.tp_size)
-        actor = cls(grid, spec, torch_dtype, folder, model, optimizer)
+            load_hf_weights(chunks, spec, folder, grid)
+        actor = cls(grid, spec, torch_dtype, folder, chunks, optimizer)
         if optimizer is None:
-            model.requires_grad_(False).eval()
+            for chunk in chunks:
+                chunk.requires_grad_(False).eval()
             return actor
-        actor.wrapped = wrap_for_training(model, optimizer, grid)
+        actor.wrapped = wrap_for_training(chunks, optimizer, grid)
         actor.optimizer, actor.scheduler = build_optimizer(actor.wrapped, optimizer, torch_dtype, total_steps)
         return actor
 
@@ -111,23 +115,36 @@ class Actor:
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
         """Per micro-batch [B, S] fp32 on the CPU: log-probability of each token, and entropy where it was chosen.
 
-        Position 0 is zero; padding holds numbers without meaning. Collective over the tensor-parallel ranks, which must
-        pass the same micro-batches.
+        A sample's first token has zero; padding holds numbers without meaning. Collective over the ranks that share the
+        model, which must pass the same micro-batches; with expert parallelism over all ranks.
         """
-        sequence_parallel = self.grid.sequence_parallel
+        self.gather_weights()
+        found: list[Tensor] = []
+
+        def step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+            output, _ = forward(model, next(batches), self.grid)
+
+            def keep(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                found.append(output)
+                return _zero(output), _zero(output).int(), {}
+
+            return output, keep
+
         with phase(self.grid, "log-probs"):
-            pairs = [
-                token_statistics(self.model, batch.ids.to(self.grid.device), sequence_parallel=sequence_parallel)
-                for batch in micro_batches
-            ]
-        return [logprobs.cpu() for logprobs, _ in pairs], [entropy.cpu() for _, entropy in pairs]
+            run_schedule(step, self.chunks, micro_batches, self.grid, forward_only=True)
+            aligned = [token_aligned(out, batch, self.grid) for out, batch in zip(found, micro_batches, strict=False)]
+            shapes = [(2, *batch.ids.shape) for batch in micro_batches]
+            statistics = from_last_stage(aligned, shapes, self.grid)
+        return [logprobs for logprobs, _ in statistics], [entropy for _, entropy in statistics]
 
     def train_step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float) -> StepResult:
         """Gradient of (sum of loss_fn over all micro-batches of all data ranks) / normalizer, clipped, then AdamW.
 
-        `loss_fn` is given log-probs [B, S] on grid.device and the micro-batch on the same device. `normalizer` is the
-        number of trained tokens of the global batch. Collective over all ranks: every rank needs at least one
-        micro-batch and the same metric names; tensor-parallel ranks the same micro-batches.
+        `loss_fn` is given log-probs [B, S] and a micro-batch of the same shape on grid.device, in which every entry
+        speaks of the token whose log-probability stands there (its columns are shifted by one, and under context
+        parallelism are this rank's part): sums under the mask are all that it may form. `normalizer` is the number of
+        trained tokens of the global batch. Collective over all ranks: every rank needs at least one micro-batch and the
+        same metric names; ranks that share a replica the same micro-batches.
         """
         if self.optimizer is None or self.scheduler is None or self.section is None:
             raise RuntimeError("train_step on a frozen actor")
@@ -139,6 +156,7 @@ class Actor:
         with phase(self.grid, "the training step"):
             sums = self._gradients(micro_batches, loss_fn, normalizer)
             grad_norm, stepped = step_if_finite(self.optimizer, self.section.clip_grad)
+            self._weights_scattered = stepped and self.wrapped[0].ddp_config.overlap_param_gather
             metrics = self._reduce(sums, normalizer)
         if stepped:
             self.scheduler.step(increment=1)
@@ -147,51 +165,65 @@ class Actor:
     def _gradients(
         self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float
     ) -> list[dict[str, Tensor]]:
-        """Fill the gradient buffer, summed over all ranks; returns the metric sums per micro-batch of this rank."""
+        """Fill the gradient buffers, summed over all ranks; on the last stage the metric sums of each micro-batch."""
         assert self.optimizer is not None
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums: list[dict[str, Tensor]] = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, loss_fn, normalizer),
-            data_iterator=iter(micro_batches),
-            model=[self.wrapped],
-            num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].ids.shape[1],  # read by pipeline schedules only
-            micro_batch_size=micro_batches[0].ids.shape[0],
-            forward_only=False,
-        )
-        return sums
+        step = partial(self._loss_step, loss_fn, normalizer)
+        return run_schedule(step, self.wrapped, micro_batches, self.grid, forward_only=False)
 
-    def _forward(
+    def _loss_step(
         self, loss_fn: LossFn, normalizer: float, batches: Iterator[MicroBatch], model: Any
     ) -> tuple[Tensor, Any]:
         """Megatron's forward_step_func: the output that goes on to the loss function, and that function."""
-        batch = _on(next(batches), self.grid.device)
-        logprobs, entropy = token_statistics(model, batch.ids, sequence_parallel=self.grid.sequence_parallel)
+        output, batch = forward(model, next(batches), self.grid)
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            result = loss_fn(output, batch)
+            logprobs, entropy = output
+            result = loss_fn(logprobs, batch)
             metrics = {
                 **result.metrics,
                 "loss": result.loss.detach(),
                 "entropy": (entropy.detach() * batch.mask).sum(),
             }
             # three values with calculate_per_token_loss: upstream neither scales nor averages the first
-            return result.loss / normalizer, torch.zeros((), dtype=torch.int, device=output.device), metrics
+            return result.loss / normalizer, _zero(output).int(), metrics
 
-        return logprobs, loss
+        return output, loss
 
     def _reduce(self, sums: list[dict[str, Tensor]], normalizer: float) -> dict[str, float]:
-        """Metric sums of this rank's micro-batches -> sums over the data ranks / normalizer."""
-        names = sorted(sums[0])
-        total = torch.stack([torch.stack([s[name].float() for name in names]) for s in sums]).sum(dim=0)
-        if self.grid.dp_size > 1:
-            dist.all_reduce(total, group=self.grid.dp_group)
-        return dict(zip(names, (total / normalizer).tolist(), strict=True))
+        """Metric sums of the last stage's micro-batches -> sums over the data ranks / normalizer, on every rank."""
+        metrics: dict[str, float] = {}
+        if self.grid.is_last_stage:
+            names = sorted(sums[0])
+            total = torch.stack([torch.stack([s[name].float() for name in names]) for s in sums]).sum(dim=0)
+            if self.grid.dp_size * self.grid.cp_size > 1:
+                dist.all_reduce(total, group=self.grid.dp_cp_group)
+            metrics = dict(zip(names, (total / normalizer).tolist(), strict=True))
+        if self.grid.pp_size == 1:
+            return metrics
+        group = self.grid.pp_cpu_group
+        said = [metrics]
+        dist.broadcast_object_list(said, src=dist.get_process_group_ranks(group)[-1], group=group)
+        return said[0]
+
+    def gather_weights(self) -> None:
+        """Make the unwrapped chunks whole after a step: the overlapping distributed optimizer leaves that to the next
+        forward pass of the wrapped ones. Collective over the data ranks; a no-op otherwise.
+        """
+        if self._weights_scattered:
+            for chunk in self.wrapped:
+                chunk.start_param_sync(force_sync=True)
+            self._weights_scattered = False
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as whole Hugging Face tensors, one at a time; every rank must drain it (convert/exporter.py)."""
-        return hf_tensors(self.model, self.spec, self.grid)
+        """The weights as whole Hugging Face tensors, one at a time; every rank must drain it (convert/exporter.py).
+
+        All of them on rank 0; elsewhere those of the rank's own pipeline stage.
+        """
+        self.gather_weights()
+        return hf_tensors(self.chunks, self.spec, self.grid)
 
     def tensor_plan(self) -> list[TensorInfo]:
         """What hf_tensors will yield, in order."""
@@ -217,9 +249,5 @@ class Actor:
             raise RunError(f"saving the model to {output} failed: {said[0]}") from failure
 
 
-def _on(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    if batch.ids.device == device:
-        return batch
-    values = {name: value.to(device, non_blocking=True) for name, value in batch.values.items()}
-    ids, mask = batch.ids.to(device, non_blocking=True), batch.mask.to(device, non_blocking=True)
-    return MicroBatch(ids=ids, mask=mask, values=values, sample_indices=batch.sample_indices)
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), device=like.device)

@@ -160,6 +160,27 @@ def _tensor_type_names() -> None:
 
 
 @functools.cache
+def patch_experts() -> None:
+    """D: megatron's mixture of experts without transformer-engine and on a CPU.
+
+    The router asks whether transformer-engine's matmul is None before it falls back to torch's, but the name does not
+    exist without it; and the dispatcher takes numpy arrays that it only makes of CUDA tensors.
+    """
+    import megatron.core.transformer.moe.moe_utils as moe
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    if not hasattr(moe, "te_general_gemm"):
+        setattr(moe, "te_general_gemm", None)  # noqa: B010
+    if torch.cuda.is_available():
+        return
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    setattr(dispatcher, "maybe_move_tensor_to_cpu", on_host)  # noqa: B010
+
+
+@functools.cache
 def patch_torch_adamw() -> None:
     """A and B: DistributedOptimizer with torch's AdamW, which keeps a `step` tensor per parameter.
 

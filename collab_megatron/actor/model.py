@@ -2,48 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from collab_megatron.actor.backend import Backend
+from collab_megatron.actor.cpu_support import patch_experts
 from collab_megatron.actor.grid import RankGrid
 from collab_megatron.actor.layers import layer_spec
-from collab_megatron.actor.logprobs import logprobs_and_entropy
+from collab_megatron.actor.logprobs import head_logprobs
+from collab_megatron.convert.place import local_parameters
 from collab_megatron.convert.spec import ModelSpec, RopeSpec
-from collab_megatron.convert.tables import canonical_name, rows
+from collab_megatron.convert.tables import rows
+
+Recompute = Literal["none", "selective", "full"]
 
 
 class PolicyModel(GPTModel):
-    """GPTModel that, given labels, returns [2, b, s] fp32: log-probability of each label, and entropy.
+    """GPTModel that, on the last stage and given labels, returns [2, b, s] fp32: log-probability of each label, and
+    entropy.
 
-    Overrides the one method into which GPTModel hands the logits while they are still [s, b, v/tp]: without labels it
-    would copy them into [b, s, v/tp].
+    Overrides the method in which GPTModel would make logits of all tokens at once.
     """
 
     spec: ModelSpec
     grid: RankGrid
+    logits_chunk_bytes: int
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s] int64, logits [s, b, v/tp] -> [2, b, s]."""
-        logprobs, entropy = logprobs_and_entropy(
-            logits,
-            labels.transpose(0, 1),
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **_: Any) -> Tensor:
+        """hidden_states [s, b, h] (a part of s under sequence parallelism), labels [b, s] int64 -> [2, b, s]."""
+        if not self.post_process or labels is None:
+            return hidden_states
+        group = self.grid.tp_group if self.grid.tp_size > 1 else None
+        # both sum the gradient over the vocabulary's shards on the way back
+        if self.grid.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group) if group else hidden_states
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        logprobs, entropy = head_logprobs(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            labels.transpose(0, 1).reshape(-1),
             vocab=self.spec.vocab,
             tp_rank=self.grid.tp_rank,
-            group=self.grid.tp_group if self.grid.tp_size > 1 else None,
+            group=group,
+            chunk_bytes=self.logits_chunk_bytes,
         )
-        return torch.stack([logprobs, entropy]).transpose(1, 2)
+        return torch.stack([logprobs, entropy]).view(2, *hidden.shape[:2]).transpose(1, 2)
 
 
-def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid) -> TransformerConfig:
+def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid, recompute: Recompute) -> TransformerConfig:
     """Megatron's config of the model on this grid; what is fused depends on the backend."""
     backend = grid.backend
     on_gpu = backend.name == "cuda"
+    interleaved = grid.parallel.interleave > 1
     return TransformerConfig(
         num_layers=spec.layers,
         hidden_size=spec.hidden,
@@ -68,6 +90,19 @@ def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid) -> T
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=grid.tp_size,
         sequence_parallel=grid.sequence_parallel,
+        pipeline_model_parallel_size=grid.pp_size,
+        virtual_pipeline_model_parallel_size=grid.parallel.interleave if interleaved else None,
+        context_parallel_size=grid.cp_size,
+        expert_model_parallel_size=grid.ep_size,
+        expert_tensor_parallel_size=1,
+        # micro-batches have the length of their longest row; stages tell each other
+        variable_seq_lengths=grid.pp_size > 1,
+        # the interleaved schedule with batched p2p is silently wrong at two stages in 0.16
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=grid.pp_size > 1,
+        **_recompute(recompute, spec),
+        **(_experts(spec, backend) if spec.experts else {}),
         use_cpu_initialization=not on_gpu,
         # the caller divides by the global token count itself: no averaging over micro-batches or data ranks
         calculate_per_token_loss=True,
@@ -81,33 +116,92 @@ def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid) -> T
     )
 
 
-def build_model(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid) -> PolicyModel:
-    """The model's shard on this rank, on grid.device, with weights that are still undefined."""
-    config = transformer_config(spec, dtype, grid)
-    model = PolicyModel(
-        config=config,
-        transformer_layer_spec=layer_spec(config, grid.backend),
-        vocab_size=spec.padded_vocab(grid.tp_size),
-        max_sequence_length=spec.max_positions,
-        share_embeddings_and_output_weights=spec.tied,
-        position_embedding_type="rope",
-        rotary_base=spec.rope.theta,
-    )
-    model.spec, model.grid = spec, grid
-    model.to(grid.device)
-    _mark_shards(model, spec)
+def _recompute(recompute: Recompute, spec: ModelSpec) -> dict[str, Any]:
+    """Full: only the layers' inputs are kept. Selective: the MLPs, whose activations are the larger half, are computed
+    again; attention kernels keep next to nothing as it is.
+    """
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if spec.experts else "mlp"]}
+    return {}
+
+
+def _experts(spec: ModelSpec, backend: Backend) -> dict[str, Any]:
+    """A router as Qwen3-MoE's: softmax over the chosen experts (or over all), no auxiliary loss, no token dropped."""
+    return {
+        "num_moe_experts": spec.experts,
+        "moe_router_topk": spec.experts_per_token,
+        "moe_ffn_hidden_size": spec.expert_ffn,
+        "moe_router_pre_softmax": not spec.norm_topk,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        # the one dispatcher that takes micro-batches of any length
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": backend.transformer_engine,
+    }
+
+
+def build_model(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    grid: RankGrid,
+    *,
+    recompute: Recompute = "none",
+    logits_chunk_bytes: int = 2**29,
+    device: torch.device | None = None,
+) -> list[PolicyModel]:
+    """The model's shard on this rank, with weights that are still undefined: one chunk, or several where the pipeline
+    is interleaved.
+
+    `device`: grid.device, or "meta" for the shapes alone.
+    """
+    if spec.experts:
+        patch_experts()
+    config = transformer_config(spec, dtype, grid, recompute)
+    chunks = grid.parallel.interleave
+    return [
+        _build_chunk(spec, config, grid, chunk if chunks > 1 else None, logits_chunk_bytes, device or grid.device)
+        for chunk in range(chunks)
+    ]
+
+
+def _build_chunk(
+    spec: ModelSpec,
+    config: TransformerConfig,
+    grid: RankGrid,
+    chunk: int | None,
+    logits_chunk_bytes: int,
+    device: torch.device,
+) -> PolicyModel:
+    with device if device.type == "meta" else contextlib.nullcontext():
+        model = PolicyModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, grid.backend, chunk),
+            vocab_size=spec.padded_vocab(grid.tp_size),
+            max_sequence_length=spec.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+            share_embeddings_and_output_weights=spec.tied,
+            position_embedding_type="rope",
+            rotary_base=spec.rope.theta,
+            vp_stage=chunk,
+        )
+    model.spec, model.grid, model.logits_chunk_bytes = spec, grid, logits_chunk_bytes
+    model.to(device)
+    _mark_shards(model, spec, grid)
     # upstream knows llama3 stretching with one set of constants only; the frequencies are a plain attribute
-    model.rotary_pos_emb.inv_freq = rope_frequencies(spec.rope, spec.head_dim).to(grid.device)
+    model.rotary_pos_emb.inv_freq = rope_frequencies(spec.rope, spec.head_dim).to(device)
     return model
 
 
-def _mark_shards(model: PolicyModel, spec: ModelSpec) -> None:
+def _mark_shards(model: PolicyModel, spec: ModelSpec, grid: RankGrid) -> None:
     """Say of each parameter how it is cut. Upstream does so only while initialising weights, which we skip; unmarked,
     a shard counts as a copy and is left out of the gradient norm on every rank but the first, in silence.
     """
     cuts = {row.megatron: row.cut for row in rows(spec)}
-    for name, parameter in model.named_parameters():
-        cut = cuts[canonical_name(name)]
+    for name, parameter in local_parameters([model], spec, grid).items():
+        cut = cuts[name]
         marks = {
             "tensor_model_parallel": cut is not None,
             "partition_dim": -1 if cut is None else cut,
@@ -133,17 +227,3 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
     )
     between = (1 - smooth) * stretched + smooth * frequencies
     return torch.where(wavelength > low, stretched, torch.where(wavelength < high, frequencies, between))
-
-
-def token_statistics(model: Any, ids: Tensor, *, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
-    """ids [B, S] -> log-probability of each token given those before it, and the entropy there; [B, S] fp32, zero at 0.
-
-    `model` is a PolicyModel, wrapped or not.
-    """
-    if sequence_parallel:
-        inputs, labels = ids, ids.roll(-1, dims=1)  # the length must stay a multiple of the tensor-parallel size
-    else:
-        inputs, labels = ids[:, :-1], ids[:, 1:]
-    out = model(input_ids=inputs, position_ids=None, attention_mask=None, labels=labels)
-    logprobs, entropy = F.pad(out[..., : ids.shape[1] - 1], (1, 0))
-    return logprobs, entropy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,19 +21,36 @@ from collab_megatron.config.sections import OptimizerSection
 from collab_megatron.errors import UserError
 
 
-def wrap_for_training(model: PolicyModel, section: OptimizerSection, grid: RankGrid) -> DistributedDataParallel:
-    """The model inside megatron's DDP: one contiguous fp32 gradient buffer, summed (never averaged) over data ranks."""
-    config = model.config
-    inner = Float16Module(config, model) if config.bf16 else model
+def overlaps(section: OptimizerSection, grid: RankGrid) -> bool:
+    """Whether gradients are reduced (and, with the distributed optimizer, weights gathered) beside the computation."""
+    return grid.backend.overlap if section.overlap is None else section.overlap
+
+
+def wrap_for_training(
+    chunks: Sequence[PolicyModel], section: OptimizerSection, grid: RankGrid
+) -> list[DistributedDataParallel]:
+    """Each chunk inside megatron's DDP: contiguous fp32 gradient buffers, summed (never averaged) over data ranks."""
+    config = chunks[0].config
+    overlap = overlaps(section, grid)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=section.distributed,
-        overlap_grad_reduce=grid.backend.overlap,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and section.distributed,
         check_for_nan_in_grad=False,  # step_if_finite does it; a rank that raised would leave the others waiting
     )
-    wrapped = DistributedDataParallel(config=config, ddp_config=ddp_config, module=inner)
-    if grid.backend.overlap:
-        config.no_sync_func = wrapped.no_sync
+    wrapped = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp_config,
+            module=Float16Module(config, chunk) if config.bf16 else chunk,
+            disable_bucketing=number > 0,  # upstream's own choice for the later chunks of an interleaved stage
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    if overlap:
+        no_syncs = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
     config.finalize_model_grads_func = _finalize
     return wrapped
 
@@ -43,7 +61,7 @@ def _finalize(model: list[Any], _num_tokens: Any = None, **kwargs: Any) -> None:
 
 
 def build_optimizer(
-    wrapped: DistributedDataParallel, section: OptimizerSection, dtype: torch.dtype, total_steps: int
+    wrapped: list[DistributedDataParallel], section: OptimizerSection, dtype: torch.dtype, total_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW (no decay on biases and norms) and its schedule. Raises UserError for a schedule that makes no sense.
 
@@ -66,8 +84,9 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=section.distributed,
+        overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, [wrapped])
+    optimizer = get_megatron_optimizer(config, wrapped)
     for part in parts(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def mini_batches(samples: Sequence[TrainingSample], count: int) -> list[list[Tra
 
 def with_values(batch: MicroBatch, name: str, values: Tensor) -> MicroBatch:
     """The batch with one more per-token tensor [B, S]."""
-    return MicroBatch(batch.ids, batch.mask, {**batch.values, name: values}, batch.sample_indices)
+    return replace(batch, values={**batch.values, name: values})
 
 
 def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch], LossSum]:

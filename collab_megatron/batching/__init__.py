@@ -1,5 +1,5 @@
 """Ragged samples to micro-batches. Pure: no megatron, no torch.distributed."""
 
-from collab_megatron.batching.micro_batch import MicroBatch, TokenSample, empty_like, split_by_tokens
+from collab_megatron.batching.micro_batch import MicroBatch, TokenSample, collate, idle_like, split_by_tokens
 
-__all__ = ["MicroBatch", "TokenSample", "empty_like", "split_by_tokens"]
+__all__ = ["MicroBatch", "TokenSample", "collate", "idle_like", "split_by_tokens"]

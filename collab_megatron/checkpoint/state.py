@@ -41,7 +41,7 @@ def sharded_state(actor: Actor, *, loading: bool, random_states: bool) -> dict[s
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": actor.grid.dp_group,
     }
-    model = actor.model.sharded_state_dict(metadata=metadata)
+    model = actor.chunks[0].sharded_state_dict(metadata=metadata)
     # transformer-engine's fp8 bookkeeping: empty in fp32 and bf16, and a pickle
     model = {name: tensor for name, tensor in model.items() if not name.endswith("_extra_state")}
     state: dict[str, Any] = {"model": model}
@@ -62,7 +62,7 @@ def sharded_state(actor: Actor, *, loading: bool, random_states: bool) -> dict[s
 
 def restore(actor: Actor, state: dict[str, Any]) -> None:
     """Put a loaded state dict into the actor."""
-    missing, unexpected = actor.model.load_state_dict(state["model"], strict=False)
+    missing, unexpected = actor.chunks[0].load_state_dict(state["model"], strict=False)
     lost = [name for name in missing if not name.endswith("_extra_state")]
     assert not lost, lost
     assert not unexpected, unexpected

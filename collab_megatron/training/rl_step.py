@@ -3,48 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
 
 from collab_megatron.actor.actor import Actor
 from collab_megatron.algorithms.grpo_step import make_grpo_loss, mini_batches, token_sample, with_values
-from collab_megatron.batching import MicroBatch, empty_like, split_by_tokens
-from collab_megatron.batching.balance import balanced_shares
-from collab_megatron.config.sections import AlgorithmSection
+from collab_megatron.batching import MicroBatch
+from collab_megatron.config.sections import AlgorithmSection, TrainSection
 from collab_megatron.monitor.timers import PhaseTimer
-from collab_megatron.types import RolloutBatch, TrainingSample
-
-PAD_ID = 0
-"""Any valid id: padding stands right of the tokens, masked and unseen by causal attention."""
+from collab_megatron.training.shares import my_share
+from collab_megatron.types import RolloutBatch
 
 
-def my_micro_batches(actor: Actor, samples: Sequence[TrainingSample], micro_batch_tokens: int) -> list[MicroBatch]:
-    """This data rank's share of `samples`; one batch that trains nothing if the share is empty."""
-    grid = actor.grid
-    shares = balanced_shares([sample.num_tokens for sample in samples], grid.dp_size)
-    mine = [token_sample(samples[i]) for i in shares[grid.dp_rank]]
-    cut = {"micro_batch_tokens": micro_batch_tokens, "pad_id": PAD_ID, "pad_multiple": grid.pad_multiple}
-    if mine:
-        return split_by_tokens(mine, **cut)
-    return [empty_like(split_by_tokens([token_sample(samples[0])], **cut)[0])]
+class Scorer(Protocol):
+    """The actor, or a reference in one of its two forms."""
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]: ...
 
 
 def update(
     actor: Actor,
-    reference: Actor | None,
+    reference: Scorer | None,
     batch: RolloutBatch,
     *,
     algorithm: AlgorithmSection,
-    micro_batch_tokens: int,
+    train: TrainSection,
     timer: PhaseTimer,
 ) -> dict[str, float]:
     """Train on `batch`; metrics by dashboard name, means over trained tokens, equal on every rank.
 
-    With several mini-batches the figures are those of their mean, except lr (the last) and grad_norm (the largest).
+    With several mini-batches the figures are those of their mean, except lr (the last), grad_norm and dp_imbalance (the
+    largest).
     """
     parts = mini_batches(batch.samples, algorithm.mini_batches)
     prepared: list[tuple[list[MicroBatch], int]] = []
+    imbalance = 1.0
     with timer("logprobs"):
         for part in parts:
-            micro = my_micro_batches(actor, part, micro_batch_tokens)
+            share = my_share(actor.grid, actor.spec, [token_sample(sample) for sample in part], train)
+            imbalance = max(imbalance, share.imbalance)
+            micro = share.micro_batches
             if reference is not None:
                 micro = _attach(micro, "ref_logprobs", reference)
             if len(parts) > 1:
@@ -59,9 +58,10 @@ def update(
     metrics["train/lr"] = results[-1].lr
     metrics["train/steps_skipped"] = sum(result.skipped for result in results)
     metrics["train/tokens"] = sum(sample.num_tokens for sample in batch.samples)
+    metrics["train/dp_imbalance"] = imbalance
     return metrics
 
 
-def _attach(micro_batches: list[MicroBatch], name: str, model: Actor) -> list[MicroBatch]:
+def _attach(micro_batches: list[MicroBatch], name: str, model: Scorer) -> list[MicroBatch]:
     logprobs, _ = model.logprobs(micro_batches)
     return [with_values(batch, name, values) for batch, values in zip(micro_batches, logprobs, strict=True)]

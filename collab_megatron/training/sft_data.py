@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collab_megatron.actor.grid import RankGrid
-from collab_megatron.batching import MicroBatch, TokenSample, empty_like, split_by_tokens
-from collab_megatron.batching.balance import balanced_shares
+from collab_megatron.batching import TokenSample
 from collab_megatron.config import SFTConfig
+from collab_megatron.convert.spec import ModelSpec
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.order import step_indices
 from collab_megatron.data.parquet import read_conversations
 from collab_megatron.errors import UserError
-from collab_megatron.training.rl_step import PAD_ID
+from collab_megatron.training.shares import Share, my_share
 
 
 class SFTData:
     """All training conversations, tokenised once. Raises UserError if none fits into `max_tokens`."""
 
-    def __init__(self, config: SFTConfig, grid: RankGrid) -> None:
-        self._config, self._grid = config, grid
+    def __init__(self, config: SFTConfig, grid: RankGrid, spec: ModelSpec) -> None:
+        self._config, self._grid, self._spec = config, grid, spec
         chat = ChatTemplate(load_tokenizer(config.model.path))
         encoded = [chat.sft_ids_and_mask(row.messages) for row in read_conversations(config.data.train)]
         self._samples = [
@@ -34,19 +34,11 @@ class SFTData:
     def __len__(self) -> int:
         return len(self._samples)
 
-    def step(self, step: int) -> tuple[list[MicroBatch], int]:
-        """This data rank's micro-batches of `step`, and the trained tokens of the global batch."""
+    def step(self, step: int) -> tuple[Share, int]:
+        """This data rank's share of `step`, and the trained tokens of the global batch."""
         indices = step_indices(
             self._config.run.seed, step, num_rows=len(self._samples), batch_size=self._config.batch_size
         )
         batch = [self._samples[i] for i in indices]
         trained = int(sum(sum(sample.mask[1:]) for sample in batch))  # nothing comes before the first token
-        share = balanced_shares([len(sample.ids) for sample in batch], self._grid.dp_size)[self._grid.dp_rank]
-        cut = {
-            "micro_batch_tokens": self._config.train.micro_batch_tokens,
-            "pad_id": PAD_ID,
-            "pad_multiple": self._grid.pad_multiple,
-        }
-        if share:
-            return split_by_tokens([batch[i] for i in share], **cut), trained
-        return [empty_like(split_by_tokens(batch[:1], **cut)[0])], trained
+        return my_share(self._grid, self._spec, batch, self._config.train), trained

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collab_megatron.batching import TokenSample, empty_like, split_by_tokens
+from collab_megatron.batching import TokenSample, idle_like, split_by_tokens
 from collab_megatron.batching.balance import balanced_shares
 
 
@@ -31,7 +31,7 @@ def test_every_sample_once_within_the_token_budget(lengths: list[int], budget: i
 
 def test_an_empty_batch_trains_nothing() -> None:
     (batch,) = split_by_tokens([sample(3)], micro_batch_tokens=8, pad_id=0)
-    assert empty_like(batch).num_trained_tokens == 0
+    assert idle_like(batch, 1).num_trained_tokens == 0
     with pytest.raises(ValueError):
         split_by_tokens([], micro_batch_tokens=8, pad_id=0)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from collab_megatron.actor.actor import Actor
 from collab_megatron.actor.grid import RankGrid, agree, barrier, close_grid, init_grid
 from collab_megatron.algorithms.losses import LossSum, grpo_loss
-from collab_megatron.batching.micro_batch import MicroBatch, empty_like, split_by_tokens
+from collab_megatron.batching.micro_batch import MicroBatch, idle_like, split_by_tokens
 from collab_megatron.config.sections import OptimizerSection, ParallelSection
 from collab_megatron.convert.loader import SafetensorsFolder
 from tests.parallel.tiny import make_samples
@@ -132,7 +132,7 @@ def check_training(folder: Path, grid: RankGrid, distributed: bool, micro_batch_
     # unequal shares, so that an average over data ranks would show
     share = samples if grid.dp_size == 1 else (samples[:2], samples[2:])[grid.dp_rank]
     batches = split_by_tokens(share, micro_batch_tokens=micro_batch_tokens, pad_id=0, pad_multiple=grid.pad_multiple)
-    batches.append(empty_like(batches[0]))
+    batches.append(idle_like(batches[0], grid.pad_multiple))
     for step, report in enumerate(reports):
         result = actor.train_step(batches, loss_fn, whole.num_trained_tokens)
         assert not result.skipped
@@ -149,7 +149,7 @@ def check_training(folder: Path, grid: RankGrid, distributed: bool, micro_batch_
 def check_skip(folder: Path, grid: RankGrid) -> None:
     """A gradient that is not finite changes nothing, on any rank."""
     actor = Actor.build(folder, dtype="float32", grid=grid, optimizer=OPTIMIZER, total_steps=STEPS)
-    before = [p.detach().clone() for p in actor.model.parameters()]
+    before = [p.detach().clone() for p in actor.chunks[0].parameters()]
     batches = split_by_tokens(make_samples(2), micro_batch_tokens=999, pad_id=0, pad_multiple=grid.pad_multiple)
 
     def poisoned(logprobs: Tensor, batch: MicroBatch) -> LossSum:
@@ -160,7 +160,7 @@ def check_skip(folder: Path, grid: RankGrid) -> None:
     result = actor.train_step(batches, poisoned, 10)
     assert result.skipped
     assert actor.lr == lr
-    assert all(torch.equal(a, b) for a, b in zip(before, actor.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, actor.chunks[0].parameters(), strict=True))
     assert not actor.train_step(batches, loss_fn, 10).skipped
 
 
