@@ -58,7 +58,7 @@ def hf_tensors(chunks: Sequence[nn.Module], spec: ModelSpec, grid: RankGrid) -> 
     """
     parameters = local_parameters(chunks, spec, grid)
     dtype = next(iter(parameters.values())).dtype
-    sends = dist.get_process_group_ranks(grid.pp_group)[0] == 0 and not grid.is_main
+    sends = grid.pp_rank > 0 and dist.get_process_group_ranks(grid.pp_group)[0] == 0
     for row in rows(spec):
         stage = stage_of(row, spec, pipeline=grid.pp_size, interleave=grid.parallel.interleave)
         if stage == grid.pp_rank:

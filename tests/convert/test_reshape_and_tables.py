@@ -1,59 +1,152 @@
-"""Every tensor of every architecture, cut and put together again, bit for bit. No megatron."""
+"""Every tensor of every architecture and layout, cut and put together again, bit for bit. No megatron, no processes."""
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
 
-from collab_megatron.convert.exporter import tensor_plan
-from collab_megatron.convert.layout import read_hf_config
+from collab_megatron.config.sections import ParallelSection
+from collab_megatron.convert.exporter import hf_tensors, tensor_plan
+from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.loader import SafetensorsFolder, load_hf_weights
-from collab_megatron.convert.reshape import gather, merge_qkv, split_qkv
-from collab_megatron.convert.spec import ModelSpec, model_spec
-from collab_megatron.convert.tables import canonical_name, rows
-from tests.parallel.tiny import KINDS, make_model
+from collab_megatron.convert.place import local_parameters, local_rows, stage_of
+from collab_megatron.convert.reshape import gather, join, merge_qkv, split, split_qkv
+from collab_megatron.convert.spec import ARCHITECTURES, ModelSpec, model_spec
+from collab_megatron.convert.tables import EMBEDDING, FINAL_NORM, canonical_name, layer_rows, rows
+from tests.convert.shards import make_ranks, one_rank, whole_tensors
+from tests.parallel.tiny import KINDS, config_of, make_model
 
 
-class Shard(nn.Module):
-    """Stands for one rank's Megatron model: parameters by Megatron's names, of the shapes that the table implies."""
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[dict[str, Any], ParallelSection]:
+    """A config.json and a layout that fits it."""
 
-    def __init__(self, spec: ModelSpec, tp_size: int) -> None:
-        super().__init__()
-        self.by_name: dict[str, nn.Parameter] = {}
-        for row in rows(spec):
-            shapes = [[spec.dims[dim] for dim in dims] for dims in row.shapes]
-            if row.is_vocab:
-                shapes[0][0] = spec.padded_vocab(tp_size)
-            shape = [sum(s[0] for s in shapes), *shapes[0][1:]]
-            if row.cut is not None:
-                shape[row.cut] //= tp_size
-            self.by_name[row.megatron] = nn.Parameter(torch.full(shape, float("nan")))
+    def one_of(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
 
-    def named_parameters(self, *_: Any, **__: Any) -> Any:
-        return iter(self.by_name.items())
+    tensor, pipeline, interleave, expert, data = (one_of(1, 2, 3), one_of(1, 2, 3), one_of(1, 2), 1, one_of(1, 2))
+    interleave = interleave if pipeline > 1 else 1
+    name = draw(st.sampled_from(sorted(ARCHITECTURES)))
+    config = {
+        "architectures": [name],
+        "num_key_value_heads": tensor * one_of(1, 2),
+        "head_dim": one_of(2, 4, 6),
+        "hidden_size": one_of(8, 10),
+        "intermediate_size": tensor * draw(st.integers(1, 5)),
+        "num_hidden_layers": pipeline * interleave * one_of(1, 2),
+        "vocab_size": draw(st.integers(3, 200)),
+        "tie_word_embeddings": one_of(True, False),
+    }
+    config["num_attention_heads"] = config["num_key_value_heads"] * one_of(1, 2, 7)
+    if ARCHITECTURES[name].experts:
+        expert = one_of(*(n for n in (1, 2, 3, 4, 6) if tensor * data % n == 0))
+        config["num_experts"] = expert * one_of(1, 2) * 2
+        config["num_experts_per_tok"] = 2
+        config["moe_intermediate_size"] = draw(st.integers(1, 5))
+    section = ParallelSection(
+        tensor=tensor,
+        pipeline=pipeline,
+        interleave=interleave,
+        expert=expert,
+        data=data,
+        sequence_parallel=tensor > 1,
+    )
+    return config, section
+
+
+def random_tensors(spec: ModelSpec, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {info.name: torch.randn(info.shape, generator=generator) for info in tensor_plan(spec, torch.float32)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_every_layout_loads_and_gives_back_every_tensor(case: tuple[dict[str, Any], ParallelSection]) -> None:
+    config, parallel = case
+    check_layout(config, parallel)
+    spec = model_spec(config)
+    tensors = random_tensors(spec)
+    ranks = make_ranks(spec, parallel)
+    with tempfile.TemporaryDirectory() as name:
+        save_file(tensors, Path(name) / "model.safetensors")
+        for rank in ranks:
+            load_hf_weights(rank.chunks, spec, Path(name), rank.grid)
+    for rank in ranks:
+        for parameter in local_parameters(rank.chunks, spec, rank.grid).values():
+            assert parameter.isfinite().all(), "a parameter was not filled"
+    back = dict(whole_tensors(spec, ranks))
+    assert list(back) == list(tensors)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_join_and_split_are_inverses_on_every_row(case: tuple[dict[str, Any], ParallelSection]) -> None:
+    spec, tp_size = model_spec(case[0]), case[1].tensor
+    tensors = random_tensors(spec)
+    for row in [EMBEDDING, FINAL_NORM, *layer_rows(spec, 0)]:
+        whole = [tensors[name] for name in row.hf]
+        before = [tensor.clone() for tensor in whole]
+        if row.is_vocab:
+            whole = [torch.cat([t, t.new_zeros(spec.padded_vocab(tp_size) - spec.vocab, t.shape[1])]) for t in whole]
+        size = 1 if row.cut is None else tp_size
+        cut = [[t] if row.cut is None else t.chunk(size, dim=row.cut) for t in whole]
+        shards = [join(row, [pieces[rank] for pieces in cut], spec, size) for rank in range(size)]
+        for rank, shard in enumerate(shards):
+            again = split(row, shard, spec, size)
+            assert all(torch.equal(a, pieces[rank]) for a, pieces in zip(again, cut, strict=True)), row.megatron
+        assert all(torch.equal(a, b) for a, b in zip(gather(row, shards, spec), before, strict=True)), row.megatron
+        assert all(torch.equal(tensors[name], b) for name, b in zip(row.hf, before, strict=True)), "changed its input"
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_every_row_has_one_owner_and_stages_are_even(case: tuple[dict[str, Any], ParallelSection]) -> None:
+    config, parallel = case
+    spec = model_spec(config)
+    held = [row.megatron for rank in make_ranks(spec, parallel) for row in local_rows(spec, rank.grid)]
+    for row in rows(spec):
+        copies = parallel.tensor * (parallel.expert if row.expert is None else 1)
+        if spec.tied and row.megatron == EMBEDDING.megatron and parallel.pipeline > 1:
+            copies *= 2  # the last stage's output projection
+        assert held.count(row.megatron) == copies, row.megatron
+    norms = [row for row in rows(spec) if row.megatron.endswith("input_layernorm.weight")]
+    stages = [stage_of(row, spec, pipeline=parallel.pipeline, interleave=parallel.interleave) for row in norms]
+    assert [stages.count(s) for s in range(parallel.pipeline)] == [spec.layers // parallel.pipeline] * parallel.pipeline
+
+
+def test_interleaved_chunks_go_round_the_stages() -> None:
+    spec = replace(model_spec(hf_config("llama")), layers=8)
+    norms = [row for row in rows(spec) if row.megatron.endswith("input_layernorm.weight")]
+    assert [stage_of(row, spec, pipeline=2) for row in norms] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [stage_of(row, spec, pipeline=2, interleave=2) for row in norms] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [stage_of(row, spec, pipeline=4, interleave=2) for row in norms] == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_round_trip_is_exact(tmp_path: Path, kind: str, tp_size: int) -> None:
+def test_what_transformers_writes_is_read_and_streamed(tmp_path: Path, kind: str) -> None:
+    """Names, shapes and order as the plan says; a single rank needs no process group."""
     folder = make_model(tmp_path, kind)
     spec = model_spec(read_hf_config(folder))
-    shards = [Shard(spec, tp_size) for _ in range(tp_size)]
-    for rank, shard in enumerate(shards):
-        load_hf_weights(shard, spec, folder, tp_rank=rank, tp_size=tp_size)
-    back: dict[str, Tensor] = {}
-    for row in rows(spec):
-        back.update(zip(row.hf, gather(row, [s.by_name[row.megatron] for s in shards], spec), strict=True))
+    rank = one_rank(spec)
+    load_hf_weights(rank.chunks, spec, folder, rank.grid)
+    back = dict(hf_tensors(rank.chunks, spec, rank.grid))
+    plan = tensor_plan(spec, torch.float32)
+    assert [(name, tuple(tensor.shape)) for name, tensor in back.items()] == [(info.name, info.shape) for info in plan]
     with SafetensorsFolder(folder) as source:
         assert back.keys() == source.names
         for name, tensor in back.items():
+            assert tensor.is_contiguous()
             assert torch.equal(tensor, source.read(name, tuple(tensor.shape), None, 0, 0)), name
-    assert list(back) == [info.name for info in tensor_plan(spec, torch.float32)]
-    assert all(back[info.name].shape == info.shape for info in tensor_plan(spec, torch.float32))
 
 
 def test_queries_stand_with_their_key_and_value() -> None:
@@ -63,16 +156,41 @@ def test_queries_stand_with_their_key_and_value() -> None:
     assert all(torch.equal(a, b) for a, b in zip(split_qkv(fused, kv_heads=2, head_dim=2), (q, k, v), strict=True))
 
 
-def test_tied_models_have_no_output_projection_and_padding_is_even(tmp_path: Path) -> None:
-    spec = model_spec(read_hf_config(make_model(tmp_path, "llama")))
+def test_tied_models_have_no_output_projection_and_padding_is_even() -> None:
+    spec = model_spec(hf_config("llama"))
     assert "lm_head.weight" not in {info.name for info in tensor_plan(spec, torch.float32)}
     assert spec.padded_vocab(1) == spec.padded_vocab(2) == 256
     assert spec.padded_vocab(3) % 3 == 0
 
 
-def test_fused_norms_of_transformer_engine_have_the_tables_names() -> None:
-    assert (
-        canonical_name("decoder.layers.3.mlp.linear_fc1.layer_norm_weight")
-        == "decoder.layers.3.pre_mlp_layernorm.weight"
-    )
-    assert canonical_name("decoder.final_layernorm.weight") == "decoder.final_layernorm.weight"
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("layers.3.mlp.linear_fc1.layer_norm_weight", "layers.3.pre_mlp_layernorm.weight"),
+        ("layers.3.self_attention.linear_qkv.layer_norm_weight", "layers.3.input_layernorm.weight"),
+        ("layers.3.mlp.experts.linear_fc1.weight12", "layers.3.mlp.experts.local_experts.12.linear_fc1.weight"),
+        ("layers.3.mlp.experts.linear_fc2.weight0", "layers.3.mlp.experts.local_experts.0.linear_fc2.weight"),
+        ("layers.3.mlp.linear_fc1.weight", "layers.3.mlp.linear_fc1.weight"),
+        ("layers.3.pre_mlp_layernorm.weight", "layers.3.pre_mlp_layernorm.weight"),
+        ("final_layernorm.weight", "final_layernorm.weight"),
+    ],
+)
+def test_names_of_transformer_engine_become_the_tables(theirs: str, ours: str) -> None:
+    assert canonical_name("decoder." + theirs) == "decoder." + ours
+
+
+def test_parameters_without_a_row_and_rows_without_a_parameter_are_refused() -> None:
+    spec = model_spec(hf_config("qwen3moe"))
+    rank = one_rank(spec)
+    rank.chunks[0].by_name["decoder.layers.0.mlp.shared_experts.linear_fc1.weight"] = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(AssertionError, match=r"differ: .*shared_experts"):
+        local_parameters(rank.chunks, spec, rank.grid)
+    rank = one_rank(spec)
+    del rank.chunks[0].by_name["decoder.layers.1.mlp.router.weight"]
+    with pytest.raises(AssertionError, match=r"differ: .*layers\.1\.mlp\.router"):
+        local_parameters(rank.chunks, spec, rank.grid)
+
+
+def hf_config(kind: str) -> dict[str, Any]:
+    name = {"llama": "LlamaForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}[kind]
+    return {**config_of(kind).to_dict(), "architectures": [name]}

@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from collab_megatron.batching.micro_batch import TokenSample
 
@@ -30,27 +39,37 @@ _LLAMA3 = {
 }
 
 
-def config_of(kind: str) -> PretrainedConfig:
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+
+
+def config_of(kind: str, **changes: Any) -> PretrainedConfig:
+    """`changes` are keys of the config, such as num_hidden_layers=4."""
+    sizes = {**_SIZES, **changes}
     if kind == "llama":
-        return LlamaConfig(**_SIZES, tie_word_embeddings=True)
+        return LlamaConfig(**sizes, tie_word_embeddings=True)
     if kind == "llama3":
-        return LlamaConfig(**_SIZES, tie_word_embeddings=False, rope_parameters=_LLAMA3)
+        return LlamaConfig(**sizes, tie_word_embeddings=False, rope_parameters=_LLAMA3)
     if kind == "mistral":
-        return MistralConfig(**_SIZES, sliding_window=8, tie_word_embeddings=False)
+        return MistralConfig(**sizes, sliding_window=8, tie_word_embeddings=False)
     if kind == "qwen2":
-        return Qwen2Config(**_SIZES, tie_word_embeddings=False)
+        return Qwen2Config(**sizes, tie_word_embeddings=False)
     if kind == "qwen3":
-        return Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=True)
+        return Qwen3Config(**sizes, head_dim=32, tie_word_embeddings=True)
+    if kind == "qwen3moe":
+        return Qwen3MoeConfig(**{**_EXPERTS, **sizes}, head_dim=32, tie_word_embeddings=False)
     raise ValueError(kind)
 
 
-KINDS = ("llama", "llama3", "mistral", "qwen2", "qwen3")
+KINDS = ("llama", "llama3", "mistral", "qwen2", "qwen3", "qwen3moe")
 
 
-def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """Write a random model (weights wide enough for peaked distributions) and stand-ins for the tokenizer's files."""
+def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
+    """Write a random model (weights wide enough for peaked distributions) and stand-ins for the tokenizer's files.
+
+    `changes` are those of config_of.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(kind), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config_of(kind, **changes), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if "norm" in name else 0.0))
