@@ -6,18 +6,19 @@ Run it on one process; the other ranks only drain their stream (Actor.save_hf do
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from collab_megatron.convert.disk import fsync_folder, is_disk_full
+from collab_megatron.convert.exporter import TensorInfo
+from collab_megatron.convert.safetensors_io import write_file
 from collab_megatron.errors import RunError, UserError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -61,6 +62,30 @@ def copy_companions(source: Path, target: Path, *, dtype: str | None = None) -> 
             shutil.copyfile(source / name, target / name)
 
 
+@contextlib.contextmanager
+def whole_or_absent(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output` to write into; it becomes `output` at the end, or is removed on any error.
+
+    Raises UserError if `output` holds something already, RunError if the disk is full.
+    """
+    check_output(output)
+    aside = output.parent / f".{output.name}.tmp-{os.getpid()}"
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        fsync_folder(aside)
+        if output.is_dir():
+            output.rmdir()  # empty, as checked above
+        aside.rename(output)
+        fsync_folder(output.parent)
+    except Exception as error:
+        if is_disk_full(error, output.parent):
+            raise RunError(f"disk full while writing the model to {output}; free space and repeat") from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_hf_folder(
     stream: Iterable[tuple[str, Tensor]],
     source_folder: Path,
@@ -75,56 +100,58 @@ def write_hf_folder(
     Raises UserError if `output` holds something already, RunError if the disk is full; then nothing is left behind.
     """
     limit = parse_size(max_shard_size)
-    check_output(output)
-    aside = output.parent / f".{output.name}.tmp-{os.getpid()}"
-    try:
-        aside.mkdir(parents=True)
-        dtype = _write_shards(stream, aside, limit, {"format": "pt", **(metadata or {})})
-        copy_companions(source_folder, aside, dtype=dtype)
-        fsync_folder(aside)
-        if output.is_dir():
-            output.rmdir()  # empty, as checked above
-        aside.rename(output)
-        fsync_folder(output.parent)
-    except (OSError, SafetensorError) as error:
-        if is_disk_full(error, output.parent):
-            raise RunError(f"disk full while writing the model to {output}; free space and repeat") from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    pending: list[Tensor] = []
+    plan: list[TensorInfo] = []
+    shards: list[list[TensorInfo]] = []
+    with whole_or_absent(output) as aside:
+
+        def flush() -> None:
+            write_shard(aside, len(shards), plan, pending, metadata)
+            shards.append(list(plan))
+            plan.clear()
+            pending.clear()
+
+        for name, tensor in stream:
+            info = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
+            if plan and _size(plan) + info.num_bytes > limit:
+                flush()
+            plan.append(info)
+            pending.append(tensor.detach().to("cpu", copy=True))  # a stream's tensor is only valid until the next one
+        flush()
+        finish_folder(aside, shards, source_folder)
 
 
-def _write_shards(stream: Iterable[tuple[str, Tensor]], folder: Path, limit: int, metadata: dict[str, str]) -> str:
-    """Write numbered shards and the index; returns the tensors' dtype as config.json names it."""
-    pending: dict[str, Tensor] = {}
-    shards: list[list[str]] = []
-    pending_bytes = total_bytes = 0
-    dtype = ""
+def cut_into_shards(plan: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
+    """The tensors of each file, in order: at most `limit` bytes, or a single tensor that is larger."""
+    shards: list[list[TensorInfo]] = [[]]
+    for info in plan:
+        if shards[-1] and _size(shards[-1]) + info.num_bytes > limit:
+            shards.append([])
+        shards[-1].append(info)
+    return shards
 
-    def flush() -> None:
-        nonlocal pending_bytes
-        save_file(pending, folder / f"shard-{len(shards)}", metadata=metadata)
-        shards.append(list(pending))
-        pending.clear()
-        pending_bytes = 0
 
-    for name, tensor in stream:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > limit:
-            flush()
-        pending[name] = tensor.detach().to("cpu", copy=True)  # a stream's tensor is only valid until the next one
-        pending_bytes += size
-        total_bytes += size
-        dtype = str(tensor.dtype).removeprefix("torch.")
-    flush()
+def write_shard(
+    folder: Path, number: int, plan: Sequence[TensorInfo], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None
+) -> None:
+    """File `number` (from 0) of a folder that finish_folder completes; holds one tensor at a time. Raises OSError."""
+    write_file(folder / f"shard-{number}", plan, tensors, {"format": "pt", **(metadata or {})})
+
+
+def finish_folder(folder: Path, shards: Sequence[Sequence[TensorInfo]], source_folder: Path) -> None:
+    """Give the shards their names and add index, config (with the tensors' dtype noted), tokenizer and the rest."""
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / "model.safetensors")
-        return dtype
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{i}").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return dtype
+    else:
+        weight_map: dict[str, str] = {}
+        for i, shard in enumerate(shards):
+            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            (folder / f"shard-{i}").rename(folder / file)
+            weight_map |= {info.name: file for info in shard}
+        index = {"metadata": {"total_size": sum(map(_size, shards))}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    copy_companions(source_folder, folder, dtype=str(shards[-1][-1].dtype).removeprefix("torch."))
+
+
+def _size(plan: Iterable[TensorInfo]) -> int:
+    return sum(info.num_bytes for info in plan)

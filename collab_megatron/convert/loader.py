@@ -95,10 +95,11 @@ def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, 
     with SafetensorsFolder(folder) as source:
         check_names(source, spec)
         for row in local_rows(spec, grid):
-            parameter = parameters[row.megatron]
+            parameter = parameters.pop(row.megatron)
             value = read_shard(source, row, spec, grid.tp_rank, grid.tp_size)
             assert value.shape == parameter.shape, (row.megatron, value.shape, parameter.shape)
             parameter.copy_(value)
+    assert not parameters, f"parameters that were not filled: {sorted(parameters)[:5]}"
 
 
 def check_names(source: SafetensorsFolder, spec: ModelSpec) -> None:

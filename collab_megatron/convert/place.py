@@ -50,10 +50,10 @@ def local_rows(spec: ModelSpec, grid: RankGrid) -> Iterator[Row]:
 
 
 def local_parameters(chunks: Sequence[nn.Module], spec: ModelSpec, grid: RankGrid) -> dict[str, nn.Parameter]:
-    """The table's Megatron name -> this rank's parameter, over its (unwrapped) model chunks.
+    """The table's Megatron name -> this rank's parameter, over the given (unwrapped) model chunks of it.
 
     Layers and experts are numbered over the whole model, and the last stage's copy of a tied embedding has the
-    embedding's name. Fails where the chunks hold another set of parameters than the table says.
+    embedding's name. Fails where a chunk holds a parameter that the table does not place on this rank.
     """
     first_expert = grid.ep_rank * (spec.experts // grid.ep_size)
     found: dict[str, nn.Parameter] = {}
@@ -66,8 +66,8 @@ def local_parameters(chunks: Sequence[nn.Module], spec: ModelSpec, grid: RankGri
                 name = EMBEDDING.megatron
             assert name not in found, f"two parameters of this rank are {name}"
             found[name] = parameter
-    wrong = found.keys() ^ {row.megatron for row in local_rows(spec, grid)}
-    assert not wrong, f"the model's parameters and the rows of tables.py differ: {sorted(wrong)[:5]}"
+    unknown = found.keys() - {row.megatron for row in local_rows(spec, grid)}
+    assert not unknown, f"parameters without a row in tables.py: {sorted(unknown)[:5]}"
     return found
 
 
