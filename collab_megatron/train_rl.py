@@ -23,8 +23,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.actor.actor import Actor
     from collab_megatron.actor.grid import close_grid, init_grid
     from collab_megatron.actor.reference import build_reference
-    from collab_megatron.checkpoint.folders import newest_complete
-    from collab_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+    from collab_megatron.checkpoint.run import Checkpoints
     from collab_megatron.monitor.timers import PhaseTimer
     from collab_megatron.resharding.publisher import Publisher
     from collab_megatron.training.engine_probe import write_engine_probe
@@ -44,10 +43,14 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         logits_chunk_mb=config.train.logits_chunk_mb,
     )
     reference = build_reference(actor, config.algorithm, logits_chunk_mb=config.train.logits_chunk_mb)
-    first_step = 0
-    checkpoint = newest_complete(config.run.checkpoints_dir) if config.run.resume else None
-    if checkpoint is not None:
-        first_step = load_checkpoint(actor, checkpoint).step
+    checkpoints = Checkpoints(
+        actor,
+        config.run,
+        config.train,
+        config=config.model_dump(mode="json"),
+        rows_per_step=config.rollout.prompts_per_step,
+    )
+    first_step = checkpoints.resume()
 
     arguments.wait_for_engine(config.engine.startup_timeout_s)
     inbox = Inbox(
@@ -65,11 +68,6 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
             figures = inbox.evaluate(step, step)
             if reporter:
                 reporter.evaluation(step, figures)
-
-    def save(step: int) -> None:
-        with timer("checkpoint"):
-            extra = {"config": config.model_dump(mode="json"), "weight_version": step}
-            save_checkpoint(actor, config.run.checkpoints_dir, step=step, extra=extra, keep_last=config.train.keep_last)
 
     publisher.publish(first_step)
     if config.train.eval_at_start and first_step == 0:
@@ -92,11 +90,13 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         done = step + 1
         interval = config.train.save_interval
         if done == total or (interval and done % interval == 0):
-            save(done)
+            with timer("checkpoint"):
+                checkpoints.save(done)
         if reporter:
             reporter.step(done, batch.metrics, metrics, sync, timer.drain())
         if done == total or (config.train.eval_interval and done % config.train.eval_interval == 0):
             evaluate(done)
+    checkpoints.wait()
     if reporter and first_step < total:
         write_engine_probe(config, publisher.control, batch)
         reporter.close()

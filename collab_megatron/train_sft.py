@@ -24,8 +24,7 @@ def train(config: SFTConfig) -> None:
     from collab_megatron.actor.grid import close_grid, init_grid
     from collab_megatron.algorithms.losses import LossSum, sft_loss
     from collab_megatron.batching import MicroBatch
-    from collab_megatron.checkpoint.folders import newest_complete
-    from collab_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+    from collab_megatron.checkpoint.run import Checkpoints
     from collab_megatron.monitor.timers import PhaseTimer
     from collab_megatron.training.sft_data import SFTData
     from collab_megatron.training.sft_reporter import SFTReporter
@@ -42,10 +41,10 @@ def train(config: SFTConfig) -> None:
         logits_chunk_mb=config.train.logits_chunk_mb,
     )
     data = SFTData(config, grid, actor.spec)
-    first_step = 0
-    checkpoint = newest_complete(config.run.checkpoints_dir) if config.run.resume else None
-    if checkpoint is not None:
-        first_step = load_checkpoint(actor, checkpoint).step
+    checkpoints = Checkpoints(
+        actor, config.run, config.train, config=config.model_dump(mode="json"), rows_per_step=config.batch_size
+    )
+    first_step = checkpoints.resume()
     reporter = SFTReporter(config, first_step=first_step, data=data) if grid.is_main else None
     timer = PhaseTimer()
 
@@ -61,12 +60,10 @@ def train(config: SFTConfig) -> None:
         interval = config.train.save_interval
         if done == total or (interval and done % interval == 0):
             with timer("checkpoint"):
-                extra = {"config": config.model_dump(mode="json")}
-                save_checkpoint(
-                    actor, config.run.checkpoints_dir, step=done, extra=extra, keep_last=config.train.keep_last
-                )
+                checkpoints.save(done)
         if reporter:
             reporter.step(done, result, share, trained_tokens, timer.drain())
+    checkpoints.wait()
     if config.export_hf is not None:
         metadata = {"run": str(config.run.dir), "name": config.run.name, "step": str(total)}
         actor.save_hf(config.export_hf, metadata=metadata)

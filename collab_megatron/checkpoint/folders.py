@@ -1,10 +1,10 @@
-"""Checkpoint folders: their names, what makes one complete, which is the newest. Pure: no torch.
+"""Checkpoint folders: their names, what makes one complete, which is the newest, which are kept. Pure: no torch.
 
 checkpoints/NAME/
     step_00000040/          renamed from step_00000040.tmp once everything below is on the disk
         model/              megatron's distributed checkpoint (torch_dist)
         hf/                 config, tokenizer, chat template: what conversion needs
-        complete.json       the marker, written last: step, layout, extra state
+        complete.json       the marker, written last: step, layout, package versions, extra state
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from collab_megatron.checkpoint.origin import package_versions
 from collab_megatron.errors import UserError
 
 MARKER = "complete.json"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1 kept megatron's parameter groups in the common part and did not say the versions
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -29,9 +31,10 @@ class CheckpointInfo:
     """What a complete checkpoint says of itself."""
 
     folder: Path
-    step: int  # optimizer steps done
-    extra: dict[str, Any]  # the caller's own JSON: data position, config ...
-    layout: dict[str, Any]  # tensor, data, distributed_optimizer, dtype, architecture
+    step: int  # training steps done
+    extra: dict[str, Any]  # the caller's own JSON: config, data position, weight version
+    layout: dict[str, Any]  # state.layout_of: sizes of the grid, dtype, architecture, kind of optimizer
+    versions: dict[str, str]  # of Python and the packages that wrote it; empty in format 1
 
     @property
     def model_folder(self) -> Path:
@@ -49,7 +52,13 @@ def step_folder(directory: Path, step: int) -> Path:
 
 def write_marker(folder: Path, *, step: int, layout: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     """Declare `folder` complete. Raises TypeError where `extra` is not JSON."""
-    content = {"format": FORMAT, "step": step, "layout": dict(layout), "extra": dict(extra)}
+    content = {
+        "format": FORMAT,
+        "step": step,
+        "layout": dict(layout),
+        "versions": package_versions(),
+        "extra": dict(extra),
+    }
     (folder / MARKER).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -58,11 +67,16 @@ def read_info(folder: Path) -> CheckpointInfo:
     try:
         content = json.loads((folder / MARKER).read_text())
         found = content["format"]
-        info = CheckpointInfo(folder, int(content["step"]), content["extra"], content["layout"])
+        info = CheckpointInfo(
+            folder, int(content["step"]), content["extra"], content["layout"], content.get("versions", {})
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a complete checkpoint: its {MARKER} is missing or unreadable") from error
-    if found != FORMAT:
-        raise UserError(f"{folder} is a checkpoint of format {found}; this version reads format {FORMAT}")
+    if found not in READABLE:
+        raise UserError(
+            f"{folder} is a checkpoint of format {found}; this version reads formats up to {FORMAT}: use the "
+            "version of collab_megatron that wrote it"
+        )
     return info
 
 
@@ -81,9 +95,14 @@ def newest_complete(directory: Path) -> Path | None:
     return next(reversed(complete_checkpoints(directory)), None)
 
 
-def retire(directory: Path, keep_last: int) -> None:
-    """Remove complete checkpoints but the newest `keep_last`, and whatever an interrupted save left behind."""
+def retire(directory: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Remove complete checkpoints and whatever an interrupted save left behind.
+
+    Kept are the newest `keep_last` and those whose step is a multiple of `keep_every` (0: no others).
+    """
     for folder in complete_checkpoints(directory)[:-keep_last]:
+        if keep_every and int(folder.name.removeprefix("step_")) % keep_every == 0:
+            continue
         # without its marker first: a removal cut short must not leave something that looks complete
         (folder / MARKER).unlink()
         shutil.rmtree(folder)

@@ -1,14 +1,17 @@
 """Save and load an Actor's whole training state. Collective: every rank of the grid takes part.
 
 A save is written aside, marked complete, then renamed, so a crash at any moment leaves the earlier checkpoints whole
-and nothing that looks like a newer one. Every failure on any rank is heard by all before one of them raises.
+and nothing that looks like a newer one. It has two halves: `begin` collects the state, `Pending.finish` writes it, on
+another thread if need be (saver.py). Every failure on any rank is heard by all before one of them raises.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,11 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
 from collab_megatron.actor.actor import Actor
-from collab_megatron.actor.grid import agree
+from collab_megatron.actor.grid import RankGrid, agree, phase
 from collab_megatron.checkpoint.folders import CheckpointInfo, read_info, retire, step_folder, write_marker
-from collab_megatron.checkpoint.state import layout_of, restore, sharded_state
-from collab_megatron.checkpoint.writer import InProcessSave
+from collab_megatron.checkpoint.reader import SafeCommon, SafeLoad, read_common, read_metadata, refusal
+from collab_megatron.checkpoint.state import PROGRESS, ShardedState, grid_of, layout_of, progress_in
+from collab_megatron.checkpoint.writer import DeferredSave, write_tensors
 from collab_megatron.convert.disk import free_bytes, fsync_folder, is_disk_full
 from collab_megatron.convert.hf_folder import copy_companions
 from collab_megatron.errors import RunError, UserError
@@ -31,54 +35,181 @@ _BALLAST = ".ballast"
 _BALLAST_BYTES = 2**18
 
 
-def save_checkpoint(actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep_last: int) -> Path:
-    """Write directory/step_XXXXXXXX and retire the oldest beyond `keep_last`; returns the folder.
+@dataclass(frozen=True)
+class Keep:
+    """Which complete checkpoints outlive a save."""
+
+    last: int = 1  # the newest so many
+    every: int = 0  # besides, those whose step is a multiple of this; 0: no others
+
+
+def save_checkpoint(
+    actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep_last: int, keep_every: int = 0
+) -> Path:
+    """Write directory/step_XXXXXXXX and retire what is not to be kept; returns the folder.
 
     `extra`: JSON, the same on every rank. Raises RunError on every rank if it could not be written, with nothing left
     of the attempt and the earlier checkpoints as they were.
     """
-    final = step_folder(directory, step)
-    aside = final.with_name(final.name + ".tmp")
-    needed = _bytes_needed(actor)
-    rank_zero = _on_rank_zero(actor)
-    try:
-        rank_zero(lambda: _prepare(actor, aside))
-        _save_tensors(actor, aside / "model")
-        rank_zero(lambda: _publish(actor, aside, final, step, extra))
-    except _SaveFailed as failed:
-        rank_zero(lambda: shutil.rmtree(aside, ignore_errors=True))
-        if failed.disk_full:
-            missing = max(1, (needed - free_bytes(directory)) // 10**6 + 1)
-            raise RunError(
-                f"disk full while saving to {directory}; earlier checkpoints are whole; free {missing} MB and resume"
-            ) from failed
-        raise RunError(f"saving to {directory} failed ({failed}); earlier checkpoints are whole") from failed
-    rank_zero(lambda: retire(directory, keep_last))
-    return final
+    keep = Keep(keep_last, keep_every)
+    return begin(actor, directory, step=step, extra=extra, keep=keep, copy=False).finish(actor.grid)
 
 
 def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
-    """Fill the actor (any tensor- and data-parallel size) from a complete checkpoint.
+    """Fill the actor, under any layout, from a complete checkpoint; nothing that the files say is executed.
 
-    Raises UserError where the checkpoint is torn or of another model, dtype or optimizer kind; RunError where its files
-    cannot be read.
+    Raises UserError where the checkpoint is torn, hostile or of another model, dtype or optimizer kind; RunError where
+    its files cannot be read.
     """
     info = read_info(folder)
-    here = layout_of(actor)
-    fixed = ["architecture", "num_params"] + (["dtype", "distributed_optimizer"] if actor.optimizer else [])
-    for key in fixed:
-        if info.layout.get(key) != here[key]:
-            raise UserError(f"{folder} has {key} {info.layout.get(key)!r}; this run has {here[key]!r}")
-    if actor.optimizer is not None and not info.layout.get("optimizer"):
-        raise UserError(f"{folder} holds weights only; convert it with megatron-to-hf and start from that folder")
-    same = all(info.layout.get(key) == here[key] for key in ("tensor", "data", "device"))
-    state = sharded_state(actor, loading=True, random_states=same and actor.optimizer is not None)
+    _check_fits(actor, info)
+    progress = progress_in(read_common(info.model_folder / "common.pt"))
+    strategy = SafeLoad(actor.grid.cpu_group, read_metadata(info.model_folder / ".metadata"))
+    same = all(info.layout.get(key, 1) == value for key, value in grid_of(actor).items())
+    state = ShardedState(actor, loading=True, random_states=same and actor.optimizer is not None)
     try:
-        loaded = dist_checkpointing.load(state, str(info.model_folder))
-    except (OSError, RuntimeError, KeyError, EOFError) as error:
+        loaded = dist_checkpointing.load(state.tree, str(info.model_folder), strategy, SafeCommon())
+    except (Exception, CheckpointException) as error:
+        # torch's CheckpointException is a BaseException
+        if sentence := refusal(info.model_folder, error):
+            raise UserError(sentence) from error
         raise RunError(f"rank {actor.grid.rank} cannot read the checkpoint {folder}: {error}") from error
-    restore(actor, loaded)
+    state.restore(loaded, progress)
     return info
+
+
+def _check_fits(actor: Actor, info: CheckpointInfo) -> None:
+    here = layout_of(actor)
+    fixed = {"architecture": "model.path", "num_params": "model.path"}
+    if actor.optimizer is not None:
+        fixed |= {"dtype": "model.dtype", "distributed_optimizer": "optimizer.distributed"}
+    for key, setting in fixed.items():
+        if info.layout.get(key) != here[key]:
+            raise UserError(
+                f"{info.folder} has {key} {info.layout.get(key)!r}; this run has {here[key]!r}: set {setting} as it "
+                "was, or choose another run.dir"
+            )
+    if actor.optimizer is not None and not info.layout.get("optimizer"):
+        raise UserError(f"{info.folder} holds weights only; convert it with megatron-to-hf and start from that folder")
+
+
+@dataclass
+class PendingSave:
+    """A checkpoint whose state is collected and not yet written."""
+
+    final: Path
+    step: int
+    layout: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    keep: Keep
+    bytes_needed: int
+    tensors: dict[str, Any] = field(default_factory=dict)  # what this rank writes
+
+    @property
+    def aside(self) -> Path:
+        return self.final.with_name(self.final.name + ".tmp")
+
+    def finish(self, grid: RankGrid) -> Path:
+        """Write, publish, retire what is not to be kept. Collective over grid.cpu_group, which is its own alone.
+
+        Raises RunError on every rank like save_checkpoint.
+        """
+        with self.failures_told(grid):
+            failure = None
+            try:
+                write_tensors(self.tensors, self.aside / "model", grid.cpu_group)
+            except (Exception, CheckpointException) as error:  # noqa: BLE001  (torch's own is a BaseException)
+                failure = _describe(error, self.aside, grid.rank)
+            self.tensors = {}
+            _hear(grid, failure)
+            _on_rank_zero(grid, self._publish)
+            _on_rank_zero(grid, lambda: retire(self.final.parent, self.keep.last, self.keep.every))
+        return self.final
+
+    def _publish(self) -> None:
+        fsync_folder(self.aside / "model")
+        fsync_folder(self.aside / "hf")
+        write_marker(self.aside, step=self.step, layout=self.layout, extra=self.extra)
+        fsync_folder(self.aside)
+        replaced = self.final.with_name(self.final.name + ".replaced.tmp")
+        if self.final.exists():  # the same step again; retire() removes what was there
+            self.final.rename(replaced)
+        self.aside.rename(self.final)
+        fsync_folder(self.final.parent)
+
+    @contextlib.contextmanager
+    def failures_told(self, grid: RankGrid) -> Iterator[None]:
+        """Where any rank failed: clear away the attempt, and raise RunError on all."""
+        directory = self.final.parent
+        try:
+            with phase(grid, f"saving to {directory}"):
+                yield
+        except _SaveFailed as failed:
+            _on_rank_zero(grid, lambda: shutil.rmtree(self.aside, ignore_errors=True))
+            if failed.disk_full:
+                missing = max(1, (self.bytes_needed - free_bytes(directory)) // 10**6 + 1)
+                raise RunError(
+                    f"disk full while saving to {directory}; earlier checkpoints are whole; free {missing} MB and "
+                    "resume"
+                ) from failed
+            raise RunError(f"saving to {directory} failed ({failed}); earlier checkpoints are whole") from failed
+
+
+def begin(actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep: Keep, copy: bool) -> PendingSave:
+    """Collect what a checkpoint holds. `copy`: on the host, so that training may go on before it is written.
+
+    Raises RunError on every rank like save_checkpoint.
+    """
+    pending = PendingSave(
+        final=step_folder(directory, step),
+        step=step,
+        layout=layout_of(actor),
+        extra=extra,
+        keep=keep,
+        bytes_needed=_bytes_needed(actor),
+    )
+    with pending.failures_told(actor.grid):
+        _on_rank_zero(actor.grid, lambda: _prepare(actor, pending.aside))
+        pending.tensors = _collect(actor, pending.aside / "model", copy=copy)
+    return pending
+
+
+def _prepare(actor: Actor, aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "model").mkdir(parents=True)
+    (aside / "hf").mkdir()
+    copy_companions(actor.source_folder, aside / "hf")
+    # keeps room for a small file that upstream writes on rank 0 while the other ranks wait in a barrier
+    (aside / _BALLAST).write_bytes(b"\0" * _BALLAST_BYTES)
+
+
+def _collect(actor: Actor, folder: Path, *, copy: bool) -> dict[str, Any]:
+    """Megatron's save up to the tensors, which are returned. Raises _SaveFailed on every rank when any fails."""
+    reached = False
+
+    def before() -> None:
+        nonlocal reached
+        reached = True
+        _hear(actor.grid, None)
+        if actor.grid.is_main:
+            (folder.parent / _BALLAST).unlink()
+
+    strategy = DeferredSave(before, copy=copy)
+    failure: str | None = None
+    try:
+        state = ShardedState(actor, loading=False, random_states=actor.optimizer is not None)
+        with torch.no_grad():
+            dist_checkpointing.save({**state.tree, PROGRESS: state.progress}, str(folder), strategy)
+        if strategy.failure is not None:
+            raise strategy.failure
+    except _SaveFailed as heard:
+        logger.debug("rank %d heard: %s", actor.grid.rank, heard)  # rank 0 says it again below, to all at once
+    except Exception as error:  # noqa: BLE001  (told to all ranks, and logged there)
+        failure = _describe(error, folder, actor.grid.rank)
+    if not reached:
+        agree(actor.grid, failure)  # the others are waiting in before()
+    _hear(actor.grid, failure)
+    return strategy.tensors
 
 
 class _SaveFailed(Exception):
@@ -92,80 +223,29 @@ class _SaveFailed(Exception):
 _FULL = "[disk full] "
 
 
-def _describe(error: BaseException, folder: Path) -> str:
-    mark = _FULL if is_disk_full(error, folder) else ""
-    return f"{mark}{type(error).__name__}: {error}".splitlines()[0]
+def _describe(error: BaseException, folder: Path, rank: int) -> str:
+    """One line for the other ranks; what is not a full disk is logged here with its traceback."""
+    if is_disk_full(error, folder):
+        return f"{_FULL}{type(error).__name__}: {error}".splitlines()[0]
+    logger.error("rank %d: saving to %s failed", rank, folder, exc_info=error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _on_rank_zero(actor: Actor) -> Callable[[Callable[[], None]], None]:
-    """A runner: rank 0 acts, all ranks hear how it went and raise _SaveFailed alike."""
-
-    def run(action: Callable[[], None]) -> None:
-        failure: str | None = None
-        if actor.grid.is_main:
-            try:
-                action()
-            except OSError as error:
-                failure = _describe(error, Path(error.filename or "."))
-        if said := agree(actor.grid, failure):
-            raise _SaveFailed(said)
-
-    return run
-
-
-def _prepare(actor: Actor, aside: Path) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    (aside / "model").mkdir(parents=True)
-    (aside / "hf").mkdir()
-    copy_companions(actor.source_folder, aside / "hf")
-    # keeps room for the few small files written last, among them one of upstream's whose failure on rank 0 would leave
-    # the other ranks in a barrier
-    (aside / _BALLAST).write_bytes(b"\0" * _BALLAST_BYTES)
-
-
-def _save_tensors(actor: Actor, folder: Path) -> None:
-    """Megatron's save, with every rank's failure told to all. Raises _SaveFailed."""
-    reached = False
-
-    def before() -> None:
-        nonlocal reached
-        reached = True
-        if said := agree(actor.grid, None):
-            raise _SaveFailed(said)
-
-    def after() -> None:
-        if actor.grid.is_main:
-            (folder.parent / _BALLAST).unlink()
-
-    strategy = InProcessSave(actor.grid.cpu_group, before, after)
-    failure: str | None = None
-    try:
-        state = sharded_state(actor, loading=False, random_states=actor.optimizer is not None)
-        with torch.no_grad():
-            dist_checkpointing.save(state, str(folder), strategy)
-    except _SaveFailed as heard:
-        logger.debug("rank %d heard: %s", actor.grid.rank, heard)  # rank 0 says it again below, to all at once
-    except (Exception, CheckpointException) as error:
-        # torch's CheckpointException is a BaseException
-        failure = _describe(error, folder)
-        if not failure.startswith(_FULL):
-            logger.exception("rank %d: saving to %s failed", actor.grid.rank, folder)
-    if not reached:
-        agree(actor.grid, failure)  # the others are waiting in before()
-    if said := agree(actor.grid, failure):
+def _hear(grid: RankGrid, failure: str | None) -> None:
+    """Tell all ranks of this one's failure. Raises _SaveFailed on every rank where any has failed."""
+    if said := agree(grid, failure):
         raise _SaveFailed(said)
 
 
-def _publish(actor: Actor, aside: Path, final: Path, step: int, extra: Mapping[str, Any]) -> None:
-    fsync_folder(aside / "model")
-    fsync_folder(aside / "hf")
-    write_marker(aside, step=step, layout=layout_of(actor), extra=extra)
-    fsync_folder(aside)
-    replaced = final.with_name(final.name + ".replaced.tmp")
-    if final.exists():  # the same step again; retire() removes what was there
-        final.rename(replaced)
-    aside.rename(final)
-    fsync_folder(final.parent)
+def _on_rank_zero(grid: RankGrid, action: Callable[[], None]) -> None:
+    """Rank 0 acts, all ranks hear how it went and raise _SaveFailed alike."""
+    failure: str | None = None
+    if grid.is_main:
+        try:
+            action()
+        except OSError as error:
+            failure = _describe(error, Path(error.filename or "."), grid.rank)
+    _hear(grid, failure)
 
 
 def _bytes_needed(actor: Actor) -> int:

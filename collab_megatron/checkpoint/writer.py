@@ -1,9 +1,10 @@
-"""A save strategy that writes in the training process itself, and says on every rank what went wrong on any.
+"""Megatron's `torch_dist` format, written in the training process itself: at once, or later from a copy of the state.
 
 Upstream's torch_dist strategy hands its buffers to processes, and its results queue to a multiprocessing manager that
-it spawns: the first save waits 3-6 s for an interpreter that imports torch again, and needs a `__main__` guard. Nothing
-here is asynchronous, so the same plan goes through torch.distributed.checkpoint.save with its own FileSystemWriter: the
-same files, no process. Upstream: megatron/core/dist_checkpointing/strategies/torch.py (0.16.1).
+it spawns: the first save waits 3-6 s for an interpreter that imports torch again, and needs a `__main__` guard. Here
+megatron plans the save and stops; the tensors it would write are kept, and `write_tensors` puts them into the same
+files through torch.distributed.checkpoint, on any thread that has a process group of its own.
+Upstream: megatron/core/dist_checkpointing/strategies/torch.py (0.16.1).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.strategies import torch as upstream
@@ -21,25 +23,51 @@ from megatron.core.dist_checkpointing.strategies import torch as upstream
 logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
 
 
-class InProcessSave(upstream.TorchDistSaveShardedStrategy):
-    """Megatron's `torch_dist` format, version 1.
+class DeferredSave(upstream.TorchDistSaveShardedStrategy):
+    """Keeps what this rank has to write in `tensors`, in torch's own terms, ready for write_tensors.
 
-    `before` runs on every rank ahead of the collective part (rank 0 has written its common part by then or has failed:
-    this is where the others hear of it); `after` runs once the tensors are written.
+    `before` runs on every rank ahead of that: rank 0 has written its common part by then or has failed, and this is
+    where the others hear of it. `copy`: the tensors are copied to host memory, so that training may go on. What fails
+    after `before` is kept in `failure`: raised here, it would leave the other ranks in a barrier of upstream's.
     """
 
-    def __init__(self, group: dist.ProcessGroup, before: Callable[[], None], after: Callable[[], None]) -> None:
+    def __init__(self, before: Callable[[], None], *, copy: bool) -> None:
         super().__init__("torch_dist", 1, keep_only_main_replica=True, thread_count=1)
-        self._group, self._before, self._after = group, before, after
+        self._before, self._copy = before, copy
+        self.tensors: dict[str, Any] = {}
+        self.failure: Exception | None = None
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Collective. Raises torch's CheckpointException on every rank when any rank cannot write."""
         self._before()
-        flat, _, _ = upstream._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            upstream.mcore_to_pyt_state_dict(flat, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=upstream.MCoreSavePlanner(flatten_state_dict=False, dedup_replicated_tensors=False),
-            process_group=self._group,
-        )
-        self._after()
+        try:
+            flat, _, _ = upstream._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+            if self._copy:
+                _copy_to_host([sharded for shards in flat.values() for sharded in shards])
+            self.tensors = upstream.mcore_to_pyt_state_dict(flat, False)
+        except Exception as error:  # noqa: BLE001  (see above)
+            self.failure = error
+
+
+def write_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup) -> None:
+    """Write and force to disk. Collective over `group`, which no other thread may use meanwhile.
+
+    Raises torch's CheckpointException, a BaseException, on every rank when any rank cannot write.
+    """
+    dcp.save(
+        tensors,
+        storage_writer=dcp.FileSystemWriter(folder, thread_count=1),
+        planner=upstream.MCoreSavePlanner(flatten_state_dict=False, dedup_replicated_tensors=False),
+        process_group=group,
+    )
+
+
+def _copy_to_host(shards: list[Any]) -> None:
+    """Replace the data of megatron's ShardedTensors by host copies, in place; pinned, and all at once, from a GPU."""
+    on_gpu = False
+    for shard in shards:
+        live = shard.data.detach()
+        on_gpu = on_gpu or live.is_cuda
+        host = torch.empty(live.shape, dtype=live.dtype, device="cpu", pin_memory=live.is_cuda)
+        shard.data = host.copy_(live, non_blocking=live.is_cuda)
+    if on_gpu:
+        torch.cuda.synchronize()

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import errno
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from collab_megatron.checkpoint.folders import MARKER, newest_complete, read_info, retire, step_folder, write_marker
+from collab_megatron.checkpoint.folders import (
+    MARKER,
+    complete_checkpoints,
+    newest_complete,
+    read_info,
+    retire,
+    step_folder,
+    write_marker,
+)
 from collab_megatron.convert.disk import is_disk_full
 from collab_megatron.errors import UserError
 
@@ -41,6 +50,21 @@ def test_retire_keeps_the_newest_and_clears_what_a_crash_left(tmp_path: Path) ->
     (tmp_path / "notes.txt").write_text("the user's own")
     retire(tmp_path, keep_last=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step_00000010", "step_00000100"]
+
+
+def test_retire_spares_every_nth_step(tmp_path: Path) -> None:
+    for step in (10, 15, 20, 25, 30, 35):
+        make(tmp_path, step)
+    retire(tmp_path, keep_last=1, keep_every=10)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == [f"step_000000{step}" for step in (10, 20, 30, 35)]
+    retire(tmp_path, keep_last=1)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000035"]
+
+
+def test_the_marker_says_the_versions(tmp_path: Path) -> None:
+    versions = read_info(make(tmp_path, 1)).versions
+    assert versions["torch"] == metadata.version("torch")
+    assert {"python", "collab_megatron", "megatron-core", "transformers"} <= versions.keys()
 
 
 def test_unreadable_and_foreign_checkpoints_are_named(tmp_path: Path) -> None:

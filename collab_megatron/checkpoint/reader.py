@@ -1,0 +1,153 @@
+"""Load strategies that never run what a checkpoint says: a file of a stranger is data.
+
+Upstream reads `.metadata` with pickle.load and would hand byte entries to an unrestricted torch.load. Here a pickle may
+name the few classes that describe tensors and nothing else, and byte entries, which we never write, are refused.
+Upstream: megatron/core/dist_checkpointing/strategies/{torch,common}.py (0.16.1), torch/distributed/checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.strategies import common as upstream_common
+from megatron.core.dist_checkpointing.strategies import torch as upstream
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from collab_megatron.errors import RunError, UserError
+
+_CLASSES = frozenset(
+    {
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib._local", "PosixPath"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "Metadata",
+                "MetadataIndex",
+                "TensorStorageMetadata",
+                "ChunkStorageMetadata",
+                "BytesStorageMetadata",
+                "TensorProperties",
+                "StorageMeta",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+    }
+)
+
+
+class _Refused(pickle.UnpicklingError):
+    """What a pickle names is not on the list."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CLASSES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise _Refused(f"{module}.{name}")
+
+
+def read_metadata(file: Path) -> Metadata:
+    """torch's `.metadata`. Raises UserError where it holds anything but descriptions of tensors."""
+    try:
+        with file.open("rb") as stream:
+            metadata = _Unpickler(stream).load()
+        assert isinstance(metadata, Metadata)
+        # a file of its own folder, whatever the pickle says
+        assert all(Path(item.relative_path).name == item.relative_path for item in metadata.storage_data.values())
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error}") from error
+    except Exception as error:  # a damaged pickle raises anything
+        raise UserError(_refusal(file, error)) from error
+    return metadata
+
+
+def read_common(file: Path) -> dict[str, Any]:
+    """Megatron's `common.pt`: plain numbers, strings, tensors. Raises UserError where it holds anything else."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        assert isinstance(content, dict)
+    except OSError as error:
+        raise RunError(f"cannot read {file}: {error}") from error
+    except Exception as error:  # a damaged pickle raises anything
+        raise UserError(_refusal(file, error)) from error
+    return content
+
+
+def refusal(folder: Path, error: BaseException) -> str | None:
+    """A sentence where `error` is torch's refusal of a pickle in one of the tensor files; else None."""
+    failures = getattr(error, "failures", {})  # of a CheckpointException: rank -> (exception, traceback)
+    found = [error, *(failure[0] for failure in failures.values())]
+    if any(isinstance(one, pickle.UnpicklingError) for one in found):
+        return _refusal(folder, error)
+    return None
+
+
+def _refusal(path: Path, error: BaseException) -> str:
+    named = f" (it names {error})" if isinstance(error, _Refused) else ""
+    return f"{path} holds something other than tensors{named}: it is damaged or hostile; resume from another checkpoint"
+
+
+class SafeCommon(upstream_common.TorchCommonLoadStrategy):
+    """Gives megatron no common part: ours is read beforehand (read_common)."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return {}
+
+    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: str | Path) -> Any:
+        raise AssertionError("we save tensors only")
+
+
+class SafeLoad(upstream.TorchDistLoadShardedStrategy):
+    """Upstream's load with a metadata file that was read with care, and without bytes."""
+
+    def __init__(self, group: dist.ProcessGroup, metadata: Metadata) -> None:
+        super().__init__()
+        self._group, self._metadata = group, metadata
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
+        """Collective. Raises torch's CheckpointException on every rank when any rank cannot read."""
+        tensors = list(nested_values(sharded_state_dict))
+        # the vocabulary is padded to the tensor-parallel size: its tensors differ in length between layouts
+        padded = {tensor.key: tensor for tensor in tensors if tensor.allow_shape_mismatch}
+        flat, flat_mapping, renamed = upstream._replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        state = upstream.mcore_to_pyt_state_dict(flat, True)
+        dcp.load(
+            state,
+            storage_reader=_Reader(checkpoint_dir, self._metadata),
+            planner=_TensorPlanner(
+                shapes_validation_sharded_tensors=[tensor for tensor in tensors if tensor.key not in padded],
+                allow_shape_mismatch_sharded_tensors=padded,
+            ),
+            process_group=self._group,
+        )
+        plain = {key: upstream._unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
+        return upstream._replace_sharded_keys_with_state_dict_keys(plain, flat_mapping, renamed)
+
+
+class _Reader(dcp.FileSystemReader):
+    def __init__(self, path: str | Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self) -> Metadata:  # torch looks for **kwargs and does without
+        return self._metadata
+
+
+class _TensorPlanner(upstream.MCoreLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise _Refused(f"bytes for {read_item.dest_index.fqn}")

@@ -1,0 +1,74 @@
+"""The checkpoints of one run: go on from the newest, save at once or beside the training.
+
+checkpoints = Checkpoints(actor, config.run, config.train, config=config.model_dump(mode="json"), rows_per_step=64)
+first_step = checkpoints.resume()
+...
+checkpoints.save(done)
+...
+checkpoints.wait()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from collab_megatron.actor.actor import Actor
+from collab_megatron.checkpoint.background import BackgroundSave, grid_beside
+from collab_megatron.checkpoint.folders import newest_complete
+from collab_megatron.checkpoint.origin import data_position, differences
+from collab_megatron.checkpoint.store import Keep, begin, load_checkpoint
+from collab_megatron.config.sections import RunSection, TrainSection
+
+
+class Checkpoints:
+    """Every method is collective over all ranks, in the same order on each."""
+
+    def __init__(
+        self, actor: Actor, run: RunSection, train: TrainSection, *, config: Mapping[str, Any], rows_per_step: int
+    ) -> None:
+        """config: the run's, as JSON. rows_per_step: dataset rows that a step takes."""
+        self._actor, self._run, self._config, self._rows_per_step = actor, run, config, rows_per_step
+        self._keep = Keep(train.keep_last, train.keep_every)
+        self._beside = grid_beside(actor.grid) if train.async_save else None
+        self._running: BackgroundSave | None = None
+
+    def resume(self) -> int:
+        """Steps done: those of the newest complete checkpoint, now loaded; 0 where there is none or without run.resume.
+
+        Rank 0 prints one line for every difference from the run that saved it. Raises UserError where it cannot be gone
+        on from: torn files, another model, dtype or kind of optimizer.
+        """
+        folder = newest_complete(self._run.checkpoints_dir) if self._run.resume else None
+        if folder is None:
+            return 0
+        info = load_checkpoint(self._actor, folder)
+        if self._actor.grid.is_main:
+            lines = differences(info.extra, self._config, info.versions, self._rows_per_step, info.step)
+            how = "with these differences from the run that saved it:" if lines else "under the same config"
+            print("\n  ".join([f"going on from {folder} {how}", *lines]), flush=True)
+        return info.step
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps; with train.async_save only copy it, and write it beside the training.
+
+        Raises RunError on every rank where this save, or the one before it that was still running, failed.
+        """
+        self.wait()
+        extra = {
+            "config": self._config,
+            "weight_version": step,
+            "data": data_position(seed=self._run.seed, steps=step, rows_per_step=self._rows_per_step),
+        }
+        directory, beside = self._run.checkpoints_dir, self._beside
+        pending = begin(self._actor, directory, step=step, extra=extra, keep=self._keep, copy=beside is not None)
+        if beside is None:
+            pending.finish(self._actor.grid)
+        else:
+            self._running = BackgroundSave(pending, beside)
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises RunError where that failed or took longer than the grid's deadline."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.wait()
