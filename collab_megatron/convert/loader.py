@@ -105,12 +105,13 @@ def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, 
 def check_names(source: SafetensorsFolder, spec: ModelSpec) -> None:
     """Raise UserError naming a tensor that the model needs and the folder lacks, or the other way round."""
     expected = {name: dims for row in rows(spec) for name, dims in zip(row.hf, row.shapes, strict=True)}
+    found = source.names
     for name, dims in expected.items():
-        if name not in source.names:
+        if name not in found:
             shape = [spec.dims[dim] for dim in dims]
             raise UserError(f"tensor {name} of shape {shape} is missing in {source.folder}")
     ignored = {"lm_head.weight"} if spec.tied else set()
-    unknown = {n for n in source.names - expected.keys() - ignored if not n.endswith(_IGNORED_ENDINGS)}
+    unknown = {n for n in found - expected.keys() - ignored if not n.endswith(_IGNORED_ENDINGS)}
     if unknown:
         raise UserError(f"{source.folder} holds tensors that {spec.architecture} does not have: {sorted(unknown)[:3]}")
 
