@@ -1,10 +1,17 @@
-"""Log-probability of the label and entropy, straight from vocabulary-sharded logits, in one pass.
+"""Log-probability of the label and entropy straight from hidden states: the logits of all tokens never exist at once.
 
-Each rank reduces its own columns to four numbers per token; one all-gather of those gives the exact softmax statistics,
-so no rank ever holds a whole row of logits. The logits are read, never written (upstream's cross entropy overwrites
-them) and are taken to fp32 piece by piece, so bf16 logits cost no fp32 copy of themselves.
+The vocabulary is walked in tiles. A tile's softmax is reduced to two numbers per token (the log of its total, its
+entropy) and those of all tiles, then of all ranks, are merged exactly. Cutting columns, not tokens, means that each row
+of the weight's gradient is written once, by one matmul: nothing is accumulated over chunks.
 
-Legend: N tokens (sequence times batch, flattened), V columns of this rank.
+The backward pass needs a tile's softmax again. It is kept from the forward pass where all of them fit the caller's
+budget (three matmuls per step, as many as a plain head), else made anew (four). What is kept is each tile's own
+softmax, so that no pass over it remains: the rest of the gradient's factor belongs to the token and goes to the small
+side of each matmul. The label's entry alone is overwritten, in fp32 and before any rounding, because "probability - 1"
+of a sure token is lost otherwise.
+
+Legend: N tokens (sequence times batch, flattened), H hidden size, V rows of the output matrix on this rank, C columns
+of a tile, T tiles.
 """
 
 from __future__ import annotations
@@ -14,142 +21,140 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**25  # logits worked on at a time: 128 MiB of fp32
-
-
-class _LogprobsAndEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None, rows: int
-    ) -> tuple[Tensor, Tensor]:
-        columns = logits.shape[1]
-        local = labels - first
-        mine = (local >= 0) & (local < columns)
-        local = torch.where(mine, local, 0)
-        # rows of `stats`: highest logit, sum of exp(logit - highest), the same weighted by the logit, the label's logit
-        stats = torch.empty(4, logits.shape[0], dtype=torch.float32, device=logits.device)
-        for i in range(0, logits.shape[0], rows):
-            part = logits[i : i + rows].float()
-            highest = part.amax(dim=1)
-            exponentials = (part - highest[:, None]).exp_()
-            stats[0, i : i + rows] = highest
-            stats[1, i : i + rows] = exponentials.sum(dim=1)
-            stats[2, i : i + rows] = torch.linalg.vecdot(exponentials, part)
-            stats[3, i : i + rows] = part.gather(1, local[i : i + rows, None])[:, 0]
-        stats[3].masked_fill_(~mine, 0.0)
-        if group is not None and dist.get_world_size(group) > 1:
-            shards = [torch.empty_like(stats) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(shards, stats, group=group)
-            every = torch.stack(shards)  # [ranks, 4, N]
-            highest = every[:, 0].amax(dim=0)
-            rescale = (every[:, 0] - highest).exp_()
-            total, weighted = (every[:, 1] * rescale).sum(0), (every[:, 2] * rescale).sum(0)
-            label_logit = every[:, 3].sum(0)
-        else:
-            highest, total, weighted, label_logit = stats
-        log_normalizer = total.log() + highest
-        logprobs = label_logit - log_normalizer
-        entropy = log_normalizer - weighted / total
-        ctx.save_for_backward(logits, local, mine, log_normalizer)
-        ctx.rows = rows
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, local, mine, log_normalizer = ctx.saved_tensors
-        grad_logits = torch.empty_like(logits)
-        hit = torch.where(mine, grad, 0.0)
-        for i in range(0, logits.shape[0], ctx.rows):
-            piece = slice(i, i + ctx.rows)
-            part = (logits[piece].float() - log_normalizer[piece, None]).exp_().mul_(-grad[piece, None])
-            part.scatter_add_(1, local[piece, None], hit[piece, None])
-            grad_logits[piece] = part
-        return grad_logits, None, None, None, None
+# a tile's fp32 logits: few enough to stay in a CPU's cache, enough to fill a GPU; measured on CPUs only
+TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
+TILE_COLUMNS = 1024  # at least: with fewer, matmuls of many tokens lose more than the cache gains
+NO_COLUMNS = -1e30  # log-normalizer of a rank that holds padding only: weighs nothing, and no nan comes of it
+# a tile with less than 1 / MOST_RARE of the probability counts as if it had that much: its factors stay finite
+MOST_RARE = 1e15
 
 
-def logprobs_and_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    vocab: int,
-    tp_rank: int = 0,
-    group: dist.ProcessGroup | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
-) -> tuple[Tensor, Tensor]:
-    """Per token: log-probability of its label (differentiable) and entropy of its distribution (not).
+class _Workspace:
+    """Memory of one tile, used for all of them in turn."""
 
-    logits: [..., V], this rank's columns of the padded vocabulary, any float dtype; labels: [...] int64, global ids;
-    vocab: true size of the vocabulary, so that padding columns take no probability. Returns two [...] fp32 tensors, the
-    same on every rank of `group`. Collective over `group` in the forward pass only.
-    """
-    columns = logits.shape[-1]
-    first = tp_rank * columns
-    flat = logits.reshape(-1, columns)
-    real = min(max(vocab - first, 0), columns)
-    if real < columns:
-        # a rank of nothing but padding keeps a column that weighs nothing: its backward pass must run like the others'
-        flat = flat[:, :real] if real else flat[:, :1] * 0.0 - 1e30
-    rows = max(1, chunk_elements // max(1, columns))
-    logprobs, entropy = _LogprobsAndEntropy.apply(flat, labels.reshape(-1), first, group, rows)
-    return logprobs.view(labels.shape), entropy.view(labels.shape)
+    def __init__(self, hidden: Tensor, columns: int) -> None:
+        size = hidden.shape[0] * columns
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.product = torch.empty(size, dtype=hidden.dtype, device=hidden.device)
+        self.rounded = hidden.dtype != wide
+        self.logits = torch.empty(size, dtype=wide, device=hidden.device) if self.rounded else self.product
+        self.softmax = torch.empty(size, dtype=wide, device=hidden.device)
+
+    def fill(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [N, H], weight [C, H] -> logits and their softmax over the tile, fp32 [N, C]; valid until the next."""
+        shape = hidden.shape[0], weight.shape[0]
+        product, logits, softmax = (_view(flat, shape) for flat in (self.product, self.logits, self.softmax))
+        torch.mm(hidden, weight.t(), out=product)
+        if self.rounded:
+            logits.copy_(product)
+        return logits, torch.softmax(logits, 1, out=softmax)
+
+    def narrow(self, softmax: Tensor) -> Tensor:
+        """The softmax that `fill` gave, in the matmul's dtype; valid until the next."""
+        return _view(self.product, softmax.shape).copy_(softmax) if self.rounded else softmax
 
 
 class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, real: int, group: Any, columns: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        local: Tensor,
+        real: int,
+        columns: int,
+        keep: bool,
+        group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        tokens = hidden.shape[0]
-        local = labels - first
-        mine = (local >= 0) & (local < real)
-        local = torch.where(mine, local, 0)
-        label_logit = torch.linalg.vecdot(hidden, weight[local]).float().masked_fill_(~mine, 0.0)
-        stats = [torch.stack([_LEAST.expand(tokens), *torch.zeros(2, tokens)]).to(hidden.device)]
-        for i in range(0, real, columns):
-            part = (hidden @ weight[i : min(i + columns, real)].t()).float()
-            highest = part.amax(dim=1)
-            exponentials = (part - highest[:, None]).exp_()
-            stats.append(torch.stack([highest, exponentials.sum(dim=1), torch.linalg.vecdot(exponentials, part)]))
-        merged = torch.cat([_merge(torch.stack(stats)), label_logit[None]])
+        """local: [N] labels counted from this rank's first column; real: columns of this rank that are no padding."""
+        tiles = [(i, min(i + columns, real)) for i in range(0, real, columns)]
+        work = _Workspace(hidden, min(columns, real))
+        label_logit = work.softmax.new_zeros(hidden.shape[0])
+        log_totals, entropies = work.softmax.new_empty(2, len(tiles), hidden.shape[0])
+        kept = []
+        for t, (i, j) in enumerate(tiles):
+            logits, softmax = work.fill(hidden, weight[i:j])
+            # the fused softmax keeps its total to itself; the highest logit has the share exp(highest - log total)
+            highest, log_share = logits.amax(dim=1), softmax.amax(dim=1).log_()
+            torch.sub(highest, log_share, out=log_totals[t])
+            inside, column = _columns(local, i, j)
+            label_logit = torch.where(inside, logits.gather(1, column[:, None])[:, 0], label_logit)
+            # measured from the highest logit, or the rounding of great logits would show in a small entropy
+            mean = logits.sub_(highest[:, None]).mul_(softmax).sum(dim=1)
+            torch.add(log_share, mean, out=entropies[t]).neg_()
+            if keep:
+                kept.append(softmax.to(hidden.dtype, copy=True))
+        log_normalizer, entropy = _merge(log_totals, entropies)
         if group is not None and dist.get_world_size(group) > 1:
-            shards = [torch.empty_like(merged) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(shards, merged, group=group)
-            every = torch.stack(shards)  # [ranks, 4, N]
-            merged, label_logit = _merge(every[:, :3]), every[:, 3].sum(dim=0)
-        highest, total, weighted = merged[:3]
-        log_normalizer = total.log() + highest
-        entropy = log_normalizer - weighted / total
-        ctx.save_for_backward(hidden, weight, local, mine, log_normalizer)
-        ctx.real, ctx.columns = real, columns
+            mine = torch.stack([log_normalizer, entropy, label_logit])
+            shards = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(shards, mine, group=group)
+            every = torch.stack(shards, dim=1)  # [3, ranks, N]
+            log_normalizer, entropy = _merge(every[0], every[1])
+            label_logit = every[2].sum(dim=0)
+        logprobs = label_logit - log_normalizer
+        rarity = (log_normalizer - log_totals).exp_().clamp_(max=MOST_RARE)  # 1 / (the tile's share of probability)
+        label_share = (label_logit - log_totals).exp_()  # the label's share of the tile, in the one tile that has it
+        for softmax, (i, j), rare, share in zip(kept, tiles, rarity, label_share, strict=keep):
+            _subtract_label(softmax, local, i, j, share - rare)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(hidden, weight, local, rarity, label_share, *kept)
+            ctx.tiles = tiles
         ctx.mark_non_differentiable(entropy)
-        return label_logit - log_normalizer, entropy
+        return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, mine, log_normalizer = ctx.saved_tensors
-        hidden_grad = torch.zeros_like(hidden, dtype=torch.float32)
-        weight_grad = torch.zeros_like(weight)
-        for i in range(0, ctx.real, ctx.columns):
-            j = min(i + ctx.columns, ctx.real)
-            part = (hidden @ weight[i:j].t()).float().sub_(log_normalizer[:, None]).exp_().mul_(-grad[:, None])
-            here = mine & (local >= i) & (local < j)
-            part.scatter_add_(1, torch.where(here, local - i, 0)[:, None], torch.where(here, grad, 0.0)[:, None])
-            part = part.to(hidden.dtype)
-            hidden_grad += part @ weight[i:j]
-            weight_grad[i:j] = part.t() @ hidden
-        return hidden_grad.to(hidden.dtype), weight_grad, None, None, None, None, None
+        hidden, weight, local, rarity, label_share, *kept = ctx.saved_tensors
+        hidden_wanted, weight_wanted = ctx.needs_input_grad[:2]
+        work = None if kept or not ctx.tiles else _Workspace(hidden, ctx.tiles[0][1])
+        hidden_grad = torch.zeros_like(hidden, dtype=rarity.dtype)
+        weight_grad = torch.empty_like(weight) if weight_wanted else None
+        part = torch.empty_like(hidden)
+        for t, (i, j) in enumerate(ctx.tiles):
+            if work is None:
+                softmax = kept[t]
+            else:
+                _, wide = work.fill(hidden, weight[i:j])
+                _subtract_label(wide, local, i, j, label_share[t] - rarity[t])
+                softmax = work.narrow(wide)
+            factor = (-grad / rarity[t])[:, None]
+            if weight_grad is not None:
+                torch.mm(softmax.t(), (hidden * factor).to(hidden.dtype), out=weight_grad[i:j])
+            if hidden_wanted:
+                hidden_grad.addcmul_(torch.mm(softmax, weight[i:j], out=part), factor)
+        if weight_grad is not None:
+            weight_grad[ctx.tiles[-1][1] if ctx.tiles else 0 :] = 0.0
+        return hidden_grad.to(hidden.dtype) if hidden_wanted else None, weight_grad, None, None, None, None, None
 
 
-_LEAST = torch.tensor(-1e30)  # "highest logit" of no columns at all
+def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The start of a flat buffer as a contiguous matrix."""
+    return flat[: shape[0] * shape[1]].view(shape)
 
 
-def _merge(stats: Tensor) -> Tensor:
-    """[parts, 3, N] (highest logit, sum of exp(logit - highest), the same weighted by the logit) -> [3, N]."""
-    highest = stats[:, 0].amax(dim=0)
-    rescale = (stats[:, 0] - highest).exp_()
-    return torch.stack([highest, (stats[:, 1] * rescale).sum(dim=0), (stats[:, 2] * rescale).sum(dim=0)])
+def _columns(local: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
+    """[N] labels -> whether each lies in columns i..j, and its column in that tile (any column where it does not)."""
+    return (local >= i) & (local < j), (local - i).clamp_(0, j - i - 1)
+
+
+def _subtract_label(softmax: Tensor, local: Tensor, i: int, j: int, value: Tensor) -> None:
+    """Overwrite the label's entry in a tile [N, C] with `value` [N], where the tile has it; no synchronization."""
+    inside, column = _columns(local, i, j)
+    here = column[:, None]
+    softmax.scatter_(1, here, torch.where(inside[:, None], value[:, None].to(softmax.dtype), softmax.gather(1, here)))
+
+
+def _merge(log_totals: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
+    """[parts, N] logs of the totals and entropies of parts of the vocabulary -> those of their union, [N] each."""
+    if not len(log_totals):
+        return torch.full_like(log_totals.sum(dim=0), NO_COLUMNS), entropies.sum(dim=0)
+    whole = log_totals.logsumexp(dim=0)
+    log_shares = log_totals - whole
+    return whole, (log_shares.exp() * (entropies - log_shares)).sum(dim=0)  # entropy's chain rule
 
 
 def head_logprobs(
@@ -164,15 +169,31 @@ def head_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Per token: log-probability of its label (differentiable) and entropy of its distribution (not); fp32 [N] each.
 
-    hidden: [N, H], any float dtype, whole (gathered over sequence parallelism); weight: [V, H], this rank's rows of the
-    padded output matrix; labels: [N] int64, global ids; vocab: true size of the vocabulary, so that padding takes no
-    probability; chunk_bytes: fp32 logits held at a time. Collective over `group` in the forward pass only.
+    hidden: [N, H], any float dtype (statistics of float64 are float64), all tokens of this data rank, gathered over
+    sequence parallelism; weight: [V, H], same dtype, this rank's rows of the padded output matrix; labels: [N] int64,
+    global ids below `vocab`, the true size of the vocabulary: the padding beyond it takes no probability. chunk_bytes:
+    the most that fp32 logits of this rank may take; where those of all tokens fit, they live until the backward pass,
+    in `hidden`'s dtype, else they are made again there. Raises ValueError where shapes or dtypes do not fit.
 
-    The gradient that reaches `hidden` is this rank's part of the sum over the vocabulary: put megatron's
+    One all-gather of [3, N] fp32 over `group`, in the forward pass; results are the same on all its ranks. The gradient
+    that comes back to `hidden` is only this rank's part of the sum over the vocabulary: put megatron's
     copy_to_tensor_model_parallel_region (or gather_from_sequence_parallel_region) in front, which sums it over `group`.
     """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} {weight.dtype} must be "
+            "[N, H] and [V, H] of one dtype"
+        )
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(f"labels {tuple(labels.shape)} must be one for each of the {hidden.shape[0]} tokens")
+    if hidden.dtype == torch.float16:  # its range holds neither a rare tile's factor nor the gradient
+        hidden, weight = hidden.float(), weight.float()
     first = tp_rank * weight.shape[0]
     real = min(max(vocab - first, 0), weight.shape[0])
-    columns = max(1, chunk_bytes // (4 * max(1, hidden.shape[0])))
-    logprobs, entropy = _HeadLogprobs.apply(hidden, weight, labels, first, real, group, columns)
+    column_bytes = 4 * max(1, hidden.shape[0])
+    wanted = max(TILE_COLUMNS, TILE_BYTES.get(hidden.device.type, 0) // column_bytes)
+    columns = max(1, min(wanted, chunk_bytes // column_bytes))
+    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    keep = keep and column_bytes * real <= chunk_bytes
+    logprobs, entropy = _HeadLogprobs.apply(hidden, weight, labels - first, real, columns, keep, group)
     return logprobs, entropy
