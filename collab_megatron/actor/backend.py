@@ -23,7 +23,7 @@ class Backend:
     transformer_engine: bool  # layers from transformer-engine; else megatron's local spec with our attention and norm
     gradient_fusion: bool  # weight gradients added to the buffer inside the matmul (apex extension, on CUDA)
     overlap: bool  # gradient reduction beside the backward pass
-    optimizer: str  # which Adam megatron picks: transformer-engine | apex | torch
+    optimizer: str  # whose Adam megatron picked: transformer_engine | apex | torch; optimizer.cpu_offload takes torch's
 
 
 def choose_backend(wanted: str, local_rank: int) -> Backend:
@@ -34,9 +34,8 @@ def choose_backend(wanted: str, local_rank: int) -> Backend:
     if wanted == "cpu" and has_cuda:
         raise UserError("parallel.device is cpu on a machine with CUDA; hide the devices with CUDA_VISIBLE_DEVICES=''")
     has_te, has_apex = _importable("transformer_engine"), _importable("apex")
-    optimizer = "transformer-engine" if has_te else "apex" if has_apex else "torch"
     if not has_cuda:
-        backend = Backend("cpu", torch.device("cpu"), "gloo", False, False, False, "torch")
+        backend = Backend("cpu", torch.device("cpu"), "gloo", False, False, False, _adam())
         reason = "torch finds no CUDA device"
     else:
         if local_rank >= torch.cuda.device_count():
@@ -45,10 +44,17 @@ def choose_backend(wanted: str, local_rank: int) -> Backend:
         torch.cuda.set_device(device)
         # megatron asserts on this extension when the fusion is asked for without it
         fusion = _importable("fused_weight_gradient_mlp_cuda")
-        backend = Backend("cuda", device, "nccl", has_te, fusion, True, optimizer)
+        backend = Backend("cuda", device, "nccl", has_te, fusion, True, _adam())
         reason = f"CUDA is there; transformer-engine {_has(has_te)}, apex {_has(has_apex)}"
     logger.info("backend: %s (%s)", backend, reason)
     return backend
+
+
+def _adam() -> str:
+    """Megatron tries them in turn while it is imported, and what is installed may still fail to import: it is asked."""
+    from megatron.core.optimizer import Adam  # here: importing it before cpu_support has run would fail without CUDA
+
+    return str(Adam.__module__).split(".")[0]
 
 
 def _importable(module: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,11 @@ from megatron.core.transformer.module import Float16Module
 from collab_megatron.actor.cpu_support import patch_torch_adamw
 from collab_megatron.actor.grid import RankGrid
 from collab_megatron.actor.model import PolicyModel
+from collab_megatron.actor.offload import OffloadedAdamW
 from collab_megatron.config.sections import OptimizerSection
 from collab_megatron.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def overlaps(section: OptimizerSection, grid: RankGrid) -> bool:
@@ -87,6 +91,8 @@ def build_optimizer(
         overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, wrapped)
+    if section.cpu_offload:
+        _offload(optimizer, section.cpu_offload)
     for part in parts(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
@@ -107,6 +113,22 @@ def build_optimizer(
         override_opt_param_scheduler=True,  # on resume the config's schedule holds; only its position is restored
     )
     return optimizer, scheduler
+
+
+def _offload(optimizer: MegatronOptimizer, share: float) -> None:
+    """Put AdamW with a share of it on the host in the place of whatever megatron chose."""
+    for part in parts(optimizer):
+        if part.optimizer is None:  # a rank without trainable parameters of this kind
+            continue
+        groups = getattr(part, "fp32_from_float16_groups", None) or getattr(part, "shard_fp32_from_float16_groups", [])
+        masters = [master for group in groups for master in group]
+        replaced, part.optimizer = part.optimizer, OffloadedAdamW(part.optimizer.param_groups, masters, share)
+        logger.info(
+            "optimizer: torch's AdamW in the place of %s, %d of %d weights stepped on the host",
+            type(replaced).__name__,
+            part.optimizer.host_numel,
+            sum(p.numel() for p in part.get_parameters()),
+        )
 
 
 def parts(optimizer: Any) -> list[Any]:
