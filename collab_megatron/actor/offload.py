@@ -61,13 +61,17 @@ class OffloadedAdamW(torch.optim.AdamW):
         apart = {id(master) for master in masters}
         self._on_host = {id(parameter) for parameter in _largest(self._parameters(), share)}
         for parameter in self._parameters():
-            if id(parameter) in self._on_host and id(parameter) in apart:
+            if self.is_on_host(parameter) and id(parameter) in apart:
                 to_host(parameter)
 
     @property
     def host_numel(self) -> int:
         """Weights that are stepped on the host."""
-        return sum(p.numel() for p in self._parameters() if id(p) in self._on_host)
+        return sum(p.numel() for p in self._parameters() if self.is_on_host(p))
+
+    def is_on_host(self, parameter: Tensor) -> bool:
+        """Whether its moments are on the host, and its master weight where it has one of its own."""
+        return id(parameter) in self._on_host
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -78,7 +82,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             here = []
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.numel():
-                    if id(parameter) in self._on_host:
+                    if self.is_on_host(parameter):
                         waiting.append((parameter, group))
                     else:
                         here.append(parameter)
