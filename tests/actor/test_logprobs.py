@@ -136,8 +136,10 @@ def test_inputs_are_left_alone_and_only_what_is_wanted_is_computed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_bytes", [ONE_CHUNK, 4])
 def test_huge_logits_stay_finite(chunk_bytes: int, dtype: torch.dtype) -> None:
-    """A label whose tile holds e**-16384 of the probability: its gradient is right all the same, and what a tile so rare adds of
-    its own is below 1e-15."""
+    """A label whose tile holds e**-16384 of the probability: its gradient is right all the same.
+
+    What such a tile adds of its own is below 1e-15 of the logit.
+    """
     hidden = torch.tensor([[8192.0]], dtype=dtype, requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.0]], dtype=dtype, requires_grad=True)
     logprobs, entropy = head_logprobs(hidden, weight, torch.tensor([1]), vocab=3, chunk_bytes=chunk_bytes)
