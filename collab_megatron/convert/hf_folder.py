@@ -103,6 +103,7 @@ def write_hf_folder(
     pending: list[Tensor] = []
     plan: list[TensorInfo] = []
     shards: list[list[TensorInfo]] = []
+    size = 0
     with whole_or_absent(output) as aside:
 
         def flush() -> None:
@@ -113,9 +114,11 @@ def write_hf_folder(
 
         for name, tensor in stream:
             info = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
-            if plan and _size(plan) + info.num_bytes > limit:
+            if plan and size + info.num_bytes > limit:
                 flush()
+                size = 0
             plan.append(info)
+            size += info.num_bytes
             pending.append(tensor.detach().to("cpu", copy=True))  # a stream's tensor is only valid until the next one
         flush()
         finish_folder(aside, shards, source_folder)
@@ -124,10 +127,13 @@ def write_hf_folder(
 def cut_into_shards(plan: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
     """The tensors of each file, in order: at most `limit` bytes, or a single tensor that is larger."""
     shards: list[list[TensorInfo]] = [[]]
+    size = 0
     for info in plan:
-        if shards[-1] and _size(shards[-1]) + info.num_bytes > limit:
+        if shards[-1] and size + info.num_bytes > limit:
             shards.append([])
+            size = 0
         shards[-1].append(info)
+        size += info.num_bytes
     return shards
 
 
