@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import common as upstream_common
 from megatron.core.dist_checkpointing.strategies import torch as upstream
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from collab_megatron.errors import RunError, UserError
@@ -67,6 +67,7 @@ def read_metadata(file: Path) -> Metadata:
         with file.open("rb") as stream:
             metadata = _Unpickler(stream).load()
         assert isinstance(metadata, Metadata)
+        assert all(isinstance(item, TensorStorageMetadata) for item in metadata.state_dict_metadata.values())
         # a file of its own folder, whatever the pickle says
         assert all(Path(item.relative_path).name == item.relative_path for item in metadata.storage_data.values())
     except OSError as error:

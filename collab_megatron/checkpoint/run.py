@@ -37,7 +37,7 @@ class Checkpoints:
         """Steps done: those of the newest complete checkpoint, now loaded; 0 where there is none or without run.resume.
 
         Rank 0 prints one line for every difference from the run that saved it. Raises UserError where it cannot be gone
-        on from: torn files, another model, dtype or kind of optimizer.
+        on from: hostile files, another model or dtype.
         """
         folder = newest_complete(self._run.checkpoints_dir) if self._run.resume else None
         if folder is None:

@@ -8,7 +8,8 @@ layout as well: they are restored under the same layout and left alone under ano
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from collab_megatron.actor.cpu_support import create_empty_adam_state
 from collab_megatron.actor.optimizer import parts, set_learning_rates
 
 PROGRESS = "progress"
+_STATE = "optimizer.state."
 
 
 def layout_of(actor: Actor) -> dict[str, Any]:
@@ -57,7 +59,8 @@ class ShardedState:
     layout to layout: names of ours lead to sharded tensors, and only these reach the file.
     """
 
-    def __init__(self, actor: Actor, *, loading: bool, random_states: bool) -> None:
+    def __init__(self, actor: Actor, *, loading: bool, random_states: bool, stored: Collection[str] = ()) -> None:
+        """stored: when loading, the names of the tensors that the checkpoint has."""
         self._actor = actor
         actor.gather_weights()  # the last step's weights may still lie scattered over the data ranks
         metadata = {
@@ -82,7 +85,8 @@ class ShardedState:
         if actor.optimizer is not None:
             create_empty_adam_state(actor.optimizer)
             self._optimizer = actor.optimizer.sharded_state_dict(chunks, is_loading=loading, metadata=metadata)
-            self.tree["optimizer"] = {name: leaf for name, _, _, leaf in _sharded_leaves(self._optimizer)}
+            leaves = {name: leaf for name, _, _, leaf in _sharded_leaves(self._optimizer)}
+            self.tree["optimizer"] = _as_stored(leaves, stored) if loading else leaves
         if random_states:
             self.tree["random"] = {
                 name: ShardedTensor.from_rank_offsets(
@@ -103,16 +107,16 @@ class ShardedState:
 
     def restore(self, loaded: dict[str, Any], progress: dict[str, int]) -> None:
         """Put a loaded tree into the actor, with the progress that was saved beside it."""
-        for number, chunk in enumerate(self._actor.chunks):
-            missing, unexpected = chunk.load_state_dict(loaded["model"][str(number)], strict=False)
-            lost = [name for name in missing if not name.endswith("_extra_state")]
-            assert not lost, lost
-            assert not unexpected, unexpected
+        model = [loaded["model"][str(number)] for number, _ in enumerate(self._actor.chunks)]
         optimizer, scheduler = self._actor.optimizer, self._actor.scheduler
         if optimizer is not None and scheduler is not None:
+            leaves = list(_sharded_leaves(self._optimizer))
+            if len(loaded["optimizer"]) < len(leaves):
+                # no master weights there: upstream writes zeros through those of ours, which share the model's memory
+                model = [{name: tensor.clone() for name, tensor in chunk.items()} for chunk in model]
             counts = all(map(_counts_per_parameter, _torch_optimizers(optimizer)))
-            for name, container, key, _ in list(_sharded_leaves(self._optimizer)):
-                container[key] = loaded["optimizer"][name]
+            for name, container, key, leaf in leaves:
+                container[key] = loaded["optimizer"].get(name, leaf.data)
                 if key == "exp_avg" and counts:  # torch does not load a state without its step
                     container["step"] = torch.tensor(float(progress["optimizer_steps"]))
             for container, key, leaf in list(nested_items_iter(self._optimizer)):
@@ -122,6 +126,11 @@ class ShardedState:
             _set_adam_steps(optimizer, progress["optimizer_steps"])
             scheduler.num_steps = progress["schedule_steps"]
             set_learning_rates(optimizer, scheduler)
+        for chunk, tensors in zip(self._actor.chunks, model, strict=True):
+            missing, unexpected = chunk.load_state_dict(tensors, strict=False)
+            lost = [name for name in missing if not name.endswith("_extra_state")]
+            assert not lost, lost
+            assert not unexpected, unexpected
         if "random" in loaded:
             _restore_random(loaded["random"])
 
@@ -141,6 +150,23 @@ def progress_in(common: dict[str, Any]) -> dict[str, int]:
     return {"optimizer_steps": max(steps, default=0), "schedule_steps": int(common["scheduler"]["num_steps"])}
 
 
+def _as_stored(leaves: dict[str, Any], stored: Collection[str]) -> dict[str, Any]:
+    """The optimizer's leaves under the names that the checkpoint has, whichever kind of optimizer wrote it.
+
+    Master weights are `param` to the distributed optimizer and `fp32_param` to the other, which in fp32 has none: then
+    they are the model's weights, and left out here.
+    """
+    masters = [kind for kind in ("param", "fp32_param") if any(name.startswith(_STATE + kind) for name in stored)]
+    found = {}
+    for name, leaf in leaves.items():
+        kind, _, rest = leaf.key.removeprefix(_STATE).partition(".")
+        if kind not in ("param", "fp32_param"):
+            found[name] = leaf
+        elif masters:
+            found[name] = replace(leaf, key=f"{_STATE}{masters[0]}.{rest}")
+    return found
+
+
 def _sharded_leaves(tree: Any) -> Iterator[tuple[str, Any, Any, ShardedBase]]:
     """(a name of ours, the dict or list that holds it, its key there, the leaf), in upstream's order."""
     sharded = ((c, key, leaf) for c, key, leaf in nested_items_iter(tree) if isinstance(leaf, ShardedBase))
@@ -149,22 +175,22 @@ def _sharded_leaves(tree: Any) -> Iterator[tuple[str, Any, Any, ShardedBase]]:
 
 
 def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Those that step: one a part, or two where a share of the part lives on the host."""
-    inner = [part.optimizer for part in parts(optimizer)]
-    return [each for one in inner for each in getattr(one, "sub_optimizers", [one])]
+    """Those that step, one a part; a part without parameters on this rank has none."""
+    return [part.optimizer for part in parts(optimizer) if part.optimizer is not None]
 
 
 def _counts_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
-    """torch's own AdamW; transformer-engine's counts once a group."""
+    """As torch's own AdamW does; transformer-engine's counts per parameter group."""
     return isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
 
 
 def _adam_steps(optimizer: Any) -> int:
-    """Steps that AdamW has done: torch's counts per parameter, transformer-engine's per group."""
+    """Steps that AdamW has done."""
     counts = [0]
     for each in _torch_optimizers(optimizer):
-        counts += [int(state["step"]) for state in each.state.values() if "step" in state]
-        counts += [int(group["step"]) for group in each.param_groups if "step" in group]
+        # never both: upstream leaves a stale step in the groups of torch's, too
+        holders = each.state.values() if _counts_per_parameter(each) else each.param_groups
+        counts += [int(holder["step"]) for holder in holders if "step" in holder]
     return max(counts)
 
 

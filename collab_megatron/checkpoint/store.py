@@ -58,15 +58,21 @@ def save_checkpoint(
 def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
     """Fill the actor, under any layout, from a complete checkpoint; nothing that the files say is executed.
 
-    Raises UserError where the checkpoint is torn, hostile or of another model, dtype or optimizer kind; RunError where
+    Raises UserError where the checkpoint is torn, hostile or of another model or dtype; RunError where
     its files cannot be read.
     """
     info = read_info(folder)
     _check_fits(actor, info)
     progress = progress_in(read_common(info.model_folder / "common.pt"))
-    strategy = SafeLoad(actor.grid.cpu_group, read_metadata(info.model_folder / ".metadata"))
+    metadata = read_metadata(info.model_folder / ".metadata")
     same = all(info.layout.get(key, 1) == value for key, value in grid_of(actor).items())
-    state = ShardedState(actor, loading=True, random_states=same and actor.optimizer is not None)
+    state = ShardedState(
+        actor,
+        loading=True,
+        random_states=same and actor.optimizer is not None,
+        stored=metadata.state_dict_metadata.keys(),
+    )
+    strategy = SafeLoad(actor.grid.cpu_group, metadata)
     try:
         loaded = dist_checkpointing.load(state.tree, str(info.model_folder), strategy, SafeCommon())
     except (Exception, CheckpointException) as error:
@@ -82,7 +88,7 @@ def _check_fits(actor: Actor, info: CheckpointInfo) -> None:
     here = layout_of(actor)
     fixed = {"architecture": "model.path", "num_params": "model.path"}
     if actor.optimizer is not None:
-        fixed |= {"dtype": "model.dtype", "distributed_optimizer": "optimizer.distributed"}
+        fixed["dtype"] = "model.dtype"
     for key, setting in fixed.items():
         if info.layout.get(key) != here[key]:
             raise UserError(

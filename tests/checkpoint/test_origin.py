@@ -16,7 +16,7 @@ def config() -> dict[str, Any]:
     llm = LLMSection(model="gpt-4o-mini")
     made = RLConfig(
         model=ModelSection(path="/models/a"),
-        data=DataSection(train="train.parquet"),  # type: ignore[arg-type]
+        data=DataSection(train="train.parquet"),
         simulators=SimulatorsSection(user=llm, judge=llm),
     )
     return made.model_dump(mode="json")

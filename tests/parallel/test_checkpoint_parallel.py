@@ -1,4 +1,4 @@
-"""Checkpoints on real gloo ranks: bit-exact resume, other layouts, a disk that fills up."""
+"""Checkpoints on real gloo ranks: bit-exact resume, every other layout, async saves, full disks, hostile files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parallel.ranks import run_ranks
+from collab_megatron.checkpoint.folders import complete_checkpoints, retire
+from tests.parallel.ranks import RanksFailed, run_ranks
 from tests.parallel.tiny import make_model
 
 SCRIPT = Path(__file__).parent / "checkpoint_ranks.py"
@@ -18,50 +19,25 @@ SCRIPT = Path(__file__).parent / "checkpoint_ranks.py"
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("checkpoints")
-    make_model(work / "qwen3", "qwen3")
-    make_model(work / "qwen3-bf16", "qwen3", dtype=torch.bfloat16)
+    for kind in ("qwen3", "qwen3moe"):  # four layers: two pipeline stages of two chunks
+        make_model(work / kind, kind, num_hidden_layers=4)
+        make_model(work / f"{kind}-bf16", kind, dtype=torch.bfloat16, num_hidden_layers=4)
     return work
 
 
-@pytest.fixture(scope="module")
-def tp2(work: Path) -> str:
-    run_ranks(SCRIPT, 2, "resume", str(work), "2", "1", "0", "float32", "tp2")
-    return "tp2"
-
-
-@pytest.fixture(scope="module")
-def dp2(work: Path, tp2: str) -> str:
-    run_ranks(SCRIPT, 2, "resume", str(work), "1", "2", "1", "float32", "dp2", tp2)
-    return "dp2"
-
-
 @pytest.mark.slow
-def test_tp2_resumes_bit_for_bit(tp2: str) -> None:
-    assert tp2
-
-
-@pytest.mark.slow
-def test_dp2_with_the_distributed_optimizer_resumes_bit_for_bit_and_takes_over_tp2(dp2: str) -> None:
-    assert dp2
-
-
-@pytest.mark.slow
-def test_tp1_resumes_bit_for_bit_and_takes_over_tp2_and_dp2(work: Path, tp2: str, dp2: str) -> None:
-    run_ranks(SCRIPT, 1, "resume", str(work), "1", "1", "0", "float32", "tp1", tp2, dp2)
-
-
-@pytest.mark.slow
-def test_bf16_resumes_bit_for_bit(work: Path) -> None:
-    run_ranks(SCRIPT, 1, "resume", str(work), "1", "1", "0", "bfloat16", "tp1-bf16")
+def test_every_layout_resumes_bit_for_bit_and_takes_over_every_other(work: Path) -> None:
+    """TP, PP, interleaved, DP, EP, the distributed optimizer, offload; 64 checks in one set of processes."""
+    run_ranks(SCRIPT, 2, "layouts", str(work), deadline_s=480)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 4 MB."""
+    """A tmpfs of 8 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, text=True, timeout=30
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, text=True, timeout=30
     )
     if mounted.returncode:
         pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
@@ -70,5 +46,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_full_disk_leaves_earlier_checkpoints_whole(work: Path, small_disk: Path) -> None:
-    run_ranks(SCRIPT, 2, "full", str(work), str(small_disk))
+def test_full_disks_leave_earlier_checkpoints_whole_and_async_saves_are_the_same_saves(
+    work: Path, small_disk: Path
+) -> None:
+    run_ranks(SCRIPT, 2, "disk", str(work), str(small_disk))
+
+
+@pytest.mark.slow
+def test_hostile_files_are_refused_and_a_killed_save_is_never_chosen(work: Path) -> None:
+    with pytest.raises(RanksFailed, match=r"hostile: refused\n$"):  # and then killed
+        run_ranks(SCRIPT, 1, "alone", str(work))
+    directory = work / "killed"
+    assert sorted(f.name for f in directory.iterdir()) == ["step_00000001", "step_00000002.tmp"]
+    assert (directory / "step_00000002.tmp" / "model" / ".metadata").is_file()  # all there but the marker
+    assert [f.name for f in complete_checkpoints(directory)] == ["step_00000001"]
+    retire(directory, keep_last=1)
+    assert [f.name for f in directory.iterdir()] == ["step_00000001"]
