@@ -1,4 +1,4 @@
-"""Attention and norm for megatron's local layer spec: plain torch, on any device, aware of sequence parallelism.
+"""The parts of megatron's local layer spec that we replace: plain torch, on any device, aware of sequence parallelism.
 
 Upstream's own local attention builds the whole score matrix, knows no packed rows, and its norm refuses sequence
 parallelism; transformer-engine has all three but needs CUDA. Legend: s sequence, b batch, t tokens of a packed row,
@@ -7,6 +7,7 @@ h heads of this rank, d head size.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -24,6 +28,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from collab_megatron.actor.backend import Backend
+from collab_megatron.actor.kernels import linear, rms_norm, rope, short_attention, swiglu
+
+SHORT = 256  # tokens up to which short_attention trains faster than torch's CPU kernel
 
 
 @dataclass
@@ -74,17 +81,97 @@ class SdpaAttention(MegatronModule):
             return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
         assert isinstance(packed_seq_params, Packing)
         sequences = zip(*(x.split(packed_seq_params.lengths) for x in (query, key, value)), strict=True)
-        out = [self._attend(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1) for qkv in sequences]
-        return torch.cat(out).reshape(query.shape[0], -1)
+        outs = [self._attend(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1) for qkv in sequences]
+        return torch.cat(outs).reshape(query.shape[0], -1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[b, h, s, d], [b, kv_h, s, d] twice -> [b, h, s, d]."""
         length = q.shape[2]
+        unwindowed = self.window is None or length <= self.window
+        in_training = q.requires_grad and torch.is_grad_enabled()
+        if in_training and unwindowed and length <= SHORT and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            return short_attention(q, k, v, self.scale)
         grouped = q.shape[1] != k.shape[1]
-        if self.window is None or length <= self.window:
+        if unwindowed:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        assert self.window is not None
         seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale, enable_gqa=grouped)
+
+
+@functools.lru_cache(maxsize=8)  # all layers and micro-batches of one length ask for the same
+def _cos_sin(angles: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """angles [s, 1, 1, d], both halves alike -> two [s, 1, 1, d/2]; packed: positions begin anew in each sequence."""
+    half = angles[..., : angles.shape[-1] // 2]
+    if lengths:
+        half = torch.cat([half[:length] for length in lengths])
+    return half.cos().to(dtype), half.sin().to(dtype)
+
+
+class CausalSelfAttention(SelfAttention):
+    """Upstream's, without what inference and its fused kernels need: project, rotate, attend, project."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *_: Any,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: PackedSeqParams | None = None,
+        **__: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [s, b, hidden], a part of s under sequence parallelism; rotary_pos_emb [s, 1, 1, d]."""
+        assert not self.checkpoint_core_attention
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        lengths = packed_seq_params.lengths if isinstance(packed_seq_params, Packing) else ()
+        cos, sin = _cos_sin(rotary_pos_emb, lengths, query.dtype)
+        query, key = rope(query, cos, sin), rope(key, cos, sin)
+        if lengths:
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
+        out = self.core_attention(query, key, value, packed_seq_params=packed_seq_params)
+        result: tuple[Tensor, Tensor | None] = self.linear_proj(out.view(-1, hidden_states.shape[1], out.shape[-1]))
+        return result
+
+
+def _alone(layer: Any) -> bool:
+    """Whether a parallel linear layer has nothing to exchange with other ranks."""
+    return layer.tp_group is None or layer.tp_group.size() == 1
+
+
+class Column(ColumnParallelLinear):
+    """Upstream's; on one tensor-parallel rank the gradient goes straight into the buffer."""
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[n, in] -> [n, out / tp], and the bias where the caller adds it."""
+        if args or kwargs or not _alone(self):
+            return super().forward(input_, *args, **kwargs)
+        skipped = self.bias if self.skip_bias_add else None
+        return linear(input_, self.weight, None if self.skip_bias_add else self.bias), skipped
+
+
+class Row(RowParallelLinear):
+    """Upstream's; on one tensor-parallel rank the gradient goes straight into the buffer."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[n, in / tp] -> [n, out], and the bias where the caller adds it."""
+        if not _alone(self):
+            return super().forward(input_)
+        skipped = self.bias if self.skip_bias_add else None
+        return linear(input_, self.weight, None if self.skip_bias_add else self.bias), skipped
+
+
+class GatedMlp(MLP):
+    """Upstream's dense MLP with the activation in one piece."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__(
+            config, MLPSubmodules(linear_fc1=Column, linear_fc2=Row), ffn_hidden_size=config.ffn_hidden_size
+        )
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
+        """[s, b, hidden] -> the same shape; no bias."""
+        gate_and_up, _bias = self.linear_fc1(hidden_states)
+        result: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(gate_and_up))
+        return result
 
 
 class RmsNorm(nn.Module):
@@ -99,7 +186,7 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> the same shape and dtype."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def layer_spec(
@@ -123,8 +210,12 @@ def layer_spec(
     )
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RmsNorm
+    if not config.num_moe_experts:
+        parts.mlp = GatedMlp
+    parts.self_attention.module = CausalSelfAttention
     attention = parts.self_attention.submodules
     attention.core_attention = SdpaAttention
+    attention.linear_qkv, attention.linear_proj = Column, Row
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RmsNorm
     num_layers = get_num_layers_to_build(config, vp_stage=model_chunk)

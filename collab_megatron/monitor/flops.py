@@ -34,6 +34,8 @@ def matmul_parameters(spec: ModelSpec) -> int:
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     attention = spec.hidden * (q + 2 * kv) + q * spec.hidden
     mlp = 3 * spec.hidden * spec.ffn
+    if spec.experts:  # those that the router chooses for a token, and the router
+        mlp = 3 * spec.hidden * spec.experts_per_token * spec.expert_ffn + spec.hidden * spec.experts
     return spec.layers * (attention + mlp) + spec.hidden * spec.vocab
 
 

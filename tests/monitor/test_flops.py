@@ -77,6 +77,14 @@ def test_a_known_model() -> None:
     assert train_flops(spec, [1]) == pytest.approx(6 * matmul_parameters(spec), rel=1e-4)
 
 
+def test_a_token_visits_only_its_experts() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    dense = model_spec({**sizes, "architectures": ["Qwen3ForCausalLM"], "intermediate_size": 96})
+    experts = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    mixture = model_spec({**sizes, **experts, "architectures": ["Qwen3MoeForCausalLM"], "intermediate_size": 999})
+    assert matmul_parameters(mixture) - matmul_parameters(dense) == 2 * 64 * 8  # 3 * 32 is 96: only routers on top
+
+
 def test_cost_of_a_sequence_is_its_length_and_more_the_longer_it_is() -> None:
     spec = model_spec(QWEN_7B)
     assert sample_cost(spec, 1) == pytest.approx(1.0, rel=1e-3)

@@ -1,0 +1,189 @@
+"""Norm, rotary embedding, gated activation, linear layer and short bf16 attention with backward passes written by hand.
+
+Autograd would derive the same gradients from the same formulas, but operation by operation: each writes a whole tensor
+that the next reads. On a CPU that traffic, not the arithmetic, is what is left beside the matrix products. Plain torch
+on any device; gradients are tested against autograd's. Legend: s sequence, b batch, h heads, g key/value heads, d head
+size, n any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """At least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x * scale in x's dtype, for a scale per row that is at least fp32; in bf16 rounded once, like any product.
+
+    A scale rounded to bf16 would put the same error on the whole row; with its remainder beside it, it does not.
+    """
+    if x.dtype == scale.dtype:
+        return x * scale
+    coarse = scale.to(x.dtype)
+    return (x * (scale - coarse).to(x.dtype)).addcmul_(x, coarse)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x.dtype))
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed = _scaled(x, scale)
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        normed, scale, weight = ctx.saved_tensors
+        product = grad * normed
+        weight_grad = product.flatten(0, -2).sum(dim=0)
+        along = torch.mv(product.flatten(0, -2), weight).view(scale.shape).div_(-normed.shape[-1])
+        return _scaled((grad * weight).addcmul_(normed, along), scale), weight_grad, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [n, hidden], weight [hidden] -> x / rms(x) * weight, same shape and dtype."""
+    out: Tensor = _RmsNorm.apply(x, weight, eps)
+    return out
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        out = torch.empty_like(x)
+        gate_grad, up_grad = out.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=up_grad)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+        return out
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """x [n, 2*ffn], gate before up -> silu(gate) * up [n, ffn]."""
+    out: Tensor = _SwiGlu.apply(x)
+    return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """[s, b, h, d] by [s, 1, 1, d/2]; in memory the result is [b, h, s, d], as attention wants it."""
+    length, batch, heads, size = x.shape
+    out = torch.empty(batch, heads, length, size, dtype=x.dtype, device=x.device).permute(2, 0, 1, 3)
+    (first, second), (to_first, to_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=to_first)
+    to_first.addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=to_second)
+    to_second.addcmul_(first, sin, value=direction)
+    return out
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, -1.0), None, None
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [s, b, h, d] rotated by angles whose cosines and sines are [s, 1, 1, d/2], in x's dtype."""
+    out: Tensor = _Rope.apply(x, cos, sin)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight  # itself, not a saved copy of it: megatron hangs the gradient's buffer on it
+        ctx.has_bias = bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        x_grad = grad.matmul(weight) if ctx.needs_input_grad[0] else None
+        bias_grad = rows.sum(dim=0) if ctx.has_bias else None
+        weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = _into_buffer(weight, rows, inputs) if hasattr(weight, "main_grad") else rows.t() @ inputs
+        return x_grad, weight_grad, bias_grad
+
+
+def _into_buffer(weight: Any, rows: Tensor, inputs: Tensor) -> Tensor:
+    """Add the weight's gradient to megatron's buffer; returns an empty stand-in, without which no hook would run.
+
+    The protocol of megatron's fused kernel: `grad_added_to_main_grad`, reset with the buffer, tells its hook to leave
+    the stand-in alone. Here it also tells whether this is the buffer's first gradient, which needs no addition.
+    """
+    buffer, first = weight.main_grad, not weight.grad_added_to_main_grad
+    if buffer.dtype == rows.dtype:
+        buffer.addmm_(rows.t(), inputs, beta=0.0 if first else 1.0)
+    elif first:
+        buffer.copy_(rows.t() @ inputs)
+    else:
+        buffer.add_(rows.t() @ inputs)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [n, in], weight [out, in], bias [out] -> [n, out]; the weight's gradient goes to its `main_grad`, if any."""
+    out: Tensor = _Linear.apply(x, weight, bias)
+    return out
+
+
+class _ShortAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
+        # scores rounded to bf16 would be wrong by up to 1/256 of themselves, which the exponential shows
+        wide, length = _wide(q.dtype), k.shape[2]
+        scores = torch.matmul(q.to(wide) * scale, k.to(wide).transpose(-1, -2))
+        scores.view(*q.shape[:2], -1, length, length).add_(hidden)
+        weights = torch.softmax(scores, dim=-1).to(q.dtype)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale = scale
+        return weights @ v
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, weights = ctx.saved_tensors
+        v_grad = weights.transpose(-1, -2) @ grad
+        scores_grad = torch._softmax_backward_data(grad @ v.transpose(-1, -2), weights, -1, weights.dtype)
+        q_grad = (scores_grad @ k).mul_(ctx.scale)
+        k_grad = (scores_grad.transpose(-1, -2) @ q).mul_(ctx.scale)
+        return q_grad, k_grad, v_grad, None, None
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Causal attention by way of the whole square of scores: q [b, h, s, d], k and v [b, g, s, d] -> [b, h, s, d].
+
+    Scores and softmax in fp32, as in torch's CPU kernel, but the products of the backward pass are large enough for the
+    bf16 units: with up to some hundred tokens two to three times faster there. Longer squares leave the cache.
+    """
+    batch, heads, length, size = q.shape
+    groups = k.shape[1]
+    hidden = torch.full((length, length), -math.inf, dtype=_wide(q.dtype), device=q.device).triu_(1)
+    rows = q.reshape(batch, groups, heads // groups * length, size)  # the queries that share a key are one matrix
+    out: Tensor = _ShortAttention.apply(rows, k, v, hidden, size**-0.5 if scale is None else scale)
+    return out.view(batch, heads, length, size)
