@@ -1,12 +1,13 @@
 """Bytes that a trainer rank and an engine rank will hold, by formula from the model's sizes and the config. Pure.
 
 Weights, gradients and optimizer are exact up to padding. Activations are what the layers keep for the backward pass, at
-the moment when most of it is alive (the first backward pass of a full pipeline); tests hold them against runs on CPU. On
-a GPU fused norms, SwiGLU and rotary embeddings keep less: that column is derived from the code, not measured. Working
-memory (gradients of the layer or head at work) is an estimate, and so are experts, of which every one is taken to get
-as many tokens as the others. Left out: NCCL's and CUDA's own buffers, fragmentation, one bucket of a weight sync.
+the moment when most of it is alive (the first backward pass of a full pipeline): on CPU those of actor/layers.py, which
+tests hold against runs; on a GPU those of transformer-engine, by what its layers are known to keep, not measured. Rows
+are taken to be long: attention over short ones on a CPU keeps a square instead. Working memory (gradients of the layer
+or head at work) is an estimate, and every expert is taken to get as many tokens as the others. Left out: CUDA's and
+NCCL's own buffers, fragmentation, a bucket of the weight sync, gathers of a save.
 
-Legend: `size` bytes of a weight or activation (2 or 4); everything named `..._token` is bytes per token.
+Legend: `size` bytes of a weight or activation (2 or 4); what names no unit is bytes of a rank.
 """
 
 from __future__ import annotations
@@ -49,9 +50,8 @@ class RankMemory:
 
     @property
     def device(self) -> int:
-        return (
-            self.weights + self.gradients + self.optimizer + self.activations + self.working + self.reference
-        )  # what the device must hold at its fullest moment
+        """What the device holds at its fullest moment."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.reference
 
     @property
     def host(self) -> int:
@@ -188,12 +188,11 @@ class _Activations:
     def head(self) -> int:
         """Final norm, the hidden states that the logits are made of, and the softmax where its budget allows."""
         spec, size = self.spec, self.size
-        columns = spec.padded_vocab(self.parallel.tensor) // self.parallel.tensor
+        columns = self._columns()
         tiles = math.ceil(columns / self._tile_columns())
         gathered = self.tokens * spec.hidden * size if self.own_tokens < self.tokens else 0
         statistics = self.tokens * (INT64 + 2 * FP32 * tiles + 2 * FP32)
-        keeps = FP32 * self.tokens * columns <= self.train.logits_chunk_mb * 2**20
-        softmax = self.tokens * columns * size if keeps else 0
+        softmax = self.tokens * columns * size if self._keeps_softmax() else 0
         return self._norm(spec.hidden) * self.own_tokens + self._hidden() + gathered + statistics + softmax
 
     def working(self, stage: int) -> int:
@@ -204,53 +203,58 @@ class _Activations:
         layer = round(4 * width * own * size) + 2 * self.tokens * spec.hidden * size
         layer += (2 * spec.expert_ffn if spec.experts else 2 * spec.ffn // tensor) * spec.hidden * size
         vocabulary = _local(EMBEDDING, spec, self.parallel) * size
-        if stage == self.parallel.pipeline - 1:
-            tile = self.tokens * self._tile_columns() * (2 * FP32 + (size if size < FP32 else 0))
-            return max(layer, vocabulary + tile + self.tokens * spec.hidden * (FP32 + 3 * size))
-        return max(layer, vocabulary if stage == 0 else 0)
+        if stage < self.parallel.pipeline - 1:
+            return max(layer, vocabulary if stage == 0 else 0)
+        tile = self.tokens * self._tile_columns() * (2 * FP32 + (size if size < FP32 else 0))
+        gradients = vocabulary + self.tokens * spec.hidden * (FP32 + 3 * size)
+        # tiles are made in the forward pass; in the backward pass only where none was kept
+        return max(layer, tile, gradients + (0 if self._keeps_softmax() else tile))
 
     def _attention(self) -> int:
-        """Norm and its output; the joined projection, query and key with their rotation, flash attention's rest."""
-        spec, size, tensor = self.spec, self.size, self.parallel.tensor
+        """Norm and its output; the joined projection, query and key after rotation, flash attention's statistics, and
+        its result (outside transformer-engine twice: as attention left it, and in the order of the next projection).
+        """
+        spec, size = self.spec, self.size
         query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        kept = (query + 2 * key) * size + (query + key) * size + spec.heads * FP32 + query * size
-        if self.train.packing and not self.fused:
-            kept += query * size  # the sequences' outputs, put end to end
+        kept = (query + 2 * key + query + key + query * (1 if self.fused else 2)) * size + spec.heads * FP32
         if spec.qk_norm:
-            # the key is read where the projection left it, unless a wider copy is made of it
-            in_place = size if self.fused or size == FP32 else 0
-            kept += self._norm(spec.head_dim) * (spec.heads + spec.kv_heads) - in_place * key
-        tables = 0 if self.fused else 4 * spec.head_dim * size * self.tokens  # sine and cosine, of query and of key
-        inside = math.ceil(kept * self.tokens / tensor) + tables
+            kept += self._norm(spec.head_dim) * (spec.heads + spec.kv_heads)
+        inside = math.ceil(kept * self.tokens / self.parallel.tensor)
         return self._norm(spec.hidden) * self.own_tokens + self._hidden() + inside
 
     def _mlp_input(self) -> int:
         return self._norm(self.spec.hidden) * self.own_tokens + self._hidden()
 
     def _mlp(self) -> int:
-        """Gate and up joined, what SwiGLU makes of them (fused: its result alone); of experts, also routing."""
+        """Gate and up joined, and SwiGLU's result; of experts also its steps (where not fused), and the routing."""
         spec, size = self.spec, self.size
         if not spec.experts:
-            return math.ceil((3 if self.fused else 5) * spec.ffn * size * self.tokens / self.parallel.tensor)
+            return math.ceil(3 * spec.ffn * size * self.tokens / self.parallel.tensor)
         routed = (3 if self.fused else 6) * spec.expert_ffn * size + spec.hidden * size + 2 * INT64 + FP32 + size
         return (spec.experts_per_token * routed + spec.experts * (1 + size)) * self.own_tokens
 
     def _norm(self, width: int) -> int:
-        """Per token, without the output. Fused: its input. Else the input in fp32 and what it is normalised to."""
-        return (width * self.size if self.fused else 2 * width * FP32) + FP32
+        """Per token, without the output: the normalised input (transformer-engine: the input) and the scale."""
+        return width * self.size + FP32
 
     def _hidden(self) -> int:
         return self.own_tokens * self.spec.hidden * self.size
 
+    def _columns(self) -> int:
+        """Vocabulary on a rank."""
+        return self.spec.padded_vocab(self.parallel.tensor) // self.parallel.tensor
+
+    def _keeps_softmax(self) -> bool:
+        return FP32 * self.tokens * self._columns() <= self.train.logits_chunk_mb * 2**20
+
     def _tile_columns(self) -> int:
-        columns = max(TILE_COLUMNS, TILE_BYTES[self.device] // (FP32 * self.tokens))
-        local = self.spec.padded_vocab(self.parallel.tensor) // self.parallel.tensor
+        wanted = max(TILE_COLUMNS, TILE_BYTES[self.device] // (FP32 * self.tokens))
         budget = self.train.logits_chunk_mb * 2**20 // (FP32 * self.tokens)
-        return max(1, min(columns, local, budget))
+        return max(1, min(wanted, self._columns(), budget))
 
 
 def chunks_in_flight(parallel: ParallelSection, stage: int, micro_batches: int | None) -> int:
-    """Forward passes of a model chunk whose backward pass is to come, at most: megatron's 1F1B and interleaved order."""
+    """At most so many forward passes of a chunk wait for their backward pass; megatron's 1F1B and interleaved order."""
     stages, chunks = parallel.pipeline, parallel.interleave
     most = stages - stage if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
     return most if micro_batches is None else min(most, micro_batches * chunks)
