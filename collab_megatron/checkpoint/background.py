@@ -37,11 +37,16 @@ class BackgroundSave:
         self._thread.start()
         atexit.register(self._thread.join, _GRACE_S)
 
+    @property
+    def is_running(self) -> bool:
+        """On this rank."""
+        return self._thread.is_alive()
+
     def wait(self) -> None:
         """Until it has ended, at most the grid's deadline. Raises RunError, as finish does, where it failed."""
         self._thread.join(self._grid.timeout_s)
         atexit.unregister(self._thread.join)
-        if self._thread.is_alive():
+        if self.is_running:
             raise RunError(
                 f"rank {self._grid.rank}: the checkpoint of step {self._pending.step} was not written within "
                 f"{self._grid.timeout_s:g} s after training needed it; raise parallel.collective_timeout_s or "

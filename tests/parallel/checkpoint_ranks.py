@@ -73,7 +73,7 @@ FAMILIES = (
 # largest relative differences of the next steps under another layout
 BOUNDS = {
     torch.float32: {"loss": 1e-5, "norm": 1e-5, "weights": 1e-6},
-    torch.bfloat16: {"loss": 1e-3, "norm": 1e-2, "weights": 1e-3},
+    torch.bfloat16: {"loss": 5e-3, "norm": 1e-2, "weights": 5e-3},
 }
 # one after the other on the same processes
 SAVES = [(kind, layout) for kind, layouts, _ in FAMILIES for layout in layouts]

@@ -1,0 +1,49 @@
+"""A stretch of a flattened tensor as boxes, the only shapes that a checkpoint file knows. Pure: no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Box:
+    """A contiguous part of a row-major tensor."""
+
+    offset: tuple[int, ...]  # of its first element, per axis
+    shape: tuple[int, ...]
+    start: int  # of its first element in the flattened tensor
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
+    """The fewest contiguous boxes, in order, that make up elements [start, end) of a flattened tensor of `shape`.
+
+    At most 2 * axes - 1: the end of a row, whole rows, the beginning of a row, and so on inwards.
+    """
+    if start >= end:
+        return
+    if len(shape) < 2:
+        yield Box((start,) * len(shape), (end - start,) * len(shape), start)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), end // row  # whole rows
+    if first > last:  # inside one row
+        yield from _inside(shape, last, start, end)
+        return
+    yield from _inside(shape, first - 1, start, first * row)
+    if first < last:
+        rest = len(shape) - 1
+        yield Box((first,) + (0,) * rest, (last - first, *shape[1:]), first * row)
+    yield from _inside(shape, last, last * row, end)
+
+
+def _inside(shape: tuple[int, ...], index: int, start: int, end: int) -> Iterator[Box]:
+    """The boxes of [start, end), which lies in the row `index`."""
+    base = index * math.prod(shape[1:])
+    for box in boxes(shape[1:], start - base, end - base):
+        yield Box((index, *box.offset), (1, *box.shape), base + box.start)
