@@ -1,30 +1,97 @@
-"""Convert between Hugging Face folders and training checkpoints, in one process, whatever layout trained them.
+"""Convert between Hugging Face folders and training checkpoints, tensor by tensor, whatever layout trained them.
 
-    python tools/convert_checkpoint.py hf-to-megatron --hf-path MODEL --output DIR
-    python tools/convert_checkpoint.py megatron-to-hf --checkpoint DIR --output DIR [--max-shard-size 5GB]
+    python tools/convert_checkpoint.py hf-to-megatron --hf-path MODEL --output DIR [--processes N]
+    python tools/convert_checkpoint.py megatron-to-hf --checkpoint DIR --output DIR [--max-shard-size 5GB] [...]
 
 hf-to-megatron writes DIR/step_00000000 (weights only, no optimizer). megatron-to-hf takes a step folder, or a folder of
-them, of which it converts the newest complete one.
+them, of which it converts the newest complete one; every file's header says which step of which run it holds.
+
+The whole model is never in memory: one process needs less than 1 GB and the largest tensor or two. float32 and bfloat16
+stay as they are; a folder of mixed dtypes is refused. What is converted appears at the end, whole, or not at all.
+
+Several processes share the work by tensors (hf-to-megatron) or by files (megatron-to-hf: no more than it has files are
+of use). `--processes N` starts them on this machine. On several machines with a shared file system, start one yourself
+per rank; without --processes the tool then takes RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment:
+
+    torchrun --nproc-per-node 8 tools/convert_checkpoint.py hf-to-megatron --hf-path MODEL --output DIR
+    srun --ntasks 8 bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR=$HOST MASTER_PORT=29400 python ...'
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from collab_megatron.checkpoint.folders import MARKER, newest_complete, read_info
+from collab_megatron.checkpoint.folders import MARKER, CheckpointInfo, newest_complete, read_info
+from collab_megatron.cluster.processes import Supervisor, free_port
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.convert.hf_folder import check_output, parse_size
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
-from collab_megatron.errors import UserError, run_cli
+from collab_megatron.errors import EXIT_RUN, EXIT_USER, RunError, UserError, run_cli
 
-Dtype = Literal["float32", "bfloat16"]
+if TYPE_CHECKING:
+    from collab_megatron.actor.grid import RankGrid
+
+_OTHERS_END_S = 15.0  # once one process has failed, the others have heard of it and clear up
+_DAY_S = 86400.0  # ranks wait for the slowest, which may have hundreds of gigabytes to write
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def main() -> None:
+    args = _arguments()
+    signal.signal(signal.SIGTERM, _interrupt)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed; before torch looks for devices
+    if args.command == "hf-to-megatron":
+        folder = resolve_model_folder(args.hf_path)
+        check_layout(read_hf_config(folder), ParallelSection())
+    else:
+        info = _checkpoint(args.checkpoint)
+        parse_size(args.max_shard_size)
+    if args.processes is not None:
+        check_output(args.output)
+        for name in _PLACE:
+            os.environ.pop(name, None)  # of a Slurm step or torchrun that this one process runs in
+        if args.processes > 1:
+            _start(sys.argv[1:], args.processes)
+            return
+    with _grid() as grid:
+        if args.command == "hf-to-megatron":
+            written = hf_to_megatron(folder, args.output, grid, source=args.hf_path)
+        else:
+            written = megatron_to_hf(info, args.output, grid, max_shard_size=args.max_shard_size)
+        if grid.is_main:
+            print(written)
+
+
+def hf_to_megatron(folder: Path, output: Path, grid: RankGrid, *, source: str) -> Path:
+    """Write step 0 of a run that never was; `source` is noted in it."""
+    from collab_megatron.checkpoint.from_hf import (
+        checkpoint_from_hf,
+    )  # only here: mistakes should not wait for megatron
+
+    check_output(output)
+    return checkpoint_from_hf(folder, output, grid, extra={"source": source})
+
+
+def megatron_to_hf(info: CheckpointInfo, output: Path, grid: RankGrid, *, max_shard_size: str) -> Path:
+    """Read the weights, leave optimizer and random states, write a Hugging Face folder."""
+    from collab_megatron.checkpoint.to_hf import hf_from_checkpoint  # only here, as above
+
+    hf_from_checkpoint(info, output, grid, max_shard_size=max_shard_size)
+    return output
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     to_megatron = commands.add_parser("hf-to-megatron", help="a Hugging Face folder to a training checkpoint")
@@ -34,53 +101,71 @@ def main() -> None:
     to_hf.add_argument("--checkpoint", required=True, type=Path, help="step folder, or a folder of step folders")
     to_hf.add_argument("--output", required=True, type=Path, help="new folder")
     to_hf.add_argument("--max-shard-size", default="5GB", help="largest safetensors file, e.g. 5GB")
+    for command in (to_megatron, to_hf):
+        command.add_argument("--processes", type=int, help="start so many on this machine (default: see above, or 1)")
     args = parser.parse_args()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
-        os.environ.pop(name, None)  # one process, also inside a Slurm step
-    if args.command == "hf-to-megatron":
-        hf_to_megatron(args.hf_path, args.output)
-    else:
-        megatron_to_hf(args.checkpoint, args.output, args.max_shard_size)
+    if args.processes is not None and args.processes < 1:
+        raise UserError(f"--processes is {args.processes}; it must be 1 or more")
+    return args
 
 
-def hf_to_megatron(hf_path: str, output: Path) -> None:
-    """Load the folder in its own dtype and save it as step 0."""
-    folder = resolve_model_folder(hf_path)
-    config = read_hf_config(folder)
-    check_layout(config, ParallelSection())
-    check_output(output)
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"the model's dtype is {dtype}; float32 and bfloat16 are supported")
-    from collab_megatron.actor.actor import Actor  # only here: usage errors should not wait for megatron
-    from collab_megatron.actor.grid import close_grid, init_grid
-    from collab_megatron.checkpoint.store import save_checkpoint
-
-    actor = Actor.build(folder, dtype=cast(Dtype, dtype), grid=init_grid(ParallelSection(), seed=0), optimizer=None)
-    saved = save_checkpoint(actor, output, step=0, extra={"source": hf_path}, keep_last=1)
-    close_grid()
-    print(saved)
-
-
-def megatron_to_hf(checkpoint: Path, output: Path, max_shard_size: str) -> None:
-    """Read the weights, leave optimizer and random states, write a Hugging Face folder."""
-    folder = checkpoint if (checkpoint / MARKER).is_file() else newest_complete(checkpoint)
+def _checkpoint(path: Path) -> CheckpointInfo:
+    folder = path if (path / MARKER).is_file() else newest_complete(path)
     if folder is None:
-        raise UserError(f"{checkpoint} is not a complete checkpoint and holds none")
-    info = read_info(folder)
-    check_output(output)
-    parse_size(max_shard_size)
-    from collab_megatron.actor.actor import Actor  # only here: usage errors should not wait for megatron
-    from collab_megatron.actor.grid import close_grid, init_grid
-    from collab_megatron.checkpoint.store import load_checkpoint
+        raise UserError(f"{path} is not a complete checkpoint and holds none")
+    return read_info(folder)
 
-    grid = init_grid(ParallelSection(), seed=0)
-    dtype = cast(Dtype, info.layout["dtype"])
-    actor = Actor.build(info.hf_folder, dtype=dtype, grid=grid, optimizer=None, load_weights=False)
-    load_checkpoint(actor, folder)
-    actor.save_hf(output, max_shard_size=max_shard_size, metadata={"step": str(info.step)})
-    close_grid()
-    print(output)
+
+@contextlib.contextmanager
+def _grid() -> Iterator[RankGrid]:
+    """This process among those that convert. Rank 0 speaks for all: it hears of every failure."""
+    from collab_megatron.actor.grid import close_grid, init_grid
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        for name in _PLACE:
+            os.environ.pop(name, None)  # no port is needed
+    try:
+        grid = init_grid(ParallelSection(data=ranks, device="cpu", collective_timeout_s=_DAY_S), seed=0)
+        yield grid
+        close_grid()
+    except (UserError, RunError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        sys.exit(EXIT_USER if isinstance(error, UserError) else EXIT_RUN)
+
+
+def _start(argv: Sequence[str], count: int) -> None:
+    """Run `count` processes of this program, each with its place in the environment. Ends with their exit code."""
+    argv = list(argv)
+    at = next(i for i, word in enumerate(argv) if word.startswith("--processes"))
+    del argv[at : at + (1 if "=" in argv[at] else 2)]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with tempfile.TemporaryDirectory() as logs, Supervisor(Path(logs)) as supervisor:
+        children = [
+            supervisor.start(
+                f"process {rank} of {count}",
+                [sys.executable, __file__, *argv],
+                {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
+                show=True,
+            )
+            for rank in range(count)
+        ]
+        processes = [child.process for child in children]
+        while any(process.poll() is None for process in processes) and not any(map(_failed, processes)):
+            time.sleep(0.1)
+        deadline = time.monotonic() + _OTHERS_END_S
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        supervisor.wait_for(children)
+
+
+def _failed(process: object) -> bool:
+    return getattr(process, "returncode", None) not in (None, 0)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ of the process. The format is a length, a JSON header, then the tensors' bytes o
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,21 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a model folder, by name. Raises UserError where a file is damaged or differs from the index."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {
+            name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in read_header(file).items()
+        }
+    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    headers = {file: read_header(folder / file) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise UserError(f"tensor {name} is missing in {folder / file}, where {index.name} has it")
+    return {name: headers[file][name] for name, file in weight_map.items()}
+
+
 def read_into(stored: StoredTensor, target: Tensor) -> None:
     """Fill `target` (contiguous, on the CPU, of the stored shape and dtype) from the file. Raises OSError."""
     assert DTYPES[stored.dtype] == target.dtype, (stored, target.dtype)
@@ -87,7 +103,8 @@ def write_file(
         _write_header(stream, plan, dict(metadata or {}))
         for info, tensor in zip(plan, tensors, strict=True):
             assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype), (info, tensor.shape, tensor.dtype)
-            stream.write(_bytes_of(tensor.detach().cpu().contiguous()))
+            here = tensor.detach().cpu().contiguous()
+            stream.write(_bytes_of(here))
 
 
 def _stored(name: str, file: Path, entry: Mapping[str, list[int]], *, first_byte: int) -> StoredTensor:
@@ -107,5 +124,6 @@ def _write_header(stream: BinaryIO, plan: Sequence[TensorInfo], metadata: dict[s
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's memory, not a copy: numpy has no bfloat16."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    """The memory of a contiguous CPU tensor, valid while the tensor lives. Not through numpy, which has no bfloat16 and
+    leaves behind a storage that cannot be emptied."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
