@@ -108,11 +108,6 @@ class ShardedState:
             _restore_random(loaded["random"])
 
 
-def sharded_state(actor: Actor, *, loading: bool, random_states: bool) -> dict[str, Any]:
-    """The tree alone, for who only looks at what a checkpoint of this actor holds."""
-    return ShardedState(actor, loading=loading, random_states=random_states).tree
-
-
 def progress_in(common: dict[str, Any]) -> dict[str, int]:
     """The numbers in a checkpoint's common part; format 1 kept them inside upstream's own state."""
     if PROGRESS in common or "scheduler" not in common:

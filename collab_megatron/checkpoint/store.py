@@ -79,7 +79,7 @@ def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
         # torch's CheckpointException is a BaseException
         if sentence := refusal(info.model_folder, error):
             raise UserError(sentence) from error
-        raise RunError(f"rank {actor.grid.rank} cannot read the checkpoint {folder}: {error}") from error
+        raise RunError(f"rank {actor.grid.rank} cannot read the checkpoint {folder}: {_reason(error)}") from error
     state.restore(loaded, progress)
     return info
 
@@ -232,8 +232,16 @@ _FULL = "[disk full] "
 def _describe(error: BaseException, folder: Path, rank: int) -> str:
     """One line for the other ranks; what is not a full disk is logged here with its traceback."""
     if is_disk_full(error, folder):
-        return f"{_FULL}{type(error).__name__}: {error}".splitlines()[0]
+        return _FULL + _reason(error)
     logger.error("rank %d: saving to %s failed", rank, folder, exc_info=error)
+    return _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    """One line; of torch's CheckpointException, which collects what failed on the ranks, the first."""
+    failures = getattr(error, "failures", None)  # rank -> (exception, traceback)
+    if failures:
+        error = next(iter(failures.values()))[0]
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
