@@ -1,22 +1,28 @@
-"""What a run will take, from the config alone: processes, memory per rank, calls and dollars per step."""
+"""What a run will take, from the config alone: ranks, bytes of each, work, calls and dollars per step."""
 
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+from collections.abc import Sequence
+from itertools import groupby
 
+from collab_megatron.cluster.memory import RankMemory, Reference, engine_memory, trainer_memory
 from collab_megatron.cluster.preflight import device_of
 from collab_megatron.config import RLConfig, SFTConfig
-from collab_megatron.config.sections import LLMSection, OptimizerSection, ParallelSection
+from collab_megatron.config.sections import EngineSection, LLMSection, ParallelSection
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.convert.spec import ModelSpec, model_spec
 from collab_megatron.convert.tables import parameter_count
+from collab_megatron.monitor.flops import train_flops
 
-ADAM_BYTES = 8  # two fp32 moments
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "working", "reference", "device", "host")
 
 
 def rl_plan(config: RLConfig) -> str:
-    """A few lines of text. Raises UserError for a model or layout that cannot be trained."""
+    """Some lines of text. Raises UserError for a model or layout that cannot be trained."""
     spec = _spec(config.model.path, config.parallel)
     rollout = config.rollout
     replies = rollout.prompts_per_step * rollout.num_replies
@@ -29,10 +35,11 @@ def rl_plan(config: RLConfig) -> str:
         if name == "interactivity" or (name == "accuracy" and config.reward.accuracy_verifier == "judge")
     ]
     judge_calls = futures * len(judged)
-    copies = 1 + (config.algorithm.kl_coef > 0)
+    reference: Reference = config.algorithm.reference if config.algorithm.kl_coef else "none"
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     lines = [
-        *_training_lines(spec, config.parallel, config.model.dtype, config.optimizer, copies),
-        f"engine      one SGLang server at tensor parallel {config.engine.tensor}",
+        *_training_lines(spec, config, reference, samples=replies, longest=longest),
+        _engine_line(spec, config.engine, config.model.dtype),
         f"per step    {rollout.prompts_per_step} prompts x {rollout.num_replies} replies = {replies} replies, "
         f"{simulated} futures, at most {replies + user_calls} policy turns of {rollout.max_new_tokens} tokens",
         f"user calls  at most {user_calls} per step{_cost(config.simulators.user, user_calls)}",
@@ -44,9 +51,9 @@ def rl_plan(config: RLConfig) -> str:
 
 
 def sft_plan(config: SFTConfig) -> str:
-    """A few lines of text. Raises UserError for a model or layout that cannot be trained."""
+    """Some lines of text. Raises UserError for a model or layout that cannot be trained."""
     spec = _spec(config.model.path, config.parallel)
-    lines = _training_lines(spec, config.parallel, config.model.dtype, config.optimizer, copies=1)
+    lines = _training_lines(spec, config, "none", samples=config.batch_size, longest=config.max_tokens)
     lines.append(f"training    {config.train.steps} steps of {config.batch_size} conversations")
     return "\n".join(lines)
 
@@ -58,25 +65,106 @@ def _spec(path: str, parallel: ParallelSection) -> ModelSpec:
 
 
 def _training_lines(
-    spec: ModelSpec, parallel: ParallelSection, dtype: str, optimizer: OptimizerSection, copies: int
+    spec: ModelSpec, config: RLConfig | SFTConfig, reference: Reference, *, samples: int, longest: int
 ) -> list[str]:
-    params = parameter_count(spec)
-    share = math.ceil(params / parallel.tensor)  # norms are not split; negligible
-    width = 2 if dtype == "bfloat16" else 4
-    master = 4 if dtype == "bfloat16" else 0
-    state = (ADAM_BYTES + master) / (parallel.data if optimizer.distributed else 1)
-    per_rank = {
-        "weights": share * width * copies,
-        "gradients": share * 4,
-        "optimizer": round(share * state),
-    }
-    shown = ", ".join(f"{name} {size / 2**20:,.0f} MB" for name, size in per_rank.items())
+    """`samples` of at most `longest` tokens are trained per step, over all data ranks."""
+    parallel, train, dtype = config.parallel, config.train, config.model.dtype
+    device = device_of(parallel)
+    tokens = max(train.micro_batch_tokens, longest)  # a sample longer than a micro-batch is one of its own
+    stages = trainer_memory(
+        spec,
+        dtype=dtype,
+        parallel=parallel,
+        optimizer=config.optimizer,
+        train=train,
+        reference=reference,
+        device=device,
+        tokens=tokens,
+    )
+    rows = max(1, train.micro_batch_tokens // longest)
+    micro_batches = math.ceil(math.ceil(samples / parallel.data) / rows)
+    petaflop = train_flops(spec, [longest] * samples) / 1e15
     return [
-        f"model       {spec.architecture}, {params:,} parameters, {dtype}",
-        f"trainer     {parallel.world_size} ranks on {device_of(parallel)}: tensor {parallel.tensor} "
-        f"x data {parallel.data}",
-        f"per rank    {shown} ({sum(per_rank.values()) / 2**20:,.0f} MB without activations)",
+        f"model       {spec.architecture}, {parameter_count(spec):,} parameters, {dtype}",
+        f"trainer     {parallel.world_size} ranks on {device}: {_layout(parallel)}",
+        f"memory      per rank, a micro-batch of {tokens:,} tokens, recompute {train.recompute}",
+        *_table(stages),
+        *_room(stages, device),
+        f"work        at most {micro_batches} micro-batches a data rank and {petaflop:,.2g} PFLOP of training per step",
     ]
+
+
+def _layout(parallel: ParallelSection) -> str:
+    """`tensor 2 x pipeline 4 x data 2`, and what else bears on memory; an axis of one rank goes unsaid."""
+    axes = [(axis, getattr(parallel, axis)) for axis in ("tensor", "pipeline", "context", "data")]
+    said = " x ".join(f"{axis} {size}" for axis, size in axes if size > 1) or "no axis divided"
+    more = [
+        f"{parallel.interleave} chunks a stage" if parallel.interleave > 1 else "",
+        f"experts over {parallel.expert}" if parallel.expert > 1 else "",
+        "sequence parallel" if parallel.sequence_parallel and parallel.tensor > 1 else "",
+    ]
+    return ", ".join([said, *filter(None, more)])
+
+
+def _table(stages: Sequence[RankMemory]) -> list[str]:
+    """A heading and one line for every run of pipeline stages that hold the same; columns of nothing are left out."""
+    columns = [name for name in COLUMNS if any(getattr(stage, name) for stage in stages)]
+    lines = ["".join([" " * 12, f"{'stage':<10}", *(f"{name:>13}" for name in columns)])]
+    for _, run in groupby(stages, key=lambda stage: [getattr(stage, name) for name in columns]):
+        alike = list(run)
+        first, last = alike[0].stage, alike[-1].stage
+        label = f"{first}" if first == last else f"{first}-{last}"
+        amounts = (f"{_amount(getattr(alike[0], name)):>13}" for name in columns)
+        lines.append("".join([" " * 12, f"{label:<10}", *amounts]))
+    return lines
+
+
+def _room(stages: Sequence[RankMemory], device: str) -> list[str]:
+    """What a GPU has beyond that, where there is one to ask."""
+    there = gpu_bytes() if device == "cuda" else None
+    if there is None:
+        return []
+    needed = max(stage.device for stage in stages)
+    said = f"{_amount(there - needed)} to spare" if needed <= there else f"{_amount(needed - there)} too few"
+    return [f"room        the GPU has {_amount(there)}: {said}"]
+
+
+def gpu_bytes() -> int | None:
+    """Memory of this machine's first GPU, by nvidia-smi; None where there is none. torch stays out of the launcher."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return int(said.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def _engine_line(spec: ModelSpec, engine: EngineSection, dtype: str) -> str:
+    if engine.url is not None:
+        return f"engine      the SGLang server at {engine.url}"
+    memory = engine_memory(spec, dtype=dtype, engine=engine)
+    per_token = f"{_amount(memory.kv_per_token)} a token"
+    if memory.kv_cache is not None:
+        cache = f"KV cache {_amount(memory.kv_cache)} ({engine.max_total_tokens:,} tokens, {per_token})"
+    else:
+        share = f"{engine.mem_fraction:.0%}" if engine.mem_fraction else "SGLang's own choice"
+        cache = f"KV cache {per_token}, up to {share} of the memory with the weights"
+    return (
+        f"engine      one SGLang server at tensor parallel {engine.tensor}; per rank weights "
+        f"{_amount(memory.weights)}, {cache}"
+    )
+
+
+def _amount(size: int) -> str:
+    """Bytes in the unit that leaves three or four digits."""
+    for unit, scale in (("GB", 2**30), ("MB", 2**20)):
+        if abs(size) >= 10 * scale:
+            return f"{size / scale:,.0f} {unit}"
+        if abs(size) >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 2**10:,.0f} kB"
 
 
 def _cost(section: LLMSection, calls: int) -> str:
