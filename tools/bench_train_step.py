@@ -68,7 +68,7 @@ _LLAMA, _QWEN2, _QWEN3 = "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausal
 SHAPES: dict[str, Shape] = {
     "tiny": Shape(_QWEN3, _sizes(64, 2, 4, 2, 128, 512), rows=2, length=32),
     "8m": Shape(_LLAMA, _sizes(256, 6, 8, 4, 768, 12288), rows=4, length=256),  # 7.9 M parameters, 40% embedding
-    "135m": Shape(_LLAMA, _sizes(576, 30, 9, 3, 1536, 49152), rows=2, length=128),  # SmolLM2-135M
+    "135m": Shape(_LLAMA, _sizes(576, 30, 9, 3, 1536, 49152), rows=2, length=256),  # SmolLM2-135M
     "qwen2.5-1.5b": Shape(_QWEN2, _sizes(1536, 28, 12, 2, 8960, 151936), rows=4, length=2048),
     "qwen2.5-7b": Shape(_QWEN2, _sizes(3584, 28, 28, 4, 18944, 152064), rows=4, length=2048, tied=False),
 }
