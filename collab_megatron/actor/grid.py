@@ -119,14 +119,8 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
         )
     _set_threads(backend)
     timeout = timedelta(seconds=parallel.collective_timeout_s)
-    where: dict[str, Any] = {"rank": rank, "world_size": world_size}
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        where["store"] = dist.HashStore()  # no port to fight over
-    try:
-        dist.init_process_group(backend.process_group, timeout=timeout, **where)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise RunError(f"rank {rank} of {world_size} could not join the others at {address}: {error}") from error
+    if not dist.is_initialized():  # else: close_grid(leave_world=False) went before
+        _join_world(backend, rank, world_size, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -170,12 +164,26 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
     return _grid
 
 
-def close_grid() -> None:
-    """Leave the process groups; a no-op where there is none."""
+def _join_world(backend: Backend, rank: int, world_size: int, timeout: timedelta) -> None:
+    where: dict[str, Any] = {"rank": rank, "world_size": world_size}
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        where["store"] = dist.HashStore()  # no port to fight over
+    try:
+        dist.init_process_group(backend.process_group, timeout=timeout, **where)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(f"rank {rank} of {world_size} could not join the others at {address}: {error}") from error
+
+
+def close_grid(*, leave_world: bool = True) -> None:
+    """Leave the process groups; a no-op where there is none. `leave_world` False: the same ranks go on to another
+    layout.
+    """
     global _grid
     if _grid is not None:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if leave_world:
+            dist.destroy_process_group()
         _grid = None
 
 

@@ -95,8 +95,10 @@ def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid, reco
         context_parallel_size=grid.cp_size,
         expert_model_parallel_size=grid.ep_size,
         expert_tensor_parallel_size=1,
-        # micro-batches have the length of their longest row; stages tell each other
+        # micro-batches have the length of their longest row; stages tell each other, and upstream insists on the one
+        # dispatcher of experts that takes any length, experts or not
         variable_seq_lengths=grid.pp_size > 1,
+        moe_token_dispatcher_type="alltoall",
         # the interleaved schedule with batched p2p is silently wrong at two stages in 0.16
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
@@ -136,8 +138,6 @@ def _experts(spec: ModelSpec, backend: Backend) -> dict[str, Any]:
         "moe_router_pre_softmax": not spec.norm_topk,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        # the one dispatcher that takes micro-batches of any length
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": backend.transformer_engine,
     }
 
@@ -197,16 +197,21 @@ def _build_chunk(
 
 def _mark_shards(model: PolicyModel, spec: ModelSpec, grid: RankGrid) -> None:
     """Say of each parameter how it is cut. Upstream does so only while initialising weights, which we skip; unmarked,
-    a shard counts as a copy and is left out of the gradient norm on every rank but the first, in silence.
+    a shard counts as a copy and is left out of the gradient norm on every rank but the first, in silence. A whole
+    expert counts as a shard: the tensor-parallel ranks hold different ones.
     """
-    cuts = {row.megatron: row.cut for row in rows(spec)}
+    by_name = {row.megatron: row for row in rows(spec)}
     for name, parameter in local_parameters([model], spec, grid).items():
-        cut = cuts[name]
+        cut = by_name[name].cut
         marks = {
-            "tensor_model_parallel": cut is not None,
+            "tensor_model_parallel": cut is not None or by_name[name].expert is not None,
             "partition_dim": -1 if cut is None else cut,
             "partition_stride": 1,
         }
+        if by_name[name].expert is not None and grid.tp_size > 1:
+            # without expert parallelism upstream reduces experts like dense weights: not over the tensor-parallel
+            # ranks, each of which saw other tokens
+            marks["allreduce"] = False
         for mark, value in marks.items():
             setattr(parameter, mark, value)
 

@@ -25,7 +25,7 @@ def main() -> None:
         os._exit(0)
     started = time.monotonic()
     batches = split_by_tokens(make_samples(2), micro_batch_tokens=99, pad_id=0)
-    with pytest.raises(RunError, match=r"rank 0 \(tp 0, dp 0\) in the training step: a peer died"):
+    with pytest.raises(RunError, match=r"rank 0 \(tp 0\) in the training step: a peer died"):
         actor.train_step(batches, lambda logprobs, batch: sft_loss(logprobs, mask=batch.mask), 10)
     with pytest.raises(RunError, match=r"rank 0 .* in log-probs"):
         actor.logprobs(batches)
