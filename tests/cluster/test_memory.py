@@ -113,7 +113,7 @@ def test_activations_by_hand() -> None:
         "full": 8 * 2,
     }
     for recompute, layer in kept.items():
-        (rank,) = memory(train=TrainSection(micro_batch_tokens=TOKENS, recompute=recompute))  # type: ignore[arg-type]
+        (rank,) = memory(train=TrainSection(micro_batch_tokens=TOKENS, recompute=recompute))
         # in the backward pass one layer is whole again, but the head is done with then
         again = kept["none"] - layer
         assert rank.activations == TOKENS * (4 * layer + 8 + max(head, again)), recompute
