@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
@@ -111,6 +112,11 @@ def _check_run(run: RunSection, steps: int) -> int:
 
 
 def _check_devices(parallel: ParallelSection, engine: EngineSection | None) -> None:
+    if parallel.context > 1 and importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            f"parallel.context={parallel.context} needs transformer-engine, whose attention alone shares a sequence "
+            "between ranks: install it on a machine with GPUs, or set parallel.context=1"
+        )
     if device_of(parallel) != "cuda":
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -44,6 +44,11 @@ def _check_schedule(optimizer: OptimizerSection, steps: int) -> None:
         )
 
 
+def _check_packing(parallel: ParallelSection, train: TrainSection) -> None:
+    if train.packing and parallel.context > 1:
+        raise ValueError("train.packing and parallel.context > 1 do not go together yet: set one of them back")
+
+
 class RLConfig(Section):
     """`python -m collab_megatron.train_rl`."""
 
@@ -65,6 +70,7 @@ class RLConfig(Section):
     def _cross_checks(self) -> Self:
         _check_metrics(self.reward, self.simulators)
         _check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
+        _check_packing(self.parallel, self.train)
         if self.rollout.min_replies > self.rollout.num_replies:
             raise ValueError("rollout.min_replies is larger than rollout.num_replies: no group could ever be kept")
         if self.algorithm.mini_batches > self.rollout.prompts_per_step:
@@ -90,6 +96,7 @@ class SFTConfig(Section):
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         _check_schedule(self.optimizer, self.train.steps)
+        _check_packing(self.parallel, self.train)
         return self
 
 

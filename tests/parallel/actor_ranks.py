@@ -1,6 +1,6 @@
 """Run by test_actor_parallel.py on four ranks (tensor 2, pipeline 2): what layout_ranks.py does not ask of an actor.
 
-    actor_ranks.py WORK
+actor_ranks.py WORK
 """
 
 from __future__ import annotations

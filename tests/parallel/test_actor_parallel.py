@@ -1,4 +1,4 @@
-"""The actor on real gloo ranks, beyond the numbers of test_layouts.py: skipped steps, references, refusals, lost peers."""
+"""The actor on real gloo ranks, beyond the numbers of test_layouts.py: skipped steps, references, lost peers."""
 
 from __future__ import annotations
 
