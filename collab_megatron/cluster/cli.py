@@ -50,7 +50,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     internal.add_argument("--engine-url", default="", help=argparse.SUPPRESS)
     internal.add_argument("--engine-ready-file", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--driver-ready-file", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     trainer = None
     if args.trainer_rank:
         trainer = TrainerArguments(args.engine_url, args.engine_ready_file, args.driver_ready_file)

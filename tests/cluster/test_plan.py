@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.cluster import plan
+from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.errors import UserError
 from tests.conftest import REPOSITORY
@@ -93,3 +94,8 @@ def test_the_engine_says_what_a_token_costs(planned: Callable[..., list[str]]) -
 def test_a_layout_that_does_not_fit_is_refused(planned: Callable[..., list[str]]) -> None:
     with pytest.raises(UserError, match=r"parallel\.pipeline=5 does not divide"):
         planned("parallel.pipeline=5")
+
+
+def test_overrides_may_stand_on_either_side_of_an_option() -> None:
+    found = parse_arguments("", ["a.yaml", "x.y=1", "--dry-run", "x.z=2"])
+    assert (found.overrides, found.dry_run) == (["x.y=1", "x.z=2"], True)

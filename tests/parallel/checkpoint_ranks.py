@@ -57,6 +57,7 @@ class Layout:
 
 
 ONE, TP2, PP2 = Layout("one"), Layout("tp2", {"tensor": 2}), Layout("pp2", {"pipeline": 2})
+SP2 = Layout("tp2-sequence", {"tensor": 2, "sequence_parallel": True})
 PP2X2 = Layout("pp2x2", {"pipeline": 2, "interleave": 2})
 DP2 = Layout("dp2-distributed", {"data": 2}, distributed=True)
 HOST = Layout("one-offload", cpu_offload=0.5)
@@ -66,7 +67,7 @@ EP2D = Layout("ep2-distributed", {"data": 2, "expert": 2}, distributed=True)
 # (model folder, layouts, whether each takes over every other's)
 FAMILIES = (
     ("qwen3", (ONE, TP2, PP2, PP2X2, DP2, HOST), True),
-    ("qwen3moe", (ONE, PP2, EP2, EP2D), True),
+    ("qwen3moe", (ONE, SP2, PP2, EP2, EP2D), True),
     ("qwen3-bf16", (ONE, TP2, PP2X2, DP2, HOST), False),
     ("qwen3moe-bf16", (EP2D,), False),
 )
