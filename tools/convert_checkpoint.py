@@ -57,8 +57,8 @@ def main() -> None:
     else:
         info = _checkpoint(args.checkpoint)
         parse_size(args.max_shard_size)
+    check_output(args.output)  # every rank, ahead of the rendezvous: later rank 0 has begun to write
     if args.processes is not None:
-        check_output(args.output)
         for name in _PLACE:
             os.environ.pop(name, None)  # of a Slurm step or torchrun that this one process runs in
         if args.processes > 1:
@@ -79,7 +79,6 @@ def hf_to_megatron(folder: Path, output: Path, grid: RankGrid, *, source: str) -
         checkpoint_from_hf,
     )  # only here: mistakes should not wait for megatron
 
-    check_output(output)
     return checkpoint_from_hf(folder, output, grid, extra={"source": source})
 
 

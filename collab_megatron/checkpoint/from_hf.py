@@ -21,10 +21,11 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
 from collab_megatron.actor.actor import Actor
-from collab_megatron.actor.grid import RankGrid, agree
+from collab_megatron.actor.grid import RankGrid
 from collab_megatron.checkpoint.folders import step_folder, write_marker
 from collab_megatron.checkpoint.pieces import Piece, memoryless_actor, pieces
 from collab_megatron.checkpoint.state import PROGRESS, layout_of
+from collab_megatron.checkpoint.together import together
 from collab_megatron.convert.disk import fsync_folder, is_disk_full
 from collab_megatron.convert.hf_folder import copy_companions
 from collab_megatron.convert.layout import read_hf_config
@@ -46,21 +47,27 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
     tensor, shape and file, where the folder is not the model that its config.json describes or holds several dtypes;
     RunError where it cannot be written. Then nothing of the attempt is left.
     """
-    spec = model_spec(read_hf_config(source))
-    with SafetensorsFolder(source) as names:
-        check_names(names, spec)
-    stored = read_headers(source)
-    actor = memoryless_actor(source, _check_tensors(stored, spec), grid)
-    mine = share(pieces(actor), grid.rank, grid.world_size)
+    doing = f"converting {source}"
+    with together(grid, doing, directory):
+        spec = model_spec(read_hf_config(source))
+        with SafetensorsFolder(source) as names:
+            check_names(names, spec)
+        stored = read_headers(source)
+        actor = memoryless_actor(source, _check_tensors(stored, spec), grid)
+        mine = share(pieces(actor), grid.rank, grid.world_size)
     final = step_folder(directory, 0)
     aside = final.with_name(final.name + ".tmp")
     made = not directory.exists()
     try:
-        _on_rank_zero(grid, aside, lambda: _prepare(source, aside))
+        with together(grid, doing, directory):
+            if grid.is_main:
+                _prepare(source, aside)
         total = sum(piece.num_bytes for piece in mine)
         with progress("hf-to-megatron", total, show=grid.is_main) as advance:
             _write_tensors(mine, aside / "model", grid, _Planner(mine, stored, spec, advance))
-        _on_rank_zero(grid, aside, lambda: _publish(actor, aside, final, extra))
+        with together(grid, doing, directory):
+            if grid.is_main:
+                _publish(actor, aside, final, extra)
     finally:
         if grid.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -186,16 +193,3 @@ def _publish(actor: Actor, aside: Path, final: Path, extra: Mapping[str, Any]) -
     fsync_folder(aside)
     aside.rename(final)
     fsync_folder(final.parent)
-
-
-def _on_rank_zero(grid: RankGrid, folder: Path, action: Any) -> None:
-    """Rank 0 acts, all ranks hear how it went. Raises RunError on every rank where it failed."""
-    failure: str | None = None
-    if grid.is_main:
-        try:
-            action()
-        except (OSError, RuntimeError) as error:  # torch.save raises the second
-            full = is_disk_full(error, folder)
-            failure = "disk full: free space and repeat" if full else f"{type(error).__name__}: {error}"
-    if agree(grid, failure):
-        raise RunError(f"writing to {folder.parent} failed ({failure or 'on rank 0'})")

@@ -21,11 +21,11 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from collab_megatron.actor.actor import Actor
-from collab_megatron.actor.grid import RankGrid, agree
+from collab_megatron.actor.grid import RankGrid
 from collab_megatron.checkpoint.folders import CheckpointInfo
 from collab_megatron.checkpoint.pieces import Piece, memoryless_actor, pieces
 from collab_megatron.checkpoint.reader import read_metadata
-from collab_megatron.convert.disk import is_disk_full
+from collab_megatron.checkpoint.together import together
 from collab_megatron.convert.exporter import TensorInfo
 from collab_megatron.convert.hf_folder import cut_into_shards, finish_folder, parse_size, whole_or_absent, write_shard
 from collab_megatron.convert.progress import progress
@@ -42,19 +42,21 @@ def hf_from_checkpoint(info: CheckpointInfo, output: Path, grid: RankGrid, *, ma
     left.
     """
     limit = parse_size(max_shard_size)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[info.layout["dtype"]]
-    actor = memoryless_actor(info.hf_folder, dtype, grid)
-    tensors = _CheckpointTensors(info.model_folder, actor)
+    doing = f"converting {info.folder}"
+    with together(grid, doing, output.parent):
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[info.layout["dtype"]]
+        actor = memoryless_actor(info.hf_folder, dtype, grid)
+        tensors = _CheckpointTensors(info.model_folder, actor)
     shards = cut_into_shards(actor.tensor_plan(), limit)
     mine = range(grid.rank, len(shards), grid.world_size)
     total = sum(tensor.num_bytes for number in mine for tensor in shards[number])
-    with _folder_of_all(output, grid) as aside, _one_failure_for_all(output, grid):
-        with progress("megatron-to-hf", total, show=grid.is_main) as advance:
+    with _folder_of_all(output, grid, doing) as aside:
+        with together(grid, doing, aside), progress("megatron-to-hf", total, show=grid.is_main) as advance:
             for number in mine:
                 write_shard(aside, number, shards[number], tensors.read(shards[number], advance), _origin(info))
-        _wait_for_all(grid)
-        if grid.is_main:
-            finish_folder(aside, shards, info.hf_folder)
+        with together(grid, doing, aside):
+            if grid.is_main:
+                finish_folder(aside, shards, info.hf_folder)
 
 
 class _CheckpointTensors:
@@ -152,49 +154,12 @@ def _origin(info: CheckpointInfo) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _folder_of_all(output: Path, grid: RankGrid) -> Iterator[Path]:
-    """whole_or_absent of rank 0, on every rank; published once all have left. Raises what it raises."""
+def _folder_of_all(output: Path, grid: RankGrid, doing: str) -> Iterator[Path]:
+    """whole_or_absent of rank 0, on every rank; published once rank 0 leaves it. Raises what it raises."""
     place: list[Any] = [None]
     with contextlib.ExitStack() as stack:
-        failure: Exception | None = None
-        if grid.is_main:
-            try:
+        with together(grid, doing, output.parent):
+            if grid.is_main:
                 place = [stack.enter_context(whole_or_absent(output))]
-            except (OSError, UserError, RunError) as error:
-                failure = error
-                place = [error if isinstance(error, UserError) else RunError(f"cannot write {output}: {error}")]
         dist.broadcast_object_list(place, src=0, group=grid.cpu_group)
-        if not isinstance(place[0], Path):
-            raise place[0] from failure
         yield place[0]
-
-
-@contextlib.contextmanager
-def _one_failure_for_all(output: Path, grid: RankGrid) -> Iterator[None]:
-    """Where any rank fails, every rank raises: its own error, or RunError with the first that it heard of."""
-    failure: Exception | None = None
-    try:
-        yield
-    except _Heard as heard:
-        raise RunError(f"converting to {output} failed: {heard}") from None
-    except Exception as error:  # noqa: BLE001  (raised again below, once every rank has heard of it)
-        failure = error
-    text = None
-    if failure is not None:
-        full = is_disk_full(failure, output.parent)
-        text = "disk full: free space and repeat" if full else str(failure) or type(failure).__name__
-    said = agree(grid, text)
-    if isinstance(failure, UserError | RunError):
-        raise failure
-    if said:
-        raise RunError(f"converting to {output} failed: {said[0]}") from failure
-
-
-class _Heard(Exception):
-    """Another rank has failed."""
-
-
-def _wait_for_all(grid: RankGrid) -> None:
-    """Every file is written, or _Heard."""
-    if said := agree(grid, None):
-        raise _Heard(said[0])
