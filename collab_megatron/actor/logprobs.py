@@ -67,6 +67,7 @@ class _HeadLogprobs(torch.autograd.Function):
         columns: int,
         keep: bool,
         group: dist.ProcessGroup | None,
+        is_embedding: bool,
     ) -> tuple[Tensor, Tensor]:
         """local: [N] labels counted from this rank's first column; real: columns of this rank that are no padding."""
         tiles = [(i, min(i + columns, real)) for i in range(0, real, columns)]
@@ -100,19 +101,21 @@ class _HeadLogprobs(torch.autograd.Function):
         for softmax, (i, j), rare, share in zip(kept, tiles, rarity, label_share, strict=keep):
             _subtract_label(softmax, local, i, j, share - rare)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(hidden, weight, local, rarity, label_share, *kept)
-            ctx.tiles = tiles
+            ctx.save_for_backward(hidden, local, rarity, label_share, *kept)
+            ctx.weight = weight  # itself, not a saved copy of it: megatron hangs the gradient's buffer on it
+            ctx.tiles, ctx.is_embedding = tiles, is_embedding
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, rarity, label_share, *kept = ctx.saved_tensors
+        hidden, local, rarity, label_share, *kept = ctx.saved_tensors
+        weight = ctx.weight
         hidden_wanted, weight_wanted = ctx.needs_input_grad[:2]
         work = None if kept or not ctx.tiles else _Workspace(hidden, ctx.tiles[0][1])
         hidden_grad = torch.zeros_like(hidden, dtype=rarity.dtype)
-        weight_grad = torch.empty_like(weight) if weight_wanted else None
+        weight_grad = _WeightGrad(weight, ctx.is_embedding) if weight_wanted else None
         part = torch.empty_like(hidden)
         for t, (i, j) in enumerate(ctx.tiles):
             if work is None:
@@ -123,12 +126,48 @@ class _HeadLogprobs(torch.autograd.Function):
                 softmax = work.narrow(wide)
             factor = (-grad / rarity[t])[:, None]
             if weight_grad is not None:
-                torch.mm(softmax.t(), (hidden * factor).to(hidden.dtype), out=weight_grad[i:j])
+                weight_grad.write(i, j, softmax, (hidden * factor).to(hidden.dtype))
             if hidden_wanted:
                 hidden_grad.addcmul_(torch.mm(softmax, weight[i:j], out=part), factor)
-        if weight_grad is not None:
-            weight_grad[ctx.tiles[-1][1] if ctx.tiles else 0 :] = 0.0
-        return hidden_grad.to(hidden.dtype) if hidden_wanted else None, weight_grad, None, None, None, None, None
+        found = None if weight_grad is None else weight_grad.finish(ctx.tiles[-1][1] if ctx.tiles else 0)
+        return hidden_grad.to(hidden.dtype) if hidden_wanted else None, found, None, None, None, None, None, None
+
+
+class _WeightGrad:
+    """Where the rows of the weight's gradient go: into megatron's buffer if the weight has one, else into a tensor.
+
+    The protocol of the buffer is that of kernels._into_buffer, unless the weight is the embedding too: then autograd
+    is given nothing from here, and megatron's hook adds the embedding's gradient to what already lies in the buffer.
+    """
+
+    def __init__(self, weight: Any, is_embedding: bool) -> None:
+        self._weight, self._is_embedding = weight, is_embedding
+        self._buffer: Tensor | None = getattr(weight, "main_grad", None)
+        self._adds = self._buffer is not None and (is_embedding or weight.grad_added_to_main_grad)
+        self._rows: Tensor = torch.empty_like(weight) if self._buffer is None else self._buffer
+
+    def write(self, i: int, j: int, softmax: Tensor, scaled: Tensor) -> None:
+        """Rows i..j are softmax [N, j - i] transposed times scaled [N, H]."""
+        rows = self._rows[i:j]
+        if rows.dtype != softmax.dtype:
+            product = softmax.t() @ scaled
+            rows.add_(product) if self._adds else rows.copy_(product)
+        elif self._adds:
+            rows.addmm_(softmax.t(), scaled)
+        else:
+            torch.mm(softmax.t(), scaled, out=rows)
+
+    def finish(self, written: int) -> Tensor | None:
+        """What autograd is told; rows from `written` on are padding."""
+        if self._buffer is None:
+            self._rows[written:] = 0.0
+            return self._rows
+        if self._is_embedding:
+            return None
+        if not self._adds:
+            self._rows[written:] = 0.0
+        self._weight.grad_added_to_main_grad = True
+        return torch.empty_like(self._weight)
 
 
 def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -166,6 +205,7 @@ def head_logprobs(
     tp_rank: int = 0,
     group: dist.ProcessGroup | None = None,
     chunk_bytes: int,
+    is_embedding: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Per token: log-probability of its label (differentiable) and entropy of its distribution (not); fp32 [N] each.
 
@@ -173,7 +213,8 @@ def head_logprobs(
     sequence parallelism; weight: [V, H], same dtype, this rank's rows of the padded output matrix; labels: [N] int64,
     global ids below `vocab`, the true size of the vocabulary: the padding beyond it takes no probability. chunk_bytes:
     the most that fp32 logits of this rank may take; where those of all tokens fit, they live until the backward pass,
-    in `hidden`'s dtype, else they are made again there. Raises ValueError where shapes or dtypes do not fit.
+    in `hidden`'s dtype, else they are made again there. The weight's gradient goes to its `main_grad`, if any;
+    is_embedding: the weight embeds tokens in the same pass too. Raises ValueError where shapes or dtypes do not fit.
 
     One all-gather of [3, N] fp32 over `group`, in the forward pass; results are the same on all its ranks. The gradient
     that comes back to `hidden` is only this rank's part of the sum over the vocabulary: put megatron's
@@ -195,5 +236,5 @@ def head_logprobs(
     columns = max(1, min(wanted, chunk_bytes // column_bytes))
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = keep and column_bytes * real <= chunk_bytes
-    logprobs, entropy = _HeadLogprobs.apply(hidden, weight, labels - first, real, columns, keep, group)
+    logprobs, entropy = _HeadLogprobs.apply(hidden, weight, labels - first, real, columns, keep, group, is_embedding)
     return logprobs, entropy

@@ -57,6 +57,7 @@ class PolicyModel(GPTModel):
             tp_rank=self.grid.tp_rank,
             group=group,
             chunk_bytes=self.logits_chunk_bytes,
+            is_embedding=tied and self.pre_process,
         )
         return torch.stack([logprobs, entropy]).view(2, *hidden.shape[:2]).transpose(1, 2)
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
@@ -148,9 +147,19 @@ def step_if_finite(optimizer: MegatronOptimizer, clip_grad: float) -> tuple[floa
         return norm, False
     if 0.0 < clip_grad < norm:
         for part in parts(optimizer):
-            clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, norm)
+            _scale(part, clip_grad / (norm + 1e-6))
     optimizer.step_with_ready_grads()
     return norm, True
+
+
+def _scale(part: Any, factor: float) -> None:
+    """Upstream's clipping writes a second copy of every gradient where it has no fused kernel."""
+    gradients = [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]
+    if gradients and gradients[0].is_cuda:
+        torch._foreach_mul_(gradients, factor)
+        return
+    for gradient in gradients:
+        gradient.mul_(factor)
 
 
 def set_learning_rates(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:

@@ -25,13 +25,12 @@ def main() -> None:
     folder = Path(sys.argv[1])
     options = dict(option.split("=") for option in sys.argv[2:])
     packed = options.pop("packed", "false") == "true"
-    grid = init_grid(ParallelSection(device="cuda", **options), seed=1)  # type: ignore[arg-type]
+    grid = init_grid(ParallelSection(device="cuda", **options), seed=1)
     actor = Actor.build(folder, dtype="bfloat16", grid=grid, optimizer=OPTIMIZER, total_steps=STEPS)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(grid.device)
-    cut = {"micro_batch_tokens": 80, "pad_id": 0, "pad_multiple": grid.pad_multiple}
-    samples = make_samples(8)
-    batches = split_by_tokens(samples, packed=packed, **cut)
-    rows = split_by_tokens(samples, **{**cut, "micro_batch_tokens": 10**6})[0]
+    samples, multiple = make_samples(8), grid.pad_multiple
+    batches = split_by_tokens(samples, micro_batch_tokens=80, pad_id=0, pad_multiple=multiple, packed=packed)
+    rows = split_by_tokens(samples, micro_batch_tokens=10**6, pad_id=0)[0]
     with torch.no_grad():
         wanted_rows = rows.per_sample(statistics(plain, rows.ids.to(grid.device))[0].cpu())
     wanted = dict(zip(rows.sample_indices, wanted_rows, strict=True))
