@@ -129,6 +129,8 @@ def _grid() -> Iterator[RankGrid]:
         yield grid
         close_grid()
     except (UserError, RunError) as error:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+            raise KeyboardInterrupt from error  # what failed is that the others were ended too
         if os.environ.get("RANK", "0") == "0":
             raise
         sys.exit(EXIT_USER if isinstance(error, UserError) else EXIT_RUN)
@@ -164,6 +166,7 @@ def _failed(process: object) -> bool:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the clearing up
     raise KeyboardInterrupt
 
 

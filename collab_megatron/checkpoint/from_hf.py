@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
 from collab_megatron.actor.actor import Actor
-from collab_megatron.actor.grid import RankGrid
+from collab_megatron.actor.grid import RankGrid, phase
 from collab_megatron.checkpoint.folders import step_folder, write_marker
 from collab_megatron.checkpoint.pieces import Piece, memoryless_actor, pieces
 from collab_megatron.checkpoint.state import PROGRESS, layout_of
@@ -160,12 +160,13 @@ def _write_tensors(mine: list[Piece], folder: Path, grid: RankGrid, planner: _Pl
     # no copying ahead, which would keep several tensors and use the one that resolve_data has emptied
     writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
     try:
-        dcp.save(
-            upstream.mcore_to_pyt_state_dict(places, False),
-            storage_writer=writer,
-            planner=planner,
-            process_group=grid.cpu_group,
-        )
+        with phase(grid, "converting"):
+            dcp.save(
+                upstream.mcore_to_pyt_state_dict(places, False),
+                storage_writer=writer,
+                planner=planner,
+                process_group=grid.cpu_group,
+            )
     except CheckpointException as error:  # a BaseException: what failed, by rank
         rank, (reason, _) = next(iter(error.failures.items()))
         if is_disk_full(error, folder):

@@ -1,4 +1,4 @@
-"""The converter's memory: a model of more than 500 MB passes through a process that never holds it."""
+"""A model of more than 500 MB passes through a converter that never holds it; ended amid it, it leaves nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ _GIGABYTE = 10**9
 _LIBRARIES = 450 * 10**6  # an interpreter that has imported torch and megatron
 
 
-def big_model(folder: Path) -> Path:
-    """A folder of bf16 noise, in shards of 100 MB, made without the model ever being in memory."""
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of bf16 noise, in shards of 100 MB, made without the model ever being in memory."""
+    folder = tmp_path_factory.mktemp("model")
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=2000,
@@ -74,8 +77,7 @@ def peak_of(*args: str | Path | int) -> int:
 
 
 @pytest.mark.slow
-def test_peak_is_a_shard_and_a_gigabyte_at_most(tmp_path: Path) -> None:
-    big = big_model(tmp_path)
+def test_peak_is_a_shard_and_a_gigabyte_at_most(big: Path, tmp_path: Path) -> None:
     files = sorted(big.glob("*.safetensors"))
     size, shard = sum(f.stat().st_size for f in files), max(f.stat().st_size for f in files)
     assert size > _MODEL
@@ -97,3 +99,25 @@ def test_peak_is_a_shard_and_a_gigabyte_at_most(tmp_path: Path) -> None:
         with safe_open(file, framework="pt") as old, safe_open(tmp_path / "back" / file.name, framework="pt") as new:
             assert set(old.keys()) == set(new.keys())
             assert all(torch.equal(old.get_tensor(name), new.get_tensor(name)) for name in old.keys())  # noqa: SIM118
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ended_in_the_middle_it_leaves_nothing(big: Path, tmp_path: Path, processes: str) -> None:
+    tool, output = str(REPO / "tools" / "convert_checkpoint.py"), tmp_path / "megatron"
+    command = [sys.executable, "-W", "ignore", tool, "hf-to-megatron", "--hf-path", str(big), "--output", str(output)]
+    process = subprocess.Popen(
+        [*command, "--processes", processes],
+        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not any(file.stat().st_size for file in output.glob("*.tmp/model/*.distcp")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.terminate()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert not output.exists()
