@@ -210,7 +210,10 @@ def layer_spec(
     )
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RmsNorm
-    if not config.num_moe_experts:
+    if config.num_moe_experts:
+        # in checkpoints under the name of transformer-engine's layers, which fuse this norm into a dense MLP only
+        del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    else:
         parts.mlp = GatedMlp
     parts.self_attention.module = CausalSelfAttention
     attention = parts.self_attention.submodules
