@@ -127,13 +127,14 @@ def _grid() -> Iterator[RankGrid]:
     try:
         grid = init_grid(ParallelSection(data=ranks, device="cpu", collective_timeout_s=_DAY_S), seed=0)
         yield grid
-        close_grid()
     except (UserError, RunError) as error:
         if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
             raise KeyboardInterrupt from error  # what failed is that the others were ended too
         if os.environ.get("RANK", "0") == "0":
             raise
         sys.exit(EXIT_USER if isinstance(error, UserError) else EXIT_RUN)
+    finally:
+        close_grid()  # after a failure too: torch's threads must not outlive the interpreter
 
 
 def _start(argv: Sequence[str], count: int) -> None:
