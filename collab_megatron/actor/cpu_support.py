@@ -3,7 +3,8 @@
 Megatron names the device "cuda" in literals and asks torch.cuda for devices, streams and random states. On CPU each
 of these has one obvious answer, given here: the device is the CPU, streams and events do nothing, the CUDA generator
 is the CPU generator. Three optimizer patches (A, B, C) mend what upstream leaves undone for torch's own AdamW, which
-megatron falls back to without transformer-engine and apex; they are needed wherever it is used, also on a GPU.
+megatron falls back to without transformer-engine and apex; they are needed wherever it is used, also on a GPU. A fourth
+(D) lets a mixture of experts run without transformer-engine.
 """
 
 from __future__ import annotations

@@ -150,20 +150,16 @@ def build_model(
     *,
     recompute: Recompute = "none",
     logits_chunk_bytes: int = 2**29,
-    device: torch.device | None = None,
 ) -> list[PolicyModel]:
     """The model's shard on this rank, with weights that are still undefined: one chunk, or several where the pipeline
-    is interleaved.
-
-    `device`: grid.device, or "meta" for the shapes alone.
+    is interleaved. On the meta device, where the grid's backend says so, it has shapes only.
     """
     if spec.experts:
         patch_experts()
     config = transformer_config(spec, dtype, grid, recompute)
     chunks = grid.parallel.interleave
     return [
-        _build_chunk(spec, config, grid, chunk if chunks > 1 else None, logits_chunk_bytes, device or grid.device)
-        for chunk in range(chunks)
+        _build_chunk(spec, config, grid, chunk if chunks > 1 else None, logits_chunk_bytes) for chunk in range(chunks)
     ]
 
 
@@ -173,8 +169,8 @@ def _build_chunk(
     grid: RankGrid,
     chunk: int | None,
     logits_chunk_bytes: int,
-    device: torch.device,
 ) -> PolicyModel:
+    device = grid.device
     with device if device.type == "meta" else contextlib.nullcontext():
         model = PolicyModel(
             config=config,
