@@ -22,6 +22,10 @@ class RunError(RuntimeError):
     """A failure of the run; the message names rank, phase and peer where there are any."""
 
 
+class NoEngineLeft(RunError):
+    """Every engine is dead, hung or not yet synced: the run can go on once one is back."""
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point and leave the process with 0, 1 (RunError) or 2 (UserError).
 

@@ -168,32 +168,44 @@ class SimulatorsSection(Section):
 
 
 class EngineSection(Section):
-    """The SGLang server: started by us, or given as a URL."""
+    """The SGLang servers: started by us, or given as URLs."""
 
-    url: str | None = None  # an SGLang server that runs already; None: start one
-    python: str | None = None  # interpreter of the engine's own environment; None: ours
+    count: Positive = 1  # servers to start, each with its own copy of the model
+    urls: tuple[str, ...] = ()  # SGLang servers that run already; empty: start `count` of them
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"  # on GPUs of their own, or on the trainer's
+    python: str | None = None  # interpreter of the engines' own environment; None: ours
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0: a free one
-    tensor: Positive = 1
+    port: Annotated[int, Field(ge=0, le=65535)] = 0  # of the first server, the others follow; 0: free ones
+    tensor: Positive = 1  # tensor-parallel ranks of each server
     max_total_tokens: Positive | None = None  # KV-cache tokens; None: SGLang decides
     max_running_requests: Positive | None = None
     mem_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     context_length: Positive | None = None
     extra_args: tuple[str, ...] = ()
     startup_timeout_s: Seconds = 300.0
-    request_timeout_s: Seconds = 600.0
-    max_concurrency: Positive = 256  # generate calls in flight
+    request_timeout_s: Seconds = 600.0  # deadline of one generate call
+    health_timeout_s: Seconds = 60.0  # a server that was silent for so long is given up
+    max_restarts: Count = 3  # of each server that we started; then it stays away
+    wait_s: Seconds = 900.0  # with no server left, wait this long for one; then save and stop
+    max_concurrency: Positive = 256  # generate calls in flight, per server
     threads: Positive | None = None  # CPU threads; None: one on CPU
 
 
 class SyncSection(Section):
-    """Weights from trainer to engine."""
+    """Weights from trainer to engines."""
 
-    bucket_mb: Positive = 512  # one broadcast call carries at most this much
-    timeout_s: Seconds = 300.0  # deadline of a whole sync
-    max_logprob_gap: float = Field(
-        default=0.5, gt=0
-    )  # mean |trainer - engine| log-prob that stops the run: weights differ
+    # broadcast: a process group of trainer and engines; ipc: handles to memory of one machine; disk: a folder that both
+    # can read. auto: ipc for colocated engines, else broadcast
+    transport: Literal["auto", "broadcast", "ipc", "disk"] = "auto"
+    bucket_mb: Positive = 512  # weights travel in buckets of at most this size; two of them exist at a time
+    # generations in flight go on with the cache they have (in_place) or one made anew (retract), or are lost (abort)
+    pause: Literal["in_place", "retract", "abort"] = "in_place"
+    timeout_s: Seconds = 300.0  # deadline of every call and every collective of a sync
+    disk_dir: Path | None = None  # where the disk transport writes; None: RUN_DIR/weights
+    # checksums of all tensors at the first sync and at every n-th, of an n-th part at the others; 0: none at all
+    verify_every: Count = 10
+    max_probe_gap: float = Field(default=0.1, gt=0)  # mean |trainer - engine| log-prob of the probe that stops the run
+    max_logprob_gap: float = Field(default=0.5, gt=0)  # the same of a step's rollouts
 
 
 class DataSection(Section):
