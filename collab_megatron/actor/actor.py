@@ -29,7 +29,8 @@ from collab_megatron.actor.schedule import forward, from_last_stage, run_schedul
 from collab_megatron.algorithms.losses import LossSum
 from collab_megatron.batching.micro_batch import MicroBatch
 from collab_megatron.config.sections import OptimizerSection
-from collab_megatron.convert.exporter import TensorInfo, hf_tensors, tensor_plan
+from collab_megatron.convert.buckets import BucketStream, TensorInfo, bucket_plan, tensor_plan
+from collab_megatron.convert.exporter import hf_tensors
 from collab_megatron.convert.hf_folder import write_hf_folder
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.loader import load_hf_weights
@@ -224,6 +225,18 @@ class Actor:
         """
         self.gather_weights()
         return hf_tensors(self.chunks, self.spec, self.grid)
+
+    def bucket_stream(self, bucket_bytes: int) -> BucketStream:
+        """The weights as flat buckets, each on the ranks of its own pipeline stage (convert/buckets.py)."""
+        grid = self.grid
+        plan = bucket_plan(
+            self.spec,
+            self.dtype,
+            pipeline=grid.pp_size,
+            interleave=grid.parallel.interleave,
+            bucket_bytes=bucket_bytes,
+        )
+        return BucketStream(self.chunks, self.spec, grid, plan)
 
     def tensor_plan(self) -> list[TensorInfo]:
         """What hf_tensors will yield, in order."""

@@ -26,7 +26,7 @@ from collab_megatron.checkpoint.folders import CheckpointInfo
 from collab_megatron.checkpoint.pieces import Piece, memoryless_actor, pieces
 from collab_megatron.checkpoint.reader import read_metadata
 from collab_megatron.checkpoint.together import together
-from collab_megatron.convert.exporter import TensorInfo
+from collab_megatron.convert.buckets import TensorInfo
 from collab_megatron.convert.hf_folder import cut_into_shards, finish_folder, parse_size, whole_or_absent, write_shard
 from collab_megatron.convert.progress import progress
 from collab_megatron.convert.reshape import split

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from collab_megatron.convert.buckets import TensorInfo
 from collab_megatron.convert.disk import fsync_folder, is_disk_full
-from collab_megatron.convert.exporter import TensorInfo
 from collab_megatron.convert.safetensors_io import write_file
 from collab_megatron.errors import RunError, UserError
 

@@ -56,15 +56,26 @@ def split(row: Row, parameter: Tensor, spec: ModelSpec, tensor_parallel: int) ->
     return (parameter,)
 
 
-def gather(row: Row, shards: Sequence[Tensor], spec: ModelSpec) -> tuple[Tensor, ...]:
-    """Every tensor-parallel rank's parameter, in rank order -> the row's whole, contiguous, unpadded HF tensors.
+def parts_of(row: Row, shards: Sequence[Tensor], spec: ModelSpec) -> list[tuple[Tensor, ...]]:
+    """Every tensor-parallel rank's parameter, in rank order -> per Hugging Face tensor of the row the
+    unpadded parts that make it up along `row.cut`. Nothing is copied but what the fused layout of q, k, v forces.
 
     Of a row that is not cut, one rank's parameter is enough.
     """
     if row.cut is None:
-        return tuple(tensor.contiguous() for tensor in split(row, shards[0], spec, 1))
-    pieces = [split(row, shard, spec, len(shards)) for shard in shards]
-    whole = tuple(torch.cat(part, dim=row.cut) if len(part) > 1 else part[0] for part in zip(*pieces, strict=True))
-    if row.is_vocab:
-        whole = tuple(tensor[: spec.vocab] for tensor in whole)
-    return tuple(tensor.contiguous() for tensor in whole)
+        return [(tensor,) for tensor in split(row, shards[0], spec, 1)]
+    found = [tuple(parts) for parts in zip(*(split(row, shard, spec, len(shards)) for shard in shards), strict=True)]
+    if not row.is_vocab:
+        return found
+    (parts,) = found
+    per_rank = parts[0].shape[0]
+    kept = (part[: max(0, spec.vocab - rank * per_rank)] for rank, part in enumerate(parts))
+    return [tuple(part for part in kept if part.shape[0])]
+
+
+def gather(row: Row, shards: Sequence[Tensor], spec: ModelSpec) -> tuple[Tensor, ...]:
+    """As parts_of, joined: the row's whole, contiguous Hugging Face tensors. Memory is shared where one part is all."""
+    return tuple(
+        (torch.cat(parts, dim=row.cut or 0) if len(parts) > 1 else parts[0]).contiguous()
+        for parts in parts_of(row, shards, spec)
+    )

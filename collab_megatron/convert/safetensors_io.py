@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from collab_megatron.convert.exporter import TensorInfo
+from collab_megatron.convert.buckets import TensorInfo
 from collab_megatron.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

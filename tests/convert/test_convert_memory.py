@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaConfig
 
-from collab_megatron.convert.exporter import tensor_plan
+from collab_megatron.convert.buckets import tensor_plan
 from collab_megatron.convert.hf_folder import cut_into_shards, finish_folder, write_shard
 from collab_megatron.convert.spec import model_spec
 from tests.parallel.ranks import REPO

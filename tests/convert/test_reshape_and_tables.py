@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from collab_megatron.config.sections import ParallelSection
-from collab_megatron.convert.exporter import hf_tensors, tensor_plan
+from collab_megatron.convert.buckets import tensor_plan
+from collab_megatron.convert.exporter import hf_tensors
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.loader import SafetensorsFolder, load_hf_weights
 from collab_megatron.convert.place import local_parameters, local_rows, stage_of
