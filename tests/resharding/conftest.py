@@ -1,0 +1,94 @@
+"""Real SGLang servers of tiny models, started when a test first asks for one and shared by all that ask for the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from collab_megatron.cluster.processes import Supervisor, free_port
+from collab_megatron.config.sections import EngineSection
+from collab_megatron.engine.control import EngineControl
+from collab_megatron.engine.server_args import engine_command
+from tests.parallel.tiny import make_model
+
+START_S = 180.0
+MOST = 3  # servers at a time: each is two processes and one per rank, of about 0.7 GB together each
+
+
+@dataclass(frozen=True)
+class TinyServer:
+    """A server that was started with the weights in `folder`; a test that changed them has to put them back."""
+
+    url: str
+    pid: int
+    ranks: int  # tensor-parallel
+    dtype: torch.dtype
+    folder: Path
+
+    def control(self, timeout_s: float = 120.0) -> EngineControl:
+        return EngineControl(self.url, timeout_s=timeout_s)
+
+
+class Servers:
+    """`servers(kind, tensor)`: the server of a kind of tests/parallel/tiny.py on so many ranks. Of those that were not
+    asked for lately all but MOST are ended: keep the tests of one server together."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: dict[tuple[str, int, torch.dtype], tuple[TinyServer, Supervisor]] = {}
+
+    def __call__(self, kind: str, tensor: int = 1, dtype: torch.dtype = torch.float32) -> TinyServer:
+        key = (kind, tensor, dtype)
+        if key not in self._running:
+            while len(self._running) >= MOST:
+                _, oldest = self._running.pop(next(iter(self._running)))
+                oldest.end_all()
+            self._running[key] = self._start(*key)
+        self._running[key] = self._running.pop(key)  # the latest stands last
+        return self._running[key][0]
+
+    def end_all(self) -> None:
+        for _, supervisor in self._running.values():
+            supervisor.end_all()
+        self._running.clear()
+
+    def _start(self, kind: str, tensor: int, dtype: torch.dtype) -> tuple[TinyServer, Supervisor]:
+        name = f"{kind}-tp{tensor}-{str(dtype).removeprefix('torch.')}"
+        folder = self._folder / name
+        if not folder.exists():
+            make_model(folder, kind, dtype)
+        section = EngineSection(tensor=tensor, max_total_tokens=8192, max_running_requests=16)
+        command = engine_command(
+            section,
+            model_path=str(folder),
+            dtype=str(dtype).removeprefix("torch."),
+            device="cpu",
+            port=free_port(),
+            seed=1,
+        )
+        supervisor = Supervisor(self._folder / "logs")
+        (self._folder / "logs").mkdir(exist_ok=True)
+        child = supervisor.start(name, command.argv, command.env)
+        control = EngineControl(command.url, timeout_s=120)
+        try:
+            control.wait_until_ready(timeout_s=START_S, alive=lambda: child.process.poll() is None)
+        except BaseException:
+            supervisor.end_all()
+            raise
+        finally:
+            control.close()
+        return TinyServer(command.url, child.process.pid, tensor, dtype, folder), supervisor
+
+
+@pytest.fixture(scope="session")
+def server_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """`server_for(kind, tensor, dtype=...)`; all are ended with the session."""
+    servers = Servers(tmp_path_factory.mktemp("servers"))
+    try:
+        yield servers
+    finally:
+        servers.end_all()
