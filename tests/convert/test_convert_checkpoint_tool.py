@@ -1,14 +1,17 @@
-"""tools/convert_checkpoint.py as a user runs it."""
+"""tools/convert_checkpoint.py as a user runs it; test_convert_memory.py has what its size and its end take."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,43 @@ from torch import Tensor
 
 from collab_megatron.checkpoint.folders import complete_checkpoints, read_info, write_marker
 from tests.convert.converter_ranks import LAYOUTS
-from tests.parallel.ranks import REPO, free_port, run_ranks
+from tests.parallel.ranks import REPO, free_port, run_ranks, start_ranks
 from tests.parallel.tiny import make_model
 
 RANKS = Path(__file__).parent / "converter_ranks.py"
+TOOL = REPO / "tools" / "convert_checkpoint.py"
 
 
-def convert(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(REPO / "tools" / "convert_checkpoint.py"), *map(str, args)]
+@dataclass(frozen=True)
+class Converted:
+    """What came of the tool; several processes' output one after the other, the first code that is not 0."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def convert(*args: str | Path, ranks: int = 1) -> Converted:
+    """The tool by itself, or on as many ranks as torchrun would start."""
+    with tempfile.TemporaryDirectory() as folder:
+        outs, errs = ([Path(folder) / f"{rank}.{what}" for rank in range(ranks)] for what in ("out", "err"))
+        started = start_ranks(TOOL, [str(arg) for arg in args], outs, errs)
+        try:
+            codes = [process.wait(timeout=180) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+        said, complained = ("".join(file.read_text() for file in files) for files in (outs, errs))
+    return Converted(next(filter(None, codes), 0), said, complained)
+
+
+def launch(*args: str | Path) -> Converted:
+    """The tool as a command, which then starts its processes by itself."""
+    command = [sys.executable, "-W", "ignore", str(TOOL), *map(str, args), "--processes", "2"]
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, cwd=REPO, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, cwd=REPO, env=env)
+    return Converted(done.returncode, done.stdout, done.stderr)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -56,19 +86,20 @@ def chunks(model_folder: Path) -> dict[tuple[str, tuple[int, ...]], Tensor]:
 @pytest.mark.slow
 def test_there_on_one_and_two_processes_and_back_is_exact(tmp_path: Path) -> None:
     models = []
-    for kind, dtype, processes in (("qwen2", torch.bfloat16, "2"), ("qwen3moe", torch.float32, "1")):
+    one, two = (functools.partial(convert, ranks=ranks) for ranks in (1, 2))
+    for kind, dtype, load, export in (("qwen2", torch.bfloat16, launch, two), ("qwen3moe", torch.float32, one, one)):
         source = make_model(tmp_path / kind, kind, dtype=dtype)
         (source / "generation_config.json").write_text('{"temperature": 0.5}')
         output = tmp_path / f"{kind}-megatron"
-        there = convert("hf-to-megatron", "--hf-path", source, "--output", output, "--processes", processes)
+        there = load("hf-to-megatron", "--hf-path", source, "--output", output)
         assert there.returncode == 0, there.stderr
         assert there.stdout.strip() == str(output / "step_00000000")
         run_ranks(RANKS, 1, "save", str(source), str(tmp_path / f"{kind}-saved"))
         _assert_same_checkpoint(output / "step_00000000", tmp_path / f"{kind}-saved" / "step_00000000")
         assert read_info(output / "step_00000000").extra == {"source": str(source)}
-        back = convert(
+        back = export(
             *("megatron-to-hf", "--checkpoint", output, "--output", tmp_path / f"{kind}-back"),
-            *("--max-shard-size", "60KB", "--processes", processes),
+            *("--max-shard-size", "60KB"),
         )
         assert back.returncode == 0, back.stderr
         assert same(weights(source), weights(tmp_path / f"{kind}-back"))
@@ -141,21 +172,23 @@ def _as(name: str, **how: Any) -> Callable[[dict[str, Any]], None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "words", "start"),
     [
-        (_without("model.norm.weight"), ["model.norm.weight", "[64]", "missing"]),
-        (_as("model.norm.weight"), ["model.norm.weight", "[63]", "[64]", "model.safetensors"]),
-        (_as("model.norm.weight", dtype=torch.bfloat16), ["model.norm.weight", "BF16", "F32", "one dtype"]),
+        (_without("model.norm.weight"), ["model.norm.weight", "[64]", "missing"], launch),
+        (_as("model.norm.weight"), ["model.norm.weight", "[63]", "[64]", "model.safetensors"], None),
+        (_as("model.norm.weight", dtype=torch.bfloat16), ["model.norm.weight", "BF16", "F32", "one dtype"], None),
     ],
+    ids=["missing", "shape", "dtype"],
 )
 def test_a_wrong_tensor_of_a_folder_names_itself(
-    tmp_path: Path, spoil: Callable[[dict[str, Any]], None], words: list[str]
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], None], words: list[str], start: Callable[..., Converted] | None
 ) -> None:
     source = make_model(tmp_path / "source", "llama")
     tensors = load_file(source / "model.safetensors")
     spoil(tensors)
     save_file(tensors, source / "model.safetensors")
-    result = convert("hf-to-megatron", "--hf-path", source, "--output", tmp_path / "x", "--processes", "2")
+    start = start or functools.partial(convert, ranks=2)
+    result = start("hf-to-megatron", "--hf-path", source, "--output", tmp_path / "x")
     _refused(result, *words)
     assert not (tmp_path / "x").exists()
 
@@ -166,7 +199,7 @@ def test_a_folder_or_checkpoint_cut_short_is_refused(tmp_path: Path) -> None:
     run_ranks(RANKS, 1, "save", str(source), str(tmp_path / "run"))
     step = complete_checkpoints(tmp_path / "run")[0]
 
-    def back() -> subprocess.CompletedProcess[str]:
+    def back() -> Converted:
         return convert("megatron-to-hf", "--checkpoint", step, "--output", tmp_path / "x")
 
     config = json.loads((step / "hf" / "config.json").read_text())
@@ -186,7 +219,7 @@ def test_a_folder_or_checkpoint_cut_short_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def _refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+def _refused(result: Converted, *words: str) -> None:
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1, result.stderr

@@ -3,6 +3,7 @@
     run_ranks("grpo_ranks.py", 2, str(model_folder), "--tensor=2")
 
 The script reads RANK and WORLD_SIZE as any trainer rank does. Each rank's output goes to a file: no pipe fills up.
+Where torch knows CUDA each rank is an interpreter started for it; elsewhere it is forked from a warm one (forks.py).
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
+import torch
+
+from tests.parallel.forks import REPO, SERVERS, Forked
+
+FORK = torch.version.cuda is None
+Started = list[subprocess.Popen[bytes] | Forked]
 
 
 class RanksFailed(AssertionError):
@@ -28,25 +35,38 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def start_ranks(script: Path, args: Sequence[str], outs: Sequence[Path], errs: Sequence[Path] | None = None) -> Started:
+    """As many ranks of `script` as there are files for what they say; errors go there too unless `errs` is given."""
+    ranks, port = len(outs), free_port()
+    if FORK:
+        for server in SERVERS[:ranks]:
+            server.warm()
+    started: Started = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        env = {
+            **os.environ,
+            **{name: str(value) for name, value in place.items()},
+            "MASTER_ADDR": "127.0.0.1",
+            "PYTHONPATH": str(REPO),
+            "OMP_NUM_THREADS": "1",
+        }
+        out, err = outs[rank], errs[rank] if errs else None
+        if FORK:
+            started.append(SERVERS[rank % len(SERVERS)].start(script, args, env, out, err))
+            continue
+        with out.open("w") as to_out, (err or Path(os.devnull)).open("w") as to_err:
+            command = [sys.executable, "-W", "ignore", str(script), *args]
+            stderr = to_err if err else subprocess.STDOUT
+            started.append(subprocess.Popen(command, stdout=to_out, stderr=stderr, env=env))
+    return started
+
+
 def run_ranks(script: Path, ranks: int, *args: str, deadline_s: float = 240.0) -> list[str]:
     """Run `script` on `ranks` processes; returns each rank's output, or raises RanksFailed and leaves no process."""
-    port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}" for rank in range(ranks)]
-        processes = []
-        for rank, log in enumerate(logs):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            env = {
-                **os.environ,
-                **{name: str(value) for name, value in place.items()},
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "PYTHONPATH": str(REPO),
-                "OMP_NUM_THREADS": "1",
-            }
-            with log.open("w") as out:
-                command = [sys.executable, "-W", "ignore", str(script), *args]
-                processes.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env))
+        processes = start_ranks(script, args, logs)
         end = time.monotonic() + deadline_s
         try:
             # a rank that failed leaves the others waiting for it: stop at the first
