@@ -2,11 +2,13 @@
 
     python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...]
 
-Starts an engine for `model.path` (or uses `engine.url`), plays at `evaluation.temperature`, prints the figures and
+Starts an engine for `model.path` (or uses `engine.urls`), plays at `evaluation.temperature`, prints the figures and
 writes them to `output` as JSON.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import uvloop
 
@@ -22,11 +24,11 @@ from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_json
 
 
-async def play(config: EvaluateConfig, engine_url: str, max_context_tokens: int) -> dict[str, float]:
+async def play(config: EvaluateConfig, engine_urls: Sequence[str], max_context_tokens: int) -> dict[str, float]:
     """Figures over the held-out tasks, and the API calls made for them."""
     if config.data.validation is None:
         raise UserError("data.validation is not set: name the held-out parquet")
-    async with assemble(config, engine_url=engine_url, max_context_tokens=max_context_tokens) as cast:
+    async with assemble(config, engine_urls=engine_urls, max_context_tokens=max_context_tokens) as cast:
         tasks = usable_tasks(read_tasks(config.data.validation), cast, config.rollout.max_prompt_tokens)
         figures, _ = await evaluate(
             tasks,
@@ -46,8 +48,8 @@ def main() -> None:
         return
     max_context_tokens = check_evaluate(config)
     with Supervisor(config.run.logs_dir) as supervisor:
-        url = launch_engine_only(supervisor, config)
-        figures = uvloop.run(play(config, url, max_context_tokens))
+        urls = launch_engine_only(supervisor, config)
+        figures = uvloop.run(play(config, urls, max_context_tokens))
     calls = sum(value for name, value in figures.items() if name.endswith("/calls"))
     for name, value in sorted(figures.items()):
         if not name.startswith("simulator/"):  # those stand in the output file

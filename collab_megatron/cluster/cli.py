@@ -14,14 +14,14 @@ from collab_megatron.errors import RunError
 class TrainerArguments:
     """Given by the launcher to every trainer rank."""
 
-    engine_url: str = ""
-    engine_ready_file: Path | None = None  # appears once the engine answers
+    roster: Path | None = None  # folder that says which engines are up (engine/roster.py)
+    engine_ready_file: Path | None = None  # appears once all engines have answered
     driver_ready_file: Path | None = None  # appears once the driver listens; holds its address
 
     def wait_for_engine(self, timeout_s: float) -> None:
         """Raises RunError at the deadline."""
         if self.engine_ready_file is not None:
-            _wait_for_file(self.engine_ready_file, f"engine {self.engine_url}", timeout_s)
+            _wait_for_file(self.engine_ready_file, "the engines", timeout_s)
 
     def driver_address(self, timeout_s: float) -> str:
         """The driver's address once it listens. Raises RunError at the deadline."""
@@ -47,13 +47,13 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, start nothing")
     internal = parser.add_argument_group("set by the launcher")
     internal.add_argument("--trainer-rank", action="store_true", help=argparse.SUPPRESS)
-    internal.add_argument("--engine-url", default="", help=argparse.SUPPRESS)
+    internal.add_argument("--roster", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--engine-ready-file", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--driver-ready-file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     trainer = None
     if args.trainer_rank:
-        trainer = TrainerArguments(args.engine_url, args.engine_ready_file, args.driver_ready_file)
+        trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file)
     return Arguments(config=args.config, overrides=args.overrides, dry_run=args.dry_run, trainer=trainer)
 
 

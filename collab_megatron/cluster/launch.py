@@ -1,43 +1,42 @@
-"""Starts the processes of a run on this node and stays until they end: engine, driver, trainer ranks.
+"""Starts the processes of a run on this node and stays until they end: engines, driver, trainer ranks.
 
-If any of them fails, all others are ended and its sentence becomes ours.
+If driver or trainer fails, all others are ended and its sentence becomes ours. Engines are started again (fleet.py).
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from collab_megatron.cluster.preflight import RLStart, device_of
+from collab_megatron.cluster.fleet import Fleet
+from collab_megatron.cluster.preflight import RLStart, device_of, visible_gpus
 from collab_megatron.cluster.processes import Child, Supervisor, free_port
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config
-from collab_megatron.config.sections import EngineSection, ParallelSection
-from collab_megatron.engine.control import EngineControl
-from collab_megatron.engine.server_args import engine_command
+from collab_megatron.config.sections import ParallelSection
+from collab_megatron.engine.roster import RosterFolder
+from collab_megatron.engine.server_args import EngineCommand, engine_command
 
 DRIVER_END_S = 60.0
 
 
 def launch_rl(config: RLConfig, start: RLStart) -> None:
-    """Run engine, driver and trainers; returns when training is done. Raises RunError when a part fails."""
+    """Run engines, driver and trainers; returns when training is done. Raises RunError when a part fails."""
     with (
         Supervisor(config.run.logs_dir) as supervisor,
         tempfile.TemporaryDirectory(prefix="collab_megatron_") as scratch,
     ):
         files = Path(scratch)
         resolved = write_resolved(config, config.run.logs_dir)
-        url, engine = start_engine(
-            supervisor, config.engine, config.model.path, config.model.dtype, config.parallel, config.run.seed
-        )
+        fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config))
         driver = supervisor.start(
             "driver",
             [
-                *(sys.executable, "-m", "collab_megatron.driver.service", str(resolved), "--engine", url),
+                *(sys.executable, "-m", "collab_megatron.driver.service", str(resolved)),
                 *("--first-step", str(start.first_step), "--max-context-tokens", str(start.max_context_tokens)),
                 *("--ready-file", str(files / "driver")),
             ],
@@ -49,13 +48,13 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
             resolved,
             config.parallel,
             [
-                *("--engine-url", url, "--engine-ready-file", str(files / "engine")),
+                *("--roster", str(roster_folder(config)), "--engine-ready-file", str(files / "engine")),
                 *("--driver-ready-file", str(files / "driver")),
             ],
         )
-        wait_for_engine(supervisor, url, engine, config.engine)
-        (files / "engine").write_text(url)
-        supervisor.wait_for(trainers)
+        fleet.wait_until_ready()
+        (files / "engine").write_text("ready")
+        supervisor.wait_for(trainers, tick=fleet.poll)
         supervisor.wait_for([driver], timeout_s=DRIVER_END_S)  # it was told to stop by the trainer
 
 
@@ -66,37 +65,42 @@ def launch_sft(config: SFTConfig) -> None:
         supervisor.wait_for(start_trainers(supervisor, "collab_megatron.train_sft", resolved, config.parallel, []))
 
 
-def start_engine(
-    supervisor: Supervisor, engine: EngineSection, model_path: str, dtype: str, parallel: ParallelSection, seed: int
-) -> tuple[str, Child | None]:
-    """URL of the engine, and the server if it was started by us."""
-    if engine.url is not None:
-        return engine.url.rstrip("/"), None
-    device = device_of(parallel)
-    command = engine_command(
-        engine, model_path=model_path, dtype=dtype, device=device, port=engine.port or free_port(engine.host), seed=seed
-    )
-    env = dict(command.env)
-    if device == "cuda":  # the GPUs after the trainer's
-        first = parallel.world_size
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + rank) for rank in range(engine.tensor))
-    return command.url, supervisor.start("engine", command.argv, env)
+def start_fleet(
+    supervisor: Supervisor, config: RLConfig | EvaluateConfig, device: str, gpus: Sequence[str] | None
+) -> Fleet:
+    """The servers of a run, started. gpus: the ids of those that they may use, in order; None: all of this node."""
+    engine = config.engine
+
+    def build(number: int, port: int) -> EngineCommand:
+        command = engine_command(
+            engine,
+            model_path=config.model.path,
+            dtype=config.model.dtype,
+            device=device,
+            port=port,
+            seed=config.run.seed,
+            number=number,
+        )
+        if gpus is None:
+            return command
+        own = ",".join(gpus[number * engine.tensor : (number + 1) * engine.tensor])
+        return replace(command, env={**command.env, "CUDA_VISIBLE_DEVICES": own})
+
+    fleet = Fleet(supervisor, engine, RosterFolder(roster_folder(config)), build)
+    fleet.start()
+    return fleet
 
 
-def wait_for_engine(supervisor: Supervisor, url: str, child: Child | None, engine: EngineSection) -> None:
-    """Until the engine answers. Raises RunError if it dies, anything else of the run fails, or at the deadline."""
-    control = EngineControl(url, timeout_s=engine.startup_timeout_s)
+def roster_folder(config: RLConfig | EvaluateConfig) -> Path:
+    return config.run.logs_dir / "engines"
 
-    def alive() -> bool:
-        supervisor.check()
-        return child is None or child.process.poll() is None
 
-    try:
-        start = time.monotonic()
-        control.wait_until_ready(timeout_s=engine.startup_timeout_s, alive=alive)
-        print(f"engine ready at {url} after {time.monotonic() - start:.0f} s", flush=True)
-    finally:
-        control.close()
+def engine_gpus(config: RLConfig) -> list[str] | None:
+    """Ids of the engines' GPUs, server by server; None on CPU."""
+    if device_of(config.parallel) == "cpu":
+        return None
+    first = 0 if config.engine.placement == "colocated" else config.parallel.world_size
+    return visible_gpus()[first:]
 
 
 def start_trainers(
@@ -121,7 +125,7 @@ def _rank_env(rank: int, world: int, port: int, device: str) -> Mapping[str, str
         "MASTER_PORT": str(port),
         "PYTHONUNBUFFERED": "1",
     }
-    if device == "cpu":  # ranks share the cores with the engine: one thread each, and none that spins
+    if device == "cpu":  # ranks share the cores with the engines: one thread each, and none that spins
         env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return env
 
@@ -134,10 +138,9 @@ def write_resolved(config: BaseModel, folder: Path) -> Path:
     return path
 
 
-def launch_engine_only(supervisor: Supervisor, config: EvaluateConfig) -> str:
-    """Start and await the engine of an evaluation; its URL."""
-    url, child = start_engine(
-        supervisor, config.engine, config.model.path, config.model.dtype, config.parallel, config.run.seed
-    )
-    wait_for_engine(supervisor, url, child, config.engine)
-    return url
+def launch_engine_only(supervisor: Supervisor, config: EvaluateConfig) -> list[str]:
+    """Start and await the engines of an evaluation, which has the node for itself; their URLs."""
+    device = device_of(config.parallel)
+    fleet = start_fleet(supervisor, config, device, visible_gpus() if device == "cuda" else None)
+    fleet.wait_until_ready()
+    return fleet.urls

@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Sequence
 from itertools import groupby
 
-from collab_megatron.cluster.memory import RankMemory, Reference, engine_memory, trainer_memory
-from collab_megatron.cluster.preflight import device_of
+from collab_megatron.cluster.memory import RankMemory, Reference, engine_memory, size_of, trainer_memory
+from collab_megatron.cluster.preflight import check_placement, device_of
 from collab_megatron.config import RLConfig, SFTConfig
-from collab_megatron.config.sections import EngineSection, LLMSection, ParallelSection
+from collab_megatron.config.sections import LLMSection, ParallelSection
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.convert.spec import ModelSpec, model_spec
@@ -22,8 +22,9 @@ COLUMNS = ("weights", "gradients", "optimizer", "activations", "working", "refer
 
 
 def rl_plan(config: RLConfig) -> str:
-    """Some lines of text. Raises UserError for a model or layout that cannot be trained."""
+    """Some lines of text. Raises UserError for a model, layout or placement of engines that cannot be."""
     spec = _spec(config.model.path, config.parallel)
+    check_placement(config)
     rollout = config.rollout
     replies = rollout.prompts_per_step * rollout.num_replies
     futures = replies * max(rollout.num_repeat_rollouts, 1)
@@ -39,7 +40,7 @@ def rl_plan(config: RLConfig) -> str:
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     lines = [
         *_training_lines(spec, config, reference, samples=replies, longest=longest),
-        _engine_line(spec, config.engine, config.model.dtype),
+        *_engine_lines(spec, config),
         f"per step    {rollout.prompts_per_step} prompts x {rollout.num_replies} replies = {replies} replies, "
         f"{simulated} futures, at most {replies + user_calls} policy turns of {rollout.max_new_tokens} tokens",
         f"user calls  at most {user_calls} per step{_cost(config.simulators.user, user_calls)}",
@@ -141,20 +142,32 @@ def gpu_bytes() -> int | None:
         return None
 
 
-def _engine_line(spec: ModelSpec, engine: EngineSection, dtype: str) -> str:
-    if engine.url is not None:
-        return f"engine      the SGLang server at {engine.url}"
-    memory = engine_memory(spec, dtype=dtype, engine=engine)
+def _engine_lines(spec: ModelSpec, config: RLConfig) -> list[str]:
+    """Which servers there are, what a rank of them holds, and what every sync sends them."""
+    engine, sync, size = config.engine, config.sync, size_of(config.model.dtype)
+    sent = parameter_count(spec) * size
+    transport = sync.transport_for(engine.placement)
+    update = f"sync        {transport}, {_amount(sent)} per update to {_count(engine.servers, 'server')}"
+    if transport != "disk":
+        update += f", in buckets of at most {sync.bucket_mb:,} MB"
+    if engine.urls:
+        return [f"engine      the SGLang servers at {', '.join(engine.urls)}, {engine.placement}", update]
+    memory = engine_memory(spec, dtype=config.model.dtype, engine=engine)
     per_token = f"{_amount(memory.kv_per_token)} a token"
     if memory.kv_cache is not None:
         cache = f"KV cache {_amount(memory.kv_cache)} ({engine.max_total_tokens:,} tokens, {per_token})"
     else:
         share = f"{engine.mem_fraction:.0%}" if engine.mem_fraction else "SGLang's own choice"
         cache = f"KV cache {per_token}, up to {share} of the memory with the weights"
-    return (
-        f"engine      one SGLang server at tensor parallel {engine.tensor}; per rank weights "
-        f"{_amount(memory.weights)}, {cache}"
-    )
+    return [
+        f"engine      {_count(engine.count, 'SGLang server')} at tensor parallel {engine.tensor}, {engine.placement}; "
+        f"per rank weights {_amount(memory.weights)}, {cache}",
+        update,
+    ]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _amount(size: int) -> str:

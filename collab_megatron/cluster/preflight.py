@@ -52,7 +52,8 @@ def check_rl(config: RLConfig) -> RLStart:
     read_tasks(config.data.train)
     if config.data.validation is not None:
         read_tasks(config.data.validation)
-    _check_devices(config.parallel, config.engine)
+    check_placement(config)
+    _check_trainer_devices(config.parallel, config.engine)
     _check_engine(config.engine)
     _check_disk(config.run.dir, hf_config, config.model.dtype)
     asyncio.run(_check_simulators(config))
@@ -64,7 +65,7 @@ def check_sft(config: SFTConfig) -> None:
     hf_config = _check_model(config.model.path, config.parallel)
     _check_run(config.run, config.train.steps)
     read_conversations(config.data.train)
-    _check_devices(config.parallel, None)
+    _check_trainer_devices(config.parallel, None)
     _check_disk(config.run.dir, hf_config, config.model.dtype)
     target = config.export_hf
     if target is not None and target.exists() and any(target.iterdir()):
@@ -76,6 +77,7 @@ def check_evaluate(config: EvaluateConfig) -> int:
     hf_config = _check_model(config.model.path, ParallelSection(device=config.parallel.device))
     if config.data.validation is not None:
         read_tasks(config.data.validation)
+    _check_gpus(config.parallel, _started_ranks(config.engine))
     _check_engine(config.engine)
     asyncio.run(_check_simulators(config))
     return max_context_tokens(hf_config, config.engine)
@@ -111,31 +113,71 @@ def _check_run(run: RunSection, steps: int) -> int:
     return done
 
 
-def _check_devices(parallel: ParallelSection, engine: EngineSection | None) -> None:
+def check_placement(config: RLConfig) -> None:
+    """Can the engines stand where `engine.placement` puts them, and be reached by the transport? Raises UserError."""
+    engine, ranks = config.engine, config.parallel.world_size
+    if engine.placement != "colocated" or device_of(config.parallel) != "cuda":
+        return
+    if engine.servers * engine.tensor != ranks:
+        if ranks % engine.tensor:
+            mend = f"choose an engine.tensor that divides {ranks}"
+        else:
+            mend = f"{'name as many engine.urls as' if engine.urls else 'set engine.count to'} {ranks // engine.tensor}"
+        raise UserError(
+            f"engine.placement=colocated puts one engine rank on each of the trainer's {ranks} GPUs, but "
+            f"{engine.servers} x engine.tensor={engine.tensor} ranks are configured: {mend}"
+        )
+    if config.sync.transport == "broadcast":
+        raise UserError(
+            "sync.transport=broadcast cannot reach colocated engines, because NCCL takes one rank per GPU only: set "
+            "sync.transport=ipc, or disk, or engine.placement=disaggregated"
+        )
+
+
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES wants them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [number for number in visible.split(",") if number]
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def _check_trainer_devices(parallel: ParallelSection, engine: EngineSection | None) -> None:
     if parallel.context > 1 and importlib.util.find_spec("transformer_engine") is None:
         raise UserError(
             f"parallel.context={parallel.context} needs transformer-engine, whose attention alone shares a sequence "
             "between ranks: install it on a machine with GPUs, or set parallel.context=1"
         )
-    if device_of(parallel) != "cuda":
-        return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
-    own_engine = engine is not None and engine.url is None
-    needed = parallel.world_size + (engine.tensor if engine is not None and own_engine else 0)
-    if present < needed:
+    own = engine is not None and engine.placement == "disaggregated"
+    _check_gpus(parallel, parallel.world_size + (_started_ranks(engine) if engine is not None and own else 0))
+
+
+def _started_ranks(engine: EngineSection) -> int:
+    """Engine ranks on this node; given servers have a place already."""
+    return 0 if engine.urls else engine.count * engine.tensor
+
+
+def _check_gpus(parallel: ParallelSection, needed: int) -> None:
+    if device_of(parallel) == "cuda" and len(visible_gpus()) < needed:
         raise UserError(
-            f"this layout needs {needed} GPUs on the node, {present} are visible: lower parallel.tensor, parallel.data "
-            "or engine.tensor"
+            f"this layout needs {needed} GPUs on the node, {len(visible_gpus())} are visible: lower parallel.tensor, "
+            "parallel.data, engine.count or engine.tensor"
         )
 
 
 def _check_engine(engine: EngineSection) -> None:
-    if engine.url is None and engine.port and port_in_use(engine.host, engine.port):
+    if engine.urls:
+        return
+    if engine.python is not None and shutil.which(engine.python) is None:
         raise UserError(
-            f"port {engine.port} on {engine.host} is in use: end what listens there, or set "
-            "engine.port=0 for a free one"
+            f"engine.python={engine.python} is not an executable file: name the bin/python of the engines' "
+            "environment, or leave it out to use ours"
         )
+    for port in range(engine.port, engine.port + engine.count) if engine.port else ():
+        if port_in_use(engine.host, port):
+            raise UserError(
+                f"port {port} on {engine.host} is in use: end what listens there, or set engine.port=0 for free ones"
+            )
 
 
 async def _check_simulators(config: RLConfig | EvaluateConfig) -> None:

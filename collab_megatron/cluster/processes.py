@@ -1,4 +1,8 @@
-"""Child processes that never outlive us: own process group each, death signal, one supervisor that ends them all."""
+"""Child processes that never outlive us: own process group each, death signal, one supervisor that ends them all.
+
+An essential child's failure ends everything; of the others (servers that are started again) whoever started them takes
+care.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from collab_megatron.errors import EXIT_RUN, EXIT_USER, RunError
 
@@ -56,6 +61,14 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path | None  # None: its output goes to ours
+    essential: bool = True  # its failure ends everything
+
+    def ended(self) -> str | None:
+        """How the process itself ended ("exit code 1", "signal SIGKILL"); None while it runs."""
+        code = self.process.poll()
+        if code is None:
+            return None
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 class Supervisor:
@@ -76,14 +89,23 @@ class Supervisor:
     ) -> None:
         self.end_all()
 
-    def start(self, name: str, argv: Sequence[str], env: Mapping[str, str], *, show: bool = False) -> Child:
-        """Start `argv` with `env` on top of ours; output to LOGS/name.log, or to our own if `show`."""
+    def start(
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        show: bool = False,
+        essential: bool = True,
+        unset: Sequence[str] = (),
+    ) -> Child:
+        """Start `argv` with `env` on top of ours without `unset`; output to LOGS/name.log, or to our own if `show`."""
         log = None if show else self._logs_dir / f"{name}.log"
         sink = None if log is None else log.open("ab")
         try:
             process = subprocess.Popen(
                 list(argv),
-                env={**os.environ, **env},
+                env={**{key: value for key, value in os.environ.items() if key not in unset}, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink and subprocess.STDOUT,
@@ -93,25 +115,33 @@ class Supervisor:
         finally:
             if sink is not None:
                 sink.close()
-        child = Child(name, process, log)
+        child = Child(name, process, log, essential)
         self._children.append(child)
         return child
 
     def check(self) -> None:
-        """Raise RunError (or exit with 2 for a user's mistake) if a child has ended with an error."""
+        """Raise RunError (or exit with 2 for a user's mistake) if an essential child has ended with an error."""
         for child in self._children:
-            code = child.process.poll()
-            if code not in (None, 0):
-                self._fail(child, code)
+            if child.essential and child.process.poll() not in (None, 0):
+                self.fail(child)
 
-    def wait_for(self, children: Sequence[Child], *, timeout_s: float | None = None, poll_s: float = 0.1) -> None:
-        """Until all `children` have ended well; any child's failure ends everything.
+    def wait_for(
+        self,
+        children: Sequence[Child],
+        *,
+        timeout_s: float | None = None,
+        poll_s: float = 0.1,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Until all `children` have ended well; any essential child's failure ends everything. `tick` is called in
+        between and must not take long.
 
         Without `timeout_s` it takes as long as they do: training has no deadline. Raises RunError at the deadline.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while running := [child.name for child in children if child.process.poll() is None]:
             self.check()
+            tick()
             if deadline is not None and time.monotonic() > deadline:
                 raise RunError(f"{', '.join(running)} did not end within {timeout_s:g} s")
             time.sleep(poll_s)
@@ -127,10 +157,23 @@ class Supervisor:
             time.sleep(0.05)
         return path.read_text()
 
+    def kill(self, child: Child) -> None:
+        """KILL to the child and whatever it started; does not wait, see `is_gone`."""
+        _signal_group(child, signal.SIGKILL)
+
+    def is_gone(self, child: Child) -> bool:
+        """Whether nobody of the child's group runs any more: what it held (ports, GPU memory) is free. It is forgotten
+        then."""
+        if child.process.poll() is None or _group_runs(child.process.pid):
+            return False
+        self._children.remove(child)  # its number may be given to another process from now on
+        return True
+
     def end_all(self) -> None:
         """TERM to every child's group, KILL after GRACE_S; returns when none is left."""
         for child in self._children:
             _signal_group(child, signal.SIGTERM)
+            _signal_group(child, signal.SIGCONT)  # TERM does not reach a stopped process
         deadline = time.monotonic() + GRACE_S
         for child in self._children:
             try:
@@ -141,8 +184,10 @@ class Supervisor:
             child.process.wait()
         self._children.clear()
 
-    def _fail(self, child: Child, code: int) -> None:
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    def fail(self, child: Child) -> NoReturn:
+        """End everything because of a child that has ended. Raises RunError with its sentence, or exits with its code
+        where it has told the user itself or the mistake is the user's."""
+        code, how = child.process.poll(), child.ended()
         told = _tail(child.log) if child.log is not None else []
         sentence = next((line.removeprefix("error: ") for line in reversed(told) if line.startswith("error: ")), None)
         if code == EXIT_USER:
@@ -164,6 +209,18 @@ def _signal_group(child: Child, number: signal.Signals) -> None:
         os.killpg(child.process.pid, number)
     except ProcessLookupError:
         return  # nobody of the group is left
+
+
+def _group_runs(group: int) -> bool:
+    """Whether a process of the group still runs; zombies do not: whoever inherited them may never collect them."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it ended while we looked
+        if int(its_group) == group and state not in "ZX":
+            return True
+    return False
 
 
 def _tail(log: Path) -> list[str]:

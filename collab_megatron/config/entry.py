@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -27,6 +28,8 @@ from collab_megatron.config.sections import (
     TrainSection,
 )
 
+MAX_PORT = 65535
+
 
 def _check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
     judged = "interactivity" in reward.metric_weights or (
@@ -47,6 +50,41 @@ def _check_schedule(optimizer: OptimizerSection, steps: int) -> None:
 def _check_packing(parallel: ParallelSection, train: TrainSection) -> None:
     if train.packing and parallel.context > 1:
         raise ValueError("train.packing and parallel.context > 1 do not go together yet: set one of them back")
+
+
+def _check_engine(engine: EngineSection) -> None:
+    if engine.urls and engine.count > 1:
+        raise ValueError("engine.urls names servers that run, engine.count starts some: set one of the two only")
+    if engine.port and engine.port + engine.count - 1 > MAX_PORT:
+        raise ValueError(f"engine.port={engine.port} leaves no ports for engine.count={engine.count} servers: lower it")
+    for url in engine.urls:
+        if not _host(url):
+            raise ValueError(f"engine.urls: {url!r} is no address of the form http://HOST:PORT")
+    if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
+        raise ValueError("engine.urls names a server twice: name each once")
+
+
+def _check_transport(engine: EngineSection, sync: SyncSection) -> None:
+    """Memory of one machine cannot be handed to another."""
+    far = [url for url in engine.urls if not _is_loopback(_host(url))]
+    if far and sync.transport_for(engine.placement) == "ipc":
+        raise ValueError(
+            f"sync.transport=ipc reaches engines on this machine only, and {far[0]} is not a loopback address: set "
+            "sync.transport=broadcast or disk, and engine.placement=disaggregated"
+        )
+
+
+def _host(url: str) -> str:
+    """Empty where there is none."""
+    try:
+        parts = urlsplit(url)
+        return (parts.hostname or "") if parts.scheme in ("http", "https") and parts.port != 0 else ""
+    except ValueError:  # a port that is no number
+        return ""
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 class RLConfig(Section):
@@ -71,6 +109,8 @@ class RLConfig(Section):
         _check_metrics(self.reward, self.simulators)
         _check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
         _check_packing(self.parallel, self.train)
+        _check_engine(self.engine)
+        _check_transport(self.engine, self.sync)
         if self.rollout.min_replies > self.rollout.num_replies:
             raise ValueError("rollout.min_replies is larger than rollout.num_replies: no group could ever be kept")
         if self.algorithm.mini_batches > self.rollout.prompts_per_step:
@@ -117,6 +157,7 @@ class EvaluateConfig(Section):
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         _check_metrics(self.reward, self.simulators)
+        _check_engine(self.engine)
         if self.data.validation is None:
             raise ValueError("data.validation is not set: name the held-out parquet")
         return self

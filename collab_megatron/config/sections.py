@@ -190,6 +190,11 @@ class EngineSection(Section):
     max_concurrency: Positive = 256  # generate calls in flight, per server
     threads: Positive | None = None  # CPU threads; None: one on CPU
 
+    @property
+    def servers(self) -> int:
+        """Servers of the run, started or given."""
+        return len(self.urls) or self.count
+
 
 class SyncSection(Section):
     """Weights from trainer to engines."""
@@ -206,6 +211,12 @@ class SyncSection(Section):
     verify_every: Count = 10
     max_probe_gap: float = Field(default=0.1, gt=0)  # mean |trainer - engine| log-prob of the probe that stops the run
     max_logprob_gap: float = Field(default=0.5, gt=0)  # the same of a step's rollouts
+
+    def transport_for(self, placement: str) -> Literal["broadcast", "ipc", "disk"]:
+        """What `auto` comes to for engines of that `placement`."""
+        if self.transport == "auto":
+            return "ipc" if placement == "colocated" else "broadcast"
+        return self.transport
 
 
 class DataSection(Section):

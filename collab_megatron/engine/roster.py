@@ -7,6 +7,7 @@ that trainer or driver gave up on is condemned: a marker that makes the launcher
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ class RosterFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def clear(self) -> None:
+        """Take away what an earlier attempt left: its servers are gone, and its markers would condemn ours."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self, ready: Sequence[EngineEntry], coming: int) -> None:
         """Written by the launcher whenever something changed."""

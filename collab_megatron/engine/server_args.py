@@ -1,12 +1,16 @@
-"""The command line and environment of one SGLang server. Pure: nothing is started here."""
+"""The command line and environment of one SGLang server. Nothing is started here."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from collab_megatron.config.sections import EngineSection
+
+# where an interpreter looks for packages: ours must not reach one of another environment
+PYTHON_PLACES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
 @dataclass(frozen=True)
@@ -16,13 +20,23 @@ class EngineCommand:
     argv: tuple[str, ...]
     env: Mapping[str, str]  # on top of the caller's environment
     url: str
+    unset: tuple[str, ...] = ()  # variables of the caller's environment that it must not see
 
 
 def engine_command(
-    settings: EngineSection, *, model_path: str, dtype: str, device: str, port: int, seed: int
+    settings: EngineSection,
+    *,
+    model_path: str,
+    dtype: str,
+    device: str,
+    port: int,
+    seed: int,
+    number: int = 0,
+    cores: Sequence[int] | None = None,
 ) -> EngineCommand:
     """The server for `model_path`; token ids only (no tokenizer in the server), prefix cache on.
 
+    number: of the server among its run's. cores: CPU cores that its ranks may be bound to; None: all that we may use.
     On CPU: pure-torch attention and sampling, because SGLang's CPU kernels are not on PyPI (tools/cpu_support).
     """
     argv = [settings.python or sys.executable, "-m", "sglang.launch_server"]
@@ -37,7 +51,11 @@ def engine_command(
         # spinning OpenMP threads starve the trainer that shares these cores
         env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         if settings.tensor > 1:
-            env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(settings.tensor))
+            env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+                str(core) for core in _cores(settings.tensor, number, cores or sorted(os.sched_getaffinity(0)))
+            )
+    elif settings.placement == "colocated":
+        argv.append("--enable-memory-saver")  # gives its memory back while the trainer works on the same GPUs
     mem_fraction = settings.mem_fraction or (0.1 if device == "cpu" else None)
     for flag, value in (
         ("--mem-fraction-static", mem_fraction),
@@ -48,4 +66,10 @@ def engine_command(
         if value is not None:
             argv += [flag, str(value)]
     argv += settings.extra_args
-    return EngineCommand(argv=tuple(argv), env=env, url=f"http://{settings.host}:{port}")
+    unset = PYTHON_PLACES if settings.python is not None else ()
+    return EngineCommand(tuple(argv), env, f"http://{settings.host}:{port}", unset)
+
+
+def _cores(ranks: int, number: int, cores: Sequence[int]) -> list[int]:
+    """One core for each rank: others for every server while there are enough, then the same ones again."""
+    return [cores[(number * ranks + rank) % len(cores)] for rank in range(ranks)]

@@ -72,7 +72,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 def test_a_killed_engine_ends_the_run_and_keeps_the_checkpoint(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
 ) -> None:
-    running = start(rl_command(tmp_path / "run", "train.steps=500", "engine.url=null"))
+    running = start(rl_command(tmp_path / "run", "train.steps=500", "engine.urls=[]"))
     running.wait_until("rl 2/500")
     os.kill(running.child("sglang.launch_server").pid, signal.SIGKILL)
     ended = running.end()

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(300)]
 def test_a_job_trains_and_ends_with_zero(
     rl_command: Callable[..., list[str]], slurm_cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    _, _, *arguments = rl_command(tmp_path / "run", "train.steps=2", "engine.url=null")
+    _, _, *arguments = rl_command(tmp_path / "run", "train.steps=2", "engine.urls=[]")
     env = {"COLLAB_PYTHON": sys.executable, "DESK_API_KEY": DESK_KEY}
     job_id = slurm_cluster.sbatch("slurm/train_rl.sbatch", *arguments, cwd=REPOSITORY, env=env)
     end = slurm_cluster.wait(job_id, timeout_s=240)
