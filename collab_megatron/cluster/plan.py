@@ -149,7 +149,7 @@ def _engine_lines(spec: ModelSpec, config: RLConfig) -> list[str]:
     transport = sync.transport_for(engine.placement)
     update = f"sync        {transport}, {_amount(sent)} per update to {_count(engine.servers, 'server')}"
     if transport != "disk":
-        update += f", in buckets of at most {sync.bucket_mb:,} MB"
+        update += f", in buckets of at most {sync.bucket_mb_on(device_of(config.parallel)):,} MB"
     if engine.urls:
         return [f"engine      the SGLang servers at {', '.join(engine.urls)}, {engine.placement}", update]
     memory = engine_memory(spec, dtype=config.model.dtype, engine=engine)

@@ -202,7 +202,8 @@ class SyncSection(Section):
     # broadcast: a process group of trainer and engines; ipc: handles to memory of one machine; disk: a folder that both
     # can read. auto: ipc for colocated engines, else broadcast
     transport: Literal["auto", "broadcast", "ipc", "disk"] = "auto"
-    bucket_mb: Positive = 512  # weights travel in buckets of at most this size; two of them exist at a time
+    # weights travel in buckets of at most this size; two of them exist at a time. None: 512 on GPUs, 32 on CPU
+    bucket_mb: Positive | None = None
     # generations in flight go on with the cache they have (in_place) or one made anew (retract), or are lost (abort)
     pause: Literal["in_place", "retract", "abort"] = "in_place"
     timeout_s: Seconds = 300.0  # deadline of every call and every collective of a sync
@@ -217,6 +218,10 @@ class SyncSection(Section):
         if self.transport == "auto":
             return "ipc" if placement == "colocated" else "broadcast"
         return self.transport
+
+    def bucket_mb_on(self, device: str) -> int:
+        """MB of a bucket where the trainer runs on `device` (cpu | cuda)."""
+        return self.bucket_mb or {"cuda": 512, "cpu": 32}[device]
 
 
 class DataSection(Section):

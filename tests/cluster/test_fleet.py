@@ -82,12 +82,12 @@ class Stage:
         return found
 
     def poll_until(self, fleet: Fleet, state: Callable[[], bool], within_s: float = 8.0) -> None:
-        """Every poll must be short."""
+        """No poll may wait for a server; what is left is starting one, on a busy machine."""
         deadline = time.monotonic() + within_s
         while not state():
             begin = time.monotonic()
             fleet.poll()
-            assert time.monotonic() - begin < 0.4
+            assert time.monotonic() - begin < 2.0
             assert time.monotonic() < deadline, self.folder.read()
             time.sleep(0.02)
 

@@ -91,6 +91,26 @@ def test_the_engine_says_what_a_token_costs(planned: Callable[..., list[str]]) -
     assert told.endswith("KV cache 128 kB a token, up to 80% of the memory with the weights")
 
 
+def test_servers_and_what_a_sync_sends_them(planned: Callable[..., list[str]]) -> None:
+    lines = planned("engine.count=3", "engine.tensor=2")
+    assert line(lines, "engine").startswith(
+        "engine      3 SGLang servers at tensor parallel 2, disaggregated; per rank "
+    )
+    assert line(lines, "sync") == "sync        broadcast, 15 GB per update to 3 servers, in buckets of at most 512 MB"
+    assert "1 SGLang server at tensor parallel 1, colocated" in line(planned("engine.placement=colocated"), "engine")
+    assert line(planned("engine.placement=colocated"), "sync").startswith(
+        "sync        ipc, 15 GB per update to 1 server,"
+    )
+    lines = planned("engine.urls=[http://a:1, http://b:2]", "sync.transport=disk")
+    assert line(lines, "engine") == "engine      the SGLang servers at http://a:1, http://b:2, disaggregated"
+    assert line(lines, "sync") == "sync        disk, 15 GB per update to 2 servers"
+
+
+def test_a_placement_that_cannot_be_is_refused(planned: Callable[..., list[str]]) -> None:
+    with pytest.raises(UserError, match=r"engine\.placement=colocated .* set engine\.count to 4"):
+        planned("engine.placement=colocated", "parallel.tensor=4")
+
+
 def test_a_layout_that_does_not_fit_is_refused(planned: Callable[..., list[str]]) -> None:
     with pytest.raises(UserError, match=r"parallel\.pipeline=5 does not divide"):
         planned("parallel.pipeline=5")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from collab_megatron.cluster.launch import engine_gpus
 from collab_megatron.cluster.plan import rl_plan, sft_plan
 from collab_megatron.cluster.preflight import check_rl, check_sft
 from collab_megatron.cluster.processes import free_port
@@ -122,11 +124,48 @@ def test_a_port_in_use(load: Load) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert f"port {port} " in refusal(load(f"engine.port={port}"))
+        assert f"port {port} " in refusal(load(f"engine.port={port - 1}", "engine.count=2"))
+        check_rl(load("engine.urls=[http://127.0.0.1:1]", f"engine.port={port}"))  # nothing will be started
 
 
 def test_gpus_that_are_not_there(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert "needs 3 GPUs" in refusal(load("parallel.device=cuda"))
+    assert "needs 6 GPUs on the node, 1 are" in refusal(load("parallel.device=cuda", "engine={count: 2, tensor: 2}"))
+    assert "needs 2 GPUs" in refusal(load("parallel.device=cuda", "engine={count: 2, placement: colocated}"))
+    assert "needs 2 GPUs" in refusal(load("parallel.device=cuda", "engine.urls=[http://127.0.0.1:1]"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "0 are visible" in refusal(load("parallel.device=cuda"))
+
+
+def test_colocated_engines_stand_on_every_gpu_of_the_trainer(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    colocated = ("parallel.device=cuda", "engine.placement=colocated")
+    check_rl(load(*colocated, "engine.count=2"))
+    check_rl(load(*colocated, "engine.tensor=2"))
+    assert refusal(load(*colocated)).endswith("but 1 x engine.tensor=1 ranks are configured: set engine.count to 2")
+    assert refusal(load(*colocated, "engine.tensor=3")).endswith("choose an engine.tensor that divides 2")
+    one = "engine.urls=[http://127.0.0.1:1]"
+    assert refusal(load(*colocated, one)).endswith("name as many engine.urls as 2")
+    sentence = refusal(load(*colocated, "engine.count=2", "sync.transport=broadcast"))
+    assert "set sync.transport=ipc, or disk, or engine.placement=disaggregated" in sentence
+    check_rl(load(*colocated, "engine.count=2", "sync.transport=disk"))
+    # without GPUs any number of servers can stand beside the trainer
+    check_rl(load("parallel.device=cpu", "engine.placement=colocated", "sync.transport=broadcast"))
+
+
+def test_engines_use_gpus_of_their_own_or_the_trainers(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert engine_gpus(load("parallel.device=cuda")) == ["6", "7"]
+    assert engine_gpus(load("parallel.device=cuda", "engine.placement=colocated")) == ["4", "5", "6", "7"]
+    assert engine_gpus(load("parallel.device=cpu")) is None
+
+
+def test_an_interpreter_that_is_none(load: Load, tmp_path: Path) -> None:
+    check_rl(load(f"engine.python={sys.executable}"))
+    assert "no/python is not an executable file" in refusal(load("engine.python=no/python"))
+    (tmp_path / "python").write_text("")
+    assert "is not an executable file" in refusal(load(f"engine.python={tmp_path / 'python'}"))
 
 
 def test_a_disk_that_cannot_hold_the_checkpoints(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,3 +104,57 @@ def test_ports() -> None:
         taken.bind(("127.0.0.1", port))
         taken.listen()
         assert port_in_use("127.0.0.1", port)
+
+
+def test_others_than_essential_children_end_without_us(tmp_path: Path) -> None:
+    ticks = []
+    with Supervisor(tmp_path) as supervisor:
+        helper = supervisor.start("helper", python("raise SystemExit(3)"), {}, essential=False)
+        trainer = supervisor.start("trainer", python("import time; time.sleep(0.5)"), {})
+        supervisor.wait_for([trainer], poll_s=0.02, tick=lambda: ticks.append(helper.ended()))
+        assert (helper.ended(), trainer.ended()) == ("exit code 3", "exit code 0")
+        assert ticks[0] is None
+        assert ticks[-1] == "exit code 3"
+        with pytest.raises(RunError, match="helper ended with exit code 3"):
+            supervisor.fail(helper)
+
+
+def test_a_killed_group_is_gone_when_its_last_process_is(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "print(p.pid, flush=True); time.sleep(60)"
+    )
+    with Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("engine", python(code), {}, essential=False)
+        log = tmp_path / "engine.log"
+        while not log.read_text().strip():
+            time.sleep(0.05)
+        os.kill(child.process.pid, signal.SIGKILL)
+        child.process.wait()
+        assert not supervisor.is_gone(child)  # what it started goes on
+        supervisor.kill(child)
+        deadline = time.monotonic() + 5
+        while not supervisor.is_gone(child):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert gone(int(log.read_text()), within_s=0.1)
+
+
+def test_a_stopped_child_ends_with_the_others(tmp_path: Path) -> None:
+    with Supervisor(tmp_path) as supervisor:
+        child = supervisor.start("engine", python("import time; time.sleep(60)"), {})
+        os.kill(child.process.pid, signal.SIGSTOP)
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5  # TERM was enough
+    assert child.ended() == "signal SIGTERM"
+
+
+def test_the_environment_is_ours_with_additions_and_without_what_is_unset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OURS", "1")
+    monkeypatch.setenv("PYTHONPATH", "/ours")
+    code = "import os; print([os.environ.get(name) for name in ('OURS', 'ADDED', 'PYTHONPATH')])"
+    with Supervisor(tmp_path) as supervisor:
+        supervisor.wait_for([supervisor.start("engine", python(code), {"ADDED": "2"}, unset=("PYTHONPATH",))])
+    assert (tmp_path / "engine.log").read_text() == "['1', '2', None]\n"

@@ -64,6 +64,13 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("rollout.min_replies=9", "no group could ever be kept"),
         ("train.eval_interval=5", "data.validation is not"),
         ("rollout.temperature=0.7", "'rollout.temperature': input should be"),
+        ("engine.url=x", "did you mean 'urls'?"),
+        ("engine={urls: [http://a:1], count: 2}", "set one of the two only"),
+        ("engine={port: 65535, count: 2}", "leaves no ports for engine.count=2 servers"),
+        ("engine.urls=[localhost:1]", "'localhost:1' is no address of the form http://HOST:PORT"),
+        ("engine.urls=[http://a:x]", "is no address"),
+        ("engine.urls=[http://a:1, http://a:1/]", "names a server twice"),
+        ("engine={urls: [http://a:1], placement: colocated}", "http://a:1 is not a loopback address"),
     ],
 )
 def test_mistakes_are_one_sentence(rl_file: Path, override: str, sentence: str) -> None:
@@ -71,6 +78,24 @@ def test_mistakes_are_one_sentence(rl_file: Path, override: str, sentence: str) 
         load_config(RLConfig, rl_file, [override])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_memory_is_handed_over_on_one_machine_only(rl_file: Path) -> None:
+    near = "engine.urls=[http://127.0.0.1:1, http://localhost:2]"
+    for transport, url in (
+        ("ipc", near),
+        ("disk", "engine.urls=[http://far:1]"),
+        ("broadcast", "engine.urls=[http://far:1]"),
+    ):
+        load_config(RLConfig, rl_file, [f"sync.transport={transport}", url])
+    with pytest.raises(UserError, match=r"http://far:1 is not a loopback address: set sync\.transport="):
+        load_config(RLConfig, rl_file, ["sync.transport=ipc", "engine.urls=[http://localhost:2, http://far:1]"])
+
+
+def test_auto_transport_follows_the_placement(rl_file: Path) -> None:
+    sync = load_config(RLConfig, rl_file).sync
+    assert (sync.transport_for("disaggregated"), sync.transport_for("colocated")) == ("broadcast", "ipc")
+    assert load_config(RLConfig, rl_file, ["sync.transport=disk"]).sync.transport_for("colocated") == "disk"
 
 
 def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:

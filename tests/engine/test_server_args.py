@@ -19,7 +19,7 @@ def test_cpu_takes_the_pure_torch_paths() -> None:
     assert value_of(command.argv, "--random-seed") == "7"
     assert command.argv[-1] == "--log-requests"
     assert command.env["SGLANG_USE_CPU_ENGINE"] == "1"
-    assert command.env["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
+    assert command.unset == ()
 
 
 def test_gpu_leaves_the_choice_to_sglang() -> None:
@@ -29,3 +29,28 @@ def test_gpu_leaves_the_choice_to_sglang() -> None:
     assert "--attention-backend" not in command.argv
     assert "SGLANG_USE_CPU_ENGINE" not in command.env
     assert value_of(command.argv, "--mem-fraction-static") == "0.8"
+    # its environment is another one
+    assert command.unset == ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    assert "--enable-memory-saver" not in command.argv
+
+
+def test_ranks_on_cpu_get_cores_that_exist_and_others_for_every_server() -> None:
+    def bound(number: int, cores: list[int], tensor: int = 2) -> str:
+        section = EngineSection(tensor=tensor, count=3)
+        command = engine_command(
+            section, model_path="m", dtype="float32", device="cpu", port=1, seed=1, number=number, cores=cores
+        )
+        return command.env.get("SGLANG_CPU_OMP_THREADS_BIND", "")
+
+    assert [bound(number, [0, 1, 2, 3]) for number in range(3)] == ["0|1", "2|3", "0|1"]
+    assert bound(1, [0, 1, 2]) == "2|0"
+    assert bound(0, [5]) == "5|5"
+    assert bound(0, [5], tensor=1) == ""  # nothing to bind: the scheduler chooses
+
+
+def test_colocated_servers_give_their_memory_back() -> None:
+    section = EngineSection(placement="colocated")
+    command = engine_command(section, model_path="m", dtype="bfloat16", device="cuda", port=1, seed=1)
+    assert "--enable-memory-saver" in command.argv
+    on_cpu = engine_command(section, model_path="m", dtype="float32", device="cpu", port=1, seed=1)
+    assert "--enable-memory-saver" not in on_cpu.argv  # nothing of it works without a GPU
