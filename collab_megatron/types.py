@@ -144,9 +144,13 @@ class PolicyEngine(Protocol):
     """Samples policy turns: token ids in, token ids out."""
 
     async def generate(
-        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int
+        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int, affinity: str = ""
     ) -> list[Generation]:
-        """n continuations of `input_ids`. Raises RunError if the engine does not answer within its deadline."""
+        """n continuations of `input_ids`; requests of one `affinity` (the prompt's name) share prefixes.
+
+        Raises NoEngineLeft when no server is there to ask, which ends the step; another RunError if this request was
+        refused or not answered within its deadline.
+        """
         ...
 
 

@@ -1,16 +1,16 @@
-"""Builds the players of the conversations from a config: engine client, simulated user, judges, chat template."""
+"""Builds the players of the conversations from a config: engine pool, simulated user, judges, chat template."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.driver.conversation import Limits, Players
-from collab_megatron.engine.client import EngineClient
+from collab_megatron.engine.pool import EnginePool
 from collab_megatron.errors import UserError
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.rewards import configured_scorer
@@ -24,25 +24,29 @@ class Cast:
 
     players: Players
     limits: Limits
-    engine: EngineClient
+    engine: EnginePool
     gateway: Gateway
 
 
 @asynccontextmanager
 async def assemble(
-    config: RLConfig | EvaluateConfig, *, engine_url: str, max_context_tokens: int
+    config: RLConfig | EvaluateConfig, *, engine_urls: Sequence[str], max_context_tokens: int
 ) -> AsyncIterator[Cast]:
-    """Clients that live as long as the block. Raises UserError for a missing key or an inexact chat template."""
+    """Clients that live as long as the block. Raises UserError for a missing key or an inexact chat template.
+
+    The engines serve whatever weights they have; none are needed where `cast.engine.use` names them later.
+    """
     chat = ChatTemplate(load_tokenizer(config.model.path))
     chat.check_exact()
     gateway = Gateway(llm_roles(config.simulators), config.run.seed)
     rollout = config.rollout
-    async with EngineClient(
-        engine_url,
+    async with EnginePool(
         stop_token_ids=chat.end_ids,
-        timeout_s=config.engine.request_timeout_s,
+        request_timeout_s=config.engine.request_timeout_s,
+        health_timeout_s=config.engine.health_timeout_s,
         max_concurrency=config.engine.max_concurrency,
     ) as engine:
+        engine.use(engine_urls, None)
         gc.collect()
         gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
         try:

@@ -12,6 +12,7 @@ from collab_megatron.data.order import step_indices
 from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.group import grow_group, play_once, training_samples
 from collab_megatron.driver.metrics import evaluation_metrics, rollout_metrics
+from collab_megatron.driver.together import together
 from collab_megatron.errors import RunError
 from collab_megatron.types import Group, Reply, RolloutBatch, Task
 
@@ -40,7 +41,8 @@ async def collect_step(
 ) -> Collected:
     """Grow all trees of `step` at once and deliver them in prompt order (strictly on-policy).
 
-    Raises RunError at `rollout.step_timeout_s`, or if no group could be kept.
+    Raises RunError at `rollout.step_timeout_s`, or if too many groups had to be dropped; NoEngineLeft as it
+    comes. Whatever it raises, no conversation of the step is under way any more.
     """
     indices = step_indices(seed, step, num_rows=len(tasks), batch_size=rollout.prompts_per_step)
     start = time.monotonic()
@@ -58,7 +60,7 @@ async def collect_step(
         for i in indices
     )
     try:
-        groups = await asyncio.wait_for(asyncio.gather(*growing), timeout=rollout.step_timeout_s)
+        groups = await asyncio.wait_for(together(growing), timeout=rollout.step_timeout_s)
     except TimeoutError:
         raise RunError(f"driver: the rollouts of step {step} took over {rollout.step_timeout_s:g} s") from None
     dropped = [group for group in groups if not group.kept]
@@ -81,7 +83,7 @@ async def evaluate(
 ) -> tuple[dict[str, float], list[tuple[Task, Reply]]]:
     """Play whole conversations on the first `num_tasks` tasks; figures and the conversations themselves.
 
-    Raises RunError at `evaluation.timeout_s`, or if over half of the conversations failed.
+    Raises RunError at `evaluation.timeout_s`, or if over half of the conversations failed; NoEngineLeft as it comes.
     """
     limits = replace(
         limits,
@@ -98,7 +100,7 @@ async def evaluate(
     chosen = tasks[: evaluation.num_tasks]
     start = time.monotonic()
     try:
-        replies = await asyncio.wait_for(asyncio.gather(*map(play, chosen)), timeout=evaluation.timeout_s)
+        replies = await asyncio.wait_for(together(map(play, chosen)), timeout=evaluation.timeout_s)
     except TimeoutError:
         raise RunError(f"driver: the evaluation took over {evaluation.timeout_s:g} s") from None
     plays = list(zip(chosen, replies, strict=True))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from collab_megatron.errors import RunError
+from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.types import (
     TERMINATION_SIGNAL,
@@ -89,7 +89,7 @@ async def play_future(
     limits: Limits,
     players: Players,
 ) -> Future:
-    """Play and score future `index` of a reply. Never raises RunError: a failed call becomes the future's status.
+    """Play and score future `index` of a reply. A failed call becomes its status; only NoEngineLeft is raised.
 
     With `simulate` False (K = 0) the reply is scored as it stands. Waits for the engine, the user simulator and the
     judges in turn; `sample_index` tells the simulator's repeated calls with the same chat apart.
@@ -136,8 +136,14 @@ async def _simulate(
         try:
             with players.engine_clock:
                 (turn,) = await players.engine.generate(
-                    state.context, n=1, temperature=limits.temperature, max_new_tokens=limits.max_new_tokens
+                    state.context,
+                    n=1,
+                    temperature=limits.temperature,
+                    max_new_tokens=limits.max_new_tokens,
+                    affinity=task.task_id,
                 )
+        except NoEngineLeft:
+            raise  # says nothing of this conversation: the step is played again once there is an engine
         except RunError as error:
             return RolloutStatus.ENGINE_FAILED, str(error)
         state.messages.append(Message("assistant", players.chat.reply_text(turn.token_ids_T)))

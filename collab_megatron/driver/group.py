@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 from collab_megatron.algorithms.advantages import group_advantages
 from collab_megatron.driver.conversation import Limits, Players, play_future
+from collab_megatron.driver.together import together
 from collab_megatron.errors import RunError
 from collab_megatron.rewards import multiturn_reward
 from collab_megatron.types import Generation, Group, Reply, Task, TrainingSample
@@ -25,19 +25,21 @@ async def grow_group(
 ) -> Group:
     """Sample n replies and play every future concurrently; a future starts as soon as its reply is there.
 
-    Raises RunError only when the replies themselves cannot be sampled; failed futures are statuses.
+    Raises RunError only when the replies themselves cannot be sampled, and NoEngineLeft; failed futures are statuses.
     num_futures = 0 scores each reply as it stands.
     """
     prompt_ids = players.chat.prompt_ids(task.prompt)
     with players.engine_clock:
         generations = await players.engine.generate(
-            prompt_ids, n=num_replies, temperature=limits.temperature, max_new_tokens=limits.max_new_tokens
+            prompt_ids,
+            n=num_replies,
+            temperature=limits.temperature,
+            max_new_tokens=limits.max_new_tokens,
+            affinity=task.task_id,
         )
-    replies = await asyncio.gather(
-        *(
-            _grow_reply(task, prompt_ids, generation, g, num_futures, limits, players)
-            for g, generation in enumerate(generations)
-        )
+    replies = await together(
+        _grow_reply(task, prompt_ids, generation, g, num_futures, limits, players)
+        for g, generation in enumerate(generations)
     )
     return with_advantages(
         Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=tuple(replies), kept=True),
@@ -57,20 +59,18 @@ async def _grow_reply(
     players: Players,
 ) -> Reply:
     simulate = num_futures > 0
-    futures = await asyncio.gather(
-        *(
-            play_future(
-                task,
-                prompt_ids,
-                generation,
-                index=k,
-                sample_index=reply_index * max(num_futures, 1) + k,
-                simulate=simulate,
-                limits=limits,
-                players=players,
-            )
-            for k in range(max(num_futures, 1))
+    futures = await together(
+        play_future(
+            task,
+            prompt_ids,
+            generation,
+            index=k,
+            sample_index=reply_index * max(num_futures, 1) + k,
+            simulate=simulate,
+            limits=limits,
+            players=players,
         )
+        for k in range(max(num_futures, 1))
     )
     text = players.chat.reply_text(generation.token_ids_T)
     return Reply(text=text, generation=generation, futures_K=tuple(futures), mr=multiturn_reward(futures))
@@ -116,7 +116,11 @@ async def play_once(task: Task, *, limits: Limits, players: Players) -> Reply:
     prompt_ids = players.chat.prompt_ids(task.prompt)
     with players.engine_clock:
         (generation,) = await players.engine.generate(
-            prompt_ids, n=1, temperature=limits.temperature, max_new_tokens=limits.max_new_tokens
+            prompt_ids,
+            n=1,
+            temperature=limits.temperature,
+            max_new_tokens=limits.max_new_tokens,
+            affinity=task.task_id,
         )
     if not generation.token_ids_T:
         raise RunError(f"the engine returned an empty reply for task {task.task_id}")

@@ -1,8 +1,8 @@
 """The driver process: answers the trainer's requests for rollouts and evaluations.
 
-    python -m collab_megatron.driver.service RESOLVED.yaml --engine URL --ready-file FILE [--first-step N]
+    python -m collab_megatron.driver.service RESOLVED.yaml --max-context-tokens N --ready-file FILE [--first-step N]
 
-It binds a free port on loopback and writes the address to FILE.
+It binds a free port on loopback and writes the address to FILE. Which engines it may ask stands in every request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collab_megatron.driver.cast import Cast, assemble, usable_tasks
 from collab_megatron.driver.collector import collect_step, evaluate
 from collab_megatron.driver.protocol import POLL_S, Answer, Request, encode_answer, request_decoder
 from collab_megatron.driver.record import TreeRecorder
-from collab_megatron.errors import RunError, run_cli
+from collab_megatron.errors import NoEngineLeft, RunError, run_cli
 from collab_megatron.files import publish_json, publish_text
 from collab_megatron.simulators.usage import API_USAGE_FILE
 from collab_megatron.types import RolloutBatch, Task
@@ -45,24 +45,35 @@ class Service:
         if config.data.validation is not None:
             self._validation = usable_tasks(read_tasks(config.data.validation), cast, limit)
         self._job: asyncio.Task[Answer] | None = None
-        self._job_key: tuple[str, int] | None = None
+        self._job_request: Request | None = None
 
     async def answer(self, request: Request) -> Answer:
         """The job's result, or "pending" after POLL_S. The same request again goes on waiting for the same job."""
         if request.op == "stop":
             return Answer(metrics={})
-        key = (request.op, request.step)
-        if self._job is None or self._job_key != key:
+        if self._job is None or self._job_request != request:
+            await self._abandon()
+            self._cast.engine.use(request.engines, request.version)
             self._job = asyncio.create_task(self._run(request))
-            self._job_key = key
+            self._job_request = request
         done, _ = await asyncio.wait({self._job}, timeout=POLL_S)
         if not done:
             return Answer(pending=True)
-        job, self._job, self._job_key = self._job, None, None
+        job, self._job = self._job, None
+        lost = self._cast.engine.lost
         try:
-            return job.result()
+            answer = job.result()
+            answer.lost = lost
+            return answer
         except RunError as error:
-            return Answer(error=str(error))
+            return Answer(error=str(error), no_engine=isinstance(error, NoEngineLeft), lost=lost)
+
+    async def _abandon(self) -> None:
+        """End the job that the trainer asks for no longer: it would go on against the engines of the next."""
+        if self._job is not None:
+            self._job.cancel()
+            await asyncio.wait({self._job}, timeout=POLL_S)
+            self._job = None
 
     def _run(self, request: Request) -> Coroutine[Any, Any, Answer]:
         return self._step(request) if request.op == "step" else self._evaluate()
@@ -70,8 +81,7 @@ class Service:
     async def _step(self, request: Request) -> Answer:
         config, players = self._config, self._cast.players
         before, calls_before = _clocks(self._cast), self._cast.gateway.snapshot()
-        tokens_before = self._cast.engine.generated_tokens
-        cached_before, prompts_before = self._cast.engine.cached_tokens, self._cast.engine.prompt_tokens
+        engine, usage_before = self._cast.engine, self._cast.engine.usage.copy()
         collected = await collect_step(
             request.step,
             self._train,
@@ -89,11 +99,9 @@ class Service:
         metrics |= {name: value - before[name] for name, value in _clocks(self._cast).items()}
         metrics |= (calls - calls_before).metrics()
         metrics |= {f"total/{name}": value for name, value in calls.metrics().items() if "/" in name}
-        generated = self._cast.engine.generated_tokens - tokens_before
-        metrics["rollout/generated_tokens"] = generated
-        metrics["rollout/tokens_per_s"] = generated / metrics["time_s/rollout"]
-        prompts = self._cast.engine.prompt_tokens - prompts_before
-        metrics["rollout/cached_share"] = (self._cast.engine.cached_tokens - cached_before) / max(prompts, 1)
+        metrics |= engine.usage.since(usage_before).metrics(
+            live=engine.live, lost=len(engine.lost), seconds=metrics["time_s/rollout"]
+        )
         return Answer(batch=RolloutBatch(request.step, collected.batch.samples, metrics))
 
     async def _evaluate(self) -> Answer:
@@ -123,16 +131,14 @@ def _require_version(batch: RolloutBatch, version: int) -> None:
         raise RunError(f"driver: step {batch.step} holds tokens of weight versions {sorted(seen)}, expected {version}")
 
 
-async def serve(
-    config: RLConfig, *, engine_url: str, max_context_tokens: int, first_step: int, ready_file: Path
-) -> None:
+async def serve(config: RLConfig, *, max_context_tokens: int, first_step: int, ready_file: Path) -> None:
     """Answer requests until told to stop."""
     recorder = TreeRecorder(config.run.dir / "conversations.jsonl", first_step=first_step)
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.REP)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     decode = request_decoder()
-    async with assemble(config, engine_url=engine_url, max_context_tokens=max_context_tokens) as cast:
+    async with assemble(config, engine_urls=(), max_context_tokens=max_context_tokens) as cast:
         service = Service(config, cast, recorder)
         publish_text(ready_file, f"tcp://127.0.0.1:{port}")
         running = True
@@ -154,7 +160,6 @@ async def serve(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--engine", required=True)
     parser.add_argument("--max-context-tokens", type=int, required=True)
     parser.add_argument("--first-step", type=int, default=0)
     parser.add_argument("--ready-file", type=Path, required=True)
@@ -165,7 +170,6 @@ def main() -> None:
         uvloop.run(
             serve(
                 config,
-                engine_url=args.engine,
                 max_context_tokens=args.max_context_tokens,
                 first_step=args.first_step,
                 ready_file=args.ready_file,

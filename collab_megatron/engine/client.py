@@ -1,4 +1,4 @@
-"""Asks an SGLang server for policy turns: token ids in, token ids with log-probs and weight versions out."""
+"""Asks one SGLang server for policy turns: token ids in, token ids with log-probs and weight versions out."""
 
 from __future__ import annotations
 
@@ -16,44 +16,59 @@ from collab_megatron.types import Generation
 # steps connections are idle for as long as the update takes, so ours are given up well before.
 KEEPALIVE_S = 2.0
 
+UNPUBLISHED = -1
+"""The version of weights that no trainer has published (SGLang's "default")."""
+
+
+class EngineGone(RunError):
+    """The connection broke or was refused: the server is dead, or one connection of many was lost."""
+
+
+class EngineSilent(RunError):
+    """No answer within the deadline."""
+
+
+def open_session() -> aiohttp.ClientSession:
+    """Connections for any number of clients; each client bounds its own requests. The caller closes it."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+        json_serialize=lambda value: orjson.dumps(value).decode(),
+    )
+
 
 class EngineClient:
-    """One server behind one connection pool; at most `max_concurrency` requests in flight. Use as a context manager."""
+    """One server; at most `max_concurrency` generate calls in flight."""
 
-    def __init__(self, url: str, *, stop_token_ids: Sequence[int], timeout_s: float, max_concurrency: int) -> None:
-        self._url = url
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        *,
+        stop_token_ids: Sequence[int],
+        timeout_s: float,
+        max_concurrency: int,
+    ) -> None:
+        self.url = url
+        self._session = session
         self._stop_token_ids = list(stop_token_ids)
         self._timeout_s = timeout_s
         self._slots = asyncio.Semaphore(max_concurrency)
-        self._max_concurrency = max_concurrency
-        self._session: aiohttp.ClientSession | None = None
-        self.requests = 0
-        self.generated_tokens = 0
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
-
-    async def __aenter__(self) -> EngineClient:
-        self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            connector=aiohttp.TCPConnector(limit=self._max_concurrency, keepalive_timeout=KEEPALIVE_S),
-            json_serialize=lambda value: orjson.dumps(value).decode(),
-        )
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
 
     async def generate(
-        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int
+        self,
+        input_ids: Sequence[int],
+        *,
+        n: int,
+        temperature: float,
+        max_new_tokens: int,
+        cache_key: str | None = None,
     ) -> list[Generation]:
         """n continuations of `input_ids`; waits for a slot, then for the server.
 
-        Raises RunError naming the server if it does not answer within the deadline or refuses.
+        The server's prefix cache serves only what was computed under the same `cache_key`.
+        Raises EngineGone, EngineSilent, or plain RunError if the server answers with a refusal; all name the server.
         """
-        if self._session is None:
-            raise RuntimeError("EngineClient is used outside its `async with`")
-        body = {
+        body: dict[str, Any] = {
             "input_ids": list(input_ids),
             "sampling_params": {
                 "temperature": temperature,
@@ -63,27 +78,34 @@ class EngineClient:
             },
             "return_logprob": True,
         }
+        if cache_key is not None:
+            body["extra_key"] = cache_key
         async with self._slots:
-            payload = await self._post(self._session, body)
-        items = payload if isinstance(payload, list) else [payload]
-        generations = [parse_generation(item) for item in items]
-        self.requests += 1
-        self.prompt_tokens += len(input_ids) * n
-        self.generated_tokens += sum(len(g.token_ids_T) for g in generations)
-        self.cached_tokens += sum(g.cached_tokens for g in generations)
-        return generations
+            payload = await self._call("POST", "generate", self._timeout_s, body)
+        return [parse_generation(item) for item in (payload if isinstance(payload, list) else [payload])]
 
-    async def _post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Any:
+    async def weight_version(self, *, timeout_s: float) -> int:
+        """The version that the server serves; it answers while it generates and while it is paused. Raises as
+        `generate` does."""
+        return version_number((await self._call("GET", "model_info", timeout_s)).get("weight_version"))
+
+    async def _call(self, method: str, call: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
         try:
-            async with session.post(f"{self._url}/generate", json=body) as response:
-                payload = orjson.loads(await response.read())
+            async with self._session.request(
+                method, f"{self.url}/{call}", json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
+            ) as response:
+                payload = await response.read()
         except TimeoutError:
-            raise RunError(f"engine {self._url} did not answer a generate call within {self._timeout_s:g} s") from None
-        except aiohttp.ClientError as error:
-            raise RunError(f"engine {self._url} is gone during generate ({type(error).__name__}: {error})") from None
+            raise EngineSilent(f"engine {self.url} did not answer {call} within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineGone(f"engine {self.url} is gone during {call} ({type(error).__name__}: {error})") from None
         if response.status != 200:
-            raise RunError(f"engine {self._url} refused a generate call ({response.status}): {str(payload)[:300]}")
-        return payload
+            text = payload[:300].decode(errors="replace")
+            raise RunError(f"engine {self.url} refused {call} ({response.status}): {text}")
+        try:
+            return orjson.loads(payload)
+        except orjson.JSONDecodeError as error:
+            raise RunError(f"engine {self.url} answered {call} with something else than JSON ({error})") from None
 
 
 def parse_generation(item: dict[str, Any]) -> Generation:
@@ -105,13 +127,18 @@ def parse_generation(item: dict[str, Any]) -> Generation:
     )
 
 
+def version_number(said: object) -> int:
+    """SGLang's weight version, a free text, as the number that a trainer gave it; else UNPUBLISHED."""
+    text = str(said)
+    return int(text) if text.isdigit() else UNPUBLISHED
+
+
 def _versions(meta: dict[str, Any], length: int) -> tuple[int, ...]:
-    """The weight version of every token; -1 for weights that no trainer has published ("default")."""
-    versions = [-1] * length
+    """The weight version of every token."""
+    versions = [UNPUBLISHED] * length
     spans = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": length}]
     for span in spans:
-        text = str(span["version"])
-        number = int(text) if text.isdigit() else -1
+        number = version_number(span["version"])
         for t in range(span["start"], min(span["end"], length)):
             versions[t] = number
     return tuple(versions)

@@ -5,7 +5,7 @@ Never an NCCL collective: while users are being simulated the ranks wait on a gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from collab_megatron.actor.grid import RankGrid
-from collab_megatron.driver.protocol import DriverClient
-from collab_megatron.errors import RunError
+from collab_megatron.driver.protocol import Delivery, DriverClient, DriverHasNoEngine
+from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import RolloutBatch
 
 MARGIN_S = 120.0
+DELIVERED, FAILED, NO_ENGINE = b"\x00", b"\x01", b"\x02"
 T = TypeVar("T")
 
 
@@ -32,21 +33,32 @@ class Inbox:
         longest = timedelta(seconds=max(step_timeout_s, eval_timeout_s) + MARGIN_S)
         self._group = dist.new_group(backend="gloo", timeout=longest)
         self._driver = DriverClient(driver_address) if grid.is_main else None
+        self._lost: dict[str, str] = {}
 
-    def next_batch(self, step: int, version: int) -> RolloutBatch:
-        """The batch of `step` on every rank. Raises RunError on every rank if the driver could not deliver."""
+    def next_batch(self, step: int, version: int, engines: Sequence[str]) -> RolloutBatch:
+        """The batch of `step` on every rank, sampled by the servers at `engines`, which hold `version`.
+
+        Rank 0's `engines` count. Raises NoEngineLeft on every rank if the driver had to give all of them up: the same
+        step can be asked for again. Raises RunError on every rank if the driver could not deliver.
+        """
         driver = self._driver
         return self._shared(
-            (lambda: driver.next_batch(step, version, timeout_s=self._step_timeout_s)) if driver else None, RolloutBatch
+            (lambda: driver.next_batch(step, version, engines, timeout_s=self._step_timeout_s)) if driver else None,
+            RolloutBatch,
         )
 
-    def evaluate(self, step: int, version: int) -> dict[str, float]:
-        """Held-out figures on every rank."""
+    def evaluate(self, step: int, version: int, engines: Sequence[str]) -> dict[str, float]:
+        """Held-out figures on every rank; `engines`, and what it raises, as in `next_batch`."""
         driver = self._driver
         return self._shared(
-            (lambda: driver.evaluate(step, version, timeout_s=self._eval_timeout_s)) if driver else None,
+            (lambda: driver.evaluate(step, version, engines, timeout_s=self._eval_timeout_s)) if driver else None,
             dict[str, float],
         )
+
+    def take_lost(self) -> dict[str, str]:
+        """The servers that the driver gave up since the last call: URL -> reason. Known on rank 0 alone."""
+        lost, self._lost = self._lost, {}
+        return lost
 
     def close(self) -> None:
         """Tell the driver to end."""
@@ -54,16 +66,20 @@ class Inbox:
             self._driver.stop()
             self._driver.close()
 
-    def _shared(self, ask: Callable[[], T] | None, kind: type[T]) -> T:
-        """Rank 0's answer, or its error, on every rank."""
+    def _shared(self, ask: Callable[[], Delivery[T]] | None, kind: type[T]) -> T:
+        """The content of rank 0's delivery, or its error, on every rank."""
         failure: RunError | None = None
         payload = b""
         if ask is not None:
             try:
-                payload = b"\x00" + msgspec.msgpack.encode(ask())
+                delivery = ask()
+                self._lost |= delivery.lost
+                payload = DELIVERED + msgspec.msgpack.encode(delivery.content)
             except RunError as error:
                 failure = error
-                payload = b"\x01" + str(error).encode()
+                payload = (NO_ENGINE if isinstance(error, NoEngineLeft) else FAILED) + str(error).encode()
+                if isinstance(error, DriverHasNoEngine):
+                    self._lost |= error.lost
         size = torch.tensor([len(payload)], dtype=torch.int64)
         dist.broadcast(size, src=0, group=self._group)
         data = (
@@ -73,6 +89,8 @@ class Inbox:
         )
         dist.broadcast(data, src=0, group=self._group)
         received = data.numpy().tobytes()
-        if received[:1] == b"\x01":
+        if received[:1] == NO_ENGINE:
+            raise failure or NoEngineLeft(received[1:].decode())
+        if received[:1] == FAILED:
             raise failure or RunError(received[1:].decode())
         return msgspec.msgpack.decode(received[1:], type=kind)

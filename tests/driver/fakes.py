@@ -50,13 +50,16 @@ class ScriptedEngine:
     texts: Sequence[str]
     contexts: list[list[int]] = field(default_factory=list)
     fail_after: int | None = None
+    failure: RunError = field(default_factory=lambda: RunError("engine is gone"))
+    affinities: set[str] = field(default_factory=set)
 
     async def generate(
-        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int
+        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int, affinity: str = ""
     ) -> list[Generation]:
         if self.fail_after is not None and len(self.contexts) >= self.fail_after:
-            raise RunError("engine is gone")
+            raise self.failure
         start = len(self.contexts)
+        self.affinities.add(affinity)
         self.contexts.append(list(input_ids))
         return [generation(self.texts[(start + i) % len(self.texts)]) for i in range(n)]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
+
 from collab_megatron.driver.conversation import Limits, play_future
-from collab_megatron.errors import RunError
+from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import Future, Generation, Message, RolloutStatus
 from tests.driver.fakes import (
     END,
@@ -119,6 +121,12 @@ async def test_failures_are_statuses_without_scores() -> None:
         assert failed.reward is None
         assert not failed.scores
         assert "gone" in failed.error
+
+
+async def test_without_engines_there_is_no_future_rather_than_a_failed_one() -> None:
+    engine = ScriptedEngine(["b"], fail_after=0, failure=NoEngineLeft("no engine is left"))
+    with pytest.raises(NoEngineLeft):
+        await play(generation("a"), engine=engine, user=ScriptedUser(noon))
 
 
 async def test_a_conversation_that_outgrows_the_context_is_scored_as_truncated() -> None:

@@ -11,7 +11,7 @@ from collab_megatron.driver.conversation import Players
 from collab_megatron.driver.group import grow_group, play_once, training_samples, with_advantages
 from collab_megatron.driver.metrics import evaluation_metrics, rollout_metrics
 from collab_megatron.driver.record import TreeRecorder
-from collab_megatron.errors import RunError
+from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import Future, Group, Message, Reply, RolloutStatus
 from tests.driver.fakes import LIMITS, TASK, LengthScorer, ScriptedEngine, ScriptedUser, generation, players
 
@@ -97,6 +97,32 @@ def test_a_group_with_one_reply_left_is_dropped_and_counted() -> None:
 async def test_unsampled_replies_stop_the_step() -> None:
     with pytest.raises(RunError, match="engine is gone"):
         await grow(players(ScriptedEngine(["a"], fail_after=0), ScriptedUser(terminate)))
+
+
+async def test_a_group_asks_for_all_its_turns_under_the_prompts_name() -> None:
+    engine = ScriptedEngine(["a"])
+    await grow(players(engine, ScriptedUser(lambda chat, i: "go on")))
+    assert len(engine.contexts) > 1
+    assert engine.affinities == {TASK.task_id}
+
+
+async def test_without_engines_the_whole_group_ends_at_once() -> None:
+    waiting = []
+
+    class SlowUser(ScriptedUser):
+        async def reply(self, task: object, chat: Sequence[Message], *, sample_index: int) -> str:
+            if sample_index > 0:
+                waiting.append(sample_index)
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    waiting.remove(sample_index)
+            return "go on"
+
+    engine = ScriptedEngine(["a"], fail_after=1, failure=NoEngineLeft("no engine is left"))
+    with pytest.raises(NoEngineLeft):
+        await asyncio.wait_for(grow(players(engine, SlowUser(terminate))), timeout=10)
+    assert waiting == []  # nobody goes on talking for a step that is given up
 
 
 def test_metrics_of_a_step() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 import zmq
 
 from collab_megatron.driver import protocol
-from collab_megatron.driver.protocol import Answer, DriverClient, Request, encode_answer, request_decoder
-from collab_megatron.errors import RunError
+from collab_megatron.driver.protocol import Answer, Delivery, DriverClient, Request, encode_answer, request_decoder
+from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import RolloutBatch, TrainingSample
 
 BATCH = RolloutBatch(
@@ -46,22 +47,42 @@ def served() -> Iterator[Callable[[list[Answer]], str]]:
 
 
 def test_a_batch_arrives_as_it_was_sent_after_any_number_of_polls(served: Callable[[list[Answer]], str]) -> None:
-    client = DriverClient(served([Answer(pending=True), Answer(pending=True), Answer(batch=BATCH)]))
-    assert client.next_batch(7, 6, timeout_s=30) == BATCH
+    lost = {"http://a": "it was silent for 60 s"}
+    answers = [Answer(pending=True), Answer(pending=True), Answer(batch=BATCH, lost=lost)]
+    client = DriverClient(served(answers))
+    assert client.next_batch(7, 6, ["http://a", "http://b"], timeout_s=30) == Delivery(BATCH, lost)
+    client.close()
+
+
+def test_every_poll_names_the_engines_that_may_be_asked() -> None:
+    request = Request("step", 7, 6, ("http://a", "http://b"))
+    assert request_decoder()(msgspec.msgpack.encode(request)) == request
+
+
+@pytest.mark.parametrize("ask", ["next_batch", "evaluate"])
+def test_a_driver_without_engines_can_be_told_from_one_that_failed(
+    served: Callable[[list[Answer]], str], ask: str
+) -> None:
+    lost = {"http://a": "gone"}
+    client = DriverClient(served([Answer(error="no engine is left", no_engine=True, lost=lost)]))
+    with pytest.raises(NoEngineLeft, match="no engine is left") as caught:
+        getattr(client, ask)(0, 0, ["http://a"], timeout_s=30)
+    assert caught.value.lost == lost
     client.close()
 
 
 def test_the_drivers_error_becomes_ours(served: Callable[[list[Answer]], str]) -> None:
     client = DriverClient(served([Answer(error="driver: all judges are gone")]))
-    with pytest.raises(RunError, match="all judges are gone"):
-        client.next_batch(0, 0, timeout_s=30)
+    with pytest.raises(RunError, match="all judges are gone") as caught:
+        client.next_batch(0, 0, [], timeout_s=30)
+    assert not isinstance(caught.value, NoEngineLeft)
     client.close()
 
 
 def test_a_deadline_names_what_was_waited_for(served: Callable[[list[Answer]], str]) -> None:
     client = DriverClient(served([Answer(pending=True)]))
     with pytest.raises(RunError, match="the rollouts of step 3"):
-        client.next_batch(3, 3, timeout_s=0.0)
+        client.next_batch(3, 3, [], timeout_s=0.0)
     client.close()
 
 
@@ -69,5 +90,5 @@ def test_a_silent_driver_is_noticed(monkeypatch: pytest.MonkeyPatch, served: Cal
     monkeypatch.setattr(protocol, "ANSWER_TIMEOUT_S", 0.2)
     client = DriverClient(served([]))
     with pytest.raises(RunError, match="silent"):
-        client.evaluate(0, 0, timeout_s=30)
+        client.evaluate(0, 0, [], timeout_s=30)
     client.close()

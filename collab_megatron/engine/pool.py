@@ -1,0 +1,243 @@
+"""Any number of SGLang servers as one policy engine; one that dies or hangs is given up and its requests asked anew.
+
+Which servers are live, and under which weight version, is told by `use`: nothing but a weight sync makes a server live,
+so none comes back by itself. A server is lost for good, until `use` names it again, when
+
+- a connection to it breaks and it does not answer a ping either (one broken connection of many condemns nobody),
+- it is silent for `health_timeout_s` while it owes answers, or ends no request at all for `request_timeout_s`,
+- it serves other weights than it should: somebody restarted it.
+
+Every request that it had is given up at once and sampled anew by another server; the caller does not notice. A request
+that a server refuses is the request's fault: a RunError, as ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from collab_megatron.engine.client import EngineClient, EngineGone, EngineSilent, open_session
+from collab_megatron.engine.usage import PoolUsage
+from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.types import Generation
+
+PING_EVERY_S = 3.0
+PING_DEADLINE_S = 5.0
+MAX_BROKEN = 3
+"""So often may a request's connection break at servers that are well; once more, and it is the request that fails."""
+FULLER_SHARE, FULLER_SEQUENCES = 1.25, 16
+"""A prompt goes to its own server unless that has over 1.25 times the sequences of the emptiest one, plus 16."""
+
+
+class _GivenUp(Exception):
+    """The server was lost while it had the request."""
+
+
+@dataclass(eq=False)
+class _Server:
+    """One server between two calls of `use`."""
+
+    client: EngineClient
+    version: int | None  # the weights that it must serve; None: whatever it has
+    lost: asyncio.Future[str]  # the reason, once it is lost
+    sequences: int = 0  # that it was asked for and has not answered yet
+    heard: float = 0.0  # monotonic s of its last sign of life; of the request, where it was idle before
+    finished: float = 0.0  # monotonic s of the last generate call that it answered
+    check: asyncio.Task[None] | None = None  # the ping after a broken connection
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+
+class EnginePool:
+    """A types.PolicyEngine over several servers. Use as an async context manager; for one asyncio loop."""
+
+    def __init__(
+        self,
+        *,
+        stop_token_ids: Sequence[int],
+        request_timeout_s: float,
+        health_timeout_s: float,
+        max_concurrency: int,
+    ) -> None:
+        """`max_concurrency` is per server."""
+        self._stop_token_ids = stop_token_ids
+        self._request_timeout_s = request_timeout_s
+        self._health_timeout_s = health_timeout_s
+        self._max_concurrency = max_concurrency
+        self._ping_deadline_s = min(PING_DEADLINE_S, health_timeout_s / 2)
+        self._live: list[_Server] = []
+        self.usage = PoolUsage()
+        self.lost: dict[str, str] = {}  # URL -> reason, since the last `use`
+
+    async def __aenter__(self) -> EnginePool:
+        self._session = open_session()
+        self._watching = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._live = []
+        self._watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._watching
+        await self._session.close()
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """URLs of the servers in use."""
+        return tuple(server.url for server in self._live)
+
+    def use(self, urls: Sequence[str], version: int | None) -> None:
+        """From now on these servers and no others; they serve the weights `version` (None: whatever they have).
+
+        What was lost before is forgotten. Requests under way at other servers may end there.
+        """
+        loop = asyncio.get_running_loop()
+        self._live = [
+            _Server(
+                EngineClient(
+                    self._session,
+                    url,
+                    stop_token_ids=self._stop_token_ids,
+                    timeout_s=self._request_timeout_s,
+                    max_concurrency=self._max_concurrency,
+                ),
+                version,
+                lost=loop.create_future(),
+            )
+            for url in dict.fromkeys(urls)
+        ]
+        self.lost = {}
+
+    async def generate(
+        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int, affinity: str = ""
+    ) -> list[Generation]:
+        """n continuations of `input_ids`, all of one server; requests of the same `affinity` share a server's cache.
+
+        Waits for a slot and for the server, over again with another one if it is lost.
+        Raises NoEngineLeft when there is no other one, and RunError if the server refuses or is too slow.
+        """
+        broken = 0
+        server = self._choose(affinity)
+        while True:
+            try:
+                return await self._ask(server, input_ids, n, temperature, max_new_tokens)
+            except _GivenUp:
+                pass
+            except EngineSilent as error:
+                if server.finished > time.monotonic() - self._request_timeout_s:
+                    raise  # it does answer others: slow, not hung
+                self._lose(server, str(error))
+            except EngineGone as error:
+                await self._check(server, error)
+                broken += not server.lost.done()
+                if broken > MAX_BROKEN:
+                    raise
+            self.usage.retried += 1
+            if server.lost.done() or broken > 1:
+                server = self._choose(affinity, avoid=server)
+
+    def _choose(self, affinity: str, avoid: _Server | None = None) -> _Server:
+        """The server of this prompt among those that are not far fuller than the emptiest; else the emptiest."""
+        servers = [server for server in self._live if server is not avoid] or self._live
+        if not servers:
+            reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
+            raise NoEngineLeft(f"no engine is left ({reasons or 'none is live yet'})")
+        emptiest = min(servers, key=lambda server: server.sequences)
+        if not affinity:
+            return emptiest
+        limit = FULLER_SHARE * emptiest.sequences + FULLER_SEQUENCES
+        # rendezvous hashing: when a server goes, only its own prompts move
+        return max(
+            (server for server in servers if server.sequences <= limit),
+            key=lambda server: hashlib.blake2b(f"{server.url} {affinity}".encode(), digest_size=8).digest(),
+        )
+
+    async def _ask(
+        self, server: _Server, input_ids: Sequence[int], n: int, temperature: float, max_new_tokens: int
+    ) -> list[Generation]:
+        """One request to one server. Raises _GivenUp as soon as the server is lost."""
+        if not server.sequences:
+            server.heard = time.monotonic()
+        server.sequences += n
+        call = asyncio.ensure_future(
+            server.client.generate(
+                input_ids,
+                n=n,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                # prefixes that older weights computed are never reused, whether the server's cache was emptied or not
+                cache_key=None if server.version is None else str(server.version),
+            )
+        )
+        try:
+            await asyncio.wait({call, server.lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                raise _GivenUp
+            generations = call.result()
+        finally:
+            server.sequences -= n
+            call.cancel()
+        server.heard = server.finished = time.monotonic()
+        if not all(
+            self._serves(server, version)
+            for version in {version for generation in generations for version in generation.versions_T}
+        ):
+            raise _GivenUp
+        self.usage.count(server.url, len(input_ids), generations)
+        return generations
+
+    def _lose(self, server: _Server, reason: str) -> None:
+        if server.lost.done():
+            return
+        server.lost.set_result(reason)
+        if server in self._live:
+            self._live.remove(server)
+            self.lost[server.url] = reason
+            print(f"engine {server.url} is lost: {reason}", flush=True)
+
+    def _serves(self, server: _Server, version: int) -> bool:
+        """Whether that is the version the server must serve; if not, it is lost."""
+        if server.version is None or version == server.version:
+            return True
+        self._lose(server, f"it serves weight version {version} instead of {server.version}: was it restarted?")
+        return False
+
+    async def _check(self, server: _Server, broke: EngineGone) -> None:
+        """After a broken connection: lose the server unless it answers a ping. All its broken requests share one."""
+
+        async def ping() -> None:
+            try:
+                version = await server.client.weight_version(timeout_s=self._ping_deadline_s)
+            except RunError:
+                self._lose(server, str(broke))
+            else:
+                self._serves(server, version)
+
+        if server.check is None or server.check.done():
+            server.check = asyncio.create_task(ping())
+        await asyncio.shield(server.check)
+
+    async def _watch(self) -> None:
+        """Ping the servers that owe an answer, until cancelled."""
+        while True:
+            await asyncio.sleep(min(PING_EVERY_S, self._health_timeout_s / 4))
+            await asyncio.gather(*(self._watch_one(server) for server in self._live if server.sequences))
+
+    async def _watch_one(self, server: _Server) -> None:
+        try:
+            version = await server.client.weight_version(timeout_s=self._ping_deadline_s)
+        except (EngineGone, EngineSilent):
+            silent_s = time.monotonic() - server.heard
+            if silent_s >= self._health_timeout_s:
+                self._lose(server, f"it was silent for {silent_s:.0f} s")
+        except RunError:
+            server.heard = time.monotonic()  # it refuses, so it lives
+        else:
+            server.heard = time.monotonic()
+            self._serves(server, version)
