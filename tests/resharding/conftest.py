@@ -1,4 +1,4 @@
-"""Real SGLang servers of tiny models, started when a test first asks for one and shared by all that ask for the same."""
+"""Real SGLang servers of tiny models, each started when a test first asks for it and shared by those that follow."""
 
 from __future__ import annotations
 
