@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from collab_megatron.cluster.processes import free_port
-from collab_megatron.engine.client import EngineClient, parse_generation
-from collab_megatron.engine.control import EngineControl
+from collab_megatron.engine.client import (
+    UNPUBLISHED,
+    EngineClient,
+    EngineGone,
+    EngineSilent,
+    open_session,
+    parse_generation,
+)
+from collab_megatron.engine.control import BucketTensors, EngineControl
 from collab_megatron.errors import RunError
 from tests.conftest import Server
 
@@ -51,19 +59,26 @@ async def test_a_refused_a_silent_and_a_missing_engine_are_named() -> None:
     async def refuse(request: web.Request) -> web.Response:
         return web.json_response({"error": "no room"}, status=503)
 
+    async def hang(request: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        raise AssertionError
+
     app = web.Application()
     app.router.add_post("/generate", refuse)
-    runner = web.AppRunner(app)
+    app.router.add_get("/model_info", hang)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     port = free_port()
     await web.TCPSite(runner, "127.0.0.1", port).start()
     url = f"http://127.0.0.1:{port}"
-    async with EngineClient(url, stop_token_ids=[2], timeout_s=5, max_concurrency=2) as client:
+    async with open_session() as session:
+        client = EngineClient(session, url, stop_token_ids=[2], timeout_s=5, max_concurrency=2)
         with pytest.raises(RunError, match=rf"{url} refused .*503.*no room"):
             await client.generate([1], n=1, temperature=1.0, max_new_tokens=1)
-    await runner.cleanup()
-    async with EngineClient(url, stop_token_ids=[2], timeout_s=5, max_concurrency=2) as client:
-        with pytest.raises(RunError, match=f"{url} is gone"):
+        with pytest.raises(EngineSilent, match=rf"{url} did not answer model_info within 0.2 s"):
+            await client.weight_version(timeout_s=0.2)
+        await runner.cleanup()
+        with pytest.raises(EngineGone, match=f"{url} is gone"):
             await client.generate([1], n=1, temperature=1.0, max_new_tokens=1)
 
 
@@ -73,7 +88,9 @@ async def test_the_real_server_generates_what_transformers_does(tiny_engine: Ser
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    async with EngineClient(tiny_engine.url, stop_token_ids=[2], timeout_s=60, max_concurrency=8) as client:
+    async with open_session() as session:
+        client = EngineClient(session, tiny_engine.url, stop_token_ids=[2], timeout_s=60, max_concurrency=8)
+        assert await client.weight_version(timeout_s=10) == UNPUBLISHED
         for prompt in PROMPTS:
             (greedy,) = await client.generate(prompt, n=1, temperature=0.0, max_new_tokens=12)
             expected = model.generate(
@@ -99,7 +116,7 @@ def test_control_calls_of_the_real_server(tiny_engine: Server) -> None:
     control.resume()
     assert len(control.generate(PROMPTS[0], max_new_tokens=3, stop_token_ids=[])) == 3
     with pytest.raises(RunError, match="refused update_weights_from_distributed"):
-        control.receive_bucket(names=[], dtypes=[], shapes=[], group_name="none", weight_version=None)
+        control.receive_bucket(BucketTensors(names=[], dtypes=[], shapes=[]), group_name="none", weight_version=None)
     control.close()
 
 

@@ -1,0 +1,88 @@
+"""Small real HTTP servers that speak as much of SGLang as a pool needs, and that die, hang, reset and refuse."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+Answer = Callable[[dict[str, Any]], Awaitable[web.Response | None]]
+
+
+@dataclass
+class FakeServer:
+    """`answer(body)` may wait or raise; None: the ordinary reply."""
+
+    version: str = "1"
+    answer: Answer | None = None
+    silent: bool = False  # accepts connections, answers nothing
+    url: str = ""
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    answered: int = 0
+    reset_next: int = 0  # break so many connections
+
+    async def die(self) -> None:
+        """Break every connection and stop listening."""
+        await self.site.stop()
+        for transport in list(self.transports):
+            transport.abort()
+
+    async def start(self, port: int = 0) -> None:
+        app = web.Application()
+        app.router.add_post("/generate", self._generate)
+        app.router.add_get("/model_info", self._model_info)
+        self.transports: set[asyncio.Transport] = set()
+        self.runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self.runner.setup()
+        self.site = web.TCPSite(self.runner, "127.0.0.1", port)
+        await self.site.start()
+        port = self.site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        self.url = f"http://127.0.0.1:{port}"
+
+    async def _generate(self, request: web.Request) -> web.Response:
+        assert request.transport is not None
+        self.transports.add(request.transport)  # type: ignore[arg-type]
+        body = await request.json()
+        self.bodies.append(body)
+        if self.reset_next > 0:
+            self.reset_next -= 1
+            request.transport.abort()  # type: ignore[attr-defined]
+        if self.silent:
+            await asyncio.sleep(3600)
+        if self.answer is not None and (said := await self.answer(body)) is not None:
+            return said
+        self.answered += 1
+        return web.json_response([reply(self.version)] * body["sampling_params"]["n"])
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        if self.silent:
+            await asyncio.sleep(3600)
+        return web.json_response({"weight_version": self.version})
+
+
+def reply(version: str) -> dict[str, Any]:
+    return {
+        "output_ids": [5, 2],
+        "meta_info": {
+            "finish_reason": {"type": "stop"},
+            "output_token_logprobs": [[-0.1, 5, None], [-0.2, 2, None]],
+            "weight_version": version,
+            "cached_tokens": 1,
+        },
+    }
+
+
+@asynccontextmanager
+async def servers(*fakes: FakeServer) -> AsyncIterator[None]:
+    """They listen, each at its `url`, as long as the block lasts."""
+    for fake in fakes:
+        await fake.start()
+    try:
+        yield
+    finally:
+        for fake in fakes:
+            await fake.runner.cleanup()
