@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,13 @@ def test_torchvision_imports_with_operators_and_the_hook_sleeps_where_it_brings_
 def test_sglang_imports_with_the_support_and_not_without() -> None:
     """The second half tells when the support can go."""
     scheduler = "import sglang.srt.managers.scheduler"
-    with_it = run_python(scheduler, CPU_ENGINE)
-    assert with_it.returncode == 0, with_it.stderr[-2000:]
     uninstall = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != {!r}]; "
     finders = ["SglKernelStandIn"]
     if torch.version.cuda is None:  # beside CUDA torch, torchvision's compiled part loads
         finders.append("TorchvisionOperators")
-    for finder in finders:
-        without = run_python(uninstall.format(finder) + scheduler, CPU_ENGINE)
-        assert without.returncode != 0, f"{finder} is not needed any more: remove it"
+    with ThreadPoolExecutor() as pool:  # each takes 10 s of one core
+        with_it = pool.submit(run_python, scheduler, CPU_ENGINE)
+        without = {name: pool.submit(run_python, uninstall.format(name) + scheduler, CPU_ENGINE) for name in finders}
+    assert with_it.result().returncode == 0, with_it.result().stderr[-2000:]
+    for finder, ran in without.items():
+        assert ran.result().returncode != 0, f"{finder} is not needed any more: remove it"

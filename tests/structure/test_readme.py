@@ -7,21 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_the_tree_in_the_readme_is_the_tree() -> None:
-    tree = subprocess.run(
+@pytest.fixture(scope="module")
+def tree() -> str:
+    return subprocess.run(
         [sys.executable, "tools/readme_tree.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout
+
+
+def test_the_tree_in_the_readme_is_the_tree(tree: str) -> None:
     assert len(tree.splitlines()) > 100
     assert tree in (REPOSITORY / "README.md").read_text(), "run python tools/readme_tree.py --write"
 
 
-def test_every_file_has_a_phrase() -> None:
-    tree = subprocess.run(
-        [sys.executable, "tools/readme_tree.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    ).stdout
+def test_every_file_has_a_phrase(tree: str) -> None:
     bare = [line for line in tree.splitlines() if re.fullmatch(r"\s*[\w.]+\.(py|yaml|sh|sbatch)", line)]
     assert bare == []
 
