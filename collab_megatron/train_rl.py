@@ -2,10 +2,10 @@
 
     python -m collab_megatron.train_rl conf/demo_rl.yaml [section.key=value ...] [--dry-run]
 
-A step's life: the driver samples n replies per prompt from the engine, plays K futures of each against the simulated
+A step's life: the driver samples n replies per prompt from the engines, plays K futures of each against the simulated
 user, judges them and turns the rewards into group advantages; the trainer scores the replies under the reference, takes
-a clipped policy-gradient step, and publishes the new weights to the engine. `main` launches engine, driver and trainer
-ranks on this node; `train` is what every trainer rank runs.
+a clipped policy-gradient step, and publishes the new weights to the engines, with proof that they arrived. `main`
+launches engines, driver and trainer ranks on this node; `train` is what every trainer rank runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
-from collab_megatron.errors import RunError, run_cli
+from collab_megatron.errors import NoEngineLeft, RunError, run_cli
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -25,8 +25,10 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.actor.reference import build_reference
     from collab_megatron.checkpoint.run import Checkpoints
     from collab_megatron.monitor.timers import PhaseTimer
+    from collab_megatron.resharding.probe import probe_ids
     from collab_megatron.resharding.publisher import Publisher
     from collab_megatron.training.engine_probe import write_engine_probe
+    from collab_megatron.training.engines import Engines
     from collab_megatron.training.inbox import Inbox
     from collab_megatron.training.reporter import Reporter
     from collab_megatron.training.rl_step import update
@@ -59,43 +61,60 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         step_timeout_s=config.rollout.step_timeout_s,
         eval_timeout_s=config.evaluation.timeout_s,
     )
-    publisher = Publisher(actor, engine_url=arguments.engine_url, engine_ranks=config.engine.tensor, sync=config.sync)
+    publisher = Publisher(
+        actor,
+        roster=arguments.roster_folder(),
+        engine=config.engine,
+        sync=config.sync,
+        probe_ids=probe_ids(config.model.path),
+        run_dir=config.run.dir,
+    )
+    engines = Engines(publisher, inbox)
     reporter = Reporter(config, first_step=first_step) if grid.is_main else None
     timer = PhaseTimer()
 
     def evaluate(step: int) -> None:
         if config.data.validation is not None:
-            figures = inbox.evaluate(step, step)
+            figures = engines.evaluate(step)
             if reporter:
                 reporter.evaluation(step, figures)
 
-    publisher.publish(first_step)
-    if config.train.eval_at_start and first_step == 0:
-        evaluate(0)
-    for step in range(first_step, total):
-        with timer("step"):
-            with timer("wait_for_rollout"):
-                batch = inbox.next_batch(step, version=step)
-            metrics = update(
-                actor,
-                reference,
-                batch,
-                algorithm=config.algorithm,
-                train=config.train,
-                timer=timer,
-            )
-            require_same_weights(metrics, config.sync.max_logprob_gap)
-            with timer("weight_sync"):
-                sync = publisher.publish(step + 1)
-        done = step + 1
-        interval = config.train.save_interval
-        if done == total or (interval and done % interval == 0):
-            with timer("checkpoint"):
-                checkpoints.save(done)
-        if reporter:
-            reporter.step(done, batch.metrics, metrics, sync, timer.drain())
-        if done == total or (config.train.eval_interval and done % config.train.eval_interval == 0):
-            evaluate(done)
+    done = saved = first_step
+    try:
+        engines.publish(done)
+        if config.train.eval_at_start and done == 0:
+            evaluate(0)
+        while done < total:
+            with timer("step"):
+                with timer("wait_for_rollout"):
+                    batch = engines.next_batch(done)
+                engines.make_room()
+                metrics = update(
+                    actor,
+                    reference,
+                    batch,
+                    algorithm=config.algorithm,
+                    train=config.train,
+                    timer=timer,
+                )
+                require_same_weights(metrics, config.sync.max_logprob_gap)
+                done += 1
+                with timer("weight_sync"):
+                    sync = engines.publish(done)
+            interval = config.train.save_interval
+            if done == total or (interval and done % interval == 0):
+                with timer("checkpoint"):
+                    checkpoints.save(done)
+                saved = done
+            if reporter:
+                reporter.step(done, batch.metrics, metrics, sync, timer.drain())
+            if done == total or (config.train.eval_interval and done % config.train.eval_interval == 0):
+                evaluate(done)
+    except NoEngineLeft:
+        if done > saved:  # the run stops here, with nothing lost
+            checkpoints.save(done)
+        checkpoints.wait()
+        raise
     checkpoints.wait()
     if reporter and first_step < total:
         write_engine_probe(config, publisher.control, batch)

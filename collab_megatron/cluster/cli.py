@@ -23,6 +23,12 @@ class TrainerArguments:
         if self.engine_ready_file is not None:
             _wait_for_file(self.engine_ready_file, "the engines", timeout_s)
 
+    def roster_folder(self) -> Path:
+        """Where the launcher says which engines are up."""
+        if self.roster is None:
+            raise RuntimeError("this run has no engines")
+        return self.roster
+
     def driver_address(self, timeout_s: float) -> str:
         """The driver's address once it listens. Raises RunError at the deadline."""
         if self.driver_ready_file is None:

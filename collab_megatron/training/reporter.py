@@ -36,8 +36,7 @@ class Reporter:
     ) -> None:
         """Figures of the step that has just ended; `done` counts from 1."""
         metrics = {**rollout, **update, **seconds}
-        metrics["sync/seconds"], metrics["sync/paused_s"] = sync.seconds, sync.paused_s
-        metrics["sync/mb"] = sync.bytes / 2**20
+        metrics |= sync.metrics()
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
         self._dashboard.log(done, metrics)
         self._progress.step(

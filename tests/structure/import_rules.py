@@ -69,8 +69,9 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     },
     "monitor": {"convert.spec": "a type: operations are counted from the model's sizes"},
     "resharding": {
-        "actor.actor": "the weights come from the actor",
-        "cluster.processes": "a free port for the update group",
+        "actor": "the weights come from the actor, over its grid",
+        "batching": "the probe prompt is a micro-batch",
+        "data.chat": "the probe prompt is said in the model's tokens",
     },
 }
 
