@@ -15,7 +15,7 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
 from tests.parallel.tiny import make_model
 
-START_S = 180.0
+START_S = 600.0  # 20 s on an idle machine; longer where other tests run beside it
 MOST = 3  # servers at a time: each is two processes and one per rank, of about 0.7 GB together each
 
 
@@ -61,7 +61,8 @@ class Servers:
         folder = self._folder / name
         if not folder.exists():
             make_model(folder, kind, dtype)
-        section = EngineSection(tensor=tensor, max_total_tokens=8192, max_running_requests=16)
+        # the fraction leaves room for other processes: SGLang takes what they use while it loads for its own weights
+        section = EngineSection(tensor=tensor, max_total_tokens=8192, max_running_requests=16, mem_fraction=0.5)
         command = engine_command(
             section,
             model_path=str(folder),
@@ -92,3 +93,9 @@ def server_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         yield servers
     finally:
         servers.end_all()
+
+
+@pytest.fixture
+def tiny_server(server_for: Servers, request: pytest.FixtureRequest) -> TinyServer:
+    """Indirectly parametrised with the arguments of `server_for`: its start does not count into the test's time."""
+    return server_for(*request.param)
