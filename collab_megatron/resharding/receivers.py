@@ -1,0 +1,160 @@
+"""The servers of a sync, seen from rank 0: all are asked at the same time, and those that fail are given up.
+
+There is no way back for a server but the next sync: who is live is what the last sync has reached.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from typing import TypeVar
+
+from collab_megatron.engine.control import EngineControl, Gone, Refused
+from collab_megatron.engine.roster import EngineEntry, RosterFolder
+from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.resharding.background import in_background
+
+T = TypeVar("T")
+ANSWER_S = 5.0
+"""A server whose HTTP side does not say who it is for so long hangs."""
+RELEASE_S = 20.0
+"""How long a server that waited for a dead one may take to notice that it is dead."""
+LOOK_EVERY_S = 0.5
+
+
+class EnginesLost(RunError):
+    """Servers were given up in the middle of a sync: it has to start over with the others."""
+
+
+class Receivers:
+    """For the trainer's rank 0."""
+
+    def __init__(self, roster: RosterFolder, *, timeout_s: float, wait_s: float) -> None:
+        self._roster = roster
+        self._timeout_s = timeout_s
+        self._wait_s = wait_s
+        self._controls: dict[EngineEntry, EngineControl] = {}
+        self._given_up: dict[EngineEntry, str] = {}
+        self._news: dict[str, str] = {}
+        self.members: tuple[EngineEntry, ...] = ()  # of the attempt in progress
+        self.live: tuple[EngineEntry, ...] = ()  # hold the newest weights and may be used
+
+    def find(self) -> tuple[EngineEntry, ...]:
+        """Every server that answers now, new ones among them; waits for one if there is none.
+
+        Raises NoEngineLeft after `engine.wait_s`, or at once if none can come any more.
+        """
+        start = time.monotonic()
+        while True:
+            roster = self._roster.read()
+            asked = [entry for entry in roster.ready if entry.managed is False or entry not in self._given_up]
+            answers = self._ask({entry: self.control(entry) for entry in asked})
+            for entry in asked:
+                if not answers[entry] and entry.managed:
+                    self.give_up(entry, f"did not answer within {ANSWER_S:g} s")
+            self.members = tuple(entry for entry in asked if answers[entry])
+            if self.members:
+                return self.members
+            waited = time.monotonic() - start
+            may_come = roster.coming > 0 or any(not entry.managed for entry in asked)
+            if not may_come or waited > self._wait_s:
+                told = "; ".join(f"{entry}: {reason}" for entry, reason in self._given_up.items())
+                how = f"none came within {self._wait_s:g} s" if may_come else "none is left to start"
+                raise NoEngineLeft(f"no engine is left, and {how} ({told or 'no server was ever ready'})")
+            time.sleep(LOOK_EVERY_S)
+
+    def control(self, entry: EngineEntry) -> EngineControl:
+        if entry not in self._controls:
+            self._controls[entry] = EngineControl(entry.url, timeout_s=self._timeout_s)
+        return self._controls[entry]
+
+    def give_up(self, entry: EngineEntry, reason: str) -> None:
+        """Never use this life of a server again; the launcher kills it and starts another."""
+        if entry in self._given_up and entry.managed:
+            return
+        print(f"{entry} is given up: {reason}", file=sys.stderr, flush=True)
+        self._given_up[entry] = reason
+        self._news[str(entry)] = reason
+        self._roster.condemn(entry, reason)
+        self.members = tuple(member for member in self.members if member != entry)
+        self.live = tuple(member for member in self.live if member != entry)
+        if control := self._controls.pop(entry, None):
+            control.close()
+
+    def take_lost(self) -> dict[str, str]:
+        """Who was given up since the last call, and why."""
+        lost, self._news = self._news, {}
+        return lost
+
+    def each(
+        self,
+        what: str,
+        call: Callable[[EngineControl, EngineEntry], T],
+        *,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> Mapping[EngineEntry, T]:
+        """Call every member at the same time; their answers.
+
+        `on_failure` is called at the first failure: it must end whatever the others may be waiting for.
+        Raises EnginesLost after giving up the servers that are dead or hang; RunError, with the server's words, where
+        all are well but one refuses.
+        """
+        futures = {
+            in_background(f"{what} of {entry}", call, self.control(entry), entry): entry for entry in self.members
+        }
+        done, late = wait(futures, timeout=self._timeout_s, return_when=FIRST_EXCEPTION)
+        if not late and all(future.exception() is None for future in done):
+            return {entry: future.result() for future, entry in futures.items()}
+        on_failure()
+        self._judge(what, futures)
+        raise EnginesLost(f"{what}: servers were lost")
+
+    def _judge(self, what: str, futures: Mapping[Future[T], EngineEntry]) -> None:
+        """Give up whoever is to blame. Returns if anybody was; else raises what was said."""
+        wait(futures, timeout=ANSWER_S)
+        blamed = False
+        unsure = {}
+        for future, entry in futures.items():
+            error = future.exception() if future.done() else None
+            if isinstance(error, Gone):
+                self.give_up(entry, str(error))
+                blamed = True
+            elif error is not None or not future.done():
+                unsure[entry] = EngineControl(entry.url, timeout_s=ANSWER_S)  # its own may be in use
+        answers = self._ask(unsure)
+        for entry, control in unsure.items():
+            control.close()
+            if not answers[entry]:
+                self.give_up(entry, f"silent during {what}")
+                blamed = True
+        # with the dead ones out of the way, those that waited for them must come back
+        wait(futures, timeout=RELEASE_S if blamed else 0)
+        refusals = []
+        for future, entry in futures.items():
+            if not future.done():
+                self.give_up(entry, f"did not come back from {what} within {self._timeout_s:g} s")
+                blamed = True
+            elif isinstance(future.exception(), Refused):
+                refusals.append(future.exception())
+            elif isinstance(future.exception(), RunError) and entry in self.members:
+                self.give_up(entry, str(future.exception()))
+                blamed = True
+            elif future.exception() is not None and entry in self.members:
+                raise future.exception()  # type: ignore[misc]  # a defect of ours
+        if not blamed and refusals:
+            raise RunError(str(refusals[0]))
+
+    def _ask(self, controls: Mapping[EngineEntry, EngineControl]) -> dict[EngineEntry, bool]:
+        """Who answers, all asked at the same time."""
+        futures = {
+            entry: in_background(f"asking {entry}", control.answers, ANSWER_S) for entry, control in controls.items()
+        }
+        wait(futures.values(), timeout=ANSWER_S + 1)
+        return {entry: future.done() and future.result() for entry, future in futures.items()}
+
+    def close(self) -> None:
+        for control in self._controls.values():
+            control.close()
+        self._controls.clear()
