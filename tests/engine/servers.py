@@ -64,6 +64,13 @@ class FakeServer:
         return web.json_response({"weight_version": self.version})
 
 
+def slowly(seconds: float) -> Answer:
+    async def answer(body: dict[str, Any]) -> None:
+        await asyncio.sleep(seconds)
+
+    return answer
+
+
 def reply(version: str) -> dict[str, Any]:
     return {
         "output_ids": [5, 2],

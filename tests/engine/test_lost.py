@@ -64,13 +64,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def generate_while(pool: EnginePool, doomed: Server, number: signal.Signals) -> None:
-    """64 calls of 64 tokens, all of them answered, though `doomed` gets a signal once it is at work."""
+    """64 calls of 64 tokens at most, all of them answered, though `doomed` gets a signal once it is at work."""
 
     async def ask(i: int) -> None:
         (generation,) = await pool.generate(
             [3, 40 + i, 41, 42, 2, 4], n=1, temperature=1.0, max_new_tokens=64, affinity=f"task {i}"
         )
-        assert generation.versions_T == (VERSION,) * 64
+        assert set(generation.versions_T) == {VERSION}
 
     calls = [asyncio.create_task(ask(i)) for i in range(64)]
     await until(lambda: pool.usage.generated_by.get(doomed.url, 0) >= 3 * 64)

@@ -14,7 +14,7 @@ from aiohttp import web
 from collab_megatron.engine.pool import FULLER_SEQUENCES, EnginePool
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import Generation
-from tests.engine.servers import FakeServer, servers
+from tests.engine.servers import FakeServer, servers, slowly
 
 
 @asynccontextmanager
@@ -49,13 +49,6 @@ async def until(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < end
         await asyncio.sleep(0.01)
-
-
-def slowly(seconds: float) -> Any:
-    async def answer(body: dict[str, Any]) -> None:
-        await asyncio.sleep(seconds)
-
-    return answer
 
 
 async def test_one_prompt_stays_at_one_server_and_prompts_spread() -> None:

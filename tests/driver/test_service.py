@@ -1,0 +1,117 @@
+"""The driver's service over the real pool: engines come with every request, a step without engines is played anew."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from collab_megatron.config import RLConfig
+from collab_megatron.config.sections import (
+    DataSection,
+    LLMSection,
+    ModelSection,
+    RewardSection,
+    RolloutSection,
+    RunSection,
+    SimulatorsSection,
+)
+from collab_megatron.data.parquet import write_tasks
+from collab_megatron.driver.cast import Cast
+from collab_megatron.driver.protocol import Answer, Request
+from collab_megatron.driver.record import TreeRecorder
+from collab_megatron.driver.service import Service
+from collab_megatron.engine.pool import EnginePool
+from collab_megatron.simulators import Gateway
+from collab_megatron.simulators.usage import GatewaySnapshot
+from collab_megatron.types import Message
+from tests.driver.fakes import LIMITS, TASK, ScriptedUser, players
+from tests.engine.servers import FakeServer, servers, slowly
+
+
+class NoGateway:
+    def snapshot(self) -> GatewaySnapshot:
+        return GatewaySnapshot()
+
+
+@asynccontextmanager
+async def service(folder: Path, *fakes: FakeServer) -> AsyncIterator[Service]:
+    """Two prompts a step, two replies, one future each: four conversations of three policy turns."""
+
+    def go_on(chat: Sequence[Message], sample_index: int) -> str:
+        return "go on"
+
+    write_tasks(folder / "train.parquet", [TASK])
+    config = RLConfig(
+        run=RunSection(dir=folder),
+        model=ModelSection(path="none"),
+        data=DataSection(train=folder / "train.parquet"),
+        simulators=SimulatorsSection(user=LLMSection(model="none")),
+        reward=RewardSection(metric_weights={"accuracy": 1.0}, accuracy_verifier="exact"),
+        rollout=RolloutSection(prompts_per_step=2, num_replies=2, num_repeat_rollouts=1, max_new_tokens=4),
+    )
+    async with (
+        servers(*fakes),
+        EnginePool(stop_token_ids=[9], request_timeout_s=30, health_timeout_s=30, max_concurrency=8) as engine,
+    ):
+        everybody = players(cast(Any, engine), ScriptedUser(go_on))
+        recorder = TreeRecorder(folder / "conversations.jsonl", first_step=0)
+        yield Service(config, Cast(everybody, LIMITS, engine, cast(Gateway, NoGateway())), recorder)
+
+
+async def answered(driver: Service, request: Request) -> Answer:
+    """Ask as the trainer does, until it is done."""
+    end = time.monotonic() + 30
+    while (answer := await driver.answer(request)).pending:
+        assert time.monotonic() < end
+    return answer
+
+
+async def test_a_step_without_engines_is_asked_for_again_with_others(tmp_path: Path) -> None:
+    dying, fresh = FakeServer(version="0", answer=slowly(1)), FakeServer(version="0")
+    async with service(tmp_path, dying, fresh) as driver:
+        first = asyncio.create_task(answered(driver, Request("step", 0, 0, (dying.url,))))
+        await asyncio.sleep(0.5)
+        await dying.die()
+        failed = await asyncio.wait_for(first, timeout=10)
+        assert failed.no_engine
+        assert list(failed.lost) == [dying.url]
+        assert failed.batch is None
+        assert not (tmp_path / "conversations.jsonl").exists()  # nothing of it counts
+        again = await answered(driver, Request("step", 0, 0, (fresh.url,)))
+        assert again.batch is not None
+        assert len(again.batch.samples) == 4
+        assert again.lost == {}
+        assert again.batch.metrics["engine/live"] == 1
+        assert again.batch.metrics["rollout/futures_engine_failed"] == 0
+        # two prompts, two replies each: two requests for the replies, and two more turns in four futures
+        assert len(fresh.bodies) == 2 + 4 * 2
+
+
+async def test_a_server_that_is_lost_on_the_way_comes_with_the_batch(tmp_path: Path) -> None:
+    wrong, right = FakeServer(version="default"), FakeServer(version="0")
+    async with service(tmp_path, wrong, right) as driver:
+        while not wrong.bodies:  # where the prompt lives depends on the ports
+            answer = await answered(driver, Request("step", 0, 0, (wrong.url, right.url)))
+            assert answer.batch is not None
+            assert {v for sample in answer.batch.samples for v in sample.versions_T} == {0}
+            if not wrong.bodies:
+                await wrong.runner.cleanup()
+                await wrong.start()
+        assert list(answer.lost) == [wrong.url]
+        assert answer.batch is not None
+        assert answer.batch.metrics["engine/lost"] == 1
+
+
+async def test_another_request_ends_the_one_before(tmp_path: Path) -> None:
+    slow, quick = FakeServer(version="0", answer=slowly(20)), FakeServer(version="1")
+    async with service(tmp_path, slow, quick) as driver:
+        assert (await driver.answer(Request("step", 0, 0, (slow.url,)))).pending
+        answer = await answered(driver, Request("step", 1, 1, (quick.url,)))
+        assert answer.batch is not None
+        assert answer.batch.step == 1
+        assert len(slow.bodies) == 2
+        assert not [task for task in asyncio.all_tasks() if "collect_step" in repr(task.get_stack())]
