@@ -18,14 +18,16 @@ N, H, ROWS = 21, 16, 40
 ONE_CHUNK, MANY_CHUNKS = 10**9, 7 * 4 * N  # the second: seven columns at a time, the last tile narrower
 
 
-def _inputs(dtype: torch.dtype, vocab: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _inputs(
+    dtype: torch.dtype, vocab: int, scale: float = 1.0, *, tokens: int = N, width: int = H
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden, weight (both with gradient), labels, and a weight for each token's log-probability."""
     generator = torch.Generator().manual_seed(0)
-    hidden = (torch.randn(N, H, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
-    weight = torch.randn(ROWS, H, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    labels = torch.randint(0, vocab, (N,), generator=generator)
+    hidden = (torch.randn(tokens, width, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+    weight = torch.randn(ROWS, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
     labels[0], labels[1] = vocab - 1, 0
-    return hidden, weight, labels, torch.randn(N, generator=generator, dtype=torch.float64)
+    return hidden, weight, labels, torch.randn(tokens, generator=generator, dtype=torch.float64)
 
 
 def _plain(hidden: Tensor, weight: Tensor, labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
@@ -62,10 +64,10 @@ def test_values_and_gradients(dtype: torch.dtype, bound: float, vocab: int, chun
 
 
 def test_gradcheck() -> None:
-    hidden, weight, labels, _ = _inputs(torch.float64, 33)
+    hidden, weight, labels, _ = _inputs(torch.float64, 33, tokens=5, width=6)
 
     def logprobs(*inputs: Tensor) -> Tensor:
-        return head_logprobs(inputs[0], inputs[1], labels, vocab=33, chunk_bytes=MANY_CHUNKS)[0]
+        return head_logprobs(inputs[0], inputs[1], labels, vocab=33, chunk_bytes=7 * 4 * len(labels))[0]
 
     assert torch.autograd.gradcheck(logprobs, (hidden, weight))
 

@@ -9,9 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +22,24 @@ from torch import Tensor
 
 from collab_megatron.checkpoint.folders import complete_checkpoints, read_info, write_marker
 from tests.convert.converter_ranks import LAYOUTS
-from tests.parallel.ranks import REPO, free_port, run_ranks, start_ranks
+from tests.parallel.ranks import REPO, Ran, free_port, run_ranks, run_script
 from tests.parallel.tiny import make_model
 
 RANKS = Path(__file__).parent / "converter_ranks.py"
 TOOL = REPO / "tools" / "convert_checkpoint.py"
 
 
-@dataclass(frozen=True)
-class Converted:
-    """What came of the tool; several processes' output one after the other, the first code that is not 0."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def convert(*args: str | Path, ranks: int = 1) -> Converted:
+def convert(*args: str | Path, ranks: int = 1) -> Ran:
     """The tool by itself, or on as many ranks as torchrun would start."""
-    with tempfile.TemporaryDirectory() as folder:
-        outs, errs = ([Path(folder) / f"{rank}.{what}" for rank in range(ranks)] for what in ("out", "err"))
-        started = start_ranks(TOOL, [str(arg) for arg in args], outs, errs)
-        try:
-            codes = [process.wait(timeout=180) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
-        said, complained = ("".join(file.read_text() for file in files) for files in (outs, errs))
-    return Converted(next(filter(None, codes), 0), said, complained)
+    return run_script(TOOL, *args, ranks=ranks)
 
 
-def launch(*args: str | Path) -> Converted:
+def launch(*args: str | Path) -> Ran:
     """The tool as a command, which then starts its processes by itself."""
     command = [sys.executable, "-W", "ignore", str(TOOL), *map(str, args), "--processes", "2"]
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, cwd=REPO, env=env)
-    return Converted(done.returncode, done.stdout, done.stderr)
+    return Ran(done.returncode, done.stdout, done.stderr)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -181,7 +160,7 @@ def _as(name: str, **how: Any) -> Callable[[dict[str, Any]], None]:
     ids=["missing", "shape", "dtype"],
 )
 def test_a_wrong_tensor_of_a_folder_names_itself(
-    tmp_path: Path, spoil: Callable[[dict[str, Any]], None], words: list[str], start: Callable[..., Converted] | None
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], None], words: list[str], start: Callable[..., Ran] | None
 ) -> None:
     source = make_model(tmp_path / "source", "llama")
     tensors = load_file(source / "model.safetensors")
@@ -199,7 +178,7 @@ def test_a_folder_or_checkpoint_cut_short_is_refused(tmp_path: Path) -> None:
     run_ranks(RANKS, 1, "save", str(source), str(tmp_path / "run"))
     step = complete_checkpoints(tmp_path / "run")[0]
 
-    def back() -> Converted:
+    def back() -> Ran:
         return convert("megatron-to-hf", "--checkpoint", step, "--output", tmp_path / "x")
 
     config = json.loads((step / "hf" / "config.json").read_text())
@@ -219,7 +198,7 @@ def test_a_folder_or_checkpoint_cut_short_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def _refused(result: Converted, *words: str) -> None:
+def _refused(result: Ran, *words: str) -> None:
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1, result.stderr

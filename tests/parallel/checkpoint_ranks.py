@@ -88,10 +88,10 @@ def loss_fn(logprobs: Tensor, batch: MicroBatch) -> LossSum:
 
 
 def train(actor: Actor, step: int) -> StepResult:
-    """One step on eight samples, two at a time."""
+    """One step on eight samples, four at a time: two micro-batches, one on each of two data ranks."""
     samples, grid = make_samples(8, seed=step), actor.grid
     mine = range(len(samples))[grid.dp_rank :: grid.dp_size]
-    parts = [mine[i : i + 2] for i in range(0, len(mine), 2)]
+    parts = [mine[i : i + 4] for i in range(0, len(mine), 4)]
     batches = [collate([samples[i] for i in part], tuple(part), 0, grid.pad_multiple, False) for part in parts]
     return actor.train_step(batches, loss_fn, sum(sum(s.mask) for s in samples))
 

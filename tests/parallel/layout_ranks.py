@@ -1,6 +1,6 @@
-"""Run by test_layouts.py: every case of layouts.py for this number of processes, one after the other.
+"""Run by test_layouts.py: cases of layouts.py for this number of processes, one after the other.
 
-    layout_ranks.py WORK
+    layout_ranks.py WORK [CASE ...]      without names: all
 
 WORK/<kind> are model folders with their reference (plain.py). Rank 0 writes WORK/outcomes-<processes>.jsonl: a line for
 each case that gave the same numbers. The first that does not ends all ranks with its traceback.

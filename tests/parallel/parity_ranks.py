@@ -2,9 +2,8 @@
 
     parity_ranks.py WORK LAYOUTS
 
-WORK/<kind> and WORK/<kind>-bf16 are model folders, WORK/<kind>.pt samples and what transformers says of them: nothing
-here imports transformers, which would double each rank's start. LAYOUTS is a JSON list of {"name", "port", "kinds",
-"parallel"}: each layout gets a process group of its own.
+WORK/<kind> and WORK/<kind>-bf16 are model folders, WORK/<kind>.pt samples and what transformers says of them, once for
+all ranks. LAYOUTS is a JSON list of {"name", "port", "kinds", "parallel"}: each layout has a process group of its own.
 """
 
 from __future__ import annotations

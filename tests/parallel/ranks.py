@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -88,3 +89,27 @@ def run_ranks(script: Path, ranks: int, *args: str, deadline_s: float = 240.0) -
             "\n".join(f"--- rank {r} was not done after {deadline_s} s ---\n{texts[r][-2000:]}" for r in late)
         )
     return texts
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What came of a script; several processes' output one after the other, the first code that is not 0."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_script(script: Path, *args: str | Path, ranks: int = 1, deadline_s: float = 180.0) -> Ran:
+    """A script to its end, whatever that is, as many times as torchrun would start it."""
+    with tempfile.TemporaryDirectory() as folder:
+        outs, errs = ([Path(folder) / f"{rank}.{what}" for rank in range(ranks)] for what in ("out", "err"))
+        started = start_ranks(script, [str(arg) for arg in args], outs, errs)
+        try:
+            codes = [process.wait(timeout=deadline_s) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+        said, complained = ("".join(file.read_text() for file in files) for files in (outs, errs))
+    return Ran(next(filter(None, codes), 0), said, complained)

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.parallel.ranks import Ran, run_script
 from tools.bench_train_step import interleaved
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL_S = 120.0
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/bench_train_step.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TOOL_S)
+def run(*arguments: str | Path) -> Ran:
+    return run_script(ROOT / "tools" / "bench_train_step.py", *arguments)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Ran, Path]]:
+    """Padded and packed, side by side."""
+    folder = tmp_path_factory.mktemp("rows")
+    common = ("--shapes", "tiny", "--threads", "1", "--repeats", "1", "--tokens", "48", "--json")
+    files = {False: folder / "no-packing.json", True: folder / "packing.json"}
+    with ThreadPoolExecutor() as pool:
+        running = {packing: pool.submit(run, *common, file, f"--{file.stem}") for packing, file in files.items()}
+    return {packing: (running[packing].result(), file) for packing, file in files.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_row_for_every_phase(tmp_path: Path, packing: bool) -> None:
-    output = tmp_path / "rows.json"
-    flag = "--packing" if packing else "--no-packing"
-    done = run("--shapes", "tiny", "--threads", "1", "--repeats", "1", "--tokens", "48", flag, "--json", str(output))
+def test_a_row_for_every_phase(measured: dict[bool, tuple[Ran, Path]], packing: bool) -> None:
+    done, output = measured[packing]
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())
     wanted = [

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,15 @@ def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
         assert row["prompt"][-2]["content"] == best["completion"]
         assert row["prompt"][-1]["content"] in [session[0]["content"] for session in best["sessions"]]
 
-    out = tmp_path / "out"
-    ran = tool("prepare_dataset", "--dataset", str(tmp_path / "built"), "--dataset-type", "sft", "--output", str(out))
-    assert ran.returncode == 0, ran.stderr
-    assert "30 rows" in ran.stdout
+    out, heldout = tmp_path / "out", str(tmp_path / "tasks" / "heldout.jsonl")
+    common = ("prepare_dataset", "--dataset", str(tmp_path / "built"), "--output", str(out), "--dataset-type")
+    extra = ("--turns", "first", "--validation", heldout, "--system-prompt", "Be brief.")
+    with ThreadPoolExecutor() as pool:
+        sft, rl = pool.submit(tool, *common, "sft"), pool.submit(tool, *common, "rl", *extra)
+    assert sft.result().returncode == 0, sft.result().stderr
+    assert "30 rows" in sft.result().stdout
     assert len(read_conversations(out / "sft_train.parquet")) == 30
-    arguments = ["--dataset", str(tmp_path / "built"), "--dataset-type", "rl", "--output", str(out), "--turns", "first"]
-    heldout = str(tmp_path / "tasks" / "heldout.jsonl")
-    ran = tool("prepare_dataset", *arguments, "--validation", heldout, "--system-prompt", "Be brief.")
-    assert ran.returncode == 0, ran.stderr
+    assert rl.result().returncode == 0, rl.result().stderr
     assert len(read_tasks(out / "rl_train.parquet")) == 30
     validation = read_tasks(out / "rl_validation.parquet")
     assert len(validation) == 10
@@ -204,13 +205,18 @@ def test_mistakes_are_user_errors(config: Path, override: str, complaint: str) -
         build(config, override)
 
 
-def test_mistakes_end_with_one_sentence(config: Path) -> None:
-    for overrides, code, complaint in [
+def test_mistakes_end_with_one_sentence(config: Path, tmp_path: Path) -> None:
+    cases = [
         (["num_candidates=3"], 2, "did you mean 'num_candidate_responses'"),
         (["simulators.user.api_base=http://127.0.0.1:9/v1", "processes=2"], 2, "simulators.user.api_base"),
         (["simulators.assistant.model=hosted_vllm/nobody", "num_conversations=3"], 1, "no conversation was finished"),
-    ]:
-        ran = tool("build_dataset", str(config), *overrides)
+    ]
+    with ThreadPoolExecutor() as pool:
+        running = [
+            pool.submit(tool, "build_dataset", str(config), f"output={tmp_path / str(number)}", *overrides)
+            for number, (overrides, _, _) in enumerate(cases)
+        ]
+    for ran, (_, code, complaint) in zip((run.result() for run in running), cases, strict=True):
         assert ran.returncode == code, ran.stderr
         assert complaint in ran.stderr
         assert "Traceback" not in ran.stderr
