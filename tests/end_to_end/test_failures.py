@@ -69,10 +69,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         running._process.wait(30)
 
 
-def test_a_killed_engine_ends_the_run_and_keeps_the_checkpoint(
+def test_the_last_engine_killed_ends_the_run_and_keeps_the_checkpoint(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
 ) -> None:
-    running = start(rl_command(tmp_path / "run", "train.steps=500", "engine.urls=[]"))
+    running = start(rl_command(tmp_path / "run", "train.steps=500", "engine.urls=[]", "engine.max_restarts=0"))
     running.wait_until("rl 2/500")
     os.kill(running.child("sglang.launch_server").pid, signal.SIGKILL)
     ended = running.end()
