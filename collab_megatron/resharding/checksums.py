@@ -95,14 +95,14 @@ class ExpectedChecksums:
 
     def result(self) -> dict[str, list[str]]:
         """The server's tensor name -> 16 hex digits per rank, of all that was added. Call it once, at the end."""
-        done = [growing for growing in dict.fromkeys((self._open or {}).values()) if growing.position]
-        for growing in done:
+        begun = [growing for growing in dict.fromkeys((self._open or {}).values()) if growing.position]
+        for growing in begun:
             assert growing.complete, f"only a part of {growing.layout.name} was added"
-        hashes = [hash_ for growing in done for hash_ in growing.hashes]
-        digests = iter(_digests(hashes))
+        sums = [digest for growing in begun for digest in growing.digests if isinstance(digest, Tensor)]
+        words = iter(torch.stack(sums).tolist() if sums else [])  # waits for a GPU once, not once a tensor
         result = {}
-        for growing in done:
-            said = [next(digests) for _ in growing.hashes]
+        for growing in begun:
+            said = [digest if isinstance(digest, str) else _hex(next(words)) for digest in growing.digests]
             result[growing.layout.name] = said if len(said) == self._ranks else said * self._ranks
         return result
 
@@ -165,7 +165,7 @@ class _Sha256:
         """The next bytes: uint8 [n], contiguous."""
         self._hash.update(data.cpu().numpy().data)
 
-    def hexdigest(self) -> str:
+    def digest(self) -> str:
         return self._hash.digest()[:8].hex()
 
 
@@ -212,8 +212,8 @@ class _WordHash:
             sums[tiles] += mixed.view(-1, TILE_WORDS).sum(1, dtype=torch.int64)
         self._at = end
 
-    def total(self) -> Tensor:
-        """The sum over tiles: int64 [], where the data is, without waiting for it. Call it once, after all bytes."""
+    def digest(self) -> Tensor:
+        """After all bytes, what `_hex` makes the hash of: int64 [], where the data is, without waiting for it."""
         if self._rest is not None:
             self.update(torch.zeros(4 - self._rest.numel(), dtype=torch.uint8, device=self._rest.device))
         assert self._at == self._words, f"{self._at} words of {self._words} were added"
@@ -241,19 +241,13 @@ def _int32(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _splitmix64(x: int) -> int:
+def _hex(total: int) -> str:
+    """The kernel's last mixing (_final_splitmix64) of its sum over tiles."""
     mask = (1 << 64) - 1
-    x &= mask
+    x = total & mask
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
-    return x ^ (x >> 31)
-
-
-def _digests(hashes: Sequence[_Sha256 | _WordHash]) -> list[str]:
-    """16 hex digits of each; waits for a GPU once, not once a tensor."""
-    totals = [one.total() for one in hashes if isinstance(one, _WordHash)]
-    words = iter(torch.stack(totals).tolist() if totals else [])
-    return [one.hexdigest() if isinstance(one, _Sha256) else f"{_splitmix64(next(words)):016x}" for one in hashes]
+    return f"{x ^ (x >> 31):016x}"
 
 
 class _Growing:
@@ -262,7 +256,8 @@ class _Growing:
     def __init__(self, layout: EngineTensor, ranks: int, device: Device, itemsize: int) -> None:
         self.layout = layout
         self.position = 0  # sources that were added
-        self.hashes: list[_Sha256 | _WordHash] = [
+        self.digests: list[str | Tensor] = []  # once complete
+        self._hashes: list[_Sha256 | _WordHash] = [
             _Sha256() if device == "cpu" else _WordHash(layout.elements * itemsize)
             for _ in range(1 if layout.same_on_all_ranks else ranks)
         ]
@@ -276,10 +271,13 @@ class _Growing:
         source = self.layout.sources[self.position]
         assert source.hf == name, f"{name} was added where {source.hf} is next in {self.layout.name}"
         assert tuple(tensor.shape) == source.shape, f"{name} has shape {tuple(tensor.shape)}, not {source.shape}"
-        for rank, hash_ in enumerate(self.hashes):
+        for rank, hash_ in enumerate(self._hashes):
             for chunk in _chunks(source, rank, tensor):
                 hash_.update(chunk)
         self.position += 1
+        if self.position == len(self.layout.sources):
+            self.digests = [hash_.digest() for hash_ in self._hashes]
+            self._hashes.clear()  # what a word hash keeps per tile adds up over a large model
 
 
 def _chunks(source: Source, rank: int, tensor: Tensor) -> Iterator[Tensor]:
