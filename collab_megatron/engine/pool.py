@@ -19,6 +19,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from collab_megatron.engine.client import EngineClient, EngineGone, EngineSilent, open_session
 from collab_megatron.engine.usage import PoolUsage
@@ -29,8 +30,8 @@ PING_EVERY_S = 3.0
 PING_DEADLINE_S = 5.0
 MAX_BROKEN = 3
 """So often may a request's connection break at servers that are well; once more, and it is the request that fails."""
-FULLER_SHARE, FULLER_SEQUENCES = 1.25, 16
-"""A prompt goes to its own server unless that has over 1.25 times the sequences of the emptiest one, plus 16."""
+FULLER_SHARE, FULLER_SEQUENCES = 1.25, 8
+"""A prompt goes to its own server unless that has over 1.25 times the sequences of the emptiest one, plus 8: a group."""
 
 
 class _GivenUp(Exception):
@@ -176,7 +177,8 @@ class EnginePool:
             )
         )
         try:
-            await asyncio.wait({call, server.lost}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {call, server.lost}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
                 raise _GivenUp
             generations = call.result()

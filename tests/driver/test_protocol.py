@@ -10,7 +10,15 @@ import pytest
 import zmq
 
 from collab_megatron.driver import protocol
-from collab_megatron.driver.protocol import Answer, Delivery, DriverClient, Request, encode_answer, request_decoder
+from collab_megatron.driver.protocol import (
+    Answer,
+    Delivery,
+    DriverClient,
+    DriverHasNoEngine,
+    Request,
+    encode_answer,
+    request_decoder,
+)
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import RolloutBatch, TrainingSample
 
@@ -65,7 +73,7 @@ def test_a_driver_without_engines_can_be_told_from_one_that_failed(
 ) -> None:
     lost = {"http://a": "gone"}
     client = DriverClient(served([Answer(error="no engine is left", no_engine=True, lost=lost)]))
-    with pytest.raises(NoEngineLeft, match="no engine is left") as caught:
+    with pytest.raises(DriverHasNoEngine, match="no engine is left") as caught:
         getattr(client, ask)(0, 0, ["http://a"], timeout_s=30)
     assert caught.value.lost == lost
     client.close()

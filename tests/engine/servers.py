@@ -45,12 +45,12 @@ class FakeServer:
 
     async def _generate(self, request: web.Request) -> web.Response:
         assert request.transport is not None
-        self.transports.add(request.transport)  # type: ignore[arg-type]
+        self.transports.add(request.transport)
         body = await request.json()
         self.bodies.append(body)
         if self.reset_next > 0:
             self.reset_next -= 1
-            request.transport.abort()  # type: ignore[attr-defined]
+            request.transport.abort()
         if self.silent:
             await asyncio.sleep(3600)
         if self.answer is not None and (said := await self.answer(body)) is not None:
