@@ -31,11 +31,7 @@ PING_DEADLINE_S = 5.0
 MAX_BROKEN = 3
 """So often may a request's connection break at servers that are well; once more, and it is the request that fails."""
 FULLER_SHARE, FULLER_SEQUENCES = 1.25, 8
-"""A prompt goes to its own server unless that has over 1.25 times the sequences of the emptiest one, plus 8: a group."""
-
-
-class _GivenUp(Exception):
-    """The server was lost while it had the request."""
+"""A prompt goes to its own server unless that has over 1.25 times the sequences of the emptiest one, plus 8."""
 
 
 @dataclass(eq=False)
@@ -127,9 +123,9 @@ class EnginePool:
         server = self._choose(affinity)
         while True:
             try:
-                return await self._ask(server, input_ids, n, temperature, max_new_tokens)
-            except _GivenUp:
-                pass
+                generations = await self._ask(server, input_ids, n, temperature, max_new_tokens)
+                if generations is not None:
+                    return generations
             except EngineSilent as error:
                 if server.finished > time.monotonic() - self._request_timeout_s:
                     raise  # it does answer others: slow, not hung
@@ -161,8 +157,8 @@ class EnginePool:
 
     async def _ask(
         self, server: _Server, input_ids: Sequence[int], n: int, temperature: float, max_new_tokens: int
-    ) -> list[Generation]:
-        """One request to one server. Raises _GivenUp as soon as the server is lost."""
+    ) -> list[Generation] | None:
+        """One request to one server; None as soon as the server is lost."""
         if not server.sequences:
             server.heard = time.monotonic()
         server.sequences += n
@@ -180,7 +176,7 @@ class EnginePool:
             either: set[asyncio.Future[Any]] = {call, server.lost}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
-                raise _GivenUp
+                return None
             generations = call.result()
         finally:
             server.sequences -= n
@@ -190,7 +186,7 @@ class EnginePool:
             self._serves(server, version)
             for version in {version for generation in generations for version in generation.versions_T}
         ):
-            raise _GivenUp
+            return None
         self.usage.count(server.url, len(input_ids), generations)
         return generations
 
