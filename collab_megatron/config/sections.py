@@ -203,7 +203,7 @@ class SyncSection(Section):
     # can read. auto: ipc for colocated engines, else broadcast
     transport: Literal["auto", "broadcast", "ipc", "disk"] = "auto"
     # weights travel in buckets of at most this size; two of them exist at a time. None: 512 on GPUs, 16 on CPU
-    bucket_mb: Positive | None = None
+    bucket_mb: Annotated[float, Field(gt=0)] | None = None
     # generations in flight go on with the cache they have (in_place) or one made anew (retract), or are lost (abort)
     pause: Literal["in_place", "retract", "abort"] = "in_place"
     timeout_s: Seconds = 300.0  # deadline of every call and every collective of a sync
@@ -219,7 +219,7 @@ class SyncSection(Section):
             return "ipc" if placement == "colocated" else "broadcast"
         return self.transport
 
-    def bucket_mb_on(self, device: str) -> int:
+    def bucket_mb_on(self, device: str) -> float:
         """MB of a bucket where the trainer runs on `device` (cpu | cuda)."""
         return self.bucket_mb or {"cuda": 512, "cpu": 16}[device]
 

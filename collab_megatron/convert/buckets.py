@@ -176,6 +176,13 @@ class BucketStream:
                     target.narrow(row.cut or 0, start, length).copy_(part)
                     start += length
 
+    def direct(self, bucket: Bucket) -> Tensor | None:
+        """The bucket as it lies in a parameter of this rank, uint8 [num_bytes]; None where it must be packed."""
+        if len(bucket.rows) > 1 or bucket.rows[0].join == "qkv" or bucket.rows[0].megatron in self._shards:
+            return None
+        local = self._local(bucket.rows[0])  # gate and up lie one after the other, padding of the vocabulary at the end
+        return _as_bytes(local)[: bucket.num_bytes] if local.is_contiguous() else None
+
     @torch.no_grad()
     def tensors(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         """The gathered bucket's (Hugging Face name, whole contiguous tensor), one at a time. Local.

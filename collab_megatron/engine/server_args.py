@@ -50,6 +50,9 @@ def engine_command(
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         # spinning OpenMP threads starve the trainer that shares these cores
         env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        # glibc gives large blocks back to the kernel at once, and fresh pages cost more than the copy into them: the
+        # server would fault its receive buffers in anew for every bucket of weights
+        env |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
         if settings.tensor > 1:
             env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
                 str(core) for core in _cores(settings.tensor, number, cores or sorted(os.sched_getaffinity(0)))

@@ -48,6 +48,8 @@ class BroadcastTransport:
         self._places: dict[int, _Place] = {}
         self._group: UpdateGroup | None = None
         self.offers = is_stage_sender(grid)
+        self.from_memory = True
+        self.in_turn = True
         self.every_stage = False
 
     def prepare(self, members: Sequence[EngineEntry], receivers: Receivers | None) -> None:

@@ -41,6 +41,8 @@ class IpcTransport:
         self._on_cpu = grid.device.type == "cpu"
         # on GPUs every rank speaks for its own device, and that for all stages: its engine rank holds them all
         self.offers = is_stage_sender(grid) if self._on_cpu else True
+        self.from_memory = False
+        self.in_turn = False
         self.every_stage = not self._on_cpu and grid.pp_size > 1
         self._first_rank: dict[EngineEntry, int] = {}  # of a server, over all servers
         if self._on_cpu:

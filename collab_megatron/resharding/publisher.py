@@ -35,7 +35,6 @@ from collab_megatron.resharding.session import Session
 T = TypeVar("T")
 MARGIN_S = 60.0
 MAX_ATTEMPTS = 10
-BUCKET_MB = {"cuda": 512, "cpu": 32}
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,8 @@ class Publisher:
 
     def _make_delivery(self, run_dir: Path) -> Delivery:
         grid, sync = self._actor.grid, self._sync
-        bucket_bytes = (sync.bucket_mb or BUCKET_MB[grid.device.type]) * 2**20
-        transport = sync.transport
-        if transport == "auto":
-            transport = "ipc" if self._engine.placement == "colocated" else "broadcast"
+        bucket_bytes = int(sync.bucket_mb_on(grid.device.type) * 2**20)
+        transport = sync.transport_for(self._engine.placement)
         if transport == "disk":
             folder = sync.disk_dir or run_dir / "weights"
             return DiskDelivery(self._actor, self._board, folder, shard_bytes=bucket_bytes)

@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from collab_megatron.engine.control import EngineControl, Gone, Refused
 from collab_megatron.engine.roster import EngineEntry, RosterFolder
@@ -28,12 +29,35 @@ class EnginesLost(RunError):
     """Servers were given up in the middle of a sync: it has to start over with the others."""
 
 
+@dataclass(frozen=True)
+class Round(Generic[T]):
+    """One call to all members, under way."""
+
+    receivers: Receivers
+    what: str
+    futures: Mapping[Future[T], EngineEntry]
+
+    @property
+    def over(self) -> bool:
+        """Whether all have answered, well or not."""
+        return all(future.done() for future in self.futures)
+
+    def finish(self, on_failure: Callable[[], None]) -> Mapping[EngineEntry, T]:
+        """The answers, as Receivers.each gives them; it raises what that raises."""
+        done, late = wait(self.futures, timeout=self.receivers.timeout_s, return_when=FIRST_EXCEPTION)
+        if not late and all(future.exception() is None for future in done):
+            return {entry: future.result() for future, entry in self.futures.items()}
+        on_failure()
+        self.receivers.judge(self.what, self.futures)
+        raise EnginesLost(f"{self.what}: servers were lost")
+
+
 class Receivers:
     """For the trainer's rank 0."""
 
     def __init__(self, roster: RosterFolder, *, timeout_s: float, wait_s: float) -> None:
         self._roster = roster
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._wait_s = wait_s
         self._controls: dict[EngineEntry, EngineControl] = {}
         self._given_up: dict[EngineEntry, str] = {}
@@ -67,7 +91,7 @@ class Receivers:
 
     def control(self, entry: EngineEntry) -> EngineControl:
         if entry not in self._controls:
-            self._controls[entry] = EngineControl(entry.url, timeout_s=self._timeout_s)
+            self._controls[entry] = EngineControl(entry.url, timeout_s=self.timeout_s)
         return self._controls[entry]
 
     def give_up(self, entry: EngineEntry, reason: str) -> None:
@@ -101,17 +125,17 @@ class Receivers:
         Raises EnginesLost after giving up the servers that are dead or hang; RunError, with the server's words, where
         all are well but one refuses.
         """
-        futures = {
-            in_background(f"{what} of {entry}", call, self.control(entry), entry): entry for entry in self.members
-        }
-        done, late = wait(futures, timeout=self._timeout_s, return_when=FIRST_EXCEPTION)
-        if not late and all(future.exception() is None for future in done):
-            return {entry: future.result() for future, entry in futures.items()}
-        on_failure()
-        self._judge(what, futures)
-        raise EnginesLost(f"{what}: servers were lost")
+        return self.begin(what, call).finish(on_failure)
 
-    def _judge(self, what: str, futures: Mapping[Future[T], EngineEntry]) -> None:
+    def begin(self, what: str, call: Callable[[EngineControl, EngineEntry], T]) -> Round[T]:
+        """As `each`, without waiting: `finish` of what is returned does the rest."""
+        return Round(
+            self,
+            what,
+            {in_background(f"{what} of {entry}", call, self.control(entry), entry): entry for entry in self.members},
+        )
+
+    def judge(self, what: str, futures: Mapping[Future[T], EngineEntry]) -> None:
         """Give up whoever is to blame. Returns if anybody was; else raises what was said."""
         wait(futures, timeout=ANSWER_S)
         blamed = False
@@ -134,7 +158,7 @@ class Receivers:
         refusals = []
         for future, entry in futures.items():
             if not future.done():
-                self.give_up(entry, f"did not come back from {what} within {self._timeout_s:g} s")
+                self.give_up(entry, f"did not come back from {what} within {self.timeout_s:g} s")
                 blamed = True
             elif isinstance(future.exception(), Refused):
                 refusals.append(future.exception())

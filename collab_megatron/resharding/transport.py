@@ -24,6 +24,8 @@ class Transport(Protocol):
     """
 
     offers: bool  # whether this rank hands buckets over; else it only takes part in gathering them
+    from_memory: bool  # whether a bucket may be handed over from wherever it lies; else only from `buffers`
+    in_turn: bool  # whether a bucket is on its way only once the one before has arrived
     every_stage: bool  # whether it needs the buckets of the other stages, too
 
     def prepare(self, members: Sequence[EngineEntry], receivers: Receivers | None) -> None:

@@ -95,7 +95,7 @@ def server_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         servers.end_all()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")  # so that pytest puts the tests of one server together, whatever file they are in
 def tiny_server(server_for: Servers, request: pytest.FixtureRequest) -> TinyServer:
     """Indirectly parametrised with the arguments of `server_for`: its start does not count into the test's time."""
     return server_for(*request.param)
