@@ -2,8 +2,8 @@
 
     sync_ranks.py JOB.json
 
-The job: model, roster, out, parallel and sync settings. Rank 0 writes OUT/replies.json, and the weights of every version
-that it asked for as OUT/v{version}.
+The job: model, roster, out, parallel and sync settings. Rank 0 writes OUT/replies.json, and the weights of every
+version that it asked for as OUT/v{version}.
 """
 
 from __future__ import annotations

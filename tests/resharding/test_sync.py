@@ -1,4 +1,4 @@
-"""Weights from trainer ranks to real SGLang servers: transformers with the trainer's weights says the same, greedily."""
+"""Weights from trainer ranks to real SGLang servers: transformers with those weights says the same, greedily."""
 
 from __future__ import annotations
 
