@@ -26,6 +26,10 @@ class NoEngineLeft(RunError):
     """Every engine is dead, hung or not yet synced: the run can go on once one is back."""
 
 
+class WeightsDiffer(RunError):
+    """An engine does not serve the trainer's weights: training on what it samples would be silently wrong."""
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point and leave the process with 0, 1 (RunError) or 2 (UserError).
 

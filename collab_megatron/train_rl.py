@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
-from collab_megatron.errors import NoEngineLeft, RunError, run_cli
+from collab_megatron.errors import NoEngineLeft, RunError, WeightsDiffer, run_cli
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -110,7 +110,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                 reporter.step(done, batch.metrics, metrics, sync, timer.drain())
             if done == total or (config.train.eval_interval and done % config.train.eval_interval == 0):
                 evaluate(done)
-    except NoEngineLeft:
+    except (NoEngineLeft, WeightsDiffer):  # of the engines: the trainer's own state is well
         if done > saved:  # the run stops here, with nothing lost
             checkpoints.save(done)
         checkpoints.wait()

@@ -58,7 +58,7 @@ class Row:
     peak_extra_bytes: int
     gbytes_per_s: float
     tensors: int  # Hugging Face tensors
-    bucket_mb: int
+    bucket_mb: float
     dtype: str
     device: str
     trainer_tensor: int

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from collab_megatron.convert.spec import ModelSpec
-from collab_megatron.errors import RunError
+from collab_megatron.errors import RunError, WeightsDiffer
 from collab_megatron.resharding.engine_layout import (
     Device,
     EngineTensor,
@@ -130,13 +130,13 @@ def merge(results: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, list[str]
 def compare(expected: Mapping[str, Sequence[str]], said_per_rank: Sequence[Mapping[str, str]], server: str) -> None:
     """Pass if every rank of the server holds the tensors of `expected`, and nothing else, with equal values.
 
-    `said_per_rank`: EngineControl.checksums with the skip_patterns of the same units. Raises RunError naming server,
-    rank, tensor and what it is made of.
+    `said_per_rank`: EngineControl.checksums with the skip_patterns of the same units. Raises WeightsDiffer naming
+    server, rank, tensor and what it is made of.
     """
     ranks = {len(digests) for digests in expected.values()}
     if ranks and ranks != {len(said_per_rank)}:
         planned = ", ".join(map(str, ranks))
-        raise RunError(f"{server} answered for {len(said_per_rank)} tensor-parallel ranks, not {planned}")
+        raise WeightsDiffer(f"{server} answered for {len(said_per_rank)} tensor-parallel ranks, not {planned}")
     first, wrong = "", set()
     for rank, said in enumerate(said_per_rank):
         for name in dict.fromkeys((*expected, *said)):
@@ -152,7 +152,9 @@ def compare(expected: Mapping[str, Sequence[str]], said_per_rank: Sequence[Mappi
             wrong.add(name)
     if wrong:
         total = len({name for said in said_per_rank for name in said}.union(expected))
-        raise RunError(f"{server} does not hold the trainer's weights: {first}; {len(wrong)} of {total} tensors differ")
+        raise WeightsDiffer(
+            f"{server} does not hold the trainer's weights: {first}; {len(wrong)} of {total} tensors differ"
+        )
 
 
 class _Sha256:

@@ -1,9 +1,10 @@
 """Transport `ipc`: the servers load a bucket from memory that the trainer shares with them.
 
 On GPUs: CUDA IPC handles, from the trainer rank that has the same GPU as the engine rank (`placement: colocated`).
-On CPU: shared memory of one machine, one copy for all engine ranks. Handles are what torch.multiprocessing pickles; the
-bucket's description is sglang's (weight_updater.py, `_update_weights_from_flattened_bucket`), made of plain namespaces,
-so that the trainer needs no sglang.
+On CPU: shared memory of one machine, one copy for all engine ranks. Handles are what torch.multiprocessing pickles, one
+for every engine rank: each counts as one reader, and memory that was read more often than it was pickled is unlinked
+under the trainer's feet. The bucket's description is sglang's (weight_updater.py,
+`_update_weights_from_flattened_bucket`), made of plain namespaces, so that the trainer needs no sglang.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
@@ -45,14 +47,18 @@ class IpcTransport:
         self.in_turn = False
         self.every_stage = not self._on_cpu and grid.pp_size > 1
         self._first_rank: dict[EngineEntry, int] = {}  # of a server, over all servers
+        self._readers: list[int] = []  # the engine ranks, over all servers, that read what this rank hands over
         if self._on_cpu:
             # file descriptors cannot be handed to a process that is no child of ours
             torch.multiprocessing.set_sharing_strategy("file_system")
 
     def prepare(self, members: Sequence[EngineEntry], receivers: Receivers | None) -> None:
         if self._on_cpu:
-            self._first_rank = dict.fromkeys(members, 0)
+            starts = list(accumulate((member.ranks for member in members), initial=0))
+            self._first_rank = dict(zip(members, starts, strict=False))
+            self._readers = list(range(starts[-1]))
             return
+        self._readers = [self._grid.rank]
         # a server's place among the GPUs is in its name (cluster/fleet.py): engine-2 has the third group of them
         self._first_rank = {member: int(member.name.rsplit("-", 1)[1]) * member.ranks for member in members}
 
@@ -63,8 +69,8 @@ class IpcTransport:
     def offer(self, bucket: Bucket, flat: Tensor) -> Callable[[], bool]:
         if not self._on_cpu:
             torch.cuda.current_stream(flat.device).synchronize()  # the other process does not wait for our streams
-        key = f"handle/{bucket.number}" if self._on_cpu else f"handle/{bucket.number}/{self._grid.rank}"
-        self._board.post(key, _pickled(bucket, flat))
+        for reader in self._readers:
+            self._board.post(f"handle/{bucket.number}/{reader}", _pickled(bucket, flat))
         return lambda: self._board.posted(f"taken/{bucket.number}")
 
     def receive(self, control: EngineControl, entry: EngineEntry, bucket: Bucket, weight_version: int | None) -> None:
@@ -72,7 +78,7 @@ class IpcTransport:
         control.load_handles(handles, weight_version=weight_version)
 
     def _handle(self, bucket: Bucket, engine_rank: int) -> bytes:
-        key = f"handle/{bucket.number}" if self._on_cpu else f"handle/{bucket.number}/{engine_rank}"
+        key = f"handle/{bucket.number}/{engine_rank}"
         self._board.wait(lambda: self._board.posted(key), f"packing bucket {bucket.number}")
         return self._board.read(key)
 

@@ -8,7 +8,7 @@ from collab_megatron.actor.actor import Actor
 from collab_megatron.batching import TokenSample, split_by_tokens
 from collab_megatron.data.chat import load_tokenizer
 from collab_megatron.engine.roster import EngineEntry
-from collab_megatron.errors import RunError
+from collab_megatron.errors import WeightsDiffer
 
 PROBE_TEXT = (
     "Could you help me plan a short trip? Before you suggest anything, ask me what you need to know: "
@@ -40,15 +40,15 @@ def trainer_logprobs(actor: Actor, ids: Sequence[int]) -> list[float]:
 def largest_gap(
     trainer: Sequence[float], engines: Mapping[EngineEntry, Sequence[float]], *, max_gap: float, version: int
 ) -> float:
-    """Mean |trainer - engine| of the engine that is furthest off, in nats. Raises RunError above `max_gap`, or for a
-    value that is no number."""
+    """Mean |trainer - engine| of the engine that is furthest off, in nats. Raises WeightsDiffer above `max_gap`, or
+    for a value that is no number."""
     worst = 0.0
     for entry, said in engines.items():
         if len(said) != len(trainer):
-            raise RunError(f"{entry} scored {len(said)} tokens of the probe prompt, the trainer {len(trainer)}")
+            raise WeightsDiffer(f"{entry} scored {len(said)} tokens of the probe prompt, the trainer {len(trainer)}")
         gap = sum(abs(a - b) for a, b in zip(trainer, said, strict=True)) / len(trainer)
         if not gap <= max_gap:  # also for NaN
-            raise RunError(
+            raise WeightsDiffer(
                 f"{entry} does not serve the trainer's model at version {version}: log-probs of the probe prompt "
                 f"differ by {gap:.3g} on average (sync.max_probe_gap is {max_gap:g})"
             )

@@ -21,7 +21,7 @@ from collab_megatron.actor.actor import Actor
 from collab_megatron.config.sections import EngineSection, SyncSection
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.roster import EngineEntry, RosterFolder
-from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.errors import NoEngineLeft, RunError, WeightsDiffer
 from collab_megatron.resharding.board import Abandoned, Board
 from collab_megatron.resharding.broadcast import BroadcastTransport
 from collab_megatron.resharding.checksums import ExpectedChecksums, compare, merge, skip_patterns, units_of_sync
@@ -156,8 +156,8 @@ class Publisher:
         """Send all weights, prove them and make them `version`. Collective: every trainer rank calls it.
 
         Raises on every rank: NoEngineLeft if no server came within `engine.wait_s`; RunError naming rank, bucket, call
-        and server where something else fails, and tensor and server where the proof does: the servers stay paused then,
-        since they must not serve weights that nobody vouches for.
+        and server where something else fails; WeightsDiffer naming tensor and server where the proof does: the servers
+        stay paused then, since they must not serve weights that nobody vouches for.
         """
         start = time.monotonic()
         probe = trainer_logprobs(self._actor, self._probe_ids)
@@ -234,7 +234,7 @@ class Publisher:
     ) -> SyncReport:
         """Rank 0: proof, then the servers go on.
 
-        Raises EnginesLost when none is left, RunError when the proof fails.
+        Raises EnginesLost when none is left, WeightsDiffer when the proof fails.
         """
         assert session is not None, "only rank 0 finishes"
         start = time.monotonic()
@@ -290,7 +290,8 @@ class Publisher:
                 said = [(call(), None, "")]
             except RunError as error:
                 failure = error
-                known = next(kind for kind in (NoEngineLeft, EnginesLost, RunError) if isinstance(error, kind))
+                kinds = (NoEngineLeft, EnginesLost, WeightsDiffer, RunError)
+                known = next(kind for kind in kinds if isinstance(error, kind))
                 said = [(None, known, str(error))]
         else:
             said = [(None, None, "")]

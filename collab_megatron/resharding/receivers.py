@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from collab_megatron.engine.control import EngineControl, Gone, Refused
+from collab_megatron.engine.control import EngineControl, Gone, Refused, Silent
 from collab_megatron.engine.roster import EngineEntry, RosterFolder
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.resharding.background import in_background
@@ -82,7 +82,9 @@ class Receivers:
             if self.members:
                 return self.members
             waited = time.monotonic() - start
-            may_come = roster.coming > 0 or any(not entry.managed for entry in asked)
+            # those that we have given up stand in the roster until the launcher has seen to them
+            pending = any(entry in self._given_up for entry in roster.ready)
+            may_come = roster.coming > 0 or pending or any(not entry.managed for entry in asked)
             if not may_come or waited > self._wait_s:
                 told = "; ".join(f"{entry}: {reason}" for entry, reason in self._given_up.items())
                 how = f"none came within {self._wait_s:g} s" if may_come else "none is left to start"
@@ -123,7 +125,7 @@ class Receivers:
 
         `on_failure` is called at the first failure: it must end whatever the others may be waiting for.
         Raises EnginesLost after giving up the servers that are dead or hang; RunError, with the server's words, where
-        all are well but one refuses.
+        all are well but one refuses; and what `call` itself raises about an answer, first of all.
         """
         return self.begin(what, call).finish(on_failure)
 
@@ -160,13 +162,17 @@ class Receivers:
             if not future.done():
                 self.give_up(entry, f"did not come back from {what} within {self.timeout_s:g} s")
                 blamed = True
-            elif isinstance(future.exception(), Refused):
-                refusals.append(future.exception())
-            elif isinstance(future.exception(), RunError) and entry in self.members:
-                self.give_up(entry, str(future.exception()))
+                continue
+            error = future.exception()
+            if error is None or entry not in self.members:
+                continue
+            if isinstance(error, Refused):
+                refusals.append(error)
+            elif isinstance(error, Silent):  # its HTTP side lives, what is behind it does not
+                self.give_up(entry, str(error))
                 blamed = True
-            elif future.exception() is not None and entry in self.members:
-                raise future.exception()  # type: ignore[misc]  # a defect of ours
+            else:
+                raise error  # weights that differ, or a defect of ours: no other server makes up for it
         if not blamed and refusals:
             raise RunError(str(refusals[0]))
 

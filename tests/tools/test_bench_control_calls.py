@@ -1,0 +1,56 @@
+"""tools/bench_control_calls.py on one real server: its rows, and what it refuses; no speeds, no smg."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL_S = 280.0
+CALLS = ["pause_generation", "begin_weight_update", "end_weight_update", "flush_cache", "continue_generation"]
+HEAD = {"call", "way", "servers"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/bench_control_calls.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TOOL_S)
+
+
+@pytest.mark.slow
+def test_a_row_for_every_call(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    done = run("--servers", "1", "--repeats", "2", "--json", str(output))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    rows = json.loads(output.read_text())
+    assert [(row["way"], row["call"]) for row in rows] == [
+        (way, call) for way in ("direct", "smg") for call in (*CALLS, "all")
+    ]
+    assert len(done.stdout.splitlines()) == len(rows)
+    for row in rows:
+        assert row["servers"] == 1
+        if row["way"] == "smg":
+            assert set(row) == HEAD | {"skipped"}
+            assert "--smg" in row["skipped"]
+            continue
+        assert set(row) == HEAD | {"repeats", "seconds", "fastest_seconds", "slowest_seconds"}
+        assert row["repeats"] == 2
+        assert 0 < row["fastest_seconds"] <= row["seconds"] <= row["slowest_seconds"]
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--servers", "0"], "--servers"),
+        (["--repeats", "0"], "--repeats"),
+        (["--smg", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_mistakes_end_with_2(arguments: list[str], says: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
