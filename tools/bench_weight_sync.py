@@ -4,7 +4,7 @@
 
 Starts a server with random weights and a trainer with others (tools/bench_weight_sync_rank.py), which publishes them
 again and again through `collab_megatron.resharding`. Before every sync its floor is measured: the same bytes, between
-buffers that are warm already,
+buffers as large as the weights that are warm already,
 
 - broadcast: from one process to as many others as the server has ranks, same backend, in messages of 256 MiB;
 - ipc: copied once in memory, on the same device;
@@ -13,8 +13,8 @@ buffers that are warm already,
 `seconds` is the fastest sync: pause, every tensor sent and loaded, session closed, caches flushed; for `disk` writing,
 too. `floor_seconds` is the fastest floor. Not in it: the probe prompt (`publish_seconds` has it) and the checksums
 (`verified_seconds` is a sync with those of all tensors). The first sync makes the groups and is not counted.
-`peak_extra_bytes` is how far above its memory before a sync a trainer rank rose in it, the worst of all: resident, or
-allocated on the GPU.
+`peak_extra_bytes` is how far a trainer rank rose in the syncs with checksums above its memory before the publisher was
+made, buffers that are kept included, the worst of all ranks: resident, or allocated on the GPU.
 
 `135m-deep` has the bytes of `135m` in four times as many tensors. Where the GPUs do not suffice, a row says so.
 """

@@ -10,7 +10,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -106,16 +106,18 @@ def measure(job: Job, transport: Literal["broadcast", "ipc", "disk"], actor: Act
     """Collective over the trainer's ranks; what rank 0 returns counts."""
     grid, plan = actor.grid, actor.tensor_plan()
     num_bytes = sum(tensor.num_bytes for tensor in plan)
+    before = memory()
     publisher = make_publisher(job, transport, actor, verify_every=1)
-    take(publisher, 0)
-    checked = take(publisher, 1)
+    first = take(publisher, 0, before)
+    checked = take(publisher, 1, before)
     publisher.close()
+    del publisher
     publisher = make_publisher(job, transport, actor, verify_every=0)
     floor = make_floor(job, transport, actor, num_bytes) if grid.is_main else lambda: 1.0
     floors, samples = [], []
     for turn in range(job.repeats + 1):  # the first of each makes groups and warms buffers
         floors.append(floor())
-        samples.append(take(publisher, 2 + turn))
+        samples.append(take(publisher, 2 + turn, before))
     publisher.close()
     floors, samples = floors[1:], samples[1:]
     best = min(samples, key=lambda sample: sample.seconds)
@@ -125,7 +127,7 @@ def measure(job: Job, transport: Literal["broadcast", "ipc", "disk"], actor: Act
         seconds=best.seconds,
         floor_seconds=min(floors),
         ratio=best.seconds / min(floors),
-        peak_extra_bytes=max(sample.peak_extra_bytes for sample in samples),
+        peak_extra_bytes=max(first.peak_extra_bytes, checked.peak_extra_bytes),  # the floor's buffers come later
         gbytes_per_s=num_bytes / best.seconds / 1e9,
         tensors=len(plan),
         bucket_mb=SyncSection(bucket_mb=job.bucket_mb).bucket_mb_on(grid.device.type),
@@ -183,8 +185,9 @@ def make_publisher(
     return publisher
 
 
-def take(publisher: Publisher, version: int) -> Sample:
-    """One sync. Collective; the memory is that of the worst rank, the seconds are rank 0's."""
+def take(publisher: Publisher, version: int, before: int) -> Sample:
+    """One sync. Collective; the memory is that of the worst rank over `before` the publisher was made, the seconds are
+    rank 0's."""
     import torch
     import torch.distributed as dist
 
@@ -192,16 +195,21 @@ def take(publisher: Publisher, version: int) -> Sample:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak
-        before = resident("VmRSS")
     report = publisher.publish(version)
     extra = (torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
     every = [0] * dist.get_world_size()
     dist.all_gather_object(every, max(extra, 0))
     delivery: Any = publisher._delivery
     return Sample(delivery.seconds + report.proof_s, report, max(every))
+
+
+def memory() -> int:
+    """Bytes that this process holds: on the GPU, or resident."""
+    import torch
+
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else resident("VmRSS")
 
 
 def resident(which: Literal["VmRSS", "VmHWM"]) -> int:
@@ -218,16 +226,15 @@ def make_floor(
 
     from collab_megatron.convert.disk import fsync_folder
 
-    source = torch.ones(min(num_bytes, MESSAGE_BYTES), dtype=torch.uint8, device=actor.grid.device)
-    sizes = [min(MESSAGE_BYTES, num_bytes - start) for start in range(0, num_bytes, MESSAGE_BYTES)]
+    # as large as the weights: a smaller one, used again and again, would stay in the processor's cache
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=actor.grid.device)
     if transport == "broadcast":
-        return timed(broadcast_floor(source, sizes, actor.grid.world_size, job.engine_tensor))
+        return timed(broadcast_floor(source, actor.grid.world_size, job.engine_tensor))
     if transport == "ipc":
         target = torch.zeros_like(source)
 
         def copy() -> None:
-            for size in sizes:
-                target[:size].copy_(source[:size])
+            target.copy_(source)
 
         return timed(copy)
     folder = Path(job.folder) / "floor"
@@ -236,8 +243,7 @@ def make_floor(
 
     def write() -> None:
         with (folder / "weights").open("wb") as stream:
-            for size in sizes:
-                stream.write(data[:size])
+            stream.write(data)
         fsync_folder(folder)
 
     def write_anew() -> float:
@@ -260,7 +266,7 @@ def timed(action: Callable[[], None]) -> Callable[[], float]:
     return run
 
 
-def broadcast_floor(source: Tensor, sizes: Sequence[int], first_gpu: int, receivers: int) -> Callable[[], None]:
+def broadcast_floor(source: Tensor, first_gpu: int, receivers: int) -> Callable[[], None]:
     """Starts the receivers, which end with us."""
     import torch.distributed as dist
 
@@ -268,36 +274,36 @@ def broadcast_floor(source: Tensor, sizes: Sequence[int], first_gpu: int, receiv
     world_size = receivers + 1
     for rank in range(1, world_size):
         gpu = first_gpu + rank - 1 if source.is_cuda else None
-        arguments = (store.port, rank, world_size, gpu, list(sizes))
+        arguments = (store.port, rank, world_size, gpu, source.numel())
         multiprocessing.get_context("spawn").Process(target=receive, args=arguments, daemon=True).start()
     group = floor_group(store, 0, world_size, on_gpu=source.is_cuda)
 
     def send() -> None:
-        send_all(group, source, sizes)
+        send_all(group, source)
 
     return send
 
 
-def receive(port: int, rank: int, world_size: int, gpu: int | None, sizes: list[int]) -> None:
+def receive(port: int, rank: int, world_size: int, gpu: int | None, num_bytes: int) -> None:
     """A receiver of the broadcast floor, until its parent ends."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
-    target = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    target = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=RENDEZVOUS)
     group = floor_group(store, rank, world_size, on_gpu=gpu is not None)
     try:
         while True:
-            send_all(group, target, sizes)
+            send_all(group, target)
     except RuntimeError:
         return  # the sender has left
 
 
-def send_all(group: Any, flat: Tensor, sizes: Sequence[int]) -> None:
-    for size in sizes:
-        group.broadcast(flat[:size], 0).wait()
+def send_all(group: Any, flat: Tensor) -> None:
+    for message in flat.split(MESSAGE_BYTES):
+        group.broadcast(message, 0).wait()
     group.barrier().wait()  # a sender may be done before the last byte has arrived
 
 

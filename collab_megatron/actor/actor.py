@@ -29,7 +29,7 @@ from collab_megatron.actor.schedule import forward, from_last_stage, run_schedul
 from collab_megatron.algorithms.losses import LossSum
 from collab_megatron.batching.micro_batch import MicroBatch
 from collab_megatron.config.sections import OptimizerSection
-from collab_megatron.convert.buckets import BucketStream, TensorInfo, bucket_plan, tensor_plan
+from collab_megatron.convert.buckets import BucketStream, TensorInfo, bucket_plan, is_cut, tensor_plan
 from collab_megatron.convert.exporter import hf_tensors
 from collab_megatron.convert.hf_folder import write_hf_folder
 from collab_megatron.convert.layout import check_layout, read_hf_config
@@ -235,6 +235,7 @@ class Actor:
             pipeline=grid.pp_size,
             interleave=grid.parallel.interleave,
             bucket_bytes=bucket_bytes,
+            cut=is_cut(self.spec, grid),
         )
         return BucketStream(self.chunks, self.spec, grid, plan)
 

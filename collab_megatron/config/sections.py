@@ -202,7 +202,7 @@ class SyncSection(Section):
     # broadcast: a process group of trainer and engines; ipc: handles to memory of one machine; disk: a folder that both
     # can read. auto: ipc for colocated engines, else broadcast
     transport: Literal["auto", "broadcast", "ipc", "disk"] = "auto"
-    # weights travel in buckets of at most this size; two of them exist at a time. None: 512 on GPUs, 16 on CPU
+    # weights travel in buckets of at most this size; two of them exist at a time. None: 512 on GPUs, 128 on CPU
     bucket_mb: Annotated[float, Field(gt=0)] | None = None
     # generations in flight go on with the cache they have (in_place) or one made anew (retract), or are lost (abort)
     pause: Literal["in_place", "retract", "abort"] = "in_place"
@@ -221,7 +221,7 @@ class SyncSection(Section):
 
     def bucket_mb_on(self, device: str) -> float:
         """MB of a bucket where the trainer runs on `device` (cpu | cuda)."""
-        return self.bucket_mb or {"cuda": 512, "cpu": 16}[device]
+        return self.bucket_mb or {"cuda": 512, "cpu": 128}[device]
 
 
 class DataSection(Section):

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from collab_megatron.actor.grid import RankGrid
 
 
+APART_BYTES = 4 * 2**20
+"""Tensors that are as large as this on average gain more from not being copied than a message each costs them."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of the stream."""
@@ -45,6 +49,7 @@ class Bucket:
     stage: int
     rows: tuple[Row, ...]
     tensors: tuple[TensorInfo, ...]
+    apart: bool = False  # large tensors that lie whole on one rank: they may travel one by one, without being packed
 
     @property
     def num_bytes(self) -> int:
@@ -73,25 +78,41 @@ def tensor_plan(spec: ModelSpec, dtype: torch.dtype) -> list[TensorInfo]:
 
 
 def bucket_plan(
-    spec: ModelSpec, dtype: torch.dtype, *, pipeline: int, interleave: int, bucket_bytes: int
+    spec: ModelSpec, dtype: torch.dtype, *, pipeline: int, interleave: int, bucket_bytes: int, cut: bool = True
 ) -> list[Bucket]:
-    """Cut the table into buckets of at most `bucket_bytes`; a row that is larger travels alone. Pure.
+    """Cut the table into buckets of at most `bucket_bytes`; a row of more than half of that travels alone, since it may
+    go from where it lies, without a copy. Pure.
 
-    The fused parts of a row (q, k, v; gate, up) stay together.
+    `cut`: tensor or expert parallelism divides the model. The fused parts of a row (q, k, v; gate, up) stay together.
     """
     runs: list[tuple[int, list[Row], list[TensorInfo]]] = []
-    size = 0
+    room = 0  # bytes left in the last bucket
     for row in rows(spec):
         stage = stage_of(row, spec, pipeline=pipeline, interleave=interleave)
         tensors = row_tensors(row, spec, dtype)
         num_bytes = sum(tensor.num_bytes for tensor in tensors)
-        if not runs or runs[-1][0] != stage or size + num_bytes > bucket_bytes:
+        alone = num_bytes > bucket_bytes / 2
+        if not runs or runs[-1][0] != stage or num_bytes > room or alone:
             runs.append((stage, [], []))
-            size = 0
+            room = bucket_bytes
         runs[-1][1].append(row)
         runs[-1][2].extend(tensors)
-        size += num_bytes
-    return [Bucket(number, stage, tuple(some), tuple(tensors)) for number, (stage, some, tensors) in enumerate(runs)]
+        room = 0 if alone else room - num_bytes
+    return [
+        Bucket(
+            number,
+            stage,
+            tuple(some),
+            tuple(tensors),
+            apart=not cut and sum(tensor.num_bytes for tensor in tensors) >= APART_BYTES * len(tensors),
+        )
+        for number, (stage, some, tensors) in enumerate(runs)
+    ]
+
+
+def is_cut(spec: ModelSpec, grid: RankGrid) -> bool:
+    """Whether tensor or expert parallelism divides the model."""
+    return grid.tp_size > 1 or (spec.experts > 0 and grid.ep_size > 1)
 
 
 class BucketStream:
@@ -116,7 +137,7 @@ class BucketStream:
     @property
     def gathers(self) -> bool:
         """Whether other ranks hold parts of this stage's tensors."""
-        return self._grid.tp_size > 1 or (self._spec.experts > 0 and self._grid.ep_size > 1)
+        return is_cut(self._spec, self._grid)
 
     @torch.no_grad()
     def gather(self, bucket: Bucket) -> None:
@@ -176,12 +197,11 @@ class BucketStream:
                     target.narrow(row.cut or 0, start, length).copy_(part)
                     start += length
 
-    def direct(self, bucket: Bucket) -> Tensor | None:
-        """The bucket as it lies in a parameter of this rank, uint8 [num_bytes]; None where it must be packed."""
-        if len(bucket.rows) > 1 or bucket.rows[0].join == "qkv" or bucket.rows[0].megatron in self._shards:
-            return None
-        local = self._local(bucket.rows[0])  # gate and up lie one after the other, padding of the vocabulary at the end
-        return _as_bytes(local)[: bucket.num_bytes] if local.is_contiguous() else None
+    @torch.no_grad()
+    def pieces(self, bucket: Bucket) -> list[Tensor]:
+        """The tensors of a bucket that is `apart`, as they lie in this rank's parameters; q, k and v are copied, since
+        they lie there by key/value head. Local."""
+        return [part.contiguous() for row in bucket.rows for (part,) in parts_of(row, self._parts(row), self._spec)]
 
     @torch.no_grad()
     def tensors(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:

@@ -134,8 +134,11 @@ class EngineControl:
     def end_update(self) -> None:
         self._post("end_weight_update", {})
 
-    def receive_bucket(self, tensors: BucketTensors, *, group_name: str, weight_version: int | None) -> None:
-        """Receive one flat bucket by broadcast from rank 0 of the group and load its tensors.
+    def receive_bucket(
+        self, tensors: BucketTensors, *, group_name: str, packed: bool, weight_version: int | None
+    ) -> None:
+        """Receive a bucket by broadcast from rank 0 of the group, in one piece (`packed`) or tensor by tensor, and load
+        its tensors.
 
         With `weight_version` (on the last bucket) the tokens sampled from now on carry it.
         """
@@ -144,7 +147,7 @@ class EngineControl:
             "dtypes": tensors.dtypes,
             "shapes": tensors.shapes,
             "group_name": group_name,
-            "load_format": "flattened_bucket",
+            "load_format": "flattened_bucket" if packed else None,
         }
         self._update("update_weights_from_distributed", body, weight_version)
 

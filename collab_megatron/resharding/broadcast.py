@@ -48,7 +48,7 @@ class BroadcastTransport:
         self._places: dict[int, _Place] = {}
         self._group: UpdateGroup | None = None
         self.offers = is_stage_sender(grid)
-        self.from_memory = True
+        self.one_by_one = True
         self.in_turn = True
         self.every_stage = False
 
@@ -99,16 +99,17 @@ class BroadcastTransport:
     def buffers(self, num_bytes: int, count: int) -> list[Tensor]:
         return [torch.empty(num_bytes, dtype=torch.uint8, device=self._grid.device) for _ in range(count)]
 
-    def offer(self, bucket: Bucket, flat: Tensor) -> Callable[[], bool]:
+    def offer(self, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
         assert self._group is not None, "offer before prepare"
         assert self._group.group is not None, "offer before the group was joined"
-        work = dist.broadcast(flat[: bucket.num_bytes], src=0, group=self._group.group, async_op=True)
+        works = [dist.broadcast(tensor, src=0, group=self._group.group, async_op=True) for tensor in tensors]
 
         def sent() -> bool:
-            if not work.is_completed():
+            if not all(work.is_completed() for work in works):
                 return False
             try:
-                work.wait()
+                for work in works:
+                    work.wait()
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise RunError(
@@ -120,7 +121,10 @@ class BroadcastTransport:
 
     def receive(self, control: EngineControl, entry: EngineEntry, bucket: Bucket, weight_version: int | None) -> None:
         control.receive_bucket(
-            bucket_tensors(bucket), group_name=self._places[bucket.stage].name, weight_version=weight_version
+            bucket_tensors(bucket),
+            group_name=self._places[bucket.stage].name,
+            packed=not bucket.apart,
+            weight_version=weight_version,
         )
 
     def taken(self, bucket: Bucket) -> None:

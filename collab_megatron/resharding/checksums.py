@@ -81,6 +81,18 @@ class ExpectedChecksums:
         self._spec, self._dtype, self._ranks, self._units = spec, dtype, ranks, units
         self._device = device
         self._open: dict[str, _Growing] | None = None  # by Hugging Face name
+        self._names: frozenset[str] | None = None  # of the Hugging Face tensors in question
+
+    def wants(self, names: Iterable[str]) -> bool:
+        """Whether any of these Hugging Face tensors belongs to a unit in question: if not, none need be made."""
+        if self._names is None:
+            tensors = (
+                tensor
+                for unit in self._units
+                for tensor in engine_tensors(self._spec, unit, ranks=self._ranks, device=self._device or "cpu")
+            )
+            self._names = frozenset(source.hf for tensor in tensors for source in tensor.sources)
+        return not self._names.isdisjoint(names)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Hash one Hugging Face tensor, whole, contiguous and of `dtype`, in the order of `tensor_plan`; one that

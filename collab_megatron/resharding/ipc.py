@@ -43,7 +43,7 @@ class IpcTransport:
         self._on_cpu = grid.device.type == "cpu"
         # on GPUs every rank speaks for its own device, and that for all stages: its engine rank holds them all
         self.offers = is_stage_sender(grid) if self._on_cpu else True
-        self.from_memory = False
+        self.one_by_one = False
         self.in_turn = False
         self.every_stage = not self._on_cpu and grid.pp_size > 1
         self._first_rank: dict[EngineEntry, int] = {}  # of a server, over all servers
@@ -66,7 +66,8 @@ class IpcTransport:
         flats = [torch.empty(num_bytes, dtype=torch.uint8, device=self._grid.device) for _ in range(count)]
         return [flat.share_memory_() if self._on_cpu else flat for flat in flats]
 
-    def offer(self, bucket: Bucket, flat: Tensor) -> Callable[[], bool]:
+    def offer(self, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+        (flat,) = tensors
         if not self._on_cpu:
             torch.cuda.current_stream(flat.device).synchronize()  # the other process does not wait for our streams
         for reader in self._readers:

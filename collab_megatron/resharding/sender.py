@@ -45,22 +45,24 @@ class Sender:
                 stream.gather(bucket)
             if not transport.offers or (failure and not transport.every_stage):
                 continue
-            direct = stream.direct(bucket) if mine and transport.from_memory else None
-            flat = direct if direct is not None else flats[count % len(flats)]
             try:
-                if direct is None:
+                if bucket.apart and transport.one_by_one:
+                    tensors = stream.pieces(bucket)
+                else:
+                    flat = flats[count % len(flats)]
                     way.clear(flat)
+                    tensors = [flat[: bucket.num_bytes]]
                     if mine:
                         stream.pack(bucket, flat)
-                if transport.every_stage:
-                    dist.broadcast(flat[: bucket.num_bytes], group=grid.pp_group, group_src=bucket.stage)
+                    if transport.every_stage:
+                        dist.broadcast(tensors[0], group=grid.pp_group, group_src=bucket.stage)
                 if failure is None:
-                    way.put(bucket, flat, transport.offer)
+                    way.put(bucket, tensors, transport.offer)
             except (Abandoned, RunError) as error:
                 failure = error
                 self._give_up()
                 continue
-            if mine:
+            if mine and expected.wants(info.name for info in bucket.tensors):
                 for name, tensor in stream.tensors(bucket):  # while the bucket travels
                     expected.add(name, tensor)
         stream.free()
@@ -72,14 +74,7 @@ class Sender:
 
     def _room(self, stream: BucketStream, buckets: Sequence[Bucket]) -> list[Tensor]:
         """Buffers for whatever has to be packed: two, or one where another is needed for gathering."""
-        packed = [
-            bucket.num_bytes
-            for bucket in buckets
-            if stream.gathers
-            or not self._transport.from_memory
-            or bucket.stage != self._actor.grid.pp_rank
-            or stream.direct(bucket) is None
-        ]
+        packed = [bucket.num_bytes for bucket in buckets if not (bucket.apart and self._transport.one_by_one)]
         num_bytes, count = max(packed, default=0), 1 if stream.gathers else 2
         if len(self._kept) != count or self._kept[0].numel() < num_bytes:
             self._kept = []
@@ -92,16 +87,19 @@ class _Way:
 
     def __init__(self, board: Board, sender: Sender, in_turn: bool) -> None:
         self._board, self._sender, self._in_turn = board, sender, in_turn
-        self._under_way: list[tuple[Bucket, Tensor, Callable[[], bool]]] = []
+        self._under_way: list[tuple[Bucket, Sequence[Tensor], Callable[[], bool]]] = []
 
-    def put(self, bucket: Bucket, flat: Tensor, offer: Callable[[Bucket, Tensor], Callable[[], bool]]) -> None:
+    def put(
+        self, bucket: Bucket, tensors: Sequence[Tensor], offer: Callable[[Bucket, Sequence[Tensor]], Callable[[], bool]]
+    ) -> None:
         if self._in_turn:
             self.clear(None)
-        self._under_way.append((bucket, flat, offer(bucket, flat)))
+        self._under_way.append((bucket, tensors, offer(bucket, tensors)))
 
     def clear(self, flat: Tensor | None) -> None:
         """Wait until nothing on its way lies in `flat`; None: until nothing is on its way."""
-        while any(flat is None or used is flat for _, used, _ in self._under_way):
+        start = flat.data_ptr() if flat is not None else None
+        while any(start is None or used[0].data_ptr() == start for _, used, _ in self._under_way):
             bucket, _, sent = self._under_way.pop(0)
             self._board.wait(sent, f"handing over bucket {bucket.number} (from {bucket.tensors[0].name})")
             self._sender.sent = bucket.number

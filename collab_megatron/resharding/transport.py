@@ -24,7 +24,7 @@ class Transport(Protocol):
     """
 
     offers: bool  # whether this rank hands buckets over; else it only takes part in gathering them
-    from_memory: bool  # whether a bucket may be handed over from wherever it lies; else only from `buffers`
+    one_by_one: bool  # whether the tensors of a bucket that is `apart` travel one by one; else packed into `buffers`
     in_turn: bool  # whether a bucket is on its way only once the one before has arrived
     every_stage: bool  # whether it needs the buckets of the other stages, too
 
@@ -36,8 +36,9 @@ class Transport(Protocol):
         """Room for `count` packed buckets, uint8 [num_bytes] each."""
         ...
 
-    def offer(self, bucket: Bucket, flat: Tensor) -> Callable[[], bool]:
-        """Start handing a packed bucket over; what is returned tells when `flat` may be written again."""
+    def offer(self, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+        """Start handing a bucket over: its packed bytes as the only one, or its tensors one by one. What is returned
+        tells when they may be written again."""
         ...
 
     def receive(self, control: EngineControl, entry: EngineEntry, bucket: Bucket, weight_version: int | None) -> None:

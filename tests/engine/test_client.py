@@ -116,7 +116,9 @@ def test_control_calls_of_the_real_server(tiny_engine: Server) -> None:
     control.resume()
     assert len(control.generate(PROMPTS[0], max_new_tokens=3, stop_token_ids=[])) == 3
     with pytest.raises(RunError, match="refused update_weights_from_distributed"):
-        control.receive_bucket(BucketTensors(names=[], dtypes=[], shapes=[]), group_name="none", weight_version=None)
+        control.receive_bucket(
+            BucketTensors(names=[], dtypes=[], shapes=[]), group_name="none", packed=True, weight_version=None
+        )
     control.close()
 
 
