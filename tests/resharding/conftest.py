@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +47,14 @@ class Servers:
         key = (kind, tensor, dtype)
         if key not in self._running:
             while len(self._running) >= MOST:
-                _, oldest = self._running.pop(next(iter(self._running)))
-                oldest.end_all()
+                end_at_once(*self._running.pop(next(iter(self._running))))
             self._running[key] = self._start(*key)
         self._running[key] = self._running.pop(key)  # the latest stands last
         return self._running[key][0]
 
     def end_all(self) -> None:
-        for _, supervisor in self._running.values():
-            supervisor.end_all()
+        for server, supervisor in self._running.values():
+            end_at_once(server, supervisor)
         self._running.clear()
 
     def _start(self, kind: str, tensor: int, dtype: torch.dtype) -> tuple[TinyServer, Supervisor]:
@@ -83,6 +84,12 @@ class Servers:
         finally:
             control.close()
         return TinyServer(command.url, child.process.pid, tensor, dtype, folder), supervisor
+
+
+def end_at_once(server: TinyServer, supervisor: Supervisor) -> None:
+    """A graceful end takes a server six seconds, and nothing of it is kept."""
+    os.killpg(server.pid, signal.SIGKILL)
+    supervisor.end_all()
 
 
 @pytest.fixture(scope="session")

@@ -363,7 +363,6 @@ SERVERS = (
     ("llama", 1),  # tied
     ("llama", 2),
     ("qwen2", 1),  # biases, not tied
-    ("qwen2", 2),
     ("qwen3", 1),  # norms of queries and keys
     ("qwen3", 2, torch.bfloat16),
     ("qwen3moe", 1),
