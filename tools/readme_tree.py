@@ -39,7 +39,8 @@ def lines(folder: Path, depth: int) -> Iterator[str]:
     for path in entries:
         indent = "  " * depth
         if path.is_dir():
-            generated = path.name.endswith(".egg-info") or (path.name == "build" and not (path / "__init__.py").exists())
+            built = path.name == "build" and not (path / "__init__.py").exists()
+            generated = path.name.endswith(".egg-info") or built
             if generated or path.name.startswith((".", "__")):
                 continue
             init = path / "__init__.py"
