@@ -9,8 +9,6 @@ under the trainer's feet. The bucket's description is sglang's (weight_updater.p
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from multiprocessing.reduction import ForkingPickler
@@ -110,9 +108,7 @@ def _pickled(bucket: Bucket, flat: Tensor) -> bytes:
         )
         start = end
     tensor: Any = flat[:start] if flat.device.type == "cpu" else _ByUuid(flat[:start])
-    buffer = io.BytesIO()
-    ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump({"flattened_tensor": tensor, "metadata": metadata})
-    return buffer.getvalue()
+    return bytes(ForkingPickler.dumps({"flattened_tensor": tensor, "metadata": metadata}))
 
 
 class _ByUuid:

@@ -109,8 +109,10 @@ def test_ports() -> None:
 def test_others_than_essential_children_end_without_us(tmp_path: Path) -> None:
     ticks = []
     with Supervisor(tmp_path) as supervisor:
-        helper = supervisor.start("helper", python("raise SystemExit(3)"), {}, essential=False)
-        trainer = supervisor.start("trainer", python("import time; time.sleep(0.5)"), {})
+        helper = supervisor.start(
+            "helper", python("import time; time.sleep(0.3); raise SystemExit(3)"), {}, essential=False
+        )
+        trainer = supervisor.start("trainer", python("import time; time.sleep(1.5)"), {})
         supervisor.wait_for([trainer], poll_s=0.02, tick=lambda: ticks.append(helper.ended()))
         assert (helper.ended(), trainer.ended()) == ("exit code 3", "exit code 0")
         assert ticks[0] is None
