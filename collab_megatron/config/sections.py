@@ -202,7 +202,8 @@ class SyncSection(Section):
     # broadcast: a process group of trainer and engines; ipc: handles to memory of one machine; disk: a folder that both
     # can read. auto: ipc for colocated engines, else broadcast
     transport: Literal["auto", "broadcast", "ipc", "disk"] = "auto"
-    # weights travel in buckets of at most this size; two of them exist at a time. None: 512 on GPUs, 128 on CPU
+    # weights travel in buckets of at most this size, larger tensors alone; two buckets exist at a time. None: 512 on
+    # GPUs, 128 on CPU
     bucket_mb: Annotated[float, Field(gt=0)] | None = None
     # generations in flight go on with the cache they have (in_place) or one made anew (retract), or are lost (abort)
     pause: Literal["in_place", "retract", "abort"] = "in_place"

@@ -80,10 +80,11 @@ def tensor_plan(spec: ModelSpec, dtype: torch.dtype) -> list[TensorInfo]:
 def bucket_plan(
     spec: ModelSpec, dtype: torch.dtype, *, pipeline: int, interleave: int, bucket_bytes: int, cut: bool = True
 ) -> list[Bucket]:
-    """Cut the table into buckets of at most `bucket_bytes`; a row of more than half of that travels alone, since it may
-    go from where it lies, without a copy. Pure.
+    """Cut the table into buckets of at most `bucket_bytes`; a row that is larger travels alone. Pure.
 
-    `cut`: tensor or expert parallelism divides the model. The fused parts of a row (q, k, v; gate, up) stay together.
+    `cut`: tensor or expert parallelism divides the model. If not, a row of more than half a bucket travels alone too,
+    so that it may go from where it lies, without a copy, however small its neighbours are. The fused parts of a row
+    (q, k, v; gate, up) stay together.
     """
     runs: list[tuple[int, list[Row], list[TensorInfo]]] = []
     room = 0  # bytes left in the last bucket
@@ -91,7 +92,7 @@ def bucket_plan(
         stage = stage_of(row, spec, pipeline=pipeline, interleave=interleave)
         tensors = row_tensors(row, spec, dtype)
         num_bytes = sum(tensor.num_bytes for tensor in tensors)
-        alone = num_bytes > bucket_bytes / 2
+        alone = not cut and num_bytes > bucket_bytes / 2
         if not runs or runs[-1][0] != stage or num_bytes > room or alone:
             runs.append((stage, [], []))
             room = bucket_bytes

@@ -65,8 +65,8 @@ def skip_patterns(spec: ModelSpec, units: frozenset[int]) -> list[str]:
 class ExpectedChecksums:
     """What a server of `ranks` tensor-parallel ranks must say of `units`, computed while the weights pass by.
 
-    `device` is the server's, and by default that of the first tensor added: on "cpu" SGLang hashes with sha256, on
-    "cuda" words with their positions, which is computed where the tensors are.
+    `device` is the server's: on "cpu" SGLang hashes with sha256, on "cuda" words with their positions, which is
+    computed where the tensors are.
     """
 
     def __init__(
@@ -76,30 +76,24 @@ class ExpectedChecksums:
         ranks: int,
         units: frozenset[int],
         *,
-        device: Device | None = None,
+        device: Device,
     ) -> None:
-        self._spec, self._dtype, self._ranks, self._units = spec, dtype, ranks, units
-        self._device = device
-        self._open: dict[str, _Growing] | None = None  # by Hugging Face name
-        self._names: frozenset[str] | None = None  # of the Hugging Face tensors in question
+        self._dtype, self._ranks = dtype, ranks
+        growing = (
+            _Growing(tensor, ranks, device, dtype.itemsize)
+            for unit in sorted(units)
+            for tensor in engine_tensors(spec, unit, ranks=ranks, device=device)
+        )
+        self._open = {source.hf: one for one in growing for source in one.layout.sources}  # by Hugging Face name
 
     def wants(self, names: Iterable[str]) -> bool:
         """Whether any of these Hugging Face tensors belongs to a unit in question: if not, none need be made."""
-        if self._names is None:
-            tensors = (
-                tensor
-                for unit in self._units
-                for tensor in engine_tensors(self._spec, unit, ranks=self._ranks, device=self._device or "cpu")
-            )
-            self._names = frozenset(source.hf for tensor in tensors for source in tensor.sources)
-        return not self._names.isdisjoint(names)
+        return any(name in self._open for name in names)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Hash one Hugging Face tensor, whole, contiguous and of `dtype`, in the order of `tensor_plan`; one that
         belongs to no unit in question costs nothing. The tensor may be overwritten afterwards (on CUDA: by work queued
         on the same stream)."""
-        if self._open is None:
-            self._open = self._layout(self._device or ("cuda" if tensor.is_cuda else "cpu"))
         growing = self._open.get(name)
         if growing is not None:
             assert tensor.dtype == self._dtype, f"{name} is {tensor.dtype}, planned {self._dtype}"
@@ -107,7 +101,7 @@ class ExpectedChecksums:
 
     def result(self) -> dict[str, list[str]]:
         """The server's tensor name -> 16 hex digits per rank, of all that was added. Call it once, at the end."""
-        begun = [growing for growing in dict.fromkeys((self._open or {}).values()) if growing.position]
+        begun = [growing for growing in dict.fromkeys(self._open.values()) if growing.position]
         for growing in begun:
             assert growing.complete, f"only a part of {growing.layout.name} was added"
         sums = [digest for growing in begun for digest in growing.digests if isinstance(digest, Tensor)]
@@ -117,14 +111,6 @@ class ExpectedChecksums:
             said = [digest if isinstance(digest, str) else _hex(next(words)) for digest in growing.digests]
             result[growing.layout.name] = said if len(said) == self._ranks else said * self._ranks
         return result
-
-    def _layout(self, device: Device) -> dict[str, _Growing]:
-        growing = (
-            _Growing(tensor, self._ranks, device, self._dtype.itemsize)
-            for unit in sorted(self._units)
-            for tensor in engine_tensors(self._spec, unit, ranks=self._ranks, device=device)
-        )
-        return {source.hf: one for one in growing for source in one.layout.sources}
 
 
 def merge(results: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:

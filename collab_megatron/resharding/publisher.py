@@ -27,6 +27,7 @@ from collab_megatron.resharding.broadcast import BroadcastTransport
 from collab_megatron.resharding.checksums import ExpectedChecksums, compare, merge, skip_patterns, units_of_sync
 from collab_megatron.resharding.delivery import BucketDelivery, Delivery
 from collab_megatron.resharding.disk import DiskDelivery
+from collab_megatron.resharding.engine_layout import Device
 from collab_megatron.resharding.ipc import IpcTransport
 from collab_megatron.resharding.probe import largest_gap, trainer_logprobs
 from collab_megatron.resharding.receivers import EnginesLost, Receivers
@@ -168,7 +169,8 @@ class Publisher:
             new = any(member not in self._seen for member in members)
             units = units_of_sync(self._actor.spec, 0 if new else self._syncs, self._sync.verify_every)
             ranks = members[0].ranks
-            expected = ExpectedChecksums(self._actor.spec, self._actor.dtype, ranks, units)
+            device: Device = "cpu" if self._actor.grid.device.type == "cpu" else "cuda"
+            expected = ExpectedChecksums(self._actor.spec, self._actor.dtype, ranks, units, device=device)
             said = self._attempt(members, version, session, expected)
             if said is None:
                 continue

@@ -138,7 +138,8 @@ class Receivers:
         )
 
     def judge(self, what: str, futures: Mapping[Future[T], EngineEntry]) -> None:
-        """Give up whoever is to blame. Returns if anybody was; else raises what was said."""
+        """Give up whoever is to blame. Returns if anybody was; else raises what a server refused with. What a call
+        raised about an answer is raised in any case."""
         wait(futures, timeout=ANSWER_S)
         blamed = False
         unsure = {}

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from collab_megatron.batching.micro_batch import TokenSample
+from collab_megatron.convert.spec import ModelSpec, model_spec
 
 _SIZES = {
     "vocab_size": 250,  # not a multiple of 64: padding columns must not count
@@ -61,6 +62,13 @@ def config_of(kind: str, **changes: Any) -> PretrainedConfig:
 
 
 KINDS = ("llama", "llama3", "mistral", "qwen2", "qwen3", "qwen3moe")
+
+
+def spec_of(kind: str, **changes: int) -> ModelSpec:
+    """What a saved model of that kind says of itself."""
+    config = config_of(kind, **changes).to_dict()
+    classes = {"llama3": "Llama", "qwen3moe": "Qwen3Moe"}
+    return model_spec({**config, "architectures": [f"{classes.get(kind, kind.capitalize())}ForCausalLM"]})
 
 
 def make_model(folder: Path, kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +45,14 @@ class Servers:
         key = (kind, tensor, dtype)
         if key not in self._running:
             while len(self._running) >= MOST:
-                end_at_once(*self._running.pop(next(iter(self._running))))
+                end_at_once(self._running.pop(next(iter(self._running)))[1])
             self._running[key] = self._start(*key)
         self._running[key] = self._running.pop(key)  # the latest stands last
         return self._running[key][0]
 
     def end_all(self) -> None:
-        for server, supervisor in self._running.values():
-            end_at_once(server, supervisor)
+        for _, supervisor in self._running.values():
+            end_at_once(supervisor)
         self._running.clear()
 
     def _start(self, kind: str, tensor: int, dtype: torch.dtype) -> tuple[TinyServer, Supervisor]:
@@ -86,9 +84,10 @@ class Servers:
         return TinyServer(command.url, child.process.pid, tensor, dtype, folder), supervisor
 
 
-def end_at_once(server: TinyServer, supervisor: Supervisor) -> None:
+def end_at_once(supervisor: Supervisor) -> None:
     """A graceful end takes a server six seconds, and nothing of it is kept."""
-    os.killpg(server.pid, signal.SIGKILL)
+    for child in supervisor._children:
+        supervisor.kill(child)
     supervisor.end_all()
 
 

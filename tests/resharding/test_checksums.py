@@ -26,16 +26,10 @@ from collab_megatron.errors import RunError
 from collab_megatron.resharding import checksums
 from collab_megatron.resharding.checksums import ExpectedChecksums, compare, merge, skip_patterns, units_of_sync
 from collab_megatron.resharding.engine_layout import Device, engine_tensors, hf_names, unit_count
-from tests.parallel.tiny import KINDS, config_of
+from tests.parallel.tiny import KINDS, spec_of
 from tests.resharding.conftest import TinyServer
 
 HASH_FILE = "kernels/ops/memory/gpu_tensor_hash.py"
-
-
-def spec_of(kind: str, **changes: int) -> ModelSpec:
-    config = config_of(kind, **changes).to_dict()
-    classes = {"llama3": "Llama", "qwen3moe": "Qwen3Moe"}
-    return model_spec({**config, "architectures": [f"{classes.get(kind, kind.capitalize())}ForCausalLM"]})
 
 
 def random_weights(spec: ModelSpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
@@ -257,7 +251,7 @@ def test_senders_that_disagree_are_told() -> None:
 
 def test_half_a_fused_tensor_is_a_defect() -> None:
     spec = spec_of("llama")
-    growing = ExpectedChecksums(spec, torch.float32, 1, units_of_sync(spec, 0, 1))
+    growing = ExpectedChecksums(spec, torch.float32, 1, units_of_sync(spec, 0, 1), device="cpu")
     weights = random_weights(spec)
     name = "model.layers.0.self_attn.q_proj.weight"
     growing.add(name, weights[name])
@@ -347,7 +341,7 @@ def folder_stream(folder: Path, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]
 def assert_server_holds(server: TinyServer, units: Sequence[int] | None = None, *, altered: str | None = None) -> None:
     spec = model_spec(json.loads((server.folder / "config.json").read_text()))
     wanted = frozenset(range(unit_count(spec)) if units is None else units)
-    growing = ExpectedChecksums(spec, server.dtype, server.ranks, wanted)
+    growing = ExpectedChecksums(spec, server.dtype, server.ranks, wanted, device="cpu")
     for name, tensor in folder_stream(server.folder, spec):
         growing.add(name, -tensor if name == altered else tensor)
     control = server.control()

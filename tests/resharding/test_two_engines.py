@@ -60,9 +60,9 @@ def at_bucket(both: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Call
 @pytest.mark.parametrize("transport", ["broadcast", "one by one", "ipc", "disk"])
 def test_two_engines_say_what_transformers_says(both: Run, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if transport == "one by one":  # as large models' tensors travel
-        transport = "broadcast"
         monkeypatch.setattr(buckets, "APART_BYTES", 0)
-    publisher = both.publisher_of(transport=transport)
+        assert all(bucket.apart for bucket in both.actor.bucket_stream(30_000).plan)
+    publisher = both.publisher_of(transport="broadcast" if transport == "one by one" else transport)
     both.change()
     report = publisher.publish(both.version)
     assert (report.engines, report.checked) == (2, NUM_TENSORS)

@@ -24,6 +24,7 @@ from collab_megatron.engine.roster import EngineEntry, RosterFolder
 from collab_megatron.engine.server_args import EngineCommand, engine_command
 from collab_megatron.resharding.publisher import Publisher, SyncReport
 from tests.parallel.tiny import make_model
+from tests.resharding.conftest import end_at_once
 
 START_S = 400.0
 TIMEOUT_S = 10.0  # of a call: what a hung server costs
@@ -134,5 +135,4 @@ def running(root: Path) -> Iterator[Run]:
             close_grid()
             over.set()
             watcher.join()
-            for child in supervisor._children:  # a graceful end takes a server seconds
-                supervisor.kill(child)
+            end_at_once(supervisor)

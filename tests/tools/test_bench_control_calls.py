@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import Run
+
+TOOL = "tools/bench_control_calls.py"
 TOOL_S = 280.0
 CALLS = ["pause_generation", "begin_weight_update", "end_weight_update", "flush_cache", "continue_generation"]
 HEAD = {"call", "way", "servers"}
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/bench_control_calls.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TOOL_S)
-
-
 @pytest.mark.slow
-def test_a_row_for_every_call(tmp_path: Path) -> None:
+def test_a_row_for_every_call(tmp_path: Path, run: Run) -> None:
     output = tmp_path / "rows.json"
-    done = run("--servers", "1", "--repeats", "2", "--json", str(output))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    done = run(TOOL, "--servers", "1", "--repeats", "2", "--json", str(output), timeout_s=TOOL_S)
+    assert done.code == 0, done.output
     rows = json.loads(output.read_text())
     assert [(row["way"], row["call"]) for row in rows] == [
         (way, call) for way in ("direct", "smg") for call in (*CALLS, "all")
     ]
-    assert len(done.stdout.splitlines()) == len(rows)
+    assert len(done.output.splitlines()) == len(rows)  # and nothing else was said
     for row in rows:
         assert row["servers"] == 1
         if row["way"] == "smg":
@@ -50,7 +44,7 @@ def test_a_row_for_every_call(tmp_path: Path) -> None:
         (["--smg", "/no/such/file"], "/no/such/file"),
     ],
 )
-def test_mistakes_end_with_2(arguments: list[str], says: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert says in done.stderr
+def test_mistakes_end_with_2(arguments: list[str], says: str, run: Run) -> None:
+    done = run(TOOL, *arguments)
+    assert done.code == 2
+    assert says in done.output

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import Run
 from tools.bench_weight_sync import SHAPES, rank_env, why_not
 
-ROOT = Path(__file__).resolve().parents[2]
+TOOL = "tools/bench_weight_sync.py"
 TOOL_S = 280.0
 KEYS = {"transport", "shape", "bytes", "seconds", "floor_seconds", "ratio", "peak_extra_bytes"}
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/bench_weight_sync.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TOOL_S)
-
-
 @pytest.mark.slow
-def test_a_row_for_every_transport(tmp_path: Path) -> None:
+def test_a_row_for_every_transport(tmp_path: Path, run: Run) -> None:
     output = tmp_path / "rows.json"
-    done = run("--quick", "--dir", str(tmp_path), "--json", str(output))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    done = run(TOOL, "--quick", "--dir", str(tmp_path), "--json", str(output), timeout_s=TOOL_S)
+    assert done.code == 0, done.output
     rows = json.loads(output.read_text())
     assert [row["transport"] for row in rows] == ["broadcast", "ipc", "disk"]
-    assert len(done.stdout.splitlines()) == len(rows)
+    assert len(done.output.splitlines()) == len(rows)  # and nothing else was said
     assert sorted(tmp_path.iterdir()) == [output]  # models and weights are gone
     for row in rows:
         if "skipped" in row:
@@ -98,7 +91,7 @@ def test_ranks_know_their_place() -> None:
         (["--dir", "/no/such/folder"], "/no/such/folder"),
     ],
 )
-def test_mistakes_end_with_2(arguments: list[str], says: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert says in done.stderr
+def test_mistakes_end_with_2(arguments: list[str], says: str, run: Run) -> None:
+    done = run(TOOL, *arguments)
+    assert done.code == 2
+    assert says in done.output
