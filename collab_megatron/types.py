@@ -27,6 +27,8 @@ class RolloutStatus(StrEnum):
     SIMULATOR_FAILED = "simulator_failed"
     JUDGE_FAILED = "judge_failed"
     ENGINE_FAILED = "engine_failed"
+    TIMED_OUT = "timed_out"  # it reached its own deadline
+    LATE = "late"  # its group reached its deadline and was taken without it
 
     @property
     def scored(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from collab_megatron.errors import EXIT_RUN, EXIT_USER, RunError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 10.0  # between TERM and KILL
+FIRST_PORT = 10240
+FREE_PORT_TRIES = 100
 TAIL_LINES = 12
 
 
@@ -38,10 +41,23 @@ def die_with_parent() -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that was free a moment ago.
+
+    Not one of those that the kernel hands to outgoing connections: such a connection of anybody's could take it before
+    the server that it is meant for listens there.
+    """
+    for _ in range(FREE_PORT_TRIES):
+        port = random.SystemRandom().randrange(FIRST_PORT, max(_first_ephemeral(), FIRST_PORT + 1000))
+        if not port_in_use(host, port):
+            return port
+    raise RunError(f"no free port was found on {host} in {FREE_PORT_TRIES} tries")
+
+
+def _first_ephemeral() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:  # not Linux
+        return 32768
 
 
 def port_in_use(host: str, port: int) -> bool:

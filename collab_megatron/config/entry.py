@@ -10,10 +10,13 @@ from pydantic import Field, model_validator
 
 from collab_megatron.config.sections import (
     AlgorithmSection,
+    BudgetSection,
     Count,
     DataSection,
+    DriverSection,
     EngineSection,
     EvaluationSection,
+    JournalSection,
     LLMSection,
     ModelSection,
     OptimizerSection,
@@ -64,6 +67,25 @@ def _check_engine(engine: EngineSection) -> None:
         raise ValueError("engine.urls names a server twice: name each once")
 
 
+def _check_driver(driver: DriverSection, rollout: RolloutSection, engine: EngineSection) -> None:
+    prompts = rollout.prompts_per_step
+    if driver.shards > prompts:
+        raise ValueError(f"driver.shards={driver.shards} leaves shards without any of {prompts} prompts: lower it")
+    if driver.oversample_prompts and not driver.max_staleness:
+        raise ValueError("driver.oversample_prompts carries trees over to the next step: set driver.max_staleness to 1")
+    if driver.oversample_prompts > prompts:
+        raise ValueError("driver.oversample_prompts is more than a batch: raise driver.max_staleness instead")
+    if driver.max_staleness and engine.placement == "colocated":
+        raise ValueError(
+            "driver.max_staleness needs engines that sample while the trainer trains: set "
+            "engine.placement=disaggregated"
+        )
+    if driver.min_futures > max(rollout.num_repeat_rollouts, 1):
+        raise ValueError("driver.min_futures is larger than rollout.num_repeat_rollouts: no reply could have a reward")
+    if driver.order == "prompt" and driver.oversample_prompts:
+        raise ValueError("driver.order=prompt waits for every prompt of a step: set driver.oversample_prompts to 0")
+
+
 def _check_transport(engine: EngineSection, sync: SyncSection) -> None:
     """Memory of one machine cannot be handed to another."""
     far = [url for url in engine.urls if not _is_loopback(_host(url))]
@@ -102,6 +124,9 @@ class RLConfig(Section):
     parallel: ParallelSection = ParallelSection()
     engine: EngineSection = EngineSection()
     sync: SyncSection = SyncSection()
+    driver: DriverSection = DriverSection()
+    journal: JournalSection = JournalSection()
+    budget: BudgetSection = BudgetSection()
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
@@ -111,6 +136,7 @@ class RLConfig(Section):
         _check_packing(self.parallel, self.train)
         _check_engine(self.engine)
         _check_transport(self.engine, self.sync)
+        _check_driver(self.driver, self.rollout, self.engine)
         if self.rollout.min_replies > self.rollout.num_replies:
             raise ValueError("rollout.min_replies is larger than rollout.num_replies: no group could ever be kept")
         if self.algorithm.mini_batches > self.rollout.prompts_per_step:

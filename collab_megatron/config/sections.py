@@ -129,6 +129,10 @@ class RolloutSection(Section):
     max_new_tokens: Positive = 2048  # per policy turn
     max_prompt_tokens: Positive = 8192  # longer prompts are left out and counted
     temperature: float = Field(default=1.0, ge=1.0, le=1.0)  # the trainer's log-probs are of the unscaled distribution
+    # what to do where growing a chat by token ids differs from rendering it whole (a template that removes the thinking
+    # of earlier turns, or white space). refuse: say so and stop; as_sampled: keep growing, the policy sees its own turns
+    # as it sampled them; rendered: the context of every turn after the trained reply is rendered anew by the template
+    inexact_template: Literal["refuse", "as_sampled", "rendered"] = "refuse"
     min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
     step_timeout_s: Seconds = 1800.0  # deadline of one step's rollouts
 
@@ -139,6 +143,18 @@ class RewardSection(Section):
     metric_weights: dict[str, float] = {"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1}
     accuracy_verifier: Literal["exact", "judge"] = "judge"
     metric_modules: tuple[str, ...] = ()  # Python modules that register metrics of your own (rewards/registry.py)
+
+
+class DeploymentSection(Section):
+    """Another way to the same model: a second server, account or provider. LiteLLM's Router spreads calls over all."""
+
+    model: str  # in LiteLLM's terms
+    api_base: str | None = None
+    api_key_env: str | None = "OPENAI_API_KEY"
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    input_usd_per_mtoken: float | None = Field(default=None, ge=0)
+    output_usd_per_mtoken: float | None = Field(default=None, ge=0)
 
 
 class LLMSection(Section):
@@ -152,19 +168,81 @@ class LLMSection(Section):
     timeout_s: Seconds = 60.0  # deadline of one attempt
     deadline_s: Seconds = 240.0  # deadline of one call, its retries included
     max_attempts: Positive = 5
-    max_concurrency: Positive = 64
+    max_concurrency: Positive = 64  # calls in flight, over all deployments; fewer while the provider pushes back
+    requests_per_minute: Positive | None = None  # of the first deployment, the one that stands here
+    tokens_per_minute: Positive | None = None  # prompt and completion tokens together
+    deployments: tuple[DeploymentSection, ...] = ()  # further ones, of equal standing: fail-over, more limits
+    cooldown_s: Seconds = 20.0  # a deployment that failed is left alone for so long, or for what it asked for
     json_mode: bool = True  # ask the provider for a JSON object where the prompt wants one
+    json_schema: bool = False  # ask for the very fields too, where the model can
     prompt_file: Path | None = None  # replaces the shipped prompt template
     input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table
     output_usd_per_mtoken: float | None = Field(default=None, ge=0)
 
 
+class SimulatorSection(LLMSection):
+    """A simulated user. A mixture of several keeps the policy from learning one simulator's habits."""
+
+    weight: float = Field(default=1.0, gt=0)  # share of the conversations, relative to the others' weights
+
+
+class UserSection(SimulatorSection):
+    """The simulated users; each conversation keeps the one that it began with."""
+
+    mixture: tuple[SimulatorSection, ...] = ()  # others beside the one that stands here
+
+
+class HealthSection(Section):
+    """How many of a simulator's replies may be odd (share of a step's replies), by name of the check: see
+    simulators/health.py. Nothing happens before `min_replies` replies of a step."""
+
+    warn: dict[str, Share] = {}  # said on the terminal; the shipped limits hold for checks that are not named
+    stop: dict[str, Share] = {}  # saves a checkpoint and stops the run; none by default
+    min_replies: Positive = 50
+
+
 class SimulatorsSection(Section):
     """The LLMs around the policy."""
 
-    user: LLMSection
+    user: UserSection
     judge: LLMSection | None = None  # needed by interactivity and by accuracy_verifier: judge
     assistant: LLMSection | None = None  # only tools/build_dataset.py: who proposes the candidate replies
+    health: HealthSection = HealthSection()
+
+
+class BudgetSection(Section):
+    """What the LLM APIs may cost over the whole run, resumes included. At a soft cap the run says so; at a hard cap it
+    finishes the conversations under way, saves a checkpoint and ends with exit code 3."""
+
+    soft_usd: float | None = Field(default=None, gt=0)
+    hard_usd: float | None = Field(default=None, gt=0)
+    soft_calls: Positive | None = None
+    hard_calls: Positive | None = None
+
+
+class JournalSection(Section):
+    """Every policy turn and every paid reply, on disk before it is used (SQLite)."""
+
+    # auto: what the journal has is not asked for again; only: a miss stops the run; off: all is asked anew
+    replay: Literal["auto", "only", "off"] = "auto"
+    path: Path | None = None  # on a local disk; None: RUN_DIR/journal/NAME.sqlite
+    keep_all: bool = False  # false: what a checkpoint has made obsolete is removed
+
+
+class DriverSection(Section):
+    """How conversation trees are grown, and how far ahead of the trainer."""
+
+    shards: Positive = 1  # processes; the prompts of a step are dealt out to them
+    max_staleness: Count = 0  # s: up to s + 1 batches are under way; 0: strictly on-policy
+    # with max_staleness: trees under way beyond max_staleness batches, so that a step need not wait for its slowest;
+    # what is unfinished goes on in the next step. 0: a whole batch
+    oversample_prompts: Count = 0
+    order: Literal["completion", "prompt"] = "completion"  # which trees make a batch: the first that end, or by prompt
+    future_timeout_s: Seconds = 600.0  # deadline of one future, waiting for free slots included
+    group_timeout_s: Seconds = 900.0  # at this age a tree is taken with the futures that are there
+    min_futures: Positive = 1  # a reply with fewer scored futures leaves its group
+    refill_groups: Count = 0  # trees per step that may be grown in place of dropped ones and of those without spread
+    max_restarts: Count = 3  # of a driver process that died; it goes on from the journal
 
 
 class EngineSection(Section):
@@ -188,6 +266,7 @@ class EngineSection(Section):
     max_restarts: Count = 3  # of each server that we started; then it stays away
     wait_s: Seconds = 900.0  # with no server left, wait this long for one; then save and stop
     max_concurrency: Positive = 256  # generate calls in flight, per server
+    max_running_tokens: Positive | None = None  # tokens of the calls in flight, per server; None: what its cache holds
     threads: Positive | None = None  # CPU threads; None: one on CPU
 
     @property

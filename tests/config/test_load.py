@@ -54,7 +54,7 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
     [
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'steps'?"),
         ("simulators.judge.modle=x", "did you mean 'model'?"),
-        ("qqq=1", "known keys here: algorithm, data"),
+        ("qqq=1", "known keys here: algorithm, budget, data"),
         ("train.steps=0", "'train.steps': input should be greater than 0 (got 0)"),
         ("train.steps", "is not of the form section.key=value"),
         ("train.steps.x=1", "should be a valid integer"),

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from collab_megatron.checkpoint.folders import complete_checkpoints, read_info, write_marker
+from collab_megatron.cluster.processes import free_port
 from tests.convert.converter_ranks import LAYOUTS
-from tests.parallel.ranks import REPO, Ran, free_port, run_ranks, run_script
+from tests.parallel.ranks import REPO, Ran, run_ranks, run_script
 from tests.parallel.tiny import make_model
 
 RANKS = Path(__file__).parent / "converter_ranks.py"

@@ -39,10 +39,10 @@ from collab_megatron.checkpoint import store
 from collab_megatron.checkpoint.background import BackgroundSave, grid_beside
 from collab_megatron.checkpoint.folders import complete_checkpoints, newest_complete, read_info
 from collab_megatron.checkpoint.store import Keep, begin, load_checkpoint, save_checkpoint
+from collab_megatron.cluster.processes import free_port
 from collab_megatron.config.sections import OptimizerSection, ParallelSection
 from collab_megatron.convert.loader import SafetensorsFolder
 from collab_megatron.errors import RunError, UserError
-from tests.parallel.ranks import free_port
 from tests.parallel.tiny import make_samples
 
 

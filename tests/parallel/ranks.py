@@ -9,7 +9,6 @@ Where torch knows CUDA each rank is an interpreter started for it; elsewhere it 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from collab_megatron.cluster.processes import free_port
 from tests.parallel.forks import REPO, SERVERS, Forked
 
 FORK = torch.version.cuda is None
@@ -28,12 +28,6 @@ Started = list[subprocess.Popen[bytes] | Forked]
 
 class RanksFailed(AssertionError):
     """A rank ended with an error or the deadline passed; the message holds the failing ranks' output."""
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def start_ranks(script: Path, args: Sequence[str], outs: Sequence[Path], errs: Sequence[Path] | None = None) -> Started:

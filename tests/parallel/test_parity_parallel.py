@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.parallel.ranks import free_port, run_ranks
+from collab_megatron.cluster.processes import free_port
+from tests.parallel.ranks import run_ranks
 from tests.parallel.tiny import KINDS, make_model, make_samples
 
 HERE = Path(__file__).parent

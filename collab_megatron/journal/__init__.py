@@ -1,0 +1,1 @@
+"""What was sampled and paid for, on disk before it is used."""
