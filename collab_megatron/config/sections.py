@@ -130,7 +130,7 @@ class RolloutSection(Section):
     max_prompt_tokens: Positive = 8192  # longer prompts are left out and counted
     temperature: float = Field(default=1.0, ge=1.0, le=1.0)  # the trainer's log-probs are of the unscaled distribution
     # what to do where growing a chat by token ids differs from rendering it whole (a template that removes the thinking
-    # of earlier turns, or white space). refuse: say so and stop; as_sampled: keep growing, the policy sees its own turns
+    # of earlier turns, or white space). refuse: say so and stop; as_sampled: keep growing: the policy sees its turns
     # as it sampled them; rendered: the context of every turn after the trained reply is rendered anew by the template
     inexact_template: Literal["refuse", "as_sampled", "rendered"] = "refuse"
     min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
