@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = "collab_megatron"
 
 # the data contract, the two errors, writing aside and renaming, and the config sections that leaf functions take
-EVERYWHERE = ("types", "errors", "files", "config.sections")
+EVERYWHERE = ("types", "errors", "files", "slots", "config.sections")
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
@@ -23,6 +23,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "config": (),
     "data": (),
     "journal": (),
+    "slots": ("journal.place",),
     "simulators": ("journal",),
     "rewards": ("simulators",),
     "engine": ("journal.place",),
