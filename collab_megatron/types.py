@@ -104,7 +104,7 @@ class Group:
     prompt_ids: tuple[int, ...]  # the token ids the replies were sampled from
     replies_G: tuple[Reply, ...]
     kept: bool  # False: too few scored replies; trains nothing and is counted
-    seconds: Mapping[str, float] = field(default_factory=dict)  # summed waiting time per kind: engine, user, judge
+    error: str = ""  # why its replies could not be sampled
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,17 @@ class PolicyEngine(Protocol):
     """Samples policy turns: token ids in, token ids out."""
 
     async def generate(
-        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int, affinity: str = ""
+        self,
+        input_ids: Sequence[int],
+        *,
+        n: int,
+        temperature: float,
+        max_new_tokens: int,
+        affinity: str = "",
+        name: str = "",
     ) -> list[Generation]:
-        """n continuations of `input_ids`; requests of one `affinity` (the prompt's name) share prefixes.
+        """n continuations of `input_ids`; requests of one `affinity` (the prompt's name) share prefixes; `name` is the
+        turn's own in the run.
 
         Raises NoEngineLeft when no server is there to ask, which ends the step; another RunError if this request was
         refused or not answered within its deadline.
