@@ -107,8 +107,8 @@ class ChatTemplate:
     ) -> list[int]:
         """The ids that the next policy turn is sampled from, after a user turn.
 
-        `context_ids` end with the policy's last turn as it was sampled (`cut` as in turn_glue), `messages` with the same
-        turn as text: the user's new turn is in neither. Rendered anew where check_growth() chose that, else
+        `context_ids` end with the policy's last turn as it was sampled (`cut` as in turn_glue), `messages` with the
+        same turn as text: the user's new turn is in neither. Rendered anew where check_growth() chose that, else
         context + glue. Raises ValueError if `messages` do not end with an assistant turn.
         """
         if not messages or messages[-1].role != "assistant":
