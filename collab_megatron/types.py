@@ -174,9 +174,13 @@ class ChatLLM(Protocol):
         sample_index: int = 0,
         n: int = 1,
         json_reply: bool = False,
+        schema: Mapping[str, Any] | None = None,
         check: Callable[[str], object] | None = None,
     ) -> list[LLMReply]:
         """n replies. `sample_index` tells apart repeated calls with the same messages.
+
+        `json_reply` says that the prompt wants a JSON object, `schema` (JSON Schema) which one; whether the provider
+        is told, the role's config says.
 
         `check` raises ValueError for a text that cannot be used (empty, no JSON, a field missing): the gateway counts
         it as malformed and asks again inside the same retry budget.

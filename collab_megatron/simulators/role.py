@@ -14,6 +14,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from collab_megatron.config.sections import LLMSection
 from collab_megatron.simulators.failure import Failure, SimulatorError, classify
@@ -47,6 +48,7 @@ class Role:
         sample_index: int = 0,
         n: int = 1,
         json_reply: bool = False,
+        schema: Mapping[str, Any] | None = None,
         check: Callable[[str], object] | None = None,
     ) -> list[LLMReply]:
         """n replies that pass `check` (which raises ValueError for one that does not) and are not empty.
