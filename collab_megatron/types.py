@@ -140,6 +140,9 @@ class LLMReply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     latency_s: float = 0.0
+    model: str = ""  # what the provider says that it was
+    fingerprint: str = ""  # the provider's name for the version that answered
+    replayed: bool = False  # it came from the journal: paid for before
 
 
 class PolicyEngine(Protocol):
@@ -166,10 +169,12 @@ class ChatLLM(Protocol):
         sample_index: int = 0,
         n: int = 1,
         json_reply: bool = False,
+        schema: Mapping[str, Any] | None = None,
         check: Callable[[str], object] | None = None,
     ) -> list[LLMReply]:
         """n replies. `sample_index` tells apart repeated calls with the same messages.
 
+        `schema` (a JSON schema) goes with json_reply; it is sent where the config wants it and the model takes it.
         `check` raises ValueError for a text that cannot be used (empty, no JSON, a field missing): the gateway counts
         it as malformed and asks again inside the same retry budget.
         Raises SimulatorError (collab_megatron.simulators.gateway) once the retry budget is spent.

@@ -1,0 +1,100 @@
+"""What the LLM APIs have cost, over the whole run, and whether that is the end of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from collab_megatron.config.sections import BudgetSection
+
+if TYPE_CHECKING:
+    from collab_megatron.journal.store import Journal
+
+logger = logging.getLogger(__name__)
+
+FRESH_S = 1.0  # the journal's totals are read again after so long: other driver processes write to it too
+
+Costs = Mapping[tuple[str, str], tuple[int, float]]
+"""(role, model) -> answered requests, dollars."""
+
+
+class Budget:
+    """Refuses nothing itself: who begins conversations asks `exhausted` before it begins another."""
+
+    def __init__(self, section: BudgetSection, journal: Journal | None, own: Callable[[], Costs]) -> None:
+        self._section = section
+        self._journal = journal
+        self._own = own  # this process's counters, where no journal sums up all
+        self._costs: Costs = {}
+        self._read_at = float("-inf")
+        self._warned = False
+
+    def costs(self) -> Costs:
+        """By role and model; at most FRESH_S old."""
+        now = time.monotonic()
+        if now - self._read_at >= FRESH_S:
+            self._read_at = now
+            if self._journal is None:
+                self._costs = self._own()
+            else:
+                self._costs = {name: (spent.calls, spent.cost_usd) for name, spent in self._journal.spent().items()}
+        return self._costs
+
+    @property
+    def exhausted(self) -> str | None:
+        """Once a hard cap is reached: a sentence with the figures and the way out. Says once when a soft cap is."""
+        section = self._section
+        calls, usd = self._totals()
+        self._warn(calls, usd)
+        if section.hard_usd is not None and usd >= section.hard_usd:
+            return (
+                f"the LLM APIs have cost {usd:.2f} dollars, and budget.hard_usd is {section.hard_usd:g}: "
+                "raise budget.hard_usd and set run.resume=true to go on"
+            )
+        if section.hard_calls is not None and calls >= section.hard_calls:
+            return (
+                f"the LLM APIs have answered {calls} requests, and budget.hard_calls is {section.hard_calls}: "
+                "raise budget.hard_calls and set run.resume=true to go on"
+            )
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """budget/usd_to_date, budget/calls_to_date, both by role and model too, and budget/hard_share (1: used up)."""
+        calls, usd = self._totals()
+        section = self._section
+        shares = [0.0]
+        if section.hard_usd is not None:
+            shares.append(usd / section.hard_usd)
+        if section.hard_calls is not None:
+            shares.append(calls / section.hard_calls)
+        named = {
+            "budget/usd_to_date": usd,
+            "budget/calls_to_date": float(calls),
+            "budget/hard_share": max(shares),
+        }
+        for (role, model), (role_calls, role_usd) in self.costs().items():
+            named[f"budget/{role}/{model}/usd_to_date"] = role_usd
+            named[f"budget/{role}/{model}/calls_to_date"] = float(role_calls)
+        return named
+
+    def _totals(self) -> tuple[int, float]:
+        costs = self.costs().values()
+        return sum(calls for calls, _ in costs), sum(usd for _, usd in costs)
+
+    def _warn(self, calls: int, usd: float) -> None:
+        section = self._section
+        over_usd = section.soft_usd is not None and usd >= section.soft_usd
+        over_calls = section.soft_calls is not None and calls >= section.soft_calls
+        if self._warned or not (over_usd or over_calls):
+            return
+        self._warned = True
+        name, limit = ("soft_usd", section.soft_usd) if over_usd else ("soft_calls", section.soft_calls)
+        logger.warning(
+            "the LLM APIs have cost %.2f dollars in %d answered requests: budget.%s (%g) is passed; the run goes on",
+            usd,
+            calls,
+            name,
+            limit,
+        )
