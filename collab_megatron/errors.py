@@ -1,7 +1,7 @@
 """The two kinds of ending that are not success, and the one place that turns them into an exit code.
 
 UserError: something the user can mend (config, data, key, layout, server address). Exit code 2.
-RunError: something broke while running (a server died, a disk filled up). Exit code 1.
+RunError: something broke while running (a server died, a disk filled up). Exit code 1; 3 where the budget is spent.
 Both carry one sentence that says what happened and what to do; entry points print it without a traceback.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 EXIT_RUN = 1
 EXIT_USER = 2
+EXIT_BUDGET = 3
 
 
 class UserError(ValueError):
@@ -30,8 +31,24 @@ class WeightsDiffer(RunError):
     """An engine does not serve the trainer's weights: training on what it samples would be silently wrong."""
 
 
+class RunStops(RunError):
+    """Nothing broke, but the run must not go on; it saves a checkpoint first."""
+
+
+class BudgetSpent(RunStops):
+    """The LLM APIs have cost what the config allows."""
+
+
+class SimulatorSick(RunStops):
+    """Too many of a simulator's replies are odd: what it says would teach the wrong thing."""
+
+
+def exit_code(error: RunError) -> int:
+    return EXIT_BUDGET if isinstance(error, BudgetSpent) else EXIT_RUN
+
+
 def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry point and leave the process with 0, 1 (RunError) or 2 (UserError).
+    """Run an entry point and leave the process with 0, 1 (RunError), 2 (UserError) or 3 (BudgetSpent).
 
     Any other exception keeps its traceback: it is a defect of ours, not news for the user.
     """
@@ -42,7 +59,7 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(EXIT_USER)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_RUN)
+        sys.exit(exit_code(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
-from collab_megatron.errors import NoEngineLeft, RunError, WeightsDiffer, run_cli
+from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer, run_cli
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -57,7 +57,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     arguments.wait_for_engine(config.engine.startup_timeout_s)
     inbox = Inbox(
         grid,
-        driver_address=arguments.driver_address(config.engine.startup_timeout_s),
+        driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
         step_timeout_s=config.rollout.step_timeout_s,
         eval_timeout_s=config.evaluation.timeout_s,
     )
@@ -87,7 +87,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         while done < total:
             with timer("step"):
                 with timer("wait_for_rollout"):
-                    batch = engines.next_batch(done)
+                    batch = engines.next_batch(done, checkpoints.saved)
                 engines.make_room()
                 metrics = update(
                     actor,
@@ -110,7 +110,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                 reporter.step(done, batch.metrics, metrics, sync, timer.drain())
             if done == total or (config.train.eval_interval and done % config.train.eval_interval == 0):
                 evaluate(done)
-    except (NoEngineLeft, WeightsDiffer):  # of the engines: the trainer's own state is well
+    except (NoEngineLeft, WeightsDiffer, RunStops):  # the trainer's own state is well
         if done > saved:  # the run stops here, with nothing lost
             checkpoints.save(done)
         checkpoints.wait()

@@ -104,7 +104,7 @@ class Group:
     prompt_ids: tuple[int, ...]  # the token ids the replies were sampled from
     replies_G: tuple[Reply, ...]
     kept: bool  # False: too few scored replies; trains nothing and is counted
-    seconds: Mapping[str, float] = field(default_factory=dict)  # summed waiting time per kind: engine, user, judge
+    error: str = ""  # why its replies could not be sampled
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,17 @@ class PolicyEngine(Protocol):
     """Samples policy turns: token ids in, token ids out."""
 
     async def generate(
-        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int, affinity: str = ""
+        self,
+        input_ids: Sequence[int],
+        *,
+        n: int,
+        temperature: float,
+        max_new_tokens: int,
+        affinity: str = "",
+        name: str = "",
     ) -> list[Generation]:
-        """n continuations of `input_ids`; requests of one `affinity` (the prompt's name) share prefixes.
+        """n continuations of `input_ids`; requests of one `affinity` (the prompt's name) share prefixes; `name` is the
+        turn's own in the run.
 
         Raises NoEngineLeft when no server is there to ask, which ends the step; another RunError if this request was
         refused or not answered within its deadline.
@@ -174,7 +182,9 @@ class ChatLLM(Protocol):
     ) -> list[LLMReply]:
         """n replies. `sample_index` tells apart repeated calls with the same messages.
 
-        `schema` (a JSON schema) goes with json_reply; it is sent where the config wants it and the model takes it.
+        `json_reply` says that the prompt wants a JSON object, `schema` (JSON Schema) which one; whether the provider
+        is told, the role's config says.
+
         `check` raises ValueError for a text that cannot be used (empty, no JSON, a field missing): the gateway counts
         it as malformed and asks again inside the same retry budget.
         Raises SimulatorError (collab_megatron.simulators.gateway) once the retry budget is spent.

@@ -32,6 +32,8 @@ class Checkpoints:
         self._keep = Keep(train.keep_last, train.keep_every)
         self._beside = grid_beside(actor.grid) if train.async_save else None
         self._running: BackgroundSave | None = None
+        self.saved = 0  # steps that the newest complete checkpoint of this run holds
+        self._saving = 0
 
     def resume(self) -> int:
         """Steps done: those of the newest complete checkpoint, now loaded; 0 where there is none or without run.resume.
@@ -47,6 +49,7 @@ class Checkpoints:
             lines = differences(info.extra, self._config, info.versions, self._rows_per_step, info.step)
             how = "with these differences from the run that saved it:" if lines else "under the same config"
             print("\n  ".join([f"going on from {folder} {how}", *lines]), flush=True)
+        self.saved = info.step
         return info.step
 
     def save(self, step: int) -> None:
@@ -62,8 +65,10 @@ class Checkpoints:
         }
         directory, beside = self._run.checkpoints_dir, self._beside
         pending = begin(self._actor, directory, step=step, extra=extra, keep=self._keep, copy=beside is not None)
+        self._saving = step
         if beside is None:
             pending.finish(self._actor.grid)
+            self.saved = step
         else:
             self._running = BackgroundSave(pending, beside)
 
@@ -72,3 +77,4 @@ class Checkpoints:
         running, self._running = self._running, None
         if running is not None:
             running.wait()
+            self.saved = self._saving

@@ -16,7 +16,7 @@ class TrainerArguments:
 
     roster: Path | None = None  # folder that says which engines are up (engine/roster.py)
     engine_ready_file: Path | None = None  # appears once all engines have answered
-    driver_ready_file: Path | None = None  # appears once the driver listens; holds its address
+    driver_ready_file: Path | None = None  # with .0, .1, ...: each appears once that shard listens; holds its address
 
     def wait_for_engine(self, timeout_s: float) -> None:
         """Raises RunError at the deadline."""
@@ -29,11 +29,12 @@ class TrainerArguments:
             raise RuntimeError("this run has no engines")
         return self.roster
 
-    def driver_address(self, timeout_s: float) -> str:
-        """The driver's address once it listens. Raises RunError at the deadline."""
+    def driver_addresses(self, shards: int, timeout_s: float) -> list[str]:
+        """The address of every driver process once it listens. Raises RunError at the deadline."""
         if self.driver_ready_file is None:
             raise RuntimeError("this run has no driver")
-        return _wait_for_file(self.driver_ready_file, "the driver", timeout_s)
+        files = [shard_file(self.driver_ready_file, shard) for shard in range(shards)]
+        return [_wait_for_file(file, f"driver {shard}", timeout_s) for shard, file in enumerate(files)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     if args.trainer_rank:
         trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file)
     return Arguments(config=args.config, overrides=args.overrides, dry_run=args.dry_run, trainer=trainer)
+
+
+def shard_file(ready_file: Path, shard: int) -> Path:
+    return ready_file.with_name(f"{ready_file.name}.{shard}")
 
 
 def _wait_for_file(path: Path, what: str, timeout_s: float) -> str:

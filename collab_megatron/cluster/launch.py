@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from collab_megatron.cluster.drivers import Drivers
 from collab_megatron.cluster.fleet import Fleet
 from collab_megatron.cluster.preflight import RLStart, device_of, visible_gpus
 from collab_megatron.cluster.processes import Child, Supervisor, free_port
@@ -33,15 +34,8 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
         files = Path(scratch)
         resolved = write_resolved(config, config.run.logs_dir)
         fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config))
-        driver = supervisor.start(
-            "driver",
-            [
-                *(sys.executable, "-m", "collab_megatron.driver.service", str(resolved)),
-                *("--first-step", str(start.first_step), "--max-context-tokens", str(start.max_context_tokens)),
-                *("--ready-file", str(files / "driver")),
-            ],
-            {},
-        )
+        drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver")
+        drivers.start(start.first_step)
         trainers = start_trainers(
             supervisor,
             "collab_megatron.train_rl",
@@ -54,8 +48,13 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
         )
         fleet.wait_until_ready()
         (files / "engine").write_text("ready")
-        supervisor.wait_for(trainers, tick=fleet.poll)
-        supervisor.wait_for([driver], timeout_s=DRIVER_END_S)  # it was told to stop by the trainer
+
+        def look_after() -> None:
+            fleet.poll()
+            drivers.poll()
+
+        supervisor.wait_for(trainers, tick=look_after)
+        supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # the trainer told them to stop
 
 
 def launch_sft(config: SFTConfig) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from collab_megatron.errors import EXIT_RUN, EXIT_USER, RunError
+from collab_megatron.errors import EXIT_BUDGET, EXIT_RUN, EXIT_USER, RunError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 10.0  # between TERM and KILL
@@ -78,6 +78,7 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path | None  # None: its output goes to ours
     essential: bool = True  # its failure ends everything
+    restarted: bool = False  # one that a signal ended is started again by whoever started it
 
     def ended(self) -> str | None:
         """How the process itself ended ("exit code 1", "signal SIGKILL"); None while it runs."""
@@ -113,6 +114,7 @@ class Supervisor:
         *,
         show: bool = False,
         essential: bool = True,
+        restarted: bool = False,
         unset: Sequence[str] = (),
     ) -> Child:
         """Start `argv` with `env` on top of ours without `unset`; output to LOGS/name.log, or to our own if `show`."""
@@ -131,14 +133,15 @@ class Supervisor:
         finally:
             if sink is not None:
                 sink.close()
-        child = Child(name, process, log, essential)
+        child = Child(name, process, log, essential, restarted)
         self._children.append(child)
         return child
 
     def check(self) -> None:
         """Raise RunError (or exit with 2 for a user's mistake) if an essential child has ended with an error."""
         for child in self._children:
-            if child.essential and child.process.poll() not in (None, 0):
+            code = child.process.poll()
+            if child.essential and code and not (code < 0 and child.restarted):
                 self.fail(child)
 
     def wait_for(
@@ -211,9 +214,9 @@ class Supervisor:
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
             self.end_all()
             sys.exit(EXIT_USER)
-        if code == EXIT_RUN and child.log is None:  # it has told the user itself
+        if code in (EXIT_RUN, EXIT_BUDGET) and child.log is None:  # it has told the user itself
             self.end_all()
-            sys.exit(EXIT_RUN)
+            sys.exit(code)
         if sentence is None and told:
             print("\n".join(f"  {child.name}| {line}" for line in told), file=sys.stderr, flush=True)
         where = f"; see {child.log}" if child.log is not None else ""

@@ -67,7 +67,7 @@ def _check_engine(engine: EngineSection) -> None:
         raise ValueError("engine.urls names a server twice: name each once")
 
 
-def _check_driver(driver: DriverSection, rollout: RolloutSection, engine: EngineSection) -> None:
+def _check_driver(driver: DriverSection, rollout: RolloutSection, engine: EngineSection, sync: SyncSection) -> None:
     prompts = rollout.prompts_per_step
     if driver.shards > prompts:
         raise ValueError(f"driver.shards={driver.shards} leaves shards without any of {prompts} prompts: lower it")
@@ -80,6 +80,10 @@ def _check_driver(driver: DriverSection, rollout: RolloutSection, engine: Engine
             "driver.max_staleness needs engines that sample while the trainer trains: set "
             "engine.placement=disaggregated"
         )
+    if driver.max_staleness and sync.pause == "abort":
+        raise ValueError("sync.pause=abort would lose what is sampled across an update: set driver.max_staleness=0")
+    if driver.refill_groups > prompts:
+        raise ValueError("driver.refill_groups is more than a batch: lower it")
     if driver.min_futures > max(rollout.num_repeat_rollouts, 1):
         raise ValueError("driver.min_futures is larger than rollout.num_repeat_rollouts: no reply could have a reward")
     if driver.order == "prompt" and driver.oversample_prompts:
@@ -136,7 +140,7 @@ class RLConfig(Section):
         _check_packing(self.parallel, self.train)
         _check_engine(self.engine)
         _check_transport(self.engine, self.sync)
-        _check_driver(self.driver, self.rollout, self.engine)
+        _check_driver(self.driver, self.rollout, self.engine, self.sync)
         if self.rollout.min_replies > self.rollout.num_replies:
             raise ValueError("rollout.min_replies is larger than rollout.num_replies: no group could ever be kept")
         if self.algorithm.mini_batches > self.rollout.prompts_per_step:

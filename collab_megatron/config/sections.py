@@ -142,6 +142,8 @@ class RewardSection(Section):
 
     metric_weights: dict[str, float] = {"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1}
     accuracy_verifier: Literal["exact", "judge"] = "judge"
+    # replaces the shipped prompt of accuracy's judge; simulators.judge.prompt_file replaces that of interactivity
+    accuracy_prompt_file: Path | None = None
     metric_modules: tuple[str, ...] = ()  # Python modules that register metrics of your own (rewards/registry.py)
 
 

@@ -1,23 +1,29 @@
 """Chat template to token ids, token-in token-out: what the policy sampled is never turned to text and back.
 
 A conversation's context grows as ids:  prompt_ids + reply ids (as sampled) + turn_glue(user turn) + reply ids + ...
-`turn_glue` is the stretch of the template between two sampled replies. check_exact() proves on probe conversations that
-this equals tokenising the whole chat at once; it does where the end-of-turn token is a special token and the template
-does not rewrite earlier turns.
+`turn_glue` is the stretch of the template between two sampled replies. growth_difference() compares this with
+tokenising the whole chat at once, on probe conversations. The two differ where a template rewrites earlier turns
+(removes their thinking, trims their white space) or where words merge across a turn's edge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message
 
+InexactTemplate = Literal["refuse", "as_sampled", "rendered"]
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 REPLY = "zqxreplyxqz"  # stands in for a reply; no template holds it
+USER = "zqyuseryqz"  # the same for a user turn
+
+# Roles alternate after the system turn. Plain chats first: the first difference is the one that is told.
 PROBES: tuple[tuple[Message, ...], ...] = (
     (Message("user", "hello"), Message("assistant", "which day?"), Message("user", "monday")),
     (
@@ -28,12 +34,22 @@ PROBES: tuple[tuple[Message, ...], ...] = (
         Message("assistant", "Done: 2 × ✓"),
         Message("user", "thanks"),
     ),
+    (
+        Message("user", "hello"),
+        Message("assistant", "<think>\nno day yet\n</think>\n\nwhich day?"),
+        Message("user", "monday"),
+        Message("assistant", "<think>\nsettled\n</think>\n\ndone"),
+        Message("user", "thanks"),
+    ),
+    # No line break at the front: tokenizers join it to the template's own, whatever the template does.
+    (Message("user", " hello\n"), Message("assistant", " which day? \n"), Message("user", "\n  monday ")),
 )
 
-INEXACT = (
-    "this chat template cannot be grown turn by turn as token ids (it rewrites earlier turns, or words merge across a "
-    "turn's edge): use a template that only appends"
-)
+# How templates treat a user's text, and texts that tell it.
+TEXT_RULES: tuple[Callable[[str], str], ...] = (str, str.strip)
+RULE_PROBES = ("\n two, {{ tomorrow }} – $5? \n", "<think>\nno\n</think>\n\nyes", "line\r\n\n\tline ✓ <b>&amp;</b>")
+
+SHOWN_TOKENS = 12
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -58,8 +74,10 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        after = self._after_reply("x", generation_prompt=False)
-        ids = self._encode(after)
+        tokenizer.encode("", add_special_tokens=False)  # turns padding and truncation off, also in the core below
+        self._core = getattr(tokenizer, "backend_tokenizer", None)  # the same ids and texts at half the time
+        self._rendered = False
+        ids = self._encode(self._after_reply())
         if not ids or ids[0] not in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
             raise UserError("the chat template does not end an assistant turn with a special token: use another one")
         self.end_id: int = ids[0]
@@ -76,13 +94,32 @@ class ChatTemplate:
         The reply's own end-of-turn id is not among them, unless `cut`: then the reply ran into its token limit and
         brought none, and the glue begins with it.
         """
-        ids = self._encode(self._after_reply(user_text, generation_prompt=True))
+        if self._glue is None:
+            text = self._after_reply(user_text)
+        else:
+            head, rule, tail = self._glue
+            text = f"{head}{rule(user_text)}{tail}"
+        ids = self._encode(text)
         return ids if cut else ids[1:]
+
+    def grow(
+        self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str, *, cut: bool = False
+    ) -> list[int]:
+        """The ids that the next policy turn is sampled from, after a user turn.
+
+        `context_ids` end with the policy's last turn as it was sampled (`cut` as in turn_glue), `messages` with the
+        same turn as text: the user's new turn is in neither. Rendered anew where check_growth() chose that, else
+        context + glue. Raises ValueError if `messages` do not end with an assistant turn.
+        """
+        if not messages or messages[-1].role != "assistant":
+            raise ValueError("a chat grows after an assistant turn: leave the new user turn out of `messages`")
+        if self._rendered:
+            return self.prompt_ids([*messages, Message("user", user_text)])
+        return [*context_ids, *self.turn_glue(user_text, cut=cut)]
 
     def reply_text(self, token_ids: Sequence[int]) -> str:
         """A sampled reply as text, without special tokens."""
-        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return self._decode(token_ids, skip_special_tokens=True)
 
     def ended(self, token_ids: Sequence[int]) -> bool:
         """Whether a sampled reply brought its end-of-turn id (if not it was cut)."""
@@ -119,24 +156,70 @@ class ChatTemplate:
 
     def check_exact(self) -> None:
         """Raises UserError unless growing a chat by ids equals tokenising it whole, on the probe conversations."""
-        for probe in PROBES:
-            first = next(i for i, message in enumerate(probe) if message.role == "assistant")
-            grown = self.prompt_ids(probe[:first])
-            for i in range(first, len(probe), 2):
-                closed = self._encode(self._render(probe[: i + 1], generation_prompt=False))
-                if closed[: len(grown)] != grown or self.end_id not in closed[len(grown) :]:
-                    raise UserError(INEXACT)
-                grown = closed[: closed.index(self.end_id, len(grown)) + 1]
-                grown += self.turn_glue(probe[i + 1].content)
-                if grown != self.prompt_ids(probe[: i + 2]):
-                    raise UserError(INEXACT)
+        self.check_growth("refuse")
 
-    def _after_reply(self, user_text: str, *, generation_prompt: bool) -> str:
-        """The rendered text behind an assistant turn's content: its end, and with `generation_prompt` a user turn."""
+    def check_growth(self, mode: InexactTemplate) -> str | None:
+        """The difference between growing and rendering, if there is one; from here on grow() goes the way of `mode`.
+
+        Raises UserError for a difference under `refuse`. Without a difference every mode grows by ids.
+        """
+        difference = self.growth_difference()
+        if difference is not None and mode == "refuse":
+            raise UserError(
+                f"this chat cannot be grown turn by turn as token ids: {difference}; set "
+                "rollout.inexact_template to as_sampled (the policy goes on seeing its turns as it sampled them) or to "
+                "rendered (after the trained reply it sees them as the template renders them), or use a template that "
+                "only appends"
+            )
+        self._rendered = difference is not None and mode == "rendered"
+        return difference
+
+    def growth_difference(self) -> str | None:
+        """The first difference between growing the probe chats by ids and tokenising them whole; None if exact."""
+        for probe in PROBES:
+            for i, message in enumerate(probe):
+                if message.role != "assistant":
+                    continue
+                grown = self.prompt_ids(probe[:i])
+                closed = self._encode(self._closed(probe[: i + 1]))
+                if closed[: len(grown)] != grown or self.end_id not in closed[len(grown) :]:
+                    return self._tell(grown, closed)
+                sampled = closed[: closed.index(self.end_id, len(grown)) + 1]
+                grown = sampled + self.turn_glue(probe[i + 1].content)
+                whole = self.prompt_ids(probe[: i + 2])
+                if grown != whole:
+                    return self._tell(grown, whole)
+        return None
+
+    def _closed(self, messages: Sequence[Message]) -> str:
+        """The prompt and the last turn with its end, its content verbatim: as the policy would sample it."""
+        text = self._render([*messages[:-1], Message("assistant", REPLY)], generation_prompt=False)
+        return text.replace(REPLY, messages[-1].content)
+
+    def _tell(self, grown: Sequence[int], whole: Sequence[int]) -> str:
+        """Where two id sequences part, in words."""
+        at = next((i for i, pair in enumerate(zip(grown, whole, strict=False)) if pair[0] != pair[1]), len(grown))
+        same_text = self._decode(whole).startswith(self._decode(grown))
+        grown_text, text = (repr(self._decode(ids[max(at - 1, 0) : at + SHOWN_TOKENS])) for ids in (grown, whole))
+        if same_text and at < len(grown):
+            return f"words merge across a turn's edge in {text}"
+        return f"the template rewrites earlier turns: grown it reads {grown_text}, rendered {text}"
+
+    @cached_property
+    def _glue(self) -> tuple[str, Callable[[str], str], str] | None:
+        """The glue before and after the user's text, and what the template does to the text; None: render each time."""
+        head, found, tail = self._after_reply(USER).partition(USER)
+        for rule in TEXT_RULES:
+            if found and all(self._after_reply(text) == f"{head}{rule(text)}{tail}" for text in RULE_PROBES):
+                return head, rule, tail
+        return None
+
+    def _after_reply(self, user_text: str | None = None) -> str:
+        """The rendered text behind an assistant turn's content: its end, the user turn and the generation prompt."""
         messages = [Message("user", "x"), Message("assistant", REPLY)]
-        if generation_prompt:
+        if user_text is not None:
             messages.append(Message("user", user_text))
-        _, found, after = self._render(messages, generation_prompt=generation_prompt).partition(REPLY)
+        _, found, after = self._render(messages, generation_prompt=user_text is not None).partition(REPLY)
         if not found:
             raise UserError("the chat template does not render assistant turns: use a chat model's template")
         return after
@@ -152,5 +235,19 @@ class ChatTemplate:
         return text
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int]
+        if self._core is None:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+        else:
+            ids = self._core.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        ids, text = list(token_ids), ""
+        if self._core is None:
+            text = self.tokenizer.decode(
+                ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        else:
+            text = self._core.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text

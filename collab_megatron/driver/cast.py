@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -10,11 +12,14 @@ from dataclasses import dataclass
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.driver.conversation import Limits, Players
+from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.errors import UserError
+from collab_megatron.journal.store import Journal
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.rewards import configured_scorer
-from collab_megatron.simulators import Gateway, LLMUserSimulator
+from collab_megatron.simulators import Gateway, LLMUserSimulator, SimulatorHealth
+from collab_megatron.slots import Slots
 from collab_megatron.types import Task
 
 
@@ -25,35 +30,99 @@ class Cast:
     players: Players
     limits: Limits
     engine: EnginePool
+    engine_slots: Slots  # tokens of the policy turns in flight
+    recorded: RecordedEngine
     gateway: Gateway
+    health: SimulatorHealth
+    journal: Journal
+
+
+def open_journal(config: RLConfig) -> Journal:
+    """The journal of a run; all driver processes share the file. Raises UserError for a file that is none."""
+    section = config.journal
+    path = section.path or config.run.dir / "journal" / f"{config.run.name}.sqlite"
+    return Journal(path, replay=section.replay, lineage=lineage_of(config), keep_all=section.keep_all)
+
+
+def lineage_of(config: RLConfig) -> str:
+    """A name for what decides the weights of every version: turns of another lineage are other policies'."""
+    simulators = config.simulators
+    decides = {
+        "model": config.model.model_dump(mode="json"),
+        "data": str(config.data.train),
+        "reward": config.reward.model_dump(mode="json"),
+        "rollout": config.rollout.model_dump(mode="json", exclude={"step_timeout_s"}),
+        "algorithm": config.algorithm.model_dump(mode="json"),
+        "optimizer": config.optimizer.model_dump(mode="json", exclude={"distributed", "overlap", "cpu_offload"}),
+        "steps": None if config.optimizer.schedule == "constant" else config.train.steps,
+        "simulators": [
+            [section.model, section.temperature]
+            for section in (simulators.user, *simulators.user.mixture, simulators.judge)
+            if section is not None
+        ],
+        "seed": config.run.seed,
+    }
+    text = json.dumps(decides, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 @asynccontextmanager
 async def assemble(
-    config: RLConfig | EvaluateConfig, *, engine_urls: Sequence[str], max_context_tokens: int
+    config: RLConfig | EvaluateConfig,
+    *,
+    engine_urls: Sequence[str],
+    max_context_tokens: int,
+    journal: Journal | None = None,
 ) -> AsyncIterator[Cast]:
     """Clients that live as long as the block. Raises UserError for a missing key or an inexact chat template.
 
-    The engines serve whatever weights they have; none are needed where `cast.engine.use` names them later.
+    The engines serve whatever weights they have; none are needed where `cast.engine.use` names them later. Without a
+    journal nothing is kept.
     """
-    chat = ChatTemplate(load_tokenizer(config.model.path))
-    chat.check_exact()
-    gateway = Gateway(llm_roles(config.simulators), config.run.seed)
-    rollout = config.rollout
+    rollout, users = config.rollout, config.simulators.user
+    driver = config.driver if isinstance(config, RLConfig) else None
+    shards, staleness = (driver.shards, driver.max_staleness) if driver else (1, 0)
+    chat = ChatTemplate(load_tokenizer(config.model.path), growth=rollout.inexact_template)
+    difference = chat.check_growth()
+    if difference is not None:
+        print(f"rollout.inexact_template={rollout.inexact_template}: {difference}", flush=True)
+    journal = journal or Journal.in_memory()
+    health = SimulatorHealth(config.simulators.health)
+    gateway = Gateway(
+        llm_roles(config.simulators),
+        config.run.seed,
+        journal=journal,
+        observer=health,
+        budget=config.budget if isinstance(config, RLConfig) else None,
+        shards=shards,
+    )
+    slots = Slots(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
         stop_token_ids=chat.end_ids,
         request_timeout_s=config.engine.request_timeout_s,
         health_timeout_s=config.engine.health_timeout_s,
-        max_concurrency=config.engine.max_concurrency,
+        max_concurrency=max(1, config.engine.max_concurrency // shards),
+        max_running_tokens=config.engine.max_running_tokens,
+        share=1 / shards,
+        slots=slots,
+        ahead=staleness > 0,
+        wait_for_engines=driver is not None,
     ) as engine:
         engine.use(engine_urls, None)
+        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness)
         gc.collect()
         gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
         try:
             yield Cast(
                 players=Players(
-                    engine=engine,
-                    user=LLMUserSimulator(gateway.role("user"), config.simulators.user.prompt_file),
+                    engine=recorded,
+                    user=LLMUserSimulator(
+                        gateway.role("user"),
+                        users.prompt_file,
+                        more_prompt_files=[part.prompt_file for part in users.mixture],
+                        part=lambda sample_index: gateway.part("user", sample_index),
+                        health=health,
+                    ),
                     scorer=configured_scorer(config.reward, config.simulators, gateway),
                     chat=chat,
                     engine_clock=BusyClock(),
@@ -66,9 +135,14 @@ async def assemble(
                     max_new_tokens=rollout.max_new_tokens,
                     max_context_tokens=max_context_tokens,
                     temperature=rollout.temperature,
+                    future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
                 engine=engine,
+                engine_slots=slots,
+                recorded=recorded,
                 gateway=gateway,
+                health=health,
+                journal=journal,
             )
         finally:
             await gateway.close()

@@ -6,11 +6,14 @@ what follows is the chat template's glue around the user's text. Text is made of
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.journal.place import PLACE, Place
+from collab_megatron.journal.store import ReplayMiss
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.types import (
     TERMINATION_SIGNAL,
@@ -29,7 +32,9 @@ class Chat(Protocol):
     """The chat template as the driver needs it (data/chat.py)."""
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]: ...
-    def turn_glue(self, user_text: str, *, cut: bool = False) -> list[int]: ...
+    def grow(
+        self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str, *, cut: bool
+    ) -> list[int]: ...
     def reply_text(self, token_ids: Sequence[int]) -> str: ...
     def ended(self, token_ids: Sequence[int]) -> bool: ...
 
@@ -41,6 +46,19 @@ class ConversationScorer(Protocol):
     def reward(self, scores: dict[str, float]) -> float: ...
 
 
+STOPS_ALL = (NoEngineLeft, ReplayMiss)
+"""Say nothing of the conversation they were met in: they end the work, not one future of it."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a future sits in the run."""
+
+    name: str  # unique in the run: names its policy turns in the journal
+    sample_index: int  # unique in the run: tells the simulator's calls with the same chat apart
+    step: int = 0  # who goes first at a queue
+
+
 @dataclass(frozen=True)
 class Limits:
     """Where a conversation ends."""
@@ -50,6 +68,7 @@ class Limits:
     max_new_tokens: int  # per policy turn
     max_context_tokens: int  # what engine and model can hold
     temperature: float
+    future_timeout_s: float = 600.0  # deadline of one future
 
 
 @dataclass(frozen=True)
@@ -84,15 +103,16 @@ async def play_future(
     reply: Generation,
     *,
     index: int,
-    sample_index: int,
+    seat: Seat,
     simulate: bool,
     limits: Limits,
     players: Players,
 ) -> Future:
-    """Play and score future `index` of a reply. A failed call becomes its status; only NoEngineLeft is raised.
+    """Play and score future `index` of a reply. A failed call becomes its status, and so does its deadline; only
+    NoEngineLeft and ReplayMiss are raised.
 
     With `simulate` False (K = 0) the reply is scored as it stands. Waits for the engine, the user simulator and the
-    judges in turn; `sample_index` tells the simulator's repeated calls with the same chat apart.
+    judges in turn.
     """
     state = _State(
         messages=[*task.prompt, Message("assistant", players.chat.reply_text(reply.token_ids_T))],
@@ -101,12 +121,21 @@ async def play_future(
         versions=list(reply.versions_T),
         cut=not players.chat.ended(reply.token_ids_T),
     )
-    status, error = RolloutStatus.MAX_TURNS, ""
-    if simulate:
-        status, error = await _simulate(task, state, sample_index, limits, players)
-    elif state.cut:
-        status = RolloutStatus.TRUNCATED
-    played = Future(
+    try:
+        async with asyncio.timeout(limits.future_timeout_s):
+            status, error = RolloutStatus.MAX_TURNS, ""
+            if simulate:
+                status, error = await _simulate(task, state, seat, limits, players)
+            elif state.cut:
+                status = RolloutStatus.TRUNCATED
+            played = _future(task, state, index, status, error)
+            return await _score(task, state, seat, played, players) if status.scored else played
+    except TimeoutError:
+        return _future(task, state, index, RolloutStatus.TIMED_OUT, f"over {limits.future_timeout_s:g} s")
+
+
+def _future(task: Task, state: _State, index: int, status: RolloutStatus, error: str) -> Future:
+    return Future(
         index=index,
         status=status,
         messages=tuple(state.messages[len(task.prompt) + 1 :]),
@@ -114,25 +143,29 @@ async def play_future(
         versions=(min(state.versions), max(state.versions)),
         error=error,
     )
-    return await _score(task, state, sample_index, played, players) if status.scored else played
 
 
 async def _simulate(
-    task: Task, state: _State, sample_index: int, limits: Limits, players: Players
+    task: Task, state: _State, seat: Seat, limits: Limits, players: Players
 ) -> tuple[RolloutStatus, str]:
     while state.user_turns < limits.max_user_turns and state.assistant_turns < limits.max_assistant_turns:
+        PLACE.set(Place(seat.step, state.user_turns + state.assistant_turns))
         try:
             with players.user_clock:
-                user_text = await players.user.reply(task, state.messages, sample_index=sample_index)
+                user_text = await players.user.reply(task, state.messages, sample_index=seat.sample_index)
+        except STOPS_ALL:
+            raise
         except RunError as error:
             return RolloutStatus.SIMULATOR_FAILED, str(error)
+        history = tuple(state.messages)
         state.messages.append(Message("user", user_text))
         state.user_turns += 1
         if TERMINATION_SIGNAL in user_text:
             return RolloutStatus.TERMINATED, ""
-        state.context += players.chat.turn_glue(user_text, cut=state.cut)
+        state.context = players.chat.grow(state.context, history, user_text, cut=state.cut)
         if len(state.context) + limits.max_new_tokens > limits.max_context_tokens:
             return RolloutStatus.TRUNCATED, ""
+        PLACE.set(Place(seat.step, state.user_turns + state.assistant_turns))
         try:
             with players.engine_clock:
                 (turn,) = await players.engine.generate(
@@ -141,9 +174,10 @@ async def _simulate(
                     temperature=limits.temperature,
                     max_new_tokens=limits.max_new_tokens,
                     affinity=task.task_id,
+                    name=f"{seat.name}/{state.assistant_turns}",
                 )
-        except NoEngineLeft:
-            raise  # says nothing of this conversation: the step is played again once there is an engine
+        except STOPS_ALL:
+            raise
         except RunError as error:
             return RolloutStatus.ENGINE_FAILED, str(error)
         state.messages.append(Message("assistant", players.chat.reply_text(turn.token_ids_T)))
@@ -155,17 +189,20 @@ async def _simulate(
     return (RolloutStatus.TRUNCATED if state.cut else RolloutStatus.MAX_TURNS), ""
 
 
-async def _score(task: Task, state: _State, sample_index: int, played: Future, players: Players) -> Future:
+async def _score(task: Task, state: _State, seat: Seat, played: Future, players: Players) -> Future:
+    PLACE.set(Place(seat.step, state.user_turns + state.assistant_turns))
     conversation = ScoredConversation(
         task=task,
         messages=tuple(state.messages),
         num_prompt_messages=len(task.prompt),
         policy_tokens=state.policy_tokens,
-        sample_index=sample_index,
+        sample_index=seat.sample_index,
     )
     try:
         with players.judge_clock:
             scores = await players.scorer.score(conversation)
+    except STOPS_ALL:
+        raise
     except RunError as error:
         return replace(played, status=RolloutStatus.JUDGE_FAILED, error=str(error))
     return replace(played, scores=scores, reward=players.scorer.reward(scores))

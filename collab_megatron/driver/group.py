@@ -2,78 +2,117 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from collab_megatron.algorithms.advantages import group_advantages
-from collab_megatron.driver.conversation import Limits, Players, play_future
-from collab_megatron.driver.together import together
+from collab_megatron.driver.conversation import Limits, Players, Seat, play_future
 from collab_megatron.errors import RunError
+from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.rewards import multiturn_reward
-from collab_megatron.types import Generation, Group, Reply, Task, TrainingSample
+from collab_megatron.types import Future, Generation, Group, Reply, RolloutStatus, Task, TrainingSample
+
+
+@dataclass(frozen=True)
+class GroupRules:
+    """What makes a group, and what is left of it."""
+
+    num_replies: int  # n
+    num_futures: int  # K; 0 scores each reply as it stands
+    min_replies: int  # with fewer scored replies the group is dropped
+    min_futures: int  # with fewer scored futures the reply leaves its group
+    group_timeout_s: float  # from the replies on; then the group is taken with the futures that are there
+    advantage_eps: float
+    min_group_std: float
+
+
+@dataclass(frozen=True)
+class TreeSeat:
+    """Where a tree sits in the run."""
+
+    step: int  # training step for which it was begun
+    slot: int  # its place among the prompts of that step
+    name: str = ""  # unique in the run; empty: made of the two
+    first_sample: int = 0  # sample index of its first future; the others count up from there
+
+    def __str__(self) -> str:
+        return self.name or f"{self.step}/{self.slot}"
 
 
 async def grow_group(
     task: Task,
+    prompt_ids: Sequence[int],
+    generations: Sequence[Generation],
+    seat: TreeSeat,
     *,
-    num_replies: int,
-    num_futures: int,
-    min_replies: int,
-    advantage_eps: float,
-    min_group_std: float,
+    rules: GroupRules,
     limits: Limits,
     players: Players,
 ) -> Group:
-    """Sample n replies and play every future concurrently; a future starts as soon as its reply is there.
+    """Play every future of every reply concurrently; at the group's deadline those that are not there are cancelled.
 
-    Raises RunError only when the replies themselves cannot be sampled, and NoEngineLeft; failed futures are statuses.
-    num_futures = 0 scores each reply as it stands.
+    Raises only NoEngineLeft and ReplayMiss; failed, late and cancelled futures are statuses.
     """
-    prompt_ids = players.chat.prompt_ids(task.prompt)
-    with players.engine_clock:
-        generations = await players.engine.generate(
-            prompt_ids,
-            n=num_replies,
-            temperature=limits.temperature,
-            max_new_tokens=limits.max_new_tokens,
-            affinity=task.task_id,
+    count = max(rules.num_futures, 1)
+    playing = {
+        (g, k): asyncio.ensure_future(
+            play_future(
+                task,
+                prompt_ids,
+                generation,
+                index=k,
+                seat=Seat(f"{seat}/{g}/{k}", seat.first_sample + g * count + k, seat.step),
+                simulate=rules.num_futures > 0,
+                limits=limits,
+                players=players,
+            )
         )
-    replies = await together(
-        _grow_reply(task, prompt_ids, generation, g, num_futures, limits, players)
+        for g, generation in enumerate(generations)
+        for k in range(count)
+    }
+    futures = await _until_deadline(playing, rules.group_timeout_s)
+    replies = tuple(
+        _reply(generation, [futures[g, k] for k in range(count)], rules.min_futures, players)
         for g, generation in enumerate(generations)
     )
     return with_advantages(
-        Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=tuple(replies), kept=True),
-        min_replies=min_replies,
-        eps=advantage_eps,
-        min_std=min_group_std,
+        Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=replies, kept=True),
+        min_replies=rules.min_replies,
+        eps=rules.advantage_eps,
+        min_std=rules.min_group_std,
     )
 
 
-async def _grow_reply(
-    task: Task,
-    prompt_ids: list[int],
-    generation: Generation,
-    reply_index: int,
-    num_futures: int,
-    limits: Limits,
-    players: Players,
-) -> Reply:
-    simulate = num_futures > 0
-    futures = await together(
-        play_future(
-            task,
-            prompt_ids,
-            generation,
-            index=k,
-            sample_index=reply_index * max(num_futures, 1) + k,
-            simulate=simulate,
-            limits=limits,
-            players=players,
+async def _until_deadline(
+    playing: dict[tuple[int, int], asyncio.Task[Future]], timeout_s: float
+) -> dict[tuple[int, int], Future]:
+    """Every future, played or late. Whatever is raised, none goes on unseen."""
+    try:
+        done, pending = await asyncio.wait(
+            playing.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
         )
-        for k in range(max(num_futures, 1))
+        for task in done:
+            task.result()  # raises what ends all
+        late = f"its group was taken after {timeout_s:g} s"
+        return {
+            (g, k): Future(k, RolloutStatus.LATE, (), error=late) if task in pending else task.result()
+            for (g, k), task in playing.items()
+        }
+    finally:
+        for task in playing.values():
+            task.cancel()
+        await asyncio.gather(*playing.values(), return_exceptions=True)
+
+
+def _reply(generation: Generation, futures: Sequence[Future], min_futures: int, players: Players) -> Reply:
+    enough = sum(future.status.scored for future in futures) >= min_futures
+    return Reply(
+        text=players.chat.reply_text(generation.token_ids_T),
+        generation=generation,
+        futures_K=tuple(futures),
+        mr=multiturn_reward(futures) if enough else None,
     )
-    text = players.chat.reply_text(generation.token_ids_T)
-    return Reply(text=text, generation=generation, futures_K=tuple(futures), mr=multiturn_reward(futures))
 
 
 def with_advantages(group: Group, *, min_replies: int, eps: float, min_std: float) -> Group:
@@ -89,6 +128,11 @@ def with_advantages(group: Group, *, min_replies: int, eps: float, min_std: floa
         reply if reply.mr is None else replace(reply, advantage=next(advantages)) for reply in group.replies_G
     )
     return replace(group, replies_G=replies)
+
+
+def has_spread(group: Group) -> bool:
+    """Whether the group teaches anything: kept, and not all advantages 0."""
+    return group.kept and any(reply.advantage for reply in group.replies_G)
 
 
 def training_samples(group: Group) -> list[TrainingSample]:
@@ -108,20 +152,40 @@ def training_samples(group: Group) -> list[TrainingSample]:
     ]
 
 
-async def play_once(task: Task, *, limits: Limits, players: Players) -> Reply:
+async def sample_replies(
+    task: Task, seat: TreeSeat, count: int, limits: Limits, players: Players
+) -> tuple[list[int], list[Generation]]:
+    """The prompt's ids and `count` replies to it. Raises RunError if they cannot be sampled."""
+    prompt_ids = players.chat.prompt_ids(task.prompt)
+    PLACE.set(Place(seat.step))
+    with players.engine_clock:
+        generations = await players.engine.generate(
+            prompt_ids,
+            n=count,
+            temperature=limits.temperature,
+            max_new_tokens=limits.max_new_tokens,
+            affinity=task.task_id,
+            name=str(seat),
+        )
+    return prompt_ids, generations
+
+
+async def play_once(task: Task, seat: TreeSeat, *, limits: Limits, players: Players) -> Reply:
     """One whole conversation from the prompt on, for evaluation: one reply, one future.
 
     Raises RunError if the first reply cannot be sampled.
     """
-    prompt_ids = players.chat.prompt_ids(task.prompt)
-    with players.engine_clock:
-        (generation,) = await players.engine.generate(
-            prompt_ids,
-            n=1,
-            temperature=limits.temperature,
-            max_new_tokens=limits.max_new_tokens,
-            affinity=task.task_id,
-        )
+    prompt_ids, (generation,) = await sample_replies(task, seat, 1, limits, players)
     if not generation.token_ids_T:
         raise RunError(f"the engine returned an empty reply for task {task.task_id}")
-    return await _grow_reply(task, prompt_ids, generation, 0, 1, limits, players)
+    future = await play_future(
+        task,
+        prompt_ids,
+        generation,
+        index=0,
+        seat=Seat(f"{seat}/0/0", seat.first_sample, seat.step),
+        simulate=True,
+        limits=limits,
+        players=players,
+    )
+    return _reply(generation, [future], 1, players)

@@ -1,25 +1,16 @@
-"""The dashboard's view of a step's trees: pure functions from groups to named numbers."""
+"""The dashboard's view of a step's trees: pure functions from groups to named figures."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from collab_megatron.driver.figures import Figure, Figures
 from collab_megatron.rewards import asks_question, clamped_share
 from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
-
-
-def _put(metrics: dict[str, float], name: str, value: float | None) -> None:
-    """A figure that nothing was measured for is left out, not written as zero."""
-    if value is not None:
-        metrics[name] = value
-
-
-def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> dict[str, float]:
+def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> Figures:
     """Share of replies to an opening that ask: over all openings, the ambiguous and the complete ones.
 
     Histories with an answered question are left out: what was missing at the opening is there by then.
@@ -32,67 +23,93 @@ def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> dict[str, float]:
         asked["clarify_rate"].append(asks)
         if task.ambiguous is not None:
             asked["clarify_rate_ambiguous" if task.ambiguous else "clarify_rate_complete"].append(asks)
-    return {name: statistics.fmean(values) for name, values in asked.items() if values}
+    return {name: Figure.of("mean", values) for name, values in asked.items()}
 
 
-def score_metrics(futures: Sequence[Future], weights: Mapping[str, float]) -> dict[str, float]:
+def score_metrics(futures: Sequence[Future], weights: Mapping[str, float]) -> Figures:
     """Mean and spread of every raw metric over the scored futures, and how often a weighted one sits at the clamp."""
     scored = [future for future in futures if future.status.scored]
-    metrics: dict[str, float] = {}
+    figures: Figures = {}
     for name in weights:
         values = [future.scores[name] for future in scored]
-        _put(metrics, f"reward/{name}_mean", _mean(values))
-        if len(values) > 1:
-            metrics[f"reward/{name}_std"] = statistics.stdev(values)
-    if scored:
-        metrics["reward/clamped_share"] = clamped_share(scored, weights)
-    return metrics
+        figures[f"reward/{name}_mean"] = Figure.of("mean", values)
+        figures[f"reward/{name}_std"] = Figure.of("std", values)
+    figures["reward/clamped_share"] = Figure.ratio(clamped_share(scored, weights) * len(scored), len(scored))
+    return figures
 
 
-def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Figures:
     """Everything the driver knows of a step, by dashboard name. Rates are shares of 1, lengths are tokens."""
     replies = [(group.task, reply) for group in groups for reply in group.replies_G]
     futures = [future for _, reply in replies for future in reply.futures_K]
-    metrics = score_metrics(futures, weights)
+    figures = score_metrics(futures, weights)
     mrs = [reply.mr for _, reply in replies if reply.mr is not None]
-    _put(metrics, "reward/mr_mean", _mean(mrs))
-    if len(mrs) > 1:
-        metrics["reward/mr_std"] = statistics.stdev(mrs)
-    spreads = [
-        statistics.stdev(r.mr for r in g.replies_G if r.mr is not None)
-        for g in groups
-        if sum(r.mr is not None for r in g.replies_G) > 1
-    ]
-    _put(metrics, "advantage/group_mr_std", _mean(spreads))
+    figures["reward/mr_mean"] = Figure.of("mean", mrs)
+    figures["reward/mr_std"] = Figure.of("std", mrs)
+    figures |= _spread_metrics(groups)
     advantages = [reply.advantage for _, reply in replies if reply.advantage is not None]
-    if len(advantages) > 1:
-        metrics["advantage/std"] = statistics.stdev(advantages)
-        metrics["advantage/max"] = max(advantages)
-        metrics["advantage/min"] = min(advantages)
-        live = sum(any(r.advantage for r in group.replies_G) for group in groups)
-        metrics["advantage/groups_with_signal"] = live / len(groups)
-    metrics |= {f"rollout/{name}": value for name, value in clarify_rates(replies).items()}
+    figures["advantage/std"] = Figure.of("std", advantages)
+    figures["advantage/max"] = Figure.of("max", advantages)
+    figures["advantage/min"] = Figure.of("min", advantages)
+    live = sum(any(r.advantage for r in group.replies_G) for group in groups)
+    figures["advantage/groups_with_signal"] = Figure.ratio(live, len(groups))
+    figures |= {f"rollout/{name}": value for name, value in clarify_rates(replies).items()}
     lengths = [len(reply.generation.token_ids_T) for _, reply in replies]
-    _put(metrics, "rollout/reply_tokens_mean", _mean(lengths))
-    if lengths:
-        metrics["rollout/reply_tokens_max"] = max(lengths)
-        metrics["rollout/cut_share"] = sum(r.generation.finish_reason == "length" for _, r in replies) / len(replies)
-    metrics["rollout/groups_dropped"] = sum(not group.kept for group in groups)
+    figures["rollout/reply_tokens_mean"] = Figure.of("mean", lengths)
+    figures["rollout/reply_tokens_max"] = Figure.of("max", lengths)
+    cut = sum(reply.generation.finish_reason == "length" for _, reply in replies)
+    figures["rollout/cut_share"] = Figure.ratio(cut, len(replies))
+    figures["rollout/groups_dropped"] = Figure.of("sum", [sum(not group.kept for group in groups)])
     for status in RolloutStatus:
-        metrics[f"rollout/futures_{status.value}"] = sum(future.status is status for future in futures)
-    return metrics
+        count = sum(future.status is status for future in futures)
+        figures[f"rollout/futures_{status.value}"] = Figure.of("sum", [count])
+    return figures
 
 
-def evaluation_metrics(plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float]) -> dict[str, float]:
+def _spread_metrics(groups: Sequence[Group]) -> Figures:
+    """How far the replies of a group lie apart, against how far the futures of a reply do: noise in the MR. With K
+    futures the MR's own variance is futures_var / K; where that is near replies_var, more futures are worth buying."""
+    stds, between, within = [], [], []
+    for group in groups:
+        mrs = [reply.mr for reply in group.replies_G if reply.mr is not None]
+        if len(mrs) > 1:
+            stds.append(statistics.stdev(mrs))
+            between.append(statistics.variance(mrs))
+        for reply in group.replies_G:
+            rewards = [future.reward for future in reply.futures_K if future.reward is not None]
+            if len(rewards) > 1:
+                within.append(statistics.variance(rewards))
+    return {
+        "advantage/group_mr_std": Figure.of("mean", stds),
+        "advantage/replies_var": Figure.of("mean", between),
+        "advantage/futures_var": Figure.of("mean", within),
+    }
+
+
+def staleness_metrics(groups: Sequence[Group], step: int) -> Figures:
+    """How many updates the weights are ahead of the trained tokens: 0 is on-policy."""
+    behind = [
+        step - version
+        for group in groups
+        if group.kept
+        for reply in group.replies_G
+        for version in reply.generation.versions_T
+    ]
+    return {
+        "rollout/staleness_mean": Figure.of("mean", behind),
+        "rollout/staleness_max": Figure.of("max", behind),
+    }
+
+
+def evaluation_metrics(plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float]) -> Figures:
     """Figures of held-out conversations, each with one future; failed conversations are counted, not averaged."""
     scored = [(task, reply) for task, reply in plays if reply.mr is not None]
     futures = [reply.futures_K[0] for _, reply in scored]
-    metrics = {name.removeprefix("reward/"): value for name, value in score_metrics(futures, weights).items()}
+    figures = {name.removeprefix("reward/"): value for name, value in score_metrics(futures, weights).items()}
     for name in weights:
-        if f"{name}_mean" in metrics:
-            metrics[name] = metrics.pop(f"{name}_mean")
-    _put(metrics, "mr", _mean([reply.mr for _, reply in scored if reply.mr is not None]))
-    metrics |= clarify_rates(scored)
-    metrics["conversations"] = len(plays)
-    metrics["conversations_failed"] = len(plays) - len(scored)
-    return metrics
+        figures[name] = figures.pop(f"{name}_mean")
+    figures["mr"] = Figure.of("mean", [reply.mr for _, reply in scored if reply.mr is not None])
+    figures |= clarify_rates(scored)
+    figures["conversations"] = Figure.of("sum", [len(plays)])
+    figures["conversations_failed"] = Figure.of("sum", [len(plays) - len(scored)])
+    return figures

@@ -1,7 +1,8 @@
-"""What trainer and driver say to each other: msgpack over a ZeroMQ REQ/REP socket on this node.
+"""What trainer and driver say to each other: msgpack over ZeroMQ REQ/REP sockets on this node, one for each shard.
 
 A request for work is asked again every POLL_S until it is done, so that neither side ever waits in silence: the trainer
-notices a dead driver within seconds, and a deadline names what was being waited for.
+notices a dead driver within seconds, and a deadline names what was being waited for. A driver that died and was started
+again listens at the same address and is asked anew; the same request may be asked any number of times.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from typing import Generic, Literal, TypeVar
 import msgspec
 import zmq
 
-from collab_megatron.errors import NoEngineLeft, RunError
-from collab_megatron.types import RolloutBatch
+from collab_megatron.driver.figures import Figure, merged, values
+from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.types import RolloutBatch, TrainingSample
 
 POLL_S = 2.0
 """How long the driver holds a request before it answers "not yet"."""
-ANSWER_TIMEOUT_S = 60.0
-"""How long the trainer waits for any answer: far above POLL_S, since the driver's loop may be busy."""
+ASK_AGAIN_S = 15.0
+"""After so much silence the request was lost: far above POLL_S, since the driver's loop may be busy."""
+SILENT_S = 120.0
+"""How long the trainer asks a driver that does not answer: it may be being started again."""
+WHY_STOP = {"budget": BudgetSpent, "health": SimulatorSick}
 
 T = TypeVar("T")
 
@@ -32,29 +37,33 @@ class Request(msgspec.Struct):
     step: int = 0  # training step, counted from 0
     version: int = 0  # weight version that is live in the engines
     engines: tuple[str, ...] = ()  # URLs of the servers that hold it; no others may be asked
+    saved: int = 0  # steps that the newest complete checkpoint holds
 
 
 class Answer(msgspec.Struct):
-    """Given by the driver; exactly one of pending, batch, metrics and error is set."""
+    """Given by the driver: pending, an error, or figures, for a step with its samples."""
 
     pending: bool = False
-    batch: RolloutBatch | None = None
-    metrics: dict[str, float] | None = None
+    samples: tuple[TrainingSample, ...] = ()
+    figures: dict[str, Figure] = {}
     error: str = ""
     no_engine: bool = False  # the error is that no engine is left: the same may be asked again, with others
+    stop: Literal["", "budget", "health"] = ""  # the error is that the run must not go on
+    notes: tuple[str, ...] = ()  # for the terminal
     lost: dict[str, str] = {}  # engines that were given up while this was worked on: URL -> reason
 
 
 @dataclass(frozen=True)
 class Delivery(Generic[T]):
-    """What was asked for, and the engines that were given up on the way."""
+    """What was asked for, what the user should hear, and the engines that were given up on the way."""
 
     content: T
     lost: dict[str, str]  # URL -> reason
+    notes: tuple[str, ...] = ()
 
 
 class DriverHasNoEngine(NoEngineLeft):
-    """The driver gave every engine up; the same step may be asked for again, with others."""
+    """The driver gave every engine up; the same may be asked for again, with others."""
 
     def __init__(self, message: str, lost: dict[str, str]) -> None:
         super().__init__(message)
@@ -62,61 +71,136 @@ class DriverHasNoEngine(NoEngineLeft):
 
 
 class DriverClient:
-    """The trainer's end. Not for threads."""
+    """The trainer's end: every shard is asked, and what they answer becomes one. Not for threads."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, addresses: Sequence[str]) -> None:
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.REQ)
-        self._socket.linger = 0  # a client that is dropped unclosed must not keep the process from ending
-        self._socket.connect(address)
-        self._address = address
-        self._decoder = msgspec.msgpack.Decoder(Answer)
+        self._lines = [_Line(self._context, address) for address in addresses]
 
     def close(self) -> None:
-        self._socket.close()
+        for line in self._lines:
+            line.close()
         self._context.term()
 
     def next_batch(
-        self, step: int, version: int, engines: Sequence[str], *, timeout_s: float
+        self, step: int, version: int, engines: Sequence[str], *, saved: int = 0, timeout_s: float
     ) -> Delivery[RolloutBatch]:
         """The finished groups of `step`, sampled by `engines`, all of which hold `version`.
 
-        Raises RunError at the deadline or with the driver's own error; DriverHasNoEngine when all were given up.
+        Raises RunError at the deadline or with the driver's own error; DriverHasNoEngine when all engines were given up;
+        BudgetSpent or SimulatorSick where the run must stop.
         """
-        request = Request("step", step, version, tuple(engines))
-        answer = self._wait(request, f"the rollouts of step {step}", timeout_s)
-        if answer.batch is None:
-            raise RunError(f"driver {self._address} answered step {step} without a batch")
-        return Delivery(answer.batch, answer.lost)
+        request = Request("step", step, version, tuple(engines), saved)
+        answers = self._ask_all(request, f"the rollouts of step {step}", timeout_s)
+        samples = tuple(sample for answer in answers for sample in answer.samples)
+        return _delivery(RolloutBatch(step, samples, _values(answers)), answers)
 
     def evaluate(
         self, step: int, version: int, engines: Sequence[str], *, timeout_s: float
     ) -> Delivery[dict[str, float]]:
         """Held-out figures under the live weights. Raises as `next_batch` does."""
         request = Request("evaluate", step, version, tuple(engines))
-        answer = self._wait(request, f"the evaluation at step {step}", timeout_s)
-        return Delivery(answer.metrics or {}, answer.lost)
+        answers = self._ask_all(request, f"the evaluation at step {step}", timeout_s)
+        return _delivery(_values(answers), answers)
 
     def stop(self) -> None:
         """Ask the driver to end; it answers before it does."""
-        self._wait(Request("stop"), "the driver's end", ANSWER_TIMEOUT_S)
+        self._ask_all(Request("stop"), "the driver's end", SILENT_S)
 
-    def _wait(self, request: Request, what: str, timeout_s: float) -> Answer:
+    def _ask_all(self, request: Request, what: str, timeout_s: float) -> list[Answer]:
+        """Every shard's final answer. Raises what the first of them says that goes wrong."""
         payload = msgspec.msgpack.encode(request)
-        start = time.monotonic()
-        while True:
-            self._socket.send(payload)
-            if not self._socket.poll(int(ANSWER_TIMEOUT_S * 1000)):
-                raise RunError(f"trainer rank 0: driver {self._address} is silent while waiting for {what}")
-            answer = self._decoder.decode(self._socket.recv())
-            if answer.no_engine:
-                raise DriverHasNoEngine(answer.error, answer.lost)
-            if answer.error:
-                raise RunError(answer.error)
-            if not answer.pending:
-                return answer
-            if time.monotonic() - start > timeout_s:
+        deadline = time.monotonic() + timeout_s
+        poller = zmq.Poller()
+        for line in self._lines:
+            line.ask(payload)
+        answers: dict[_Line, Answer] = {}
+        while len(answers) < len(self._lines):
+            waiting = [line for line in self._lines if line not in answers]
+            for line in waiting:
+                poller.register(line.socket, zmq.POLLIN)
+            ready = dict(poller.poll(int(POLL_S * 1000)))
+            for line in waiting:
+                poller.unregister(line.socket)
+                if line.socket not in ready:
+                    line.ask_again_after_silence(payload, what)
+                    continue
+                answer = line.take()
+                _raise_for(answer)
+                if answer.pending:
+                    line.ask(payload)
+                else:
+                    answers[line] = answer
+            if len(answers) < len(self._lines) and time.monotonic() > deadline:
+                for line in self._lines:
+                    line.forget()
                 raise RunError(f"trainer rank 0 waited over {timeout_s:g} s for {what}")
+        return [answers[line] for line in self._lines]
+
+
+class _Line:
+    """The socket to one shard."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        self._context, self._address = context, address
+        self._decoder = msgspec.msgpack.Decoder(Answer)
+        self._asked = self._heard = time.monotonic()
+        self._owed = False  # an answer is under way
+        self._connect()
+
+    def _connect(self) -> None:
+        self.socket = self._context.socket(zmq.REQ)
+        self.socket.linger = 0  # a client that is dropped unclosed must not keep the process from ending
+        self.socket.connect(self._address)
+
+    def ask(self, payload: bytes) -> None:
+        if self._owed:  # another shard's answer ended an earlier request
+            self.forget()
+        self.socket.send(payload)
+        self._owed = True
+        self._asked = self._heard = time.monotonic()
+
+    def take(self) -> Answer:
+        self._owed = False
+        self._heard = time.monotonic()
+        return self._decoder.decode(self.socket.recv())
+
+    def ask_again_after_silence(self, payload: bytes, what: str) -> None:
+        """Raises RunError after SILENT_S."""
+        now, heard = time.monotonic(), self._heard
+        if now - heard > SILENT_S:
+            raise RunError(f"trainer rank 0: driver {self._address} is silent while waiting for {what}")
+        if now - self._asked > ASK_AGAIN_S:
+            self.ask(payload)
+            self._heard = heard
+
+    def forget(self) -> None:
+        """Give up the answer that is owed: a REQ socket cannot be asked before it has come."""
+        if self._owed:
+            self.close()
+            self._connect()
+            self._owed = False
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def _raise_for(answer: Answer) -> None:
+    if answer.no_engine:
+        raise DriverHasNoEngine(answer.error, answer.lost)
+    if answer.stop:
+        raise WHY_STOP[answer.stop](answer.error)
+    if answer.error:
+        raise RunError(answer.error)
+
+
+def _values(answers: Sequence[Answer]) -> dict[str, float]:
+    return values(merged(answer.figures for answer in answers))
+
+
+def _delivery(content: T, answers: Sequence[Answer]) -> Delivery[T]:
+    lost = {url: why for answer in answers for url, why in answer.lost.items()}
+    return Delivery(content, lost, tuple(note for answer in answers for note in answer.notes))
 
 
 def encode_answer(answer: Answer) -> bytes:

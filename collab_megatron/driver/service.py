@@ -1,8 +1,10 @@
-"""The driver process: answers the trainer's requests for rollouts and evaluations.
+"""A driver process: grows its shard of the conversation trees and answers the trainer's requests.
 
-    python -m collab_megatron.driver.service RESOLVED.yaml --max-context-tokens N --ready-file FILE [--first-step N]
+    python -m collab_megatron.driver.service RESOLVED.yaml --max-context-tokens N --ready-file FILE
+        [--first-step N] [--shard N] [--port N]
 
-It binds a free port on loopback and writes the address to FILE. Which engines it may ask stands in every request.
+It listens on loopback and writes the address to FILE. Which engines it may ask stands in every request. Killed and
+started again it goes on from the journal.
 """
 
 from __future__ import annotations
@@ -11,9 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 import uvloop
 import zmq
@@ -21,125 +21,116 @@ import zmq.asyncio
 
 from collab_megatron.cluster.processes import die_with_parent
 from collab_megatron.config import RLConfig, load_config
-from collab_megatron.data.parquet import read_tasks
-from collab_megatron.driver.cast import Cast, assemble, usable_tasks
-from collab_megatron.driver.collector import collect_step, evaluate
+from collab_megatron.driver.cast import Cast, assemble, open_journal
 from collab_megatron.driver.protocol import POLL_S, Answer, Request, encode_answer, request_decoder
 from collab_megatron.driver.record import TreeRecorder
+from collab_megatron.driver.steps import Steps
+from collab_megatron.driver.work import Work
 from collab_megatron.errors import NoEngineLeft, RunError, run_cli
 from collab_megatron.files import publish_json, publish_text
 from collab_megatron.simulators.usage import API_USAGE_FILE
-from collab_megatron.types import RolloutBatch, Task
+
+NO_ENGINE = "no engine is left"
 
 
 class Service:
-    """One job at a time: a step's rollouts or an evaluation."""
+    """Answers one request at a time; trees may grow between two of them."""
 
-    def __init__(self, config: RLConfig, cast: Cast, recorder: TreeRecorder) -> None:
-        self._config = config
-        self._cast = cast
-        self._recorder = recorder
-        limit = config.rollout.max_prompt_tokens
-        self._train = usable_tasks(read_tasks(config.data.train), cast, limit)
-        self._validation: list[Task] = []
-        if config.data.validation is not None:
-            self._validation = usable_tasks(read_tasks(config.data.validation), cast, limit)
-        self._job: asyncio.Task[Answer] | None = None
-        self._job_request: Request | None = None
+    def __init__(self, config: RLConfig, cast: Cast, recorder: TreeRecorder, *, shard: int = 0) -> None:
+        self._config, self._cast = config, cast
+        self._work = Work(config, cast, shard)
+        self._steps = Steps(config, cast, self._work, recorder)
+        self._engines: tuple[tuple[str, ...], int] | None = None
+        self._evaluation: asyncio.Task[Answer] | None = None
+        self._asked: Request | None = None
+        self._since = 0.0
 
     async def answer(self, request: Request) -> Answer:
-        """The job's result, or "pending" after POLL_S. The same request again goes on waiting for the same job."""
+        """What was asked for, or "pending" after POLL_S. The same request again goes on waiting for the same work."""
         if request.op == "stop":
-            return Answer(metrics={})
-        if self._job is None or self._job_request != request:
-            await self._abandon()
+            await self.close()
+            return Answer()
+        if request != self._asked:
+            await self._abandon_evaluation()
+            self._asked, self._since = request, time.monotonic()
+        if self._engines != (request.engines, request.version):
+            self._engines = request.engines, request.version
             self._cast.engine.use(request.engines, request.version)
-            self._job = asyncio.create_task(self._run(request))
-            self._job_request = request
-        done, _ = await asyncio.wait({self._job}, timeout=POLL_S)
-        if not done:
-            return Answer(pending=True)
-        job, self._job = self._job, None
-        lost = self._cast.engine.lost
         try:
-            answer = job.result()
-            answer.lost = lost
-            return answer
+            answer = await (self._step(request) if request.op == "step" else self._evaluate(request))
         except RunError as error:
-            return Answer(error=str(error), no_engine=isinstance(error, NoEngineLeft), lost=lost)
+            answer = Answer(error=str(error), no_engine=isinstance(error, NoEngineLeft))
+        answer.lost = self._cast.engine.lost
+        if answer.no_engine:
+            self._engines, self._since = None, time.monotonic()
+        return answer
 
-    async def _abandon(self) -> None:
-        """End the job that the trainer asks for no longer: it would go on against the engines of the next."""
-        if self._job is not None:
-            self._job.cancel()
-            await asyncio.wait({self._job}, timeout=POLL_S)
-            self._job = None
-
-    def _run(self, request: Request) -> Coroutine[Any, Any, Answer]:
-        return self._step(request) if request.op == "step" else self._evaluate()
+    async def close(self) -> None:
+        """End whatever is under way."""
+        await self._abandon_evaluation()
+        await self._steps.close()
 
     async def _step(self, request: Request) -> Answer:
-        config, players = self._config, self._cast.players
-        before, calls_before = _clocks(self._cast), self._cast.gateway.snapshot()
-        engine, usage_before = self._cast.engine, self._cast.engine.usage.copy()
-        collected = await collect_step(
-            request.step,
-            self._train,
-            seed=config.run.seed,
-            rollout=config.rollout,
-            algorithm=config.algorithm,
-            weights=config.reward.metric_weights,
-            limits=self._cast.limits,
-            players=players,
-        )
-        _require_version(collected.batch, request.version)
-        self._recorder.write(request.step, collected.groups)
-        calls = self._cast.gateway.snapshot()
-        metrics = dict(collected.batch.metrics)
-        metrics |= {name: value - before[name] for name, value in _clocks(self._cast).items()}
-        metrics |= (calls - calls_before).metrics()
-        metrics |= {f"total/{name}": value for name, value in calls.metrics().items() if "/" in name}
-        metrics |= engine.usage.since(usage_before).metrics(
-            live=engine.live, lost=len(engine.lost), seconds=metrics["time_s/rollout"]
-        )
-        return Answer(batch=RolloutBatch(request.step, collected.batch.samples, metrics))
+        await self._steps.begin(request.step, request.version, request.saved)
+        until = time.monotonic() + POLL_S
+        while True:
+            answer = self._steps.take(request.step)
+            if answer is not None:
+                return answer
+            self._require_engines()
+            timeout_s = self._config.rollout.step_timeout_s
+            if time.monotonic() - self._since > timeout_s:
+                raise RunError(
+                    f"driver: the rollouts of step {request.step} took over {timeout_s:g} s; {self._steps.state()}"
+                )
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                return Answer(pending=True)
+            await self._steps.changed(min(left_s, 0.5))
 
-    async def _evaluate(self) -> Answer:
-        figures, _ = await evaluate(
-            self._validation,
-            evaluation=self._config.evaluation,
-            weights=self._config.reward.metric_weights,
-            limits=self._cast.limits,
-            players=self._cast.players,
-        )
-        return Answer(metrics=figures)
+    async def _evaluate(self, request: Request) -> Answer:
+        if self._evaluation is None:
+            await self._steps.live(request.version)
+            self._evaluation = asyncio.create_task(self._work.evaluate(request.step))
+        until = time.monotonic() + POLL_S
+        while not self._evaluation.done():
+            self._require_engines()
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                return Answer(pending=True)
+            await asyncio.wait({self._evaluation}, timeout=min(left_s, 0.5))
+        # kept until another request comes: this answer may be lost on its way
+        return self._evaluation.result()
 
+    def _require_engines(self) -> None:
+        if not self._cast.engine.live:
+            reasons = "; ".join(f"{url}: {reason}" for url, reason in self._cast.engine.lost.items())
+            raise NoEngineLeft(f"{NO_ENGINE} ({reasons or 'none is live yet'})")
 
-def _clocks(cast: Cast) -> dict[str, float]:
-    players = cast.players
-    return {
-        "time_s/engine": players.engine_clock.seconds(),
-        "time_s/simulators": players.user_clock.seconds(),
-        "time_s/judges": players.judge_clock.seconds(),
-    }
-
-
-def _require_version(batch: RolloutBatch, version: int) -> None:
-    """Strictly on-policy: every trained token was sampled by the weights that the trainer published last."""
-    seen = {v for sample in batch.samples for v in sample.versions_T}
-    if seen - {version}:
-        raise RunError(f"driver: step {batch.step} holds tokens of weight versions {sorted(seen)}, expected {version}")
+    async def _abandon_evaluation(self) -> None:
+        """End the evaluation that the trainer asks for no longer."""
+        evaluation, self._evaluation = self._evaluation, None
+        if evaluation is not None:
+            evaluation.cancel()
+            await asyncio.wait({evaluation}, timeout=POLL_S)
 
 
-async def serve(config: RLConfig, *, max_context_tokens: int, first_step: int, ready_file: Path) -> None:
+async def serve(
+    config: RLConfig, *, max_context_tokens: int, first_step: int | None, ready_file: Path, shard: int, port: int
+) -> None:
     """Answer requests until told to stop."""
-    recorder = TreeRecorder(config.run.dir / "conversations.jsonl", first_step=first_step)
+    name = "conversations.jsonl" if shard == 0 else f"conversations.shard{shard}.jsonl"
+    recorder = TreeRecorder(config.run.dir / name, first_step=first_step)
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.REP)
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    if port:
+        socket.bind(f"tcp://127.0.0.1:{port}")
+    else:
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
     decode = request_decoder()
-    async with assemble(config, engine_urls=(), max_context_tokens=max_context_tokens) as cast:
-        service = Service(config, cast, recorder)
+    journal = open_journal(config)
+    async with assemble(config, engine_urls=(), max_context_tokens=max_context_tokens, journal=journal) as cast:
+        service = Service(config, cast, recorder, shard=shard)
         publish_text(ready_file, f"tcp://127.0.0.1:{port}")
         running = True
         while running:
@@ -147,22 +138,28 @@ async def serve(config: RLConfig, *, max_context_tokens: int, first_step: int, r
             start = time.monotonic()
             answer = await service.answer(request)
             await socket.send(encode_answer(answer))
-            if answer.batch is not None:
-                print(f"step {request.step}: delivered {len(answer.batch.samples)} samples", flush=True)
+            if answer.samples:
+                print(f"step {request.step}: delivered {len(answer.samples)} samples", flush=True)
             elif answer.error:
                 print(f"{request.op} {request.step} failed after {time.monotonic() - start:.1f} s: {answer.error}")
+            for note in answer.notes:
+                print(note, flush=True)
             running = request.op != "stop"
-        publish_json(config.run.logs_dir / API_USAGE_FILE, cast.gateway.snapshot().metrics())  # of this attempt
+        usage = API_USAGE_FILE if shard == 0 else API_USAGE_FILE.replace(".json", f".shard{shard}.json")
+        publish_json(config.run.logs_dir / usage, cast.gateway.snapshot().metrics())  # of this attempt
+    journal.close()
     socket.close(linger=1000)
     context.term()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--max-context-tokens", type=int, required=True)
-    parser.add_argument("--first-step", type=int, default=0)
+    parser.add_argument("--first-step", type=int, help="of this attempt; not given where a driver is started again")
     parser.add_argument("--ready-file", type=Path, required=True)
+    parser.add_argument("--shard", type=int, default=0, help="which of driver.shards this process is")
+    parser.add_argument("--port", type=int, default=0, help="0: a free one")
     args = parser.parse_args()
     die_with_parent()
     config = load_config(RLConfig, args.config)
@@ -173,6 +170,8 @@ def main() -> None:
                 max_context_tokens=args.max_context_tokens,
                 first_step=args.first_step,
                 ready_file=args.ready_file,
+                shard=args.shard,
+                port=args.port,
             )
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -26,6 +27,14 @@ class EngineGone(RunError):
 
 class EngineSilent(RunError):
     """No answer within the deadline."""
+
+
+@dataclass(frozen=True)
+class ServerLoad:
+    """SGLang's own figures."""
+
+    capacity_tokens: int  # of its KV cache; 0: it does not say
+    waiting_requests: int  # in its queue
 
 
 def open_session() -> aiohttp.ClientSession:
@@ -88,6 +97,14 @@ class EngineClient:
         """The version that the server serves; it answers while it generates and while it is paused. Raises as
         `generate` does."""
         return version_number((await self._call("GET", "model_info", timeout_s)).get("weight_version"))
+
+    async def load(self, *, timeout_s: float) -> ServerLoad:
+        """What it holds and who waits there. Raises as `generate` does."""
+        loads = (await self._call("GET", "v1/loads?include=core", timeout_s)).get("loads") or [{}]
+        return ServerLoad(
+            capacity_tokens=sum(int(load.get("max_total_num_tokens", 0)) for load in loads),
+            waiting_requests=sum(int(load.get("num_waiting_reqs", 0)) for load in loads),
+        )
 
     async def _call(self, method: str, call: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
         try:

@@ -7,6 +7,9 @@ so none comes back by itself. A server is lost for good, until `use` names it ag
 - it is silent for `health_timeout_s` while it owes answers, or ends no request at all for `request_timeout_s`,
 - it serves other weights than it should: somebody restarted it.
 
+Where sampling goes on while the trainer updates (`ahead`), a server may serve newer weights than were named last: the
+update reaches it before the news of it reaches us.
+
 Every request that it had is given up at once and sampled anew by another server; the caller does not notice. A request
 that a server refuses is the request's fault: a RunError, as ever.
 """
@@ -24,6 +27,7 @@ from typing import Any
 from collab_megatron.engine.client import EngineClient, EngineGone, EngineSilent, open_session
 from collab_megatron.engine.usage import PoolUsage
 from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.slots import Slots
 from collab_megatron.types import Generation
 
 PING_EVERY_S = 3.0
@@ -41,6 +45,7 @@ class _Server:
     client: EngineClient
     version: int | None  # the weights that it must serve; None: whatever it has
     lost: asyncio.Future[str]  # the reason, once it is lost
+    capacity: float | None = None  # tokens that its cache holds, once it has said so
     sequences: int = 0  # that it was asked for and has not answered yet
     heard: float = 0.0  # monotonic s of its last sign of life; of the request, where it was idle before
     finished: float = 0.0  # monotonic s of the last generate call that it answered
@@ -61,13 +66,23 @@ class EnginePool:
         request_timeout_s: float,
         health_timeout_s: float,
         max_concurrency: int,
+        slots: Slots | None = None,
+        max_running_tokens: int | None = None,
+        share: float = 1.0,
+        ahead: bool = False,
+        wait_for_engines: bool = False,
     ) -> None:
-        """`max_concurrency` is per server."""
+        """`max_concurrency` is per server, and so is `max_running_tokens` (None: what its cache holds); `share` of the
+        latter is ours. The pool keeps the ceiling of `slots`, which others take, and cuts it where a server queues.
+        With `wait_for_engines` a request waits for the next `use` where no server is left."""
         self._stop_token_ids = stop_token_ids
         self._request_timeout_s = request_timeout_s
         self._health_timeout_s = health_timeout_s
         self._max_concurrency = max_concurrency
         self._ping_deadline_s = min(PING_DEADLINE_S, health_timeout_s / 2)
+        self._slots, self._max_running_tokens, self._share = slots, max_running_tokens, share
+        self._ahead, self._wait_for_engines = ahead, wait_for_engines
+        self._came = asyncio.Event()  # there are live servers
         self._live: list[_Server] = []
         self.usage = PoolUsage()
         self.lost: dict[str, str] = {}  # URL -> reason, since the last `use`
@@ -92,27 +107,42 @@ class EnginePool:
     def use(self, urls: Sequence[str], version: int | None) -> None:
         """From now on these servers and no others; they serve the weights `version` (None: whatever they have).
 
-        What was lost before is forgotten. Requests under way at other servers may end there.
+        What was lost before is forgotten. Requests go on at servers that stay; at others they may end there.
         """
-        loop = asyncio.get_running_loop()
-        self._live = [
-            _Server(
-                EngineClient(
-                    self._session,
-                    url,
-                    stop_token_ids=self._stop_token_ids,
-                    timeout_s=self._request_timeout_s,
-                    max_concurrency=self._max_concurrency,
-                ),
-                version,
-                lost=loop.create_future(),
-            )
-            for url in dict.fromkeys(urls)
-        ]
+        staying = {server.url: server for server in self._live}
+        self._live = []
+        for url in dict.fromkeys(urls):
+            server = staying.get(url) or self._new_server(url)
+            server.version = version
+            self._live.append(server)
         self.lost = {}
+        self._note_capacity()
+        if self._live:
+            self._came.set()
+        else:
+            self._came.clear()
+
+    def _new_server(self, url: str) -> _Server:
+        client = EngineClient(
+            self._session,
+            url,
+            stop_token_ids=self._stop_token_ids,
+            timeout_s=self._request_timeout_s,
+            max_concurrency=self._max_concurrency,
+        )
+        server = _Server(client, None, lost=asyncio.get_running_loop().create_future())
+        server.check = asyncio.create_task(self._look_at_load(server))
+        return server
 
     async def generate(
-        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int, affinity: str = ""
+        self,
+        input_ids: Sequence[int],
+        *,
+        n: int,
+        temperature: float,
+        max_new_tokens: int,
+        affinity: str = "",
+        name: str = "",
     ) -> list[Generation]:
         """n continuations of `input_ids`, all of one server; requests of the same `affinity` share a server's cache.
 
@@ -120,7 +150,7 @@ class EnginePool:
         Raises NoEngineLeft when there is no other one, and RunError if the server refuses or is too slow.
         """
         broken = 0
-        server = self._choose(affinity)
+        server = await self._choose(affinity)
         while True:
             try:
                 generations = await self._ask(server, input_ids, n, temperature, max_new_tokens)
@@ -137,10 +167,12 @@ class EnginePool:
                     raise
             self.usage.retried += 1
             if server.lost.done() or broken > 1:
-                server = self._choose(affinity, avoid=server)
+                server = await self._choose(affinity, avoid=server)
 
-    def _choose(self, affinity: str, avoid: _Server | None = None) -> _Server:
+    async def _choose(self, affinity: str, avoid: _Server | None = None) -> _Server:
         """The server of this prompt among those that are not far fuller than the emptiest; else the emptiest."""
+        if self._wait_for_engines:
+            await self._came.wait()
         servers = [server for server in self._live if server is not avoid] or self._live
         if not servers:
             reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
@@ -197,11 +229,13 @@ class EnginePool:
         if server in self._live:
             self._live.remove(server)
             self.lost[server.url] = reason
+            if not self._live:
+                self._came.clear()
             print(f"engine {server.url} is lost: {reason}", flush=True)
 
     def _serves(self, server: _Server, version: int) -> bool:
         """Whether that is the version the server must serve; if not, it is lost."""
-        if server.version is None or version == server.version:
+        if server.version is None or version == server.version or (self._ahead and version > server.version):
             return True
         self._lose(server, f"it serves weight version {version} instead of {server.version}: was it restarted?")
         return False
@@ -238,4 +272,27 @@ class EnginePool:
             server.heard = time.monotonic()  # it refuses, so it lives
         else:
             server.heard = time.monotonic()
-            self._serves(server, version)
+            if self._serves(server, version):
+                await self._look_at_load(server)
+
+    async def _look_at_load(self, server: _Server) -> None:
+        """What its cache holds, and whether requests wait in its own queue, where ours would be better placed."""
+        if self._slots is None:
+            return
+        try:
+            load = await server.client.load(timeout_s=self._ping_deadline_s)
+        except RunError:
+            return  # the ping before was answered: an older server without that call
+        if load.capacity_tokens and server.capacity is None:
+            server.capacity = load.capacity_tokens
+            self._note_capacity()
+        if load.waiting_requests:
+            self._slots.overloaded()
+
+    def _note_capacity(self) -> None:
+        """The ceiling of the slots: our share of what the live servers hold."""
+        if self._slots is None:
+            return
+        each = [self._max_running_tokens or server.capacity or float("inf") for server in self._live]
+        if each:
+            self._slots.set_ceiling(self._share * sum(each))

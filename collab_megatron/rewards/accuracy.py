@@ -6,9 +6,13 @@
 
 from __future__ import annotations
 
-from collab_megatron.simulators.parsing import json_object, verdict_field
+from pathlib import Path
+
+from collab_megatron.simulators.parsing import json_object, object_schema, verdict_field
 from collab_megatron.simulators.templates import chat_lines, load_template
 from collab_megatron.types import ChatLLM, Message, ScoredConversation
+
+VERDICT_SCHEMA = object_schema(thought="string", correct="boolean")
 
 
 class ExactAccuracy:
@@ -22,13 +26,13 @@ class ExactAccuracy:
 
 
 class JudgedAccuracy:
-    """Implements types.Metric with an LLM judge."""
+    """Implements types.Metric with an LLM judge. Raises UserError if the prompt file cannot be used."""
 
     name = "accuracy"
 
-    def __init__(self, judge: ChatLLM) -> None:
+    def __init__(self, judge: ChatLLM, prompt_file: Path | None = None) -> None:
         self._judge = judge
-        self._template = load_template("judge_accuracy", None, required=("request", "reference", "chat"))
+        self._template = load_template("judge_accuracy", prompt_file, required=("request", "reference", "chat"))
 
     async def score(self, conversation: ScoredConversation) -> float:
         """1.0 or 0.0. Waits for one judge call. Raises SimulatorError."""
@@ -40,6 +44,7 @@ class JudgedAccuracy:
             [Message("user", prompt)],
             sample_index=conversation.sample_index,
             json_reply=True,
+            schema=VERDICT_SCHEMA,
             check=read_verdict,
         )
         return float(read_verdict(replies[0].text))

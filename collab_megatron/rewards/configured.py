@@ -16,5 +16,6 @@ def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gate
         None if judge is None else gateway.role("judge"),
         accuracy_verifier=reward.accuracy_verifier,
         judge_prompt_file=None if judge is None else judge.prompt_file,
+        accuracy_prompt_file=reward.accuracy_prompt_file,
         metric_modules=reward.metric_modules,
     )

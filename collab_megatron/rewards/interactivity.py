@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from collab_megatron.simulators.parsing import json_object, share_field
+from collab_megatron.simulators.parsing import json_object, object_schema, share_field
 from collab_megatron.simulators.templates import chat_lines, load_template
 from collab_megatron.types import ChatLLM, Message, ScoredConversation
 
 MARKS = ("understanding", "clarification", "suggestion")
+MARKS_SCHEMA = object_schema(thought="string", **dict.fromkeys(MARKS, "number"))
 
 
 class Interactivity:
@@ -32,6 +33,7 @@ class Interactivity:
             [Message("user", prompt)],
             sample_index=conversation.sample_index,
             json_reply=True,
+            schema=MARKS_SCHEMA,
             check=read_marks,
         )
         return read_marks(replies[0].text)

@@ -29,6 +29,7 @@ class MetricContext:
     judge: ChatLLM | None  # None: no judge is configured
     accuracy_verifier: str = "judge"  # exact | judge
     judge_prompt_file: Path | None = None  # replaces the interactivity prompt
+    accuracy_prompt_file: Path | None = None  # replaces the prompt of accuracy's judge
 
     def need_judge(self, metric: str) -> ChatLLM:
         """The judge. Raises UserError naming the metric that cannot do without."""
@@ -65,6 +66,7 @@ def make_scorer(
     *,
     accuracy_verifier: str = "judge",
     judge_prompt_file: Path | None = None,
+    accuracy_prompt_file: Path | None = None,
     metric_modules: Sequence[str] = (),
 ) -> Scorer:
     """The scorer of a run. `metric_modules` are imported first, so that they may register metrics.
@@ -76,7 +78,7 @@ def make_scorer(
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"reward.metric_modules: {module} cannot be imported ({error})") from None
-    context = MetricContext(judge, accuracy_verifier, judge_prompt_file)
+    context = MetricContext(judge, accuracy_verifier, judge_prompt_file, accuracy_prompt_file)
     unknown = sorted(set(metric_weights) - set(_FACTORIES))
     if unknown:
         raise UserError(f"unknown metric {unknown[0]!r}; known are {', '.join(known_metrics())}")
@@ -87,7 +89,7 @@ def make_scorer(
 def _accuracy(context: MetricContext) -> Metric:
     if context.accuracy_verifier == "exact":
         return ExactAccuracy()
-    return JudgedAccuracy(context.need_judge("accuracy"))
+    return JudgedAccuracy(context.need_judge("accuracy"), context.accuracy_prompt_file)
 
 
 @register_metric("interactivity")

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from collab_megatron.config.sections import BudgetSection
-
-if TYPE_CHECKING:
-    from collab_megatron.journal.store import Journal
-
-logger = logging.getLogger(__name__)
+from collab_megatron.journal.store import Journal
 
 FRESH_S = 1.0  # the journal's totals are read again after so long: other driver processes write to it too
 
@@ -44,10 +38,9 @@ class Budget:
 
     @property
     def exhausted(self) -> str | None:
-        """Once a hard cap is reached: a sentence with the figures and the way out. Says once when a soft cap is."""
+        """Once a hard cap is reached: a sentence with the figures and the way out."""
         section = self._section
         calls, usd = self._totals()
-        self._warn(calls, usd)
         if section.hard_usd is not None and usd >= section.hard_usd:
             return (
                 f"the LLM APIs have cost {usd:.2f} dollars, and budget.hard_usd is {section.hard_usd:g}: "
@@ -59,6 +52,23 @@ class Budget:
                 "raise budget.hard_calls and set run.resume=true to go on"
             )
         return None
+
+    def warnings(self) -> list[str]:
+        """A sentence for the terminal, the first time that it is asked for after a soft cap was passed."""
+        section = self._section
+        calls, usd = self._totals()
+        name, limit = "soft_usd", section.soft_usd
+        if limit is None or usd < limit:
+            name, limit = "soft_calls", section.soft_calls
+            if limit is None or calls < limit:
+                return []
+        if self._warned:
+            return []
+        self._warned = True
+        return [
+            f"the LLM APIs have cost {usd:.2f} dollars in {calls} answered requests: budget.{name} ({limit:g}) is "
+            "passed; the run goes on"
+        ]
 
     def metrics(self) -> dict[str, float]:
         """budget/usd_to_date, budget/calls_to_date, both by role and model too, and budget/hard_share (1: used up)."""
@@ -82,19 +92,3 @@ class Budget:
     def _totals(self) -> tuple[int, float]:
         costs = self.costs().values()
         return sum(calls for calls, _ in costs), sum(usd for _, usd in costs)
-
-    def _warn(self, calls: int, usd: float) -> None:
-        section = self._section
-        over_usd = section.soft_usd is not None and usd >= section.soft_usd
-        over_calls = section.soft_calls is not None and calls >= section.soft_calls
-        if self._warned or not (over_usd or over_calls):
-            return
-        self._warned = True
-        name, limit = ("soft_usd", section.soft_usd) if over_usd else ("soft_calls", section.soft_calls)
-        logger.warning(
-            "the LLM APIs have cost %.2f dollars in %d answered requests: budget.%s (%g) is passed; the run goes on",
-            usd,
-            calls,
-            name,
-            limit,
-        )

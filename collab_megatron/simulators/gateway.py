@@ -15,11 +15,11 @@ import asyncio
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from collab_megatron.config.sections import BudgetSection, DeploymentSection, LLMSection, SimulatorSection, UserSection
 from collab_megatron.errors import UserError
+from collab_megatron.journal.store import Journal
 from collab_megatron.simulators.budget import Budget, Costs
 from collab_megatron.simulators.deployments import Deployment, Deployments
 from collab_megatron.simulators.failure import SimulatorError
@@ -30,9 +30,6 @@ from collab_megatron.simulators.recorded import Recorded
 from collab_megatron.simulators.role import Observer, Role
 from collab_megatron.simulators.usage import GatewaySnapshot
 from collab_megatron.types import ChatLLM
-
-if TYPE_CHECKING:
-    from collab_megatron.journal.store import Journal
 
 __all__ = ["Gateway", "SimulatorError"]
 
@@ -50,7 +47,9 @@ class Gateway:
         observer: Observer | None = None,
         journal: Journal | None = None,
         budget: BudgetSection | None = None,
+        shards: int = 1,
     ) -> None:
+        """`shards`: processes with a gateway each; all limits of the config are divided among them."""
         for name, section in roles.items():
             for where, way in _ways(name, section):
                 _read_key(where, way)  # before anything slow
@@ -61,11 +60,12 @@ class Gateway:
             part: Role(
                 part,
                 section,
-                _deployments(part, where, section, self._api),
+                _deployments(part, where, section, self._api, shards),
                 seed,
                 self._api,
                 recorded=None if journal is None else Recorded(journal, part, section.model),
                 observer=observer,
+                shards=shards,
             )
             for parts in self._parts.values()
             for part, where, section in parts
@@ -127,7 +127,7 @@ def _ways(name: str, section: LLMSection) -> Iterator[tuple[str, LLMSection | De
         yield from _deployment_ways(where, part)
 
 
-def _deployments(name: str, where: str, section: LLMSection, api: LiteLLMApi) -> Deployments:
+def _deployments(name: str, where: str, section: LLMSection, api: LiteLLMApi, shards: int) -> Deployments:
     items = []
     for index, (place, way) in enumerate(_deployment_ways(where, section)):
         endpoint = Endpoint(
@@ -140,8 +140,8 @@ def _deployments(name: str, where: str, section: LLMSection, api: LiteLLMApi) ->
             json_schema=section.json_schema and api.can_schema(way.model, way.api_base),
         )
         api.know_price(place, endpoint)
-        requests = None if way.requests_per_minute is None else Bucket(way.requests_per_minute)
-        tokens = None if way.tokens_per_minute is None else Bucket(way.tokens_per_minute)
+        requests = None if way.requests_per_minute is None else Bucket(way.requests_per_minute / shards)
+        tokens = None if way.tokens_per_minute is None else Bucket(way.tokens_per_minute / shards)
         items.append(Deployment(index, endpoint, requests, tokens, mean_completion_tokens=float(section.max_tokens)))
     models = [item.endpoint.model for item in items]
     router = None if len(items) == 1 else api.router(name, models, section.cooldown_s)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 SCRATCHPADS = re.compile(r"<(think|thinking|scratchpad|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
@@ -15,6 +16,19 @@ FENCE = re.compile(r"^```[a-zA-Z]*\s*\n(.*?)\n?```$", re.DOTALL)
 
 class MalformedReply(ValueError):
     """A reply that came, but cannot be used."""
+
+
+def object_schema(**fields: str) -> Mapping[str, Any]:
+    """The JSON Schema of an object with exactly these fields: name -> type (string, number, boolean).
+
+    Without bounds on numbers, which some providers refuse: the readers below check them.
+    """
+    return {
+        "type": "object",
+        "properties": {name: {"type": kind} for name, kind in fields.items()},
+        "required": list(fields),
+        "additionalProperties": False,
+    }
 
 
 def strip_scratchpad(text: str) -> str:

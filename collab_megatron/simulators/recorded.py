@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from collab_megatron.journal.replies import RecordedReply, reply_key
+from collab_megatron.journal.store import Journal
 from collab_megatron.simulators.litellm_api import ApiReply, Request
-
-if TYPE_CHECKING:
-    from collab_megatron.journal.store import Journal
 
 
 class Recorded:
@@ -20,8 +17,6 @@ class Recorded:
 
     def key(self, request: Request, sample_index: int) -> bytes:
         """A request's name in the journal."""
-        from collab_megatron.journal.replies import reply_key
-
         parameters = {
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
@@ -34,25 +29,14 @@ class Recorded:
 
     def look_up(self, key: bytes) -> tuple[ApiReply, float] | None:
         """What was answered, now free of charge, and how long it took. Raises ReplayMiss if nothing may be asked."""
-        from collab_megatron.journal.store import ReplayMiss
-
-        found = self._journal.reply(key)
-        if found is not None:
-            reply = ApiReply(
-                found.texts, found.prompt_tokens, found.completion_tokens, 0.0, found.model, found.fingerprint
-            )
-            return reply, found.latency_s
-        if self._journal.replay == "only":
-            raise ReplayMiss(
-                f"simulators.{self._role} ({self._model}): the journal lacks the answer to a request, and with "
-                "journal.replay=only nothing is asked anew; use the config that wrote it, or journal.replay=auto"
-            )
-        return None
+        found = self._journal.reply(key, what=f"an answer of {self._role} ({self._model})")
+        if found is None:
+            return None
+        reply = ApiReply(found.texts, found.prompt_tokens, found.completion_tokens, 0.0, found.model, found.fingerprint)
+        return reply, found.latency_s
 
     def keep(self, key: bytes, reply: ApiReply, latency_s: float, deployment: int) -> None:
         """On disk before anyone uses it; texts that no caller may see (ApiReply.problem) are not in it."""
-        from collab_megatron.journal.replies import RecordedReply
-
         row = RecordedReply(
             texts=reply.texts,
             prompt_tokens=reply.prompt_tokens,

@@ -73,11 +73,12 @@ class Role:
         *,
         recorded: Recorded | None = None,
         observer: Observer | None = None,
+        shards: int = 1,
     ) -> None:
         self.name = name
         self.section = section
         self.usage = RoleUsage()
-        self.slots = Slots(section.max_concurrency)
+        self.slots = Slots(max(1, section.max_concurrency // shards))
         self._deployments = deployments
         self._seed = seed
         self._api = api

@@ -6,40 +6,65 @@ have to be the "assistant" that speaks the user's lines, and models trained as a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from collab_megatron.simulators.parsing import json_object, text_field
+from collab_megatron.simulators.health import SimulatorHealth
+from collab_megatron.simulators.parsing import json_object, object_schema, text_field
 from collab_megatron.simulators.templates import chat_lines, load_template
 from collab_megatron.types import TERMINATION_SIGNAL, ChatLLM, Message, Task
 
 NO_DESCRIPTION = "Getting help from an assistant in a chat."
+USER_TURN_SCHEMA = object_schema(thought="string", response="string")
 
 
 class LLMUserSimulator:
-    """Implements types.UserSimulator. Raises UserError if the prompt file cannot be used."""
+    """Implements types.UserSimulator, for one simulator or a mixture behind one client."""
 
-    def __init__(self, llm: ChatLLM, prompt_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        llm: ChatLLM,
+        prompt_file: Path | None = None,
+        *,
+        templates: Sequence[Path | None] = (),
+        part: Callable[[int], int] | None = None,
+        health: SimulatorHealth | None = None,
+    ) -> None:
+        """`templates`: the prompt file of each part of a mixture, in place of `prompt_file`; `part` says which part
+        answers for a sample index. Raises UserError if a prompt file cannot be used."""
+        if len(templates) > 1 and part is None:
+            raise ValueError("a mixture needs to know which part answers: pass `part`")
         self._llm = llm
-        self._template = load_template(
-            "user", prompt_file, required=("request", "chat"), optional=("task_desc", "termination_signal")
-        )
+        self._templates = [
+            load_template("user", file, required=("request", "chat"), optional=("task_desc", "termination_signal"))
+            for file in templates or (prompt_file,)
+        ]
+        self._part = part if len(templates) > 1 else None
+        self._health = health
 
     async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
         """The next user turn (the opening, if `chat` has no turns); holds TERMINATION_SIGNAL where the user ends it.
 
         Waits for one LLM call. Raises SimulatorError.
         """
-        prompt = self._template.fill(
+        template = self._templates[0 if self._part is None else self._part(sample_index)]
+        prompt = template.fill(
             task_desc=task.task_desc or NO_DESCRIPTION,
             request=task.single_turn_prompt,
             chat=chat_lines(chat),
             termination_signal=TERMINATION_SIGNAL,
         )
         replies = await self._llm.complete(
-            [Message("user", prompt)], sample_index=sample_index, json_reply=True, check=read_user_turn
+            [Message("user", prompt)],
+            sample_index=sample_index,
+            json_reply=True,
+            schema=USER_TURN_SCHEMA,
+            check=read_user_turn,
         )
-        return read_user_turn(replies[0].text)
+        text = read_user_turn(replies[0].text)
+        if self._health is not None:
+            self._health.observe_turn("user", task, chat, text)
+        return text
 
 
 def read_user_turn(text: str) -> str:

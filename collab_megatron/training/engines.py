@@ -25,9 +25,9 @@ class Engines:
     def publish(self, version: int) -> SyncReport:
         return self._publisher.publish(version)
 
-    def next_batch(self, step: int) -> RolloutBatch:
-        """The rollouts of `step` under the weights of as many steps."""
-        return self._asked(lambda: self._inbox.next_batch(step, step, self._publisher.live_urls), step)
+    def next_batch(self, step: int, saved: int) -> RolloutBatch:
+        """The rollouts of `step` under the weights of as many steps; a checkpoint holds `saved` steps."""
+        return self._asked(lambda: self._inbox.next_batch(step, step, self._publisher.live_urls, saved), step)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out figures under the weights after `step` steps."""

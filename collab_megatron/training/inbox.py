@@ -15,35 +15,44 @@ import torch.distributed as dist
 
 from collab_megatron.actor.grid import RankGrid
 from collab_megatron.driver.protocol import Delivery, DriverClient, DriverHasNoEngine
-from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick
 from collab_megatron.types import RolloutBatch
 
 MARGIN_S = 120.0
-DELIVERED, FAILED, NO_ENGINE = b"\x00", b"\x01", b"\x02"
+DELIVERED = b"\x00"
+KINDS: dict[bytes, type[RunError]] = {b"\x01": NoEngineLeft, b"\x02": BudgetSpent, b"\x03": SimulatorSick, b"\xff": RunError}
+"""What rank 0 met, for the others to raise; the first that fits."""
 T = TypeVar("T")
 
 
 class Inbox:
     """Build and use it on every rank alike."""
 
-    def __init__(self, grid: RankGrid, *, driver_address: str, step_timeout_s: float, eval_timeout_s: float) -> None:
+    def __init__(
+        self, grid: RankGrid, *, driver_addresses: Sequence[str], step_timeout_s: float, eval_timeout_s: float
+    ) -> None:
+        """driver_addresses: one for each shard."""
         self._grid = grid
         self._step_timeout_s = step_timeout_s
         self._eval_timeout_s = eval_timeout_s
         longest = timedelta(seconds=max(step_timeout_s, eval_timeout_s) + MARGIN_S)
         self._group = dist.new_group(backend="gloo", timeout=longest)
-        self._driver = DriverClient(driver_address) if grid.is_main else None
+        self._driver = DriverClient(driver_addresses) if grid.is_main else None
         self._lost: dict[str, str] = {}
 
-    def next_batch(self, step: int, version: int, engines: Sequence[str]) -> RolloutBatch:
-        """The batch of `step` on every rank, sampled by the servers at `engines`, which hold `version`.
+    def next_batch(self, step: int, version: int, engines: Sequence[str], saved: int) -> RolloutBatch:
+        """The batch of `step` on every rank, sampled by the servers at `engines`, which hold `version`; the newest
+        complete checkpoint holds `saved` steps.
 
-        Rank 0's `engines` count. Raises NoEngineLeft on every rank if the driver had to give all of them up: the same
-        step can be asked for again. Raises RunError on every rank if the driver could not deliver.
+        Rank 0's arguments count. Raises NoEngineLeft on every rank if the driver had to give all engines up: the same
+        step can be asked for again. Raises BudgetSpent or SimulatorSick where the run must stop, RunError if the driver
+        could not deliver.
         """
         driver = self._driver
         return self._shared(
-            (lambda: driver.next_batch(step, version, engines, timeout_s=self._step_timeout_s)) if driver else None,
+            (lambda: driver.next_batch(step, version, engines, saved=saved, timeout_s=self._step_timeout_s))
+            if driver
+            else None,
             RolloutBatch,
         )
 
@@ -66,7 +75,7 @@ class Inbox:
             self._driver.stop()
             self._driver.close()
 
-    def _shared(self, ask: Callable[[], Delivery[T]] | None, kind: type[T]) -> T:
+    def _shared(self, ask: Callable[[], Delivery[T]] | None, content: type[T]) -> T:
         """The content of rank 0's delivery, or its error, on every rank."""
         failure: RunError | None = None
         payload = b""
@@ -74,10 +83,13 @@ class Inbox:
             try:
                 delivery = ask()
                 self._lost |= delivery.lost
+                for note in delivery.notes:
+                    print(note, flush=True)
                 payload = DELIVERED + msgspec.msgpack.encode(delivery.content)
             except RunError as error:
                 failure = error
-                payload = (NO_ENGINE if isinstance(error, NoEngineLeft) else FAILED) + str(error).encode()
+                kind = next(code for code, known in KINDS.items() if isinstance(error, known))
+                payload = kind + str(error).encode()
                 if isinstance(error, DriverHasNoEngine):
                     self._lost |= error.lost
         size = torch.tensor([len(payload)], dtype=torch.int64)
@@ -89,8 +101,6 @@ class Inbox:
         )
         dist.broadcast(data, src=0, group=self._group)
         received = data.numpy().tobytes()
-        if received[:1] == NO_ENGINE:
-            raise failure or NoEngineLeft(received[1:].decode())
-        if received[:1] == FAILED:
-            raise failure or RunError(received[1:].decode())
-        return msgspec.msgpack.decode(received[1:], type=kind)
+        if received[:1] != DELIVERED:
+            raise failure or KINDS[received[:1]](received[1:].decode())
+        return msgspec.msgpack.decode(received[1:], type=content)

@@ -20,11 +20,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
     grid = cast(Any, SimpleNamespace(is_main=rank == 0))
-    inbox = Inbox(grid, driver_address=sys.argv[1], step_timeout_s=30, eval_timeout_s=30)
+    inbox = Inbox(grid, driver_addresses=[sys.argv[1]], step_timeout_s=30, eval_timeout_s=30)
     engines = ["http://a", "http://b"] if rank == 0 else []
-    print(inbox.next_batch(0, 0, engines).metrics, inbox.take_lost(), inbox.take_lost())
+    print(inbox.next_batch(0, 0, engines, 0).metrics, inbox.take_lost(), inbox.take_lost())
     try:
-        inbox.next_batch(1, 1, engines)
+        inbox.next_batch(1, 1, engines, 0)
     except NoEngineLeft as error:
         print(error, inbox.take_lost())
     print(inbox.evaluate(1, 1, engines), inbox.take_lost())

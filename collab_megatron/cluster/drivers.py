@@ -1,0 +1,54 @@
+"""The driver processes of a run: one a shard, started again where one is killed; it goes on from the journal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from collab_megatron.cluster.cli import shard_file
+from collab_megatron.cluster.processes import Child, Supervisor, free_port
+from collab_megatron.config.sections import DriverSection
+from collab_megatron.errors import RunError
+
+
+class Drivers:
+    """Those of one run on this node. A driver that ends by itself with an error ends the run; one that a signal ended
+    (the kernel's, when memory is short) is started again at the same address."""
+
+    def __init__(
+        self, supervisor: Supervisor, section: DriverSection, resolved: Path, max_context_tokens: int, ready_file: Path
+    ) -> None:
+        self._supervisor, self._section, self._ready_file = supervisor, section, ready_file
+        self._argv = [
+            *(sys.executable, "-m", "collab_megatron.driver.service", str(resolved)),
+            *("--max-context-tokens", str(max_context_tokens)),
+        ]
+        self._ports = [free_port() for _ in range(section.shards)]
+        self._restarts = [0] * section.shards
+        self.children: list[Child] = []
+
+    def start(self, first_step: int) -> None:
+        """All of them; `first_step` is the attempt's."""
+        self.children = [self._start(shard, ["--first-step", str(first_step)]) for shard in range(self._section.shards)]
+
+    def poll(self) -> None:
+        """Start those again that were killed. Raises RunError when one was killed too often."""
+        for shard, child in enumerate(self.children):
+            if (child.process.poll() or 0) >= 0:  # runs, is done, or has failed: the supervisor sees to that
+                continue
+            if self._restarts[shard] >= self._section.max_restarts:
+                raise RunError(
+                    f"{child.name} ended with {child.ended()} and was started again {self._restarts[shard]} times already "
+                    "(driver.max_restarts)"
+                )
+            if self._supervisor.is_gone(child):
+                self._restarts[shard] += 1
+                print(f"{child.name} ended with {child.ended()}: it is started again", flush=True)
+                self.children[shard] = self._start(shard, [])
+
+    def _start(self, shard: int, more: Sequence[str]) -> Child:
+        name = "driver" if self._section.shards == 1 else f"driver-{shard}"
+        where = ["--shard", str(shard), "--port", str(self._ports[shard])]
+        ready = ["--ready-file", str(shard_file(self._ready_file, shard))]
+        return self._supervisor.start(name, [*self._argv, *where, *ready, *more], {}, restarted=True)

@@ -1,0 +1,205 @@
+"""Which trees are under way, when new ones may begin, and which of them make the batch of a step.
+
+Staleness is a capacity. With max_staleness s at most s + 1 batches of trees are under way when the trainer asks for
+one, and what it has sampled under weights that are s updates old must be in the next batch, which waits for it; the rest
+leave in the order in which they end. Both together bound the age of every trained token by s updates, and nothing that
+was paid for is thrown away.
+
+Why the trees that must be in batch t fit into it: under weights of version t - s at most (t - s + s + 1) batches had
+begun, and t batches have been delivered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from collab_megatron.driver.group import TreeSeat, has_spread
+from collab_megatron.driver.shard import Shard
+from collab_megatron.errors import RunError
+from collab_megatron.types import Group
+
+
+@dataclass(frozen=True)
+class ForestRules:
+    """A shard's share of the driver section."""
+
+    max_staleness: int
+    oversample: int  # trees beyond max_staleness batches; 0: a batch
+    by_prompt: bool  # batch t has the trees of step t, no others
+    refills: int  # per step
+
+    def capacity(self, quota: int) -> int:
+        """Trees that may be under way when a batch is asked for."""
+        beyond = min(self.oversample, quota) if self.oversample else quota
+        return quota * self.max_staleness + beyond
+
+    @property
+    def lookback(self) -> int:
+        """Batches after whose delivery no tree of a step is left: it is begun s steps ahead at the earliest, at its own
+        step at the latest, has its replies a step later, and s steps after that it must go."""
+        return 2 * self.max_staleness + 2
+
+
+@dataclass(eq=False)
+class Tree:
+    """One conversation tree under way."""
+
+    seat: TreeSeat
+    born: float = field(default_factory=time.monotonic)
+    version: int | None = None  # oldest weights that sampled its replies, once they are there
+    group: Group | None = None  # once it has ended
+    ended: int = 0  # how many had ended before it
+    replaced: bool = False  # another one was begun in its place: it is delivered, but fills no place in a batch
+    running: asyncio.Task[None] | None = None
+
+
+Delivered = Mapping[tuple[int, int], bool]
+"""(step, slot) of a tree -> whether another one was begun in its place."""
+Grow = Callable[[Tree], Coroutine[Any, Any, Group]]
+
+
+class Forest:
+    """The trees of one shard. `grow` sets the tree's version as soon as its replies are there. For one asyncio loop."""
+
+    def __init__(self, shard: Shard, rules: ForestRules, grow: Grow, *, step: int, delivered: Delivered) -> None:
+        """`step`: the first batch that will be asked for. `delivered`: trees of earlier batches, as far back as
+        `rules.lookback`, and of later ones that the journal holds; where it names none of a step before `step`, all of
+        that step are taken for delivered."""
+        self._shard, self._rules, self._grow = shard, rules, grow
+        self._step = step
+        self._base = max(0, step - rules.lookback)
+        self._delivered = delivered
+        known = {of for of, _ in delivered}
+        self._unknown = {past for past in range(self._base, step) if past not in known}
+        self._seats: Iterator[TreeSeat] = shard.seats(self._base)
+        self._begun = 0  # seats passed, from the base on
+        self._ended = 0
+        self._refilled = Counter(of for (of, _), replaced in delivered.items() if replaced)
+        self._owed = [shard.refill(of, number) for of, count in self._refilled.items() for number in range(count)]
+        self._trees: list[Tree] = []
+        self._news = asyncio.Event()
+        self.failure: BaseException | None = None  # what a tree raised: the work is over
+        self.admitting = True  # False: the trees under way are finished, no others are begun
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing grows."""
+        return all(tree.group is not None for tree in self._trees)
+
+    @property
+    def under_way(self) -> int:
+        """Trees that grow."""
+        return sum(tree.group is None for tree in self._trees)
+
+    def advance(self, step: int) -> None:
+        """The trainer asks for batch `step`: as many trees may begin as that allows."""
+        self._step = max(self._step, step)
+        allowed = self._shard.quota * (self._step - self._base) + self._rules.capacity(self._shard.quota)
+        while self.admitting and self._owed:
+            self._begin_unless_delivered(self._owed.pop(0))
+        while self.admitting and self._begun < allowed:
+            seat = next(self._seats)
+            self._begun += 1
+            if seat.step not in self._unknown:
+                self._begin_unless_delivered(seat)
+
+    def take(self, step: int) -> list[Tree] | None:
+        """The trees of batch `step`, in the order of their prompts; None as long as some are missing."""
+        if self.failure is not None:
+            raise self.failure
+        chosen = self._of_step(step) if self._rules.by_prompt else self._first_ended(step)
+        if chosen is None:
+            return None
+        taken = set(map(id, chosen))
+        self._trees = [tree for tree in self._trees if id(tree) not in taken]
+        return sorted(chosen, key=lambda tree: (tree.seat.step, tree.seat.slot))
+
+    async def changed(self, timeout_s: float) -> None:
+        """Until a tree has ended or failed, at most `timeout_s`."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), timeout_s)
+        self._news.clear()
+
+    async def close(self) -> None:
+        """End everything that grows."""
+        tasks = [tree.running for tree in self._trees if tree.running is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._trees = []
+
+    def _first_ended(self, step: int) -> list[Tree] | None:
+        oldest = step - self._rules.max_staleness
+        must = [tree for tree in self._trees if tree.version is not None and tree.version <= oldest]
+        if any(tree.group is None for tree in must):
+            return None
+        replaced = [tree for tree in self._trees if tree.replaced]
+        others = sorted(
+            (tree for tree in self._trees if tree.group is not None and not tree.replaced and tree not in must),
+            key=lambda tree: tree.ended,
+        )
+        counted = [tree for tree in must if not tree.replaced]
+        counted += others[: max(0, self._shard.quota - len(counted))]
+        return counted + replaced if len(counted) >= self._shard.quota else None
+
+    def _of_step(self, step: int) -> list[Tree] | None:
+        chosen = [tree for tree in self._trees if tree.seat.step == step]
+        if any(tree.group is None for tree in chosen):
+            return None
+        return chosen if sum(not tree.replaced for tree in chosen) >= self._shard.quota else None
+
+    def _begin_unless_delivered(self, seat: TreeSeat) -> None:
+        if (seat.step, seat.slot) not in self._delivered:
+            self._begin(seat)
+
+    def _begin(self, seat: TreeSeat) -> None:
+        tree = Tree(seat)
+        tree.running = asyncio.create_task(self._run(tree), name=f"tree {seat}")
+        self._trees.append(tree)
+
+    async def _run(self, tree: Tree) -> None:
+        try:
+            group = await self._grow(tree)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - handed to whoever asks for a batch
+            self.failure = self.failure or error
+            self._news.set()
+            return
+        tree.group, tree.ended = group, self._ended
+        self._ended += 1
+        self._refill(tree)
+        self._news.set()
+
+    def _refill(self, tree: Tree) -> None:
+        """Begin another tree in place of one that teaches nothing, as long as the step has some left."""
+        step = tree.seat.step
+        number = self._refilled[step]
+        assert tree.group is not None
+        if has_spread(tree.group) or number >= self._rules.refills or not self.admitting:
+            return
+        self._refilled[step] = number + 1
+        tree.replaced = True
+        self._begin(self._shard.refill(step, number))
+
+
+def first_error(groups: Sequence[Group]) -> str:
+    """Something that went wrong, to be told with the fact that too much did."""
+    said = [group.error for group in groups if group.error]
+    said += [f.error for group in groups for reply in group.replies_G for f in reply.futures_K if f.error]
+    return said[0] if said else "no future was scored"
+
+
+def require_most(groups: Sequence[Group], step: int, limit: float) -> None:
+    """Raises RunError if more than the share `limit` of the groups had to be dropped."""
+    dropped = [group for group in groups if not group.kept]
+    if len(dropped) > limit * len(groups):
+        raise RunError(
+            f"driver: {len(dropped)} of {len(groups)} groups of step {step} had to be dropped; {first_error(dropped)}"
+        )

@@ -1,0 +1,171 @@
+"""The batches of a driver process: from the trainer's request for a step to the answer, and what is told of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from collab_megatron.config import RLConfig
+from collab_megatron.driver.cast import Cast
+from collab_megatron.driver.deliveries import Deliveries
+from collab_megatron.driver.evaluation import FAILED_SHARE_LIMIT
+from collab_megatron.driver.figures import Figure, Figures, of_kind
+from collab_megatron.driver.forest import Forest, Tree, require_most
+from collab_megatron.driver.group import training_samples
+from collab_megatron.driver.metrics import rollout_metrics, staleness_metrics
+from collab_megatron.driver.protocol import Answer
+from collab_megatron.driver.record import TreeRecorder, tree_line
+from collab_megatron.driver.work import Work
+from collab_megatron.errors import RunError
+from collab_megatron.simulators.health import shares
+from collab_megatron.types import Group, TrainingSample
+
+
+class Steps:
+    """One shard's. `begin` for every request, then `take` until it answers."""
+
+    def __init__(self, config: RLConfig, cast: Cast, work: Work, recorder: TreeRecorder) -> None:
+        self._config, self._cast, self._work, self._recorder = config, cast, work, recorder
+        self._deliveries = Deliveries(cast.journal, work.shard.index, work.shard.count)
+        self._forest: Forest | None = None
+        self._horizon = 0
+        self._saved = 0
+        self._counters = _Counters(cast)
+
+    async def begin(self, step: int, version: int, saved: int) -> None:
+        """The trainer asks for `step`; weights `version` are live, and a checkpoint holds `saved` steps."""
+        rules = self._work.forest_rules
+        if saved > self._saved:
+            self._saved = saved
+            self._cast.journal.prune(before_step=saved - rules.lookback)
+        if self._forest is None:
+            delivered, self._horizon = self._deliveries.trees_around(step, rules.lookback)
+            self._forest = Forest(self._work.shard, rules, self._work.grow, step=step, delivered=delivered)
+        await self.live(version)
+        self._forest.admitting = self._cast.gateway.budget.exhausted is None
+        self._forest.advance(step)
+
+    async def live(self, version: int) -> None:
+        """Weights `version` are live."""
+        await self._cast.recorded.trainer_at(version, self._horizon)
+
+    def take(self, step: int) -> Answer | None:
+        """The batch of `step`; None as long as trees are missing.
+
+        Raises RunError if too many groups had to be dropped, or hold tokens older than allowed; what the trees raise.
+        """
+        assert self._forest is not None, "begin comes first"
+        before = self._deliveries.get(step)
+        if before is not None:
+            self._recorder.write(step, before.lines)
+            return before.answer
+        trees = self._forest.take(step)
+        if trees is not None:
+            return self._deliver(step, trees)
+        spent = self._cast.gateway.budget.exhausted
+        if spent is not None:
+            self._forest.admitting = False
+            if self._forest.idle:
+                return Answer(error=spent, stop="budget")
+        return None
+
+    def state(self) -> str:
+        """A few words on what is being waited for."""
+        assert self._forest is not None, "begin comes first"
+        calls = {role: usage.in_flight for role, usage in self._cast.gateway.snapshot().roles.items()}
+        said = ", ".join(f"{count} {role} calls" for role, count in calls.items())
+        slots = self._cast.engine_slots
+        return (
+            f"{self._forest.under_way} trees are under way with {said} in flight and {slots.waiting} policy turns "
+            "waiting for the engines"
+        )
+
+    async def changed(self, timeout_s: float) -> None:
+        assert self._forest is not None, "begin comes first"
+        await self._forest.changed(timeout_s)
+
+    async def close(self) -> None:
+        if self._forest is not None:
+            await self._forest.close()
+
+    def _deliver(self, step: int, trees: Sequence[Tree]) -> Answer:
+        groups = [tree.group for tree in trees if tree.group is not None]
+        require_most(groups, step, FAILED_SHARE_LIMIT)
+        samples = tuple(sample for group in groups for sample in training_samples(group))
+        _require_versions(samples, step, self._config.driver.max_staleness)
+        warnings, sick = self._cast.health.verdict()
+        if sick is not None:
+            return Answer(error=sick, stop="health")
+        notes = [*warnings, *self._cast.gateway.budget.warnings()]
+        figures = self._figures(step, trees, groups)
+        answer = Answer(samples=samples, figures=figures, notes=tuple(notes))
+        lines = [tree_line(step, group) for group in groups]
+        self._deliveries.put(step, trees, answer, lines)
+        self._recorder.write(step, lines)
+        return answer
+
+    def _figures(self, step: int, trees: Sequence[Tree], groups: Sequence[Group]) -> Figures:
+        now = time.monotonic()
+        rollout_s = now - min(tree.born for tree in trees)
+        health = self._cast.health.metrics()
+        return {
+            **rollout_metrics(groups, self._config.reward.metric_weights),
+            **staleness_metrics(groups, step),
+            "rollout/groups_replaced": Figure.of("sum", [sum(tree.replaced for tree in trees)]),
+            "rollout/trees_carried_over": Figure.of("sum", [sum(tree.seat.step < step for tree in trees)]),
+            "time_s/rollout": Figure.of("max", [rollout_s]),
+            **self._counters.since_last(rollout_s),
+            **of_kind("sum", health),
+            **of_kind("max", shares(health)),
+            **of_kind("max", self._cast.gateway.budget.metrics()),
+            **of_kind("max", self._cast.journal.metrics()),
+        }
+
+
+class _Counters:
+    """Clocks and counters of the clients, as they grew since the last batch."""
+
+    def __init__(self, cast: Cast) -> None:
+        self._cast = cast
+        self._before = self._now()
+
+    def since_last(self, rollout_s: float) -> Figures:
+        """`rollout_s`: how long the batch's trees took; tokens per second are of the shorter of the two times."""
+        before, self._before = self._before, self._now()
+        clocks, calls, usage, at, replayed = self._before
+        clocks_before, calls_before, usage_before, at_before, replayed_before = before
+        cast, seconds = self._cast, max(min(at - at_before, rollout_s), 1e-9)
+        slots = cast.engine_slots
+        return {
+            **of_kind("max", {name: value - clocks_before[name] for name, value in clocks.items()}),
+            **of_kind("sum", (calls - calls_before).metrics()),
+            **of_kind("sum", {f"total/{name}": value for name, value in calls.metrics().items() if "/" in name}),
+            **{
+                name: Figure.ratio(value, over) if kind == "mean" else Figure.of(kind, [value])
+                for name, (kind, value, over) in usage.since(usage_before)
+                .figures(live=cast.engine.live, lost=len(cast.engine.lost), seconds=seconds)
+                .items()
+            },
+            "engine/turns_replayed": Figure.of("sum", [replayed - replayed_before]),
+            "engine/slots_tokens": Figure.of("sum", [slots.limit]),
+            "engine/slots_used_tokens": Figure.of("sum", [slots.used]),
+            "engine/slots_waiting": Figure.of("sum", [slots.waiting]),
+        }
+
+    def _now(self) -> tuple[Mapping[str, float], object, object, float, int]:
+        players, cast = self._cast.players, self._cast
+        clocks = {
+            "time_s/engine": players.engine_clock.seconds(),
+            "time_s/simulators": players.user_clock.seconds(),
+            "time_s/judges": players.judge_clock.seconds(),
+        }
+        return clocks, cast.gateway.snapshot(), cast.engine.usage.copy(), time.monotonic(), cast.recorded.replayed
+
+
+def _require_versions(samples: Sequence[TrainingSample], step: int, max_staleness: int) -> None:
+    """Every trained token was sampled by weights of the last `max_staleness` updates, or by the newest."""
+    seen = {version for sample in samples for version in sample.versions_T}
+    if seen and not (step - max_staleness <= min(seen) and max(seen) <= step):
+        raise RunError(
+            f"driver: step {step} holds tokens of weight versions {sorted(seen)}; driver.max_staleness is {max_staleness}"
+        )

@@ -1,0 +1,80 @@
+"""What a driver process does with its players: grow one tree, evaluate its share of the held-out tasks."""
+
+from __future__ import annotations
+
+from collab_megatron.config import RLConfig
+from collab_megatron.data.parquet import read_tasks
+from collab_megatron.driver.cast import Cast, usable_tasks
+from collab_megatron.driver.evaluation import evaluate
+from collab_megatron.driver.forest import ForestRules, Tree
+from collab_megatron.driver.group import GroupRules, grow_group, sample_replies
+from collab_megatron.driver.protocol import Answer
+from collab_megatron.driver.shard import Shard
+from collab_megatron.driver.conversation import STOPS_ALL
+from collab_megatron.errors import RunError
+from collab_megatron.types import Group, Task
+
+
+class Work:
+    """One shard's tasks and the rules they are played by. Raises UserError for data that cannot be used."""
+
+    def __init__(self, config: RLConfig, cast: Cast, index: int) -> None:
+        self._config, self._cast = config, cast
+        driver, rollout = config.driver, config.rollout
+        limit = rollout.max_prompt_tokens
+        self.shard = Shard(
+            usable_tasks(read_tasks(config.data.train), cast, limit),
+            seed=config.run.seed,
+            prompts_per_step=rollout.prompts_per_step,
+            futures_per_tree=rollout.num_replies * max(rollout.num_repeat_rollouts, 1),
+            index=index,
+            count=driver.shards,
+        )
+        self._validation: list[Task] = []
+        if config.data.validation is not None:
+            self._validation = usable_tasks(read_tasks(config.data.validation), cast, limit)
+        self.forest_rules = ForestRules(
+            max_staleness=driver.max_staleness,
+            oversample=len(range(index, driver.oversample_prompts, driver.shards)),
+            by_prompt=driver.order == "prompt",
+            refills=len(range(index, driver.refill_groups, driver.shards)),
+        )
+        self._group_rules = GroupRules(
+            num_replies=rollout.num_replies,
+            num_futures=rollout.num_repeat_rollouts,
+            min_replies=rollout.min_replies,
+            min_futures=driver.min_futures,
+            group_timeout_s=driver.group_timeout_s,
+            advantage_eps=config.algorithm.advantage_eps,
+            min_group_std=config.algorithm.min_group_std,
+        )
+
+    async def grow(self, tree: Tree) -> Group:
+        """The tree's group. One whose replies cannot be sampled is dropped, with the reason; NoEngineLeft and
+        ReplayMiss are raised."""
+        task, players, limits = self.shard.task(tree.seat), self._cast.players, self._cast.limits
+        rules = self._group_rules
+        try:
+            prompt_ids, generations = await sample_replies(task, tree.seat, rules.num_replies, limits, players)
+        except STOPS_ALL:
+            raise
+        except RunError as error:
+            return Group(task, (), (), kept=False, error=str(error))
+        tree.version = min((v for generation in generations for v in generation.versions_T), default=None)
+        return await grow_group(task, prompt_ids, generations, tree.seat, rules=rules, limits=limits, players=players)
+
+    async def evaluate(self, step: int) -> Answer:
+        """Figures of this shard's share of the held-out tasks."""
+        if stop := self._cast.gateway.budget.exhausted:
+            return Answer(error=stop, stop="budget")
+        figures, _ = await evaluate(
+            self._validation,
+            evaluation=self._config.evaluation,
+            weights=self._config.reward.metric_weights,
+            limits=self._cast.limits,
+            players=self._cast.players,
+            step=step,
+            shard=self.shard.index,
+            shards=self.shard.count,
+        )
+        return Answer(figures=figures)

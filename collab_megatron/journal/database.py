@@ -1,0 +1,134 @@
+"""The journal's SQLite file: its tables, how it is made and opened, and what is said when it fails.
+
+The write-ahead log with synchronous=NORMAL: what was committed survives a kill -9 of every process. A power cut may
+lose the newest rows (about the last second's), and leaves the file whole. Readers and writers of several processes share the
+file, which must lie on a local disk: file locks and shared memory do not work over a network file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from pathlib import Path
+from urllib.parse import quote
+
+from collab_megatron.errors import RunError, UserError
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x436F4A6C  # tells a journal from other SQLite files
+BUSY_S = 10.0
+"""How long a write waits for those of other processes."""
+
+TABLES = f"""
+PRAGMA auto_vacuum = INCREMENTAL;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+CREATE TABLE replies (
+    key BLOB PRIMARY KEY, step INTEGER NOT NULL, role TEXT NOT NULL, texts BLOB NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost_usd REAL NOT NULL, latency_s REAL NOT NULL,
+    model TEXT NOT NULL, fingerprint TEXT NOT NULL, deployment INTEGER NOT NULL
+);
+CREATE INDEX replies_by_step ON replies (step);
+CREATE TABLE turns (
+    key BLOB NOT NULL, lineage BLOB NOT NULL, newest INTEGER NOT NULL, oldest INTEGER NOT NULL,
+    step INTEGER NOT NULL, generations INTEGER NOT NULL, tokens INTEGER NOT NULL, content BLOB NOT NULL,
+    PRIMARY KEY (key, lineage, newest, oldest)
+);
+CREATE INDEX turns_by_step ON turns (step);
+CREATE TABLE deliveries (
+    lineage BLOB NOT NULL, shard INTEGER NOT NULL, step INTEGER NOT NULL, content BLOB NOT NULL,
+    PRIMARY KEY (lineage, shard, step)
+);
+CREATE TABLE spend (
+    role TEXT NOT NULL, model TEXT NOT NULL, calls INTEGER NOT NULL, cost_usd REAL NOT NULL,
+    PRIMARY KEY (role, model)
+) WITHOUT ROWID;
+PRAGMA journal_mode = WAL;
+"""
+STEP_TABLES = ("replies", "turns", "deliveries")
+"""What is removed with its step; `spend` stays."""
+
+# wal_autocheckpoint: a checkpoint inside a commit would hold up the event loop (housekeeping.py makes them)
+# secure_delete: some builds overwrite what is deleted, which costs a write for every page
+# journal_size_limit: a log that was long once is cut when it begins anew (bytes)
+SETTINGS = (
+    "synchronous = NORMAL",
+    "wal_autocheckpoint = 0",
+    "journal_size_limit = 33554432",
+    "secure_delete = OFF",
+    "cache_size = -16384",
+)
+
+
+def create(path: Path) -> None:
+    """Make an empty journal unless there is a file. It is made aside and linked, so that of several processes one wins
+    and nobody sees half of it. Raises UserError where it cannot be made."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)
+        with contextlib.closing(sqlite3.connect(aside)) as connection:
+            connection.executescript(TABLES)
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+        aside.unlink()
+    except OSError as error:
+        raise UserError(f"cannot make the journal {path} ({error.strerror}): set journal.path") from None
+    except sqlite3.Error as error:
+        raise explain(error, path) from None
+
+
+def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """A connection in autocommit mode to a journal that is there; for one thread.
+
+    Raises UserError for a file that is no journal, a newer version's or cannot be opened, RunError for a damaged one.
+    """
+    mode = "ro" if read_only else "rw"
+    connection = None
+    try:
+        connection = sqlite3.connect(
+            f"file:{quote(str(path))}?mode={mode}", uri=True, timeout=BUSY_S, isolation_level=None
+        )
+        _check(connection, path)
+        for setting in SETTINGS:
+            connection.execute(f"PRAGMA {setting}")
+        return connection
+    except (sqlite3.Error, UserError) as error:
+        if connection is not None:
+            connection.close()
+        if isinstance(error, sqlite3.Error):
+            raise explain(error, path) from None
+        raise
+
+
+def explain(error: sqlite3.Error, path: Path) -> UserError | RunError:
+    """The failure of an SQLite call in a sentence with the way out."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of it says more than anybody needs
+    if code == sqlite3.SQLITE_NOTADB:
+        return UserError(f"{path} is no SQLite file: move it away, or set journal.path")
+    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY):
+        return UserError(f"cannot open the journal {path} for writing ({error}): mend its rights, or set journal.path")
+    if code == sqlite3.SQLITE_CORRUPT:
+        return RunError(damaged(path))
+    if code == sqlite3.SQLITE_FULL:
+        return RunError(f"the disk of the journal {path} is full: free some space and resume; what it has is kept")
+    if code == sqlite3.SQLITE_BUSY:
+        return RunError(f"the journal {path} was locked by another process for {BUSY_S:g} s: end that one and resume")
+    return RunError(f"the journal {path} cannot be read or written ({error}): see to its disk and resume")
+
+
+def damaged(path: Path) -> str:
+    return f"the journal {path} is damaged: move it away; the run then asks anew for what it held"
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    ((application,),) = connection.execute("PRAGMA application_id")
+    ((version,),) = connection.execute("PRAGMA user_version")
+    if application != APPLICATION_ID:
+        raise UserError(f"{path} is no journal but another SQLite file: move it away, or set journal.path")
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"the journal {path} is of a newer version ({version}; this one reads {SCHEMA_VERSION}): update "
+            "collab_megatron, or set journal.path"
+        )
