@@ -21,7 +21,7 @@ CUT = 0.7  # of the limit that is left after an overload
 WINDOW = 32  # latencies whose median says how fast the server is
 WINDOWS = 64  # remembered: the best of them is what the server can do
 SLOW = 3.0  # times the best window's median: the server is full, more calls would only wait there
-FIRST_GAP_S = 1.0  # between two cuts, while no latency is known
+LEAST_GAP_S = 1.0  # between two cuts, however fast the answers are
 
 
 class Slots:
@@ -55,7 +55,7 @@ class Slots:
     def overloaded(self) -> None:
         """The server pushed back. Calls that were under way together count as one: a cut a latency, at most."""
         now = time.monotonic()
-        if now - self._cut_at >= (self._medians_s[-1] if self._medians_s else FIRST_GAP_S):
+        if now - self._cut_at >= max(LEAST_GAP_S, self._medians_s[-1] if self._medians_s else 0.0):
             self._cut_at = now
             self.limit = max(min(self._floor, self._ceiling), self.limit * CUT)
 

@@ -140,6 +140,9 @@ class LLMReply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     latency_s: float = 0.0
+    model: str = ""  # what the provider says that it was
+    fingerprint: str = ""  # the provider's name for the version that answered
+    replayed: bool = False  # it came from the journal: paid for before
 
 
 class PolicyEngine(Protocol):

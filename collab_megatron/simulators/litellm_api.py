@@ -1,8 +1,9 @@
 """LiteLLM behind one small function: messages in, texts and token counts out.
 
 Choices, with the CPU time of one call measured against a trivial local server:
-- `litellm.acompletion`, not the Router: a role has one deployment, the Router adds about 2 ms to every call, and it
-  brings retry and cool-down layers of its own, while this project has exactly one (role.py).
+- `litellm.acompletion`, not the Router's: that one adds about 2 ms to every call, and it brings retry and cool-down
+  layers of its own, while this project has exactly one (role.py). Where a role has several deployments, the Router
+  chooses among them (deployments.py), which costs 0.05 ms.
 - `hosted_vllm/NAME` is the cheapest way to an OpenAI-compatible server: about 2.2 ms, against 3.6 ms for `openai/NAME`,
   which goes through the openai client. Both work.
 - A model that LiteLLM has no price for is registered once, so that the price search is not repeated on every call.
@@ -13,24 +14,58 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-from collab_megatron.config.sections import LLMSection
 
 logger = logging.getLogger(__name__)
 
 NO_KEY = "no-key"  # servers without authentication still want the header filled
+LEAST_LIMIT_CHARS = 65_536
+CHARS_PER_TOKEN = 16  # more than any real text has: an answer above it is not what was asked for
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One way to a model."""
+
+    model: str
+    api_base: str | None
+    key: str | None = field(repr=False)
+    input_usd_per_mtoken: float | None
+    output_usd_per_mtoken: float | None
+    json_mode: bool
+    json_schema: bool  # wanted, and the model can
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked, wherever it is sent."""
+
+    messages: Sequence[Mapping[str, str]]
+    temperature: float
+    max_tokens: int
+    n: int
+    seed: int
+    json_reply: bool
+    schema: Mapping[str, Any] | None
+
+    @property
+    def longest_chars(self) -> int:
+        """A reply above this is thrown away unread."""
+        return max(LEAST_LIMIT_CHARS, CHARS_PER_TOKEN * self.max_tokens)
 
 
 @dataclass(frozen=True)
 class ApiReply:
-    """One successful request."""
+    """One answered request. One that cannot be used for what it is has a `problem` and no texts."""
 
     texts: tuple[str, ...]
     prompt_tokens: int
     completion_tokens: int
     cost_usd: float
+    model: str = ""
+    fingerprint: str = ""
+    problem: str = ""  # wrong_role | too_long
 
 
 class LiteLLMApi:
@@ -44,32 +79,38 @@ class LiteLLMApi:
         litellm.suppress_debug_info = True
         litellm.drop_params = True  # providers without `seed` or `n` still serve the rest of the request
         litellm.num_retries = 0
+        self._litellm = litellm
+        self._clear_callbacks()
+        for name in ("LiteLLM", "LiteLLM Router"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are counted and reported by role.py
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, and some carry the key
+
+    def _clear_callbacks(self) -> None:
+        """Each is paid for on every call of every role."""
         for callbacks in (
-            litellm.callbacks,
-            litellm.success_callback,
-            litellm.failure_callback,
-            litellm._async_success_callback,
-            litellm._async_failure_callback,
+            self._litellm.callbacks,
+            self._litellm.success_callback,
+            self._litellm.failure_callback,
+            self._litellm._async_success_callback,
+            self._litellm._async_failure_callback,
         ):
             callbacks.clear()
-        logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)  # failures are counted and reported by role.py
-        self._litellm = litellm
 
-    def know_price(self, role: str, section: LLMSection) -> None:
+    def know_price(self, where: str, endpoint: Endpoint) -> None:
         """Make sure that the model has a price; where nobody knows one, count 0 dollars and say so once."""
-        if section.input_usd_per_mtoken is not None or section.output_usd_per_mtoken is not None:
-            self._register(section.model)
+        if endpoint.input_usd_per_mtoken is not None or endpoint.output_usd_per_mtoken is not None:
+            self._register(endpoint.model)
             return
         try:
-            self._litellm.get_model_info(section.model)
+            self._litellm.get_model_info(endpoint.model)
         except Exception:  # noqa: BLE001 - LiteLLM raises a bare Exception for "not mapped"
             logger.warning(
                 "simulators.%s: no price known for %s; its calls are counted as 0 dollars "
                 "(set input_usd_per_mtoken and output_usd_per_mtoken to count them)",
-                role,
-                section.model,
+                where,
+                endpoint.model,
             )
-            self._register(section.model)
+            self._register(endpoint.model)
 
     def _register(self, model: str) -> None:
         if model in self._litellm.model_cost:
@@ -79,47 +120,67 @@ class LiteLLMApi:
             entry["litellm_provider"] = model.split("/", 1)[0]
         self._litellm.register_model({model: entry})
 
-    async def chat(
-        self,
-        section: LLMSection,
-        key: str | None,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        n: int,
-        seed: int,
-        json_reply: bool,
-        timeout_s: float,
-    ) -> ApiReply:
+    def can_schema(self, model: str, api_base: str | None) -> bool:
+        """Whether the model takes a JSON schema. Of a server at an address of the user's own nobody knows better."""
+        return api_base is not None or bool(self._litellm.supports_response_schema(model))
+
+    def router(self, group: str, models: Sequence[str], cooldown_s: float) -> Any:
+        """A Router that chooses and keeps the cool-downs it is told of. It is given no keys, since it sends nothing."""
+        made = self._litellm.Router(
+            model_list=[
+                {"model_name": group, "litellm_params": {"model": model}, "model_info": {"id": str(index)}}
+                for index, model in enumerate(models)
+            ],
+            num_retries=0,
+            cooldown_time=cooldown_s,
+            disable_cooldowns=True,  # of its own: it spares a dead server, and never hears of our time-outs
+        )
+        self._clear_callbacks()
+        return made
+
+    async def chat(self, endpoint: Endpoint, request: Request, timeout_s: float) -> ApiReply:
         """One request, no retry. Raises whatever the client raises; failure.classify reads it."""
-        request: dict[str, Any] = {"n": n} if n > 1 else {}
-        if json_reply and section.json_mode:
-            request["response_format"] = {"type": "json_object"}
+        options: dict[str, Any] = {"n": request.n} if request.n > 1 else {}
+        if request.json_reply and request.schema is not None and endpoint.json_schema:
+            wanted = {"name": "reply", "strict": True, "schema": dict(request.schema)}
+            options["response_format"] = {"type": "json_schema", "json_schema": wanted}
+        elif request.json_reply and endpoint.json_mode:
+            options["response_format"] = {"type": "json_object"}
         response = await self._litellm.acompletion(
-            model=section.model,
-            messages=[dict(message) for message in messages],
-            api_base=section.api_base,
-            api_key=key if section.api_key_env is not None else NO_KEY,
-            temperature=section.temperature,
-            max_tokens=section.max_tokens,
-            seed=seed,
+            model=endpoint.model,
+            messages=[dict(message) for message in request.messages],
+            api_base=endpoint.api_base,
+            api_key=endpoint.key if endpoint.key is not None else NO_KEY,
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            seed=request.seed,
             timeout=timeout_s,
             max_retries=0,
             num_retries=0,
-            **request,
+            **options,
         )
         usage = getattr(response, "usage", None)
         prompt_tokens = int(getattr(usage, "prompt_tokens", 0) or 0)
         completion_tokens = int(getattr(usage, "completion_tokens", 0) or 0)
+        texts = tuple(choice.message.content or "" for choice in response.choices)
+        problem = ""
+        if any(choice.message.role != "assistant" for choice in response.choices):
+            problem = "wrong_role"
+        elif any(len(text) > request.longest_chars for text in texts):
+            problem = "too_long"
         return ApiReply(
-            texts=tuple(choice.message.content or "" for choice in response.choices),
+            texts=() if problem else texts,
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
-            cost_usd=self._cost_usd(section, response, prompt_tokens, completion_tokens),
+            cost_usd=self._cost_usd(endpoint, response, prompt_tokens, completion_tokens),
+            model=str(response.model or ""),
+            fingerprint=str(getattr(response, "system_fingerprint", None) or ""),
+            problem=problem,
         )
 
     @staticmethod
-    def _cost_usd(section: LLMSection, response: Any, prompt_tokens: int, completion_tokens: int) -> float:
-        into, out = section.input_usd_per_mtoken, section.output_usd_per_mtoken
+    def _cost_usd(endpoint: Endpoint, response: Any, prompt_tokens: int, completion_tokens: int) -> float:
+        into, out = endpoint.input_usd_per_mtoken, endpoint.output_usd_per_mtoken
         if into is not None or out is not None:
             return (prompt_tokens * (into or 0.0) + completion_tokens * (out or 0.0)) / 1e6
         # LiteLLM's own figure knows about cached and tiered tokens, which a product of two numbers does not.

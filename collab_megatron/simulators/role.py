@@ -1,8 +1,8 @@
 """One role of the gateway: the only retry layer, its deadlines, its concurrency bound and its counters.
 
-A call's deadline covers its requests and the pauses between them, not the queue for a free slot: a long queue says that
-the bound is low, not that the provider is ill. The queue is finite, since every holder of a slot leaves within
-`timeout_s`. The slot is given back during back-off.
+A call's deadline covers its requests, the pauses between them and the wait for room within the limits per minute, not
+the queue for a free slot: a long queue says that the bound is low, not that the provider is ill. The queue is finite,
+since every holder of a slot leaves within `deadline_s`. The slot is given back during back-off.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from collab_megatron.config.sections import LLMSection
-from collab_megatron.simulators.failure import Failure, SimulatorError, classify
-from collab_megatron.simulators.litellm_api import ApiReply, LiteLLMApi
+from collab_megatron.simulators.deployments import Deployment, Deployments, NoTurn
+from collab_megatron.simulators.failure import Failure, SimulatorError, classify, timed_out
+from collab_megatron.simulators.litellm_api import ApiReply, LiteLLMApi, Request
+from collab_megatron.simulators.recorded import Recorded
 from collab_megatron.simulators.usage import RoleUsage
+from collab_megatron.slots import Slots
 from collab_megatron.types import LLMReply, Message
 
 logger = logging.getLogger(__name__)
@@ -28,18 +33,63 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 
 
+class Observer(Protocol):
+    """Told of every fresh answer, for checks that go beyond one call."""
+
+    def provider(self, role: str, model: str, fingerprint: str) -> None:
+        """What the provider says that it was."""
+
+    def malformed(self, role: str, kind: str) -> None:
+        """An answer that could not be used; `kind` is one of usage.MALFORMED."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back, from the provider or from the journal."""
+
+    reply: ApiReply
+    latency_s: float
+    replayed: bool = False
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An attempt that brought nothing, and where."""
+
+    failure: Failure
+    deployment: Deployment
+
+
 class Role:
     """Implements types.ChatLLM for one LLMSection."""
 
-    def __init__(self, name: str, section: LLMSection, key: str | None, seed: int, api: LiteLLMApi) -> None:
+    def __init__(
+        self,
+        name: str,
+        section: LLMSection,
+        deployments: Deployments,
+        seed: int,
+        api: LiteLLMApi,
+        *,
+        recorded: Recorded | None = None,
+        observer: Observer | None = None,
+        shards: int = 1,
+    ) -> None:
         self.name = name
         self.section = section
         self.usage = RoleUsage()
-        self._key = key
+        self.slots = Slots(max(1, section.max_concurrency // shards))
+        self._deployments = deployments
         self._seed = seed
         self._api = api
-        self._slots = asyncio.Semaphore(section.max_concurrency)
+        self._recorded = recorded
+        self._observer = observer
         self._jitter = random.Random(f"{seed}/{name}")
+
+    def counters(self) -> RoleUsage:
+        """A copy of the counters, with the gauges as they stand."""
+        self.usage.slots, self.usage.waiting = self.slots.limit, self.slots.waiting
+        return self.usage.copy()
 
     async def complete(
         self,
@@ -54,39 +104,49 @@ class Role:
         """n replies that pass `check` (which raises ValueError for one that does not) and are not empty.
 
         Waits for a slot, then for the provider, at most `deadline_s` in all attempts. Raises SimulatorError when the
-        attempts or the deadline are spent, or at once when asking again cannot help.
+        attempts or the deadline are spent, or at once when asking again cannot help; ReplayMiss where nothing may be
+        asked and the journal lacks the answer.
         """
         section, usage = self.section, self.usage
         wire = [{"role": message.role, "content": message.content} for message in messages]
-        usage.calls += 1
         failure = Failure("NoAttempt", None, False, None)
-        spent_s, malformed, attempt = 0.0, 0, 0
+        spent_s, attempt, sent, malformed = 0.0, 0, 0, 0
         replies: list[LLMReply] = []
+        refused: set[int] = set()  # deployments where asking this again cannot help
         while attempt < section.max_attempts and spent_s < section.deadline_s:
             attempt += 1
-            usage.retries += attempt > 1
-            timeout_s = min(section.timeout_s, section.deadline_s - spent_s)
             seed = request_seed(self._seed, sample_index, wire, malformed + len(replies))
-            result, latency_s = await self._attempt(wire, n - len(replies), seed, json_reply, timeout_s)
-            spent_s += latency_s
-            if isinstance(result, ApiReply):
-                problem = find_problem(result.texts, check)
+            request = self._request(wire, n - len(replies), seed, json_reply, schema)
+            key = None if self._recorded is None else self._recorded.key(request, sample_index)
+            result: Answer | Failed | None = self._replay(key)
+            if result is None:
+                usage.calls += sent == 0
+                usage.retries += attempt > 1
+                sent += 1
+                try:
+                    result, seconds = await self._attempt(request, key, refused, section.deadline_s - spent_s)
+                except NoTurn as error:
+                    failure = Failure("NoTurn", None, False, None, str(error))
+                    break
+                spent_s += seconds
+            if isinstance(result, Answer):
+                problem = find_problem(result.reply, check)
                 if problem is None:
-                    replies += share_out(result, latency_s)
+                    replies += share_out(result)
                     if len(replies) >= n:
                         return replies[:n]
                     attempt = 0  # a provider without `n` gives one reply a request: go on for the rest
                     continue
                 # Other words may come of another seed, and the provider is well: ask again without a pause.
                 malformed += 1
-                usage.malformed += 1
-                failure = Failure("MalformedReply", None, False, None, problem)
+                self._note_malformed(problem[0], result)
+                failure = Failure("MalformedReply", None, False, None, problem[1])
                 continue
-            failure = result
-            if failure.fatal or attempt == section.max_attempts:
+            failure = result.failure
+            if attempt == section.max_attempts:
                 break
-            pause_s = self._pause_s(attempt, failure.retry_after_s)
-            if spent_s + pause_s >= section.deadline_s:
+            pause_s = self._pause_s(result, refused, attempt)
+            if pause_s is None or spent_s + pause_s >= section.deadline_s:
                 break
             usage.wait_s += pause_s
             spent_s += pause_s
@@ -98,41 +158,100 @@ class Role:
             fatal=failure.fatal,
         )
 
+    def _request(
+        self, wire: Sequence[Mapping[str, str]], n: int, seed: int, json_reply: bool, schema: Mapping[str, Any] | None
+    ) -> Request:
+        section = self.section
+        wanted = schema if json_reply and section.json_schema else None
+        return Request(wire, section.temperature, section.max_tokens, n, seed, json_reply, wanted)
+
+    def _replay(self, key: bytes | None) -> Answer | None:
+        """What the journal has: it takes no slot and costs nothing."""
+        if self._recorded is None or key is None:
+            return None
+        found = self._recorded.look_up(key)
+        if found is None:
+            return None
+        self.usage.replayed += 1
+        return Answer(*found, replayed=True)
+
     async def _attempt(
-        self, wire: Sequence[Mapping[str, str]], n: int, seed: int, json_reply: bool, timeout_s: float
-    ) -> tuple[ApiReply | Failure, float]:
-        """One request in a slot of its own; (reply or failure, seconds without the queue)."""
+        self, request: Request, key: bytes | None, refused: AbstractSet[int], left_s: float
+    ) -> tuple[Answer | Failed, float]:
+        """One request in a slot of its own; (what came, seconds without the queue). Raises NoTurn."""
+        usage = self.usage
         queued_at = time.monotonic()
-        async with self._slots:
-            started_at = time.monotonic()
-            self.usage.queue_s += started_at - queued_at
-            self.usage.attempts += 1
-            self.usage.in_flight += 1
+        async with self.slots.take():
+            began_at = time.monotonic()
+            usage.queue_s += began_at - queued_at
+            turn = await self._deployments.turn(request, refused, left_s)
+            sent_at = time.monotonic()
+            usage.paced_s += sent_at - began_at
+            usage.attempts += 1
+            usage.in_flight += 1
+            timeout_s = min(self.section.timeout_s, left_s - (sent_at - began_at))
             result: ApiReply | Failure
             try:
                 # The client's own time-out covers single reads only; this one covers the whole request.
                 async with asyncio.timeout(timeout_s):
-                    reply = await self._api.chat(
-                        self.section, self._key, wire, n=n, seed=seed, json_reply=json_reply, timeout_s=timeout_s
-                    )
-                self.usage.prompt_tokens += reply.prompt_tokens
-                self.usage.completion_tokens += reply.completion_tokens
-                self.usage.cost_usd += reply.cost_usd
-                result = reply
+                    result = await self._api.chat(turn.deployment.endpoint, request, timeout_s)
             except TimeoutError:
-                result = Failure("Timeout", None, False, None, f"no answer within {timeout_s:.1f} s")
+                result = timed_out(timeout_s)
             except Exception as error:  # noqa: BLE001 - LiteLLM raises many kinds; every one becomes a status
-                result = classify(error, self._key)
+                result = classify(error, turn.deployment.endpoint.key)
                 logger.debug("simulators.%s: attempt failed: %s", self.name, result)
             finally:
-                self.usage.in_flight -= 1
-                latency_s = time.monotonic() - started_at
-                self.usage.wait_s += latency_s
-        return result, latency_s
+                usage.in_flight -= 1
+                ended_at = time.monotonic()
+                usage.wait_s += ended_at - sent_at
+        seconds, latency_s = ended_at - began_at, ended_at - sent_at
+        if isinstance(result, Failure):
+            turn.settle(0, 0, 0)
+            self._note_failure(result, turn.deployment)
+            return Failed(result, turn.deployment), seconds
+        turn.settle(result.prompt_tokens, result.completion_tokens, request.n)
+        self._note_answer(result, latency_s)
+        if self._recorded is not None and key is not None:
+            self._recorded.keep(key, result, latency_s, turn.deployment.index)
+        return Answer(result, latency_s), seconds
 
-    def _pause_s(self, attempt: int, retry_after_s: float | None) -> float:
+    def _note_answer(self, reply: ApiReply, latency_s: float) -> None:
+        usage = self.usage
+        usage.answers += 1
+        usage.prompt_tokens += reply.prompt_tokens
+        usage.completion_tokens += reply.completion_tokens
+        usage.cost_usd += reply.cost_usd
+        self.slots.succeeded(latency_s=latency_s)
+        if self._observer is not None:
+            self._observer.provider(self.name, reply.model, reply.fingerprint)
+
+    def _note_failure(self, failure: Failure, deployment: Deployment) -> None:
+        self.usage.add(failure.counter)
+        if failure.overload:
+            self.slots.overloaded()
+        if failure.ill:
+            self.usage.cooldowns += self._deployments.cool(deployment, failure.kind, failure.retry_after_s)
+
+    def _note_malformed(self, kind: str, answer: Answer) -> None:
+        if answer.replayed:
+            return  # it was counted when it came
+        self.usage.add(kind)
+        if self._observer is not None:
+            self._observer.malformed(self.name, kind)
+
+    def _pause_s(self, failed: Failed, refused: set[int], attempt: int) -> float | None:
+        """Seconds until the next attempt, none where another deployment is well; None: asking again cannot help."""
+        deployments, failure = self._deployments, failed.failure
+        if failure.fatal:
+            refused.add(failed.deployment.index)
+            if len(refused) == len(deployments.items):
+                return None
+        if failure.fatal or deployments.another_well(failed.deployment, refused):
+            self.usage.failovers += 1
+            return 0.0
         pause_s = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S) * self._jitter.uniform(0.75, 1.25)
-        return max(pause_s, retry_after_s or 0.0)
+        # With several deployments the one that asked for a pause gets it from all calls, and no call waits here for it.
+        return max(pause_s, failure.retry_after_s or 0.0) if len(deployments.items) == 1 else pause_s
 
 
 def request_seed(seed: int, sample_index: int, wire: Sequence[Mapping[str, str]], answers: int) -> int:
@@ -141,22 +260,35 @@ def request_seed(seed: int, sample_index: int, wire: Sequence[Mapping[str, str]]
     return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=4).digest(), "big") >> 1
 
 
-def find_problem(texts: Sequence[str], check: Callable[[str], object] | None) -> str | None:
-    """Why these replies cannot be used; None if they can."""
-    if not texts:
-        return "no reply came"
-    for text in texts:
+def find_problem(reply: ApiReply, check: Callable[[str], object] | None) -> tuple[str, str] | None:
+    """Why a reply cannot be used, as (one of usage.MALFORMED, words); None if it can."""
+    if reply.problem:
+        return reply.problem, f"the reply was {reply.problem.replace('_', ' ')}"
+    if not reply.texts:
+        return "empty", "no reply came"
+    for text in reply.texts:
         if not text.strip():
-            return "the reply is empty"
+            return "empty", "the reply is empty"
         if check is not None:
             try:
                 check(text)
             except ValueError as error:
-                return str(error)
+                return "unreadable", str(error)
     return None
 
 
-def share_out(reply: ApiReply, latency_s: float) -> list[LLMReply]:
+def share_out(answer: Answer) -> list[LLMReply]:
     """One LLMReply for each choice. The request's tokens and dollars stand on the first, so that sums stay right."""
-    first = LLMReply(reply.texts[0], reply.cost_usd, reply.prompt_tokens, reply.completion_tokens, latency_s)
-    return [first, *(LLMReply(text, latency_s=latency_s) for text in reply.texts[1:])]
+    reply = answer.reply
+    first = (reply.cost_usd, reply.prompt_tokens, reply.completion_tokens)
+    return [
+        LLMReply(
+            text,
+            *(first if index == 0 else (0.0, 0, 0)),
+            latency_s=answer.latency_s,
+            model=reply.model,
+            fingerprint=reply.fingerprint,
+            replayed=answer.replayed,
+        )
+        for index, text in enumerate(reply.texts)
+    ]

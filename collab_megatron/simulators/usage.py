@@ -9,29 +9,55 @@ API_USAGE_FILE = "api_usage.json"
 """Where a process leaves its final counters, for the totals of a run."""
 
 
+GAUGES = ("in_flight", "slots", "waiting")
+MALFORMED = ("empty", "wrong_role", "too_long", "unreadable")
+
+
 @dataclass
 class RoleUsage:
-    """One role's counters since the gateway was made."""
+    """One role's counters since the gateway was made. What came from the journal stands in `replayed` alone."""
 
-    calls: int = 0  # complete() calls begun
+    calls: int = 0  # complete() calls that sent a request
     attempts: int = 0  # requests sent, retries included
     retries: int = 0  # attempts after the first of a call
-    malformed: int = 0  # answers that came but could not be used
+    answers: int = 0  # requests that were answered, and paid for; malformed answers too
+    replayed: int = 0  # answers that the journal had
     failures: int = 0  # calls that ended in SimulatorError
+    rate_limited: int = 0  # attempts that ended in 429
+    server_errors: int = 0  # 5xx
+    rejected: int = 0  # any other 4xx
+    timeouts: int = 0  # no whole answer within timeout_s
+    connection_errors: int = 0  # refused, reset, hung up
+    bad_bodies: int = 0  # status 200 with half a JSON, HTML, or something that is no completion
+    malformed: int = 0  # answers that came but could not be used: the sum of the next four
+    empty: int = 0
+    wrong_role: int = 0  # a choice that the assistant did not say
+    too_long: int = 0  # never parsed, never stored
+    unreadable: int = 0  # the caller's check refused it
+    failovers: int = 0  # attempts that went to another deployment at once
+    cooldowns: int = 0  # times that a deployment was left alone
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
     wait_s: float = 0.0  # seconds in requests and back-off, summed over calls
     queue_s: float = 0.0  # seconds waiting for a free slot, summed over calls
+    paced_s: float = 0.0  # seconds waiting for the limits per minute and for what Retry-After asked, summed over calls
     in_flight: int = 0  # requests at this moment: a gauge, not a counter
+    slots: float = 0.0  # gauge: how many may be in flight, as the provider bears them
+    waiting: int = 0  # gauge: calls in the queue for a slot
+
+    def add(self, counter: str) -> None:
+        """One more of a field by name."""
+        setattr(self, counter, getattr(self, counter) + 1)
+        self.malformed += counter in MALFORMED
 
     def copy(self) -> RoleUsage:
         return RoleUsage(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def since(self, before: RoleUsage) -> RoleUsage:
-        """The counters' growth since `before`; the gauge stays as it is."""
+        """The counters' growth since `before`; the gauges stay as they are."""
         grown = {f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)}
-        return RoleUsage(**{**grown, "in_flight": self.in_flight})
+        return RoleUsage(**{**grown, **{gauge: getattr(self, gauge) for gauge in GAUGES}})
 
 
 @dataclass(frozen=True)
