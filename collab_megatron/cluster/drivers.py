@@ -39,8 +39,8 @@ class Drivers:
                 continue
             if self._restarts[shard] >= self._section.max_restarts:
                 raise RunError(
-                    f"{child.name} ended with {child.ended()} and was started again {self._restarts[shard]} times already "
-                    "(driver.max_restarts)"
+                    f"{child.name} ended with {child.ended()} and was started again {self._restarts[shard]} times "
+                    "already (driver.max_restarts)"
                 )
             if self._supervisor.is_gone(child):
                 self._restarts[shard] += 1

@@ -24,7 +24,6 @@ from collab_megatron.simulators import Gateway, LLMUserSimulator, SimulatorHealt
 from collab_megatron.slots import Slots
 from collab_megatron.types import Task
 
-
 S = TypeVar("S", bound=Section)
 
 

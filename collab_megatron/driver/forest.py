@@ -1,9 +1,9 @@
 """Which trees are under way, when new ones may begin, and which of them make the batch of a step.
 
 Staleness is a capacity. With max_staleness s at most s + 1 batches of trees are under way when the trainer asks for
-one, and what it has sampled under weights that are s updates old must be in the next batch, which waits for it; the rest
-leave in the order in which they end. Both together bound the age of every trained token by s updates, and nothing that
-was paid for is thrown away.
+one, and what it has sampled under weights that are s updates old must be in the next batch, which waits for it; the
+rest leave in the order in which they end. Both together bound the age of every trained token by s updates, and nothing
+that was paid for is thrown away.
 
 Why the trees that must be in batch t fit into it: under weights of version t - s at most (t - s + s + 1) batches had
 begun, and t batches have been delivered.

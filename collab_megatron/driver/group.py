@@ -89,9 +89,7 @@ async def _until_deadline(
 ) -> dict[tuple[int, int], Future]:
     """Every future, played or late. Whatever is raised, none goes on unseen."""
     try:
-        done, pending = await asyncio.wait(
-            playing.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
-        )
+        done, pending = await asyncio.wait(playing.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()  # raises what ends all
         late = f"its group was taken after {timeout_s:g} s"

@@ -87,8 +87,8 @@ class DriverClient:
     ) -> Delivery[RolloutBatch]:
         """The finished groups of `step`, sampled by `engines`, all of which hold `version`.
 
-        Raises RunError at the deadline or with the driver's own error; DriverHasNoEngine when all engines were given up;
-        BudgetSpent or SimulatorSick where the run must stop.
+        Raises RunError at the deadline or with the driver's own error; DriverHasNoEngine when all engines were given
+        up; BudgetSpent or SimulatorSick where the run must stop.
         """
         request = Request("step", step, version, tuple(engines), saved)
         answers = self._ask_all(request, f"the rollouts of step {step}", timeout_s)

@@ -13,7 +13,6 @@ import orjson
 from collab_megatron.errors import RunError
 from collab_megatron.types import Group, Message
 
-
 _STEP = re.compile(rb'\{"step":(\d+),')
 
 

@@ -16,7 +16,7 @@ SMOOTHING = 0.05
 
 
 class RecordedEngine:
-    """Implements types.PolicyEngine. `slots` bounds the tokens of the calls in flight; without a journal all is sampled."""
+    """Implements types.PolicyEngine. `slots` bounds the tokens of the calls in flight."""
 
     def __init__(self, engine: PolicyEngine, journal: Journal | None, slots: Slots, *, max_staleness: int) -> None:
         self._engine, self._journal, self._slots = engine, journal, slots

@@ -42,9 +42,7 @@ class Shard:
     def task(self, seat: TreeSeat) -> Task:
         """The prompt of a tree; that of a refill is drawn from all."""
         if seat.slot < self.prompts_per_step:
-            rows = step_indices(
-                self.seed, seat.step, num_rows=len(self.tasks), batch_size=self.prompts_per_step
-            )
+            rows = step_indices(self.seed, seat.step, num_rows=len(self.tasks), batch_size=self.prompts_per_step)
             return self.tasks[rows[seat.slot]]
         return random.Random(f"refill/{self.seed}/{seat}").choice(self.tasks)
 

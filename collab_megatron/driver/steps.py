@@ -16,7 +16,9 @@ from collab_megatron.driver.metrics import rollout_metrics, staleness_metrics
 from collab_megatron.driver.protocol import Answer
 from collab_megatron.driver.record import TreeRecorder, tree_line
 from collab_megatron.driver.work import Work
+from collab_megatron.engine.usage import PoolUsage
 from collab_megatron.errors import RunError
+from collab_megatron.simulators import GatewaySnapshot
 from collab_megatron.simulators.health import shares
 from collab_megatron.types import Group, TrainingSample
 
@@ -155,7 +157,7 @@ class _Counters:
             "engine/slots_waiting": Figure.of("sum", [slots.waiting]),
         }
 
-    def _now(self) -> tuple[Mapping[str, float], object, object, float, int]:
+    def _now(self) -> tuple[Mapping[str, float], GatewaySnapshot, PoolUsage, float, int]:
         players, cast = self._cast.players, self._cast
         clocks = {
             "time_s/engine": players.engine_clock.seconds(),
@@ -170,5 +172,6 @@ def _require_versions(samples: Sequence[TrainingSample], step: int, max_stalenes
     seen = {version for sample in samples for version in sample.versions_T}
     if seen and not (step - max_staleness <= min(seen) and max(seen) <= step):
         raise RunError(
-            f"driver: step {step} holds tokens of weight versions {sorted(seen)}; driver.max_staleness is {max_staleness}"
+            f"driver: step {step} holds tokens of weight versions {sorted(seen)}; driver.max_staleness is "
+            f"{max_staleness}"
         )

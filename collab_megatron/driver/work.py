@@ -5,12 +5,12 @@ from __future__ import annotations
 from collab_megatron.config import RLConfig
 from collab_megatron.data.parquet import read_tasks
 from collab_megatron.driver.cast import Cast, usable_tasks
+from collab_megatron.driver.conversation import STOPS_ALL
 from collab_megatron.driver.evaluation import evaluate
 from collab_megatron.driver.forest import ForestRules, Tree
 from collab_megatron.driver.group import GroupRules, grow_group, sample_replies
 from collab_megatron.driver.protocol import Answer
 from collab_megatron.driver.shard import Shard
-from collab_megatron.driver.conversation import STOPS_ALL
 from collab_megatron.errors import RunError
 from collab_megatron.types import Group, Task
 

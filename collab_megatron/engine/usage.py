@@ -8,7 +8,6 @@ from typing import Literal
 
 from collab_megatron.types import Generation
 
-
 Kind = Literal["mean", "sum", "max", "min"]
 
 

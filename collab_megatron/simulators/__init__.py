@@ -2,6 +2,7 @@
 
 from collab_megatron.simulators.failure import SimulatorError
 from collab_megatron.simulators.gateway import Gateway
+from collab_megatron.simulators.health import SimulatorHealth
 from collab_megatron.simulators.usage import GatewaySnapshot, RoleUsage
 from collab_megatron.simulators.user import LLMUserSimulator, ends_chat, strip_signal
 
@@ -11,6 +12,7 @@ __all__ = [
     "LLMUserSimulator",
     "RoleUsage",
     "SimulatorError",
+    "SimulatorHealth",
     "ends_chat",
     "strip_signal",
 ]

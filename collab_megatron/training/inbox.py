@@ -20,7 +20,12 @@ from collab_megatron.types import RolloutBatch
 
 MARGIN_S = 120.0
 DELIVERED = b"\x00"
-KINDS: dict[bytes, type[RunError]] = {b"\x01": NoEngineLeft, b"\x02": BudgetSpent, b"\x03": SimulatorSick, b"\xff": RunError}
+KINDS: dict[bytes, type[RunError]] = {
+    b"\x01": NoEngineLeft,
+    b"\x02": BudgetSpent,
+    b"\x03": SimulatorSick,
+    b"\xff": RunError,
+}
 """What rank 0 met, for the others to raise; the first that fits."""
 T = TypeVar("T")
 

@@ -28,9 +28,7 @@ class LetterChat:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         return [ord(c) for message in messages for c in message.content]
 
-    def grow(
-        self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str, *, cut: bool
-    ) -> list[int]:
+    def grow(self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str, *, cut: bool) -> list[int]:
         return [*context_ids, *([END] if cut else []), *(ord(c) for c in user_text)]
 
     def reply_text(self, token_ids: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from collab_megatron.driver.conversation import Players
+from collab_megatron.driver.figures import values
 from collab_megatron.driver.group import (
     GroupRules,
     TreeSeat,
@@ -20,13 +21,11 @@ from collab_megatron.driver.group import (
     training_samples,
     with_advantages,
 )
-from collab_megatron.driver.figures import values
 from collab_megatron.driver.metrics import evaluation_metrics, rollout_metrics, staleness_metrics
 from collab_megatron.driver.record import TreeRecorder, tree_line
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import Future, Group, Message, Reply, RolloutStatus
 from tests.driver.fakes import LIMITS, TASK, LengthScorer, ScriptedEngine, ScriptedUser, generation, players
-
 
 SEAT = TreeSeat(3, 1, first_sample=100)
 RULES = GroupRules(

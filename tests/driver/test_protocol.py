@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import msgspec
 import pytest
 import zmq
 
 from collab_megatron.driver import protocol
+from collab_megatron.driver.figures import Figure
 from collab_megatron.driver.protocol import (
     Answer,
     Delivery,
@@ -19,12 +21,12 @@ from collab_megatron.driver.protocol import (
     encode_answer,
     request_decoder,
 )
-from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick
 from collab_megatron.types import RolloutBatch, TrainingSample
 
-BATCH = RolloutBatch(
-    step=7, samples=(TrainingSample((1, 2), (3, 4), (-0.5, -0.25), (6, 6), 1.5),), metrics={"reward/mr_mean": 0.5}
-)
+SAMPLE = TrainingSample((1, 2), (3, 4), (-0.5, -0.25), (6, 6), 1.5)
+BATCH = RolloutBatch(step=7, samples=(SAMPLE,), metrics={"reward/mr_mean": 0.5})
+DONE = Answer(samples=(SAMPLE,), figures={"reward/mr_mean": Figure.of("mean", [0.25, 0.75])})
 
 
 @pytest.fixture
@@ -56,9 +58,13 @@ def served() -> Iterator[Callable[[list[Answer]], str]]:
 
 def test_a_batch_arrives_as_it_was_sent_after_any_number_of_polls(served: Callable[[list[Answer]], str]) -> None:
     lost = {"http://a": "it was silent for 60 s"}
-    answers = [Answer(pending=True), Answer(pending=True), Answer(batch=BATCH, lost=lost)]
-    client = DriverClient(served(answers))
-    assert client.next_batch(7, 6, ["http://a", "http://b"], timeout_s=30) == Delivery(BATCH, lost)
+    answers = [
+        Answer(pending=True),
+        Answer(pending=True),
+        Answer(samples=DONE.samples, figures=DONE.figures, lost=lost, notes=("hear",)),
+    ]
+    client = DriverClient([served(answers)])
+    assert client.next_batch(7, 6, ["http://a", "http://b"], timeout_s=30) == Delivery(BATCH, lost, ("hear",))
     client.close()
 
 
@@ -72,7 +78,7 @@ def test_a_driver_without_engines_can_be_told_from_one_that_failed(
     served: Callable[[list[Answer]], str], ask: str
 ) -> None:
     lost = {"http://a": "gone"}
-    client = DriverClient(served([Answer(error="no engine is left", no_engine=True, lost=lost)]))
+    client = DriverClient([served([Answer(error="no engine is left", no_engine=True, lost=lost)])])
     with pytest.raises(DriverHasNoEngine, match="no engine is left") as caught:
         getattr(client, ask)(0, 0, ["http://a"], timeout_s=30)
     assert caught.value.lost == lost
@@ -80,7 +86,7 @@ def test_a_driver_without_engines_can_be_told_from_one_that_failed(
 
 
 def test_the_drivers_error_becomes_ours(served: Callable[[list[Answer]], str]) -> None:
-    client = DriverClient(served([Answer(error="driver: all judges are gone")]))
+    client = DriverClient([served([Answer(error="driver: all judges are gone")])])
     with pytest.raises(RunError, match="all judges are gone") as caught:
         client.next_batch(0, 0, [], timeout_s=30)
     assert not isinstance(caught.value, NoEngineLeft)
@@ -88,15 +94,72 @@ def test_the_drivers_error_becomes_ours(served: Callable[[list[Answer]], str]) -
 
 
 def test_a_deadline_names_what_was_waited_for(served: Callable[[list[Answer]], str]) -> None:
-    client = DriverClient(served([Answer(pending=True)]))
+    client = DriverClient([served([Answer(pending=True)])])
     with pytest.raises(RunError, match="the rollouts of step 3"):
         client.next_batch(3, 3, [], timeout_s=0.0)
     client.close()
 
 
 def test_a_silent_driver_is_noticed(monkeypatch: pytest.MonkeyPatch, served: Callable[[list[Answer]], str]) -> None:
-    monkeypatch.setattr(protocol, "ANSWER_TIMEOUT_S", 0.2)
-    client = DriverClient(served([]))
+    monkeypatch.setattr(protocol, "SILENT_S", 0.2)
+    monkeypatch.setattr(protocol, "POLL_S", 0.1)
+    client = DriverClient([served([])])
     with pytest.raises(RunError, match="silent"):
         client.evaluate(0, 0, [], timeout_s=30)
     client.close()
+
+
+def test_shards_become_one_stream(served: Callable[[list[Answer]], str]) -> None:
+    other = Answer(samples=DONE.samples, figures={"reward/mr_mean": Figure.of("mean", [1.0])})
+    client = DriverClient([served([Answer(pending=True), DONE]), served([other])])
+    batch = client.next_batch(7, 6, [], timeout_s=30).content
+    assert batch.samples == (SAMPLE, SAMPLE)
+    assert batch.metrics == {"reward/mr_mean": pytest.approx(2 / 3)}
+    client.close()
+
+
+@pytest.mark.parametrize(("stop", "kind"), [("budget", BudgetSpent), ("health", SimulatorSick)])
+def test_a_run_that_must_stop_is_told_why(
+    served: Callable[[list[Answer]], str], stop: Literal["budget", "health"], kind: type[RunError]
+) -> None:
+    client = DriverClient([served([Answer(error="no more", stop=stop)])])
+    with pytest.raises(kind, match="no more"):
+        client.next_batch(0, 0, [], timeout_s=30)
+    client.close()
+
+
+def test_after_an_error_of_one_shard_all_are_asked_anew(served: Callable[[list[Answer]], str]) -> None:
+    """The other one still owes the answer to the first request."""
+    slow = served([Answer(pending=True), Answer(pending=True), DONE, DONE])
+    client = DriverClient([slow, served([Answer(error="no engine is left", no_engine=True), DONE])])
+    with pytest.raises(DriverHasNoEngine):
+        client.next_batch(7, 6, [], timeout_s=30)
+    assert len(client.next_batch(7, 6, [], timeout_s=30).content.samples) == 2
+    client.close()
+
+
+def test_a_driver_that_was_started_again_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "POLL_S", 0.1)
+    monkeypatch.setattr(protocol, "ASK_AGAIN_S", 0.3)
+    context = zmq.Context()
+    first = context.socket(zmq.REP)
+    port = first.bind_to_random_port("tcp://127.0.0.1")
+    got: list[Request] = []
+
+    def lives() -> None:
+        got.append(request_decoder()(first.recv()))
+        first.close(linger=0)  # killed with the request in hand
+        again = context.socket(zmq.REP)
+        again.bind(f"tcp://127.0.0.1:{port}")
+        got.append(request_decoder()(again.recv()))
+        again.send(encode_answer(DONE))
+        again.close(linger=1000)
+
+    thread = threading.Thread(target=lives, daemon=True)
+    thread.start()
+    client = DriverClient([f"tcp://127.0.0.1:{port}"])
+    assert client.next_batch(7, 6, [], timeout_s=30).content == BATCH
+    thread.join(timeout=5)
+    assert got[0] == got[1]
+    client.close()
+    context.destroy(linger=0)

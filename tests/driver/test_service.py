@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,7 +12,10 @@ from typing import Any, cast
 
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import (
+    BudgetSection,
     DataSection,
+    DriverSection,
+    HealthSection,
     LLMSection,
     ModelSection,
     RewardSection,
@@ -20,25 +24,31 @@ from collab_megatron.config.sections import (
     SimulatorsSection,
 )
 from collab_megatron.data.parquet import write_tasks
-from collab_megatron.driver.cast import Cast
+from collab_megatron.driver.cast import Cast, open_journal
+from collab_megatron.driver.figures import values
 from collab_megatron.driver.protocol import Answer, Request
 from collab_megatron.driver.record import TreeRecorder
+from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.driver.service import Service
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.simulators import Gateway
+from collab_megatron.simulators import Gateway, SimulatorHealth
+from collab_megatron.simulators.budget import Budget
 from collab_megatron.simulators.usage import GatewaySnapshot
+from collab_megatron.slots import Slots
 from collab_megatron.types import Message
 from tests.driver.fakes import LIMITS, TASK, ScriptedUser, players
 from tests.engine.servers import FakeServer, servers, slowly
 
 
 class NoGateway:
+    budget = Budget(BudgetSection(), None, dict)
+
     def snapshot(self) -> GatewaySnapshot:
         return GatewaySnapshot()
 
 
 @asynccontextmanager
-async def service(folder: Path, *fakes: FakeServer) -> AsyncIterator[Service]:
+async def service(folder: Path, *fakes: FakeServer, **driver: Any) -> AsyncIterator[Service]:
     """Two prompts a step, two replies, one future each: four conversations of three policy turns."""
 
     def go_on(chat: Sequence[Message], sample_index: int) -> str:
@@ -52,14 +62,29 @@ async def service(folder: Path, *fakes: FakeServer) -> AsyncIterator[Service]:
         simulators=SimulatorsSection(user=LLMSection(model="none")),
         reward=RewardSection(metric_weights={"accuracy": 1.0}, accuracy_verifier="exact"),
         rollout=RolloutSection(prompts_per_step=2, num_replies=2, num_repeat_rollouts=1, max_new_tokens=4),
+        driver=DriverSection(**driver),
     )
     async with (
         servers(*fakes),
-        EnginePool(stop_token_ids=[9], request_timeout_s=30, health_timeout_s=30, max_concurrency=8) as engine,
+        EnginePool(
+            stop_token_ids=[9],
+            request_timeout_s=30,
+            health_timeout_s=30,
+            max_concurrency=8,
+            wait_for_engines=True,
+            ahead=config.driver.max_staleness > 0,
+        ) as engine,
     ):
-        everybody = players(cast(Any, engine), ScriptedUser(go_on))
-        recorder = TreeRecorder(folder / "conversations.jsonl", first_step=0)
-        yield Service(config, Cast(everybody, LIMITS, engine, cast(Gateway, NoGateway())), recorder)
+        slots = Slots(1000)
+        with contextlib.closing(open_journal(config)) as journal:
+            recorded = RecordedEngine(engine, journal, slots, max_staleness=config.driver.max_staleness)
+            everybody = players(cast(Any, recorded), ScriptedUser(go_on))
+            recorder = TreeRecorder(folder / "conversations.jsonl", first_step=0)
+            health, gateway = SimulatorHealth(HealthSection()), cast(Gateway, NoGateway())
+            everything = Cast(everybody, LIMITS, engine, slots, recorded, gateway, health, journal)
+            service = Service(config, everything, recorder)
+            yield service
+            await service.close()
 
 
 async def answered(driver: Service, request: Request) -> Answer:
@@ -79,14 +104,14 @@ async def test_a_step_without_engines_is_asked_for_again_with_others(tmp_path: P
         failed = await asyncio.wait_for(first, timeout=10)
         assert failed.no_engine
         assert list(failed.lost) == [dying.url]
-        assert failed.batch is None
+        assert not failed.samples
         assert not (tmp_path / "conversations.jsonl").exists()  # nothing of it counts
         again = await answered(driver, Request("step", 0, 0, (fresh.url,)))
-        assert again.batch is not None
-        assert len(again.batch.samples) == 4
+        assert again.samples
+        assert len(again.samples) == 4
         assert again.lost == {}
-        assert again.batch.metrics["engine/live"] == 1
-        assert again.batch.metrics["rollout/futures_engine_failed"] == 0
+        assert values(again.figures)["engine/live"] == 1
+        assert values(again.figures)["rollout/futures_engine_failed"] == 0
         # two prompts, two replies each: two requests for the replies, and two more turns in four futures
         assert len(fresh.bodies) == 2 + 4 * 2
 
@@ -96,14 +121,14 @@ async def test_a_server_that_is_lost_on_the_way_comes_with_the_batch(tmp_path: P
     async with service(tmp_path, wrong, right) as driver:
         while not wrong.bodies:  # where the prompt lives depends on the ports
             answer = await answered(driver, Request("step", 0, 0, (wrong.url, right.url)))
-            assert answer.batch is not None
-            assert {v for sample in answer.batch.samples for v in sample.versions_T} == {0}
+            assert answer.samples
+            assert {v for sample in answer.samples for v in sample.versions_T} == {0}
             if not wrong.bodies:
                 await wrong.runner.cleanup()
                 await wrong.start()
         assert list(answer.lost) == [wrong.url]
-        assert answer.batch is not None
-        assert answer.batch.metrics["engine/lost"] == 1
+        assert answer.samples
+        assert values(answer.figures)["engine/lost"] == 1
 
 
 async def test_another_request_ends_the_one_before(tmp_path: Path) -> None:
@@ -111,7 +136,5 @@ async def test_another_request_ends_the_one_before(tmp_path: Path) -> None:
     async with service(tmp_path, slow, quick) as driver:
         assert (await driver.answer(Request("step", 0, 0, (slow.url,)))).pending
         answer = await answered(driver, Request("step", 1, 1, (quick.url,)))
-        assert answer.batch is not None
-        assert answer.batch.step == 1
+        assert answer.samples
         assert len(slow.bodies) == 2
-        assert not [task for task in asyncio.all_tasks() if "collect_step" in repr(task.get_stack())]
