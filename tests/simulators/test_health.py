@@ -239,9 +239,10 @@ def test_a_model_that_changes() -> None:
     for model, fingerprint in (("m-1", "a"), ("m-1", "b"), ("m-2", "a"), ("", ""), ("m-1", "a")):
         health.provider("user", model, fingerprint)
     health.provider("judge", "j", "z")  # another role's first model is its own
+    health.provider("judge", "azure/j", "y", 1)  # and another deployment's
     counts = health.metrics()
     assert counts["health/user/model_changed"] == counts["health/user/fingerprint_changed"] == 1
-    assert counts["health/judge/model_changed"] == 0
+    assert counts["health/judge/model_changed"] == counts["health/judge/fingerprint_changed"] == 0
     warnings, _ = verdict(counts, HealthSection(min_replies=1))
     assert len(warnings) == 1
     assert "another model" in warnings[0]
