@@ -166,7 +166,7 @@ class ChatTemplate:
         difference = self.growth_difference()
         if difference is not None and mode == "refuse":
             raise UserError(
-                f"this chat cannot be grown turn by turn as token ids: {difference}; set "
+                f"the model's chats cannot be grown turn by turn as token ids: {difference}; set "
                 "rollout.inexact_template to as_sampled (the policy goes on seeing its turns as it sampled them) or to "
                 "rendered (after the trained reply it sees them as the template renders them), or use a template that "
                 "only appends"

@@ -57,7 +57,9 @@ class SimulatorHealth:
         self._section = section
         self._counts: Counter[str] = Counter()
         self._roles: dict[str, set[str]] = {}  # role -> what its checks' shares are of
-        self._first: dict[tuple[str, str], str] = {}  # (role, check) -> model or fingerprint first seen
+        self._first: dict[
+            tuple[str, int, str], str
+        ] = {}  # (role, deployment, check) -> model or fingerprint first seen
         self._examples: dict[str, list[str]] = {}
 
     def observe_turn(self, role: str, task: Task, chat: Sequence[Message], text: str) -> None:
@@ -75,11 +77,14 @@ class SimulatorHealth:
             raise ValueError(f"unknown kind of malformed reply {kind!r}; known are {', '.join(MALFORMED)}")
         self._count(role, kind, "replies")
 
-    def provider(self, role: str, model: str, fingerprint: str) -> None:
-        """A reply came, malformed or not; what the provider says answered. Empty words say nothing."""
+    def provider(self, role: str, model: str, fingerprint: str, deployment: int = 0) -> None:
+        """A reply came, malformed or not; what the provider says answered. Empty words say nothing.
+
+        Each of a role's deployments is measured by its own first reply: they need not name the model alike.
+        """
         self._count(role, "replies", "replies")
         for name, now in (("model_changed", model), ("fingerprint_changed", fingerprint)):
-            if now and now != (first := self._first.setdefault((role, name), now)):
+            if now and now != (first := self._first.setdefault((role, deployment, name), now)):
                 self._count(role, name, "replies")
                 self._keep(name, f"{role}: {now} instead of {first}")
 

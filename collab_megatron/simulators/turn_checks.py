@@ -31,17 +31,8 @@ WORD = re.compile(f"[{SPACELESS}]|[^{PUNCTUATION}{SPACELESS}]+")
 
 ASSISTANT_LABELS = frozenset(
     [
-        "assistant",
-        "ai",
-        "ai assistant",
-        "chatgpt",
-        "chatbot",
-        "assistent",
-        "assistente",
-        "asistente",
-        "助手",
-        "助理",
-        "アシスタント",
+        *("assistant", "ai", "ai assistant", "chatgpt", "chatbot", "assistent", "assistente", "asistente"),
+        *("助手", "助理", "アシスタント"),
     ]
 )
 USER_LABELS = frozenset(

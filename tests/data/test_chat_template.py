@@ -47,6 +47,13 @@ FORGETS_THOUGHTS = (  # only the last turn keeps its thinking
     "{{ '<|im_start|>' + m['role'] + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+ALWAYS_THINKS = (  # the last turn has a thinking block, an empty one where it brought none; earlier turns have none
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% set parts = m['content'].split('</think>') %}"
+    "{% if loop.last %}{{ '<think>\n' + (parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '') }}"
+    "{{ '\n</think>\n\n' }}{% endif %}{{ parts[-1].lstrip('\n') }}{% else %}{{ m['content'] }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 SHOUTS = CHATML.replace("m['content']", "(m['content'] | upper if m['role'] == 'user' else m['content'])")
 NO_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{{ 'assistant: ' }}"
 MERGES = "{% for m in messages %}{{ m['content'] + ('<|im_end|>' if m['role'] == 'user' else 'x') }}{% endfor %}"
@@ -100,6 +107,7 @@ RULES["shouts"] = ChatTemplate(byte_tokenizer(SHOUTS))  # no rule of ours: rende
 MODES = get_args(InexactTemplate)
 INEXACT = {
     "thinking removed": (FORGETS_THOUGHTS, r"think>.*no day.*rendered '\\nwhich day\?"),
+    "thinking on the last turn only": (ALWAYS_THINKS, r"grown it reads '.*<think>.*rendered '\\nwhich day\?"),
     "white space": (CHATML.replace("m['content']", "m['content'] | trim"), r"\\n which day\? .*rendered '\\nwhich day"),
     "a mark on the last turn": (REWRITES, r"grown it reads '.*mark which.*rendered '\\nwhich"),
 }

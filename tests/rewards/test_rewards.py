@@ -5,23 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from collab_megatron.config.sections import LLMSection, RewardSection, SimulatorsSection, UserSection
 from collab_megatron.errors import UserError
 from collab_megatron.rewards import (
     MetricContext,
     Scorer,
     asks_question,
     clamped_share,
+    configured_scorer,
     conversation_reward,
     make_scorer,
     multiturn_reward,
     register_metric,
 )
 from collab_megatron.rewards.registry import _FACTORIES
-from collab_megatron.simulators import SimulatorError
+from collab_megatron.simulators import Gateway, SimulatorError
 from collab_megatron.types import Future, LLMReply, Message, Metric, RolloutStatus, ScoredConversation, Task
 
 
@@ -109,6 +112,27 @@ def test_judged_metrics() -> None:
     scorer = make_scorer({"accuracy": 1.0, "interactivity": 1.0}, judge)
     assert score(scorer, conversation("hi {there}")) == {"accuracy": 0.0, "interactivity": 0.5}
     assert all("hi {there}" in prompt and "a table for 4" in prompt for prompt in judge.prompts)
+
+
+def test_every_judges_prompt_can_be_replaced(tmp_path: Path) -> None:
+    accuracy, interactivity = tmp_path / "accuracy.txt", tmp_path / "interactivity.txt"
+    accuracy.write_text("mine: $request $reference $chat")
+    interactivity.write_text("yours: $request $chat")
+    judge = FakeJudge(
+        lambda prompt: {
+            "correct": prompt.startswith("mine"),
+            **dict.fromkeys(("understanding", "clarification", "suggestion"), float(prompt.startswith("yours"))),
+        }
+    )
+    weights = {"accuracy": 1.0, "interactivity": 1.0}
+    scorer = make_scorer(weights, judge, judge_prompt_file=interactivity, accuracy_prompt_file=accuracy)
+    assert score(scorer, conversation("x")) == {"accuracy": 1.0, "interactivity": 1.0}
+
+    llm = LLMSection(model="m", api_key_env=None, prompt_file=interactivity)
+    simulators = SimulatorsSection(user=UserSection(model="m"), judge=llm)
+    reward = RewardSection(accuracy_prompt_file=tmp_path / "none.txt")
+    with pytest.raises(UserError, match=r"none\.txt cannot be read"):
+        configured_scorer(reward, simulators, Gateway({"judge": llm}, 1))
 
 
 def test_a_failing_metric_fails_the_conversation_and_stops_the_others() -> None:
