@@ -18,7 +18,8 @@ def reply(text: str = "hello", *, cost_usd: float = 0.25, model: str = "model-a"
 
 
 def turn(version: int = 5, *, tokens: int = 3) -> Generation:
-    return Generation(tuple(range(tokens)), tuple(-0.1 / (t + 1) for t in range(tokens)), (version,) * tokens, "stop", 2)
+    logprobs = tuple(-0.1 / (t + 1) for t in range(tokens))
+    return Generation(tuple(range(tokens)), logprobs, (version,) * tokens, "stop", cached_tokens=2)
 
 
 def raw(path: Path) -> bytes:

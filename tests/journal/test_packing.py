@@ -13,9 +13,7 @@ from collab_megatron.journal.packing import pack_generations, pack_texts, unpack
 from collab_megatron.journal.replies import reply_key
 from collab_megatron.types import Generation
 
-TOKENS = st.lists(
-    st.tuples(st.integers(0, 2**31 - 1), st.floats(allow_nan=False), st.integers(-1, 10**9)), max_size=20
-)
+TOKENS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(allow_nan=False), st.integers(-1, 10**9)), max_size=20)
 
 
 def bits(values: tuple[float, ...]) -> bytes:
@@ -24,13 +22,13 @@ def bits(values: tuple[float, ...]) -> bytes:
 
 @given(st.lists(TOKENS, max_size=3))
 def test_generations_come_back_bit_for_bit(turns: list[list[tuple[int, float, int]]]) -> None:
-    given_ = [
-        Generation(*(tuple(row[i] for row in turn) for i in range(3)), finish_reason="length", cached_tokens=7)  # type: ignore[misc]
-        for turn in turns
-    ]
-    back = unpack_generations(pack_generations(given_))
-    assert back == tuple(given_)
-    assert [bits(turn.logprobs_T) for turn in back] == [bits(turn.logprobs_T) for turn in given_]
+    packed = []
+    for rows in turns:
+        logprobs = tuple(row[1] for row in rows)
+        packed.append(Generation(tuple(row[0] for row in rows), logprobs, tuple(row[2] for row in rows), "length", 7))
+    back = unpack_generations(pack_generations(packed))
+    assert back == tuple(packed)
+    assert [bits(turn.logprobs_T) for turn in back] == [bits(turn.logprobs_T) for turn in packed]
 
 
 def test_a_log_prob_that_is_no_number_comes_back_too() -> None:

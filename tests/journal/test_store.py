@@ -11,6 +11,7 @@ from typing import Literal
 import pytest
 
 from collab_megatron.errors import UserError
+from collab_megatron.journal import housekeeping
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.journal.store import Journal, ReplayMiss, Spent
 from tests.journal.samples import key, reply, turn
@@ -22,9 +23,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def opened(
-    path: Path, *, replay: Literal["auto", "only", "off"] = "auto", lineage: str = "one"
-) -> Iterator[Journal]:
+def opened(path: Path, *, replay: Literal["auto", "only", "off"] = "auto", lineage: str = "one") -> Iterator[Journal]:
     with closing(Journal(path, replay=replay, lineage=lineage)) as journal:
         yield journal
 
@@ -161,7 +160,10 @@ def test_metrics_count_look_ups_and_growth_since_the_last_call(path: Path) -> No
         assert figures["journal/grown_mb"] < 0.5
 
 
-def test_pruning_removes_older_steps_and_gives_their_space_back(path: Path) -> None:
+def test_pruning_removes_older_steps_and_gives_their_space_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for batch in ("BATCH_ROWS", "BATCH_PAGES"):
+        monkeypatch.setattr(housekeeping, batch, 300)
+    monkeypatch.setattr(housekeeping, "BATCH_PAUSE_S", 0.2)  # smaller batches than these would need a minute
     with opened(path) as journal:
         for step in (0, 1, 2):
             with at_step(step):
@@ -188,15 +190,28 @@ def test_pruning_removes_older_steps_and_gives_their_space_back(path: Path) -> N
         assert path.stat().st_size < 3_000_000
 
 
-def test_the_log_of_a_journal_that_is_written_without_a_break_stays_bounded(path: Path) -> None:
+def test_what_was_written_leaves_the_log_beside_the_run(path: Path) -> None:
     with opened(path) as journal:
-        longest, end = 0, time.monotonic() + 4
-        content = b"x" * 50_000
-        while time.monotonic() < end:
-            journal.record_delivery(0, 0, content)  # one row over and over: nothing but the log grows
-            longest = max(longest, path.with_name(path.name + "-wal").stat().st_size)
-            time.sleep(0.0005)
-        assert longest < 150e6  # some 200 MB were written
+        journal.record_delivery(0, 0, b"x" * 500_000)
+        assert path.stat().st_size < 500_000
+        deadline = time.monotonic() + 10
+        while path.stat().st_size < 500_000 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert path.stat().st_size > 500_000
+
+
+def test_a_log_that_is_written_to_all_the_time_stays_short(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(housekeeping, "TICK_S", 0.02)
+    monkeypatch.setattr(housekeeping, "MAX_LOG_PAGES", 200)
+    log, longest = path.with_name(path.name + "-wal"), 0
+    with opened(path) as journal:
+        start = time.monotonic()
+        for i in range(4000):
+            journal.record_delivery(0, 0, b"x" * 10_000)  # one row over and over: nothing but the log grows
+            longest = max(longest, log.stat().st_size)
+            while time.monotonic() < start + i * 0.0004:
+                continue
+    assert longest < 50e6  # of about 100 MB
 
 
 def test_closing_leaves_one_file(path: Path) -> None:
