@@ -55,7 +55,7 @@ STEP_TABLES = ("replies", "turns", "deliveries")
 SETTINGS = (
     "synchronous = NORMAL",
     "wal_autocheckpoint = 0",
-    "journal_size_limit = 33554432",
+    "journal_size_limit = 67108864",
     "secure_delete = OFF",
     "cache_size = -16384",
 )
