@@ -1,8 +1,8 @@
 """The journal's SQLite file: its tables, how it is made and opened, and what is said when it fails.
 
 The write-ahead log with synchronous=NORMAL: what was committed survives a kill -9 of every process. A power cut may
-lose the newest rows (about the last second's), and leaves the file whole. Readers and writers of several processes share the
-file, which must lie on a local disk: file locks and shared memory do not work over a network file system.
+lose the newest rows (about the last second's), and leaves the file whole. Several processes read and write the file. It
+must lie on a local disk: the log's index is shared memory, which a network file system does not have.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STEP_TABLES = ("replies", "turns", "deliveries")
 SETTINGS = (
     "synchronous = NORMAL",
     "wal_autocheckpoint = 0",
-    "journal_size_limit = 33554432",
+    "journal_size_limit = 67108864",
     "secure_delete = OFF",
     "cache_size = -16384",
 )

@@ -19,8 +19,8 @@ TICK_S = 0.5
 CATCH_UP = 5
 """Checkpoints in a row. The log begins anew from its start only if nobody wrote during the last one."""
 MAX_LOG_PAGES = 8192
-"""Pages (of 4 KiB) from which on writers are made to wait for the rest of a checkpoint: a log that is written to without a
-break would grow without end."""
+"""Pages (of 4 KiB) from which on writers are made to wait for the rest of a checkpoint: without it a log that is
+written to all the time would grow without end."""
 RESTART_WAIT_S = 0.05
 """How long they may wait for a reader of the old log to end."""
 BATCH_ROWS, BATCH_PAGES, BATCH_PAUSE_S = 50, 50, 0.004

@@ -28,9 +28,9 @@ class RecordedReply:
 def reply_key(
     model: str, messages: Sequence[Mapping[str, str]], parameters: Mapping[str, Any], sample_index: int
 ) -> bytes:
-    """Names a request by its content. `parameters` are what shapes the reply: temperature, max_tokens, n, seed, response
-    format; never a key or a header. Raises TypeError or ValueError for values that JSON does not have (NaN is one)."""
-    content = [model, list(messages), parameters, sample_index]
+    """Names a request by its content. `parameters` are what shapes the reply: temperature, max_tokens, n, seed,
+    response format; never a key or a header. Raises TypeError or ValueError for what JSON does not have, as NaN."""
+    content = [model, [dict(message) for message in messages], dict(parameters), sample_index]
     # ASCII: half a surrogate pair in a text has no UTF-8
     canonical = json.dumps(content, sort_keys=True, allow_nan=False, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode("ascii"), digest_size=KEY_BYTES).digest()

@@ -141,8 +141,8 @@ class Journal:
         self._commit((ADD_DELIVERY, (self._lineage, shard, step, content)))
 
     def prune(self, *, before_step: int) -> None:
-        """Remove the rows of older steps, of every lineage, and give their space back. Returns at once: the work is done
-        beside the run, in transactions of about a millisecond."""
+        """Remove the rows of older steps, of every lineage, and give their space back. Returns at once: the work is
+        done beside the run, in transactions of about a millisecond."""
         self._keeper.prune(before_step)
 
     def metrics(self) -> dict[str, float]:
