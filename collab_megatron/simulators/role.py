@@ -198,7 +198,7 @@ class Role:
             except TimeoutError:
                 result = timed_out(timeout_s)
             except Exception as error:  # noqa: BLE001 - LiteLLM raises many kinds; every one becomes a status
-                result = classify(error, turn.deployment.endpoint.key)
+                result = classify(error, self._deployments.keys)
                 logger.debug("simulators.%s: attempt failed: %s", self.name, result)
             finally:
                 usage.in_flight -= 1
