@@ -19,7 +19,8 @@ from collab_megatron.cluster.processes import Supervisor
 from collab_megatron.config import EvaluateConfig, dump_config, load_config
 from collab_megatron.data.parquet import read_tasks
 from collab_megatron.driver.cast import assemble, usable_tasks
-from collab_megatron.driver.collector import evaluate
+from collab_megatron.driver.evaluation import evaluate
+from collab_megatron.driver.figures import values
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_json
 
@@ -37,7 +38,7 @@ async def play(config: EvaluateConfig, engine_urls: Sequence[str], max_context_t
             limits=cast.limits,
             players=cast.players,
         )
-        return figures | cast.gateway.snapshot().metrics()
+        return values(figures) | cast.gateway.snapshot().metrics()
 
 
 def main() -> None:

@@ -8,8 +8,10 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
+from collab_megatron.config.sections import Section
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.recorded_engine import RecordedEngine
@@ -23,6 +25,9 @@ from collab_megatron.slots import Slots
 from collab_megatron.types import Task
 
 
+S = TypeVar("S", bound=Section)
+
+
 @dataclass(frozen=True)
 class Cast:
     """The players and the clients behind them whose counters go to the dashboard."""
@@ -34,14 +39,14 @@ class Cast:
     recorded: RecordedEngine
     gateway: Gateway
     health: SimulatorHealth
-    journal: Journal
+    journal: Journal | None
 
 
 def open_journal(config: RLConfig) -> Journal:
     """The journal of a run; all driver processes share the file. Raises UserError for a file that is none."""
     section = config.journal
     path = section.path or config.run.dir / "journal" / f"{config.run.name}.sqlite"
-    return Journal(path, replay=section.replay, lineage=lineage_of(config), keep_all=section.keep_all)
+    return Journal(path, replay=section.replay, lineage=lineage_of(config))
 
 
 def lineage_of(config: RLConfig) -> str:
@@ -82,19 +87,17 @@ async def assemble(
     rollout, users = config.rollout, config.simulators.user
     driver = config.driver if isinstance(config, RLConfig) else None
     shards, staleness = (driver.shards, driver.max_staleness) if driver else (1, 0)
-    chat = ChatTemplate(load_tokenizer(config.model.path), growth=rollout.inexact_template)
-    difference = chat.check_growth()
+    chat = ChatTemplate(load_tokenizer(config.model.path))
+    difference = chat.check_growth(rollout.inexact_template)
     if difference is not None:
         print(f"rollout.inexact_template={rollout.inexact_template}: {difference}", flush=True)
-    journal = journal or Journal.in_memory()
     health = SimulatorHealth(config.simulators.health)
     gateway = Gateway(
-        llm_roles(config.simulators),
+        {role: share_of(section, shards) for role, section in llm_roles(config.simulators).items()},
         config.run.seed,
         journal=journal,
         observer=health,
         budget=config.budget if isinstance(config, RLConfig) else None,
-        shards=shards,
     )
     slots = Slots(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
@@ -118,8 +121,7 @@ async def assemble(
                     engine=recorded,
                     user=LLMUserSimulator(
                         gateway.role("user"),
-                        users.prompt_file,
-                        more_prompt_files=[part.prompt_file for part in users.mixture],
+                        templates=[section.prompt_file for section in (users, *users.mixture)],
                         part=lambda sample_index: gateway.part("user", sample_index),
                         health=health,
                     ),
@@ -146,6 +148,21 @@ async def assemble(
             )
         finally:
             await gateway.close()
+
+
+def share_of(section: S, shards: int) -> S:
+    """A role, its mixture and its deployments as one of `shards` processes may use them."""
+    if shards == 1:
+        return section
+    update: dict[str, Any] = {}
+    for name in ("max_concurrency", "requests_per_minute", "tokens_per_minute"):
+        limit = getattr(section, name, None)
+        if limit is not None:
+            update[name] = max(1, limit // shards)
+    for name in ("deployments", "mixture"):
+        if parts := getattr(section, name, ()):
+            update[name] = tuple(share_of(part, shards) for part in parts)
+    return section.model_copy(update=update)
 
 
 def usable_tasks(tasks: list[Task], cast: Cast, max_prompt_tokens: int) -> list[Task]:

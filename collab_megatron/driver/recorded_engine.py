@@ -16,9 +16,9 @@ SMOOTHING = 0.05
 
 
 class RecordedEngine:
-    """Implements types.PolicyEngine. `slots` bounds the tokens of the calls in flight."""
+    """Implements types.PolicyEngine. `slots` bounds the tokens of the calls in flight; without a journal all is sampled."""
 
-    def __init__(self, engine: PolicyEngine, journal: Journal, slots: Slots, *, max_staleness: int) -> None:
+    def __init__(self, engine: PolicyEngine, journal: Journal | None, slots: Slots, *, max_staleness: int) -> None:
         self._engine, self._journal, self._slots = engine, journal, slots
         self._max_staleness = max_staleness
         self._new_tokens: float | None = None  # running mean of a turn's length
@@ -50,7 +50,7 @@ class RecordedEngine:
         """
         key = turn_key(name, input_ids, n=n, temperature=temperature, max_new_tokens=max_new_tokens)
         oldest = max(0, self._version - self._max_staleness)
-        recorded = self._journal.turn(key, oldest=oldest, newest=self._horizon)
+        recorded = self._journal.turn(key, oldest=oldest, newest=self._horizon) if self._journal else None
         if recorded is not None:
             newest = max((version for generation in recorded for version in generation.versions_T), default=0)
             async with self._moved:
@@ -68,7 +68,8 @@ class RecordedEngine:
             length = len(generation.token_ids_T)
             mean = length if self._new_tokens is None else self._new_tokens
             self._new_tokens = mean + SMOOTHING * (length - mean)
-        self._journal.record_turn(key, generations)
+        if self._journal is not None:
+            self._journal.record_turn(key, generations)
         return generations
 
 

@@ -25,7 +25,9 @@ class Steps:
     """One shard's. `begin` for every request, then `take` until it answers."""
 
     def __init__(self, config: RLConfig, cast: Cast, work: Work, recorder: TreeRecorder) -> None:
+        assert cast.journal is not None, "training has a journal"
         self._config, self._cast, self._work, self._recorder = config, cast, work, recorder
+        self._journal = cast.journal
         self._deliveries = Deliveries(cast.journal, work.shard.index, work.shard.count)
         self._forest: Forest | None = None
         self._horizon = 0
@@ -37,7 +39,8 @@ class Steps:
         rules = self._work.forest_rules
         if saved > self._saved:
             self._saved = saved
-            self._cast.journal.prune(before_step=saved - rules.lookback)
+            if not self._config.journal.keep_all:
+                self._journal.prune(before_step=saved - rules.lookback)
         if self._forest is None:
             delivered, self._horizon = self._deliveries.trees_around(step, rules.lookback)
             self._forest = Forest(self._work.shard, rules, self._work.grow, step=step, delivered=delivered)
@@ -118,7 +121,7 @@ class Steps:
             **of_kind("sum", health),
             **of_kind("max", shares(health)),
             **of_kind("max", self._cast.gateway.budget.metrics()),
-            **of_kind("max", self._cast.journal.metrics()),
+            **of_kind("max", self._journal.metrics()),
         }
 
 

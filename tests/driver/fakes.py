@@ -28,8 +28,10 @@ class LetterChat:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         return [ord(c) for message in messages for c in message.content]
 
-    def turn_glue(self, user_text: str, *, cut: bool = False) -> list[int]:
-        return [*([END] if cut else []), *(ord(c) for c in user_text)]
+    def grow(
+        self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str, *, cut: bool
+    ) -> list[int]:
+        return [*context_ids, *([END] if cut else []), *(ord(c) for c in user_text)]
 
     def reply_text(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(i) for i in token_ids if i != END)
@@ -52,14 +54,23 @@ class ScriptedEngine:
     fail_after: int | None = None
     failure: RunError = field(default_factory=lambda: RunError("engine is gone"))
     affinities: set[str] = field(default_factory=set)
+    names: list[str] = field(default_factory=list)
 
     async def generate(
-        self, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int, affinity: str = ""
+        self,
+        input_ids: Sequence[int],
+        *,
+        n: int,
+        temperature: float,
+        max_new_tokens: int,
+        affinity: str = "",
+        name: str = "",
     ) -> list[Generation]:
         if self.fail_after is not None and len(self.contexts) >= self.fail_after:
             raise self.failure
         start = len(self.contexts)
         self.affinities.add(affinity)
+        self.names.append(name)
         self.contexts.append(list(input_ids))
         return [generation(self.texts[(start + i) % len(self.texts)]) for i in range(n)]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
-from collab_megatron.driver.conversation import Limits, play_future
+from collab_megatron.driver.conversation import Limits, Seat, play_future
 from collab_megatron.errors import NoEngineLeft, RunError
-from collab_megatron.types import Future, Generation, Message, RolloutStatus
+from collab_megatron.journal.place import PLACE, Place
+from collab_megatron.types import Future, Generation, Message, RolloutStatus, ScoredConversation
 from tests.driver.fakes import (
     END,
     LIMITS,
@@ -38,11 +40,14 @@ async def play(
         prompt_ids,
         reply,
         index=0,
-        sample_index=5,
+        seat=SEAT,
         simulate=simulate,
         limits=limits,
         players=players(engine, user, scorer),
     )
+
+
+SEAT = Seat("3/1/0/0", sample_index=5, step=3)
 
 
 def noon(chat: Sequence[Message], sample_index: int) -> str:
@@ -81,6 +86,45 @@ async def test_a_cut_reply_is_closed_by_the_glue() -> None:
     engine = ScriptedEngine(["b"])
     await play(generation("aaaa", ended=False), engine=engine, user=ScriptedUser(noon))
     assert engine.contexts[0][len("book a table") :][:5] == [ord("a")] * 4 + [END]
+
+
+async def test_every_policy_turn_has_a_name_of_its_own() -> None:
+    engine = ScriptedEngine(["b"])
+    await play(generation("a"), engine=engine, user=ScriptedUser(noon))
+    assert engine.names == ["3/1/0/0/1", "3/1/0/0/2"]
+
+
+async def test_at_its_deadline_a_future_is_dropped_with_what_was_said() -> None:
+    class SlowScorer(LengthScorer):
+        async def score(self, conversation: ScoredConversation) -> dict[str, float]:
+            await asyncio.sleep(60)
+            raise AssertionError("it was cancelled")
+
+    future = await asyncio.wait_for(
+        play(
+            generation("a"),
+            engine=ScriptedEngine(["b"]),
+            user=ScriptedUser(noon),
+            scorer=SlowScorer(),
+            limits=replace(LIMITS, future_timeout_s=0.05),
+        ),
+        timeout=5,
+    )
+    assert future.status is RolloutStatus.TIMED_OUT
+    assert future.reward is None
+    assert len(future.messages) == 4
+
+
+async def test_turns_go_first_the_fewer_have_been_played() -> None:
+    places = []
+
+    class Looking(ScriptedUser):
+        async def reply(self, task: object, chat: Sequence[Message], *, sample_index: int) -> str:
+            places.append(PLACE.get())
+            return "noon"
+
+    await play(generation("a"), engine=ScriptedEngine(["b"]), user=Looking(noon))
+    assert places == [Place(3, 1), Place(3, 3)]
 
 
 async def test_turn_limits() -> None:

@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from collab_megatron.driver.conversation import Players
-from collab_megatron.driver.group import grow_group, play_once, training_samples, with_advantages
-from collab_megatron.driver.metrics import evaluation_metrics, rollout_metrics
-from collab_megatron.driver.record import TreeRecorder
+from collab_megatron.driver.group import (
+    GroupRules,
+    TreeSeat,
+    grow_group,
+    play_once,
+    sample_replies,
+    training_samples,
+    with_advantages,
+)
+from collab_megatron.driver.figures import values
+from collab_megatron.driver.metrics import evaluation_metrics, rollout_metrics, staleness_metrics
+from collab_megatron.driver.record import TreeRecorder, tree_line
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import Future, Group, Message, Reply, RolloutStatus
 from tests.driver.fakes import LIMITS, TASK, LengthScorer, ScriptedEngine, ScriptedUser, generation, players
+
+
+SEAT = TreeSeat(3, 1, first_sample=100)
+RULES = GroupRules(
+    num_replies=4,
+    num_futures=2,
+    min_replies=2,
+    min_futures=1,
+    group_timeout_s=60,
+    advantage_eps=0.05,
+    min_group_std=0.01,
+)
 
 
 def terminate(chat: Sequence[Message], sample_index: int) -> str:
     return "[TERMINATE]"
 
 
-async def grow(cast: Players, *, replies: int = 4, futures: int = 2) -> Group:
-    return await grow_group(
-        TASK,
-        num_replies=replies,
-        num_futures=futures,
-        min_replies=2,
-        advantage_eps=0.05,
-        min_group_std=0.01,
-        limits=LIMITS,
-        players=cast,
-    )
+async def grow(cast: Players, *, replies: int = 4, futures: int = 2, **rules: Any) -> Group:
+    prompt_ids, generations = await sample_replies(TASK, SEAT, replies, LIMITS, cast)
+    grown_by = replace(RULES, num_futures=futures, **rules)
+    return await grow_group(TASK, prompt_ids, generations, SEAT, rules=grown_by, limits=LIMITS, players=cast)
 
 
 def reply(*rewards: float | None) -> Reply:
@@ -55,7 +72,7 @@ def group(*replies: Reply) -> Group:
 async def test_every_future_has_its_own_sample_index() -> None:
     user = ScriptedUser(terminate)
     await grow(players(ScriptedEngine(["a", "b"]), user), replies=4, futures=3)
-    assert sorted(user.asked) == list(range(12))
+    assert sorted(user.asked) == list(range(100, 112))
 
 
 async def test_futures_run_at_the_same_time() -> None:
@@ -91,7 +108,7 @@ def test_a_group_with_one_reply_left_is_dropped_and_counted() -> None:
     grown = group(reply(1.0), reply(None), reply(None))
     assert not grown.kept
     assert training_samples(grown) == []
-    assert rollout_metrics([grown], {"accuracy": 1.0})["rollout/groups_dropped"] == 1
+    assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/groups_dropped"] == 1
 
 
 async def test_unsampled_replies_stop_the_step() -> None:
@@ -111,7 +128,7 @@ async def test_without_engines_the_whole_group_ends_at_once() -> None:
 
     class SlowUser(ScriptedUser):
         async def reply(self, task: object, chat: Sequence[Message], *, sample_index: int) -> str:
-            if sample_index > 0:
+            if sample_index > 100:
                 waiting.append(sample_index)
                 try:
                     await asyncio.sleep(60)
@@ -125,9 +142,42 @@ async def test_without_engines_the_whole_group_ends_at_once() -> None:
     assert waiting == []  # nobody goes on talking for a step that is given up
 
 
+async def test_at_its_deadline_a_group_is_taken_with_the_futures_that_are_there() -> None:
+    ended = []
+
+    class SlowUser(ScriptedUser):
+        async def reply(self, task: object, chat: Sequence[Message], *, sample_index: int) -> str:
+            if sample_index in (100, 102, 103):
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    ended.append(sample_index)
+            return "[TERMINATE]"
+
+    cast = players(ScriptedEngine(["a", "b"]), SlowUser(terminate))
+    grown = await asyncio.wait_for(grow(cast, group_timeout_s=0.1), timeout=5)
+    assert sorted(ended) == [100, 102, 103]  # none goes on
+    statuses = [[future.status for future in r.futures_K] for r in grown.replies_G]
+    assert statuses[0] == [RolloutStatus.LATE, RolloutStatus.TERMINATED]
+    assert statuses[1] == [RolloutStatus.LATE, RolloutStatus.LATE]
+    assert grown.replies_G[0].mr == 3.0  # over the one that is there
+    assert grown.replies_G[1].mr is None
+    assert grown.kept
+    metrics = values(rollout_metrics([grown], {"accuracy": 1.0}))
+    assert metrics["rollout/futures_late"] == 3
+    demanding = await asyncio.wait_for(grow(cast, group_timeout_s=0.1, min_futures=2), timeout=5)
+    assert [r.mr is None for r in demanding.replies_G] == [True, True, False, False]
+
+
+def test_staleness_is_of_the_trained_tokens() -> None:
+    grown = group(reply(1.0), reply(0.0))
+    assert values(staleness_metrics([grown], step=2)) == {"rollout/staleness_mean": 2.0, "rollout/staleness_max": 2.0}
+    assert values(staleness_metrics([group(reply(1.0))], step=2)) == {}  # dropped
+
+
 def test_metrics_of_a_step() -> None:
     grown = group(reply(1.0, 0.0), reply(0.0, 0.0), reply(None, 1.0))
-    metrics = rollout_metrics([grown], {"accuracy": 1.0})
+    metrics = values(rollout_metrics([grown], {"accuracy": 1.0}))
     assert metrics["reward/mr_mean"] == pytest.approx((0.5 + 0.0 + 1.0) / 3)
     assert metrics["reward/accuracy_mean"] == pytest.approx(2 / 5)
     assert metrics["rollout/clarify_rate_ambiguous"] == 1.0
@@ -137,19 +187,34 @@ def test_metrics_of_a_step() -> None:
 
 
 async def test_evaluation_counts_failed_conversations_without_averaging_them() -> None:
-    good = await play_once(TASK, limits=LIMITS, players=players(ScriptedEngine(["a?"]), ScriptedUser(terminate)))
+    good = await play_once(TASK, SEAT, limits=LIMITS, players=players(ScriptedEngine(["a?"]), ScriptedUser(terminate)))
     lost = reply(None)
-    figures = evaluation_metrics([(TASK, good), (TASK, lost)], {"accuracy": 1.0})
+    figures = values(evaluation_metrics([(TASK, good), (TASK, lost)], {"accuracy": 1.0}))
     assert figures["accuracy"] == 3.0
     assert figures["conversations"] == 2
     assert figures["conversations_failed"] == 1
+
+
+def test_a_recorder_writes_a_step_once_and_takes_a_torn_one_out(tmp_path) -> None:
+    path = tmp_path / "conversations.jsonl"
+    line = [tree_line(step, group(reply(1.0), reply(0.0))) for step in range(3)]
+    recorder = TreeRecorder(path, first_step=0)
+    recorder.write(0, [line[0], line[0]])
+    recorder.write(0, [line[0], line[0]])
+    recorder.write(1, [line[1]])
+    with path.open("ab") as file:
+        file.write(line[2] + line[2][:40])  # killed in the middle of a step
+    again = TreeRecorder(path, first_step=None)
+    again.write(1, [line[1]])
+    again.write(2, [line[2], line[2]])
+    assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [0, 0, 1, 2, 2]
 
 
 def test_a_resumed_recorder_takes_out_what_will_be_run_again(tmp_path) -> None:
     path = tmp_path / "conversations.jsonl"
     recorder = TreeRecorder(path, first_step=0)
     for step in range(4):
-        recorder.write(step, [group(reply(1.0), reply(0.0))])
+        recorder.write(step, [tree_line(step, group(reply(1.0), reply(0.0)))])
     with path.open("a") as file:
         file.write('{"step": 4, "torn')
     TreeRecorder(path, first_step=2)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import zmq
 
+from collab_megatron.driver.figures import of_kind
 from collab_megatron.driver.protocol import Answer, Request, encode_answer, request_decoder
-from collab_megatron.types import RolloutBatch
 from tests.parallel.ranks import run_ranks
 
 ANSWERS = [
-    Answer(batch=RolloutBatch(step=0, samples=(), metrics={"x": 1.0}), lost={"http://a": "silent"}),
+    Answer(figures=of_kind("sum", {"x": 1.0}), lost={"http://a": "silent"}),
     Answer(error="no engine is left", no_engine=True, lost={"http://b": "gone"}),
-    Answer(metrics={"y": 2.0}),
-    Answer(metrics={}),  # to the request to stop
+    Answer(figures=of_kind("sum", {"y": 2.0})),
+    Answer(),  # to the request to stop
 ]
 
 
