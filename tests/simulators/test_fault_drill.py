@@ -31,7 +31,7 @@ async def ask(role: Role, count: int) -> Counter[str]:
 @pytest.mark.parametrize("provider, calls", [("hosted_vllm", 160), ("openai", 120)])
 def test_with_a_third_of_the_calls_faulty_every_counter_is_what_was_injected(provider: str, calls: int) -> None:
     with MisbehavingEndpoint(good, faults=faults_at(0.3), seed=3) as endpoint:
-        config = config_for(endpoint.url, provider=provider, max_concurrency=48, timeout_s=1.5)
+        config = config_for(endpoint.url, provider=provider, max_concurrency=64)
         ended, usage = use_role(config, lambda role: ask(role, calls))
         assert set(ended) <= {GOOD, "failed"}
         assert ended[GOOD] > 0.95 * calls
@@ -163,5 +163,5 @@ def test_a_server_that_pushes_back_is_asked_less() -> None:
             return cut
 
         cut, usage = use_role(config_for(endpoint.url, max_attempts=1, max_concurrency=10), body)
-    assert cut == 7  # thirty calls of one moment are one push
-    assert 7 < usage.slots <= 10
+    assert 3 < cut <= 7  # calls that are refused in one moment are one push
+    assert cut < usage.slots <= 10
