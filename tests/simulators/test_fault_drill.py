@@ -50,7 +50,8 @@ def test_with_a_third_of_the_calls_faulty_every_counter_is_what_was_injected(pro
 @pytest.mark.parametrize("kind", ALL_FAULTS)
 def test_each_fault_is_counted_as_what_it_is(kind: str, provider: str) -> None:
     with MisbehavingEndpoint(good, faults={kind: 1.0}) as endpoint:
-        config = config_for(endpoint.url, provider=provider, timeout_s=0.5, deadline_s=3.0, max_attempts=1)
+        timeout_s = 0.5 if COUNTER_OF[kind] == "timeouts" else 5.0
+        config = config_for(endpoint.url, provider=provider, timeout_s=timeout_s, max_attempts=1)
         ended, usage = use_role(config, lambda role: ask(role, 2))
     assert ended == {"failed": 2}
     counted = {field: getattr(usage, field) for field in {*COUNTER_OF.values(), "rejected", "unreadable"}}
@@ -108,6 +109,25 @@ def test_retry_after_is_granted_while_others_are_asked() -> None:
         assert gaps, "it must be asked again once its time is over"
         assert min(gaps) >= 1.5
         assert usage.wait_s < 3.0
+
+
+def test_nobody_is_asked_before_the_time_that_all_asked_for() -> None:
+    busy = {"429_retry_after": 1.0}
+    with (
+        MisbehavingEndpoint(good, faults=busy, retry_after_s=1.2) as one,
+        MisbehavingEndpoint(good, faults=busy, retry_after_s=1.6) as other,
+    ):
+
+        async def body(role: Role) -> None:
+            await ask(role, 1)
+            one.faults = other.faults = {}
+            assert await ask(role, 5) == {GOOD: 5}
+
+        _, usage = use_role(config_for(one.url, other.url, max_attempts=2, cooldown_s=0.1), body)
+        assert one.arrived_at[1] - one.arrived_at[0] >= 1.2
+        assert len(other.arrived_at) == 1 or other.arrived_at[1] - other.arrived_at[0] >= 1.6
+        assert usage.rate_limited == 2
+        assert usage.paced_s > 1.0
 
 
 def test_a_key_that_one_deployment_refuses_is_not_the_end(endpoint: Any) -> None:
