@@ -75,6 +75,7 @@ class Deployments:
 
     def __init__(self, group: str, items: Sequence[Deployment], cooldown_s: float, router: Any) -> None:
         self.items = tuple(items)
+        self.keys = tuple(item.endpoint.key for item in items if item.endpoint.key)
         self._group = group
         self._cooldown_s = cooldown_s
         self._router = router

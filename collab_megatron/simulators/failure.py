@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from collab_megatron.errors import RunError
@@ -63,8 +63,8 @@ def timed_out(timeout_s: float) -> Failure:
     return Failure("Timeout", None, False, None, f"no answer within {timeout_s:.1f} s", counter="timeouts")
 
 
-def classify(error: BaseException, secret: str | None) -> Failure:
-    """Read an API client's exception; `secret` is cut out of whatever text is kept."""
+def classify(error: BaseException, secrets: Iterable[str]) -> Failure:
+    """Read an API client's exception; the secrets are cut out of whatever text is kept."""
     status = getattr(error, "status_code", None)
     status = status if isinstance(status, int) else None
     text = str(error)
@@ -73,7 +73,9 @@ def classify(error: BaseException, secret: str | None) -> Failure:
     detail = ""
     if status in EXPLAINED_STATUSES:
         detail = " ".join(text.split())
-        detail = (detail.replace(secret, "***") if secret else detail)[:DETAIL_CHARS]
+        for secret in secrets:
+            detail = detail.replace(secret, "***")
+        detail = detail[:DETAIL_CHARS]
     asked_s = retry_after_s(_headers(error), time.time())
     return Failure(type(error).__name__, status, fatal, asked_s, detail, _counter(error, status))
 

@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from collab_megatron.config.sections import LLMSection
+from collab_megatron.simulators.answer import Answer, Observer, find_problem, share_out
 from collab_megatron.simulators.deployments import Deployment, Deployments, NoTurn
 from collab_megatron.simulators.failure import Failure, SimulatorError, classify, timed_out
 from collab_megatron.simulators.litellm_api import ApiReply, LiteLLMApi, Request
@@ -31,25 +32,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
-
-
-class Observer(Protocol):
-    """Told of every fresh answer, for checks that go beyond one call."""
-
-    def provider(self, role: str, model: str, fingerprint: str) -> None:
-        """What the provider says that it was."""
-
-    def malformed(self, role: str, kind: str) -> None:
-        """An answer that could not be used; `kind` is one of usage.MALFORMED."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back, from the provider or from the journal."""
-
-    reply: ApiReply
-    latency_s: float
-    replayed: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,7 +180,7 @@ class Role:
             except TimeoutError:
                 result = timed_out(timeout_s)
             except Exception as error:  # noqa: BLE001 - LiteLLM raises many kinds; every one becomes a status
-                result = classify(error, turn.deployment.endpoint.key)
+                result = classify(error, self._deployments.keys)
                 logger.debug("simulators.%s: attempt failed: %s", self.name, result)
             finally:
                 usage.in_flight -= 1
@@ -258,37 +240,3 @@ def request_seed(seed: int, sample_index: int, wire: Sequence[Mapping[str, str]]
     """The `seed` parameter in [0, 2**31): a function of run seed, sample and content, and of how many answers came."""
     key = json.dumps([seed, sample_index, answers, list(wire)], ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=4).digest(), "big") >> 1
-
-
-def find_problem(reply: ApiReply, check: Callable[[str], object] | None) -> tuple[str, str] | None:
-    """Why a reply cannot be used, as (one of usage.MALFORMED, words); None if it can."""
-    if reply.problem:
-        return reply.problem, f"the reply was {reply.problem.replace('_', ' ')}"
-    if not reply.texts:
-        return "empty", "no reply came"
-    for text in reply.texts:
-        if not text.strip():
-            return "empty", "the reply is empty"
-        if check is not None:
-            try:
-                check(text)
-            except ValueError as error:
-                return "unreadable", str(error)
-    return None
-
-
-def share_out(answer: Answer) -> list[LLMReply]:
-    """One LLMReply for each choice. The request's tokens and dollars stand on the first, so that sums stay right."""
-    reply = answer.reply
-    first = (reply.cost_usd, reply.prompt_tokens, reply.completion_tokens)
-    return [
-        LLMReply(
-            text,
-            *(first if index == 0 else (0.0, 0, 0)),
-            latency_s=answer.latency_s,
-            model=reply.model,
-            fingerprint=reply.fingerprint,
-            replayed=answer.replayed,
-        )
-        for index, text in enumerate(reply.texts)
-    ]
