@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import zmq
 
+from collab_megatron.cluster.processes import free_port
 from collab_megatron.driver import protocol
 from collab_megatron.driver.figures import Figure
 from collab_megatron.driver.protocol import (
@@ -141,19 +142,21 @@ def test_after_an_error_of_one_shard_all_are_asked_anew(served: Callable[[list[A
 def test_a_driver_that_was_started_again_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "POLL_S", 0.1)
     monkeypatch.setattr(protocol, "ASK_AGAIN_S", 0.3)
-    context = zmq.Context()
-    first = context.socket(zmq.REP)
-    port = first.bind_to_random_port("tcp://127.0.0.1")
+    port = free_port()
     got: list[Request] = []
 
+    def life(answer: Answer | None) -> None:
+        with zmq.Context() as context, context.socket(zmq.REP) as socket:
+            socket.bind(f"tcp://127.0.0.1:{port}")
+            got.append(request_decoder()(socket.recv()))
+            if answer is not None:
+                socket.send(encode_answer(answer))
+            else:
+                socket.linger = 0  # killed with the request in hand
+
     def lives() -> None:
-        got.append(request_decoder()(first.recv()))
-        first.close(linger=0)  # killed with the request in hand
-        again = context.socket(zmq.REP)
-        again.bind(f"tcp://127.0.0.1:{port}")
-        got.append(request_decoder()(again.recv()))
-        again.send(encode_answer(DONE))
-        again.close(linger=1000)
+        life(None)
+        life(DONE)
 
     thread = threading.Thread(target=lives, daemon=True)
     thread.start()
@@ -162,4 +165,3 @@ def test_a_driver_that_was_started_again_is_asked_again(monkeypatch: pytest.Monk
     thread.join(timeout=5)
     assert got[0] == got[1]
     client.close()
-    context.destroy(linger=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +16,12 @@ from collab_megatron.config.sections import (
     DataSection,
     DriverSection,
     HealthSection,
-    LLMSection,
     ModelSection,
     RewardSection,
     RolloutSection,
     RunSection,
     SimulatorsSection,
+    UserSection,
 )
 from collab_megatron.data.parquet import write_tasks
 from collab_megatron.driver.cast import Cast, open_journal
@@ -48,7 +48,9 @@ class NoGateway:
 
 
 @asynccontextmanager
-async def service(folder: Path, *fakes: FakeServer, **driver: Any) -> AsyncIterator[Service]:
+async def service(
+    folder: Path, *fakes: FakeServer, first_step: int | None = 0, **driver: Any
+) -> AsyncIterator[Service]:
     """Two prompts a step, two replies, one future each: four conversations of three policy turns."""
 
     def go_on(chat: Sequence[Message], sample_index: int) -> str:
@@ -58,8 +60,8 @@ async def service(folder: Path, *fakes: FakeServer, **driver: Any) -> AsyncItera
     config = RLConfig(
         run=RunSection(dir=folder),
         model=ModelSection(path="none"),
-        data=DataSection(train=folder / "train.parquet"),
-        simulators=SimulatorsSection(user=LLMSection(model="none")),
+        data=DataSection(train=folder / "train.parquet", validation=folder / "train.parquet"),
+        simulators=SimulatorsSection(user=UserSection(model="none")),
         reward=RewardSection(metric_weights={"accuracy": 1.0}, accuracy_verifier="exact"),
         rollout=RolloutSection(prompts_per_step=2, num_replies=2, num_repeat_rollouts=1, max_new_tokens=4),
         driver=DriverSection(**driver),
@@ -79,12 +81,19 @@ async def service(folder: Path, *fakes: FakeServer, **driver: Any) -> AsyncItera
         with contextlib.closing(open_journal(config)) as journal:
             recorded = RecordedEngine(engine, journal, slots, max_staleness=config.driver.max_staleness)
             everybody = players(cast(Any, recorded), ScriptedUser(go_on))
-            recorder = TreeRecorder(folder / "conversations.jsonl", first_step=0)
+            recorder = TreeRecorder(folder / "conversations.jsonl", first_step=first_step)
             health, gateway = SimulatorHealth(HealthSection()), cast(Gateway, NoGateway())
             everything = Cast(everybody, LIMITS, engine, slots, recorded, gateway, health, journal)
             service = Service(config, everything, recorder)
             yield service
             await service.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
 
 
 async def answered(driver: Service, request: Request) -> Answer:
@@ -131,10 +140,77 @@ async def test_a_server_that_is_lost_on_the_way_comes_with_the_batch(tmp_path: P
         assert values(answer.figures)["engine/lost"] == 1
 
 
-async def test_another_request_ends_the_one_before(tmp_path: Path) -> None:
-    slow, quick = FakeServer(version="0", answer=slowly(20)), FakeServer(version="1")
-    async with service(tmp_path, slow, quick) as driver:
-        assert (await driver.answer(Request("step", 0, 0, (slow.url,)))).pending
-        answer = await answered(driver, Request("step", 1, 1, (quick.url,)))
-        assert answer.samples
-        assert len(slow.bodies) == 2
+async def test_a_step_ends_the_evaluation_that_is_asked_for_no_longer(tmp_path: Path) -> None:
+    server = FakeServer(version="0", answer=slowly(0.5))
+    async with service(tmp_path, server) as driver:
+        assert (await driver.answer(Request("evaluate", 0, 0, (server.url,)))).error == ""
+        answer = await answered(driver, Request("step", 0, 0, (server.url,)))
+        assert len(answer.samples) == 4
+        assert not [task for task in asyncio.all_tasks() if "evaluate" in repr(task.get_coro())]
+
+
+async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp_path: Path) -> None:
+    """A driver that was killed and started again reads it from the journal; nothing is sampled twice."""
+    server = FakeServer(version="0")
+    async with service(tmp_path, server) as driver:
+        first = await answered(driver, Request("step", 0, 0, (server.url,)))
+        asked = len(server.bodies)
+        assert await answered(driver, Request("step", 0, 0, (server.url,))) == first
+        lines = (tmp_path / "conversations.jsonl").read_text()
+        assert len(lines.splitlines()) == 2
+    await server.start()
+    async with service(tmp_path, server, first_step=None) as driver:
+        again = await answered(driver, Request("step", 0, 0, (server.url,)))
+        assert (again.samples, again.figures) == (first.samples, first.figures)
+        assert len(server.bodies) == asked
+        assert (tmp_path / "conversations.jsonl").read_text() == lines
+        server.version = "1"
+        second = await answered(driver, Request("step", 1, 1, (server.url,)))
+        assert {v for sample in second.samples for v in sample.versions_T} == {1}
+        assert len(server.bodies) == 2 * asked
+
+
+async def test_with_staleness_the_next_batch_grows_beside_the_training(tmp_path: Path) -> None:
+    server = FakeServer(version="0")
+    async with service(tmp_path, server, max_staleness=1, order="prompt") as driver:
+        await answered(driver, Request("step", 0, 0, (server.url,)))
+        await until(lambda: len(server.bodies) == 2 * (2 + 4 * 2))  # two batches
+        server.version = "1"  # an update, of which the driver does not hear before the next request
+        second = await answered(driver, Request("step", 1, 1, (server.url,)))
+        assert {v for sample in second.samples for v in sample.versions_T} == {0}
+        assert values(second.figures)["rollout/staleness_max"] == 1
+        third = await answered(driver, Request("step", 2, 2, (server.url,)))
+        assert {v for sample in third.samples for v in sample.versions_T} == {1}
+
+
+async def test_a_server_that_a_tree_needs_comes_back_and_the_tree_goes_on(tmp_path: Path) -> None:
+    dying, fresh = FakeServer(version="0", answer=slowly(0.2)), FakeServer(version="0")
+    async with service(tmp_path, dying, fresh) as driver:
+        asked = Request("step", 0, 0, (dying.url,))
+        assert (await driver.answer(asked)).error == "" or True
+        await until(lambda: dying.answered >= 3)
+        await dying.die()
+        assert (await answered(driver, asked)).no_engine
+        done = await answered(driver, Request("step", 0, 0, (fresh.url,)))
+        assert len(done.samples) == 4
+        assert len(fresh.bodies) <= 10 - 3  # what the first had answered is not asked for again
+
+
+async def test_a_spent_budget_ends_what_is_under_way_and_begins_nothing(tmp_path: Path) -> None:
+    server = FakeServer(version="0")
+    async with service(tmp_path, server) as driver:
+        spent = driver._cast.gateway.budget._costs = {("user", "none"): (3, 1.5)}  # type: ignore[assignment]
+        assert spent
+        driver._cast.gateway.budget._own = lambda: spent  # type: ignore[method-assign]
+        driver._cast.gateway.budget._section = BudgetSection(hard_usd=1.0)
+        stopped = await answered(driver, Request("step", 0, 0, (server.url,)))
+        assert stopped.stop == "budget"
+        assert "raise budget.hard_usd" in stopped.error
+        assert server.bodies == []
+        driver._cast.gateway.budget._section = BudgetSection(hard_usd=2.0)
+        asked = asyncio.create_task(driver.answer(Request("step", 0, 0, (server.url,))))
+        await until(lambda: server.bodies)
+        driver._cast.gateway.budget._section = BudgetSection(hard_usd=1.0)
+        await asked
+        assert len((await answered(driver, Request("step", 0, 0, (server.url,)))).samples) == 4  # it was under way
+        assert (await answered(driver, Request("step", 1, 1, (server.url,)))).stop == "budget"
