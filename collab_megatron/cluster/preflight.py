@@ -19,7 +19,7 @@ from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.convert.spec import model_spec
 from collab_megatron.convert.tables import parameter_count
-from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_conversations, read_tasks
 from collab_megatron.errors import UserError
 from collab_megatron.rewards import configured_scorer
@@ -47,7 +47,7 @@ def device_of(parallel: ParallelSection) -> str:
 
 def check_rl(config: RLConfig) -> RLStart:
     """All checks of train_rl. Raises UserError."""
-    hf_config = _check_model(config.model.path, config.parallel)
+    hf_config = _check_model(config.model.path, config.parallel, config.rollout.inexact_template)
     first_step = _check_run(config.run, config.train.steps)
     read_tasks(config.data.train)
     if config.data.validation is not None:
@@ -62,7 +62,7 @@ def check_rl(config: RLConfig) -> RLStart:
 
 def check_sft(config: SFTConfig) -> None:
     """All checks of train_sft. Raises UserError."""
-    hf_config = _check_model(config.model.path, config.parallel)
+    hf_config = _check_model(config.model.path, config.parallel, "as_sampled")  # chats are rendered, none grows
     _check_run(config.run, config.train.steps)
     read_conversations(config.data.train)
     _check_trainer_devices(config.parallel, None)
@@ -74,7 +74,9 @@ def check_sft(config: SFTConfig) -> None:
 
 def check_evaluate(config: EvaluateConfig) -> int:
     """All checks of an evaluation; returns the context length. Raises UserError."""
-    hf_config = _check_model(config.model.path, ParallelSection(device=config.parallel.device))
+    hf_config = _check_model(
+        config.model.path, ParallelSection(device=config.parallel.device), config.rollout.inexact_template
+    )
     if config.data.validation is not None:
         read_tasks(config.data.validation)
     _check_gpus(config.parallel, _started_ranks(config.engine))
@@ -89,11 +91,11 @@ def max_context_tokens(hf_config: dict[str, Any], engine: EngineSection) -> int:
     return min(limits) if limits else 2**31 - 1
 
 
-def _check_model(path: str, parallel: ParallelSection) -> dict[str, Any]:
+def _check_model(path: str, parallel: ParallelSection, inexact_template: InexactTemplate) -> dict[str, Any]:
     folder = resolve_model_folder(path)
     hf_config = read_hf_config(folder)
     check_layout(hf_config, parallel)
-    ChatTemplate(load_tokenizer(folder)).check_exact()
+    ChatTemplate(load_tokenizer(folder)).check_growth(inexact_template)
     return hf_config
 
 

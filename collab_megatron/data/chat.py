@@ -154,10 +154,6 @@ class ChatTemplate:
             raise ValueError("the conversation has no assistant turn to learn from")
         return full[:last], mask[:last]
 
-    def check_exact(self) -> None:
-        """Raises UserError unless growing a chat by ids equals tokenising it whole, on the probe conversations."""
-        self.check_growth("refuse")
-
     def check_growth(self, mode: InexactTemplate) -> str | None:
         """The difference between growing and rendering, if there is one; from here on grow() goes the way of `mode`.
 

@@ -8,10 +8,8 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
-from collab_megatron.config.sections import Section
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.recorded_engine import RecordedEngine
@@ -20,11 +18,9 @@ from collab_megatron.errors import UserError
 from collab_megatron.journal.store import Journal
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.rewards import configured_scorer
-from collab_megatron.simulators import Gateway, LLMUserSimulator, SimulatorHealth
+from collab_megatron.simulators import Gateway, SimulatorHealth, user_simulator
 from collab_megatron.slots import Slots
 from collab_megatron.types import Task
-
-S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -83,20 +79,22 @@ async def assemble(
     The engines serve whatever weights they have; none are needed where `cast.engine.use` names them later. Without a
     journal nothing is kept.
     """
-    rollout, users = config.rollout, config.simulators.user
+    rollout = config.rollout
     driver = config.driver if isinstance(config, RLConfig) else None
     shards, staleness = (driver.shards, driver.max_staleness) if driver else (1, 0)
     chat = ChatTemplate(load_tokenizer(config.model.path))
     difference = chat.check_growth(rollout.inexact_template)
     if difference is not None:
         print(f"rollout.inexact_template={rollout.inexact_template}: {difference}", flush=True)
-    health = SimulatorHealth(config.simulators.health)
+    watched = config.simulators.health
+    health = SimulatorHealth(watched.model_copy(update={"min_replies": max(1, watched.min_replies // shards)}))
     gateway = Gateway(
-        {role: share_of(section, shards) for role, section in llm_roles(config.simulators).items()},
+        llm_roles(config.simulators),
         config.run.seed,
         journal=journal,
         observer=health,
         budget=config.budget if isinstance(config, RLConfig) else None,
+        shards=shards,
     )
     slots = Slots(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
@@ -118,12 +116,7 @@ async def assemble(
             yield Cast(
                 players=Players(
                     engine=recorded,
-                    user=LLMUserSimulator(
-                        gateway.role("user"),
-                        templates=[section.prompt_file for section in (users, *users.mixture)],
-                        part=lambda sample_index: gateway.part("user", sample_index),
-                        health=health,
-                    ),
+                    user=user_simulator(config.simulators, gateway, health),
                     scorer=configured_scorer(config.reward, config.simulators, gateway),
                     chat=chat,
                     engine_clock=BusyClock(),
@@ -147,21 +140,6 @@ async def assemble(
             )
         finally:
             await gateway.close()
-
-
-def share_of(section: S, shards: int) -> S:
-    """A role, its mixture and its deployments as one of `shards` processes may use them."""
-    if shards == 1:
-        return section
-    update: dict[str, Any] = {}
-    for name in ("max_concurrency", "requests_per_minute", "tokens_per_minute"):
-        limit = getattr(section, name, None)
-        if limit is not None:
-            update[name] = max(1, limit // shards)
-    for name in ("deployments", "mixture"):
-        if parts := getattr(section, name, ()):
-            update[name] = tuple(share_of(part, shards) for part in parts)
-    return section.model_copy(update=update)
 
 
 def usable_tasks(tasks: list[Task], cast: Cast, max_prompt_tokens: int) -> list[Task]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from collab_megatron.config import RLConfig
 from collab_megatron.driver.cast import Cast
@@ -19,7 +19,7 @@ from collab_megatron.driver.work import Work
 from collab_megatron.engine.usage import PoolUsage
 from collab_megatron.errors import RunError
 from collab_megatron.simulators import GatewaySnapshot
-from collab_megatron.simulators.health import shares
+from collab_megatron.simulators.health import parts_of_shares
 from collab_megatron.types import Group, TrainingSample
 
 
@@ -101,7 +101,7 @@ class Steps:
         warnings, sick = self._cast.health.verdict()
         if sick is not None:
             return Answer(error=sick, stop="health")
-        notes = [*warnings, *self._cast.gateway.budget.warnings()]
+        notes = [*with_examples(warnings, self._cast.health.examples()), *self._cast.gateway.budget.warnings()]
         figures = self._figures(step, trees, groups)
         answer = Answer(samples=samples, figures=figures, notes=tuple(notes))
         lines = [tree_line(step, group) for group in groups]
@@ -121,7 +121,7 @@ class Steps:
             "time_s/rollout": Figure.of("max", [rollout_s]),
             **self._counters.since_last(rollout_s),
             **of_kind("sum", health),
-            **of_kind("max", shares(health)),
+            **{name: Figure.ratio(found, of) for name, (found, of) in parts_of_shares(health).items()},
             **of_kind("max", self._cast.gateway.budget.metrics()),
             **of_kind("max", self._journal.metrics()),
         }
@@ -165,6 +165,15 @@ class _Counters:
             "time_s/judges": players.judge_clock.seconds(),
         }
         return clocks, cast.gateway.snapshot(), cast.engine.usage.copy(), time.monotonic(), cast.recorded.replayed
+
+
+def with_examples(warnings: Sequence[str], examples: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Each warning, and below it what it is about."""
+    for warning in warnings:
+        yield f"simulators: {warning}"
+        for check, texts in examples.items():
+            if f"({check}:" in warning:
+                yield from (f"    {text}" for text in texts)
 
 
 def _require_versions(samples: Sequence[TrainingSample], step: int, max_staleness: int) -> None:

@@ -4,7 +4,7 @@ from collab_megatron.simulators.failure import SimulatorError
 from collab_megatron.simulators.gateway import Gateway
 from collab_megatron.simulators.health import SimulatorHealth
 from collab_megatron.simulators.usage import GatewaySnapshot, RoleUsage
-from collab_megatron.simulators.user import LLMUserSimulator, ends_chat, strip_signal
+from collab_megatron.simulators.user import LLMUserSimulator, ends_chat, strip_signal, user_simulator
 
 __all__ = [
     "Gateway",
@@ -15,4 +15,5 @@ __all__ = [
     "SimulatorHealth",
     "ends_chat",
     "strip_signal",
+    "user_simulator",
 ]

@@ -89,10 +89,10 @@ class SimulatorHealth:
                 self._keep(name, f"{role}: {now} instead of {first}")
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last call as health/ROLE/CHECK, for every role seen so far, and their shares."""
+        """Counts since the last call as health/ROLE/CHECK, for every role seen so far."""
         counts = self._metrics()
         self._counts.clear()
-        return {**counts, **shares(counts)}
+        return counts
 
     def verdict(self) -> tuple[list[str], str | None]:
         """verdict() of what was counted since the last metrics()."""
@@ -132,8 +132,8 @@ def check_limits(section: HealthSection) -> None:
             )
 
 
-def shares(counts: Mapping[str, float]) -> dict[str, float]:
-    """health/CHECK_share over all roles, of counts as metrics() names them (shares among them are not looked at).
+def parts_of_shares(counts: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """health/CHECK_share -> (how many were found, of how many) over all roles, of counts as metrics() names them.
 
     A check stands in the result where its role's turns or replies were counted at all.
     """
@@ -141,8 +141,13 @@ def shares(counts: Mapping[str, float]) -> dict[str, float]:
     for name, check in CHECKS.items():
         found, of = _found(counts, name), _found(counts, check.per)
         if of:
-            result[f"health/{name}_share"] = sum(found.values()) / max(sum(of.values()), 1.0)
+            result[f"health/{name}_share"] = sum(found.values()), sum(of.values())
     return result
+
+
+def shares(counts: Mapping[str, float]) -> dict[str, float]:
+    """health/CHECK_share over all roles."""
+    return {name: found / max(of, 1.0) for name, (found, of) in parts_of_shares(counts).items()}
 
 
 def verdict(counts: Mapping[str, float], section: HealthSection) -> tuple[list[str], str | None]:

@@ -192,12 +192,12 @@ class Role:
             self._note_failure(result, turn.deployment)
             return Failed(result, turn.deployment), seconds
         turn.settle(result.prompt_tokens, result.completion_tokens, request.n)
-        self._note_answer(result, latency_s)
+        self._note_answer(result, latency_s, turn.deployment.index)
         if self._recorded is not None and key is not None:
             self._recorded.keep(key, result, latency_s, turn.deployment.index)
         return Answer(result, latency_s), seconds
 
-    def _note_answer(self, reply: ApiReply, latency_s: float) -> None:
+    def _note_answer(self, reply: ApiReply, latency_s: float, deployment: int) -> None:
         usage = self.usage
         usage.answers += 1
         usage.prompt_tokens += reply.prompt_tokens
@@ -205,7 +205,7 @@ class Role:
         usage.cost_usd += reply.cost_usd
         self.slots.succeeded(latency_s=latency_s)
         if self._observer is not None:
-            self._observer.provider(self.name, reply.model, reply.fingerprint)
+            self._observer.provider(self.name, reply.model, reply.fingerprint, deployment)
 
     def _note_failure(self, failure: Failure, deployment: Deployment) -> None:
         self.usage.add(failure.counter)

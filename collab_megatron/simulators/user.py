@@ -7,8 +7,11 @@ have to be the "assistant" that speaks the user's lines, and models trained as a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from collab_megatron.config.sections import SimulatorsSection
+from collab_megatron.simulators.gateway import Gateway
 from collab_megatron.simulators.health import SimulatorHealth
 from collab_megatron.simulators.parsing import json_object, object_schema, text_field
 from collab_megatron.simulators.templates import chat_lines, load_template
@@ -65,6 +68,19 @@ class LLMUserSimulator:
         if self._health is not None:
             self._health.observe_turn("user", task, chat, text)
         return text
+
+
+def user_simulator(
+    simulators: SimulatorsSection, gateway: Gateway, health: SimulatorHealth | None = None
+) -> LLMUserSimulator:
+    """The simulated user that a config describes. Raises UserError for a prompt file that cannot be used."""
+    user = simulators.user
+    return LLMUserSimulator(
+        gateway.role("user"),
+        templates=[section.prompt_file for section in (user, *user.mixture)],
+        part=partial(gateway.part, "user"),
+        health=health,
+    )
 
 
 def read_user_turn(text: str) -> str:

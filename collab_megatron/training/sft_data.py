@@ -19,7 +19,14 @@ class SFTData:
     def __init__(self, config: SFTConfig, grid: RankGrid, spec: ModelSpec) -> None:
         self._config, self._grid, self._spec = config, grid, spec
         chat = ChatTemplate(load_tokenizer(config.model.path))
-        encoded = [chat.sft_ids_and_mask(row.messages) for row in read_conversations(config.data.train)]
+        encoded = []
+        for number, row in enumerate(read_conversations(config.data.train)):
+            try:
+                encoded.append(chat.sft_ids_and_mask(row.messages))
+            except ValueError as error:
+                raise UserError(
+                    f"conversation {number} of {config.data.train}: {error}; use another chat template, or leave it out"
+                ) from None
         self._samples = [
             TokenSample(ids=ids, mask=[float(trained) for trained in mask])
             for ids, mask in encoded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -32,29 +33,33 @@ DONE = Answer(samples=(SAMPLE,), figures={"reward/mr_mean": Figure.of("mean", [0
 
 @pytest.fixture
 def served() -> Iterator[Callable[[list[Answer]], str]]:
-    """Serve a list of answers, one per request; the address to ask."""
-    context = zmq.Context()
+    """Serve a list of answers, one per request, the last one over and over; the address to ask."""
+    over = threading.Event()
     threads = []
 
     def serve(answers: list[Answer]) -> str:
-        socket = context.socket(zmq.REP)
-        port = socket.bind_to_random_port("tcp://127.0.0.1")
+        bound: queue.Queue[str] = queue.Queue()
 
         def run() -> None:
-            decode = request_decoder()
-            for answer in answers:
-                assert isinstance(decode(socket.recv()), Request)
-                socket.send(encode_answer(answer))
-            socket.close(linger=1000)
+            with zmq.Context() as context, context.socket(zmq.REP) as socket:
+                socket.linger = 0
+                bound.put(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
+                left = list(answers)
+                while not over.is_set():
+                    if left and socket.poll(50):
+                        assert isinstance(request_decoder()(socket.recv()), Request)
+                        socket.send(encode_answer(left.pop(0) if len(left) > 1 else left[0]))
+                    elif not left:
+                        over.wait(0.05)
 
         threads.append(threading.Thread(target=run, daemon=True))
         threads[-1].start()
-        return f"tcp://127.0.0.1:{port}"
+        return bound.get(timeout=5)
 
     yield serve
+    over.set()
     for thread in threads:
         thread.join(timeout=5)
-    context.destroy(linger=0)
 
 
 def test_a_batch_arrives_as_it_was_sent_after_any_number_of_polls(served: Callable[[list[Answer]], str]) -> None:
@@ -131,7 +136,7 @@ def test_a_run_that_must_stop_is_told_why(
 
 def test_after_an_error_of_one_shard_all_are_asked_anew(served: Callable[[list[Answer]], str]) -> None:
     """The other one still owes the answer to the first request."""
-    slow = served([Answer(pending=True), Answer(pending=True), DONE, DONE])
+    slow = served([Answer(pending=True), Answer(pending=True), DONE])
     client = DriverClient([slow, served([Answer(error="no engine is left", no_engine=True), DONE])])
     with pytest.raises(DriverHasNoEngine):
         client.next_batch(7, 6, [], timeout_s=30)

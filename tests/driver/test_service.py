@@ -126,18 +126,17 @@ async def test_a_step_without_engines_is_asked_for_again_with_others(tmp_path: P
 
 
 async def test_a_server_that_is_lost_on_the_way_comes_with_the_batch(tmp_path: Path) -> None:
-    wrong, right = FakeServer(version="default"), FakeServer(version="0")
-    async with service(tmp_path, wrong, right) as driver:
-        while not wrong.bodies:  # where the prompt lives depends on the ports
+    for attempt in range(20):  # where the prompt lives depends on the ports
+        wrong, right = FakeServer(version="default"), FakeServer(version="0")
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        async with service(folder, wrong, right) as driver:
             answer = await answered(driver, Request("step", 0, 0, (wrong.url, right.url)))
-            assert answer.samples
-            assert {v for sample in answer.samples for v in sample.versions_T} == {0}
-            if not wrong.bodies:
-                await wrong.runner.cleanup()
-                await wrong.start()
-        assert list(answer.lost) == [wrong.url]
-        assert answer.samples
-        assert values(answer.figures)["engine/lost"] == 1
+        assert {v for sample in answer.samples for v in sample.versions_T} == {0}
+        if wrong.bodies:
+            break
+    assert list(answer.lost) == [wrong.url]
+    assert values(answer.figures)["engine/lost"] == 1
 
 
 async def test_a_step_ends_the_evaluation_that_is_asked_for_no_longer(tmp_path: Path) -> None:
@@ -179,6 +178,8 @@ async def test_with_staleness_the_next_batch_grows_beside_the_training(tmp_path:
         second = await answered(driver, Request("step", 1, 1, (server.url,)))
         assert {v for sample in second.samples for v in sample.versions_T} == {0}
         assert values(second.figures)["rollout/staleness_max"] == 1
+        await until(lambda: len(server.bodies) == 3 * (2 + 4 * 2))
+        server.version = "2"
         third = await answered(driver, Request("step", 2, 2, (server.url,)))
         assert {v for sample in third.samples for v in sample.versions_T} == {1}
 
@@ -187,10 +188,10 @@ async def test_a_server_that_a_tree_needs_comes_back_and_the_tree_goes_on(tmp_pa
     dying, fresh = FakeServer(version="0", answer=slowly(0.2)), FakeServer(version="0")
     async with service(tmp_path, dying, fresh) as driver:
         asked = Request("step", 0, 0, (dying.url,))
-        assert (await driver.answer(asked)).error == "" or True
+        waiting = asyncio.create_task(answered(driver, asked))
         await until(lambda: dying.answered >= 3)
         await dying.die()
-        assert (await answered(driver, asked)).no_engine
+        assert (await waiting).no_engine
         done = await answered(driver, Request("step", 0, 0, (fresh.url,)))
         assert len(done.samples) == 4
         assert len(fresh.bodies) <= 10 - 3  # what the first had answered is not asked for again
@@ -199,9 +200,9 @@ async def test_a_server_that_a_tree_needs_comes_back_and_the_tree_goes_on(tmp_pa
 async def test_a_spent_budget_ends_what_is_under_way_and_begins_nothing(tmp_path: Path) -> None:
     server = FakeServer(version="0")
     async with service(tmp_path, server) as driver:
-        spent = driver._cast.gateway.budget._costs = {("user", "none"): (3, 1.5)}  # type: ignore[assignment]
+        spent = driver._cast.gateway.budget._costs = {("user", "none"): (3, 1.5)}
         assert spent
-        driver._cast.gateway.budget._own = lambda: spent  # type: ignore[method-assign]
+        driver._cast.gateway.budget._own = lambda: spent
         driver._cast.gateway.budget._section = BudgetSection(hard_usd=1.0)
         stopped = await answered(driver, Request("step", 0, 0, (server.url,)))
         assert stopped.stop == "budget"

@@ -208,7 +208,7 @@ def test_the_demos_simulator_is_healthy() -> None:
     counts = health.metrics()
     assert counts["health/user/turns"] > 400
     assert all(counts.get(f"health/user/{name}", 0) == 0 for name in DETECTORS if name != "goal_copied")
-    assert counts["health/goal_copied_share"] < 0.02
+    assert shares(counts)["health/goal_copied_share"] < 0.02
 
 
 def test_counts_are_sums_and_shares_are_derived() -> None:
@@ -220,18 +220,23 @@ def test_counts_are_sums_and_shares_are_derived() -> None:
         health.provider("judge", "m", "")
         health.malformed("judge", "unreadable")
     parts = [first.metrics(), second.metrics()]
-    assert parts[0]["health/role_swapped_share"] == 0.25
+    assert shares(parts[0])["health/role_swapped_share"] == 0.25
     assert parts[0]["health/user/replies"] == parts[0]["health/user/turns"] == 4
     assert "health/judge/role_swapped" not in parts[0]
     total: Counter[str] = Counter()
     for part in parts:
-        total.update(part)  # adds the shares too: shares() puts them right
+        total.update(part)
     merged = {**total, **shares(total)}
     assert merged["health/user/role_swapped"] == 4
     assert merged["health/role_swapped_share"] == 0.5
     assert merged["health/unreadable_share"] == 2 / 10
     again = first.metrics()
-    assert again["health/user/turns"] == again["health/user/role_swapped"] == again["health/role_swapped_share"] == 0
+    assert (
+        again["health/user/turns"]
+        == again["health/user/role_swapped"]
+        == shares(again)["health/role_swapped_share"]
+        == 0
+    )
 
 
 def test_a_model_that_changes() -> None:

@@ -17,7 +17,7 @@ from collab_megatron.data.build.shards import append_conversation, shard_path
 from collab_megatron.errors import RunError
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.rewards.scorer import first_error
-from collab_megatron.simulators import Gateway, LLMUserSimulator, SimulatorError
+from collab_megatron.simulators import Gateway, SimulatorError, user_simulator
 from collab_megatron.simulators.usage import RoleUsage
 
 HOPELESS_FAILURES = 50  # conversations that fail in a row before the build gives up
@@ -84,7 +84,7 @@ def make_players(config: BuildDatasetConfig, gateway: Gateway) -> Players:
     """The players of the config. Raises UserError for a bad prompt file or tokenizer."""
     return Players(
         assistant=gateway.role("assistant"),
-        user=LLMUserSimulator(gateway.role("user"), config.simulators.user.prompt_file),
+        user=user_simulator(config.simulators, gateway),
         scorer=configured_scorer(config.reward, config.simulators, gateway),
         count_tokens=token_counter(config.tokenizer),
     )
