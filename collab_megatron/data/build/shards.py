@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.config.entry import BuildDatasetConfig
+from collab_megatron.config.entry import BuildDatasetConfig, llm_roles
 from collab_megatron.errors import RunError, UserError
 
 SETTINGS_FILE = "build.json"
@@ -64,9 +64,9 @@ def _settings(config: BuildDatasetConfig) -> dict[str, Any]:
     """Everything that shapes the conversations, flat: dotted name -> plain value."""
     raw = config.model_dump(mode="json")
     settings = {name: value for name, value in raw.items() if name not in FREE_SETTINGS and name != "simulators"}
-    for role, section in raw["simulators"].items():
-        if section is not None:
-            settings |= {f"simulators.{role}.{name}": section[name] for name in SHAPING_LLM_SETTINGS}
+    for role, section in llm_roles(config.simulators).items():
+        shaping = section.model_dump(mode="json", include=set(SHAPING_LLM_SETTINGS))
+        settings |= {f"simulators.{role}.{name}": value for name, value in shaping.items()}
     settings["problems (contents)"] = hashlib.sha256(config.problems.read_bytes()).hexdigest()
     return settings
 
