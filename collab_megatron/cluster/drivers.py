@@ -14,23 +14,23 @@ from collab_megatron.errors import RunError
 
 class Drivers:
     """Those of one run on this node. A driver that ends by itself with an error ends the run; one that a signal ended
-    (the kernel's, when memory is short) is started again at the same address."""
+    (the kernel's, when memory is short) is started again at the same address. One that was killed before it was ready
+    is told the attempt's first step again: it may not have seen to the lines of an earlier attempt yet."""
 
     def __init__(
         self, supervisor: Supervisor, section: DriverSection, resolved: Path, max_context_tokens: int, ready_file: Path
     ) -> None:
         self._supervisor, self._section, self._ready_file = supervisor, section, ready_file
-        self._argv = [
-            *(sys.executable, "-m", "collab_megatron.driver.service", str(resolved)),
-            *("--max-context-tokens", str(max_context_tokens)),
-        ]
+        self._argv = driver_command(resolved, max_context_tokens)
         self._ports = [free_port() for _ in range(section.shards)]
         self._restarts = [0] * section.shards
+        self._first_step: list[str] = []
         self.children: list[Child] = []
 
     def start(self, first_step: int) -> None:
         """All of them; `first_step` is the attempt's."""
-        self.children = [self._start(shard, ["--first-step", str(first_step)]) for shard in range(self._section.shards)]
+        self._first_step = ["--first-step", str(first_step)]
+        self.children = [self._start(shard, self._first_step) for shard in range(self._section.shards)]
 
     def poll(self) -> None:
         """Start those again that were killed. Raises RunError when one was killed too often."""
@@ -45,10 +45,17 @@ class Drivers:
             if self._supervisor.is_gone(child):
                 self._restarts[shard] += 1
                 print(f"{child.name} ended with {child.ended()}: it is started again", flush=True)
-                self.children[shard] = self._start(shard, [])
+                was_ready = shard_file(self._ready_file, shard).exists()
+                self.children[shard] = self._start(shard, [] if was_ready else self._first_step)
 
     def _start(self, shard: int, more: Sequence[str]) -> Child:
         name = "driver" if self._section.shards == 1 else f"driver-{shard}"
         where = ["--shard", str(shard), "--port", str(self._ports[shard])]
         ready = ["--ready-file", str(shard_file(self._ready_file, shard))]
         return self._supervisor.start(name, [*self._argv, *where, *ready, *more], {}, restarted=True)
+
+
+def driver_command(resolved: Path, max_context_tokens: int) -> list[str]:
+    """What all of them have in common."""
+    module = "collab_megatron.driver.service"
+    return [sys.executable, "-m", module, str(resolved), "--max-context-tokens", str(max_context_tokens)]
