@@ -54,7 +54,7 @@ TASKS = 48
 MAX_CONTEXT_TOKENS = 512
 UPDATE_S = 0.1
 """What stands for the training between two steps."""
-RUN_DEADLINE_S = 240.0
+RUN_DEADLINE_S = 600.0
 
 
 @contextmanager
@@ -119,10 +119,10 @@ def moments(count: int, *, paid: int, start_s: float, seed: int) -> list[Moment]
     rng = random.Random(seed)
     found: list[Moment] = []
     for at in sorted(rng.randrange(paid) for _ in range(count)):
-        again = found and rng.random() < 0.25
-        found.append(
-            Moment(found[-1].paid, rng.uniform(0.0, start_s)) if again else Moment(at, rng.uniform(0.0, UPDATE_S))
-        )
+        if found and rng.random() < 0.25:
+            found.append(Moment(found[-1].paid, rng.uniform(0.0, start_s)))
+        else:
+            found.append(Moment(at, rng.uniform(0.0, UPDATE_S)))
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ STEPS = 5
 LATENCY_MS = 40.0
 START_S = 4.0 if FULL else 0.6
 """About what a driver takes until it is ready."""
-UNDER_WAY_S = 0.15
-"""Between an answer's departure and its commit."""
+UNDER_WAY_S = (-0.25, 1.0)
+"""From an answer's departure to the kill before its commit. The client takes about 10 ms of CPU for an answer, and a
+wave of them queues for it; that the other end is gone is noticed with as much delay on a busy machine."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,7 +111,7 @@ def test_no_reply_that_was_kept_is_paid_for_again(killed: Run) -> None:
     assert asked["paid"] - asked["repeated"] >= held
     lost = asked["paid"] - given
     assert asked["repeated"] <= lost
-    assert all(near_a_kill(sent_at, killed.played.kills) for sent_at, _ in asked["repeats"]), gaps(asked, killed)
+    require_near_a_kill(killed.url, killed.played)
 
 
 def test_a_replay_asks_nobody_and_gives_the_same_batches(killed: Run) -> None:
@@ -148,7 +149,7 @@ def test_of_two_shards_one_is_killed(tmp_path: Path, url: str, left_alone: Run) 
     assert sorted(map(str, ours)) == sorted(map(str, theirs))
     held, given = runs.committed(settings)
     assert held == given
-    assert all(near_a_kill(sent_at, played.kills) for sent_at, _ in counts(url)["repeats"])
+    require_near_a_kill(url, played)
 
 
 def test_trees_that_leave_as_they_end_and_are_replaced(tmp_path: Path, url: str, left_alone: Run) -> None:
@@ -182,10 +183,8 @@ def contents(played: Played) -> list[list[tuple[Any, ...]]]:
     return [sorted(map(content, batch)) for batch in played.batches]
 
 
-def near_a_kill(sent_at: float, kills: Sequence[float]) -> bool:
-    return any(-0.02 <= kill - sent_at <= UNDER_WAY_S for kill in kills)
-
-
-def gaps(asked: dict[str, Any], run: Run) -> list[float]:
-    """Seconds from each lost answer to the next kill."""
-    return sorted(min(kill - sent for kill in run.played.kills if kill > sent) for sent, _ in asked["repeats"])
+def require_near_a_kill(url: str, played: Played) -> None:
+    """Of every answer that did not reach the journal."""
+    low, high = UNDER_WAY_S
+    gaps = [min((kill - sent_at for kill in played.kills), key=abs) for sent_at, _ in counts(url)["repeats"]]
+    assert all(low <= gap <= high for gap in gaps), gaps

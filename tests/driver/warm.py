@@ -35,7 +35,7 @@ class WarmSupervisor(Supervisor):
         unset: Sequence[str] = (),
     ) -> Child:
         assert list(argv[:2]) == [sys.executable, "-m"], argv
-        assert not (env or show or unset)
+        assert not any((env, show, unset))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         log = self._logs_dir / f"{name}.log"
