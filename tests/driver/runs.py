@@ -49,8 +49,10 @@ from collab_megatron.types import Message, Task, TrainingSample
 from tests.driver.warm import WarmSupervisor
 
 PROMPTS, REPLIES, FUTURES = 4, 2, 2
-TASKS = 48
+TASKS, HELD_OUT = 48, 6
 """More than a run takes: a task is met once."""
+EVALUATED = 2
+"""Before this step, and after the last, the held-out tasks are played."""
 MAX_CONTEXT_TOKENS = 512
 UPDATE_S = 0.1
 """What stands for the training between two steps."""
@@ -82,14 +84,16 @@ def config(folder: Path, url: str, *, replay: str = "auto", min_group_std: float
     if not data.exists():
         build_tokenizer().save_pretrained(str(data / "model"))
         rng = random.Random(5)
-        write_tasks(data / "train.parquet", [_task(rng, number) for number in range(TASKS)])
+        tasks = [_task(rng, number) for number in range(TASKS + HELD_OUT)]
+        write_tasks(data / "train.parquet", tasks[:TASKS])
+        write_tasks(data / "validation.parquet", tasks[TASKS:])
     user, judge = (
         {"model": f"hosted_vllm/{role}", "api_base": f"{url}/v1", "api_key_env": None} for role in ("user", "judge")
     )
     return RLConfig(
         run=RunSection(dir=folder),
         model=ModelSection(path=str(data / "model")),
-        data=DataSection(train=data / "train.parquet"),
+        data=DataSection(train=data / "train.parquet", validation=data / "validation.parquet"),
         simulators=SimulatorsSection(user=UserSection(**user), judge=LLMSection(**judge)),
         rollout=RolloutSection(
             prompts_per_step=PROMPTS, num_replies=REPLIES, num_repeat_rollouts=FUTURES, max_new_tokens=24
@@ -131,6 +135,7 @@ class Played:
     """A run that has ended."""
 
     batches: list[tuple[TrainingSample, ...]]
+    evaluations: list[dict[str, float]]  # without times
     kills: list[float]  # seconds since the epoch
     paid: int  # replies that the stand-in was asked for, each counted once, when the last batch came
     seconds: float
@@ -160,28 +165,33 @@ def play(
         except BaseException:
             abandoned.set()
             raise
-        batches = trainer.result()
+        batches, evaluations = trainer.result()
         supervisor.wait_for(drivers.children, timeout_s=30)
         figures = counts(url)
-    return Played(batches, killed, figures["paid"] - figures["repeated"], time.monotonic() - begin)
+    return Played(batches, evaluations, killed, figures["paid"] - figures["repeated"], time.monotonic() - begin)
 
 
 def _train(
     config: RLConfig, ready: Path, url: str, steps: int, abandoned: threading.Event
-) -> list[tuple[TrainingSample, ...]]:
+) -> tuple[list[tuple[TrainingSample, ...]], list[dict[str, float]]]:
+    """Batches and evaluations."""
+    batches: list[tuple[TrainingSample, ...]] = []
+    evaluations: list[dict[str, float]] = []
     files = [shard_file(ready, shard) for shard in range(config.driver.shards)]
     while not all(file.exists() for file in files):
         if abandoned.wait(0.02):
-            return []
-    client = DriverClient([file.read_text() for file in files])
-    batches = []
-    for step in range(steps):
-        set_version(url, step)
-        batches.append(client.next_batch(step, step, [url], timeout_s=RUN_DEADLINE_S).content.samples)
-        time.sleep(UPDATE_S)
-    client.stop()
-    client.close()
-    return batches
+            return batches, evaluations
+    with closing(DriverClient([file.read_text() for file in files])) as client:
+        for done in range(steps + 1):
+            set_version(url, done)
+            if done in (EVALUATED, steps):
+                figures = client.evaluate(done, done, [url], timeout_s=RUN_DEADLINE_S).content
+                evaluations.append({name: value for name, value in figures.items() if name != "wall_s"})
+            if done < steps:
+                batches.append(client.next_batch(done, done, [url], timeout_s=RUN_DEADLINE_S).content.samples)
+                time.sleep(UPDATE_S)
+        client.stop()
+    return batches, evaluations
 
 
 def _look_after(

@@ -90,6 +90,7 @@ def test_the_batches_are_those_of_a_driver_left_alone(killed: Run, left_alone: R
         assert contents(killed.played) == contents(left_alone.played)
     else:
         assert killed.played.batches == left_alone.played.batches
+    assert killed.played.evaluations == left_alone.played.evaluations
 
 
 def test_each_tree_is_written_once(killed: Run, left_alone: Run) -> None:

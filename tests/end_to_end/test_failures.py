@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,6 +83,22 @@ def test_the_last_engine_killed_ends_the_run_and_keeps_the_checkpoint(
     assert "Traceback" not in ended.output
     assert newest_complete(tmp_path / "run" / "checkpoints" / "rl") is not None
     assert DESK_KEY not in ended.output
+
+
+def test_a_killed_driver_comes_again_and_the_run_ends_well(
+    rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
+) -> None:
+    running = start(rl_command(tmp_path / "run", "train.steps=5", "driver.max_staleness=1"))
+    running.wait_until("rl 2/5")
+    os.kill(running.child("collab_megatron.driver.service").pid, signal.SIGKILL)
+    running.wait_until("driver ended with signal SIGKILL: it is started again")
+    running.wait_until("rl 3/5")  # the family anew
+    ended = running.end()
+    assert ended.code == 0, ended.output[-3000:]
+    assert "rl 5/5" in ended.output
+    trees = [json.loads(line) for line in (tmp_path / "run" / "conversations.jsonl").open()]
+    assert Counter(tree["step"] for tree in trees) == dict.fromkeys(range(5), 4)
+    assert len({tree["task_id"] for tree in trees}) == len(trees)
 
 
 def test_a_term_signal_ends_everything(
