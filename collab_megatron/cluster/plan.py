@@ -47,8 +47,33 @@ def rl_plan(config: RLConfig) -> str:
     ]
     if judge_calls and config.simulators.judge is not None:
         lines.append(f"judge calls {judge_calls} per step{_cost(config.simulators.judge, judge_calls)}")
-    lines.append(f"training    {config.train.steps} steps")
+    lines += [*_driver_lines(config), f"training    {config.train.steps} steps"]
     return "\n".join(lines)
+
+
+def _driver_lines(config: RLConfig) -> list[str]:
+    """How far sampling runs ahead, on how many processes, and where the money ends."""
+    driver, prompts = config.driver, config.rollout.prompts_per_step
+    beyond = driver.oversample_prompts or prompts
+    trees = prompts * driver.max_staleness + beyond
+    updates = _count(driver.max_staleness, "update")
+    policy = f"tokens at most {updates} old" if driver.max_staleness else "strictly on-policy"
+    lines = [f"driver      {_count(driver.shards, 'process', 'es')}, at most {trees} trees under way: {policy}"]
+    budget = config.budget
+    caps = [
+        f"{kind} at {said}"
+        for kind, said in (
+            ("warns", _cap(budget.soft_usd, budget.soft_calls)),
+            ("stops", _cap(budget.hard_usd, budget.hard_calls)),
+        )
+        if said
+    ]
+    return [*lines, f"budget      {', '.join(caps) if caps else 'none (budget.hard_usd)'}"]
+
+
+def _cap(usd: float | None, calls: int | None) -> str:
+    said = [f"${usd:,.2f}" if usd is not None else "", f"{calls:,} calls" if calls is not None else ""]
+    return " or ".join(filter(None, said))
 
 
 def sft_plan(config: SFTConfig) -> str:
@@ -166,8 +191,8 @@ def _engine_lines(spec: ModelSpec, config: RLConfig) -> list[str]:
     ]
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def _amount(size: int) -> str:

@@ -1,17 +1,15 @@
 """Which trees are under way, when new ones may begin, and which of them make the batch of a step.
 
 Staleness is a capacity. With max_staleness s at most s + 1 batches of trees are under way when the trainer asks for
-one, and what it has sampled under weights that are s updates old must be in the next batch, which waits for it; the
-rest leave in the order in which they end. Both together bound the age of every trained token by s updates, and nothing
-that was paid for is thrown away.
-
-Why the trees that must be in batch t fit into it: under weights of version t - s at most (t - s + s + 1) batches had
-begun, and t batches have been delivered.
+one. Groups leave in the order in which they end, with one exception: what weights of version v have sampled is in batch
+v + s at the latest. A batch waits for the trees whose last chance it is, and for as many of the next batches' as would
+not fit into those. So no trained token is older than s updates, and nothing that was paid for is thrown away.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -57,6 +55,10 @@ class Tree:
     ended: int = 0  # how many had ended before it
     replaced: bool = False  # another one was begun in its place: it is delivered, but fills no place in a batch
     running: asyncio.Task[None] | None = None
+
+    def due(self, max_staleness: int) -> float:
+        """The last batch that may have it."""
+        return math.inf if self.version is None else self.version + max_staleness
 
 
 Delivered = Mapping[tuple[int, int], bool]
@@ -135,18 +137,21 @@ class Forest:
         self._trees = []
 
     def _first_ended(self, step: int) -> list[Tree] | None:
-        oldest = step - self._rules.max_staleness
-        must = [tree for tree in self._trees if tree.version is not None and tree.version <= oldest]
-        if any(tree.group is None for tree in must):
-            return None
-        replaced = [tree for tree in self._trees if tree.replaced]
-        others = sorted(
-            (tree for tree in self._trees if tree.group is not None and not tree.replaced and tree not in must),
-            key=lambda tree: tree.ended,
-        )
-        counted = [tree for tree in must if not tree.replaced]
-        counted += others[: max(0, self._shard.quota - len(counted))]
-        return counted + replaced if len(counted) >= self._shard.quota else None
+        quota, staleness = self._shard.quota, self._rules.max_staleness
+        ended = sorted((tree for tree in self._trees if tree.group is not None), key=lambda tree: tree.ended)
+        chosen: list[Tree] = []
+        # of the trees that may wait for j more batches, all but what fits into those must go now
+        for j in range(staleness + 1):
+            due = {t for t in self._trees if not t.replaced and t.due(staleness) <= step + j}
+            missing = len(due) - j * quota - sum(tree in due for tree in chosen)
+            more = [tree for tree in ended if tree in due and tree not in chosen]
+            if missing > len(more):
+                return None
+            chosen += more[: max(0, missing)]
+        more = [tree for tree in ended if not tree.replaced and tree not in chosen]
+        chosen += more[: max(0, quota - len(chosen))]
+        replaced = [tree for tree in ended if tree.replaced]
+        return chosen + replaced if len(chosen) >= quota else None
 
     def _of_step(self, step: int) -> list[Tree] | None:
         chosen = [tree for tree in self._trees if tree.seat.step == step]

@@ -106,6 +106,17 @@ def test_servers_and_what_a_sync_sends_them(planned: Callable[..., list[str]]) -
     assert line(lines, "sync") == "sync        disk, 15 GB per update to 2 servers"
 
 
+def test_how_far_sampling_runs_ahead_and_where_the_money_ends(planned: Callable[..., list[str]]) -> None:
+    lines = planned(
+        "driver={max_staleness: 1, oversample_prompts: 4, shards: 2}", "budget={soft_usd: 10, hard_usd: 20}"
+    )
+    assert "driver      2 processes, at most 20 trees under way: tokens at most 1 update old" in lines
+    assert "budget      warns at $10.00, stops at $20.00" in lines
+    lines = planned()
+    assert "driver      1 process, at most 16 trees under way: strictly on-policy" in lines
+    assert "budget      none (budget.hard_usd)" in lines
+
+
 def test_a_placement_that_cannot_be_is_refused(planned: Callable[..., list[str]]) -> None:
     with pytest.raises(UserError, match=r"engine\.placement=colocated .* set engine\.count to 4"):
         planned("engine.placement=colocated", "parallel.tensor=4")
