@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from collab_megatron.cluster import drivers
+from collab_megatron.cluster.drivers import driver_command
 from collab_megatron.config import RLConfig
 from collab_megatron.driver import protocol
 from collab_megatron.types import TrainingSample
-from tests.driver import runs
+from tests.driver import runs, weak_spots
 from tests.driver.runs import FUTURES, PROMPTS, REPLIES, Played, config, counts, lines, moments, play, stand_in
 
 pytestmark = pytest.mark.slow
@@ -121,16 +123,36 @@ def test_a_replay_asks_nobody_and_gives_the_same_batches(killed: Run) -> None:
     written = file.read_bytes()
     assert killed.replayed("only").batches == killed.played.batches
     assert (counts(killed.url), file.read_bytes()) == (before, written)
+    if not killed.config.driver.max_staleness:
+        runs.forget_deliveries(killed.config)
+        assert killed.replayed("only").batches == killed.played.batches  # made of single turns and replies
+        assert (counts(killed.url), file.read_bytes()) == (before, written)
     assert killed.replayed("auto").batches == killed.played.batches
-    assert file.read_bytes() == written
     after = counts(killed.url)
-    assert (after["repeated"], after["turns_repeated"]) == (before["repeated"], before["turns_repeated"])
-    if killed.config.driver.max_staleness:
-        return  # the trees beyond the last batch go on
-    assert after == before
-    runs.forget_deliveries(killed.config)
-    assert killed.replayed("only").batches == killed.played.batches  # from single turns and replies
-    assert (counts(killed.url), file.read_bytes()) == (before, written)
+    assert file.read_bytes() == written
+    # with staleness the trees beyond the last batch go on
+    for name in ("repeated", "turns_repeated") if killed.config.driver.max_staleness else before:
+        assert after[name] == before[name]
+
+
+def test_a_driver_that_dies_while_it_delivers(tmp_path: Path, left_alone: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At points that a random moment seldom meets: nothing is asked for again, and no line is lost or written twice."""
+    (tmp_path / "died").mkdir()
+
+    def command(resolved: Path, max_context_tokens: int) -> list[str]:
+        python, m, _, *rest = driver_command(resolved, max_context_tokens)
+        return [python, m, "tests.driver.weak_spots", str(tmp_path / "died"), *rest]
+
+    monkeypatch.setattr(drivers, "driver_command", command)
+    with stand_in(tmp_path, latency_ms=LATENCY_MS) as url:
+        settings = config(tmp_path, url)
+        played = play(settings, url, steps=STEPS)
+        asked = counts(url)
+    assert len(list((tmp_path / "died").iterdir())) == weak_spots.SPOTS
+    assert played.batches == left_alone.played.batches
+    written, expected = (folder / "conversations.jsonl" for folder in (tmp_path, left_alone.config.run.dir))
+    assert written.read_bytes() == expected.read_bytes()
+    assert asked["repeated"] == asked["turns_repeated"] == 0
 
 
 @pytest.fixture

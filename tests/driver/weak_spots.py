@@ -1,0 +1,65 @@
+"""The driver's service, killed by its own hand at the delicate points of a delivery: each once in a run.
+
+    python -m tests.driver.weak_spots FOLDER RESOLVED.yaml ...
+
+Step 0 dies before the journal has the batch, step 1 after that, step 2 halfway through its lines of
+conversations.jsonl, step 3 before the answer is sent. A file in FOLDER for each tells the next life that it happened.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from collab_megatron.driver import service
+from collab_megatron.driver.deliveries import Deliveries
+from collab_megatron.driver.forest import Tree
+from collab_megatron.driver.protocol import Answer
+from collab_megatron.driver.record import TreeRecorder
+from collab_megatron.errors import run_cli
+
+SPOTS = 4
+
+
+def main() -> None:
+    folder = Path(sys.argv.pop(1))
+    put, write, encode = Deliveries.put, TreeRecorder.write, service.encode_answer
+    newest = -1
+
+    def die_at(step: int) -> None:
+        mark = folder / f"died-{step}"
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def weak_put(self: Deliveries, step: int, trees: Sequence[Tree], answer: Answer, lines: Sequence[bytes]) -> None:
+        if step == 0:
+            die_at(0)
+        put(self, step, trees, answer, lines)
+        if step == 1:
+            die_at(1)
+
+    def weak_write(self: TreeRecorder, step: int, lines: Sequence[bytes]) -> None:
+        nonlocal newest
+        newest = step
+        if step == 2 and not (folder / "died-2").exists():
+            write(self, step, [*lines[:-2], lines[-2][:100]])
+            die_at(2)
+        write(self, step, lines)
+
+    def weak_encode(answer: Answer) -> bytes:
+        if answer.samples and newest == 3:
+            die_at(3)
+        return encode(answer)
+
+    Deliveries.put = weak_put  # type: ignore[method-assign]
+    TreeRecorder.write = weak_write  # type: ignore[method-assign]
+    service.encode_answer = weak_encode
+    service.main()
+
+
+if __name__ == "__main__":
+    run_cli(main)
