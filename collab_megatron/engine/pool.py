@@ -8,7 +8,7 @@ so none comes back by itself. A server is lost for good, until `use` names it ag
 - it serves other weights than it should: somebody restarted it.
 
 Where sampling goes on while the trainer updates (`ahead`), a server may serve newer weights than were named last: the
-update reaches it before the news of it reaches us.
+update reaches it before the news of it reaches us. An answer that was under way then may be of the older ones.
 
 Every request that it had is given up at once and sampled anew by another server; the caller does not notice. A request
 that a server refuses is the request's fault: a RunError, as ever.
@@ -194,6 +194,7 @@ class EnginePool:
         if not server.sequences:
             server.heard = time.monotonic()
         server.sequences += n
+        asked_of = server.version
         call = asyncio.ensure_future(
             server.client.generate(
                 input_ids,
@@ -215,7 +216,7 @@ class EnginePool:
             call.cancel()
         server.heard = server.finished = time.monotonic()
         if not all(
-            self._serves(server, version)
+            self._serves(server, version, asked_of)
             for version in {version for generation in generations for version in generation.versions_T}
         ):
             return None
@@ -233,9 +234,12 @@ class EnginePool:
                 self._came.clear()
             print(f"engine {server.url} is lost: {reason}", flush=True)
 
-    def _serves(self, server: _Server, version: int) -> bool:
-        """Whether that is the version the server must serve; if not, it is lost."""
-        if server.version is None or version == server.version or (self._ahead and version > server.version):
+    def _serves(self, server: _Server, version: int, asked_of: int | None) -> bool:
+        """Whether that is the version the server must serve; if not, it is lost. `asked_of`: the one that was named
+        last when it was asked. An update, and the news of it, may have come while it answered."""
+        if server.version is None or version == server.version:
+            return True
+        if self._ahead and (asked_of is None or version >= asked_of):
             return True
         self._lose(server, f"it serves weight version {version} instead of {server.version}: was it restarted?")
         return False
@@ -244,12 +248,13 @@ class EnginePool:
         """After a broken connection: lose the server unless it answers a ping. All its broken requests share one."""
 
         async def ping() -> None:
+            asked_of = server.version
             try:
                 version = await server.client.weight_version(timeout_s=self._ping_deadline_s)
             except RunError:
                 self._lose(server, str(broke))
             else:
-                self._serves(server, version)
+                self._serves(server, version, asked_of)
 
         if server.check is None or server.check.done():
             server.check = asyncio.create_task(ping())
@@ -262,6 +267,7 @@ class EnginePool:
             await asyncio.gather(*(self._watch_one(server) for server in self._live if server.sequences))
 
     async def _watch_one(self, server: _Server) -> None:
+        asked_of = server.version
         try:
             version = await server.client.weight_version(timeout_s=self._ping_deadline_s)
         except (EngineGone, EngineSilent):
@@ -272,7 +278,7 @@ class EnginePool:
             server.heard = time.monotonic()  # it refuses, so it lives
         else:
             server.heard = time.monotonic()
-            if self._serves(server, version):
+            if self._serves(server, version, asked_of):
                 await self._look_at_load(server)
 
     async def _look_at_load(self, server: _Server) -> None:

@@ -14,11 +14,13 @@ from aiohttp import web
 from collab_megatron.engine.pool import FULLER_SEQUENCES, EnginePool
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import Generation
-from tests.engine.servers import FakeServer, servers, slowly
+from tests.engine.servers import FakeServer, reply, servers, slowly
 
 
 @asynccontextmanager
-async def pool(*fakes: FakeServer, health_timeout_s: float = 30, request_timeout_s: float = 30) -> AsyncIterator[Any]:
+async def pool(
+    *fakes: FakeServer, health_timeout_s: float = 30, request_timeout_s: float = 30, ahead: bool = False
+) -> AsyncIterator[Any]:
     """A pool that uses all of `fakes` at version 1."""
     async with (
         servers(*fakes),
@@ -27,6 +29,7 @@ async def pool(*fakes: FakeServer, health_timeout_s: float = 30, request_timeout
             request_timeout_s=request_timeout_s,
             health_timeout_s=health_timeout_s,
             max_concurrency=64,
+            ahead=ahead,
         ) as engines,
     ):
         engines.use([fake.url for fake in fakes], 1)
@@ -194,6 +197,32 @@ async def test_other_weights_than_announced_never_enter_a_batch() -> None:
         assert "version -1 instead of 1" in engines.lost[fakes[0].url]
         answers = await asyncio.gather(*(ask(engines, f"task {i}") for i in range(20)))
         assert {version for answer in answers for version in answer[0].versions_T} == {1}
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+async def test_an_answer_that_was_under_way_at_an_update_is_taken_where_sampling_goes_on(ahead: bool) -> None:
+    """It is of the older weights, and it comes after the news of the newer ones."""
+    go_on = asyncio.Event()
+
+    async def begun_before(body: dict[str, Any]) -> web.Response | None:
+        await go_on.wait()
+        return web.json_response([reply("1")])
+
+    fake = FakeServer(answer=begun_before)
+    async with pool(fake, ahead=ahead) as engines:
+        asked = asyncio.create_task(ask(engines))
+        await until(lambda: fake.bodies)
+        fake.version = "2"
+        engines.use([fake.url], 2)
+        go_on.set()
+        if ahead:
+            assert (await asked)[0].versions_T == (1, 1)
+            assert engines.lost == {}
+            with pytest.raises(NoEngineLeft, match="version 1 instead of 2"):  # asked for after the news
+                await ask(engines)
+        else:
+            with pytest.raises(NoEngineLeft, match="version 1 instead of 2"):
+                await asked
 
 
 async def test_a_server_restarted_under_its_old_address_is_found_out_by_the_ping() -> None:
