@@ -19,7 +19,7 @@ from collab_megatron.demo.tokenizer import build_tokenizer
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_json, publish_text
 from tools.bench_driver_bound import lower_bound, same_calls
-from tools.bench_driver_litellm import NO_CONNECTION_LIMITS
+from tools.bench_driver_litellm import MANY_CONNECTIONS
 from tools.bench_driver_process import READY_S, Driver, StandInsClient
 from tools.bench_driver_shapes import FULL, MEMORY, SMALL, Load, Plan, make_config
 
@@ -71,7 +71,7 @@ class Bench:
         """Run `tools.NAME` to its end; the JSON that it wrote."""
         output = self.folder / f"{name}.json"
         argv = [sys.executable, "-m", f"tools.{name}", *arguments, "--url", self.stand_ins.url, "--json", str(output)]
-        child = self.supervisor.start(name, argv, self.environment | NO_CONNECTION_LIMITS)
+        child = self.supervisor.start(name, argv, self.environment | MANY_CONNECTIONS)
         self.supervisor.wait_for([child], timeout_s=CHILD_S)
         return json.loads(output.read_text())
 
