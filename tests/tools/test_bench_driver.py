@@ -49,7 +49,7 @@ def test_a_small_run_against_the_real_driver(tmp_path: Path, run: Run) -> None:
     conversations = SMALL.main.conversations
     assert figures["futures"] == figures["recipe_futures"] == figures["failing_recipe_futures"] == conversations
     assert figures["calls"] == 3 * conversations  # two user turns and a verdict each
-    assert figures["same_calls"] is True
+    assert figures["same_calls"] is figures["failing_same_calls"] is True
     assert figures["failures"] > 0
     assert figures["ratio"] == pytest.approx(figures["wall_s"] / figures["lower_bound_s"])
     assert figures["lower_bound_s"] == max(figures["bounds"].values())
