@@ -152,27 +152,35 @@ def measure_main(shared: Bench, plan: Plan, shards: int, *, recipe: bool) -> Fig
         "stand_ins_cpu_us_per_request": trace["cpu_s"] / trace["requests"] * 1e6,
     }
     if recipe:
-        figures |= measure_recipe(shared, plan, "", 0.0, trace, wall_s)
-        figures |= measure_recipe(shared, plan, "failing_", plan.fail_share, failing_trace, failing_wall_s)
+        say("the recipe's control flow, the same calls without and with failures")
+        plain, failing = run_recipe(shared, plan)
+        figures |= beside_recipe("", wall_s, trace, plain)
+        figures |= beside_recipe("failing_", failing_wall_s, failing_trace, failing)
     return figures
 
 
-def measure_recipe(shared: Bench, plan: Plan, prefix: str, fail_share: float, trace: Figures, wall_s: float) -> Figures:
-    """The recipe's wall time beside `wall_s`, the driver's, which left `trace`."""
-    say(f"the recipe's control flow, {fail_share:.0%} of the calls failing once")
-    load, folder = plan.main, shared.folder / f"{prefix}recipe"
-    config = make_config(load, folder, model=shared.model, url=shared.stand_ins.url)
+def run_recipe(shared: Bench, plan: Plan) -> list[Figures]:
+    """What bench_driver_recipe.py says of a step without failures and of one with them."""
+    folder = shared.folder / "recipe"
+    config = make_config(plan.main, folder, model=shared.model, url=shared.stand_ins.url)
     publish_text(folder / "resolved.yaml", dump_config(config))
-    publish_json(folder / "settings.json", load.settings(fail_share=fail_share))
+    for name, fail_share in (("plain", 0.0), ("failing", plan.fail_share)):
+        publish_json(folder / f"{name}.json", plan.main.settings(fail_share=fail_share))
     shared.stand_ins.begin({})  # its warm-up waits for nobody
-    arguments = [str(folder / "resolved.yaml"), "--settings", str(folder / "settings.json")]
-    told = shared.child("bench_driver_recipe", *arguments, "--failure-wait-s", str(plan.failure_wait_s))
+    arguments = [str(folder / "resolved.yaml"), "--failure-wait-s", str(plan.failure_wait_s)]
+    arguments += ["--settings", str(folder / "plain.json"), str(folder / "failing.json")]
+    told: list[Figures] = shared.child("bench_driver_recipe", *arguments)
+    return told
+
+
+def beside_recipe(prefix: str, wall_s: float, trace: Figures, recipe: Figures) -> Figures:
+    """The recipe's figures beside the driver's wall time and trace."""
     return {
-        f"{prefix}recipe_wall_s": told["wall_s"],
-        f"{prefix}recipe_ratio": told["wall_s"] / wall_s,
-        f"{prefix}recipe_futures": told["futures"],
-        f"{prefix}recipe_cpu_s": told["cpu_s"],
-        f"{prefix}same_calls": same_calls(trace, shared.stand_ins.trace()),
+        f"{prefix}recipe_wall_s": recipe["wall_s"],
+        f"{prefix}recipe_ratio": recipe["wall_s"] / wall_s,
+        f"{prefix}recipe_futures": recipe["futures"],
+        f"{prefix}recipe_cpu_s": recipe["cpu_s"],
+        f"{prefix}same_calls": same_calls(trace, recipe["trace"]),
     }
 
 
