@@ -20,7 +20,7 @@ from collab_megatron.driver.protocol import DriverClient
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_text
 from collab_megatron.types import RolloutBatch
-from tools.bench_driver_litellm import NO_CONNECTION_LIMITS
+from tools.bench_driver_litellm import MANY_CONNECTIONS
 
 MAX_CONTEXT_TOKENS = 4096
 READY_S, STEP_S, CALL_S = 120.0, 1800.0, 60.0
@@ -72,7 +72,7 @@ class Driver:
             if self.config.driver.shards > 1:
                 argv += ["--shard", str(shard)]
             name = f"{folder.name}-driver-{shard}"
-            child = self.supervisor.start(name, argv, self.environment | NO_CONNECTION_LIMITS)
+            child = self.supervisor.start(name, argv, self.environment | MANY_CONNECTIONS)
             self.children.append(child)
             addresses.append((ready, child))
         self._client = DriverClient(
