@@ -22,10 +22,9 @@ from collab_megatron.simulators import Gateway, SimulatorHealth, user_simulator
 from collab_megatron.slots import Slots
 from collab_megatron.types import Task
 
-
 GC_THRESHOLDS = 100_000, 50, 1000
-"""Thousands of conversations are under way at a time, each of many objects that live for seconds: the defaults walk them
-over and over (10 % of a call's CPU)."""
+"""Thousands of conversations are under way at a time, each of many objects that live for seconds: the defaults walk
+them over and over (10 % of a call's CPU)."""
 
 
 @dataclass(frozen=True)
