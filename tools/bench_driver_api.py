@@ -20,7 +20,8 @@ from typing import Any
 # sixteen words that the demo tokenizer knows, so that two conversations differ in their token ids too
 WORDS = ("2", "3", "4", "5", "6", "7", "8", "9", "10", "12", "15", "18", "20", "24", "30", "36")
 NAME_WORDS = 12
-NAME = re.compile(rf"it is((?: (?:{'|'.join(WORDS)})\b){{{NAME_WORDS}}})")
+SAYS = "it is "
+NAME = re.compile(rf"(?:(?:{'|'.join(WORDS)})\b ?){{{NAME_WORDS}}}(?<! )")
 FAILURE = b'{"error":{"message":"the stand-in fails once","type":"server_error","code":500}}'
 
 
@@ -63,8 +64,7 @@ class SimulatorEndpoint:
         seeds = self._seen.setdefault(content, {})
         number = seeds.setdefault(body.get("seed"), len(seeds))
         key = hashlib.blake2b(content + b"%d" % number, digest_size=24, salt=self._seed[:16]).digest()
-        names = NAME.findall(text)
-        call = Call(role, spell(key), names[-1].strip() if names else "", self._latency_s(key))
+        call = Call(role, spell(key), last_name(text), self._latency_s(key))
         if self._fail_share and _share(key[8:16]) < self._fail_share and key not in self._failed:
             self._failed.add(key)
             self.failures += 1
@@ -83,6 +83,13 @@ def _share(eight_bytes: bytes) -> float:
     return ((int.from_bytes(eight_bytes, "big") >> 12) + 0.5) / 2**52
 
 
+def last_name(text: str) -> str:
+    """The name that the last user turn in a chat carries; "" where there is none."""
+    start = text.rfind(SAYS)
+    found = NAME.match(text, start + len(SAYS)) if start >= 0 else None
+    return found.group() if found else ""
+
+
 def spell(key: bytes) -> str:
     """A call's name: number words."""
     digits = key[: NAME_WORDS // 2].hex()
@@ -91,7 +98,7 @@ def spell(key: bytes) -> str:
 
 def user_text(name: str) -> str:
     """What the simulated user says: no end of the chat, so that every chain has its full length."""
-    return json.dumps({"thought": "tell the next detail and keep back the rest", "response": f"it is {name}"})
+    return json.dumps({"thought": "tell the next detail and keep back the rest", "response": f"{SAYS}{name}"})
 
 
 def marks_text(key: bytes) -> str:

@@ -1,8 +1,8 @@
 """The engine stand-in of tools/bench_driver.py: a service rate shared by all sequences, replies of a fixed length.
 
 Every sequence gets `min(sequence_rate, capacity / sequences)` tokens/s, so that its work is known: the tokens of all
-replies / capacity. All sequences are equally long and equally fast, so they end in the order in which they came, and
-one clock of tokens that each of them has got (`_served`) tells when.
+replies / capacity. All sequences are equally long and fast, so they end in the order in which they came, and one
+count of the tokens that each of them has got (`_served`) tells when.
 """
 
 from __future__ import annotations

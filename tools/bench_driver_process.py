@@ -20,7 +20,6 @@ from collab_megatron.driver.protocol import DriverClient
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_text
 from collab_megatron.types import RolloutBatch
-from tools.bench_driver_litellm import NO_CONNECTION_LIMITS
 
 MAX_CONTEXT_TOKENS = 4096
 READY_S, STEP_S, CALL_S = 120.0, 1800.0, 60.0
@@ -72,11 +71,11 @@ class Driver:
             if self.config.driver.shards > 1:
                 argv += ["--shard", str(shard)]
             name = f"{folder.name}-driver-{shard}"
-            child = self.supervisor.start(name, argv, self.environment | NO_CONNECTION_LIMITS)
+            child = self.supervisor.start(name, argv, self.environment)
             self.children.append(child)
             addresses.append((ready, child))
         self._client = DriverClient(
-            *(self.supervisor.wait_for_file(ready, child, timeout_s=READY_S).strip() for ready, child in addresses)
+            [self.supervisor.wait_for_file(ready, child, timeout_s=READY_S).strip() for ready, child in addresses]
         )
         self.stand_ins.begin({})
         self._client.evaluate(0, 0, self._engines, timeout_s=STEP_S)

@@ -1,6 +1,6 @@
 """The control flow that tools/bench_driver.py compares the driver with: the recipe's, stage after stage.
 
-    python -m tools.bench_driver_recipe RESOLVED.yaml --url URL --settings FILE --failure-wait-s 60 --json FILE
+    python -m tools.bench_driver_recipe RESOLVED.yaml --url URL --settings FILE ... --failure-wait-s 60 --json FILE
 
 - All replies are sampled before the first future begins.
 - The futures of a reply are played one after another; replies beside each other.
@@ -8,7 +8,8 @@
 - A call that failed is made again after max(2**attempt, 60) s.
 
 Same tasks, prompts, templates, engine, endpoint and limits of concurrency as the driver's; bare LiteLLM calls. The
-wall time begins after imports and a warm-up tree without latencies, as the driver's does; then the stand-ins are set.
+wall time begins after imports and a warm-up tree without latencies, as the driver's does. One step for each file of
+settings for the stand-ins.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import orjson
@@ -99,40 +101,47 @@ async def _play(
     return ScoredConversation(task, tuple(messages), len(task.prompt), tokens, sample_index)
 
 
-async def measure(config: RLConfig, url: str, settings: bytes, failure_wait_s: float) -> dict[str, float]:
-    """Play one step under the stand-ins' `settings`, and say how long it took."""
+async def measure(config: RLConfig, url: str, settings: Sequence[bytes], failure_wait_s: float) -> list[dict[str, Any]]:
+    """Play a step under each of the stand-ins' `settings`: how long it took, and the trace that it left."""
     assert config.data.validation is not None
     assert config.simulators.judge is not None
     litellm = load_litellm()
-    tasks = read_tasks(config.data.train)[: config.rollout.prompts_per_step]
+    tasks = read_tasks(config.data.train)
     user, judge = config.simulators.user, config.simulators.judge
     user_llm = BareLLM(litellm, url, "user", in_flight=user.max_concurrency, failure_wait_s=failure_wait_s)
     judge_llm = BareLLM(litellm, url, "judge", in_flight=judge.max_concurrency, failure_wait_s=failure_wait_s)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         chat = ChatTemplate(load_tokenizer(config.model.path))
         players = Players(session, url, chat, LLMUserSimulator(user_llm), Interactivity(judge_llm))
         await step(read_tasks(config.data.validation)[:1], config.rollout, players)
         gc.collect()
         gc.freeze()
-        async with session.post(f"{url}/settings", data=settings) as response:
-            response.raise_for_status()
-        start, cpu = time.monotonic(), time.process_time()
-        futures = await step(tasks, config.rollout, players)
-        return {"wall_s": time.monotonic() - start, "cpu_s": time.process_time() - cpu, "futures": futures}
+        return [await _one_run(tasks, config.rollout, players, load) for load in settings]
+
+
+async def _one_run(tasks: Sequence[Task], rollout: RolloutSection, players: Players, settings: bytes) -> dict[str, Any]:
+    async with players.session.post(f"{players.url}/settings", data=settings) as response:
+        response.raise_for_status()
+    start, cpu = time.monotonic(), time.process_time()
+    futures = await step(tasks, rollout, players)
+    wall_s, cpu_s = time.monotonic() - start, time.process_time() - cpu
+    async with players.session.get(f"{players.url}/trace") as response:
+        trace = orjson.loads(await response.read())
+    return {"wall_s": wall_s, "cpu_s": cpu_s, "futures": futures, "trace": trace}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--url", required=True, help="of tools/bench_driver_servers.py")
-    parser.add_argument("--settings", type=Path, required=True, help="JSON for the stand-ins' /settings")
+    parser.add_argument("--settings", type=Path, nargs="+", required=True, help="JSON for the stand-ins' /settings")
     parser.add_argument("--failure-wait-s", type=float, required=True)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     die_with_parent()
     config = load_config(RLConfig, args.config)
-    publish_json(args.json, uvloop.run(measure(config, args.url, args.settings.read_bytes(), args.failure_wait_s)))
+    settings = [file.read_bytes() for file in args.settings]
+    publish_json(args.json, uvloop.run(measure(config, args.url, settings, args.failure_wait_s)))
 
 
 if __name__ == "__main__":

@@ -90,13 +90,13 @@ FULL = Plan(
     failure_wait_s=60.0,
 )
 SMALL = Plan(
-    main=Load(4, 2, 2, median_s=0.1, sequence_rate=1000.0),
+    main=Load(4, 2, 2, median_s=0.05, sequence_rate=1000.0),
     ahead=Load(2, 2, 1, median_s=0.1, sequence_rate=1000.0),
     steps_ahead=3,
     busy=Load(4, 2, 2, median_s=0.0, capacity=1e9, sequence_rate=1e9),
     bare_calls=100,
     fail_share=0.1,
-    failure_wait_s=60.0 * 0.1 / 2.0,  # as much shorter as the latencies are
+    failure_wait_s=60.0 * 0.05 / 2.0,  # as much shorter as the latencies are
 )
 MEMORY = Load(32, 4, 1, median_s=0.0, user_turns=1, capacity=1e9, sequence_rate=1e9)
 

@@ -22,6 +22,10 @@ from collab_megatron.simulators import Gateway, SimulatorHealth, user_simulator
 from collab_megatron.slots import Slots
 from collab_megatron.types import Task
 
+GC_THRESHOLDS = 100_000, 50, 1000
+"""Thousands of conversations are under way at a time, each of many objects that live for seconds: the defaults walk
+them over and over (10 % of a call's CPU)."""
+
 
 @dataclass(frozen=True)
 class Cast:
@@ -112,6 +116,7 @@ async def assemble(
         recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness)
         gc.collect()
         gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
+        gc.set_threshold(*GC_THRESHOLDS)
         try:
             yield Cast(
                 players=Players(

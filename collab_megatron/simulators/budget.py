@@ -72,6 +72,7 @@ class Budget:
 
     def metrics(self) -> dict[str, float]:
         """budget/usd_to_date, budget/calls_to_date, both by role and model too, and budget/hard_share (1: used up)."""
+        self._read_at = float("-inf")  # a step may be shorter than FRESH_S
         calls, usd = self._totals()
         section = self._section
         shares = [0.0]

@@ -31,6 +31,7 @@ class Deployment:
     tokens: Bucket | None
     mean_completion_tokens: float  # a guess until answers came
     failed_at: float = float("-inf")
+    failures: int = 0  # since it last answered
     asked_until: float = field(default=float("-inf"))  # Retry-After: nobody asks before
 
     def delay_s(self, tokens: float) -> float:
@@ -59,6 +60,8 @@ class Turn:
     def settle(self, prompt_tokens: int, completion_tokens: int, answers: int) -> None:
         """The answer's own figures in place of the estimate; zeros for a request that brought none."""
         where = self.deployment
+        if answers:
+            where.failures = 0
         if where.tokens is None:
             return
         where.tokens.pay(prompt_tokens + completion_tokens - self.tokens)
@@ -106,6 +109,7 @@ class Deployments:
             return False
         now = time.monotonic()
         deployment.failed_at = now
+        deployment.failures += 1
         if asked_s is not None:
             deployment.asked_until = max(deployment.asked_until, now + asked_s)
         self._router.cooldown_cache.add_deployment_to_cooldown(
@@ -134,8 +138,9 @@ class Deployments:
             found = await self._router.async_get_available_deployment(
                 model=self._group, request_kwargs={"_excluded_deployment_ids": excluded}
             )
-        except ValueError:  # its RouterRateLimitError: all are cooling down, so the one that had the longest rest
-            return min(ready, key=lambda item: item.failed_at)
+        except ValueError:  # its RouterRateLimitError: all are cooling down
+            # one that fails now and then before one that is dead; of equals the one that had the longest rest
+            return min(ready, key=lambda item: (item.failures, item.failed_at))
         return self.items[int(found["model_info"]["id"])]
 
 

@@ -68,11 +68,18 @@ class ApiReply:
     problem: str = ""  # wrong_role | too_long
 
 
+MANY_CONNECTIONS = "20000"
+
+
 class LiteLLMApi:
     """The `litellm` module, set up once: no network at import, no telemetry, no callbacks, no retries of its own."""
 
     def __init__(self) -> None:
         os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # before the import, which would fetch prices from the net
+        # max_concurrency bounds the calls; LiteLLM's own bound of 500 connections a host would let the rest wait inside
+        # their deadlines, like calls to a slow provider
+        os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT", MANY_CONNECTIONS)
+        os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", MANY_CONNECTIONS)
         import litellm  # here because it takes seconds and only simulators need it
 
         litellm.telemetry = False

@@ -179,6 +179,9 @@ class Role:
                     result = await self._api.chat(turn.deployment.endpoint, request, timeout_s)
             except TimeoutError:
                 result = timed_out(timeout_s)
+            except asyncio.CancelledError:
+                usage.cancelled += 1
+                raise
             except Exception as error:  # noqa: BLE001 - LiteLLM raises many kinds; every one becomes a status
                 result = classify(error, self._deployments.keys)
                 logger.debug("simulators.%s: attempt failed: %s", self.name, result)

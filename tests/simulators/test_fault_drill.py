@@ -79,6 +79,20 @@ def test_a_deployment_that_is_down_costs_no_pause_and_is_left_alone() -> None:
     assert usage.attempts == 60 + usage.connection_errors
 
 
+def test_a_dead_deployment_is_asked_less_than_one_that_fails_now_and_then(endpoint: Any) -> None:
+    endpoint.script = [act for _ in range(6) for act in ((503, {}), GOOD)]
+    with MisbehavingEndpoint(good) as dead:
+        dead.down_until = float("inf")
+
+        async def body(role: Role) -> Counter[str]:
+            return sum([await ask(role, 1) for _ in range(6)], Counter())
+
+        ended, usage = use_role(config_for(endpoint.url, dead.url), body)
+        assert ended == {GOOD: 6}
+        assert usage.server_errors == 6
+        assert dead.counts["down"] <= 2  # once to find out, once more as long as the other has answered nothing
+
+
 def test_when_all_are_down_for_a_while_the_calls_wait_and_go_on() -> None:
     with MisbehavingEndpoint(good) as one, MisbehavingEndpoint(good) as other:
         one.down_until = other.down_until = time.monotonic() + 2.0
