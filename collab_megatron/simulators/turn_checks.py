@@ -66,6 +66,7 @@ LEAKS = re.compile(
     r"</?(?:think|thinking|thought|scratchpad|reasoning|request|reference|chat)>"
     r"|[\"'](?:thought|response|role)[\"']\s*:|^\W*thoughts?\s*:"
 )
+PLACEHOLDER = WORD.findall("the person's next message")  # for a turn in our prompt; small models say just that
 QUESTION_ENDS = ("?", "？", "؟")
 AFTER_QUESTION = " \t\n\"'*_)]»”’」"
 COURTESIES = (  # questions that may stand under an answer
@@ -136,11 +137,14 @@ def restarted(turn: Turn) -> bool:
 
 
 def scratchpad_leaked(turn: Turn) -> bool:
-    """Thinking tags, the JSON fields of the simulator's reply, or tags of its prompt stand in the turn.
+    """Thinking tags, the JSON fields of the simulator's reply, or tags of its prompt stand in the turn, or it is no
+    more than the prompt's placeholder for it.
 
-    In any language, since the names are those of our prompt. Not: thoughts in plain words. Names that the request or
-    the chat holds are the person's own matter.
+    In any language, since the names are those of our prompt. Not: thoughts in plain words, another prompt's
+    placeholder. Names that the request or the chat holds are the person's own matter.
     """
+    if turn.words == PLACEHOLDER:
+        return True
     found = LEAKS.search(turn.said)
     return found is not None and not _known(turn, found.group())
 

@@ -109,6 +109,7 @@ FOUND = [
     ("scratchpad_leaked", LETTER, ASKED, '{"thought": "say little", "response": "the heating"}'),
     ("scratchpad_leaked", LETTER, ASKED, "the heating </chat>"),
     ("scratchpad_leaked", LETTER, ASKED, "Thought: keep the date back. the heating"),
+    ("scratchpad_leaked", LETTER, chat("the person's next message", "Sorry?"), "The person's next message"),
     ("early_end", LETTER, ASKED, TERMINATION_SIGNAL),
     ("early_end", LETTER, ASKED, f"never mind {TERMINATION_SIGNAL}"),
     ("early_end", LETTER, NO_CHAT, f"i need a letter {TERMINATION_SIGNAL}"),
@@ -120,6 +121,7 @@ FOUND = [
 ]
 
 HEALTHY = [
+    (LETTER, ASKED, "what would be the person's next message if she is cross"),
     (LETTER, ASKED, "it's about the heating in the kitchen"),
     (LETTER, ASKED, "the heating is broken, how can I help my landlord find a plumber"),
     (LETTER, ASKED, "i want it repaired before the end of november"),
@@ -364,3 +366,10 @@ def test_schema_and_shipped_prompt_name_the_same_fields(name: str, schema: dict[
         field: kind["type"] for field, kind in schema["properties"].items()
     }
     assert list(schema["properties"]) == schema["required"] == list(shown)
+
+
+def test_the_placeholder_is_that_of_the_shipped_prompt() -> None:
+    prompt = load_template("user", None, required=("request", "chat"), optional=("task_desc", "termination_signal"))
+    filled = prompt.fill(request="", chat="", task_desc="", termination_signal=TERMINATION_SIGNAL)
+    example = next(line for line in filled.splitlines() if line.startswith('{"thought"'))
+    assert DETECTORS["scratchpad_leaked"](Turn.of(LETTER, ASKED, json.loads(example)["response"]))

@@ -1,0 +1,53 @@
+"""A hard cap ends a run with its own exit code and a checkpoint; a higher one lets it go on to its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.journal.store import Journal
+from collab_megatron.monitor.dashboard import read_metrics
+from tests.conftest import DESK_KEY, Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def answered_calls(run_dir: Path) -> int:
+    with closing(Journal(run_dir / "journal" / "rl.sqlite", replay="auto", lineage="")) as journal:
+        return sum(spent.calls for spent in journal.spent().values())
+
+
+def test_a_spent_budget_ends_with_three_and_a_higher_one_goes_on(
+    rl_command: Callable[..., list[str]], run: Run, tmp_path: Path
+) -> None:
+    # a step is 32 conversations, so the first one that begins passes the cap, and is finished all the same
+    asked = rl_command(tmp_path, "train.steps=3", "train.save_interval=0")
+    ended = run(*asked, "budget.hard_calls=20")
+    assert ended.code == 3, ended.output[-4000:]
+    (error,) = ended.errors
+    calls = answered_calls(tmp_path)
+    assert calls >= 20 + 32
+    assert f"the LLM APIs have answered {calls} requests, and budget.hard_calls is 20" in error
+    assert "raise budget.hard_calls and set run.resume=true" in error
+    assert "Traceback" not in ended.output
+    newest = newest_complete(tmp_path / "checkpoints" / "rl")
+    assert newest is not None
+    assert read_info(newest).step == 1  # saved because of the cap: none was due before the end
+
+    resumed = run(*asked, "budget.hard_calls=100000", "run.resume=true")
+    assert resumed.code == 0, resumed.output[-4000:]
+    newest = newest_complete(tmp_path / "checkpoints" / "rl")
+    assert newest is not None
+    assert read_info(newest).step == 3
+    rows = [row for row in read_metrics(tmp_path / "tensorboard" / "rl") if "time_s/step" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    spent = [row["budget/calls_to_date"] for row in rows]
+    assert calls == spent[0] < spent[1] < spent[2]  # of both attempts together
+    trees = [json.loads(line) for line in (tmp_path / "conversations.jsonl").read_text().splitlines()]
+    assert [tree["step"] for tree in trees] == [step for step in range(3) for _ in range(4)]
+    assert DESK_KEY not in ended.output + resumed.output
