@@ -12,7 +12,7 @@ import asyncio
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class BareLLM:
         sample_index: int = 0,
         n: int = 1,
         json_reply: bool = False,
+        schema: Mapping[str, Any] | None = None,
         check: Callable[[str], object] | None = None,
     ) -> list[LLMReply]:
         """The text as it comes; waits without end, since the stand-in fails a call only once."""
