@@ -139,7 +139,8 @@ def config_for(folder: Path, model: Path, user: Drill, dead: Drill, judge: Drill
 @contextmanager
 def endpoints() -> Iterator[tuple[Drill, Drill, Drill]]:
     """The user's, which misbehaves; its second, which is down for good; the judge's."""
-    with Drill(seed=70) as user, Drill(seed=0) as dead, Drill(seed=5) as judge:
+    user, dead, judge = Drill(seed=70), Drill(seed=0), Drill(seed=5)
+    with user, dead, judge:
         dead.down_until = float("inf")
         yield user, dead, judge
 

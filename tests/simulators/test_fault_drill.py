@@ -80,7 +80,7 @@ def test_a_deployment_that_is_down_costs_no_pause_and_is_left_alone() -> None:
 
 
 def test_a_dead_deployment_is_asked_less_than_one_that_fails_now_and_then(endpoint: Any) -> None:
-    endpoint.script = [act for _ in range(6) for act in ((503, {}), GOOD)]
+    endpoint.script = [(503, {}), GOOD] * 6
     with MisbehavingEndpoint(good) as dead:
         dead.down_until = float("inf")
 
