@@ -31,7 +31,7 @@ class Observer:
         self.providers: list[tuple[str, str, str]] = []
         self.kinds: list[tuple[str, str]] = []
 
-    def provider(self, role: str, model: str, fingerprint: str) -> None:
+    def provider(self, role: str, model: str, fingerprint: str, deployment: int = 0) -> None:
         self.providers.append((role, model, fingerprint))
 
     def malformed(self, role: str, kind: str) -> None:
