@@ -80,7 +80,7 @@ async def test_tokens_in_flight_are_bounded(journal: Journal) -> None:
     class Holding(ScriptedEngine):
         most = now = 0
 
-        async def generate(self, *args: object, **more: object) -> list[Generation]:  # type: ignore[override]
+        async def generate(self, *args: object, **more: object) -> list[Generation]:
             self.now += 1
             self.most = max(self.most, self.now)
             await asyncio.sleep(0.01)
