@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 FULL = os.environ.get("COLLAB_MEGATRON_FULL") == "1"
 KILLS = {0: 20, 1: 20} if FULL else {0: 3, 1: 4}
-STEPS = 5
+STEPS = 5 if FULL else 4
 LATENCY_MS = 40.0
 START_S = 4.0 if FULL else 0.6
 """About what a driver takes until it is ready."""
