@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from collab_megatron.cluster.processes import Supervisor
 from collab_megatron.config.sections import LLMSection
 from collab_megatron.data.chat import ChatTemplate
 from collab_megatron.demo.tokenizer import build_tokenizer
@@ -24,6 +20,7 @@ from collab_megatron.rewards.interactivity import Interactivity
 from collab_megatron.simulators import Gateway, LLMUserSimulator
 from collab_megatron.types import TERMINATION_SIGNAL, Generation, Message, ScoredConversation
 from tests.driver.fakes import TASK
+from tests.driver.runs import counts, set_version, stand_in
 
 
 @pytest.fixture(scope="module")
@@ -31,29 +28,10 @@ def chat() -> ChatTemplate:
     return ChatTemplate(build_tokenizer())
 
 
-@contextmanager
-def stand_in(folder: Path, *, latency_ms: float) -> Iterator[str]:
-    """Its URL."""
-    with Supervisor(folder / "logs") as processes:
-        ready = folder / "address"
-        argv = ["-m", "tests.driver.stand_in", "--ready-file", str(ready), "--latency-ms", str(latency_ms)]
-        child = processes.start("stand-in", [sys.executable, *argv], {})
-        yield f"http://{processes.wait_for_file(ready, child, timeout_s=60)}"
-
-
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
     with stand_in(tmp_path, latency_ms=1) as url:
         yield url
-
-
-def counts(url: str) -> dict[str, Any]:
-    figures: dict[str, Any] = httpx.get(f"{url}/counts", trust_env=False).json()
-    return figures
-
-
-def set_version(url: str, version: int) -> None:
-    httpx.post(f"{url}/set_version", params={"v": version}, trust_env=False).raise_for_status()
 
 
 async def test_policy_turns_are_words_and_depend_on_the_context_alone(url: str, chat: ChatTemplate) -> None:
