@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is left out is null")
     parser.add_argument("--small", action="store_true", help="seconds instead of minutes, for tests")
-    parser.add_argument("--shards", type=int, default=1, help="driver processes of the main part")
+    parser.add_argument("--shards", type=int, default=2, help="driver processes of the main part")
     parser.add_argument("--memory", type=int, metavar="CONVERSATIONS", help="only this part, with so many")
     args = parser.parse_args()
     if args.shards < 1:
