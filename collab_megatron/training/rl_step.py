@@ -41,7 +41,7 @@ def update(
     imbalance = 1.0
     with timer("logprobs"):
         for part in parts:
-            share = my_share(actor.grid, actor.spec, [token_sample(sample) for sample in part], train)
+            share = my_share(actor.grid, actor.spec, [token_sample(sample, batch.step) for sample in part], train)
             imbalance = max(imbalance, share.imbalance)
             micro = share.micro_batches
             if reference is not None:
@@ -54,6 +54,10 @@ def update(
         results = [actor.train_step(micro, loss_fn, normalizer=tokens) for micro, tokens in prepared]
     names = results[0].metrics
     metrics = {f"train/{name}": sum(r.metrics[name] for r in results) / len(results) for name in names}
+    share = metrics["train/on_policy_share"]
+    gap = metrics.pop("train/on_policy_gap")  # summed over those tokens, divided by all
+    if share:
+        metrics["train/on_policy_gap"] = gap / share
     metrics["train/grad_norm"] = max(result.grad_norm for result in results)
     metrics["train/lr"] = results[-1].lr
     metrics["train/steps_skipped"] = sum(result.skipped for result in results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_the_loss_does_not_depend_on_micro_batching(tokens: int, pad_multiple: i
         loss_fn = make_grpo_loss(AlgorithmSection(kl_coef=0.1))
         result = 0.0
         batches = split_by_tokens(
-            [token_sample(s) for s in samples],
+            [token_sample(s, 0) for s in samples],
             micro_batch_tokens=micro_batch_tokens,
             pad_id=0,
             pad_multiple=multiple,
@@ -132,6 +133,18 @@ def test_the_loss_does_not_depend_on_micro_batching(tokens: int, pad_multiple: i
         return result
 
     assert total(tokens, pad_multiple) == pytest.approx(total(10_000, 1), rel=1e-5)
+
+
+def test_the_engines_proof_looks_at_what_the_newest_weights_sampled() -> None:
+    old, new = sample(3, 1.0), replace(sample(2, 1.0), versions_T=(1, 1))
+    (batch,) = split_by_tokens(
+        [token_sample(s, 1) for s in (old, new)], micro_batch_tokens=99, pad_id=0, pad_multiple=1
+    )
+    logprobs = batch.values["rollout_logprobs"] + batch.values["on_policy"] * 0.5 + (1 - batch.values["on_policy"]) * 3
+    metrics = make_grpo_loss(AlgorithmSection(kl_coef=0))(logprobs, batch).metrics
+    assert metrics["on_policy_share"].item() == 2
+    assert metrics["on_policy_gap"].item() == pytest.approx(2 * 0.5)
+    assert metrics["logprob_gap"].item() == pytest.approx(2 * 0.5 + 3 * 3)
 
 
 def test_mini_batches_cover_everything_once() -> None:

@@ -88,8 +88,7 @@ def test_the_last_engine_killed_ends_the_run_and_keeps_the_checkpoint(
 def test_a_killed_driver_comes_again_and_the_run_ends_well(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
 ) -> None:
-    stale = ("driver.max_staleness=1", "sync.max_logprob_gap=1")  # of older weights: the gap is the policy's own way
-    running = start(rl_command(tmp_path / "run", "train.steps=5", *stale))
+    running = start(rl_command(tmp_path / "run", "train.steps=5", "driver.max_staleness=1"))
     running.wait_until("rl 2/5")
     os.kill(running.child("collab_megatron.driver.service").pid, signal.SIGKILL)
     running.wait_until("driver ended with signal SIGKILL: it is started again")
