@@ -6,6 +6,7 @@ It is a poor user. That this is seen is the point; the checks look at the form o
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ REQUESTS = {
     "trip": ("Help me to plan a trip.", "Plan one day in Paris for two people who like paintings and hate crowds."),
 }
 SERVED = "smollm2"
+FULL = os.environ.get("COLLAB_MEGATRON_FULL") == "1"
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,11 @@ async def play(config: EvaluateConfig, url: str) -> tuple[dict[str, float], Role
         return cast.health.metrics(), cast.gateway.snapshot().roles["user"], replies
 
 
-@pytest.mark.parametrize("json_schema", [False, True], ids=["json_object", "json_schema"])
+@pytest.mark.parametrize(
+    "json_schema",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not FULL, reason="with COLLAB_MEGATRON_FULL=1 only: time"))],
+    ids=["json_object", "json_schema"],
+)
 def test_a_poor_user_plays_and_is_seen(server: str, model: Path, tmp_path: Path, json_schema: bool) -> None:
     config = config_for(tmp_path, model, server, json_schema=json_schema)
     health, usage, replies = asyncio.run(play(config, server))
