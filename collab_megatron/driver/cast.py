@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.util
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import collab_megatron
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.driver.conversation import Limits, Players
@@ -49,7 +52,7 @@ def open_journal(config: RLConfig) -> Journal:
 
 
 def lineage_of(config: RLConfig) -> str:
-    """A name for what decides the weights of every version: turns of another lineage are other policies'."""
+    """A name for what decides the weights of every version: turns and batches of another lineage are another run's."""
     simulators = config.simulators
     decides = {
         "model": config.model.model_dump(mode="json"),
@@ -65,9 +68,23 @@ def lineage_of(config: RLConfig) -> str:
             if section is not None
         ],
         "seed": config.run.seed,
+        "release": collab_megatron.__version__,
+        "files": [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in _shaping_files(config)],
     }
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _shaping_files(config: RLConfig) -> Iterator[Path]:
+    """The user's own files that shape rewards: batches that were made with others must not be delivered again."""
+    for module in config.reward.metric_modules:
+        found = importlib.util.find_spec(module)
+        if found is not None and found.origin is not None:
+            yield Path(found.origin)
+    simulators, reward = config.simulators, config.reward
+    sections = [simulators.user, *simulators.user.mixture, *([simulators.judge] if simulators.judge else [])]
+    prompts = [*(section.prompt_file for section in sections), reward.accuracy_prompt_file]
+    yield from (file for file in prompts if file is not None and file.exists())
 
 
 @asynccontextmanager
