@@ -54,10 +54,10 @@ def update(
         results = [actor.train_step(micro, loss_fn, normalizer=tokens) for micro, tokens in prepared]
     names = results[0].metrics
     metrics = {f"train/{name}": sum(r.metrics[name] for r in results) / len(results) for name in names}
-    share = metrics["train/on_policy_share"]
+    on_policy = metrics["train/on_policy_share"]
     gap = metrics.pop("train/on_policy_gap")  # summed over those tokens, divided by all
-    if share:
-        metrics["train/on_policy_gap"] = gap / share
+    if on_policy:
+        metrics["train/on_policy_gap"] = gap / on_policy
     metrics["train/grad_norm"] = max(result.grad_norm for result in results)
     metrics["train/lr"] = results[-1].lr
     metrics["train/steps_skipped"] = sum(result.skipped for result in results)
