@@ -82,8 +82,9 @@ class Plan:
 
 FULL = Plan(
     main=Load(128, 8, 3, median_s=2.0, concurrency=4096),  # 1024 would let chains wait for others to begin
-    ahead=Load(4, 4, 2, median_s=0.2, sequence_rate=1000.0),
-    steps_ahead=20,
+    # fewer calls at a time than futures: steps are long because of their work, and so alike, not because of one chain
+    ahead=Load(24, 4, 2, median_s=0.2, concurrency=64, sequence_rate=1000.0),
+    steps_ahead=12,
     busy=Load(16, 8, 3, median_s=0.0, capacity=1e9, sequence_rate=1e9),
     bare_calls=2000,
     fail_share=0.02,

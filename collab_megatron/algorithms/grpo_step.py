@@ -18,13 +18,15 @@ from collab_megatron.types import TrainingSample
 def token_sample(sample: TrainingSample, version: int) -> TokenSample:
     """Prompt and reply as one sequence; only reply tokens are trained. `version`: the weights that are trained now."""
     before, reply = len(sample.prompt_ids), len(sample.reply_ids_T)
+    # of a reply that went on across an update the later tokens stand on a cache that the older weights have made
+    on_policy = float(set(sample.versions_T) == {version})
     return TokenSample(
         ids=[*sample.prompt_ids, *sample.reply_ids_T],
         mask=[0.0] * before + [1.0] * reply,
         values={
             "advantages": [0.0] * before + [sample.advantage] * reply,
             "rollout_logprobs": [0.0] * before + list(sample.rollout_logprobs_T),
-            "on_policy": [0.0] * before + [float(of == version) for of in sample.versions_T],
+            "on_policy": [0.0] * before + [on_policy] * reply,
         },
     )
 
@@ -62,7 +64,7 @@ def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch]
             importance_cap=algorithm.importance_cap,
         )
         gap = ((old - rollout).abs() * batch.mask).detach()
-        # where older weights sampled, the gap is the policy's own way since then, and says nothing of the engine
+        # where older weights had a hand in it, the gap is the policy's own way since then, and says nothing of the engine
         on_policy = batch.values.get("on_policy", batch.mask) * batch.mask
         metrics = {
             "logprob_gap": torch.sum(gap),
