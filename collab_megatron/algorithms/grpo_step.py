@@ -64,7 +64,7 @@ def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch]
             importance_cap=algorithm.importance_cap,
         )
         gap = ((old - rollout).abs() * batch.mask).detach()
-        # where older weights had a hand in it, the gap is the policy's own way since then, and says nothing of the engine
+        # where older weights had a hand in it the gap is the policy's own way since then, and says nothing of engines
         on_policy = batch.values.get("on_policy", batch.mask) * batch.mask
         metrics = {
             "logprob_gap": torch.sum(gap),

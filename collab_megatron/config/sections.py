@@ -293,7 +293,7 @@ class SyncSection(Section):
     # checksums of all tensors at the first sync and at every n-th, of an n-th part at the others; 0: none at all
     verify_every: Count = 10
     max_probe_gap: float = Field(default=0.1, gt=0)  # mean |trainer - engine| log-prob of the probe that stops the run
-    max_logprob_gap: float = Field(default=0.5, gt=0)  # the same of a step's tokens that the newest weights sampled
+    max_logprob_gap: float = Field(default=0.5, gt=0)  # the same of a step's replies that the newest weights sampled
 
     def transport_for(self, placement: str) -> Literal["broadcast", "ipc", "disk"]:
         """What `auto` comes to for engines of that `placement`."""

@@ -137,6 +137,8 @@ def test_the_loss_does_not_depend_on_micro_batching(tokens: int, pad_multiple: i
 
 def test_the_engines_proof_looks_at_what_the_newest_weights_sampled() -> None:
     old, new = sample(3, 1.0), replace(sample(2, 1.0), versions_T=(1, 1))
+    across = replace(sample(4, 1.0), versions_T=(0, 0, 1, 1))  # its later tokens stand on the older weights' cache
+    assert token_sample(across, 1).values["on_policy"] == [0.0] * 7
     (batch,) = split_by_tokens(
         [token_sample(s, 1) for s in (old, new)], micro_batch_tokens=99, pad_id=0, pad_multiple=1
     )
