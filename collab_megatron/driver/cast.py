@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import collab_megatron
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.driver.conversation import Limits, Players
@@ -68,7 +67,6 @@ def lineage_of(config: RLConfig) -> str:
             if section is not None
         ],
         "seed": config.run.seed,
-        "release": collab_megatron.__version__,
         "files": [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in _shaping_files(config)],
     }
     text = json.dumps(decides, sort_keys=True, default=str)
