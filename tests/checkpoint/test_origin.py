@@ -7,13 +7,13 @@ from typing import Any
 
 from collab_megatron.checkpoint.origin import data_position, differences, package_versions
 from collab_megatron.config import RLConfig
-from collab_megatron.config.sections import DataSection, LLMSection, ModelSection, SimulatorsSection
+from collab_megatron.config.sections import DataSection, ModelSection, SimulatorsSection, UserSection
 
 ROWS = 32
 
 
 def config() -> dict[str, Any]:
-    llm = LLMSection(model="gpt-4o-mini")
+    llm = UserSection(model="gpt-4o-mini")
     made = RLConfig(
         model=ModelSection(path="/models/a"),
         data=DataSection(train="train.parquet"),

@@ -86,7 +86,7 @@ def test_what_a_killed_process_had_committed_is_there(path: Path) -> None:
             for i in range(count):
                 assert journal.reply(key((name, i))) == reply(f"{name} {i}", cost_usd=0.5)
                 assert journal.turn(key((name, i)), oldest=i, newest=i) is not None
-    assert sum(expected.values()) > 1000
+    assert sum(expected.values()) > 200
 
 
 def test_a_disk_that_is_full_ends_the_run_and_keeps_what_there_is(path: Path) -> None:

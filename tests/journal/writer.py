@@ -11,12 +11,17 @@ from __future__ import annotations
 import itertools
 import resource
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
 from collab_megatron.errors import run_cli
 from collab_megatron.journal.store import Journal
 from tests.journal.samples import key, reply, turn
+
+PAUSE_S = 0.0003
+"""A driver has other things to do between two replies. Without a break one process can keep the file from the others for
+as long as it likes: SQLite's locks know no queue."""
 
 
 def main() -> None:
@@ -28,6 +33,7 @@ def main() -> None:
             journal.record_reply(key((name, i)), name, reply(f"{name} {i}", cost_usd=0.5))
             journal.record_turn(key((name, i)), [turn(i, tokens=20)])
             print(i, flush=True)
+            time.sleep(PAUSE_S)
 
 
 if __name__ == "__main__":
