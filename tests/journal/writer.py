@@ -20,8 +20,8 @@ from collab_megatron.journal.store import Journal
 from tests.journal.samples import key, reply, turn
 
 PAUSE_S = 0.0003
-"""A driver has other things to do between two replies. Without a break one process can keep the file from the others for
-as long as it likes: SQLite's locks know no queue."""
+"""A driver has other things to do between two replies. Without a break one process can keep the file from the others
+for as long as it likes: SQLite's locks know no queue."""
 
 
 def main() -> None:
