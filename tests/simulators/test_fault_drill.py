@@ -66,13 +66,16 @@ def test_each_fault_is_counted_as_what_it_is(kind: str, provider: str) -> None:
 
 def test_a_deployment_that_is_down_costs_no_pause_and_is_left_alone() -> None:
     with MisbehavingEndpoint(good) as endpoint:
-        began = time.monotonic()
+        took_s = []
 
         async def body(role: Role) -> Counter[str]:
-            return await ask(role, 20) + await ask(role, 40)
+            began = time.monotonic()
+            answers = await ask(role, 20) + await ask(role, 40)
+            took_s.append(time.monotonic() - began)
+            return answers
 
         ended, usage = use_role(config_for(closed_port(), endpoint.url), body)
-        assert time.monotonic() - began < 5.0
+        assert took_s[0] < 5.0
     assert ended == {GOOD: 60}
     assert 1 <= usage.connection_errors <= 20  # those of the first wave; then it cooled down
     assert usage.failovers == usage.cooldowns == usage.connection_errors
