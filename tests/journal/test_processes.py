@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -25,12 +26,26 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run.sqlite"
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    """A test that fails leaves no writer behind."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait(10)
+    STARTED.clear()
+
+
 def writer(path: Path, name: str, *more: object, said: Path | None = None) -> subprocess.Popen[str]:
     """Its lines go to the file `said`, or to its pipe."""
     argv = [sys.executable, "-m", "tests.journal.writer", str(path), name, *map(str, more)]
     with contextlib.ExitStack() as stack:
         out = subprocess.PIPE if said is None else stack.enter_context(said.open("w"))
-        return subprocess.Popen(argv, cwd=REPOSITORY, stdout=out, stderr=subprocess.PIPE, text=True)
+        STARTED.append(subprocess.Popen(argv, cwd=REPOSITORY, stdout=out, stderr=subprocess.PIPE, text=True))
+    return STARTED[-1]
 
 
 def test_two_processes_write_and_read_one_file(path: Path) -> None:
