@@ -22,11 +22,12 @@ from collab_megatron.cluster.processes import die_with_parent
 from collab_megatron.errors import run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.simulators import LLMUserSimulator
+from collab_megatron.simulators.litellm_api import MANY_CONNECTIONS as CONNECTIONS
 from collab_megatron.types import LLMReply, Message, Task
 
 # LiteLLM's own limits are 1000 connections and 500 to one host, and what waits there counts as the provider's slowness;
 # 0 would not lift them, but mean aiohttp's default of 100
-MANY_CONNECTIONS = {"AIOHTTP_CONNECTOR_LIMIT": "20000", "AIOHTTP_CONNECTOR_LIMIT_PER_HOST": "20000"}
+MANY_CONNECTIONS = dict.fromkeys(("AIOHTTP_CONNECTOR_LIMIT", "AIOHTTP_CONNECTOR_LIMIT_PER_HOST"), CONNECTIONS)
 PROVIDER = "hosted_vllm"
 IN_FLIGHT = 64
 WARM_UP_CALLS = 100

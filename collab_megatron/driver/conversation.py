@@ -122,7 +122,7 @@ async def play_future(
         cut=not players.chat.ended(reply.token_ids_T),
     )
     try:
-        async with asyncio.timeout(limits.future_timeout_s):
+        async with asyncio.timeout(limits.future_timeout_s) as deadline:
             status, error = RolloutStatus.MAX_TURNS, ""
             if simulate:
                 status, error = await _simulate(task, state, seat, limits, players)
@@ -131,6 +131,8 @@ async def play_future(
             played = _future(task, state, index, status, error)
             return await _score(task, state, seat, played, players) if status.scored else played
     except TimeoutError:
+        if not deadline.expired():
+            raise  # somebody else's: a defect, and no sign of a slow conversation
         return _future(task, state, index, RolloutStatus.TIMED_OUT, f"over {limits.future_timeout_s:g} s")
 
 

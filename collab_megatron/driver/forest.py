@@ -86,7 +86,7 @@ class Forest:
         self._owed = [shard.refill(of, number) for of, count in self._refilled.items() for number in range(count)]
         self._trees: list[Tree] = []
         self._news = asyncio.Event()
-        self.failure: BaseException | None = None  # what a tree raised: the work is over
+        self.failure: Exception | None = None  # what a tree raised: the work is over
         self.admitting = True  # False: the trees under way are finished, no others are begun
 
     @property
@@ -171,9 +171,7 @@ class Forest:
     async def _run(self, tree: Tree) -> None:
         try:
             group = await self._grow(tree)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # noqa: BLE001 - handed to whoever asks for a batch
+        except Exception as error:  # noqa: BLE001 - handed to whoever asks for a batch
             self.failure = self.failure or error
             self._news.set()
             return

@@ -53,6 +53,7 @@ def tree_record(step: int, group: Group) -> dict[str, Any]:
         "ground_truth": group.task.ground_truth,
         "prompt": _messages(group.task.prompt),
         "kept": group.kept,
+        "error": group.error,
         "replies": [
             {
                 "text": reply.text,

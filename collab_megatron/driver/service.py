@@ -30,8 +30,6 @@ from collab_megatron.errors import NoEngineLeft, RunError, run_cli
 from collab_megatron.files import publish_json, publish_text
 from collab_megatron.simulators.usage import API_USAGE_FILE
 
-NO_ENGINE = "no engine is left"
-
 
 class Service:
     """Answers one request at a time; trees may grow between two of them."""
@@ -71,7 +69,9 @@ class Service:
         await self._steps.close()
 
     async def _step(self, request: Request) -> Answer:
-        await self._steps.begin(request.step, request.version, request.saved)
+        delivered = await self._steps.begin(request.step, request.version, request.saved)
+        if delivered is not None:
+            return delivered
         until = time.monotonic() + POLL_S
         while True:
             answer = self._steps.take(request.step)
@@ -105,7 +105,7 @@ class Service:
     def _require_engines(self) -> None:
         if not self._cast.engine.live:
             reasons = "; ".join(f"{url}: {reason}" for url, reason in self._cast.engine.lost.items())
-            raise NoEngineLeft(f"{NO_ENGINE} ({reasons or 'none is live yet'})")
+            raise NoEngineLeft(f"no engine is left ({reasons or 'none is live yet'})")
 
     async def _abandon_evaluation(self) -> None:
         """End the evaluation that the trainer asks for no longer."""

@@ -24,7 +24,7 @@ from collab_megatron.types import Group, TrainingSample
 
 
 class Steps:
-    """One shard's. `begin` for every request, then `take` until it answers."""
+    """One shard's. `begin` for every request, then `take` until one of them answers."""
 
     def __init__(self, config: RLConfig, cast: Cast, work: Work, recorder: TreeRecorder) -> None:
         assert cast.journal is not None, "training has a journal"
@@ -36,8 +36,11 @@ class Steps:
         self._saved = 0
         self._counters = _Counters(cast)
 
-    async def begin(self, step: int, version: int, saved: int) -> None:
-        """The trainer asks for `step`; weights `version` are live, and a checkpoint holds `saved` steps."""
+    async def begin(self, step: int, version: int, saved: int) -> Answer | None:
+        """The trainer asks for `step`; weights `version` are live, and a checkpoint holds `saved` steps.
+
+        The answer, where the batch was delivered before.
+        """
         rules = self._work.forest_rules
         if saved > self._saved:
             self._saved = saved
@@ -49,6 +52,11 @@ class Steps:
         await self.live(version)
         self._forest.admitting = self._cast.gateway.budget.exhausted is None
         self._forest.advance(step)
+        before = self._deliveries.get(step)
+        if before is None:
+            return None
+        self._recorder.write(step, before.lines)
+        return before.answer
 
     async def live(self, version: int) -> None:
         """Weights `version` are live."""
@@ -60,10 +68,6 @@ class Steps:
         Raises RunError if too many groups had to be dropped, or hold tokens older than allowed; what the trees raise.
         """
         assert self._forest is not None, "begin comes first"
-        before = self._deliveries.get(step)
-        if before is not None:
-            self._recorder.write(step, before.lines)
-            return before.answer
         trees = self._forest.take(step)
         if trees is not None:
             return self._deliver(step, trees)

@@ -50,6 +50,7 @@ class _Server:
     heard: float = 0.0  # monotonic s of its last sign of life; of the request, where it was idle before
     finished: float = 0.0  # monotonic s of the last generate call that it answered
     check: asyncio.Task[None] | None = None  # the ping after a broken connection
+    first_look: asyncio.Task[None] | None = None  # at what it holds
 
     @property
     def url(self) -> str:
@@ -131,7 +132,7 @@ class EnginePool:
             max_concurrency=self._max_concurrency,
         )
         server = _Server(client, None, lost=asyncio.get_running_loop().create_future())
-        server.check = asyncio.create_task(self._look_at_load(server))
+        server.first_look = asyncio.create_task(self._look_at_load(server))
         return server
 
     async def generate(
