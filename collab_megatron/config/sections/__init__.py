@@ -1,0 +1,56 @@
+"""The sections of a configuration: frozen, typed, every field with its meaning and unit.
+
+A config file holds only what differs from the defaults here. Entry points combine the sections (config/entry.py).
+"""
+
+from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.engine import EngineSection, SyncSection
+from collab_megatron.config.sections.llm import (
+    BudgetSection,
+    DeploymentSection,
+    HealthSection,
+    LLMSection,
+    RewardSection,
+    SimulatorSection,
+    SimulatorsSection,
+    UserSection,
+)
+from collab_megatron.config.sections.rollout import DriverSection, EvaluationSection, JournalSection, RolloutSection
+from collab_megatron.config.sections.training import (
+    AlgorithmSection,
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RunSection,
+    TrainSection,
+)
+
+__all__ = [
+    "AlgorithmSection",
+    "BudgetSection",
+    "Count",
+    "DataSection",
+    "DeploymentSection",
+    "DriverSection",
+    "EngineSection",
+    "EvaluationSection",
+    "HealthSection",
+    "JournalSection",
+    "LLMSection",
+    "ModelSection",
+    "OptimizerSection",
+    "ParallelSection",
+    "Positive",
+    "RewardSection",
+    "RolloutSection",
+    "RunSection",
+    "Seconds",
+    "Section",
+    "Share",
+    "SimulatorSection",
+    "SimulatorsSection",
+    "SyncSection",
+    "TrainSection",
+    "UserSection",
+]

@@ -1,0 +1,69 @@
+"""The sections of the SGLang servers and of the weights they are sent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from collab_megatron.config.sections.base import Count, Positive, Seconds, Section
+
+
+class EngineSection(Section):
+    """The SGLang servers: started by us, or given as URLs."""
+
+    count: Positive = 1  # servers to start, each with its own copy of the model
+    urls: tuple[str, ...] = ()  # SGLang servers that run already; empty: start `count` of them
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"  # on GPUs of their own, or on the trainer's
+    python: str | None = None  # interpreter of the engines' own environment; None: ours
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 0  # of the first server, the others follow; 0: free ones
+    tensor: Positive = 1  # tensor-parallel ranks of each server
+    max_total_tokens: Positive | None = None  # KV-cache tokens; None: SGLang decides
+    max_running_requests: Positive | None = None
+    mem_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    context_length: Positive | None = None
+    extra_args: tuple[str, ...] = ()
+    startup_timeout_s: Seconds = 300.0
+    request_timeout_s: Seconds = 600.0  # deadline of one generate call
+    health_timeout_s: Seconds = 60.0  # a server that was silent for so long is given up
+    max_restarts: Count = 3  # of each server that we started; then it stays away
+    wait_s: Seconds = 900.0  # with no server left, wait this long for one; then save and stop
+    max_concurrency: Positive = 256  # generate calls in flight, per server
+    max_running_tokens: Positive | None = None  # tokens of the calls in flight, per server; None: what its cache holds
+    threads: Positive | None = None  # CPU threads; None: one on CPU
+
+    @property
+    def servers(self) -> int:
+        """Servers of the run, started or given."""
+        return len(self.urls) or self.count
+
+
+class SyncSection(Section):
+    """Weights from trainer to engines."""
+
+    # broadcast: a process group of trainer and engines; ipc: handles to memory of one machine; disk: a folder that both
+    # can read. auto: ipc for colocated engines, else broadcast
+    transport: Literal["auto", "broadcast", "ipc", "disk"] = "auto"
+    # weights travel in buckets of at most this size, larger tensors alone; two buckets exist at a time. None: 512 on
+    # GPUs, 128 on CPU
+    bucket_mb: Annotated[float, Field(gt=0)] | None = None
+    # generations in flight go on with the cache they have (in_place) or one made anew (retract), or are lost (abort)
+    pause: Literal["in_place", "retract", "abort"] = "in_place"
+    timeout_s: Seconds = 300.0  # deadline of every call and every collective of a sync
+    disk_dir: Path | None = None  # where the disk transport writes; None: RUN_DIR/weights
+    # checksums of all tensors at the first sync and at every n-th, of an n-th part at the others; 0: none at all
+    verify_every: Count = 10
+    max_probe_gap: float = Field(default=0.1, gt=0)  # mean |trainer - engine| log-prob of the probe that stops the run
+    max_logprob_gap: float = Field(default=0.5, gt=0)  # the same of a step's replies that the newest weights sampled
+
+    def transport_for(self, placement: str) -> Literal["broadcast", "ipc", "disk"]:
+        """What `auto` comes to for engines of that `placement`."""
+        if self.transport == "auto":
+            return "ipc" if placement == "colocated" else "broadcast"
+        return self.transport
+
+    def bucket_mb_on(self, device: str) -> float:
+        """MB of a bucket where the trainer runs on `device` (cpu | cuda)."""
+        return self.bucket_mb or {"cuda": 512, "cpu": 128}[device]

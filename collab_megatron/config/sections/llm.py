@@ -1,0 +1,97 @@
+"""The sections of what is asked over an LLM API: simulated users, judges, rewards, the budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from collab_megatron.config.sections.base import Positive, Seconds, Section, Share
+
+
+class RewardSection(Section):
+    """R* = sum over metrics of clamp(weight * score, -1, 1). token_amount counts assistant tokens in thousands."""
+
+    metric_weights: dict[str, float] = Field(default={"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1})
+    accuracy_verifier: Literal["exact", "judge"] = "judge"
+    # replaces the shipped prompt of accuracy's judge; simulators.judge.prompt_file replaces that of interactivity
+    accuracy_prompt_file: Path | None = None
+    metric_modules: tuple[str, ...] = ()  # Python modules that register metrics of your own (rewards/registry.py)
+
+
+class DeploymentSection(Section):
+    """Another way to the same model: a second server, account or provider. LiteLLM's Router spreads calls over all."""
+
+    model: str  # in LiteLLM's terms
+    api_base: str | None = None
+    api_key_env: str | None = "OPENAI_API_KEY"
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    input_usd_per_mtoken: float | None = Field(default=None, ge=0)
+    output_usd_per_mtoken: float | None = Field(default=None, ge=0)
+
+
+class LLMSection(Section):
+    """One role behind an LLM API, in LiteLLM's terms."""
+
+    model: str  # e.g. gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
+    api_base: str | None = None  # URL of a compatible server; None: the provider's own
+    api_key_env: str | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
+    temperature: float = Field(default=1.0, ge=0)
+    max_tokens: Positive = 1024
+    timeout_s: Seconds = 60.0  # deadline of one attempt
+    deadline_s: Seconds = 240.0  # deadline of one call, its retries included
+    max_attempts: Positive = 5
+    max_concurrency: Positive = 64  # calls in flight, over all deployments; fewer while the provider pushes back
+    requests_per_minute: Positive | None = None  # of the first deployment, the one that stands here
+    tokens_per_minute: Positive | None = None  # prompt and completion tokens together
+    deployments: tuple[DeploymentSection, ...] = ()  # further ones, of equal standing: fail-over, more limits
+    cooldown_s: Seconds = 20.0  # a deployment that failed is left alone for so long, or for what it asked for
+    json_mode: bool = True  # ask the provider for a JSON object where the prompt wants one
+    json_schema: bool = False  # ask for the very fields too, where the model can
+    prompt_file: Path | None = None  # replaces the shipped prompt template
+    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table
+    output_usd_per_mtoken: float | None = Field(default=None, ge=0)
+
+
+class SimulatorSection(LLMSection):
+    """A simulated user. A mixture of several keeps the policy from learning one simulator's habits."""
+
+    weight: float = Field(default=1.0, gt=0)  # share of the conversations, relative to the others' weights
+
+
+class UserSection(SimulatorSection):
+    """The simulated users; each conversation keeps the one that it began with."""
+
+    mixture: tuple[SimulatorSection, ...] = ()  # others beside the one that stands here
+
+
+class HealthSection(Section):
+    """How many of a simulator's replies may be odd (share of a step's replies), by name of the check: see
+    simulators/health.py. Nothing happens before `min_replies` replies of a step."""
+
+    warn: dict[str, Share] = Field(
+        default={}
+    )  # said on the terminal; the shipped limits hold for checks that are not named
+    stop: dict[str, Share] = Field(default={})  # saves a checkpoint and stops the run; none by default
+    min_replies: Positive = 50
+
+
+class SimulatorsSection(Section):
+    """The LLMs around the policy."""
+
+    user: UserSection
+    judge: LLMSection | None = None  # needed by interactivity and by accuracy_verifier: judge
+    assistant: LLMSection | None = None  # only tools/build_dataset.py: who proposes the candidate replies
+    health: HealthSection = HealthSection()
+
+
+class BudgetSection(Section):
+    """What the LLM APIs may cost over the whole run, resumes included. At a soft cap the run says so; at a hard cap it
+    finishes the conversations under way, saves a checkpoint and ends with exit code 3."""
+
+    soft_usd: float | None = Field(default=None, gt=0)
+    hard_usd: float | None = Field(default=None, gt=0)
+    soft_calls: Positive | None = None
+    hard_calls: Positive | None = None

@@ -1,0 +1,64 @@
+"""The sections of a rollout: conversation trees, the driver that grows them, its journal, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from collab_megatron.config.sections.base import Count, Positive, Seconds, Section
+
+
+class RolloutSection(Section):
+    """The shape of the conversation trees."""
+
+    prompts_per_step: Positive = 16
+    num_replies: Annotated[int, Field(ge=2)] = 8  # n, the GRPO group
+    num_repeat_rollouts: Count = 3  # K futures per reply; 0 scores the reply as it stands
+    max_user_turns: Count = 2  # user turns inside a future
+    max_assistant_turns: Positive = 3  # policy turns in all; the trained reply is the first
+    max_new_tokens: Positive = 2048  # per policy turn
+    max_prompt_tokens: Positive = 8192  # longer prompts are left out and counted
+    temperature: float = Field(default=1.0, ge=1.0, le=1.0)  # the trainer's log-probs are of the unscaled distribution
+    # what to do where growing a chat by token ids differs from rendering it whole (a template that removes the thinking
+    # of earlier turns, or white space). refuse: say so and stop; as_sampled: keep growing: the policy sees its turns
+    # as it sampled them; rendered: the context of every turn after the trained reply is rendered anew by the template
+    inexact_template: Literal["refuse", "as_sampled", "rendered"] = "refuse"
+    min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
+    step_timeout_s: Seconds = 1800.0  # deadline of one step's rollouts
+
+
+class DriverSection(Section):
+    """How conversation trees are grown, and how far ahead of the trainer."""
+
+    shards: Positive = 1  # processes; the prompts of a step are dealt out to them
+    max_staleness: Count = 0  # s: up to s + 1 batches are under way; 0: strictly on-policy
+    # with max_staleness: trees under way beyond max_staleness batches, so that a step need not wait for its slowest;
+    # what is unfinished goes on in the next step. 0: a whole batch
+    oversample_prompts: Count = 0
+    order: Literal["completion", "prompt"] = "completion"  # which trees make a batch: the first that end, or by prompt
+    future_timeout_s: Seconds = 600.0  # deadline of one future, waiting for free slots included
+    group_timeout_s: Seconds = 900.0  # at this age a tree is taken with the futures that are there
+    min_futures: Positive = 1  # a reply with fewer scored futures leaves its group
+    refill_groups: Count = 0  # trees per step that may be grown in place of dropped ones and of those without spread
+    max_restarts: Count = 3  # of a driver process that died; it goes on from the journal
+
+
+class JournalSection(Section):
+    """Every policy turn and every paid reply, on disk before it is used (SQLite)."""
+
+    # auto: what the journal has is not asked for again; only: a miss stops the run; off: all is asked anew
+    replay: Literal["auto", "only", "off"] = "auto"
+    path: Path | None = None  # on a local disk; None: RUN_DIR/journal/NAME.sqlite
+    keep_all: bool = False  # false: what a checkpoint has made obsolete is removed
+
+
+class EvaluationSection(Section):
+    """Whole conversations on held-out tasks."""
+
+    num_tasks: Positive = 1000  # at most; fewer if the file has fewer
+    temperature: float = Field(default=0.0, ge=0)
+    max_assistant_turns: Positive = 3
+    max_concurrency: Positive = 64
+    timeout_s: Seconds = 1800.0
