@@ -26,6 +26,7 @@ from collab_megatron.simulators.failure import SimulatorError
 from collab_megatron.simulators.litellm_api import Endpoint, LiteLLMApi
 from collab_megatron.simulators.mixture import Mixture, draw_part
 from collab_megatron.simulators.pacing import Bucket
+from collab_megatron.simulators.prices import price, require_prices
 from collab_megatron.simulators.recorded import Recorded
 from collab_megatron.simulators.role import Observer, Role
 from collab_megatron.simulators.usage import GatewaySnapshot
@@ -37,7 +38,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Gateway:
-    """All LLM roles of a run. Raises UserError if a key's environment variable is not set."""
+    """All LLM roles of a run. Raises UserError if a key's environment variable is not set, or if the budget has a cap
+    in dollars and a model has no known price."""
 
     def __init__(
         self,
@@ -53,6 +55,8 @@ class Gateway:
         for name, section in roles.items():
             for where, way in _ways(name, section):
                 _read_key(where, way)  # before anything slow
+        all_ways = (way for name, section in roles.items() for way in _ways(name, section))
+        require_prices(all_ways, budget or BudgetSection())
         self._seed = seed
         self._api = LiteLLMApi()
         self._parts = {name: _parts(name, section) for name, section in roles.items()}
@@ -134,8 +138,7 @@ def _deployments(name: str, where: str, section: LLMSection, api: LiteLLMApi, sh
             model=way.model,
             api_base=way.api_base,
             key=_read_key(place, way),
-            input_usd_per_mtoken=way.input_usd_per_mtoken,
-            output_usd_per_mtoken=way.output_usd_per_mtoken,
+            price=price(way),
             json_mode=section.json_mode,
             json_schema=section.json_schema and api.can_schema(way.model, way.api_base),
         )
