@@ -50,8 +50,10 @@ class Gateway:
         journal: Journal | None = None,
         budget: BudgetSection | None = None,
         shards: int = 1,
+        go_on: str = "set run.resume=true",
     ) -> None:
-        """`shards`: processes with a gateway each; all limits of the config are divided among them."""
+        """`shards`: processes with a gateway each; all limits of the config are divided among them. `go_on`: how a run
+        that spent its budget goes on, for the sentence at the cap."""
         for name, section in roles.items():
             for where, way in _ways(name, section):
                 _read_key(where, way)  # before anything slow
@@ -74,7 +76,7 @@ class Gateway:
             for parts in self._parts.values()
             for part, where, section in parts
         }
-        self.budget = Budget(budget or BudgetSection(), journal, self._costs)
+        self.budget = Budget(budget or BudgetSection(), journal, self._costs, go_on)
 
     def role(self, name: str) -> ChatLLM:
         """The client of one role. Raises UserError for a role that is not configured."""
