@@ -2,7 +2,7 @@
 
 The journal gives turns and batches only to the lineage that made them. Two things go into the name:
 
-- contents, never paths: the training files, the model's files, the prompts (shipped ones too), the user's metric modules
+- contents, never paths: the training files, the model's files, the prompts (shipped ones too), the metric modules
 - the config as a whole, less the settings listed below, which say where and how fast. So a new setting counts, until
   somebody lists it
 
