@@ -11,6 +11,7 @@ from itertools import groupby
 from collab_megatron.cluster.memory import RankMemory, Reference, engine_memory, size_of, trainer_memory
 from collab_megatron.cluster.preflight import check_placement, device_of
 from collab_megatron.config import RLConfig, SFTConfig
+from collab_megatron.config.entry import shipped_judges
 from collab_megatron.config.sections import LLMSection, ParallelSection
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
@@ -30,12 +31,6 @@ def rl_plan(config: RLConfig) -> str:
     futures = replies * max(rollout.num_repeat_rollouts, 1)
     simulated = futures if rollout.num_repeat_rollouts else 0
     user_calls = simulated * min(rollout.max_user_turns, rollout.max_assistant_turns - 1)
-    judged = [
-        name
-        for name in config.reward.metric_weights
-        if name == "interactivity" or (name == "accuracy" and config.reward.accuracy_verifier == "judge")
-    ]
-    judge_calls = futures * len(judged)
     reference: Reference = config.algorithm.reference if config.algorithm.kl_coef else "none"
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     lines = [
@@ -45,8 +40,10 @@ def rl_plan(config: RLConfig) -> str:
         f"{simulated} futures, at most {replies + user_calls} policy turns of {rollout.max_new_tokens} tokens",
         f"user calls  at most {user_calls} per step{_cost(config.simulators.user, user_calls)}",
     ]
-    if judge_calls and config.simulators.judge is not None:
-        lines.append(f"judge calls {judge_calls} per step{_cost(config.simulators.judge, judge_calls)}")
+    judges = [judge for judge in shipped_judges(config.reward, config.simulators).values() if judge is not None]
+    for judge in (judge for place, judge in enumerate(judges) if judge not in judges[:place]):
+        judge_calls = futures * judges.count(judge)
+        lines.append(f"judge calls {judge_calls} per step{_cost(judge, judge_calls)}")
     lines += [*_driver_lines(config), f"training    {config.train.steps} steps"]
     return "\n".join(lines)
 
