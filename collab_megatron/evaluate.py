@@ -23,6 +23,7 @@ from collab_megatron.driver.evaluation import evaluate
 from collab_megatron.driver.figures import values
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_json
+from collab_megatron.log import set_up_logging
 
 
 async def play(config: EvaluateConfig, engine_urls: Sequence[str], max_context_tokens: int) -> dict[str, float]:
@@ -43,6 +44,7 @@ async def play(config: EvaluateConfig, engine_urls: Sequence[str], max_context_t
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
+    set_up_logging("evaluate")
     config = load_config(EvaluateConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(dump_config(config))

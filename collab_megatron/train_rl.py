@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
 from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer, run_cli
+from collab_megatron.log import set_up_logging
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -138,6 +139,7 @@ def require_same_weights(metrics: Mapping[str, float], max_gap: float) -> None:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
+    set_up_logging(arguments.who)
     config = load_config(RLConfig, arguments.config, arguments.overrides)
     if arguments.trainer is not None:
         train(config, arguments.trainer)

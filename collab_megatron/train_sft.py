@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.config import SFTConfig, dump_config, load_config
 from collab_megatron.errors import run_cli
+from collab_megatron.log import set_up_logging
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +75,7 @@ def train(config: SFTConfig) -> None:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
+    set_up_logging(arguments.who)
     config = load_config(SFTConfig, arguments.config, arguments.overrides)
     if arguments.trainer is not None:
         train(config)
