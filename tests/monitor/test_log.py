@@ -74,9 +74,7 @@ def test_a_child_speaks_into_its_log_and_the_shown_one_on_the_terminal(
     assert KEY not in told + shown
 
 
-@pytest.mark.parametrize(
-    "module", ["collab_megatron.train_rl", "collab_megatron.train_sft", "collab_megatron.evaluate"]
-)
+@pytest.mark.parametrize("entry", ["train_rl", "train_sft", "evaluate"])
 def test_every_entry_point_sets_it_up(entry: str, tmp_path: Path) -> None:
     """The first thing that `main` does after reading its arguments; a config that is missing ends it there."""
     code = (
@@ -86,7 +84,7 @@ def test_every_entry_point_sets_it_up(entry: str, tmp_path: Path) -> None:
         "def spied(who):\n    print('set up for', who)\n    kept(who)\n"
         "log.set_up_logging = spied\n"
         f"sys.argv = ['x', {str(tmp_path / 'none.yaml')!r}]\n"
-        f"runpy.run_module({'collab_megatron.' + entry!r}, run_name='__main__')\n"
+        f"runpy.run_module('collab_megatron.{entry}', run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
