@@ -55,7 +55,7 @@ def lineage_of(config: RLConfig) -> str:
     simulators = config.simulators
     decides = {
         "model": config.model.model_dump(mode="json"),
-        "data": str(config.data.train),
+        "data": [str(file) for file in config.data.train_files],
         "reward": config.reward.model_dump(mode="json"),
         "rollout": config.rollout.model_dump(mode="json", exclude={"step_timeout_s"}),
         "algorithm": config.algorithm.model_dump(mode="json"),
