@@ -10,7 +10,7 @@ import pytest
 
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.monitor.dashboard import Dashboard, read_metrics
-from collab_megatron.monitor.progress import Progress, duration
+from collab_megatron.monitor.progress import Progress, duration, steps_between
 from collab_megatron.monitor.timers import PhaseTimer
 
 
@@ -35,6 +35,12 @@ def test_phases_add_up_and_start_anew() -> None:
             time.sleep(0.01)
     assert timer.drain()["time_s/update"] >= 0.02
     assert timer.drain() == {}
+
+
+@pytest.mark.parametrize("total, every", [(1, 1), (20, 1), (100, 1), (101, 2), (900, 10), (2000, 20), (100_000, 1000)])
+def test_the_longer_a_run_the_rarer_its_signs_of_life(total: int, every: int) -> None:
+    assert steps_between(total, 100) == every
+    assert total // every <= 100
 
 
 def test_durations() -> None:

@@ -115,8 +115,12 @@ class TrainSection(Section):
     keep_last: Positive = 2  # complete checkpoints to keep
     keep_every: Count = 0  # besides, keep every checkpoint whose step is a multiple of this; 0: none
     async_save: bool = False  # write checkpoints beside the training
-    eval_interval: Count = 0  # RL: steps between held-out evaluations; 0: only before the first and after the last
-    eval_at_start: bool = True
+    # steps between evaluations on data.validation; 0: only before the first step and after the last. RL plays whole
+    # conversations, SFT measures the loss on assistant tokens
+    eval_interval: Count = 0
+    eval_at_start: bool = True  # before the first step too
+    # SFT: save whenever the held-out loss is the lowest so far, and keep that checkpoint apart from keep_last
+    keep_best: bool = True
 
 
 class AlgorithmSection(Section):
