@@ -183,7 +183,8 @@ def _check_engine(engine: EngineSection) -> None:
 
 
 async def _check_simulators(config: RLConfig | EvaluateConfig) -> None:
-    gateway = Gateway(llm_roles(config.simulators), config.run.seed)  # a missing key is found here
+    budget = config.budget if isinstance(config, RLConfig) else None
+    gateway = Gateway(llm_roles(config.simulators), config.run.seed, budget=budget)  # finds a missing key or price
     try:
         configured_scorer(config.reward, config.simulators, gateway)
         await gateway.check_reachable(REACH_TIMEOUT_S)

@@ -51,7 +51,7 @@ class LLMSection(Section):
     json_mode: bool = True  # ask the provider for a JSON object where the prompt wants one
     json_schema: bool = False  # ask for the very fields too, where the model can
     prompt_file: Path | None = None  # replaces the shipped prompt template
-    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table
+    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table. 0: it is free
     output_usd_per_mtoken: float | None = Field(default=None, ge=0)
 
 
@@ -89,7 +89,8 @@ class SimulatorsSection(Section):
 
 class BudgetSection(Section):
     """What the LLM APIs may cost over the whole run, resumes included. At a soft cap the run says so; at a hard cap it
-    finishes the conversations under way, saves a checkpoint and ends with exit code 3."""
+    finishes the conversations under way, saves a checkpoint and ends with exit code 3. A cap in dollars needs a known price
+    of every model: LiteLLM's, or a typed one."""
 
     soft_usd: float | None = Field(default=None, gt=0)
     hard_usd: float | None = Field(default=None, gt=0)
