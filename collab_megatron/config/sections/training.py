@@ -27,6 +27,10 @@ class RunSection(Section):
         return self.dir / "tensorboard" / self.name
 
     @property
+    def evaluations_dir(self) -> Path:
+        return self.dir / "evaluations" / self.name
+
+    @property
     def logs_dir(self) -> Path:
         return self.dir / "logs" / self.name
 
