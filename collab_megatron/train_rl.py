@@ -145,14 +145,13 @@ def main() -> None:
         train(config, arguments.trainer)
         return
     from collab_megatron.cluster.launch import launch_rl
-    from collab_megatron.cluster.plan import rl_plan
     from collab_megatron.cluster.preflight import check_rl
 
     if arguments.dry_run:
-        print(dump_config(config))
-        print(rl_plan(config))
+        print(dump_config(config), flush=True)
+    start = check_rl(config, dry_run=arguments.dry_run, node=arguments.node)
+    if arguments.dry_run:
         return
-    start = check_rl(config)
     launch_rl(config, start)
 
 

@@ -25,7 +25,9 @@ class LossSum:
 
     loss: Tensor  # scalar, sum over trained tokens
     metrics: dict[str, Tensor]  # scalars, sums over trained tokens
-    largest: dict[str, Tensor] = field(default_factory=dict)  # scalars >= 0, the largest of the trained tokens; inf: NaN
+    largest: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # scalars >= 0, the largest of the trained tokens; inf: NaN
 
 
 def clamped_exp(log_ratio: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ async def _score(metric: Metric, conversation: ScoredConversation) -> float:
 def finite_score(metric: str, value: object) -> float:
     """A score as a float. Raises SimulatorError for what is no finite number."""
     if not isinstance(value, Real):
-        raise SimulatorError(f"metric {metric} gave {_short(value)}, which is no number: its `score` must return a float")
+        raise SimulatorError(
+            f"metric {metric} gave {_short(value)}, which is no number: its `score` must return a float"
+        )
     number = float(value)
     if not math.isfinite(number):
         raise SimulatorError(

@@ -31,4 +31,6 @@ class Section(BaseModel):
             place = ".".join((where, *(str(part) for part in first["loc"])))
             if first["type"] == "extra_forbidden":
                 raise UserError(f"unknown key {place!r}; known keys here: {', '.join(cls.model_fields)}") from None
-            raise UserError(f"{place!r}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})") from None
+            raise UserError(
+                f"{place!r}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})"
+            ) from None
