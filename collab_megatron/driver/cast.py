@@ -17,6 +17,7 @@ from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.engine.pool import EnginePool
+from collab_megatron.journal import store
 from collab_megatron.journal.store import Journal
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.rewards import configured_scorer
@@ -45,9 +46,8 @@ class Cast:
 
 def open_journal(config: RLConfig) -> Journal:
     """The journal of a run; all driver processes share the file. Raises UserError for a file that is none."""
-    section = config.journal
-    path = section.path or config.run.dir / "journal" / f"{config.run.name}.sqlite"
-    return Journal(path, replay=section.replay, lineage=lineage_of(config))
+    default = config.run.dir / "journal" / f"{config.run.name}.sqlite"
+    return store.open_journal(config.journal, default, lineage_of(config))
 
 
 def lineage_of(config: RLConfig) -> str:

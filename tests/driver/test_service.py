@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -164,6 +165,17 @@ async def test_prompts_that_are_too_long_are_counted_on_the_dashboard(
     assert "left out: 2 of 4 prompts (50.0%) have more than 96 tokens; the longest, task long1, has 98" in (
         capsys.readouterr().out
     )
+
+
+async def test_an_evaluation_leaves_its_conversations(tmp_path: Path) -> None:
+    server = FakeServer(version="0")
+    async with service(tmp_path, server) as driver:
+        answer = await answered(driver, Request("evaluate", 3, 0, (server.url,)))
+    assert values(answer.figures)["conversations"] == 1
+    (line,) = (tmp_path / "evaluations" / "run" / "step_00000003.jsonl").read_text().splitlines()
+    played = json.loads(line)
+    assert (played["step"], played["task_id"]) == (3, TASK.task_id)
+    assert played["replies"][0]["futures"][0]["scores"] == {"accuracy": 6.0}
 
 
 async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp_path: Path) -> None:
