@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.lineage import lineage_of
 from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.errors import UserError
 from collab_megatron.journal import store
 from collab_megatron.journal.store import Journal
 from collab_megatron.monitor.busy import BusyClock
@@ -63,7 +63,7 @@ async def assemble(
     rollout = config.rollout
     driver = config.driver if isinstance(config, RLConfig) else None
     shards, staleness = (driver.shards, driver.max_staleness) if driver else (1, 0)
-    chat = ChatTemplate(load_tokenizer(config.model.path))
+    chat = ChatTemplate(load_tokenizer(config.model.path), thought_tags=rollout.thought_tags)
     difference = chat.check_growth(rollout.inexact_template)
     if difference is not None:
         print(f"rollout.inexact_template={rollout.inexact_template}: {difference}", flush=True)
@@ -111,6 +111,8 @@ async def assemble(
                     max_new_tokens=rollout.max_new_tokens,
                     max_context_tokens=max_context_tokens,
                     temperature=rollout.temperature,
+                    cut_reply=rollout.cut_reply,
+                    cut_penalty=rollout.cut_penalty,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
                 engine=engine,
@@ -125,12 +127,14 @@ async def assemble(
 
 
 def usable_tasks(tasks: list[Task], cast: Cast, max_prompt_tokens: int) -> list[Task]:
-    """The tasks whose prompt fits. Raises UserError if none does."""
-    room = min(max_prompt_tokens, cast.limits.max_context_tokens - cast.limits.max_new_tokens)
-    fitting = [task for task in tasks if len(cast.players.chat.prompt_ids(task.prompt)) <= room]
-    if not fitting:
-        raise UserError(
-            f"none of the {len(tasks)} prompts fits into {room} tokens: raise rollout.max_prompt_tokens or lower "
-            "rollout.max_new_tokens"
-        )
-    return fitting
+    """The tasks whose prompt fits; prints how many do not. Raises UserError if that is more than half."""
+    fit = fitting_tasks(
+        tasks,
+        cast.players.chat,
+        max_prompt_tokens=max_prompt_tokens,
+        max_context_tokens=cast.limits.max_context_tokens,
+        max_new_tokens=cast.limits.max_new_tokens,
+    )
+    if fit.notice:
+        print(fit.notice, flush=True)
+    return fit.kept
