@@ -84,7 +84,7 @@ def _settings(config: BuildDatasetConfig) -> dict[str, Any]:
         if isinstance(section, UserSection):
             parts |= {f"{role_place(role)}.mixture.{number}": part for number, part in enumerate(section.mixture)}
         for place, part in parts.items():
-            shaping = prompts_by_content(part.model_dump(mode="json", include=SHAPING_LLM_SETTINGS))
+            shaping = prompts_by_content(part.model_dump(mode="json", include=set(SHAPING_LLM_SETTINGS)))
             settings |= {f"{place}.{name}": value for name, value in shaping.items()}
     settings["shipped prompts"] = {prompt.name: contents(prompt) for prompt in shipped_prompts()}
     settings["problems (contents)"] = hashlib.sha256(config.problems.read_bytes()).hexdigest()
