@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+WARMER = 0.5
+"""Least temperature once a reply could not be used: a greedy judge would give the same words again."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Role:
         while attempt < section.max_attempts and spent_s < section.deadline_s:
             attempt += 1
             seed = request_seed(self._seed, sample_index, wire, malformed + len(replies))
-            request = self._request(wire, n - len(replies), seed, json_reply, schema)
+            temperature = max(section.temperature, WARMER) if malformed else section.temperature
+            request = self._request(wire, n - len(replies), seed, temperature, json_reply, schema)
             key = None if self._recorded is None else self._recorded.key(request, sample_index)
             result: Answer | Failed | None = self._replay(key)
             if result is None:
@@ -141,11 +144,17 @@ class Role:
         )
 
     def _request(
-        self, wire: Sequence[Mapping[str, str]], n: int, seed: int, json_reply: bool, schema: Mapping[str, Any] | None
+        self,
+        wire: Sequence[Mapping[str, str]],
+        n: int,
+        seed: int,
+        temperature: float,
+        json_reply: bool,
+        schema: Mapping[str, Any] | None,
     ) -> Request:
         section = self.section
         wanted = schema if json_reply and section.json_schema else None
-        return Request(wire, section.temperature, section.max_tokens, n, seed, json_reply, wanted, section.extra)
+        return Request(wire, temperature, section.max_tokens, n, seed, json_reply, wanted, section.extra)
 
     def _replay(self, key: bytes | None) -> Answer | None:
         """What the journal has: it takes no slot and costs nothing."""
