@@ -322,6 +322,22 @@ def test_a_folder_that_was_begun_otherwise_is_not_mixed(config: Path) -> None:
         )
 
 
+def test_a_changed_prompt_or_metric_module_is_not_mixed(config: Path, tmp_path: Path) -> None:
+    prompt, module = tmp_path / "mine.txt", tmp_path / "mine.py"
+    prompt.write_text("<request>$request</request><chat>$chat</chat>")
+    module.write_text("A = 1")
+    overrides = (f"simulators.user.prompt_file={prompt}", "reward.metric_modules=[mine]")
+    build(config, "num_conversations=2", *overrides)
+    build(config, "num_conversations=3", *overrides)
+    module.write_text("A = 2")
+    with pytest.raises(UserError, match="another reward:"):
+        build(config, "num_conversations=4", *overrides)
+    module.write_text("A = 1")
+    prompt.write_text("Listen! <request>$request</request><chat>$chat</chat>")
+    with pytest.raises(UserError, match=r"another simulators\.user\.prompt_file:"):
+        build(config, "num_conversations=4", *overrides)
+
+
 def test_prepare_names_a_missing_column(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": [], "reply": ""}\n')
     arguments = ["--dataset", str(tmp_path / "rows.jsonl"), "--dataset-type", "rl", "--output", str(tmp_path)]

@@ -18,6 +18,7 @@ from collab_megatron.config.entry import BuildDatasetConfig, llm_roles, role_pla
 from collab_megatron.config.sections import UserSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.files import contents
+from collab_megatron.rewards.modules import module_sources
 from collab_megatron.simulators.templates import prompts_by_content, shipped_prompts
 
 SETTINGS_FILE = "build.json"
@@ -25,6 +26,7 @@ SETTINGS_FILE = "build.json"
 FREE_SETTINGS = frozenset(
     {"output", "problems", "num_conversations", "max_concurrency", "processes", "budget", "journal"}
 )
+BY_CONTENT = frozenset({"judges", "metric_modules"})  # of the reward: what is compared otherwise
 SHAPING_LLM_SETTINGS = (
     "model",
     "temperature",
@@ -78,7 +80,10 @@ def _settings(config: BuildDatasetConfig) -> dict[str, Any]:
     """Everything that shapes the conversations, flat: dotted name -> plain value."""
     raw = prompts_by_content(config.model_dump(mode="json"))
     settings = {name: value for name, value in raw.items() if name not in FREE_SETTINGS and name != "simulators"}
-    settings["reward"] = {name: value for name, value in raw["reward"].items() if name != "judges"}
+    settings["reward"] = {name: value for name, value in raw["reward"].items() if name not in BY_CONTENT}
+    settings["reward"]["metric modules (contents)"] = [
+        contents(source) for module in config.reward.metric_modules for source in module_sources(module)
+    ]
     for role, section in llm_roles(config.simulators, config.reward).items():
         parts = {role_place(role): section}
         if isinstance(section, UserSection):
