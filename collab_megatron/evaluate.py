@@ -19,8 +19,9 @@ from collab_megatron.cluster.processes import Supervisor
 from collab_megatron.config import EvaluateConfig, dump_config, load_config
 from collab_megatron.data.parquet import read_tasks
 from collab_megatron.driver.cast import assemble, usable_tasks
-from collab_megatron.driver.evaluation import evaluate
+from collab_megatron.driver.evaluation import evaluate, tally
 from collab_megatron.driver.figures import values
+from collab_megatron.driver.protocol import require_most
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_json
 
@@ -31,13 +32,14 @@ async def play(config: EvaluateConfig, engine_urls: Sequence[str], max_context_t
         raise UserError("data.validation is not set: name the held-out parquet")
     async with assemble(config, engine_urls=engine_urls, max_context_tokens=max_context_tokens) as cast:
         tasks = usable_tasks(read_tasks(config.data.validation), cast, config.rollout.max_prompt_tokens)
-        figures, _ = await evaluate(
+        figures, plays = await evaluate(
             tasks,
             evaluation=config.evaluation,
             weights=config.reward.metric_weights,
             limits=cast.limits,
             players=cast.players,
         )
+        require_most([tally(plays)], "held-out conversations failed")
         return values(figures) | cast.gateway.snapshot().metrics()
 
 

@@ -41,6 +41,11 @@ class Deliveries:
         self._journal.record_delivery(self._key, step, msgspec.msgpack.encode(content))
         self._newest = step, content
 
+    def remove(self, step: int) -> None:
+        """As if the batch of `step` had never been delivered."""
+        self._journal.remove_delivery(self._key, step)
+        self._newest = None
+
     def trees_around(self, step: int, lookback: int) -> tuple[dict[tuple[int, int], bool], int]:
         """The trees of the batches from `step - lookback` on, as forest.Delivered; and the first step from `step` on of
         which the journal knows no batch."""

@@ -12,12 +12,10 @@ from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.figures import Figure, Figures
 from collab_megatron.driver.group import TreeSeat, play_once
 from collab_megatron.driver.metrics import evaluation_metrics
+from collab_megatron.driver.protocol import Tally
 from collab_megatron.driver.together import together
 from collab_megatron.errors import RunError
 from collab_megatron.types import Reply, Task
-
-FAILED_SHARE_LIMIT = 0.5
-"""A step or evaluation that lost more than this share of its work stops the run: its figures would mean nothing."""
 
 
 async def evaluate(
@@ -34,8 +32,8 @@ async def evaluate(
     """Play the first `num_tasks` tasks, of them this shard's; figures and the conversations themselves.
 
     The same task has the same sample index at every step: users and judges who are told the same answer the same, which
-    the journal may know. Raises RunError at `evaluation.timeout_s`, or if over half of the conversations failed;
-    NoEngineLeft and ReplayMiss as they come.
+    the journal may know. Raises RunError at `evaluation.timeout_s`; NoEngineLeft and ReplayMiss as they come. Whether
+    too many conversations failed is for those to say who see all shards (`tally`, protocol.require_most).
     """
     limits = replace(
         limits,
@@ -59,8 +57,11 @@ async def evaluate(
     except TimeoutError:
         raise RunError(f"driver: the evaluation took over {evaluation.timeout_s:g} s") from None
     plays = [(task, reply) for (_, task), reply in zip(chosen, replies, strict=True)]
-    failed = [reply.futures_K[0] for reply in replies if reply.mr is None]
-    if len(failed) > FAILED_SHARE_LIMIT * len(plays):
-        raise RunError(f"driver: {len(failed)} of {len(plays)} held-out conversations failed; {failed[0].error}")
     wall_s = Figure.of("max", [time.monotonic() - start])
     return evaluation_metrics(plays, weights) | {"wall_s": wall_s}, plays
+
+
+def tally(plays: Sequence[tuple[Task, Reply]]) -> Tally:
+    """How many of the conversations failed, and why one of them did."""
+    failed = [reply.futures_K[0].error for _, reply in plays if reply.mr is None]
+    return Tally(len(plays), len(failed), failed[0] if failed else "")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from collab_megatron.algorithms.advantages import group_advantages
 from collab_megatron.driver.conversation import Limits, Players, Seat, play_future
+from collab_megatron.driver.protocol import Tally
 from collab_megatron.errors import RunError
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.rewards import multiturn_reward
@@ -131,6 +132,14 @@ def with_advantages(group: Group, *, min_replies: int, eps: float, min_std: floa
 def has_spread(group: Group) -> bool:
     """Whether the group teaches anything: kept, and not all advantages 0."""
     return group.kept and any(reply.advantage for reply in group.replies_G)
+
+
+def tally(groups: Sequence[Group]) -> Tally:
+    """How many of the groups had to be dropped, and something that went wrong with one of them."""
+    dropped = [group for group in groups if not group.kept]
+    why = [group.error for group in dropped if group.error]
+    why += [f.error for group in dropped for reply in group.replies_G for f in reply.futures_K if f.error]
+    return Tally(len(groups), len(dropped), why[0] if why else "no future was scored" if dropped else "")
 
 
 def training_samples(group: Group) -> list[TrainingSample]:

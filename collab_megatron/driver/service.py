@@ -48,6 +48,10 @@ class Service:
         if request.op == "stop":
             await self.close()
             return Answer()
+        if request.op == "discard":
+            self._asked = None
+            await self._steps.discard(request.step)
+            return Answer()
         if request != self._asked:
             await self._abandon_evaluation()
             self._asked, self._since = request, time.monotonic()

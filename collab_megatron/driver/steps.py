@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from collab_megatron.config import RLConfig
 from collab_megatron.driver.cast import Cast
 from collab_megatron.driver.deliveries import Deliveries
-from collab_megatron.driver.evaluation import FAILED_SHARE_LIMIT
 from collab_megatron.driver.figures import Figure, Figures, of_kind
-from collab_megatron.driver.forest import Forest, Tree, require_most
-from collab_megatron.driver.group import training_samples
+from collab_megatron.driver.forest import Forest, Tree
+from collab_megatron.driver.group import tally, training_samples
 from collab_megatron.driver.metrics import rollout_metrics, staleness_metrics
 from collab_megatron.driver.protocol import Answer
 from collab_megatron.driver.record import TreeRecorder, tree_line
@@ -65,7 +64,7 @@ class Steps:
     def take(self, step: int) -> Answer | None:
         """The batch of `step`; None as long as trees are missing.
 
-        Raises RunError if too many groups had to be dropped, or hold tokens older than allowed; what the trees raise.
+        Raises RunError if groups hold tokens older than allowed; what the trees raise.
         """
         assert self._forest is not None, "begin comes first"
         trees = self._forest.take(step)
@@ -93,13 +92,19 @@ class Steps:
         assert self._forest is not None, "begin comes first"
         await self._forest.changed(timeout_s)
 
+    async def discard(self, step: int) -> None:
+        """The trainer refused the batch of `step`: whoever asks for it again gets another, made of the calls that the
+        journal knows and of new ones in place of those that failed."""
+        self._deliveries.remove(step)
+        await self.close()
+        self._forest = None
+
     async def close(self) -> None:
         if self._forest is not None:
             await self._forest.close()
 
     def _deliver(self, step: int, trees: Sequence[Tree]) -> Answer:
         groups = [tree.group for tree in trees if tree.group is not None]
-        require_most(groups, step, FAILED_SHARE_LIMIT)
         samples = tuple(sample for group in groups for sample in training_samples(group))
         _require_versions(samples, step, self._config.driver.max_staleness)
         warnings, sick = self._cast.health.verdict()
@@ -107,7 +112,7 @@ class Steps:
             return Answer(error=sick, stop="health")
         notes = [*with_examples(warnings, self._cast.health.examples()), *self._cast.gateway.budget.warnings()]
         figures = self._figures(step, trees, groups)
-        answer = Answer(samples=samples, figures=figures, notes=tuple(notes))
+        answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
         lines = [tree_line(step, group) for group in groups]
         self._deliveries.put(step, trees, answer, lines)
         self._recorder.write(step, lines)

@@ -6,7 +6,7 @@ from collab_megatron.config import RLConfig
 from collab_megatron.data.parquet import read_tasks
 from collab_megatron.driver.cast import Cast, usable_tasks
 from collab_megatron.driver.conversation import STOPS_ALL
-from collab_megatron.driver.evaluation import evaluate
+from collab_megatron.driver.evaluation import evaluate, tally
 from collab_megatron.driver.forest import ForestRules, Tree
 from collab_megatron.driver.group import GroupRules, grow_group, sample_replies
 from collab_megatron.driver.protocol import Answer
@@ -67,7 +67,7 @@ class Work:
         """Figures of this shard's share of the held-out tasks."""
         if stop := self._cast.gateway.budget.exhausted:
             return Answer(error=stop, stop="budget")
-        figures, _ = await evaluate(
+        figures, plays = await evaluate(
             self._validation,
             evaluation=self._config.evaluation,
             weights=self._config.reward.metric_weights,
@@ -77,4 +77,4 @@ class Work:
             shard=self.shard.index,
             shards=self.shard.count,
         )
-        return Answer(figures=figures)
+        return Answer(figures=figures, tally=tally(plays))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from collab_megatron.driver.forest import Forest, ForestRules, Tree, require_most
+from collab_megatron.driver.forest import Forest, ForestRules, Tree
 from collab_megatron.driver.shard import Shard
 from collab_megatron.errors import RunError
 from collab_megatron.types import Generation, Group, Reply
@@ -225,10 +225,3 @@ def test_shards_deal_out_every_prompt_once_and_number_all_futures_apart() -> Non
     refills = [one.refill(step, number) for one in shards for step in (3, 4) for number in range(2)]
     samples = [seat.first_sample + k for seat in [*seats, *refills] for k in range(2)]
     assert len(set(samples)) == len(samples)
-
-
-def test_too_many_dropped_groups_end_the_step_with_a_reason() -> None:
-    lost = Group(TASK, (), (), kept=False, error="the engine refused")
-    require_most([group(1.0, -1.0), lost], step=3, limit=0.5)
-    with pytest.raises(RunError, match="2 of 3 groups of step 3 had to be dropped; the engine refused"):
-        require_most([group(1.0, -1.0), lost, lost], step=3, limit=0.5)

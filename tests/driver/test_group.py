@@ -18,10 +18,12 @@ from collab_megatron.driver.group import (
     grow_group,
     play_once,
     sample_replies,
+    tally,
     training_samples,
     with_advantages,
 )
 from collab_megatron.driver.metrics import evaluation_metrics, rollout_metrics, staleness_metrics
+from collab_megatron.driver.protocol import Tally
 from collab_megatron.driver.record import TreeRecorder, tree_line
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import Future, Group, Message, Reply, RolloutStatus
@@ -108,6 +110,13 @@ def test_a_group_with_one_reply_left_is_dropped_and_counted() -> None:
     assert not grown.kept
     assert training_samples(grown) == []
     assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/groups_dropped"] == 1
+
+
+def test_dropped_groups_are_counted_with_a_reason() -> None:
+    kept, unplayed = group(reply(1.0), reply(0.0)), Group(TASK, (), (), kept=False, error="the engine refused")
+    assert tally([kept, unplayed, kept]) == Tally(3, 1, "the engine refused")
+    assert tally([kept]) == Tally(1, 0)
+    assert tally([group(reply(None))]) == Tally(1, 1, "no future was scored")
 
 
 async def test_unsampled_replies_stop_the_step() -> None:

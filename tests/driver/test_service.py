@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from aiohttp import web
 
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import (
@@ -29,7 +30,7 @@ from collab_megatron.config.sections import (
 from collab_megatron.data.parquet import write_tasks
 from collab_megatron.driver.cast import Cast, lineage_of, open_journal
 from collab_megatron.driver.figures import values
-from collab_megatron.driver.protocol import Answer, Request
+from collab_megatron.driver.protocol import Answer, Request, Tally
 from collab_megatron.driver.record import TreeRecorder
 from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.driver.service import Service
@@ -170,6 +171,23 @@ async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp
         second = await answered(driver, Request("step", 1, 1, (server.url,)))
         assert {v for sample in second.samples for v in sample.versions_T} == {1}
         assert len(server.bodies) == 2 * asked
+
+
+async def test_a_refused_batch_is_made_again(tmp_path: Path) -> None:
+    """The trainer refused it, since over half of all shards' groups were dropped: an attempt to resume gets another."""
+
+    async def refuse(body: dict[str, Any]) -> web.Response:
+        return web.json_response({"error": {"message": "too long"}}, status=400)
+
+    broken, server = FakeServer(version="0", answer=refuse), FakeServer(version="0")
+    async with service(tmp_path, broken, server) as driver:
+        first = await answered(driver, Request("step", 0, 0, (broken.url,)))
+        assert first.tally.lost == 2
+        assert await answered(driver, Request("step", 0, 0, (broken.url,))) == first
+        await driver.answer(Request("discard", 0))
+        again = await answered(driver, Request("step", 0, 0, (server.url,)))
+        assert again.tally == Tally(2, 0)
+        assert len(again.samples) == 4
 
 
 async def test_with_staleness_the_next_batch_grows_beside_the_training(tmp_path: Path) -> None:
