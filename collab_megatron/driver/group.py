@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from collab_megatron.algorithms.advantages import group_advantages
 from collab_megatron.driver.conversation import Limits, Players, Seat, play_future
@@ -142,9 +143,9 @@ def tally(groups: Sequence[Group]) -> Tally:
     return Tally(len(groups), len(dropped), why[0] if why else "no future was scored" if dropped else "")
 
 
-def training_samples(group: Group) -> list[TrainingSample]:
-    """The replies the trainer sees; none of a dropped group."""
-    if not group.kept:
+def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> list[TrainingSample]:
+    """The replies the trainer sees; none of a dropped group, nor with "drop" of one without spread."""
+    if not group.kept or (zero_advantage == "drop" and not has_spread(group)):
         return []
     return [
         TrainingSample(

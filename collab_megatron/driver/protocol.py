@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 import msgspec
@@ -112,7 +112,13 @@ class DriverClient:
             self._ask_all(Request("discard", step), f"the removal of the refused batch of step {step + 1}", SILENT_S)
             raise
         samples = tuple(sample for answer in answers for sample in answer.samples)
-        return _delivery(RolloutBatch(step, samples, _values(answers)), answers)
+        delivery = _delivery(RolloutBatch(step, samples, _values(answers)), answers)
+        if samples:
+            return delivery
+        note = (
+            f"step {step + 1}: no group has spread and algorithm.zero_advantage is drop, so no optimizer step is taken"
+        )
+        return replace(delivery, notes=(*delivery.notes, note))
 
     def evaluate(
         self, step: int, version: int, engines: Sequence[str], *, timeout_s: float

@@ -105,13 +105,17 @@ class Steps:
 
     def _deliver(self, step: int, trees: Sequence[Tree]) -> Answer:
         groups = [tree.group for tree in trees if tree.group is not None]
-        samples = tuple(sample for group in groups for sample in training_samples(group))
+        # a replaced tree has taught nothing, and another fills its place: training it would thin out the others
+        trained = [tree.group for tree in trees if tree.group is not None and not tree.replaced]
+        zero_advantage = self._config.algorithm.zero_advantage
+        samples = tuple(sample for group in trained for sample in training_samples(group, zero_advantage))
         _require_versions(samples, step, self._config.driver.max_staleness)
         warnings, sick = self._cast.health.verdict()
         if sick is not None:
             return Answer(error=sick, stop="health")
         notes = [*with_examples(warnings, self._cast.health.examples()), *self._cast.gateway.budget.warnings()]
         figures = self._figures(step, trees, groups)
+        figures["rollout/samples"] = Figure.of("sum", [len(samples)])
         answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
         lines = [tree_line(step, group) for group in groups]
         self._deliveries.put(step, trees, answer, lines)

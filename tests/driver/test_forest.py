@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -215,6 +215,15 @@ async def test_no_token_is_older_than_the_bound_and_every_tree_leaves_once(seed:
     base = [key for key in taken if key[1] < quota]
     first = {(step, slot) for step in range(steps - 2 * staleness - 2) for slot in range(quota)}
     assert first <= set(base)
+
+
+def test_refills_of_all_shards_follow_the_epochs_order() -> None:
+    tasks = [replace(TASK, task_id=str(number)) for number in range(16)]
+    shards = [Shard(tasks, 1, prompts_per_step=4, futures_per_tree=2, index=index, count=2) for index in range(2)]
+    (alone,) = [Shard(tasks, 1, prompts_per_step=4, futures_per_tree=2)]
+    dealt = [one.task(one.refill(step, n)).task_id for step in range(4) for n in range(2) for one in shards]
+    assert dealt == [alone.task(alone.refill(step, n)).task_id for step in range(4) for n in range(4)]
+    assert sorted(dealt, key=int) == [task.task_id for task in tasks]  # each once in the epoch
 
 
 def test_shards_deal_out_every_prompt_once_and_number_all_futures_apart() -> None:

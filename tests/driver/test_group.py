@@ -101,15 +101,22 @@ def test_missing_is_not_zero() -> None:
     grown = group(reply(1.0, 1.0), reply(0.0, None), reply(None, None))
     assert [r.mr for r in grown.replies_G] == [1.0, 0.0, None]
     assert grown.replies_G[2].advantage is None
-    assert len(training_samples(grown)) == 2
+    assert len(training_samples(grown, "keep")) == 2
     assert sum(r.advantage or 0.0 for r in grown.replies_G) == pytest.approx(0.0)
 
 
 def test_a_group_with_one_reply_left_is_dropped_and_counted() -> None:
     grown = group(reply(1.0), reply(None), reply(None))
     assert not grown.kept
-    assert training_samples(grown) == []
+    assert training_samples(grown, "keep") == []
     assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/groups_dropped"] == 1
+
+
+def test_a_group_without_spread_is_trained_or_left_out() -> None:
+    flat, steep = group(reply(1.0), reply(1.0)), group(reply(1.0), reply(0.0), reply(0.5))
+    assert [sample.advantage for sample in training_samples(flat, "keep")] == [0.0, 0.0]
+    assert training_samples(flat, "drop") == []
+    assert len(training_samples(steep, "drop")) == len(training_samples(steep, "keep")) == 3  # the middle one as well
 
 
 def test_dropped_groups_are_counted_with_a_reason() -> None:

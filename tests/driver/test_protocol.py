@@ -140,6 +140,14 @@ def test_the_limit_on_lost_work_is_that_of_all_shards(served: Callable[[list[Ans
     client.close()
 
 
+def test_a_batch_without_samples_is_explained(served: Callable[[list[Answer]], str]) -> None:
+    client = DriverClient([served([Answer(notes=("hear",))]), served([Answer()])])
+    notes = client.next_batch(7, 7, [], timeout_s=30).notes
+    assert notes[0] == "hear"
+    assert "step 8: no group has spread" in notes[1]
+    client.close()
+
+
 @pytest.mark.parametrize(("stop", "kind"), [("budget", BudgetSpent), ("health", SimulatorSick)])
 def test_a_run_that_must_stop_is_told_why(
     served: Callable[[list[Answer]], str], stop: Literal["budget", "health"], kind: type[RunError]

@@ -8,13 +8,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 from aiohttp import web
 
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import (
+    AlgorithmSection,
     BudgetSection,
     DataSection,
     DriverSection,
@@ -53,7 +54,11 @@ class NoGateway:
 
 @asynccontextmanager
 async def service(
-    folder: Path, *fakes: FakeServer, first_step: int | None = 0, **driver: Any
+    folder: Path,
+    *fakes: FakeServer,
+    first_step: int | None = 0,
+    zero_advantage: Literal["keep", "drop"] = "keep",
+    **driver: Any,
 ) -> AsyncIterator[Service]:
     """Two prompts a step, two replies, one future each: four conversations of three policy turns."""
 
@@ -68,6 +73,7 @@ async def service(
         simulators=SimulatorsSection(user=UserSection(model="none")),
         reward=RewardSection(metric_weights={"accuracy": 1.0}, accuracy_verifier="exact"),
         rollout=RolloutSection(prompts_per_step=2, num_replies=2, num_repeat_rollouts=1, max_new_tokens=4),
+        algorithm=AlgorithmSection(zero_advantage=zero_advantage),
         driver=DriverSection(**driver),
     )
     async with (
@@ -188,6 +194,25 @@ async def test_a_refused_batch_is_made_again(tmp_path: Path) -> None:
         again = await answered(driver, Request("step", 0, 0, (server.url,)))
         assert again.tally == Tally(2, 0)
         assert len(again.samples) == 4
+
+
+async def test_groups_that_were_replaced_are_not_trained(tmp_path: Path) -> None:
+    """All replies are the same here: no group has spread, and two more are grown in place of the first two."""
+    server = FakeServer(version="0")
+    async with service(tmp_path, server, refill_groups=2) as driver:
+        answer = await answered(driver, Request("step", 0, 0, (server.url,)))
+    assert values(answer.figures)["rollout/groups_replaced"] == 2
+    assert answer.tally == Tally(4, 0)
+    assert len(answer.samples) == values(answer.figures)["rollout/samples"] == 2 * 2
+    assert len((tmp_path / "conversations.jsonl").read_text().splitlines()) == 4  # the record keeps them
+
+
+async def test_groups_without_spread_can_be_left_out(tmp_path: Path) -> None:
+    server = FakeServer(version="0")
+    async with service(tmp_path, server, zero_advantage="drop") as driver:
+        answer = await answered(driver, Request("step", 0, 0, (server.url,)))
+    assert (answer.samples, answer.error) == ((), "")
+    assert values(answer.figures)["rollout/samples"] == 0
 
 
 async def test_with_staleness_the_next_batch_grows_beside_the_training(tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ class DriverSection(Section):
     future_timeout_s: Seconds = 600.0  # deadline of one future, waiting for free slots included
     group_timeout_s: Seconds = 900.0  # at this age a tree is taken with the futures that are there
     min_futures: Positive = 1  # a reply with fewer scored futures leaves its group
-    refill_groups: Count = 0  # trees per step that may be grown in place of dropped ones and of those without spread
+    # trees per step that may be grown in place of dropped ones and of those without spread, which are then not trained;
+    # their prompts stand half an epoch from the step's own in the epoch's order
+    refill_groups: Count = 0
     max_restarts: Count = 3  # of a driver process that died; it goes on from the journal
 
 

@@ -102,6 +102,10 @@ class AlgorithmSection(Section):
     # added to the group's std; a tiny value inflates groups whose replies differ in length only
     advantage_eps: float = Field(default=0.05, gt=0)
     min_group_std: float = Field(default=0.01, ge=0)  # groups whose rewards spread less get advantage 0
+    # what to do with them. keep: their tokens count in the mean over tokens and carry the KL term alone, so they thin
+    # out the other groups' gradient and pull towards the reference; drop: they are not trained (a step without any
+    # other group takes no optimizer step). Those that driver.refill_groups replaced are never trained
+    zero_advantage: Literal["keep", "drop"] = "keep"
     clip_low: float = Field(default=0.2, ge=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = Field(default=0.2, ge=0)
     kl_coef: float = Field(default=0.001, ge=0)  # weight of the low-variance KL to the reference; 0: no reference model
