@@ -57,7 +57,7 @@ def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Fi
     lengths = [len(reply.generation.token_ids_T) for _, reply in replies]
     figures["rollout/reply_tokens_mean"] = Figure.of("mean", lengths)
     figures["rollout/reply_tokens_max"] = Figure.of("max", lengths)
-    cut = sum(reply.generation.finish_reason == "length" for _, reply in replies)
+    cut = sum(reply.turn.cut for _, reply in replies)
     figures["rollout/cut_share"] = Figure.ratio(cut, len(replies))
     figures["rollout/groups_dropped"] = Figure.of("sum", [sum(not group.kept for group in groups)])
     for status in RolloutStatus:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from collab_megatron.driver.conversation import Limits, Seat, play_future
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.journal.place import PLACE, Place
-from collab_megatron.types import Future, Generation, Message, RolloutStatus, ScoredConversation
+from collab_megatron.types import Future, Generation, Message, PolicyTurn, RolloutStatus, ScoredConversation
 from tests.driver.fakes import (
     END,
     LIMITS,
@@ -20,13 +21,13 @@ from tests.driver.fakes import (
     LetterChat,
     ScriptedEngine,
     ScriptedUser,
-    generation,
     players,
+    policy_turn,
 )
 
 
 async def play(
-    reply: Generation,
+    reply: PolicyTurn,
     *,
     engine: ScriptedEngine,
     user: ScriptedUser,
@@ -56,7 +57,7 @@ def noon(chat: Sequence[Message], sample_index: int) -> str:
 
 async def test_the_last_policy_turn_is_kept_and_judged() -> None:
     engine, scorer = ScriptedEngine(["b?", "c!"]), LengthScorer()
-    future = await play(generation("a?"), engine=engine, user=ScriptedUser(noon), scorer=scorer)
+    future = await play(policy_turn("a?"), engine=engine, user=ScriptedUser(noon), scorer=scorer)
     assert future.status is RolloutStatus.MAX_TURNS
     assert [m.role for m in future.messages] == ["user", "assistant", "user", "assistant"]
     assert scorer.seen[0].last_assistant == "c!"
@@ -67,7 +68,7 @@ async def test_the_last_policy_turn_is_kept_and_judged() -> None:
 async def test_termination_ends_the_chat_without_another_policy_turn() -> None:
     engine = ScriptedEngine(["b"])
     user = ScriptedUser(lambda chat, i: "thanks [TERMINATE]")
-    future = await play(generation("a"), engine=engine, user=user)
+    future = await play(policy_turn("a"), engine=engine, user=user)
     assert future.status is RolloutStatus.TERMINATED
     assert engine.contexts == []
     assert user.asked == [5]
@@ -75,7 +76,7 @@ async def test_termination_ends_the_chat_without_another_policy_turn() -> None:
 
 async def test_context_is_what_was_sampled_plus_glue() -> None:
     engine = ScriptedEngine(["bb", "cc"])
-    await play(generation("aa"), engine=engine, user=ScriptedUser(noon))
+    await play(policy_turn("aa"), engine=engine, user=ScriptedUser(noon))
     prompt = [ord(c) for c in "book a table"]
     first = [*prompt, ord("a"), ord("a"), END, *(ord(c) for c in "noon")]
     assert engine.contexts[0] == first
@@ -84,13 +85,13 @@ async def test_context_is_what_was_sampled_plus_glue() -> None:
 
 async def test_a_cut_reply_is_closed_by_the_glue() -> None:
     engine = ScriptedEngine(["b"])
-    await play(generation("aaaa", ended=False), engine=engine, user=ScriptedUser(noon))
+    await play(policy_turn("aaaa", ended=False), engine=engine, user=ScriptedUser(noon))
     assert engine.contexts[0][len("book a table") :][:5] == [ord("a")] * 4 + [END]
 
 
 async def test_every_policy_turn_has_a_name_of_its_own() -> None:
     engine = ScriptedEngine(["b"])
-    await play(generation("a"), engine=engine, user=ScriptedUser(noon))
+    await play(policy_turn("a"), engine=engine, user=ScriptedUser(noon))
     assert engine.names == ["3/1/0/0/1", "3/1/0/0/2"]
 
 
@@ -102,7 +103,7 @@ async def test_at_its_deadline_a_future_is_dropped_with_what_was_said() -> None:
 
     future = await asyncio.wait_for(
         play(
-            generation("a"),
+            policy_turn("a"),
             engine=ScriptedEngine(["b"]),
             user=ScriptedUser(noon),
             scorer=SlowScorer(),
@@ -123,25 +124,25 @@ async def test_turns_go_first_the_fewer_have_been_played() -> None:
             places.append(PLACE.get())
             return "noon"
 
-    await play(generation("a"), engine=ScriptedEngine(["b"]), user=Looking(noon))
+    await play(policy_turn("a"), engine=ScriptedEngine(["b"]), user=Looking(noon))
     assert places == [Place(3, 1), Place(3, 3)]
 
 
 async def test_turn_limits() -> None:
     engine = ScriptedEngine(["b"])
     future = await play(
-        generation("a"), engine=engine, user=ScriptedUser(noon), limits=replace(LIMITS, max_assistant_turns=1)
+        policy_turn("a"), engine=engine, user=ScriptedUser(noon), limits=replace(LIMITS, max_assistant_turns=1)
     )
     assert future.messages == ()
     future = await play(
-        generation("a"), engine=engine, user=ScriptedUser(noon), limits=replace(LIMITS, max_user_turns=1)
+        policy_turn("a"), engine=engine, user=ScriptedUser(noon), limits=replace(LIMITS, max_user_turns=1)
     )
     assert len(future.messages) == 2
 
 
 async def test_without_simulation_the_reply_is_scored_as_it_stands() -> None:
     user = ScriptedUser(noon)
-    future = await play(generation("a"), engine=ScriptedEngine(["b"]), user=user, simulate=False)
+    future = await play(policy_turn("a"), engine=ScriptedEngine(["b"]), user=user, simulate=False)
     assert user.asked == []
     assert future.reward == 2.0
 
@@ -150,12 +151,12 @@ async def test_failures_are_statuses_without_scores() -> None:
     def gone(chat: Sequence[Message], sample_index: int) -> str:
         raise RunError("user is gone")
 
-    future = await play(generation("a"), engine=ScriptedEngine(["b"]), user=ScriptedUser(gone))
+    future = await play(policy_turn("a"), engine=ScriptedEngine(["b"]), user=ScriptedUser(gone))
     assert future.status is RolloutStatus.SIMULATOR_FAILED
-    future_engine = await play(generation("a"), engine=ScriptedEngine(["b"], fail_after=0), user=ScriptedUser(noon))
+    future_engine = await play(policy_turn("a"), engine=ScriptedEngine(["b"], fail_after=0), user=ScriptedUser(noon))
     assert future_engine.status is RolloutStatus.ENGINE_FAILED
     judged = await play(
-        generation("a"),
+        policy_turn("a"),
         engine=ScriptedEngine(["b"]),
         user=ScriptedUser(noon),
         scorer=LengthScorer(fail_if=lambda conversation: True),
@@ -170,15 +171,71 @@ async def test_failures_are_statuses_without_scores() -> None:
 async def test_without_engines_there_is_no_future_rather_than_a_failed_one() -> None:
     engine = ScriptedEngine(["b"], fail_after=0, failure=NoEngineLeft("no engine is left"))
     with pytest.raises(NoEngineLeft):
-        await play(generation("a"), engine=engine, user=ScriptedUser(noon))
+        await play(policy_turn("a"), engine=engine, user=ScriptedUser(noon))
 
 
 async def test_a_conversation_that_outgrows_the_context_is_scored_as_truncated() -> None:
     future = await play(
-        generation("a"),
+        policy_turn("a"),
         engine=ScriptedEngine(["b"]),
         user=ScriptedUser(noon),
         limits=replace(LIMITS, max_context_tokens=20),
     )
     assert future.status is RolloutStatus.TRUNCATED
     assert future.reward is not None
+
+
+async def test_nobody_but_the_policy_sees_its_thoughts() -> None:
+    seen: list[str] = []
+
+    def look(chat: Sequence[Message], sample_index: int) -> str:
+        seen.extend(message.content for message in chat)
+        return "noon"
+
+    engine, scorer = ScriptedEngine(["(no hour)b?", "(noon!)c"]), LengthScorer()
+    reply = policy_turn("(no day)a?")
+    future = await play(reply, engine=engine, user=ScriptedUser(look), scorer=scorer)
+    judged = [message.content for message in scorer.seen[0].messages]
+    assert judged == ["book a table", "a?", "noon", "b?", "noon", "c"]
+    assert scorer.seen[0].last_assistant == "c"
+    assert [message.content for message in future.messages] == judged[2:]
+    assert not any("(" in text or "no day" in text for text in seen)
+    assert [(turn.thought, turn.reply) for turn in future.turns] == [("no hour", "b?"), ("noon!", "c")]
+    assert all(0 < turn.begin_s <= turn.end_s for turn in future.turns)
+    assert future.policy_tokens == len("(no day)a?(no hour)b?(noon!)c") + 3  # thoughts are tokens too
+    assert [ord(c) for c in "(no day)a?"] == engine.contexts[0][len("book a table") :][
+        :10
+    ]  # the policy goes on with it
+
+
+async def test_a_template_that_renders_chats_is_given_the_thoughts() -> None:
+    class Noting(LetterChat):
+        def grow(self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str) -> list[int]:
+            told.append([message.content for message in messages])
+            return super().grow(context_ids, messages, user_text)
+
+    told: list[list[str]] = []
+    cast = replace(players(ScriptedEngine(["(hm)b?"]), ScriptedUser(noon)), chat=Noting())
+    prompt_ids = LetterChat().prompt_ids(TASK.prompt)
+    reply = policy_turn("(no day)a?")
+    await play_future(TASK, prompt_ids, reply, index=0, seat=SEAT, simulate=True, limits=LIMITS, players=cast)
+    assert told[1] == ["book a table", "(no day)a?", "noon", "(hm)b?"]
+
+
+async def test_an_answer_without_tokens_is_that_requests_failure() -> None:
+    class Silent(ScriptedEngine):
+        async def generate(self, input_ids: Sequence[int], **asked: Any) -> list[Generation]:
+            await super().generate(input_ids, **asked)
+            return [Generation((), (), (), "stop")] * asked["n"]
+
+    nothing = LetterChat().policy_turn((), Generation((), (), (), "stop"))
+    user, scorer = ScriptedUser(noon), LengthScorer()
+    first = await play(nothing, engine=ScriptedEngine(["b"]), user=user, scorer=scorer)
+    later = await play(policy_turn("a?"), engine=Silent(["b"]), user=ScriptedUser(noon), scorer=scorer)
+    for future in (first, later):
+        assert future.status is RolloutStatus.ENGINE_FAILED
+        assert future.error == "the engine returned no token ids"
+        assert future.reward is None
+    assert user.asked == []
+    assert scorer.seen == []
+    assert [message.role for message in later.messages] == ["user"]
