@@ -16,7 +16,7 @@ class Delivered(msgspec.Struct):
 
     trees: list[tuple[int, int, bool]]  # step, slot, whether another tree was begun in its place
     answer: Answer
-    lines: list[bytes]  # of conversations.jsonl
+    lines: list[bytes]  # of the record; none where record.every leaves the step out
 
 
 class Deliveries:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+from msgspec import structs
+
 from collab_megatron.config import RLConfig
 from collab_megatron.driver.cast import Cast
 from collab_megatron.driver.deliveries import Deliveries
@@ -13,7 +15,8 @@ from collab_megatron.driver.forest import Forest, Tree
 from collab_megatron.driver.group import tally, training_samples
 from collab_megatron.driver.metrics import rollout_metrics, staleness_metrics
 from collab_megatron.driver.protocol import Answer
-from collab_megatron.driver.record import TreeRecorder, tree_line
+from collab_megatron.driver.record import tree_line
+from collab_megatron.driver.recorder import TreeRecorder
 from collab_megatron.driver.work import Work
 from collab_megatron.engine.usage import PoolUsage
 from collab_megatron.errors import RunError
@@ -54,8 +57,7 @@ class Steps:
         before = self._deliveries.get(step)
         if before is None:
             return None
-        self._recorder.write(step, before.lines)
-        return before.answer
+        return self._recorded(step, before.answer, before.lines)
 
     async def live(self, version: int) -> None:
         """Weights `version` are live."""
@@ -117,10 +119,14 @@ class Steps:
         figures = self._figures(step, trees, groups)
         figures["rollout/samples"] = Figure.of("sum", [len(samples)])
         answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
-        lines = [tree_line(step, group) for group in groups]
+        lines = [tree_line(step + 1, group) for group in groups] if self._recorder.wants(step + 1) else []
         self._deliveries.put(step, trees, answer, lines)
-        self._recorder.write(step, lines)
-        return answer
+        return self._recorded(step, answer, lines)
+
+    def _recorded(self, step: int, answer: Answer, lines: Sequence[bytes]) -> Answer:
+        """The answer, once its trees are in the record, where steps count from 1 as on the dashboard."""
+        note = self._recorder.write(step + 1, lines)
+        return structs.replace(answer, notes=(*answer.notes, note)) if note else answer
 
     def _figures(self, step: int, trees: Sequence[Tree], groups: Sequence[Group]) -> Figures:
         now = time.monotonic()
@@ -194,6 +200,6 @@ def _require_versions(samples: Sequence[TrainingSample], step: int, max_stalenes
     seen = {version for sample in samples for version in sample.versions_T}
     if seen and not (step - max_staleness <= min(seen) and max(seen) <= step):
         raise RunError(
-            f"driver: step {step} holds tokens of weight versions {sorted(seen)}; driver.max_staleness is "
+            f"driver: step {step + 1} holds tokens of weight versions {sorted(seen)}; driver.max_staleness is "
             f"{max_staleness}"
         )

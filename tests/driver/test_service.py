@@ -32,8 +32,8 @@ from collab_megatron.data.parquet import write_tasks
 from collab_megatron.driver.cast import Cast, lineage_of, open_journal
 from collab_megatron.driver.figures import values
 from collab_megatron.driver.protocol import Answer, Request, Tally
-from collab_megatron.driver.record import TreeRecorder
 from collab_megatron.driver.recorded_engine import RecordedEngine
+from collab_megatron.driver.recorder import TreeRecorder
 from collab_megatron.driver.service import Service
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.simulators import Gateway, SimulatorHealth
@@ -43,6 +43,8 @@ from collab_megatron.slots import Slots
 from collab_megatron.types import Message
 from tests.driver.fakes import LIMITS, TASK, ScriptedUser, players
 from tests.engine.servers import FakeServer, servers, slowly
+
+RECORD = Path("conversations", "run", "shard0.jsonl")
 
 
 class NoGateway:
@@ -56,7 +58,7 @@ class NoGateway:
 async def service(
     folder: Path,
     *fakes: FakeServer,
-    first_step: int | None = 0,
+    first_step: int | None = 1,
     zero_advantage: Literal["keep", "drop"] = "keep",
     **driver: Any,
 ) -> AsyncIterator[Service]:
@@ -91,7 +93,7 @@ async def service(
         with contextlib.closing(open_journal(config)) as journal:
             recorded = RecordedEngine(engine, journal, slots, max_staleness=config.driver.max_staleness)
             everybody = players(cast(Any, recorded), ScriptedUser(go_on))
-            recorder = TreeRecorder(folder / "conversations.jsonl", first_step=first_step)
+            recorder = TreeRecorder(config.run.conversations_dir, config.record, first_step=first_step)
             health, gateway = SimulatorHealth(HealthSection()), cast(Gateway, NoGateway())
             everything = Cast(everybody, LIMITS, engine, slots, recorded, gateway, health, journal)
             service = Service(config, everything, recorder)
@@ -124,7 +126,7 @@ async def test_a_step_without_engines_is_asked_for_again_with_others(tmp_path: P
         assert failed.no_engine
         assert list(failed.lost) == [dying.url]
         assert not failed.samples
-        assert not (tmp_path / "conversations.jsonl").exists()  # nothing of it counts
+        assert not (tmp_path / RECORD).exists()  # nothing of it counts
         again = await answered(driver, Request("step", 0, 0, (fresh.url,)))
         assert again.samples
         assert len(again.samples) == 4
@@ -165,14 +167,14 @@ async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp
         first = await answered(driver, Request("step", 0, 0, (server.url,)))
         asked = len(server.bodies)
         assert await answered(driver, Request("step", 0, 0, (server.url,))) == first
-        lines = (tmp_path / "conversations.jsonl").read_text()
+        lines = (tmp_path / RECORD).read_text()
         assert len(lines.splitlines()) == 2
     await server.start()
     async with service(tmp_path, server, first_step=None) as driver:
         again = await answered(driver, Request("step", 0, 0, (server.url,)))
         assert (again.samples, again.figures) == (first.samples, first.figures)
         assert len(server.bodies) == asked
-        assert (tmp_path / "conversations.jsonl").read_text() == lines
+        assert (tmp_path / RECORD).read_text() == lines
         server.version = "1"
         second = await answered(driver, Request("step", 1, 1, (server.url,)))
         assert {v for sample in second.samples for v in sample.versions_T} == {1}
@@ -204,7 +206,7 @@ async def test_groups_that_were_replaced_are_not_trained(tmp_path: Path) -> None
     assert values(answer.figures)["rollout/groups_replaced"] == 2
     assert answer.tally == Tally(4, 0)
     assert len(answer.samples) == values(answer.figures)["rollout/samples"] == 2 * 2
-    assert len((tmp_path / "conversations.jsonl").read_text().splitlines()) == 4  # the record keeps them
+    assert len((tmp_path / RECORD).read_text().splitlines()) == 4  # the record keeps them
 
 
 async def test_groups_without_spread_can_be_left_out(tmp_path: Path) -> None:

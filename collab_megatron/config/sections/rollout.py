@@ -56,6 +56,17 @@ class JournalSection(Section):
     keep_all: bool = False  # false: what a checkpoint has made obsolete is removed
 
 
+class RecordSection(Section):
+    """RUN_DIR/conversations/NAME: every conversation tree with its texts, tokens, scores and calls (docs/RECORD.md)."""
+
+    every: Positive = 1  # steps; 1: every step is written, n: the first and every n-th after it
+    # MB on disk of the run's whole record; at the limit the run goes on, without more trees written, and says so. None:
+    # no limit
+    max_mb: float | None = Field(default=20_000, gt=0)
+    # of the files, each closed after 64 MB; the one that is written to is plain, and so is a short run's whole record
+    compress: Literal["zstd", "none"] = "zstd"
+
+
 class EvaluationSection(Section):
     """Whole conversations on held-out tasks."""
 

@@ -14,7 +14,9 @@ class RunSection(Section):
     """Where a run writes, and from which random seed."""
 
     dir: Path = Path("runs/default")  # everything the run makes lies below
-    name: str = "run"  # sub-folder of tensorboard/ and checkpoints/, so that several runs share one dir
+    # what tensorboard/, checkpoints/, conversations/, evaluations/, journal/ and logs/ call the run's own, so that
+    # several runs share one dir
+    name: str = "run"
     seed: int = 1
     resume: bool = False  # go on from the newest complete checkpoint of this run
 
@@ -25,6 +27,18 @@ class RunSection(Section):
     @property
     def tensorboard_dir(self) -> Path:
         return self.dir / "tensorboard" / self.name
+
+    @property
+    def conversations_dir(self) -> Path:
+        return self.dir / "conversations" / self.name
+
+    @property
+    def evaluations_file(self) -> Path:
+        return self.dir / "evaluations" / f"{self.name}.jsonl"
+
+    @property
+    def engine_probe_file(self) -> Path:
+        return self.dir / "engine_probe" / f"{self.name}.json"
 
     @property
     def logs_dir(self) -> Path:
