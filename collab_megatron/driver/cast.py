@@ -101,7 +101,7 @@ async def assemble(
     rollout = config.rollout
     driver = config.driver if isinstance(config, RLConfig) else None
     shards, staleness = (driver.shards, driver.max_staleness) if driver else (1, 0)
-    chat = ChatTemplate(load_tokenizer(config.model.path))
+    chat = ChatTemplate(load_tokenizer(config.model.path), thought_tags=rollout.thought_tags)
     difference = chat.check_growth(rollout.inexact_template)
     if difference is not None:
         print(f"rollout.inexact_template={rollout.inexact_template}: {difference}", flush=True)
@@ -149,6 +149,8 @@ async def assemble(
                     max_new_tokens=rollout.max_new_tokens,
                     max_context_tokens=max_context_tokens,
                     temperature=rollout.temperature,
+                    cut_reply=rollout.cut_reply,
+                    cut_penalty=rollout.cut_penalty,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
                 engine=engine,

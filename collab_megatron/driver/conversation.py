@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from collab_megatron.config.sections.rollout import CutReply
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.journal.store import ReplayMiss
@@ -73,6 +74,12 @@ class Limits:
     max_context_tokens: int  # what engine and model can hold
     temperature: float
     future_timeout_s: float = 600.0  # deadline of one future
+    cut_reply: CutReply = "score"  # what becomes of a conversation whose policy turn is cut or empty
+    cut_penalty: float = -1.0  # its reward under `penalty`
+
+    def breaks_off(self, turn: PolicyTurn) -> bool:
+        """Whether the conversation ends with `turn`, because nobody could answer it."""
+        return turn.broken and self.cut_reply != "play"
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,8 @@ async def play_future(
     """Play and score future `index` of a reply. A failed call becomes its status, and so does its deadline; only
     NoEngineLeft and ReplayMiss are raised.
 
-    With `simulate` False (K = 0) the reply is scored as it stands. Waits for the engine, the user simulator and the
+    With `simulate` False (K = 0) the reply is scored as it stands. A conversation that broke off under
+    `cut_reply: penalty` has a reward and no scores. Waits for the engine, the user simulator and the
     judges in turn.
     """
     state = _State(messages=list(task.prompt), sampled=list(task.prompt), context=list(prompt_ids), last=reply)
@@ -143,9 +151,11 @@ async def play_future(
             status, error = RolloutStatus.MAX_TURNS, ""
             if simulate:
                 status, error = await _simulate(task, state, seat, limits, players)
-            elif state.last.cut:
+            elif state.last.cut or limits.breaks_off(state.last):
                 status = RolloutStatus.TRUNCATED
             played = _future(task, state, index, status, error)
+            if limits.cut_reply == "penalty" and limits.breaks_off(state.last):
+                return replace(played, reward=limits.cut_penalty)
             return await _score(task, state, seat, played, players) if status.scored else played
     except TimeoutError:
         if not deadline.expired():
@@ -169,6 +179,8 @@ async def _simulate(
     task: Task, state: _State, seat: Seat, limits: Limits, players: Players
 ) -> tuple[RolloutStatus, str]:
     while state.user_turns < limits.max_user_turns and state.assistant_turns < limits.max_assistant_turns:
+        if limits.breaks_off(state.last):
+            return RolloutStatus.TRUNCATED, ""
         PLACE.set(Place(seat.step, state.user_turns + state.assistant_turns))
         try:
             with players.user_clock:
@@ -202,7 +214,8 @@ async def _simulate(
             return RolloutStatus.ENGINE_FAILED, NO_IDS
         state.add_policy(turn)
         state.turns.append(turn)
-    return (RolloutStatus.TRUNCATED if state.last.cut else RolloutStatus.MAX_TURNS), ""
+    cut = state.last.cut or limits.breaks_off(state.last)
+    return (RolloutStatus.TRUNCATED if cut else RolloutStatus.MAX_TURNS), ""
 
 
 async def ask_policy(

@@ -53,6 +53,9 @@ async def grow_group(
 ) -> Group:
     """Play every future of every reply concurrently; at the group's deadline those that are not there are cancelled.
 
+    The K futures of a reply that nobody can answer (`limits.cut_reply`) are one and the same conversation: it is judged
+    once, and all K carry its scores, so that counts and `min_futures` mean what they mean elsewhere.
+
     Raises only NoEngineLeft and ReplayMiss; failed, late and cancelled futures are statuses.
     """
     count = max(rules.num_futures, 1)
@@ -70,9 +73,12 @@ async def grow_group(
             )
         )
         for g, turn in enumerate(turns_G)
-        for k in range(count)
+        for k in range(1 if limits.breaks_off(turn) else count)
     }
     futures = await _until_deadline(playing, rules.group_timeout_s)
+    for g in range(len(turns_G)):
+        for k in range(1, count):
+            futures.setdefault((g, k), replace(futures[g, 0], index=k))
     replies = tuple(
         _reply(turn, [futures[g, k] for k in range(count)], rules.min_futures) for g, turn in enumerate(turns_G)
     )

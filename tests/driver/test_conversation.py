@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from collab_megatron.config.sections.rollout import CutReply
 from collab_megatron.driver.conversation import Limits, Seat, play_future
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.journal.place import PLACE, Place
@@ -21,6 +22,7 @@ from tests.driver.fakes import (
     LetterChat,
     ScriptedEngine,
     ScriptedUser,
+    generation,
     players,
     policy_turn,
 )
@@ -83,9 +85,54 @@ async def test_context_is_what_was_sampled_plus_glue() -> None:
     assert engine.contexts[1] == [*first, ord("b"), ord("b"), END, *(ord(c) for c in "noon")]
 
 
-async def test_a_cut_reply_is_closed_by_the_glue() -> None:
+BROKEN = {
+    "cut": policy_turn("aaaa", ended=False),
+    "empty": policy_turn(" "),
+    "silent": policy_turn("(hm)"),
+    "unclosed": policy_turn("(hm"),
+}
+
+
+@pytest.mark.parametrize("reply", BROKEN.values(), ids=list(BROKEN))
+@pytest.mark.parametrize("simulate", [True, False])
+async def test_a_broken_reply_is_scored_without_a_future(reply: PolicyTurn, simulate: bool) -> None:
+    engine, user, scorer = ScriptedEngine(["b"]), ScriptedUser(noon), LengthScorer()
+    future = await play(reply, engine=engine, user=user, scorer=scorer, simulate=simulate)
+    assert (future.status, future.messages, future.reward) == (RolloutStatus.TRUNCATED, (), 2.0)
+    assert (engine.contexts, user.asked, len(scorer.seen)) == ([], [], 1)
+
+    limits = replace(LIMITS, cut_reply="penalty", cut_penalty=-0.5)
+    future = await play(reply, engine=engine, user=user, scorer=scorer, simulate=simulate, limits=limits)
+    assert (future.status, future.scores, future.reward) == (RolloutStatus.TRUNCATED, {}, -0.5)
+    assert (engine.contexts, user.asked, len(scorer.seen)) == ([], [], 1)  # nobody was asked
+
+
+@pytest.mark.parametrize(("rule", "reward"), [("score", 4.0), ("penalty", -1.0), ("play", 6.0)])
+async def test_a_broken_later_turn_ends_the_conversation(rule: CutReply, reward: float) -> None:
+    class Stopping(ScriptedEngine):
+        async def generate(self, input_ids: Sequence[int], **asked: Any) -> list[Generation]:
+            await super().generate(input_ids, **asked)
+            return [generation("bbbb", ended=len(self.contexts) > 1)]
+
+    engine, user = Stopping(["b"]), ScriptedUser(noon)
+    future = await play(policy_turn("a"), engine=engine, user=user, limits=replace(LIMITS, cut_reply=rule))
+    assert future.reward == reward
+    assert [turn.cut for turn in future.turns] == ([True, False] if rule == "play" else [True])
+    assert len(user.asked) == len(future.turns)
+    assert future.status is (RolloutStatus.MAX_TURNS if rule == "play" else RolloutStatus.TRUNCATED)
+
+
+async def test_an_empty_last_turn_breaks_the_conversation_off_too() -> None:
+    for rule, status in (("score", RolloutStatus.TRUNCATED), ("play", RolloutStatus.MAX_TURNS)):
+        limits = replace(LIMITS, max_user_turns=1, cut_reply=rule)
+        future = await play(policy_turn("a"), engine=ScriptedEngine([""]), user=ScriptedUser(noon), limits=limits)
+        assert future.status is status
+
+
+async def test_a_cut_reply_that_is_played_on_is_closed_by_the_glue() -> None:
     engine = ScriptedEngine(["b"])
-    await play(policy_turn("aaaa", ended=False), engine=engine, user=ScriptedUser(noon))
+    limits = replace(LIMITS, cut_reply="play")
+    await play(policy_turn("aaaa", ended=False), engine=engine, user=ScriptedUser(noon), limits=limits)
     assert engine.contexts[0][len("book a table") :][:5] == [ord("a")] * 4 + [END]
 
 

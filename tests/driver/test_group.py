@@ -238,3 +238,40 @@ async def test_questions_are_counted_in_the_reply_alone() -> None:
     assert [(r.thought, r.text) for r in grown.replies_G[:2]] == [("which day?", "done"), ("which?", "when?")]
     assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/clarify_rate"] == 0.5
     assert training_samples(grown, "keep")[0].reply_ids_T == generation("(which day?)done").token_ids_T
+
+
+async def test_a_broken_reply_is_judged_once_for_all_its_futures() -> None:
+    class Cutting(ScriptedEngine):
+        async def generate(self, input_ids: Sequence[int], **asked: Any) -> list[Generation]:
+            sampled = await super().generate(input_ids, **asked)
+            return [generation("aaaa", ended=False), *sampled[1:]]
+
+    user, scorer = ScriptedUser(terminate), LengthScorer()
+    cast = players(Cutting(["a", "b"]), user, scorer)
+    grown = await grow(cast, replies=2, futures=3, min_futures=3)
+    cut, whole = grown.replies_G
+    assert [f.index for f in cut.futures_K] == [0, 1, 2]
+    assert {f.status for f in cut.futures_K} == {RolloutStatus.TRUNCATED}
+    assert (cut.mr, whole.mr) == (2.0, 3.0)
+    assert len(scorer.seen) == 1 + 3
+    assert user.asked == [103, 104, 105]  # the others' sample indices do not move
+    metrics = values(rollout_metrics([grown], {"accuracy": 1.0}))
+    assert (metrics["rollout/cut_share"], metrics["rollout/empty_share"]) == (0.5, 0.0)
+    assert "rollout/later_turns_broken_share" not in metrics
+
+    prompt_ids, turns = await sample_replies(TASK, SEAT, 2, LIMITS, cast)
+    limits = replace(LIMITS, cut_reply="penalty")
+    punished = await grow_group(TASK, prompt_ids, turns, SEAT, rules=RULES, limits=limits, players=cast)
+    assert punished.replies_G[0].mr == -1.0
+    assert punished.replies_G[0].advantage == pytest.approx(-(punished.replies_G[1].advantage or 0.0))
+    metrics = values(rollout_metrics([punished], {"accuracy": 1.0}))
+    assert metrics["reward/accuracy_mean"] == 3.0  # of what was judged
+
+
+def test_broken_turns_are_counted() -> None:
+    silent, cut = policy_turn("(hm)"), policy_turn("wh", ended=False)
+    future = Future(0, RolloutStatus.TRUNCATED, (), {"accuracy": 1.0}, 1.0, turns=(policy_turn("ok"), cut))
+    metrics = values(rollout_metrics([group(Reply(silent, (future,), 1.0), reply(0.0))], {"accuracy": 1.0}))
+    assert metrics["rollout/empty_share"] == 0.5
+    assert metrics["rollout/cut_share"] == 0.0
+    assert metrics["rollout/later_turns_broken_share"] == 0.5
