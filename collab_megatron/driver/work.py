@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collab_megatron.config import RLConfig
-from collab_megatron.data.parquet import read_tasks
+from collab_megatron.data.parquet import read_task_files
 from collab_megatron.driver.cast import Cast, usable_tasks
 from collab_megatron.driver.conversation import STOPS_ALL
 from collab_megatron.driver.evaluation import evaluate, tally
@@ -23,7 +23,7 @@ class Work:
         driver, rollout = config.driver, config.rollout
         limit = rollout.max_prompt_tokens
         self.shard = Shard(
-            usable_tasks(read_tasks(config.data.train), cast, limit),
+            usable_tasks(read_task_files(config.data.train_files)[0], cast, limit),
             seed=config.run.seed,
             prompts_per_step=rollout.prompts_per_step,
             futures_per_tree=rollout.num_replies * max(rollout.num_repeat_rollouts, 1),
@@ -32,7 +32,7 @@ class Work:
         )
         self._validation: list[Task] = []
         if config.data.validation is not None:
-            self._validation = usable_tasks(read_tasks(config.data.validation), cast, limit)
+            self._validation = usable_tasks(read_task_files(config.data.validation_files)[0], cast, limit)
         self.forest_rules = ForestRules(
             max_staleness=driver.max_staleness,
             oversample=len(range(index, driver.oversample_prompts, driver.shards)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
 
@@ -53,10 +53,33 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Parquet files as written by tools/prepare_dataset.py."""
+    """Parquet files as written by tools/prepare_dataset.py: one path, or a list of them. Rows of several files follow
+    each other; a row that stands in an earlier file is left out and counted."""
 
-    train: Path
-    validation: Path | None = None
+    train: Path | tuple[Path, ...]
+    validation: Path | tuple[Path, ...] | None = None
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _files_named_once(cls, value: Path | tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
+        if value == ():
+            raise ValueError("data.train and data.validation name at least one file each, not an empty list")
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            twice = next(file for file in value if value.count(file) > 1)
+            raise ValueError(f"data names the file {twice} twice: name each once")
+        return value
+
+    @property
+    def train_files(self) -> tuple[Path, ...]:
+        """The training files in order, one or several."""
+        return (self.train,) if isinstance(self.train, Path) else self.train
+
+    @property
+    def validation_files(self) -> tuple[Path, ...]:
+        """The held-out files in order; empty where none is named."""
+        if self.validation is None:
+            return ()
+        return (self.validation,) if isinstance(self.validation, Path) else self.validation
 
 
 class ParallelSection(Section):
