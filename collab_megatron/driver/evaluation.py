@@ -46,7 +46,8 @@ async def evaluate(
 
     async def play(number: int, task: Task) -> Reply:
         async with slots:
-            seat = TreeSeat(step, number, f"eval/{step}/{number}", first_sample=-1 - number)
+            # in the journal an evaluation belongs to the step after which it is made: step - 1, counted from 0
+            seat = TreeSeat(step - 1, number, f"eval/{step}/{number}", first_sample=-1 - number)
             return await play_once(task, seat, limits=limits, players=players)
 
     chosen = list(enumerate(tasks[: evaluation.num_tasks]))[shard::shards]

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -95,7 +96,8 @@ async def service(
             everybody = players(cast(Any, recorded), ScriptedUser(go_on))
             recorder = TreeRecorder(config.run.conversations_dir, config.record, first_step=first_step)
             health, gateway = SimulatorHealth(HealthSection()), cast(Gateway, NoGateway())
-            everything = Cast(everybody, LIMITS, engine, slots, recorded, gateway, health, journal)
+            limits = replace(LIMITS, cut_reply="play")  # the servers' replies do not end with the chat's END
+            everything = Cast(everybody, limits, engine, slots, recorded, gateway, health, journal)
             service = Service(config, everything, recorder)
             yield service
             await service.close()

@@ -71,6 +71,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "monitor.busy": "engine and API time are measured where they are spent",
     },
     "monitor": {"convert.spec": "a type: operations are counted from the model's sizes"},
+    "rewards": {"journal.calls": "a judge's call is recorded under the metric that asked"},
     "resharding": {
         "actor": "the weights come from the actor, over its grid",
         "batching": "the probe prompt is a micro-batch",
