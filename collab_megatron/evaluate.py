@@ -98,6 +98,15 @@ def weights_name(config: EvaluateConfig, urls: Sequence[str]) -> str:
     return folder_name(folder)
 
 
+def own_journal(config: EvaluateConfig, weights: str) -> Journal:
+    """One file for each set of weights, so that a cap is the evaluation's; next to `journal.path` where that is set,
+    which may be the journal of a run that is under way. Raises UserError for a file that is no journal."""
+    path = config.journal.path
+    folder = config.run.dir / "journal" if path is None else path.parent
+    section = config.journal.model_copy(update={"path": None})
+    return open_journal(section, folder / f"{config.run.name}-{weights}.sqlite", weights)
+
+
 def main() -> None:
     arguments = parse_arguments(__doc__)
     given = own_name(load_config(EvaluateConfig, arguments.config, arguments.overrides))
@@ -109,9 +118,7 @@ def main() -> None:
     output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
     with Supervisor(config.run.logs_dir) as supervisor:
         urls = launch_engine_only(supervisor, config)
-        name = weights_name(config, urls)
-        default = config.run.dir / "journal" / f"{config.run.name}-{name}.sqlite"
-        with closing(open_journal(config.journal, default, name)) as journal:
+        with closing(own_journal(config, weights_name(config, urls))) as journal:
             result = uvloop.run(play(config, urls, max_context_tokens, journal))
     report(given.model.path, result, output, list(config.reward.metric_weights))
     if result.played.stop:

@@ -1,4 +1,4 @@
-"""An evaluation over real HTTP, its journal and its budget: nothing is asked for twice, and a cap keeps what is there."""
+"""An evaluation over real HTTP, its journal and budget: nothing is asked for twice, a cap keeps what is there."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.config import EvaluateConfig
-from collab_megatron.config.sections import BudgetSection, EvaluationSection
-from collab_megatron.evaluate import Result, own_name, play, report
+from collab_megatron.config.sections import BudgetSection, EvaluationSection, JournalSection
+from collab_megatron.evaluate import Result, own_journal, own_name, play, report
 from collab_megatron.journal.store import Journal, ReplayMiss
 from tests.driver.runs import HELD_OUT, MAX_CONTEXT_TOKENS, config, counts, stand_in
 
@@ -76,6 +76,17 @@ async def test_figures_and_conversations_lie_next_to_each_other(
     assert "held-out conversations with models/mine" in said
     assert said.index("accuracy") < said.index("reward") < said.index("user calls") < said.index("figures.jsonl")
     assert len((tmp_path / "out" / "figures.jsonl").read_text().splitlines()) == HELD_OUT
+
+
+def test_every_set_of_weights_has_a_journal_and_a_cap_of_its_own(tmp_path: Path) -> None:
+    taken = own_name(evaluate_config(tmp_path, "http://127.0.0.1:1"))
+    with closing(own_journal(taken, "1a")), closing(own_journal(taken, "2b")):
+        made = sorted(file.name for file in (tmp_path / "journal").glob("*.sqlite"))
+    assert made == ["evaluate-run-1a.sqlite", "evaluate-run-2b.sqlite"]
+    # an RL config that names its journal: never that file
+    named = taken.model_copy(update={"journal": JournalSection(path=tmp_path / "local" / "rl.sqlite")})
+    with closing(own_journal(named, "1a")):
+        assert [file.name for file in (tmp_path / "local").glob("*.sqlite")] == ["evaluate-run-1a.sqlite"]
 
 
 def test_an_evaluation_never_has_the_name_of_the_run_whose_config_it_took(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class JournalSection(Section):
 
     # auto: what the journal has is not asked for again; only: a miss stops the run; off: all is asked anew
     replay: Literal["auto", "only", "off"] = "auto"
-    path: Path | None = None  # on a local disk; None: RUN_DIR/journal/NAME.sqlite
+    # on a local disk; None: RUN_DIR/journal/NAME.sqlite. evaluate.py: NAME-WEIGHTS.sqlite in the same folder
+    path: Path | None = None
     keep_all: bool = False  # false: what a checkpoint has made obsolete is removed
 
 
