@@ -12,6 +12,8 @@ the figures of what was played.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,20 +21,23 @@ from pathlib import Path
 
 import uvloop
 
+from collab_megatron import __version__
 from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.cluster.converted import checkpoint_of, hf_folder_of
 from collab_megatron.cluster.launch import launch_engine_only
 from collab_megatron.cluster.preflight import check_evaluate
 from collab_megatron.cluster.processes import Supervisor
-from collab_megatron.cluster.weights import folder_name, served_name
 from collab_megatron.config import EvaluateConfig, dump_config, load_config
 from collab_megatron.convert.source import resolve_model_folder
-from collab_megatron.data.parquet import read_tasks
+from collab_megatron.data.parquet import read_task_files
 from collab_megatron.driver.cast import assemble, usable_tasks
 from collab_megatron.driver.evaluation import Evaluation, evaluate
 from collab_megatron.driver.figures import values
+from collab_megatron.driver.lineage import model_fingerprint
+from collab_megatron.driver.protocol import LOST_CONVERSATIONS, require_most
 from collab_megatron.driver.transcripts import write_transcripts
-from collab_megatron.errors import BudgetSpent, UserError, run_cli
+from collab_megatron.engine.served import served_weights
+from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.journal.store import Journal, open_journal
 from collab_megatron.monitor.evaluation_table import evaluation_table
@@ -57,7 +62,7 @@ async def play(
     async with assemble(
         config, engine_urls=engine_urls, max_context_tokens=max_context_tokens, journal=journal
     ) as cast:
-        tasks = usable_tasks(read_tasks(config.data.validation), cast, config.rollout.max_prompt_tokens)
+        tasks = usable_tasks(read_task_files(config.data.validation_files)[0], cast, config.rollout.max_prompt_tokens)
         budget = cast.gateway.budget
         played = await evaluate(
             tasks,
@@ -91,11 +96,18 @@ def with_model_folder(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def weights_name(config: EvaluateConfig, urls: Sequence[str]) -> str:
-    """Names what is evaluated; raises UserError for servers that differ."""
-    folder = resolve_model_folder(config.model.path)
-    if config.engine.urls:
-        return served_name(urls, folder, timeout_s=config.engine.request_timeout_s)
-    return folder_name(folder)
+    """16 hex digits for the policy: contents, never paths. Raises UserError for servers that hold different weights.
+
+    Other settings of the evaluation are not in it: with more tasks, or another judge, what the policy said before is
+    said again."""
+    decides = {
+        "files": model_fingerprint(resolve_model_folder(config.model.path)),
+        "served": served_weights(urls, timeout_s=config.engine.request_timeout_s) if config.engine.urls else None,
+        "dtype": config.model.dtype,
+        "engine": [config.engine.context_length, *config.engine.extra_args],
+        "version": __version__,
+    }
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def own_journal(config: EvaluateConfig, weights: str) -> Journal:
@@ -124,7 +136,7 @@ def main() -> None:
     if result.played.stop:
         done, wanted = len(result.played.groups), result.played.wanted
         raise BudgetSpent(f"{done} of {wanted} held-out conversations were played: {result.played.stop}")
-    result.played.require_most()
+    require_most([result.played.tally], LOST_CONVERSATIONS, EvaluationFailed)
 
 
 def report(model: str, result: Result, output: Path, metrics: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.convert.spec import model_spec
 from collab_megatron.convert.tables import parameter_count
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
-from collab_megatron.data.parquet import read_conversations, read_tasks
+from collab_megatron.data.parquet import read_conversation_files, read_task_files
 from collab_megatron.errors import UserError
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway
@@ -49,9 +49,8 @@ def check_rl(config: RLConfig) -> RLStart:
     """All checks of train_rl. Raises UserError."""
     hf_config = _check_model(config.model.path, config.parallel, config.rollout.inexact_template)
     first_step = _check_run(config.run, config.train.steps)
-    read_tasks(config.data.train)
-    if config.data.validation is not None:
-        read_tasks(config.data.validation)
+    read_task_files(config.data.train_files)
+    read_task_files(config.data.validation_files)
     check_placement(config)
     _check_trainer_devices(config.parallel, config.engine)
     _check_engine(config.engine)
@@ -64,7 +63,8 @@ def check_sft(config: SFTConfig) -> None:
     """All checks of train_sft. Raises UserError."""
     hf_config = _check_model(config.model.path, config.parallel, "as_sampled")  # chats are rendered, none grows
     _check_run(config.run, config.train.steps)
-    read_conversations(config.data.train)
+    read_conversation_files(config.data.train_files)
+    read_conversation_files(config.data.validation_files)
     _check_trainer_devices(config.parallel, None)
     _check_disk(config.run.dir, hf_config, config.model.dtype)
     target = config.export_hf
@@ -77,8 +77,7 @@ def check_evaluate(config: EvaluateConfig) -> int:
     hf_config = _check_model(
         config.model.path, ParallelSection(device=config.parallel.device), config.rollout.inexact_template
     )
-    if config.data.validation is not None:
-        read_tasks(config.data.validation)
+    read_task_files(config.data.validation_files)
     _check_gpus(config.parallel, _started_ranks(config.engine))
     _check_engine(config.engine)
     asyncio.run(_check_simulators(config))

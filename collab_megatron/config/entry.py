@@ -22,6 +22,7 @@ from collab_megatron.config.sections import (
     OptimizerSection,
     ParallelSection,
     Positive,
+    RecordSection,
     RewardSection,
     RolloutSection,
     RunSection,
@@ -130,6 +131,7 @@ class RLConfig(Section):
     sync: SyncSection = SyncSection()
     driver: DriverSection = DriverSection()
     journal: JournalSection = JournalSection()
+    record: RecordSection = RecordSection()
     budget: BudgetSection = BudgetSection()
     evaluation: EvaluationSection = EvaluationSection()
 

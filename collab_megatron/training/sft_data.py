@@ -8,7 +8,7 @@ from collab_megatron.config import SFTConfig
 from collab_megatron.convert.spec import ModelSpec
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.order import step_indices
-from collab_megatron.data.parquet import read_conversations
+from collab_megatron.data.parquet import read_conversation_files
 from collab_megatron.errors import UserError
 from collab_megatron.training.shares import Share, my_share
 
@@ -20,12 +20,14 @@ class SFTData:
         self._config, self._grid, self._spec = config, grid, spec
         chat = ChatTemplate(load_tokenizer(config.model.path))
         encoded = []
-        for number, row in enumerate(read_conversations(config.data.train)):
+        conversations, self.num_repeated = read_conversation_files(config.data.train_files)
+        for number, row in enumerate(conversations):
             try:
                 encoded.append(chat.sft_ids_and_mask(row.messages))
             except ValueError as error:
+                files = ", ".join(map(str, config.data.train_files))
                 raise UserError(
-                    f"conversation {number} of {config.data.train}: {error}; use another chat template, or leave it out"
+                    f"conversation {number} of {files}: {error}; use another chat template, or leave it out"
                 ) from None
         self._samples = [
             TokenSample(ids=ids, mask=[float(trained) for trained in mask])

@@ -12,8 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from collab_megatron.data.load import load_rows
-from collab_megatron.data.order import step_indices
-from collab_megatron.data.parquet import read_conversations, read_tasks, write_conversations, write_tasks
+from collab_megatron.data.order import refill_index, step_indices
+from collab_megatron.data.parquet import (
+    Conversation,
+    read_conversation_files,
+    read_conversations,
+    read_task_files,
+    read_tasks,
+    write_conversations,
+    write_tasks,
+)
 from collab_megatron.data.prepare import Shape, prepare
 from collab_megatron.data.rl import rl_tasks
 from collab_megatron.data.schema import read_rows
@@ -233,6 +241,28 @@ def test_parquet_brings_back_what_was_written(tmp_path: Path) -> None:
         read_tasks(tmp_path / "x.parquet")
 
 
+def test_rows_of_several_files_follow_each_other(tmp_path: Path) -> None:
+    def task(name: str, wish: str) -> Task:
+        return Task(name, (Message("user", wish),), wish, "truth")
+
+    a, b, c = tmp_path / "a.parquet", tmp_path / "b.parquet", tmp_path / "c.parquet"
+    write_tasks(a, [task("1", "tea"), task("1", "tea"), task("2", "milk")])  # a row that stands twice has weight two
+    write_tasks(b, [task("2", "milk"), task("3", "rum")])
+    assert read_task_files([a]) == (read_tasks(a), 0)
+    tasks, repeated = read_task_files([a, b])
+    assert ([t.task_id for t in tasks], repeated) == (["1", "1", "2", "3"], 1)
+    write_tasks(c, [task("3", "gin")])
+    with pytest.raises(UserError, match=r"task_id '3' stands for different tasks in .*b\.parquet and .*c\.parquet"):
+        read_task_files([a, b, c])
+    with pytest.raises(UserError, match=r"no file .*d\.parquet"):
+        read_task_files([a, tmp_path / "d.parquet"])
+    chat = (Message("user", "hi"), Message("assistant", "hello"))
+    write_conversations(a, [Conversation("0", chat), Conversation("1", chat[:1])])
+    write_conversations(b, [Conversation("0", chat[1:]), Conversation("7", chat)])  # ids count from 0 everywhere
+    chats, repeated = read_conversation_files([a, b])
+    assert ([len(c.messages) for c in chats], repeated) == ([2, 1, 1], 1)
+
+
 def test_prepare(tmp_path: Path) -> None:
     rows = [flat(conv, t, f"r{s}", float(s)) for conv in range(10) for t in (0, 1) for s in (0, 1)]
     source = tmp_path / "rows.jsonl"
@@ -246,6 +276,19 @@ def test_prepare(tmp_path: Path) -> None:
     assert {chat.messages[-1].content for chat in read_conversations(only.path)} == {"r1"}
     with pytest.raises(UserError, match="not both"):
         prepare("rl", str(source), tmp_path / "out", validation=str(source), validation_share=0.2)
+
+
+def test_refills_meet_a_row_once_an_epoch_and_never_next_to_itself() -> None:
+    """A refill's row is a function of seed, step and number: which others were refilled makes no difference."""
+    rows, batch = 40, 4  # ten steps an epoch
+    refills = [[refill_index(7, step, r, num_rows=rows, batch_size=batch) for r in range(batch)] for step in range(10)]
+    assert sorted(row for step in refills for row in step) == list(range(rows))
+    for step, mine in enumerate(refills):
+        near = [row for at in range(step, step + 3) for row in step_indices(7, at, num_rows=rows, batch_size=batch)]
+        if step < 7:
+            assert not set(mine) & set(near)
+    assert refills[0] == step_indices(7, 5, num_rows=rows, batch_size=batch)  # the epoch's order, half of it ahead
+    assert refill_index(7, 0, 0, num_rows=1, batch_size=4) == 0
 
 
 def test_order_takes_every_row_once_an_epoch_and_can_start_anywhere() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.driver.recorder import read_trees
 from collab_megatron.monitor.dashboard import read_metrics
 from tests.conftest import DESK_KEY, Ended, Run, Server
 
@@ -72,12 +73,12 @@ def test_the_dashboard_shows_every_step(short_demo: tuple[Path, Ended]) -> None:
 
 def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
     run_dir, _ = short_demo
-    trees = [json.loads(line) for line in (run_dir / "conversations.jsonl").read_text().splitlines()]
-    assert [tree["step"] for tree in trees] == [step for step in range(3) for _ in range(4)]
+    trees = list(read_trees(run_dir / "conversations" / "rl"))
+    assert [tree["step"] for tree in trees] == [step for step in (1, 2, 3) for _ in range(4)]
     for tree in trees:
         assert len(tree["replies"]) == 4
         for reply in tree["replies"]:
-            assert reply["weight_versions"] == [tree["step"]]  # on-policy: sampled by the weights of this step
+            assert reply["weight_versions"] == [tree["step"] - 1]  # on-policy: sampled by the weights before this step
             assert len(reply["token_ids"]) == len(reply["logprobs"])
             assert len(reply["futures"]) == 2
             rewards = [future["reward"] for future in reply["futures"]]
@@ -91,7 +92,7 @@ def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
 def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]) -> None:
     run_dir, ended = short_demo
     assert "transformers and the engine generate the same ids for all 4 prompts" in ended.output
-    probe = json.loads((run_dir / "engine_probe.json").read_text())
+    probe = json.loads((run_dir / "engine_probe" / "rl.json").read_text())
     assert probe["weight_version"] == "3"
     assert (run_dir / "hf" / "model.safetensors").exists()
 
@@ -138,7 +139,9 @@ def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
 
 def test_a_wrong_export_is_found_out(short_demo: tuple[Path, Ended], run: Run) -> None:
     run_dir, _ = short_demo
-    ended = run("tools/check_export.py", "--hf", str(run_dir / "model"), "--probe", str(run_dir / "engine_probe.json"))
+    ended = run(
+        "tools/check_export.py", "--hf", str(run_dir / "model"), "--probe", str(run_dir / "engine_probe" / "rl.json")
+    )
     assert ended.code == 1
     assert "answers prompt" in ended.errors[0]
 
@@ -175,6 +178,6 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     assert read_info(newest).step == 4
     steps = [row["step"] for row in read_metrics(tmp_path / "tensorboard" / "rl") if "time_s/step" in row]
     assert steps == [1, 2, 3, 4]
-    trees = [json.loads(line) for line in (tmp_path / "conversations.jsonl").read_text().splitlines()]
-    assert sorted({tree["step"] for tree in trees}) == [0, 1, 2, 3]
+    trees = list(read_trees(tmp_path / "conversations" / "rl"))
+    assert sorted({tree["step"] for tree in trees}) == [1, 2, 3, 4]
     assert {tuple(reply["weight_versions"]) for tree in trees[-4:] for reply in tree["replies"]} == {(3,)}

@@ -3,7 +3,7 @@
 A config file holds only what differs from the defaults here. Entry points combine the sections (config/entry.py).
 """
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Count, Finite, Positive, Seconds, Section, Share
 from collab_megatron.config.sections.engine import EngineSection, SyncSection
 from collab_megatron.config.sections.llm import (
     BudgetSection,
@@ -15,7 +15,13 @@ from collab_megatron.config.sections.llm import (
     SimulatorsSection,
     UserSection,
 )
-from collab_megatron.config.sections.rollout import DriverSection, EvaluationSection, JournalSection, RolloutSection
+from collab_megatron.config.sections.rollout import (
+    DriverSection,
+    EvaluationSection,
+    JournalSection,
+    RecordSection,
+    RolloutSection,
+)
 from collab_megatron.config.sections.training import (
     AlgorithmSection,
     DataSection,
@@ -35,6 +41,7 @@ __all__ = [
     "DriverSection",
     "EngineSection",
     "EvaluationSection",
+    "Finite",
     "HealthSection",
     "JournalSection",
     "LLMSection",
@@ -42,6 +49,7 @@ __all__ = [
     "OptimizerSection",
     "ParallelSection",
     "Positive",
+    "RecordSection",
     "RewardSection",
     "RolloutSection",
     "RunSection",
