@@ -182,8 +182,8 @@ def _check_engine(engine: EngineSection) -> None:
 
 
 async def _check_simulators(config: RLConfig | EvaluateConfig) -> None:
-    budget = config.budget if isinstance(config, RLConfig) else None
-    gateway = Gateway(llm_roles(config.simulators), config.run.seed, budget=budget)  # finds a missing key or price
+    # a missing key or price is found here
+    gateway = Gateway(llm_roles(config.simulators), config.run.seed, budget=config.budget)
     try:
         configured_scorer(config.reward, config.simulators, gateway)
         await gateway.check_reachable(REACH_TIMEOUT_S)

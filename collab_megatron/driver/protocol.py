@@ -16,7 +16,7 @@ import msgspec
 import zmq
 
 from collab_megatron.driver.figures import Figure, merged, values
-from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.errors import BudgetSpent, EvaluationFailed, NoEngineLeft, RunError, SimulatorSick
 from collab_megatron.types import RolloutBatch, TrainingSample
 
 POLL_S = 2.0
@@ -26,6 +26,7 @@ ASK_AGAIN_S = 15.0
 SILENT_S = 120.0
 """How long the trainer asks a driver that does not answer: it may be being started again."""
 WHY_STOP = {"budget": BudgetSpent, "health": SimulatorSick}
+LOST_CONVERSATIONS = "held-out conversations failed"
 LOST_SHARE_LIMIT = 0.5
 """A step or evaluation that lost more than this share of its work, over all shards, fails: its figures would mean
 nothing."""
@@ -126,7 +127,7 @@ class DriverClient:
         """Held-out figures under the live weights. Raises as `next_batch` does, of conversations instead of groups."""
         request = Request("evaluate", step, version, tuple(engines))
         answers = self._ask_all(request, f"the evaluation after step {step}", timeout_s)
-        require_most([answer.tally for answer in answers], "held-out conversations failed")
+        require_most([answer.tally for answer in answers], LOST_CONVERSATIONS, EvaluationFailed)
         return _delivery(_values(answers), answers)
 
     def stop(self) -> None:
@@ -220,12 +221,12 @@ def _raise_for(answer: Answer) -> None:
         raise RunError(answer.error)
 
 
-def require_most(tallies: Sequence[Tally], what: str) -> None:
-    """Raises RunError, "5 of 8 `what`", if all shards together lost more than the share LOST_SHARE_LIMIT."""
+def require_most(tallies: Sequence[Tally], what: str, kind: type[RunError] = RunError) -> None:
+    """Raises `kind`, "5 of 8 `what`", if all shards together lost more than the share LOST_SHARE_LIMIT."""
     lost, of = sum(tally.lost for tally in tallies), sum(tally.of for tally in tallies)
     if lost > LOST_SHARE_LIMIT * of:
         why = next((tally.why for tally in tallies if tally.why), "no reason is known")
-        raise RunError(f"driver: {lost} of {of} {what}; {why}")
+        raise kind(f"driver: {lost} of {of} {what}; {why}")
 
 
 def _values(answers: Sequence[Answer]) -> dict[str, float]:

@@ -6,11 +6,12 @@ from collab_megatron.config import RLConfig
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.driver.cast import Cast, usable_tasks
 from collab_megatron.driver.conversation import STOPS_ALL
-from collab_megatron.driver.evaluation import evaluate, tally
+from collab_megatron.driver.evaluation import evaluate
 from collab_megatron.driver.forest import ForestRules, Tree
 from collab_megatron.driver.group import GroupRules, grow_group, sample_replies
 from collab_megatron.driver.protocol import Answer
 from collab_megatron.driver.shard import Shard
+from collab_megatron.driver.transcripts import keep_newest, transcript_file, write_transcripts
 from collab_megatron.errors import RunError
 from collab_megatron.types import Group, Task
 
@@ -64,17 +65,23 @@ class Work:
         return await grow_group(task, prompt_ids, turns_G, tree.seat, rules=rules, limits=limits, players=players)
 
     async def evaluate(self, step: int) -> Answer:
-        """Figures of this shard's share of the held-out tasks."""
-        if stop := self._cast.gateway.budget.exhausted:
+        """Figures of this shard's share of the held-out tasks; the conversations go to the disk, whatever they are."""
+        budget, section, run = self._cast.gateway.budget, self._config.evaluation, self._config.run
+        if stop := budget.exhausted:
             return Answer(error=stop, stop="budget")
-        figures, plays = await evaluate(
+        played = await evaluate(
             self._validation,
-            evaluation=self._config.evaluation,
+            evaluation=section,
             weights=self._config.reward.metric_weights,
             limits=self._cast.limits,
             players=self._cast.players,
             step=step,
             shard=self.shard.index,
             shards=self.shard.count,
+            spent=lambda: budget.exhausted,
         )
-        return Answer(figures=figures, tally=tally(plays))
+        write_transcripts(transcript_file(run.evaluations_dir, step, self.shard.index), step, played.groups)
+        keep_newest(run.evaluations_dir, section.keep_transcripts, self.shard.index)
+        if played.stop:
+            return Answer(error=played.stop, stop="budget")
+        return Answer(figures=played.figures, tally=played.tally)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -160,6 +161,17 @@ async def test_a_step_ends_the_evaluation_that_is_asked_for_no_longer(tmp_path: 
         answer = await answered(driver, Request("step", 0, 0, (server.url,)))
         assert len(answer.samples) == 4
         assert not [task for task in asyncio.all_tasks() if "evaluate" in repr(task.get_coro())]
+
+
+async def test_an_evaluation_leaves_its_conversations(tmp_path: Path) -> None:
+    server = FakeServer(version="0")
+    async with service(tmp_path, server) as driver:
+        answer = await answered(driver, Request("evaluate", 3, 0, (server.url,)))
+    assert values(answer.figures)["conversations"] == 1
+    (line,) = (tmp_path / "evaluations" / "run" / "step_00000003.jsonl").read_text().splitlines()
+    played = json.loads(line)
+    assert (played["step"], played["task_id"]) == (3, TASK.task_id)
+    assert played["replies"][0]["futures"][0]["scores"] == {"accuracy": 6.0}
 
 
 async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from collab_megatron.checkpoint.folders import newest_complete, read_info
 from collab_megatron.driver.recorder import read_trees
 from collab_megatron.monitor.dashboard import read_metrics
-from tests.conftest import DESK_KEY, Ended, Run
+from tests.conftest import DESK_KEY, Ended, Run, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -95,6 +95,46 @@ def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]
     probe = json.loads((run_dir / "engine_probe" / "rl.json").read_text())
     assert probe["weight_version"] == "3"
     assert (run_dir / "hf" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
+    short_demo: tuple[Path, Ended], run: Run, desk: Server, tmp_path: Path
+) -> None:
+    """The same conversations as the run's own last evaluation: same weights, tasks, seeds, and greedy decoding."""
+    run_dir, _ = short_demo
+    data = run_dir / "data"
+    ended = run(
+        *("-m", "collab_megatron.evaluate", "conf/demo_rl.yaml", f"model.path={run_dir / 'checkpoints' / 'rl'}"),
+        *(f"run.dir={tmp_path}", f"data.train={data / 'rl_train.parquet'}"),
+        *(f"data.validation={data / 'rl_validation.parquet'}", "evaluation.num_tasks=24"),
+        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+    )
+    assert ended.code == 0, ended.output[-4000:]
+    (model,) = (tmp_path / "converted").iterdir()
+    assert model.name.startswith("rl-step_00000003-")
+    exported = run_dir / "hf" / "model.safetensors"
+    assert (model / "model.safetensors").read_bytes() == exported.read_bytes()
+
+    folder = tmp_path / "evaluations" / "evaluate-rl"
+    figures = json.loads((folder / f"{model.name}.json").read_text())
+    (*_, own) = map(json.loads, (run_dir / "evaluations.jsonl").read_text().splitlines())
+    assert own["step"] == 3
+    for name in ("accuracy", "interactivity", "token_amount", "mr", "clarify_rate", "conversations"):
+        assert figures[name] == pytest.approx(own[name]), name
+    assert figures["simulator/user/answers"] > 0
+    ours, theirs = (
+        {tree["task_id"]: tree for tree in map(json.loads, path.read_text().splitlines())}
+        for path in (folder / f"{model.name}.jsonl", run_dir / "evaluations" / "rl" / "step_00000003.jsonl")
+    )
+    assert len(ours) == 24
+    for task_id, tree in ours.items():
+        (reply,), (their_reply,) = tree["replies"], theirs[task_id]["replies"]
+        assert reply["text"] == their_reply["text"]
+        assert reply["futures"][0]["messages"] == their_reply["futures"][0]["messages"]
+        assert reply["futures"][0]["scores"] == their_reply["futures"][0]["scores"]
+    assert "accuracy" in ended.output
+    assert str(folder / f"{model.name}.jsonl") in ended.output
+    assert DESK_KEY not in ended.output
 
 
 def test_a_wrong_export_is_found_out(short_demo: tuple[Path, Ended], run: Run) -> None:

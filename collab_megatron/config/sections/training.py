@@ -34,7 +34,12 @@ class RunSection(Section):
 
     @property
     def evaluations_file(self) -> Path:
+        """Figures; what was said lies in `evaluations_dir`."""
         return self.dir / "evaluations" / f"{self.name}.jsonl"
+
+    @property
+    def evaluations_dir(self) -> Path:
+        return self.dir / "evaluations" / self.name
 
     @property
     def engine_probe_file(self) -> Path:
