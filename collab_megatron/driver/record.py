@@ -26,6 +26,12 @@ def tree_line(step: int, group: Group, seat: TreeSeat, *, replaced: bool, traine
     return orjson.dumps({**head, "replaced": replaced, "trained": trained, **tree_record(group)}) + b"\n"
 
 
+def held_out_line(step: int, group: Group) -> bytes:
+    """A held-out conversation as a line: a tree of one reply and one future. `step` counts the optimizer steps that its
+    weights have behind them."""
+    return orjson.dumps({"schema": SCHEMA, "step": step, **tree_record(group)}) + b"\n"
+
+
 def tree_record(group: Group) -> dict[str, Any]:
     """What was played in a tree, as plain JSON values."""
     return {
