@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import pytest
 from aiohttp import web
 
 from collab_megatron.config import RLConfig
@@ -40,7 +41,7 @@ from collab_megatron.simulators import Gateway, SimulatorHealth
 from collab_megatron.simulators.budget import Budget
 from collab_megatron.simulators.usage import GatewaySnapshot
 from collab_megatron.slots import Slots
-from collab_megatron.types import Message
+from collab_megatron.types import Message, Task
 from tests.driver.fakes import LIMITS, TASK, ScriptedUser, players
 from tests.engine.servers import FakeServer, servers, slowly
 
@@ -59,6 +60,7 @@ async def service(
     folder: Path,
     *fakes: FakeServer,
     first_step: int | None = 1,
+    tasks: Sequence[Task] = (TASK,),
     zero_advantage: Literal["keep", "drop"] = "keep",
     **driver: Any,
 ) -> AsyncIterator[Service]:
@@ -67,7 +69,7 @@ async def service(
     def go_on(chat: Sequence[Message], sample_index: int) -> str:
         return "go on"
 
-    write_tasks(folder / "train.parquet", [TASK])
+    write_tasks(folder / "train.parquet", tasks)
     model = folder / "model"  # the lineage looks at its files, nobody else
     model.mkdir(exist_ok=True)
     config = RLConfig(
@@ -161,6 +163,20 @@ async def test_a_step_ends_the_evaluation_that_is_asked_for_no_longer(tmp_path: 
         answer = await answered(driver, Request("step", 0, 0, (server.url,)))
         assert len(answer.samples) == 4
         assert not [task for task in asyncio.all_tasks() if "evaluate" in repr(task.get_coro())]
+
+
+async def test_prompts_that_are_too_long_are_counted_on_the_dashboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = FakeServer(version="0")
+    long = [replace(TASK, task_id=f"long{i}", prompt=(Message("user", "x" * (97 + i)),)) for i in range(2)]
+    tasks = [TASK, *long, replace(TASK, task_id="t2")]  # a character is a token, 100 - 4 leave room for a reply
+    async with service(tmp_path, server, tasks=tasks) as driver:
+        figures = values((await answered(driver, Request("step", 0, 0, (server.url,)))).figures)
+    assert (figures["data/prompts_left_out"], figures["data/prompts_left_out_share"]) == (2, 0.5)
+    assert "left out: 2 of 4 prompts (50.0%) have more than 96 tokens; the longest, task long1, has 98" in (
+        capsys.readouterr().out
+    )
 
 
 async def test_an_evaluation_leaves_its_conversations(tmp_path: Path) -> None:
