@@ -174,7 +174,6 @@ class _Counters:
         return {
             **of_kind("max", {name: value - clocks_before[name] for name, value in clocks.items()}),
             **of_kind("sum", (calls - calls_before).metrics()),
-            **of_kind("sum", {f"total/{name}": value for name, value in calls.metrics().items() if "/" in name}),
             **{
                 name: Figure.ratio(value, over) if kind == "mean" else Figure.of(kind, [value])
                 for name, (kind, value, over) in usage.since(usage_before)
