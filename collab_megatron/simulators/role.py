@@ -140,13 +140,13 @@ class Role:
             spent_s += pause_s
             await asyncio.sleep(pause_s)
         usage.failures += 1
-        error = SimulatorError(
+        spent = SimulatorError(
             f"{self.name} ({section.model}) gave no usable reply after {attempt} attempt{'s' * (attempt > 1)} "
             f"in {spent_s:.1f} s; last: {failure}",
             fatal=failure.fatal,
         )
-        keep_call(self._call(begin_s, sent, answers, error=str(error)))
-        raise error
+        keep_call(self._call(begin_s, sent, answers, error=str(spent)))
+        raise spent
 
     def _call(
         self,
