@@ -24,7 +24,7 @@ from collab_megatron.simulators.answer import Answer, Observer, find_problem, sh
 from collab_megatron.simulators.deployments import Deployment, Deployments, NoTurn
 from collab_megatron.simulators.failure import Failure, SimulatorError, classify, timed_out
 from collab_megatron.simulators.litellm_api import ApiReply, LiteLLMApi, Request
-from collab_megatron.simulators.parsing import thought_and_marks
+from collab_megatron.simulators.parsing import read_for_record
 from collab_megatron.simulators.recorded import Recorded
 from collab_megatron.simulators.usage import RoleUsage
 from collab_megatron.slots import Slots
@@ -159,7 +159,7 @@ class Role:
         error: str = "",
     ) -> CallRecord:
         """What is recorded of a call that ends now."""
-        thought, marks = thought_and_marks(text) if json_reply else ("", {})
+        thought, marks, rest = read_for_record(text) if json_reply else ("", {}, text)
         return CallRecord(
             role=self.name,
             model=self.section.model,
@@ -174,7 +174,7 @@ class Role:
             cost_usd=sum(answer.reply.cost_usd for answer in answers),
             thought=thought,
             marks=marks,
-            text="" if json_reply else text,
+            text=rest,
             error=error,
         )
 
