@@ -43,6 +43,10 @@ class SimulatorSick(RunStops):
     """Too many of a simulator's replies are odd: what it says would teach the wrong thing."""
 
 
+class GradientsNotFinite(RunStops):
+    """Too many optimizer steps in a row had to be skipped: nothing is learned any more."""
+
+
 def exit_code(error: RunError) -> int:
     return EXIT_BUDGET if isinstance(error, BudgetSpent) else EXIT_RUN
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
-from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer, run_cli
+from collab_megatron.errors import RunError, run_cli
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -24,14 +24,18 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.actor.grid import close_grid, init_grid
     from collab_megatron.actor.reference import build_reference
     from collab_megatron.checkpoint.run import Checkpoints
+    from collab_megatron.checkpoint.together import together
     from collab_megatron.monitor.timers import PhaseTimer
     from collab_megatron.resharding.probe import probe_ids
     from collab_megatron.resharding.publisher import Publisher
     from collab_megatron.training.engine_probe import write_engine_probe
     from collab_megatron.training.engines import Engines
+    from collab_megatron.training.held_out import HeldOut
     from collab_megatron.training.inbox import Inbox
     from collab_megatron.training.reporter import Reporter
     from collab_megatron.training.rl_step import update
+    from collab_megatron.training.saving import Saving
+    from collab_megatron.training.skipped import SkippedSteps
 
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
@@ -72,49 +76,39 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     engines = Engines(publisher, inbox)
     reporter = Reporter(config, first_step=first_step) if grid.is_main else None
     timer = PhaseTimer()
+    held_out = HeldOut(engines, reporter, grid, config)
+    saving = Saving(checkpoints, grid, config.run, config.train)
+    skipped = SkippedSteps(config.train.max_skipped_steps)
 
-    def evaluate(step: int) -> None:
-        if config.data.validation is not None:
-            figures = engines.evaluate(step)
-            if reporter:
-                reporter.evaluation(step, figures)
-
-    done = saved = first_step
-    try:
-        engines.publish(done)
-        if config.train.eval_at_start and done == 0:
-            evaluate(0)
-        while done < total:
+    with saving.before_any_end():
+        engines.publish(saving.done)
+        held_out.evaluate_at_start(saving.done)
+        while saving.done < total:
             with timer("step"):
                 with timer("wait_for_rollout"):
-                    batch = engines.next_batch(done, checkpoints.saved)
+                    batch = engines.next_batch(saving.done, checkpoints.saved)
                 engines.make_room()
-                metrics = update(
-                    actor,
-                    reference,
-                    batch,
-                    algorithm=config.algorithm,
-                    train=config.train,
-                    timer=timer,
-                )
+                with saving.step():
+                    metrics = update(
+                        actor,
+                        reference,
+                        batch,
+                        algorithm=config.algorithm,
+                        train=config.train,
+                        timer=timer,
+                        skipped=skipped,
+                    )
+                skipped.check(saving.done)
                 require_same_weights(metrics, config.sync.max_logprob_gap)
-                done += 1
                 with timer("weight_sync"):
-                    sync = engines.publish(done)
-            interval = config.train.save_interval
-            if done == total or (interval and done % interval == 0):
+                    sync = engines.publish(saving.done)
+            if saving.due():
                 with timer("checkpoint"):
-                    checkpoints.save(done)
-                saved = done
-            if reporter:
-                reporter.step(done, batch.metrics, metrics, sync, timer.drain())
-            if done == total or (config.train.eval_interval and done % config.train.eval_interval == 0):
-                evaluate(done)
-    except (NoEngineLeft, WeightsDiffer, RunStops):  # the trainer's own state is well
-        if done > saved:  # the run stops here, with nothing lost
-            checkpoints.save(done)
-        checkpoints.wait()
-        raise
+                    saving.save()
+            with together(grid, "reporting", config.run.dir):
+                if reporter:
+                    reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain())
+            held_out.evaluate_if_due(saving.done)
     checkpoints.wait()
     if reporter and first_step < total:
         write_engine_probe(config, publisher.control, batch)

@@ -26,8 +26,10 @@ def train(config: SFTConfig) -> None:
     from collab_megatron.batching import MicroBatch
     from collab_megatron.checkpoint.run import Checkpoints
     from collab_megatron.monitor.timers import PhaseTimer
+    from collab_megatron.training.saving import Saving
     from collab_megatron.training.sft_data import SFTData
     from collab_megatron.training.sft_reporter import SFTReporter
+    from collab_megatron.training.skipped import SkippedSteps
 
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
@@ -51,18 +53,21 @@ def train(config: SFTConfig) -> None:
     def loss(logprobs: Tensor, batch: MicroBatch) -> LossSum:
         return sft_loss(logprobs, mask=batch.mask)
 
-    for step in range(first_step, total):
-        with timer("data"):
-            share, trained_tokens = data.step(step)
-        with timer("update"):
-            result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
-        done = step + 1
-        interval = config.train.save_interval
-        if done == total or (interval and done % interval == 0):
-            with timer("checkpoint"):
-                checkpoints.save(done)
-        if reporter:
-            reporter.step(done, result, share, trained_tokens, timer.drain())
+    saving = Saving(checkpoints, grid, config.run, config.train)
+    skipped = SkippedSteps(config.train.max_skipped_steps)
+    with saving.before_any_end():
+        while saving.done < total:
+            with timer("data"):
+                share, trained_tokens = data.step(saving.done)
+            with timer("update"), saving.step():
+                result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
+            skipped.count([result])
+            skipped.check(saving.done)
+            if saving.due():
+                with timer("checkpoint"):
+                    saving.save()
+            if reporter:
+                reporter.step(saving.done, result, share, trained_tokens, timer.drain())
     checkpoints.wait()
     if config.export_hf is not None:
         metadata = {"run": str(config.run.dir), "name": config.run.name, "step": str(total)}

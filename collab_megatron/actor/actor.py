@@ -165,9 +165,7 @@ class Actor:
             self.scheduler.step(increment=1)
         return StepResult(grad_norm, lr, metrics, skipped=not stepped, largest=largest)
 
-    def _gradients(
-        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float
-    ) -> list[StepMetrics]:
+    def _gradients(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float) -> list[StepMetrics]:
         """Fill the gradient buffers, summed over all ranks; on the last stage what each micro-batch measured."""
         assert self.optimizer is not None
         for chunk in self.wrapped:

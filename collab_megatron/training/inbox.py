@@ -20,11 +20,12 @@ from collab_megatron.types import RolloutBatch
 
 MARGIN_S = 120.0
 DELIVERED = b"\x00"
+FAILED = b"\xff"
 KINDS: dict[bytes, type[RunError]] = {
     b"\x01": NoEngineLeft,
     b"\x02": BudgetSpent,
     b"\x03": SimulatorSick,
-    b"\xff": RunError,
+    FAILED: RunError,
 }
 """What rank 0 met, for the others to raise; the first that fits."""
 T = TypeVar("T")
@@ -82,7 +83,7 @@ class Inbox:
 
     def _shared(self, ask: Callable[[], Delivery[T]] | None, content: type[T]) -> T:
         """The content of rank 0's delivery, or its error, on every rank."""
-        failure: RunError | None = None
+        failure: Exception | None = None
         payload = b""
         if ask is not None:
             try:
@@ -91,9 +92,9 @@ class Inbox:
                 for note in delivery.notes:
                     print(note, flush=True)
                 payload = DELIVERED + msgspec.msgpack.encode(delivery.content)
-            except RunError as error:
+            except Exception as error:  # noqa: BLE001  (raised below, once the others have heard of it)
                 failure = error
-                kind = next(code for code, known in KINDS.items() if isinstance(error, known))
+                kind = next((code for code, known in KINDS.items() if isinstance(error, known)), FAILED)
                 payload = kind + str(error).encode()
                 if isinstance(error, DriverHasNoEngine):
                     self._lost |= error.lost

@@ -88,9 +88,13 @@ class TrainSection(Section):
     packing: bool = False  # sequences end to end in one row (THD) instead of padded rows
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     logits_chunk_mb: Positive = 512  # fp32 logits that may exist at a time; more tokens are worked on chunk by chunk
-    save_interval: Count = 0  # steps between checkpoints; 0: only at the end
+    save_interval: Count = 0  # steps between checkpoints; 0: only at the end, and by the clock
+    save_every_s: float = Field(
+        default=1800.0, ge=0
+    )  # a checkpoint after the step that ends this long after the last one
     keep_last: Positive = 2  # complete checkpoints to keep
     keep_every: Count = 0  # besides, keep every checkpoint whose step is a multiple of this; 0: none
+    max_skipped_steps: Positive = 3  # optimizer steps in a row whose gradient is not finite; then the run stops
     async_save: bool = False  # write checkpoints beside the training
     eval_interval: Count = 0  # RL: steps between held-out evaluations; 0: only before the first and after the last
     eval_at_start: bool = True
