@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.checkpoint.origin import decisive_differences
 from collab_megatron.cluster.processes import port_in_use
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig
 from collab_megatron.config.entry import llm_roles
-from collab_megatron.config.sections import EngineSection, ParallelSection, RunSection
+from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.convert.spec import model_spec
@@ -48,7 +49,7 @@ def device_of(parallel: ParallelSection) -> str:
 def check_rl(config: RLConfig) -> RLStart:
     """All checks of train_rl. Raises UserError."""
     hf_config = _check_model(config.model.path, config.parallel, config.rollout.inexact_template)
-    first_step = _check_run(config.run, config.train.steps)
+    first_step = _check_run(config)
     read_tasks(config.data.train)
     if config.data.validation is not None:
         read_tasks(config.data.validation)
@@ -63,7 +64,7 @@ def check_rl(config: RLConfig) -> RLStart:
 def check_sft(config: SFTConfig) -> None:
     """All checks of train_sft. Raises UserError."""
     hf_config = _check_model(config.model.path, config.parallel, "as_sampled")  # chats are rendered, none grows
-    _check_run(config.run, config.train.steps)
+    _check_run(config)
     read_conversations(config.data.train)
     _check_trainer_devices(config.parallel, None)
     _check_disk(config.run.dir, hf_config, config.model.dtype)
@@ -99,8 +100,9 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     return hf_config
 
 
-def _check_run(run: RunSection, steps: int) -> int:
-    """The first step to run. A fresh run must not write over an earlier one's checkpoints."""
+def _check_run(config: RLConfig | SFTConfig) -> int:
+    """The first step to run. A fresh run must not write over an earlier one's checkpoints, nor go on with another's."""
+    run, steps = config.run, config.train.steps
     newest = newest_complete(run.checkpoints_dir)
     if newest is None:
         return 0
@@ -109,10 +111,17 @@ def _check_run(run: RunSection, steps: int) -> int:
             f"{run.checkpoints_dir} holds checkpoints of an earlier run: set run.resume=true to go on from "
             f"{newest.name}, or choose another run.dir"
         )
-    done = read_info(newest).step
-    if done >= steps:
-        raise UserError(f"{newest} has already done {done} of {steps} steps: raise train.steps to go on")
-    return done
+    info = read_info(newest)
+    other = decisive_differences(info.extra, config.model_dump(mode="json")) if run.resume == "auto" else []
+    if other:
+        more = f", and {len(other) - 1} more" if len(other) > 1 else ""
+        raise UserError(
+            f"{run.checkpoints_dir} holds checkpoints of another config ({other[0]}{more}), and run.resume=auto goes "
+            "on with the same only: choose another run.dir or run.name, or set run.resume=true to go on with this config"
+        )
+    if info.step >= steps:
+        raise UserError(f"{newest} has already done {info.step} of {steps} steps: raise train.steps to go on")
+    return info.step
 
 
 def check_placement(config: RLConfig) -> None:

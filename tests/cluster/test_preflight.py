@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from collab_megatron.checkpoint.folders import step_folder, write_marker
 from collab_megatron.cluster.launch import engine_gpus
 from collab_megatron.cluster.plan import rl_plan, sft_plan
 from collab_megatron.cluster.preflight import check_rl, check_sft
@@ -58,6 +59,25 @@ def test_a_sound_config_passes(load: Load) -> None:
     start = check_rl(load())
     assert start.first_step == 0
     assert start.max_context_tokens > 64
+
+
+def test_checkpoints_of_this_run_and_of_another(load: Load, tmp_path: Path) -> None:
+    """What each value of run.resume makes of them; true and auto start where there are none."""
+    assert [check_rl(load(f"run.resume={value}")).first_step for value in ("true", "auto")] == [0, 0]
+    with pytest.raises(UserError, match=r"'run\.resume': input should be True, False or 'auto'"):
+        load("run.resume=maybe")
+    folder = step_folder(tmp_path / "run" / "checkpoints" / "rl", 7)
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "metadata.json").write_text("{}")
+    write_marker(folder, step=7, layout={}, extra={"config": load().model_dump(mode="json")})
+    assert "set run.resume=true to go on from step_00000007" in refusal(load())
+    assert [check_rl(load(f"run.resume={value}")).first_step for value in ("true", "auto")] == [7, 7]
+    changed = ("optimizer.lr=0.5", "algorithm.kl_coef=0.5")
+    sentence = refusal(load("run.resume=auto", *changed))
+    assert "another config (algorithm.kl_coef: 0.005 -> 0.5, and 1 more)" in sentence
+    assert sentence.endswith("choose another run.dir or run.name, or set run.resume=true to go on with this config")
+    assert check_rl(load("run.resume=true", *changed)).first_step == 7
+    assert check_rl(load("run.resume=auto", "train.steps=99", "engine.count=2", "parallel.tensor=1")).first_step == 7
 
 
 def test_a_layout_that_does_not_divide(load: Load) -> None:

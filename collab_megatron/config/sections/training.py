@@ -16,7 +16,10 @@ class RunSection(Section):
     dir: Path = Path("runs/default")  # everything the run makes lies below
     name: str = "run"  # sub-folder of tensorboard/ and checkpoints/, so that several runs share one dir
     seed: int = 1
-    resume: bool = False  # go on from the newest complete checkpoint of this run
+    # true: go on from the newest complete checkpoint of this run, whatever has changed in the config, and start where
+    # there is none; auto: the same, but another run's checkpoints are refused (the default of slurm/*.sbatch, for jobs
+    # that are requeued); false: refuse where there is one
+    resume: Literal[True, False, "auto"] = False
 
     @property
     def checkpoints_dir(self) -> Path:
