@@ -117,7 +117,7 @@ def _check_run(config: RLConfig | SFTConfig) -> int:
         more = f", and {len(other) - 1} more" if len(other) > 1 else ""
         raise UserError(
             f"{run.checkpoints_dir} holds checkpoints of another config ({other[0]}{more}), and run.resume=auto goes "
-            "on with the same only: choose another run.dir or run.name, or set run.resume=true to go on with this config"
+            "on with the same only: choose another run.dir or run.name, or set run.resume=true to go on with this one"
         )
     if info.step >= steps:
         raise UserError(f"{newest} has already done {info.step} of {steps} steps: raise train.steps to go on")

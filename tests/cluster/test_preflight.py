@@ -75,7 +75,7 @@ def test_checkpoints_of_this_run_and_of_another(load: Load, tmp_path: Path) -> N
     changed = ("optimizer.lr=0.5", "algorithm.kl_coef=0.5")
     sentence = refusal(load("run.resume=auto", *changed))
     assert "another config (algorithm.kl_coef: 0.005 -> 0.5, and 1 more)" in sentence
-    assert sentence.endswith("choose another run.dir or run.name, or set run.resume=true to go on with this config")
+    assert sentence.endswith("choose another run.dir or run.name, or set run.resume=true to go on with this one")
     assert check_rl(load("run.resume=true", *changed)).first_step == 7
     assert check_rl(load("run.resume=auto", "train.steps=99", "engine.count=2", "parallel.tensor=1")).first_step == 7
 
