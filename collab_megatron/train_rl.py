@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
 from collab_megatron.errors import RunError, run_cli
+from collab_megatron.log import set_up_logging
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -30,7 +31,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.resharding.publisher import Publisher
     from collab_megatron.training.engine_probe import write_engine_probe
     from collab_megatron.training.engines import Engines
-    from collab_megatron.training.held_out import HeldOut
+    from collab_megatron.training.evaluations import Evaluations
     from collab_megatron.training.inbox import Inbox
     from collab_megatron.training.reporter import Reporter
     from collab_megatron.training.rl_step import update
@@ -76,13 +77,13 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     engines = Engines(publisher, inbox)
     reporter = Reporter(config, first_step=first_step) if grid.is_main else None
     timer = PhaseTimer()
-    held_out = HeldOut(engines, reporter, grid, config)
+    evaluations = Evaluations(engines, reporter, grid, config)
     saving = Saving(checkpoints, grid, config.run, config.train)
     skipped = SkippedSteps(config.train.max_skipped_steps)
 
     with saving.before_any_end():
         engines.publish(saving.done)
-        held_out.evaluate_at_start(saving.done)
+        evaluations.evaluate_at_start(saving.done)
         while saving.done < total:
             with timer("step"):
                 with timer("wait_for_rollout"):
@@ -108,7 +109,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
             with together(grid, "reporting", config.run.dir):
                 if reporter:
                     reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain())
-            held_out.evaluate_if_due(saving.done)
+            evaluations.evaluate_if_due(saving.done)
     checkpoints.wait()
     if reporter and first_step < total:
         write_engine_probe(config, publisher.control, batch)
@@ -132,6 +133,7 @@ def require_same_weights(metrics: Mapping[str, float], max_gap: float) -> None:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
+    set_up_logging(arguments.who)
     config = load_config(RLConfig, arguments.config, arguments.overrides)
     if arguments.trainer is not None:
         train(config, arguments.trainer)

@@ -10,7 +10,6 @@ mistake in config or data, 1 if the build broke off.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from collab_megatron.config import BuildDatasetConfig, load_config
 from collab_megatron.data.build.processes import Progress, build_dataset
 from collab_megatron.errors import RunError, run_cli
 from collab_megatron.files import publish_json
+from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import API_USAGE_FILE, GatewaySnapshot
 
 QUIET_S = 10.0  # between progress lines where the output is a file
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     args = parser.parse_args()
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    set_up_logging("build")
     config = load_config(BuildDatasetConfig, args.config, args.overrides)
     display = Display()
     progress = build_dataset(config, display.show)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,11 @@ class Arguments:
     overrides: list[str]
     dry_run: bool
     trainer: TrainerArguments | None  # set in a process that the launcher started as a trainer rank
+
+    @property
+    def who(self) -> str:
+        """This process in log lines: `launcher` or `trainer-RANK`."""
+        return "launcher" if self.trainer is None else f"trainer-{os.environ.get('RANK', '0')}"
 
 
 def parse_arguments(description: str | None, argv: list[str] | None = None) -> Arguments:

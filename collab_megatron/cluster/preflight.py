@@ -21,7 +21,8 @@ from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.convert.spec import model_spec
 from collab_megatron.convert.tables import parameter_count
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
-from collab_megatron.data.parquet import read_conversations, read_tasks
+from collab_megatron.data.fit import fitting_tasks
+from collab_megatron.data.parquet import read_conversation_files, read_task_files
 from collab_megatron.errors import UserError
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway
@@ -37,6 +38,7 @@ class RLStart:
 
     first_step: int
     max_context_tokens: int
+    usable_prompts: int  # training tasks whose prompt fits
 
 
 def device_of(parallel: ParallelSection) -> str:
@@ -50,22 +52,22 @@ def check_rl(config: RLConfig) -> RLStart:
     """All checks of train_rl. Raises UserError."""
     hf_config = _check_model(config.model.path, config.parallel, config.rollout.inexact_template)
     first_step = _check_run(config)
-    read_tasks(config.data.train)
-    if config.data.validation is not None:
-        read_tasks(config.data.validation)
+    room = max_context_tokens(hf_config, config.engine)
+    usable_prompts = _check_prompts(config, room)
     check_placement(config)
     _check_trainer_devices(config.parallel, config.engine)
     _check_engine(config.engine)
     _check_disk(config.run.dir, hf_config, config.model.dtype)
     asyncio.run(_check_simulators(config))
-    return RLStart(first_step=first_step, max_context_tokens=max_context_tokens(hf_config, config.engine))
+    return RLStart(first_step=first_step, max_context_tokens=room, usable_prompts=usable_prompts)
 
 
 def check_sft(config: SFTConfig) -> None:
     """All checks of train_sft. Raises UserError."""
     hf_config = _check_model(config.model.path, config.parallel, "as_sampled")  # chats are rendered, none grows
     _check_run(config)
-    read_conversations(config.data.train)
+    read_conversation_files(config.data.train_files)
+    read_conversation_files(config.data.validation_files)
     _check_trainer_devices(config.parallel, None)
     _check_disk(config.run.dir, hf_config, config.model.dtype)
     target = config.export_hf
@@ -78,12 +80,33 @@ def check_evaluate(config: EvaluateConfig) -> int:
     hf_config = _check_model(
         config.model.path, ParallelSection(device=config.parallel.device), config.rollout.inexact_template
     )
-    if config.data.validation is not None:
-        read_tasks(config.data.validation)
+    read_task_files(config.data.validation_files)
     _check_gpus(config.parallel, _started_ranks(config.engine))
     _check_engine(config.engine)
     asyncio.run(_check_simulators(config))
     return max_context_tokens(hf_config, config.engine)
+
+
+def _check_prompts(config: RLConfig, max_context_tokens: int) -> int:
+    """Training prompts that fit; prints what is left out. Raises UserError where over half of a set is too long."""
+    chat = ChatTemplate(load_tokenizer(resolve_model_folder(config.model.path)))
+    usable = {}
+    for files in (config.data.train_files, config.data.validation_files):
+        tasks, repeated = read_task_files(files)
+        names = ", ".join(map(str, files))
+        if repeated:
+            print(f"{names}: left out: {repeated:,} tasks that an earlier file holds", flush=True)
+        fit = fitting_tasks(
+            tasks,
+            chat,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            max_context_tokens=max_context_tokens,
+            max_new_tokens=config.rollout.max_new_tokens,
+        )
+        if fit.notice:
+            print(f"{names}: {fit.notice}", flush=True)
+        usable[files] = len(fit.kept)
+    return usable[config.data.train_files]
 
 
 def max_context_tokens(hf_config: dict[str, Any], engine: EngineSection) -> int:
@@ -192,7 +215,8 @@ def _check_engine(engine: EngineSection) -> None:
 
 
 async def _check_simulators(config: RLConfig | EvaluateConfig) -> None:
-    gateway = Gateway(llm_roles(config.simulators), config.run.seed)  # a missing key is found here
+    budget = config.budget if isinstance(config, RLConfig) else None
+    gateway = Gateway(llm_roles(config.simulators), config.run.seed, budget=budget)  # finds a missing key or price
     try:
         configured_scorer(config.reward, config.simulators, gateway)
         await gateway.check_reachable(REACH_TIMEOUT_S)

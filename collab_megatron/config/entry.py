@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -161,12 +161,16 @@ class SFTConfig(Section):
     max_tokens: Positive = 4096  # longer conversations are left out and counted
     optimizer: OptimizerSection = OptimizerSection(lr=1e-5)
     parallel: ParallelSection = ParallelSection()
-    export_hf: Path | None = None  # where the final weights go as a Hugging Face folder
+    export_hf: Path | None = None  # where the weights go as a Hugging Face folder at the end
+    # best: those with the lowest held-out loss; the last ones without data.validation or train.keep_best
+    export_weights: Literal["best", "last"] = "best"
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         _check_schedule(self.optimizer, self.train.steps)
         _check_packing(self.parallel, self.train)
+        if self.train.eval_interval and self.data.validation is None:
+            raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
         return self
 
 

@@ -28,6 +28,7 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     raw = _read_with_extends(path, ())
     for override in overrides:
         _apply_override(raw, override)
+    _find_modules(raw, path.absolute().parent)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -54,6 +55,7 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(raw).__name__}")
+    _find_modules(raw, path.parent)
     parents = raw.pop("extends", None)
     if parents is None:
         return raw
@@ -61,6 +63,25 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     for parent in [parents] if isinstance(parents, str) else parents:
         merged = _merge(merged, _read_with_extends(path.parent / parent, (*seen, path)))
     return _merge(merged, raw)
+
+
+def _find_modules(raw: dict[str, Any], folder: Path) -> None:
+    """Metric modules that lie in the config's `folder` become paths: other processes read a copy that lies elsewhere."""
+    reward = raw.get("reward")
+    modules = reward.get("metric_modules") if isinstance(reward, dict) else None
+    if isinstance(reward, dict) and isinstance(modules, list):
+        reward["metric_modules"] = [_find_module(name, folder) for name in modules]
+
+
+def _find_module(name: Any, folder: Path) -> Any:
+    if not isinstance(name, str):
+        return name  # validation names it
+    if name.endswith(".py"):
+        return str(folder / name)
+    if not name.isidentifier():
+        return name  # a dotted name is for Python to find
+    near = (folder / f"{name}.py", folder / name / "__init__.py")
+    return next((str(file) for file in near if file.is_file()), name)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.errors import UserError
+from collab_megatron.journal import store
 from collab_megatron.journal.store import Journal
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.rewards import configured_scorer
@@ -45,9 +46,8 @@ class Cast:
 
 def open_journal(config: RLConfig) -> Journal:
     """The journal of a run; all driver processes share the file. Raises UserError for a file that is none."""
-    section = config.journal
-    path = section.path or config.run.dir / "journal" / f"{config.run.name}.sqlite"
-    return Journal(path, replay=section.replay, lineage=lineage_of(config))
+    default = config.run.dir / "journal" / f"{config.run.name}.sqlite"
+    return store.open_journal(config.journal, default, lineage_of(config))
 
 
 def lineage_of(config: RLConfig) -> str:
@@ -55,7 +55,7 @@ def lineage_of(config: RLConfig) -> str:
     simulators = config.simulators
     decides = {
         "model": config.model.model_dump(mode="json"),
-        "data": str(config.data.train),
+        "data": [str(file) for file in config.data.train_files],
         "reward": config.reward.model_dump(mode="json"),
         "rollout": config.rollout.model_dump(mode="json", exclude={"step_timeout_s"}),
         "algorithm": config.algorithm.model_dump(mode="json"),
@@ -163,12 +163,14 @@ async def assemble(
 
 
 def usable_tasks(tasks: list[Task], cast: Cast, max_prompt_tokens: int) -> list[Task]:
-    """The tasks whose prompt fits. Raises UserError if none does."""
-    room = min(max_prompt_tokens, cast.limits.max_context_tokens - cast.limits.max_new_tokens)
-    fitting = [task for task in tasks if len(cast.players.chat.prompt_ids(task.prompt)) <= room]
-    if not fitting:
-        raise UserError(
-            f"none of the {len(tasks)} prompts fits into {room} tokens: raise rollout.max_prompt_tokens or lower "
-            "rollout.max_new_tokens"
-        )
-    return fitting
+    """The tasks whose prompt fits; prints how many do not. Raises UserError if that is more than half."""
+    fit = fitting_tasks(
+        tasks,
+        cast.players.chat,
+        max_prompt_tokens=max_prompt_tokens,
+        max_context_tokens=cast.limits.max_context_tokens,
+        max_new_tokens=cast.limits.max_new_tokens,
+    )
+    if fit.notice:
+        print(fit.notice, flush=True)
+    return fit.kept

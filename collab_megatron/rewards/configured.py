@@ -18,4 +18,5 @@ def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gate
         judge_prompt_file=None if judge is None else judge.prompt_file,
         accuracy_prompt_file=reward.accuracy_prompt_file,
         metric_modules=reward.metric_modules,
+        settings=reward.settings,
     )

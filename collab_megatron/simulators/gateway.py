@@ -26,6 +26,7 @@ from collab_megatron.simulators.failure import SimulatorError
 from collab_megatron.simulators.litellm_api import Endpoint, LiteLLMApi
 from collab_megatron.simulators.mixture import Mixture, draw_part
 from collab_megatron.simulators.pacing import Bucket
+from collab_megatron.simulators.prices import price, require_prices
 from collab_megatron.simulators.recorded import Recorded
 from collab_megatron.simulators.role import Observer, Role
 from collab_megatron.simulators.usage import GatewaySnapshot
@@ -37,7 +38,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Gateway:
-    """All LLM roles of a run. Raises UserError if a key's environment variable is not set."""
+    """All LLM roles of a run. Raises UserError if a key's environment variable is not set, or if the budget has a cap
+    in dollars and a model has no known price."""
 
     def __init__(
         self,
@@ -48,11 +50,15 @@ class Gateway:
         journal: Journal | None = None,
         budget: BudgetSection | None = None,
         shards: int = 1,
+        go_on: str = "set run.resume=true",
     ) -> None:
-        """`shards`: processes with a gateway each; all limits of the config are divided among them."""
+        """`shards`: processes with a gateway each; all limits of the config are divided among them. `go_on`: how a run
+        that spent its budget goes on, for the sentence at the cap."""
         for name, section in roles.items():
             for where, way in _ways(name, section):
                 _read_key(where, way)  # before anything slow
+        all_ways = (way for name, section in roles.items() for way in _ways(name, section))
+        require_prices(all_ways, budget or BudgetSection())
         self._seed = seed
         self._api = LiteLLMApi()
         self._parts = {name: _parts(name, section) for name, section in roles.items()}
@@ -70,7 +76,7 @@ class Gateway:
             for parts in self._parts.values()
             for part, where, section in parts
         }
-        self.budget = Budget(budget or BudgetSection(), journal, self._costs)
+        self.budget = Budget(budget or BudgetSection(), journal, self._costs, go_on)
 
     def role(self, name: str) -> ChatLLM:
         """The client of one role. Raises UserError for a role that is not configured."""
@@ -134,8 +140,7 @@ def _deployments(name: str, where: str, section: LLMSection, api: LiteLLMApi, sh
             model=way.model,
             api_base=way.api_base,
             key=_read_key(place, way),
-            input_usd_per_mtoken=way.input_usd_per_mtoken,
-            output_usd_per_mtoken=way.output_usd_per_mtoken,
+            price=price(way),
             json_mode=section.json_mode,
             json_schema=section.json_schema and api.can_schema(way.model, way.api_base),
         )

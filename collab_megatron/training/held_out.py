@@ -1,60 +1,55 @@
-"""Held-out evaluations between training steps: when one is due, and that a failed one is a warning and never an end."""
+"""The loss on held-out conversations, by which supervised training is judged."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from collab_megatron.actor.grid import RankGrid
-from collab_megatron.checkpoint.together import together
-from collab_megatron.config import RLConfig
-from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer
-from collab_megatron.training.reporter import Reporter
+import torch
+import torch.distributed as dist
 
-ENDS_THE_RUN = (NoEngineLeft, WeightsDiffer, RunStops)
-"""Raised during an evaluation, these say that no further step can or may be taken."""
-
-
-class Asked(Protocol):
-    """training.engines.Engines, or a stand-in."""
-
-    def evaluate(self, step: int) -> dict[str, float]: ...
+from collab_megatron.actor.actor import Actor
+from collab_megatron.actor.grid import phase
+from collab_megatron.batching import MicroBatch
 
 
+@dataclass(frozen=True)
 class HeldOut:
-    """Build and use it on every rank alike."""
+    """What the weights of one step make of the held-out conversations; the same on every rank."""
 
-    def __init__(self, engines: Asked, reporter: Reporter | None, grid: RankGrid, config: RLConfig) -> None:
-        """reporter: on rank 0."""
-        self._engines, self._reporter, self._grid, self._config = engines, reporter, grid, config
+    loss: float  # negative log-likelihood of an assistant token, mean over all of them, in nats
+    tokens: int  # that the mean is over
+    conversations: int
 
-    def evaluate_at_start(self, done: int) -> None:
-        """Before the first step of a run, not of a resume. Raises as `evaluate_if_due` does."""
-        if done == 0 and self._config.train.eval_at_start:
-            self._evaluate(done)
-
-    def evaluate_if_due(self, done: int) -> None:
-        """After `done` steps: at every train.eval_interval and after the last. Collective.
-
-        Raises what ends the run: no engine, a spent budget, weights that differ; any other failure is reported.
-        """
-        train = self._config.train
-        if done == train.steps or (train.eval_interval and done % train.eval_interval == 0):
-            self._evaluate(done)
-
-    def _evaluate(self, done: int) -> None:
-        if self._config.data.validation is None:
-            return
-        figures, failure = None, ""
+    @property
+    def perplexity(self) -> float:
         try:
-            figures = self._engines.evaluate(done)
-        except ENDS_THE_RUN:
-            raise
-        except RunError as error:
-            failure = str(error)
-        with together(self._grid, "reporting", self._config.run.dir):
-            if self._reporter is None:
-                return
-            if figures is None:
-                self._reporter.evaluation_failed(done, failure)
-            else:
-                self._reporter.evaluation(done, figures)
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    def metrics(self) -> dict[str, float]:
+        """By dashboard name."""
+        return {"eval/loss": self.loss, "eval/perplexity": self.perplexity, "eval/tokens": self.tokens}
+
+
+def mean_loss(actor: Actor, batches: Iterable[Sequence[MicroBatch]], tokens: int) -> float:
+    """Negative log-likelihood under the masks of all data ranks' micro-batches / `tokens`, summed in float64.
+
+    `batches`: this data rank's micro-batches, a few at a time; `tokens`: trained ones of all data ranks. The mean is
+    over tokens, so it does not depend on how they are cut and shared. Collective over all ranks: each passes equally
+    many batches.
+    """
+    grid = actor.grid
+    total = torch.zeros(1, dtype=torch.float64)
+    for micro_batches in batches:
+        logprobs, _ = actor.logprobs(micro_batches)
+        for batch, found in zip(micro_batches, logprobs, strict=True):
+            total -= found[batch.mask > 0].double().sum()
+    if grid.tp_rank or grid.pp_rank or grid.cp_rank:
+        total.zero_()  # every rank of a replica has the same log-probs: one of them counts
+    with phase(grid, "the held-out loss"):
+        dist.all_reduce(total, group=grid.cpu_group)
+        dist.broadcast(total, src=0, group=grid.cpu_group)  # to the last bit: ranks must agree on what is the lowest
+    return total.item() / tokens

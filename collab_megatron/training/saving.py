@@ -38,7 +38,7 @@ class Saves(Protocol):
 
     saved: int  # steps that the newest complete checkpoint of this run holds
 
-    def save(self, step: int) -> None: ...
+    def save(self, step: int, *, best_loss: float | None = None) -> None: ...
 
     def wait(self) -> None: ...
 
@@ -86,10 +86,11 @@ class Saving:
             dist.broadcast(up, src=0, group=self._grid.cpu_group)
         return bool(up)
 
-    def save(self) -> None:
-        """Collective. Raises RunError on every rank where this save, or the one before it, failed."""
+    def save(self, *, best_loss: float | None = None) -> None:
+        """Collective; best_loss as for Checkpoints.save. Raises RunError on every rank where this save, or the one
+        before it, failed."""
         self._begun = self.done  # where this fails, the end of the run does not try once more
-        self._checkpoints.save(self.done)
+        self._checkpoints.save(self.done, best_loss=best_loss)
         self._last_save = self._clock()
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,23 @@ def test_data_that_is_missing_empty_or_lacks_a_column(load: Load, tmp_path: Path
     assert "lacking.parquet" in sentence
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     assert "other.parquet" in refusal(load(f"data.validation={tmp_path / 'other.parquet'}"))
+
+
+def test_prompts_that_are_too_long_are_told_and_most_of_them_refused(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = replace(TASK, task_id="long", prompt=(Message("user", "hello " * 60),))
+    other = replace(TASK, task_id="other")
+    write_tasks(tmp_path / "some.parquet", [TASK, other, long])
+    write_tasks(tmp_path / "most.parquet", [TASK, long, replace(long, task_id="longer")])
+    limit = "rollout.max_prompt_tokens=40"
+    assert check_rl(load(f"data.train={tmp_path / 'some.parquet'}", limit)).usable_prompts == 2
+    assert (
+        "left out: 1 of 3 prompts (33.3%) have more than 40 tokens; the longest, task long" in capsys.readouterr().out
+    )
+    sentence = refusal(load(f"data.train={tmp_path / 'most.parquet'}", limit))
+    assert "2 of 3 prompts (66.7%) have more than 40 tokens" in sentence
+    assert "raise rollout.max_prompt_tokens" in sentence
 
 
 def test_simulators_without_key_or_answer(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

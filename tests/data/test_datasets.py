@@ -13,7 +13,15 @@ import pytest
 
 from collab_megatron.data.load import load_rows
 from collab_megatron.data.order import step_indices
-from collab_megatron.data.parquet import read_conversations, read_tasks, write_conversations, write_tasks
+from collab_megatron.data.parquet import (
+    Conversation,
+    read_conversation_files,
+    read_conversations,
+    read_task_files,
+    read_tasks,
+    write_conversations,
+    write_tasks,
+)
 from collab_megatron.data.prepare import Shape, prepare
 from collab_megatron.data.rl import rl_tasks
 from collab_megatron.data.schema import read_rows
@@ -231,6 +239,28 @@ def test_parquet_brings_back_what_was_written(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("x")
     with pytest.raises(UserError, match="cannot be read as parquet"):
         read_tasks(tmp_path / "x.parquet")
+
+
+def test_rows_of_several_files_follow_each_other(tmp_path: Path) -> None:
+    def task(name: str, wish: str) -> Task:
+        return Task(name, (Message("user", wish),), wish, "truth")
+
+    a, b, c = tmp_path / "a.parquet", tmp_path / "b.parquet", tmp_path / "c.parquet"
+    write_tasks(a, [task("1", "tea"), task("1", "tea"), task("2", "milk")])  # a row that stands twice has weight two
+    write_tasks(b, [task("2", "milk"), task("3", "rum")])
+    assert read_task_files([a]) == (read_tasks(a), 0)
+    tasks, repeated = read_task_files([a, b])
+    assert ([t.task_id for t in tasks], repeated) == (["1", "1", "2", "3"], 1)
+    write_tasks(c, [task("3", "gin")])
+    with pytest.raises(UserError, match=r"task_id '3' stands for different tasks in .*b\.parquet and .*c\.parquet"):
+        read_task_files([a, b, c])
+    with pytest.raises(UserError, match=r"no file .*d\.parquet"):
+        read_task_files([a, tmp_path / "d.parquet"])
+    chat = (Message("user", "hi"), Message("assistant", "hello"))
+    write_conversations(a, [Conversation("0", chat), Conversation("1", chat[:1])])
+    write_conversations(b, [Conversation("0", chat[1:]), Conversation("7", chat)])  # ids count from 0 everywhere
+    chats, repeated = read_conversation_files([a, b])
+    assert ([len(c.messages) for c in chats], repeated) == ([2, 1, 1], 1)
 
 
 def test_prepare(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +40,7 @@ from collab_megatron.simulators import Gateway, SimulatorHealth
 from collab_megatron.simulators.budget import Budget
 from collab_megatron.simulators.usage import GatewaySnapshot
 from collab_megatron.slots import Slots
-from collab_megatron.types import Message
+from collab_megatron.types import Message, Task
 from tests.driver.fakes import LIMITS, TASK, ScriptedUser, players
 from tests.engine.servers import FakeServer, servers, slowly
 
@@ -52,14 +54,14 @@ class NoGateway:
 
 @asynccontextmanager
 async def service(
-    folder: Path, *fakes: FakeServer, first_step: int | None = 0, **driver: Any
+    folder: Path, *fakes: FakeServer, first_step: int | None = 0, tasks: Sequence[Task] = (TASK,), **driver: Any
 ) -> AsyncIterator[Service]:
     """Two prompts a step, two replies, one future each: four conversations of three policy turns."""
 
     def go_on(chat: Sequence[Message], sample_index: int) -> str:
         return "go on"
 
-    write_tasks(folder / "train.parquet", [TASK])
+    write_tasks(folder / "train.parquet", tasks)
     config = RLConfig(
         run=RunSection(dir=folder),
         model=ModelSection(path="none"),
@@ -149,6 +151,31 @@ async def test_a_step_ends_the_evaluation_that_is_asked_for_no_longer(tmp_path: 
         answer = await answered(driver, Request("step", 0, 0, (server.url,)))
         assert len(answer.samples) == 4
         assert not [task for task in asyncio.all_tasks() if "evaluate" in repr(task.get_coro())]
+
+
+async def test_prompts_that_are_too_long_are_counted_on_the_dashboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = FakeServer(version="0")
+    long = [replace(TASK, task_id=f"long{i}", prompt=(Message("user", "x" * (97 + i)),)) for i in range(2)]
+    tasks = [TASK, *long, replace(TASK, task_id="t2")]  # a character is a token, 100 - 4 leave room for a reply
+    async with service(tmp_path, server, tasks=tasks) as driver:
+        figures = values((await answered(driver, Request("step", 0, 0, (server.url,)))).figures)
+    assert (figures["data/prompts_left_out"], figures["data/prompts_left_out_share"]) == (2, 0.5)
+    assert "left out: 2 of 4 prompts (50.0%) have more than 96 tokens; the longest, task long1, has 98" in (
+        capsys.readouterr().out
+    )
+
+
+async def test_an_evaluation_leaves_its_conversations(tmp_path: Path) -> None:
+    server = FakeServer(version="0")
+    async with service(tmp_path, server) as driver:
+        answer = await answered(driver, Request("evaluate", 3, 0, (server.url,)))
+    assert values(answer.figures)["conversations"] == 1
+    (line,) = (tmp_path / "evaluations" / "run" / "step_00000003.jsonl").read_text().splitlines()
+    played = json.loads(line)
+    assert (played["step"], played["task_id"]) == (3, TASK.task_id)
+    assert played["replies"][0]["futures"][0]["scores"] == {"accuracy": 6.0}
 
 
 async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp_path: Path) -> None:

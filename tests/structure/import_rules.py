@@ -14,12 +14,13 @@ from pathlib import Path
 PACKAGE = "collab_megatron"
 
 # the data contract, the two errors, writing aside and renaming, and the config sections that leaf functions take
-EVERYWHERE = ("types", "errors", "files", "slots", "config.sections")
+EVERYWHERE = ("types", "errors", "files", "log", "slots", "config.sections")
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
+    "log": (),
     "config": (),
     "data": (),
     "journal": (),
@@ -95,6 +96,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
+    "log": (),
     "config": ("pydantic", "yaml"),
     "algorithms": ("torch",),
     "batching": ("torch",),

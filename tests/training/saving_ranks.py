@@ -28,7 +28,7 @@ class Saves:
     def __init__(self) -> None:
         self.saved = 0
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, best_loss: float | None = None) -> None:
         dist.barrier()
         self.saved = step
 

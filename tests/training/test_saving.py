@@ -22,7 +22,7 @@ class Saves:
     def __init__(self, saved: int = 0, *, broken: bool = False) -> None:
         self.saved, self.tries, self._broken = saved, list[int](), broken
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, best_loss: float | None = None) -> None:
         self.tries.append(step)
         if self._broken:
             raise RunError("disk full")

@@ -3,7 +3,7 @@
 A config file holds only what differs from the defaults here. Entry points combine the sections (config/entry.py).
 """
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Count, Finite, Positive, Seconds, Section, Share
 from collab_megatron.config.sections.engine import EngineSection, SyncSection
 from collab_megatron.config.sections.llm import (
     BudgetSection,
@@ -35,6 +35,7 @@ __all__ = [
     "DriverSection",
     "EngineSection",
     "EvaluationSection",
+    "Finite",
     "HealthSection",
     "JournalSection",
     "LLMSection",

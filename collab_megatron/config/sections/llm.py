@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from collab_megatron.config.sections.base import Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Finite, Positive, Seconds, Section, Share
 
 
 class RewardSection(Section):
     """R* = sum over metrics of clamp(weight * score, -1, 1). token_amount counts assistant tokens in thousands."""
 
-    metric_weights: dict[str, float] = Field(default={"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1})
+    metric_weights: dict[str, Finite] = Field(default={"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1})
     accuracy_verifier: Literal["exact", "judge"] = "judge"
     # replaces the shipped prompt of accuracy's judge; simulators.judge.prompt_file replaces that of interactivity
     accuracy_prompt_file: Path | None = None
-    metric_modules: tuple[str, ...] = ()  # Python modules that register metrics of your own (rewards/registry.py)
+    # Python modules that register metrics of your own (docs/METRICS.md): names that Python finds, or files; a module that
+    # lies next to the config file needs its name only
+    metric_modules: tuple[str, ...] = ()
+    settings: dict[str, dict[str, Any]] = {}  # by metric: what it is made with (docs/METRICS.md)
 
 
 class DeploymentSection(Section):
@@ -51,7 +54,7 @@ class LLMSection(Section):
     json_mode: bool = True  # ask the provider for a JSON object where the prompt wants one
     json_schema: bool = False  # ask for the very fields too, where the model can
     prompt_file: Path | None = None  # replaces the shipped prompt template
-    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table
+    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table. 0: it is free
     output_usd_per_mtoken: float | None = Field(default=None, ge=0)
 
 
@@ -89,7 +92,8 @@ class SimulatorsSection(Section):
 
 class BudgetSection(Section):
     """What the LLM APIs may cost over the whole run, resumes included. At a soft cap the run says so; at a hard cap it
-    finishes the conversations under way, saves a checkpoint and ends with exit code 3."""
+    finishes the conversations under way, saves a checkpoint and ends with exit code 3. A cap in dollars needs a known price
+    of every model: LiteLLM's, or a typed one."""
 
     soft_usd: float | None = Field(default=None, gt=0)
     hard_usd: float | None = Field(default=None, gt=0)

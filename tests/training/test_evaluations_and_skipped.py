@@ -11,8 +11,8 @@ import pytest
 from collab_megatron.actor.actor import StepResult
 from collab_megatron.config import RLConfig
 from collab_megatron.errors import BudgetSpent, GradientsNotFinite, NoEngineLeft, RunError, WeightsDiffer
-from collab_megatron.training import held_out
-from collab_megatron.training.held_out import HeldOut
+from collab_megatron.training import evaluations
+from collab_megatron.training.evaluations import Evaluations
 from collab_megatron.training.skipped import SkippedSteps, largest_norm
 
 
@@ -42,7 +42,7 @@ class Reporter:
 def config(monkeypatch: pytest.MonkeyPatch) -> RLConfig:
     import contextlib
 
-    monkeypatch.setattr(held_out, "together", lambda *_: contextlib.nullcontext())  # no ranks here
+    monkeypatch.setattr(evaluations, "together", lambda *_: contextlib.nullcontext())  # no ranks here
     return RLConfig.model_validate(
         {
             "model": {"path": "m"},
@@ -53,9 +53,9 @@ def config(monkeypatch: pytest.MonkeyPatch) -> RLConfig:
     )
 
 
-def evaluations(engines: Engines, config: RLConfig) -> list[tuple[int, str]]:
+def told(engines: Engines, config: RLConfig) -> list[tuple[int, str]]:
     reporter = Reporter()
-    found = HeldOut(engines, cast(Any, reporter), cast(Any, None), config)
+    found = Evaluations(engines, cast(Any, reporter), cast(Any, None), config)
     found.evaluate_at_start(0)
     for done in range(1, 6):
         found.evaluate_if_due(done)
@@ -64,21 +64,21 @@ def evaluations(engines: Engines, config: RLConfig) -> list[tuple[int, str]]:
 
 def test_evaluations_come_at_the_start_at_the_interval_and_at_the_end(config: RLConfig) -> None:
     engines = Engines()
-    assert evaluations(engines, config) == [(step, "accuracy 0.5") for step in (0, 2, 4, 5)]
+    assert told(engines, config) == [(step, "accuracy 0.5") for step in (0, 2, 4, 5)]
     resumed = Engines()
-    HeldOut(resumed, None, cast(Any, None), config).evaluate_at_start(2)
+    Evaluations(resumed, None, cast(Any, None), config).evaluate_at_start(2)
     assert resumed.asked == []
 
 
 def test_a_failed_evaluation_is_reported_and_training_goes_on(config: RLConfig) -> None:
     engines = Engines(RunError("the judge is away"))
-    assert evaluations(engines, config) == [(step, "the judge is away") for step in (0, 2, 4, 5)]
+    assert told(engines, config) == [(step, "the judge is away") for step in (0, 2, 4, 5)]
 
 
 @pytest.mark.parametrize("kind", [BudgetSpent, NoEngineLeft, WeightsDiffer])
 def test_what_ends_the_run_is_not_swallowed(config: RLConfig, kind: type[RunError]) -> None:
     with pytest.raises(kind):
-        evaluations(Engines(kind("x")), config)
+        told(Engines(kind("x")), config)
 
 
 def test_a_failed_evaluation_is_a_counter_on_the_dashboard(config: RLConfig, tmp_path: Path) -> None:
