@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import importlib.util
-import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.driver.conversation import Limits, Players
+from collab_megatron.driver.lineage import lineage_of
 from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.journal import store
@@ -48,41 +45,6 @@ def open_journal(config: RLConfig) -> Journal:
     """The journal of a run; all driver processes share the file. Raises UserError for a file that is none."""
     default = config.run.dir / "journal" / f"{config.run.name}.sqlite"
     return store.open_journal(config.journal, default, lineage_of(config))
-
-
-def lineage_of(config: RLConfig) -> str:
-    """A name for what decides the weights of every version: turns and batches of another lineage are another run's."""
-    simulators = config.simulators
-    decides = {
-        "model": config.model.model_dump(mode="json"),
-        "data": [str(file) for file in config.data.train_files],
-        "reward": config.reward.model_dump(mode="json"),
-        "rollout": config.rollout.model_dump(mode="json", exclude={"step_timeout_s"}),
-        "algorithm": config.algorithm.model_dump(mode="json"),
-        "optimizer": config.optimizer.model_dump(mode="json", exclude={"distributed", "overlap", "cpu_offload"}),
-        "steps": None if config.optimizer.schedule == "constant" else config.train.steps,
-        "simulators": [
-            [section.model, section.temperature]
-            for section in (simulators.user, *simulators.user.mixture, simulators.judge)
-            if section is not None
-        ],
-        "seed": config.run.seed,
-        "files": [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in _shaping_files(config)],
-    }
-    text = json.dumps(decides, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _shaping_files(config: RLConfig) -> Iterator[Path]:
-    """The user's own files that shape rewards: batches that were made with others must not be delivered again."""
-    for module in config.reward.metric_modules:
-        found = importlib.util.find_spec(module)
-        if found is not None and found.origin is not None:
-            yield Path(found.origin)
-    simulators, reward = config.simulators, config.reward
-    sections = [simulators.user, *simulators.user.mixture, *([simulators.judge] if simulators.judge else [])]
-    prompts = [*(section.prompt_file for section in sections), reward.accuracy_prompt_file]
-    yield from (file for file in prompts if file is not None and file.exists())
 
 
 @asynccontextmanager

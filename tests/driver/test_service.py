@@ -12,14 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
-
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import (
     BudgetSection,
     DataSection,
     DriverSection,
-    EngineSection,
     HealthSection,
     ModelSection,
     RewardSection,
@@ -29,7 +26,7 @@ from collab_megatron.config.sections import (
     UserSection,
 )
 from collab_megatron.data.parquet import write_tasks
-from collab_megatron.driver.cast import Cast, lineage_of, open_journal
+from collab_megatron.driver.cast import Cast, open_journal
 from collab_megatron.driver.figures import values
 from collab_megatron.driver.protocol import Answer, Request
 from collab_megatron.driver.record import TreeRecorder
@@ -62,9 +59,11 @@ async def service(
         return "go on"
 
     write_tasks(folder / "train.parquet", tasks)
+    model = folder / "model"  # the lineage looks at its files, nobody else
+    model.mkdir(exist_ok=True)
     config = RLConfig(
         run=RunSection(dir=folder),
-        model=ModelSection(path="none"),
+        model=ModelSection(path=str(model)),
         data=DataSection(train=folder / "train.parquet", validation=folder / "train.parquet"),
         simulators=SimulatorsSection(user=UserSection(model="none")),
         reward=RewardSection(metric_weights={"accuracy": 1.0}, accuracy_verifier="exact"),
@@ -245,29 +244,3 @@ async def test_a_spent_budget_ends_what_is_under_way_and_begins_nothing(tmp_path
         await asked
         assert len((await answered(driver, Request("step", 0, 0, (server.url,)))).samples) == 4  # it was under way
         assert (await answered(driver, Request("step", 1, 1, (server.url,)))).stop == "budget"
-
-
-def test_another_metric_or_prompt_makes_another_lineage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches whose rewards came of other code must not be delivered again."""
-    monkeypatch.syspath_prepend(tmp_path)
-    module, prompt = tmp_path / "my_metric.py", tmp_path / "user.txt"
-    module.write_text("a = 1")
-    prompt.write_text("one")
-    config = RLConfig(
-        run=RunSection(dir=tmp_path),
-        model=ModelSection(path="none"),
-        data=DataSection(train=tmp_path / "train.parquet"),
-        simulators=SimulatorsSection(user=UserSection(model="none", prompt_file=prompt)),
-        reward=RewardSection(
-            metric_weights={"accuracy": 1.0}, accuracy_verifier="exact", metric_modules=("my_metric",)
-        ),
-    )
-    names = [lineage_of(config), lineage_of(config)]
-    module.write_text("a = 2")
-    names.append(lineage_of(config))
-    prompt.write_text("two")
-    names.append(lineage_of(config))
-    names.append(lineage_of(config.model_copy(update={"engine": EngineSection(count=3)})))  # decides nothing
-    assert names[0] == names[1]
-    assert names[3] == names[4]
-    assert len(set(names)) == 3

@@ -119,12 +119,15 @@ register_metric("ones")(lambda context: Ones())
 """
 
 
+ONES_ALONE = ONES.format(imports="", value="1.0")
+
+
 @pytest.mark.parametrize(
     ("entry", "files"),
     [
-        ("my_ones", {"my_ones.py": ONES.format(imports="", value="1.0")}),
-        ("more/other.py", {"more/other.py": ONES.format(imports="", value="1.0")}),
-        ("my_pack", {"my_pack/__init__.py": "from . import ones", "my_pack/ones.py": ONES.format(imports="", value="1.0")}),
+        ("my_ones", {"my_ones.py": ONES_ALONE}),
+        ("more/other.py", {"more/other.py": ONES_ALONE}),
+        ("my_pack", {"my_pack/__init__.py": "from . import ones", "my_pack/ones.py": ONES_ALONE}),
         (
             "my_ones",
             {"my_ones.py": ONES.format(imports="import helper_of_ones", value="helper_of_ones.ONE"),
