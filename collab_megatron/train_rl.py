@@ -139,9 +139,11 @@ def main() -> None:
         train(config, arguments.trainer)
         return
     from collab_megatron.cluster.launch import launch_rl
+    from collab_megatron.cluster.length import with_steps
     from collab_megatron.cluster.plan import rl_plan
     from collab_megatron.cluster.preflight import check_rl
 
+    config = with_steps(config)
     if arguments.dry_run:
         print(dump_config(config))
         print(rl_plan(config))

@@ -126,9 +126,11 @@ def main() -> None:
         train(config)
         return
     from collab_megatron.cluster.launch import launch_sft
+    from collab_megatron.cluster.length import with_steps
     from collab_megatron.cluster.plan import sft_plan
     from collab_megatron.cluster.preflight import check_sft
 
+    config = with_steps(config)
     if arguments.dry_run:
         print(dump_config(config))
         print(sft_plan(config))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.checkpoint.folders import named_checkpoint, newest_complete, read_info
 from collab_megatron.checkpoint.origin import decisive_differences
 from collab_megatron.cluster.processes import port_in_use
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig
@@ -128,11 +128,18 @@ def _check_run(config: RLConfig | SFTConfig) -> int:
     run, steps = config.run, config.train.steps
     newest = newest_complete(run.checkpoints_dir)
     if newest is None:
+        if run.init_from is not None:
+            named_checkpoint(run.init_from)
         return 0
     if not run.resume:
         raise UserError(
             f"{run.checkpoints_dir} holds checkpoints of an earlier run: set run.resume=true to go on from "
             f"{newest.name}, or choose another run.dir"
+        )
+    if run.init_from is not None and run.resume != "auto":  # auto: a requeued job comes with what it was started with
+        raise UserError(
+            f"run.init_from={run.init_from} is where a new run begins, but run.resume=true goes on from {newest}: "
+            "leave run.init_from out, or choose another run.dir or run.name"
         )
     info = read_info(newest)
     other = decisive_differences(info.extra, config.model_dump(mode="json")) if run.resume == "auto" else []
@@ -195,7 +202,7 @@ def _check_gpus(parallel: ParallelSection, needed: int) -> None:
     if device_of(parallel) == "cuda" and len(visible_gpus()) < needed:
         raise UserError(
             f"this layout needs {needed} GPUs on the node, {len(visible_gpus())} are visible: lower parallel.tensor, "
-            "parallel.data, engine.count or engine.tensor"
+            "parallel.data, engine.count or engine.tensor, or set parallel.device=cpu to train on the CPU"
         )
 
 

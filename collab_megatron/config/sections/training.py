@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
 
@@ -16,10 +16,14 @@ class RunSection(Section):
     dir: Path = Path("runs/default")  # everything the run makes lies below
     name: str = "run"  # sub-folder of tensorboard/ and checkpoints/, so that several runs share one dir
     seed: int = 1
-    # true: go on from the newest complete checkpoint of this run, whatever has changed in the config, and start where
+    # true: go on from this run's newest complete checkpoint, whatever has changed in the config, and start where
     # there is none; auto: the same, but another run's checkpoints are refused (the default of slurm/*.sbatch, for jobs
     # that are requeued); false: refuse where there is one
     resume: Literal[True, False, "auto"] = False
+    # a checkpoint of another run, of any layout (a step folder, or the folder of several: its newest), whose weights
+    # this run starts from in the place of model.path's. Optimizer, steps, schedule and data order begin at zero;
+    # model.path still gives tokenizer and architecture, and the reference of the KL term
+    init_from: Path | None = None
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -113,7 +117,9 @@ class OptimizerSection(Section):
 class TrainSection(Section):
     """The length and rhythm of training."""
 
-    steps: Positive = 100
+    steps: Positive = 100  # null: as if it were not there (for a config that extends one with steps)
+    # passes over the usable rows, in the place of steps; the start counts the rows and reports the steps
+    epochs: float | None = Field(default=None, gt=0)
     micro_batch_tokens: Positive = 8192  # tokens of one micro-batch on one data rank, padding included
     packing: bool = False  # sequences end to end in one row (THD) instead of padded rows
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
@@ -132,6 +138,19 @@ class TrainSection(Section):
     eval_at_start: bool = True  # before the first step too
     # SFT: save whenever the held-out loss is the lowest so far, and keep that checkpoint apart from keep_last
     keep_best: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = {key: value for key, value in values.items() if key != "steps" or value is not None}
+        if "steps" in given and given.get("epochs") is not None:
+            raise ValueError(
+                f"train.epochs={given['epochs']} and train.steps={given['steps']} are both set: leave one out "
+                "(train.steps=null takes an inherited one away)"
+            )
+        return given
 
 
 class AlgorithmSection(Section):
