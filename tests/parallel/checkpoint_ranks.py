@@ -113,7 +113,8 @@ def build(
         lr=1e-3, schedule="cosine", weight_decay=0.1, distributed=distributed, cpu_offload=cpu_offload
     )
     dtype = "bfloat16" if kind.endswith("bf16") else "float32"
-    return Actor.build(folder or work / kind, dtype=dtype, grid=grid, optimizer=section, total_steps=8)  # type: ignore[arg-type]
+    folder = folder or work / kind
+    return Actor.build(folder, dtype=dtype, grid=grid, optimizer=section, total_steps=8)  # type: ignore[arg-type]
 
 
 def resume(grid: RankGrid, work: Path, kind: str, layout: Layout) -> None:
