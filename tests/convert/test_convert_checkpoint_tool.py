@@ -216,7 +216,8 @@ def _explained(folder: Path, case: str, result: Ran) -> Iterator[None]:
             if path.is_file()
         )
         error.add_note(
-            f"case: {case}\nexit code {result.returncode}\nstdout: {result.stdout!r}\nstderr: {result.stderr!r}\n{files}"
+            f"case: {case}, exit code {result.returncode}\nstdout: {result.stdout!r}\nstderr: {result.stderr!r}\n"
+            f"{files}"
         )
         raise
 
