@@ -140,15 +140,14 @@ def main() -> None:
         return
     from collab_megatron.cluster.launch import launch_rl
     from collab_megatron.cluster.length import with_steps
-    from collab_megatron.cluster.plan import rl_plan
     from collab_megatron.cluster.preflight import check_rl
 
     config = with_steps(config)
     if arguments.dry_run:
-        print(dump_config(config))
-        print(rl_plan(config))
+        print(dump_config(config), flush=True)
+    start = check_rl(config, dry_run=arguments.dry_run, node=arguments.node)
+    if arguments.dry_run:
         return
-    start = check_rl(config)
     launch_rl(config, start)
 
 

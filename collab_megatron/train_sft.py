@@ -127,15 +127,14 @@ def main() -> None:
         return
     from collab_megatron.cluster.launch import launch_sft
     from collab_megatron.cluster.length import with_steps
-    from collab_megatron.cluster.plan import sft_plan
     from collab_megatron.cluster.preflight import check_sft
 
     config = with_steps(config)
     if arguments.dry_run:
-        print(dump_config(config))
-        print(sft_plan(config))
+        print(dump_config(config), flush=True)
+    check_sft(config, dry_run=arguments.dry_run, node=arguments.node)
+    if arguments.dry_run:
         return
-    check_sft(config)
     launch_sft(config)
 
 

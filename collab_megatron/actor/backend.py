@@ -31,12 +31,12 @@ def choose_backend(wanted: str, local_rank: int) -> Backend:
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
         raise UserError(
-            "parallel.device is cuda (auto: /dev/nvidiactl is there), but torch finds no CUDA device: install a torch "
+            "parallel.device is cuda (auto: the start saw a GPU), but torch finds no CUDA device: install a torch "
             "built for CUDA and a driver that it fits, or set parallel.device=cpu to train on the CPU"
         )
     if wanted == "cpu" and has_cuda:
         raise UserError(
-            "parallel.device is cpu (auto: there is no /dev/nvidiactl), but torch finds CUDA devices: set "
+            "parallel.device is cpu (auto: at the start no GPU was seen), but torch finds CUDA devices: set "
             "parallel.device=cuda, or hide them with CUDA_VISIBLE_DEVICES=''"
         )
     has_te, has_apex = _importable("transformer_engine"), _importable("apex")

@@ -49,7 +49,7 @@ def _checked(config: C, train: Mapping[str, Any]) -> C:
 
 
 def _usable_prompts(config: RLConfig) -> int:
-    folder = resolve_model_folder(config.model.path)
+    folder = resolve_model_folder(config.model.path, weights=False)
     fit = fitting_tasks(
         read_task_files(config.data.train_files)[0],
         ChatTemplate(load_tokenizer(folder)),
@@ -62,7 +62,7 @@ def _usable_prompts(config: RLConfig) -> int:
 
 def _usable_conversations(config: SFTConfig) -> int:
     """As training.sft_data.SFTData keeps them, which also tells the user what is left out."""
-    chat = ChatTemplate(load_tokenizer(resolve_model_folder(config.model.path)))
+    chat = ChatTemplate(load_tokenizer(resolve_model_folder(config.model.path, weights=False)))
     usable = 0
     for row in read_conversation_files(config.data.train_files)[0]:
         try:

@@ -63,14 +63,14 @@ async def assemble(
     rollout = config.rollout
     driver = config.driver if isinstance(config, RLConfig) else None
     shards, staleness = (driver.shards, driver.max_staleness) if driver else (1, 0)
-    chat = ChatTemplate(load_tokenizer(config.model.path))
+    chat = ChatTemplate(load_tokenizer(config.model.path), thought_tags=rollout.thought_tags)
     difference = chat.check_growth(rollout.inexact_template)
     if difference is not None:
         print(f"rollout.inexact_template={rollout.inexact_template}: {difference}", flush=True)
     watched = config.simulators.health
     health = SimulatorHealth(watched.model_copy(update={"min_replies": max(1, watched.min_replies // shards)}))
     gateway = Gateway(
-        llm_roles(config.simulators),
+        llm_roles(config.simulators, config.reward),
         config.run.seed,
         journal=journal,
         observer=health,
@@ -111,6 +111,8 @@ async def assemble(
                     max_new_tokens=rollout.max_new_tokens,
                     max_context_tokens=max_context_tokens,
                     temperature=rollout.temperature,
+                    cut_reply=rollout.cut_reply,
+                    cut_penalty=rollout.cut_penalty,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
                 engine=engine,

@@ -71,6 +71,7 @@ async def evaluate(
         temperature=evaluation.temperature,
         max_assistant_turns=evaluation.max_assistant_turns,
         max_user_turns=evaluation.max_assistant_turns,
+        cut_reply="score" if limits.cut_reply == "penalty" else limits.cut_reply,  # measured, not punished
     )
     slots = asyncio.Semaphore(max(1, evaluation.max_concurrency // shards))
     stop = ""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from collab_megatron.data.build.problems import NEEDED
 from collab_megatron.data.parquet import read_conversations, read_tasks
 from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, text_or_file
-from collab_megatron.data.schema import read_rows
+from collab_megatron.data.schema import FLAT_COLUMNS, NESTED_COLUMNS, read_rows
 from collab_megatron.data.splits import place, split_rows
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message
+from tests.conftest import REPOSITORY
 from tests.data.test_datasets import flat, turn
 
 
@@ -135,3 +138,14 @@ def test_a_text_or_the_file_that_holds_it(tmp_path: Path) -> None:
     assert text_or_file("x" * 5000, "--system-prompt") == "x" * 5000
     with pytest.raises(UserError, match=r"--system-prompt .*promt\.txt: there is no such file"):
         text_or_file(str(tmp_path / "promt.txt"), "--system-prompt")
+
+
+def test_the_rows_in_the_docs_can_be_read() -> None:
+    text = (REPOSITORY / "docs" / "DATA.md").read_text()
+    rows = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)]
+    found = read_rows(rows, "docs")
+    assert [row.completion for row in found] == [
+        *("For which day?", "For which day?", "BOOK today", "Hello, what can I do for you?")
+    ]
+    for column in (*FLAT_COLUMNS, *NESTED_COLUMNS, *NEEDED, "messages"):
+        assert f"| **{column}** |" in text

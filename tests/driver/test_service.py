@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import (
     BudgetSection,
