@@ -33,6 +33,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.training.engines import Engines
     from collab_megatron.training.evaluations import Evaluations
     from collab_megatron.training.inbox import Inbox
+    from collab_megatron.training.interrupt import Interrupt
     from collab_megatron.training.reporter import Reporter
     from collab_megatron.training.rl_step import update
     from collab_megatron.training.saving import Saving
@@ -60,11 +61,13 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     first_step = checkpoints.resume()
 
     arguments.wait_for_engine(config.engine.startup_timeout_s)
+    interrupt = Interrupt()
     inbox = Inbox(
         grid,
         driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
         step_timeout_s=config.rollout.step_timeout_s,
         eval_timeout_s=config.evaluation.timeout_s,
+        interrupt=interrupt,
     )
     publisher = Publisher(
         actor,
@@ -78,7 +81,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     reporter = Reporter(config, first_step=first_step) if grid.is_main else None
     timer = PhaseTimer()
     evaluations = Evaluations(engines, reporter, grid, config)
-    saving = Saving(checkpoints, grid, config.run, config.train)
+    saving = Saving(checkpoints, grid, config.run, config.train, interrupt)
     skipped = SkippedSteps(config.train.max_skipped_steps)
 
     with saving.before_any_end():

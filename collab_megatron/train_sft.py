@@ -34,6 +34,7 @@ def train(config: SFTConfig) -> None:
     from collab_megatron.checkpoint.store import load_checkpoint
     from collab_megatron.monitor.timers import PhaseTimer
     from collab_megatron.training.held_out import HeldOut, mean_loss
+    from collab_megatron.training.interrupt import Interrupt
     from collab_megatron.training.saving import Saving
     from collab_megatron.training.sft_data import SFTData
     from collab_megatron.training.sft_reporter import SFTReporter
@@ -76,7 +77,7 @@ def train(config: SFTConfig) -> None:
             reporter.evaluation(done, found, best=best, seconds=time.monotonic() - begin)
         return best
 
-    saving = Saving(checkpoints, grid, config.run, config.train)
+    saving = Saving(checkpoints, grid, config.run, config.train, Interrupt())
     skipped = SkippedSteps(config.train.max_skipped_steps)
     with saving.before_any_end():
         if data.num_held_out and config.train.eval_at_start and first_step == 0:

@@ -114,7 +114,9 @@ def start_trainers(
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
     return [
-        supervisor.start(f"trainer-{rank}", argv, _rank_env(rank, world, port, device_of(parallel)), show=rank == 0)
+        supervisor.start(
+            f"trainer-{rank}", argv, _rank_env(rank, world, port, device_of(parallel)), show=rank == 0, saves=True
+        )
         for rank in range(world)
     ]
 

@@ -5,6 +5,7 @@ Never an NCCL collective: while users are being simulated the ranks wait on a gr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -15,7 +16,8 @@ import torch.distributed as dist
 
 from collab_megatron.actor.grid import RankGrid
 from collab_megatron.driver.protocol import Delivery, DriverClient, DriverHasNoEngine
-from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.errors import BudgetSpent, Interrupted, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.training.interrupt import Interrupt
 from collab_megatron.types import RolloutBatch
 
 MARGIN_S = 120.0
@@ -27,6 +29,7 @@ KINDS: dict[bytes, type[RunError]] = {
     b"\x01": NoEngineLeft,
     b"\x02": BudgetSpent,
     b"\x03": SimulatorSick,
+    b"\x04": Interrupted,
     FAILED: RunError,
 }
 """What rank 0 met, for the others to raise; the first that fits."""
@@ -37,9 +40,16 @@ class Inbox:
     """Build and use it on every rank alike."""
 
     def __init__(
-        self, grid: RankGrid, *, driver_addresses: Sequence[str], step_timeout_s: float, eval_timeout_s: float
+        self,
+        grid: RankGrid,
+        *,
+        driver_addresses: Sequence[str],
+        step_timeout_s: float,
+        eval_timeout_s: float,
+        interrupt: Interrupt | None = None,
     ) -> None:
-        """driver_addresses: one for each shard."""
+        """driver_addresses: one for each shard. interrupt: ends a wait for the driver, with Interrupted."""
+        self._interrupt = interrupt
         self._grid = grid
         self._step_timeout_s = step_timeout_s
         self._eval_timeout_s = eval_timeout_s
@@ -91,7 +101,8 @@ class Inbox:
         payload = b""
         if ask is not None:
             try:
-                delivery = ask()
+                with self._interrupt.waiting() if self._interrupt else contextlib.nullcontext():
+                    delivery = ask()
                 self._lost |= delivery.lost
                 for note in delivery.notes:
                     print(note, flush=True)

@@ -1,6 +1,6 @@
 """When a trainer's state is saved: by steps, by the clock, and before whatever ends the run.
 
-    saving = Saving(checkpoints, grid, config.run, config.train)
+    saving = Saving(checkpoints, grid, config.run, config.train, Interrupt())
     with saving.before_any_end():
         while saving.done < total:
             with saving.step():
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from collab_megatron.actor.grid import RankGrid, meet
 from collab_megatron.checkpoint.folders import step_folder
 from collab_megatron.config.sections import RunSection, TrainSection
+from collab_megatron.errors import Interrupted
 
 MEET_S = 60.0
 """Ranks that end for the same reason come together within this time to save; where one does not, nothing is saved."""
@@ -43,6 +44,14 @@ class Saves(Protocol):
     def wait(self) -> None: ...
 
 
+class Asked(Protocol):
+    """training.interrupt.Interrupt, or a stand-in."""
+
+    asked: bool  # a signal has come
+
+    def install(self) -> None: ...
+
+
 class Saving:
     """Build and use it on every rank alike."""
 
@@ -52,12 +61,13 @@ class Saving:
         grid: RankGrid,
         run: RunSection,
         train: TrainSection,
+        interrupt: Asked,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """After a resume: the newest checkpoint's steps are done."""
         self._checkpoints, self._grid, self._run, self._train = checkpoints, grid, run, train
-        self._clock = clock
+        self._interrupt, self._clock = interrupt, clock
         self._last_save = clock()
         self._begun = checkpoints.saved  # steps in the newest save that was begun
         self._whole = True
@@ -68,23 +78,22 @@ class Saving:
         """The block takes the state from `done` steps to one more."""
         self._whole = False
         yield
+        self._interrupt.install()
         self.done += 1
         self._whole = True
 
     def due(self) -> bool:
-        """Whether to save after this step. Collective."""
-        done, interval = self.done, self._train.save_interval
-        return done == self._train.steps or bool(interval and done % interval == 0) or self._time_is_up()
-
-    def _time_is_up(self) -> bool:
-        """By rank 0's clock, since clocks drift apart and a save takes all ranks."""
+        """Whether to save after this step. Collective. Raises Interrupted on every rank where rank 0 is to end."""
         every_s = self._train.save_every_s
-        if not every_s:
-            return False
-        up = torch.tensor([int(self._clock() - self._last_save >= every_s)])
+        # by rank 0's clock and signals: others' come at other times, and a save takes all ranks
+        told = torch.tensor([every_s and self._clock() - self._last_save >= every_s, self._interrupt.asked])
         if self._grid.world_size > 1:
-            dist.broadcast(up, src=0, group=self._grid.cpu_group)
-        return bool(up)
+            dist.broadcast(told, src=0, group=self._grid.cpu_group)
+        time_is_up, interrupted = told.tolist()
+        if interrupted:
+            raise Interrupted("interrupted")
+        done, interval = self.done, self._train.save_interval
+        return bool(done == self._train.steps or (interval and done % interval == 0) or time_is_up)
 
     def save(self, *, best_loss: float | None = None) -> None:
         """Collective; best_loss as for Checkpoints.save. Raises RunError on every rank where this save, or the one

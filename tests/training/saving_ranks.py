@@ -1,7 +1,7 @@
 """What is saved when a run ends, on two ranks.
 
 saving_ranks.py CASE, with CASE one of: alike (every rank fails alike), alone (rank 1 fails, rank 0 waits elsewhere),
-clock (only rank 0's clock runs)
+clock (only rank 0's clock runs), interrupted (rank 0 has had a signal)
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def main() -> None:
     now = [0.0]
     saves = Saves()
     train = TrainSection(save_every_s=100)
-    saving = Saving(saves, grid, RunSection(dir=Path("run")), train, clock=lambda: now[0])
+    asked = SimpleNamespace(asked=case == "interrupted" and rank == 0, install=lambda: None)
+    saving = Saving(saves, grid, RunSection(dir=Path("run")), train, asked, clock=lambda: now[0])
     if case == "clock":
         for _ in range(3):
             now[0] += 60.0 if rank == 0 else 0.0
@@ -61,6 +62,7 @@ def main() -> None:
         with saving.before_any_end():
             with saving.step():
                 pass
+            saving.due()
             if case == "alone" and rank == 0:
                 time.sleep(6)
                 dist.all_reduce(torch.zeros(1))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,7 +13,8 @@ from typing import Any, cast
 import pytest
 
 from collab_megatron.config.sections import RunSection, TrainSection
-from collab_megatron.errors import RunError
+from collab_megatron.errors import Interrupted, RunError
+from collab_megatron.training.interrupt import Interrupt
 from collab_megatron.training.saving import Saving
 from tests.parallel.ranks import run_ranks
 
@@ -32,11 +37,12 @@ class Saves:
         return
 
 
-def saving_of(saves: Saves, now: list[float] | None = None, **train: float) -> Saving:
+def saving_of(saves: Saves, now: list[float] | None = None, asked: Any = None, **train: float) -> Saving:
     grid = cast(Any, SimpleNamespace(rank=0, world_size=1, is_main=True, timeout_s=5.0))
     clock = [0.0] if now is None else now
+    interrupt = SimpleNamespace(asked=False, install=lambda: None) if asked is None else asked
     section = TrainSection.model_validate({"steps": 100, **train})
-    return Saving(saves, grid, RunSection(dir=Path("run")), section, clock=lambda: clock[0])
+    return Saving(saves, grid, RunSection(dir=Path("run")), section, interrupt, clock=lambda: clock[0])
 
 
 def take(saving: Saving, steps: int) -> None:
@@ -107,12 +113,44 @@ def test_the_clock_saves_too() -> None:
     assert off.tries == []
 
 
+def test_an_interrupted_run_saves_after_its_step() -> None:
+    saves, asked = Saves(), SimpleNamespace(asked=False, install=lambda: None)
+    saving = saving_of(saves, asked=asked)
+    with pytest.raises(Interrupted), saving.before_any_end():
+        take(saving, 2)
+        asked.asked = True
+        take(saving, 2)
+    assert saves.tries == [3]
+
+
+def test_a_signal_ends_a_wait_and_is_kept_where_nothing_waits() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        interrupt = Interrupt()
+        interrupt.install()
+        began = time.monotonic()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(Interrupted), interrupt.waiting():
+            time.sleep(20)
+        assert time.monotonic() - began < 10
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
+        later = Interrupt()
+        later.install()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert later.asked
+        with pytest.raises(Interrupted), later.waiting():
+            pytest.fail("waits in spite of the signal")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("case", "main", "other"),
     [
         ("alike", "the API is away saved 1 at once", "the API is away saved 1 at once"),
         ("alone", "the other rank is gone, saved 0", "the API is away saved 0 at once"),
         ("clock", "saved 2", "saved 2"),
+        ("interrupted", "interrupted saved 1", "interrupted saved 1"),
     ],
 )
 def test_on_two_ranks(case: str, main: str, other: str) -> None:
