@@ -113,10 +113,9 @@ def start_trainers(
     port = free_port()
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
+    device = device_of(parallel)
     return [
-        supervisor.start(
-            f"trainer-{rank}", argv, _rank_env(rank, world, port, device_of(parallel)), show=rank == 0, saves=True
-        )
+        supervisor.start(f"trainer-{rank}", argv, _rank_env(rank, world, port, device), show=rank == 0, saves=True)
         for rank in range(world)
     ]
 
