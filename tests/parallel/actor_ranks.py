@@ -19,6 +19,7 @@ from collab_megatron.batching.micro_batch import MicroBatch, split_by_tokens
 from collab_megatron.config.sections import AlgorithmSection, ParallelSection, TrainSection
 from collab_megatron.monitor.timers import PhaseTimer
 from collab_megatron.training.rl_step import update
+from collab_megatron.training.skipped import SkippedSteps
 from collab_megatron.types import RolloutBatch, TrainingSample
 from tests.parallel.plain import OPTIMIZER, STEPS, loss_fn
 from tests.parallel.tiny import make_samples
@@ -60,7 +61,7 @@ def check_no_samples(folder: Path, grid: RankGrid) -> None:
     found = []
     for samples in ((), (sample,)):
         batch, algorithm = RolloutBatch(0, samples, {}), AlgorithmSection(mini_batches=2)
-        found.append(update(actor, None, batch, algorithm=algorithm, train=TrainSection(), timer=timer))
+        found.append(update(actor, None, batch, algorithm=algorithm, train=TrainSection(), timer=timer, skipped=SkippedSteps(3)))
         phases.append(set(timer.drain()))
     assert phases[0] == phases[1]
     assert [figures["train/steps_without_samples"] for figures in found] == [1, 0]
