@@ -22,6 +22,7 @@ from collab_megatron.convert.tables import parameter_count
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
 from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.data.parquet import read_conversation_files, read_task_files
+from collab_megatron.data.splits import shared_tasks
 from collab_megatron.errors import UserError
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway
@@ -89,7 +90,7 @@ def check_evaluate(config: EvaluateConfig) -> int:
 def _check_prompts(config: RLConfig, max_context_tokens: int) -> int:
     """Training prompts that fit; prints what is left out. Raises UserError where over half of a set is too long."""
     chat = ChatTemplate(load_tokenizer(resolve_model_folder(config.model.path)))
-    usable = {}
+    usable, wishes = {}, []
     for files in (config.data.train_files, config.data.validation_files):
         tasks, repeated = read_task_files(files)
         names = ", ".join(map(str, files))
@@ -105,6 +106,13 @@ def _check_prompts(config: RLConfig, max_context_tokens: int) -> int:
         if fit.notice:
             print(f"{names}: {fit.notice}", flush=True)
         usable[files] = len(fit.kept)
+        wishes.append([task.single_turn_prompt for task in tasks])
+    if shared := shared_tasks(*wishes):
+        print(
+            f"warning: {len(shared):,} held-out tasks are trained on too, so held-out figures will be too good: "
+            "tools/prepare_dataset.py keeps the two apart",
+            flush=True,
+        )
     return usable[config.data.train_files]
 
 

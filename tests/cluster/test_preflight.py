@@ -55,10 +55,11 @@ def refusal(config: RLConfig) -> str:
     return sentence
 
 
-def test_a_sound_config_passes(load: Load) -> None:
+def test_a_sound_config_passes(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     start = check_rl(load())
     assert start.first_step == 0
     assert start.max_context_tokens > 64
+    assert "warning: 1 held-out tasks are trained on too" in capsys.readouterr().out
 
 
 def test_a_layout_that_does_not_divide(load: Load) -> None:
