@@ -1,6 +1,6 @@
 """Plays whole held-out conversations with a model as it stands and writes the figures.
 
-    python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...]
+    python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...] [--dry-run]
 
 Starts an engine for `model.path` (or uses `engine.urls`), plays at `evaluation.temperature`, prints the figures and
 writes them to `output` as JSON.
@@ -23,6 +23,7 @@ from collab_megatron.driver.evaluation import evaluate
 from collab_megatron.driver.figures import values
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_json
+from collab_megatron.log import set_up_logging
 
 
 async def play(config: EvaluateConfig, engine_urls: Sequence[str], max_context_tokens: int) -> dict[str, float]:
@@ -43,11 +44,13 @@ async def play(config: EvaluateConfig, engine_urls: Sequence[str], max_context_t
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
+    set_up_logging("evaluate")
     config = load_config(EvaluateConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
-        print(dump_config(config))
+        print(dump_config(config), flush=True)
+    max_context_tokens = check_evaluate(config, dry_run=arguments.dry_run, node=arguments.node)
+    if arguments.dry_run:
         return
-    max_context_tokens = check_evaluate(config)
     with Supervisor(config.run.logs_dir) as supervisor:
         urls = launch_engine_only(supervisor, config)
         figures = uvloop.run(play(config, urls, max_context_tokens))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.config import SFTConfig, dump_config, load_config
 from collab_megatron.errors import run_cli
+from collab_megatron.log import set_up_logging
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,19 +112,19 @@ def _due(done: int, interval: int, total: int) -> bool:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
+    set_up_logging(arguments.who)
     config = load_config(SFTConfig, arguments.config, arguments.overrides)
     if arguments.trainer is not None:
         train(config)
         return
     from collab_megatron.cluster.launch import launch_sft
-    from collab_megatron.cluster.plan import sft_plan
     from collab_megatron.cluster.preflight import check_sft
 
     if arguments.dry_run:
-        print(dump_config(config))
-        print(sft_plan(config))
+        print(dump_config(config), flush=True)
+    check_sft(config, dry_run=arguments.dry_run, node=arguments.node)
+    if arguments.dry_run:
         return
-    check_sft(config)
     launch_sft(config)
 
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from collab_megatron.algorithms.advantages import group_advantages
-from collab_megatron.driver.conversation import Limits, Players, Seat, play_future
-from collab_megatron.errors import RunError
+from collab_megatron.driver.conversation import Limits, Players, Seat, ask_policy, play_future
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.rewards import multiturn_reward
-from collab_megatron.types import Future, Generation, Group, Reply, RolloutStatus, Task, TrainingSample
+from collab_megatron.types import Future, Group, PolicyTurn, Reply, RolloutStatus, Task, TrainingSample
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class TreeSeat:
 async def grow_group(
     task: Task,
     prompt_ids: Sequence[int],
-    generations: Sequence[Generation],
+    turns_G: Sequence[PolicyTurn],
     seat: TreeSeat,
     *,
     rules: GroupRules,
@@ -51,6 +50,9 @@ async def grow_group(
     players: Players,
 ) -> Group:
     """Play every future of every reply concurrently; at the group's deadline those that are not there are cancelled.
+
+    The K futures of a reply that nobody can answer (`limits.cut_reply`) are one and the same conversation: it is judged
+    once, and all K carry its scores, so that counts and `min_futures` mean what they mean elsewhere.
 
     Raises only NoEngineLeft and ReplayMiss; failed, late and cancelled futures are statuses.
     """
@@ -60,7 +62,7 @@ async def grow_group(
             play_future(
                 task,
                 prompt_ids,
-                generation,
+                turn,
                 index=k,
                 seat=Seat(f"{seat}/{g}/{k}", seat.first_sample + g * count + k, seat.step),
                 simulate=rules.num_futures > 0,
@@ -68,13 +70,15 @@ async def grow_group(
                 players=players,
             )
         )
-        for g, generation in enumerate(generations)
-        for k in range(count)
+        for g, turn in enumerate(turns_G)
+        for k in range(1 if limits.breaks_off(turn) else count)
     }
     futures = await _until_deadline(playing, rules.group_timeout_s)
+    for g in range(len(turns_G)):
+        for k in range(1, count):
+            futures.setdefault((g, k), replace(futures[g, 0], index=k))
     replies = tuple(
-        _reply(generation, [futures[g, k] for k in range(count)], rules.min_futures, players)
-        for g, generation in enumerate(generations)
+        _reply(turn, [futures[g, k] for k in range(count)], rules.min_futures) for g, turn in enumerate(turns_G)
     )
     return with_advantages(
         Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=replies, kept=True),
@@ -103,11 +107,10 @@ async def _until_deadline(
         await asyncio.gather(*playing.values(), return_exceptions=True)
 
 
-def _reply(generation: Generation, futures: Sequence[Future], min_futures: int, players: Players) -> Reply:
+def _reply(turn: PolicyTurn, futures: Sequence[Future], min_futures: int) -> Reply:
     enough = sum(future.status.scored for future in futures) >= min_futures
     return Reply(
-        text=players.chat.reply_text(generation.token_ids_T),
-        generation=generation,
+        turn=turn,
         futures_K=tuple(futures),
         mr=multiturn_reward(futures) if enough else None,
     )
@@ -152,20 +155,12 @@ def training_samples(group: Group) -> list[TrainingSample]:
 
 async def sample_replies(
     task: Task, seat: TreeSeat, count: int, limits: Limits, players: Players
-) -> tuple[list[int], list[Generation]]:
+) -> tuple[list[int], list[PolicyTurn]]:
     """The prompt's ids and `count` replies to it. Raises RunError if they cannot be sampled."""
     prompt_ids = players.chat.prompt_ids(task.prompt)
     PLACE.set(Place(seat.step))
-    with players.engine_clock:
-        generations = await players.engine.generate(
-            prompt_ids,
-            n=count,
-            temperature=limits.temperature,
-            max_new_tokens=limits.max_new_tokens,
-            affinity=task.task_id,
-            name=str(seat),
-        )
-    return prompt_ids, generations
+    turns_G = await ask_policy(prompt_ids, count, affinity=task.task_id, name=str(seat), limits=limits, players=players)
+    return prompt_ids, turns_G
 
 
 async def play_once(task: Task, seat: TreeSeat, *, limits: Limits, players: Players) -> Reply:
@@ -173,17 +168,15 @@ async def play_once(task: Task, seat: TreeSeat, *, limits: Limits, players: Play
 
     Raises RunError if the first reply cannot be sampled.
     """
-    prompt_ids, (generation,) = await sample_replies(task, seat, 1, limits, players)
-    if not generation.token_ids_T:
-        raise RunError(f"the engine returned an empty reply for task {task.task_id}")
+    prompt_ids, (turn,) = await sample_replies(task, seat, 1, limits, players)
     future = await play_future(
         task,
         prompt_ids,
-        generation,
+        turn,
         index=0,
         seat=Seat(f"{seat}/0/0", seat.first_sample, seat.step),
         simulate=True,
         limits=limits,
         players=players,
     )
-    return _reply(generation, [future], 1, players)
+    return _reply(turn, [future], 1)

@@ -57,6 +57,7 @@ def tree_record(step: int, group: Group) -> dict[str, Any]:
         "replies": [
             {
                 "text": reply.text,
+                "thought": reply.thought,
                 "mr": reply.mr,
                 "advantage": reply.advantage,
                 "finish_reason": reply.generation.finish_reason,

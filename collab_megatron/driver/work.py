@@ -11,6 +11,7 @@ from collab_megatron.driver.forest import ForestRules, Tree
 from collab_megatron.driver.group import GroupRules, grow_group, sample_replies
 from collab_megatron.driver.protocol import Answer
 from collab_megatron.driver.shard import Shard
+from collab_megatron.driver.transcripts import keep_newest, transcript_file, write_transcripts
 from collab_megatron.errors import RunError
 from collab_megatron.types import Group, Task
 
@@ -59,26 +60,33 @@ class Work:
         task, players, limits = self.shard.task(tree.seat), self._cast.players, self._cast.limits
         rules = self._group_rules
         try:
-            prompt_ids, generations = await sample_replies(task, tree.seat, rules.num_replies, limits, players)
+            prompt_ids, turns_G = await sample_replies(task, tree.seat, rules.num_replies, limits, players)
         except STOPS_ALL:
             raise
         except RunError as error:
             return Group(task, (), (), kept=False, error=str(error))
-        tree.version = min((v for generation in generations for v in generation.versions_T), default=None)
-        return await grow_group(task, prompt_ids, generations, tree.seat, rules=rules, limits=limits, players=players)
+        tree.version = min((v for turn in turns_G for v in turn.generation.versions_T), default=None)
+        return await grow_group(task, prompt_ids, turns_G, tree.seat, rules=rules, limits=limits, players=players)
 
     async def evaluate(self, step: int) -> Answer:
-        """Figures of this shard's share of the held-out tasks."""
-        if stop := self._cast.gateway.budget.exhausted:
+        """Figures of this shard's share of the held-out tasks; the conversations go to the disk, whatever they are."""
+        budget, section, run = self._cast.gateway.budget, self._config.evaluation, self._config.run
+        if stop := budget.exhausted:
             return Answer(error=stop, stop="budget")
-        figures, _ = await evaluate(
+        played = await evaluate(
             self._validation,
-            evaluation=self._config.evaluation,
+            evaluation=section,
             weights=self._config.reward.metric_weights,
             limits=self._cast.limits,
             players=self._cast.players,
             step=step,
             shard=self.shard.index,
             shards=self.shard.count,
+            spent=lambda: budget.exhausted,
         )
-        return Answer(figures=figures)
+        write_transcripts(transcript_file(run.evaluations_dir, step, self.shard.index), step, played.groups)
+        keep_newest(run.evaluations_dir, section.keep_transcripts, self.shard.index)
+        if played.stop:
+            return Answer(error=played.stop, stop="budget")
+        played.require_most()
+        return Answer(figures=played.figures)

@@ -13,8 +13,8 @@ import pytest
 from collab_megatron.driver.forest import Forest, ForestRules, Tree, require_most
 from collab_megatron.driver.shard import Shard
 from collab_megatron.errors import RunError
-from collab_megatron.types import Generation, Group, Reply
-from tests.driver.fakes import TASK
+from collab_megatron.types import Group, Reply
+from tests.driver.fakes import TASK, policy_turn
 
 SYNC = ForestRules(max_staleness=0, oversample=0, by_prompt=False, refills=0)
 
@@ -24,8 +24,7 @@ def shard(quota: int = 4, index: int = 0, count: int = 1) -> Shard:
 
 
 def group(*advantages: float, kept: bool = True) -> Group:
-    empty = Generation((1,), (0.0,), (0,), "stop")
-    return Group(TASK, (1,), tuple(Reply("", empty, (), mr=0.0, advantage=a) for a in advantages), kept=kept)
+    return Group(TASK, (1,), tuple(Reply(policy_turn("x"), (), mr=0.0, advantage=a) for a in advantages), kept=kept)
 
 
 @dataclass

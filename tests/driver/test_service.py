@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -18,7 +19,6 @@ from collab_megatron.config.sections import (
     BudgetSection,
     DataSection,
     DriverSection,
-    EngineSection,
     HealthSection,
     ModelSection,
     RewardSection,
@@ -28,7 +28,7 @@ from collab_megatron.config.sections import (
     UserSection,
 )
 from collab_megatron.data.parquet import write_tasks
-from collab_megatron.driver.cast import Cast, lineage_of, open_journal
+from collab_megatron.driver.cast import Cast, open_journal
 from collab_megatron.driver.figures import values
 from collab_megatron.driver.protocol import Answer, Request
 from collab_megatron.driver.record import TreeRecorder
@@ -61,9 +61,11 @@ async def service(
         return "go on"
 
     write_tasks(folder / "train.parquet", tasks)
+    model = folder / "model"  # the lineage looks at its files, nobody else
+    model.mkdir(exist_ok=True)
     config = RLConfig(
         run=RunSection(dir=folder),
-        model=ModelSection(path="none"),
+        model=ModelSection(path=str(model)),
         data=DataSection(train=folder / "train.parquet", validation=folder / "train.parquet"),
         simulators=SimulatorsSection(user=UserSection(model="none")),
         reward=RewardSection(metric_weights={"accuracy": 1.0}, accuracy_verifier="exact"),
@@ -166,6 +168,17 @@ async def test_prompts_that_are_too_long_are_counted_on_the_dashboard(
     )
 
 
+async def test_an_evaluation_leaves_its_conversations(tmp_path: Path) -> None:
+    server = FakeServer(version="0")
+    async with service(tmp_path, server) as driver:
+        answer = await answered(driver, Request("evaluate", 3, 0, (server.url,)))
+    assert values(answer.figures)["conversations"] == 1
+    (line,) = (tmp_path / "evaluations" / "run" / "step_00000003.jsonl").read_text().splitlines()
+    played = json.loads(line)
+    assert (played["step"], played["task_id"]) == (3, TASK.task_id)
+    assert played["replies"][0]["futures"][0]["scores"] == {"accuracy": 6.0}
+
+
 async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp_path: Path) -> None:
     """A driver that was killed and started again reads it from the journal; nothing is sampled twice."""
     server = FakeServer(version="0")
@@ -233,29 +246,3 @@ async def test_a_spent_budget_ends_what_is_under_way_and_begins_nothing(tmp_path
         await asked
         assert len((await answered(driver, Request("step", 0, 0, (server.url,)))).samples) == 4  # it was under way
         assert (await answered(driver, Request("step", 1, 1, (server.url,)))).stop == "budget"
-
-
-def test_another_metric_or_prompt_makes_another_lineage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches whose rewards came of other code must not be delivered again."""
-    monkeypatch.syspath_prepend(tmp_path)
-    module, prompt = tmp_path / "my_metric.py", tmp_path / "user.txt"
-    module.write_text("a = 1")
-    prompt.write_text("one")
-    config = RLConfig(
-        run=RunSection(dir=tmp_path),
-        model=ModelSection(path="none"),
-        data=DataSection(train=tmp_path / "train.parquet"),
-        simulators=SimulatorsSection(user=UserSection(model="none", prompt_file=prompt)),
-        reward=RewardSection(
-            metric_weights={"accuracy": 1.0}, accuracy_verifier="exact", metric_modules=("my_metric",)
-        ),
-    )
-    names = [lineage_of(config), lineage_of(config)]
-    module.write_text("a = 2")
-    names.append(lineage_of(config))
-    prompt.write_text("two")
-    names.append(lineage_of(config))
-    names.append(lineage_of(config.model_copy(update={"engine": EngineSection(count=3)})))  # decides nothing
-    assert names[0] == names[1]
-    assert names[3] == names[4]
-    assert len(set(names)) == 3

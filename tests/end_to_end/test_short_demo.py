@@ -62,6 +62,20 @@ def test_the_summary_holds_every_figure(short_demo: tuple[Path, Ended]) -> None:
     assert "rl 3/3" in ended.output
 
 
+def test_the_terminal_tells_of_rank_0_what_was_chosen_and_the_logs_of_the_others(
+    short_demo: tuple[Path, Ended],
+) -> None:
+    run_dir, ended = short_demo
+    for told in (
+        "actor.backend: backend cpu: gloo",
+        "actor.grid: layout: rank {} of 2",
+        "actor.optimizer: optimizer: ",
+    ):
+        assert f" trainer-0 {told.format(0)}" in ended.output
+        assert f" trainer-1 {told.format(1)}" not in ended.output
+        assert f" trainer-1 {told.format(1)}" in (run_dir / "logs" / "rl" / "trainer-1.log").read_text()
+
+
 def test_the_dashboard_shows_every_step(short_demo: tuple[Path, Ended]) -> None:
     run_dir, _ = short_demo
     steps = [row for row in read_metrics(run_dir / "tensorboard" / "rl") if "time_s/step" in row]

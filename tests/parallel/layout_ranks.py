@@ -85,7 +85,7 @@ def check(case: Case, work: Path) -> dict[str, float]:
     for step, report in enumerate(reference["reports"]):
         result = actor.train_step(batches, loss_fn, tokens)
         assert not result.skipped
-        found = {**result.metrics, "norm": result.grad_norm, "lr": result.lr}
+        found = {**result.metrics, **result.largest, "norm": result.grad_norm, "lr": result.lr}
         assert found.keys() == report.keys()
         for name, wanted in report.items():
             difference = abs(found[name] - wanted) / max(abs(wanted), SCALE)

@@ -27,6 +27,10 @@ class RunSection(Section):
         return self.dir / "tensorboard" / self.name
 
     @property
+    def evaluations_dir(self) -> Path:
+        return self.dir / "evaluations" / self.name
+
+    @property
     def logs_dir(self) -> Path:
         return self.dir / "logs" / self.name
 
@@ -131,6 +135,8 @@ class AlgorithmSection(Section):
     min_group_std: float = Field(default=0.01, ge=0)  # groups whose rewards spread less get advantage 0
     clip_low: float = Field(default=0.2, ge=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = Field(default=0.2, ge=0)
+    # bounds the loss of a token whose advantage is negative at this ratio (dual-clip PPO; verl's clip_ratio_c is 3)
+    clip_dual: float | None = Field(default=None, gt=1)
     kl_coef: float = Field(default=0.001, ge=0)  # weight of the low-variance KL to the reference; 0: no reference model
     # model: a second copy on the device; swap: the initial weights wait on the host and are swapped in
     reference: Literal["model", "swap"] = "model"
