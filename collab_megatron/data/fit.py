@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from collab_megatron.data.chat import ChatTemplate
 from collab_megatron.errors import UserError
-from collab_megatron.types import Task
+from collab_megatron.types import Chat, Task
 
 T = TypeVar("T")
 
@@ -54,7 +53,7 @@ def keep_fitting(
 
 
 def fitting_tasks(
-    tasks: Sequence[Task], chat: ChatTemplate, *, max_prompt_tokens: int, max_context_tokens: int, max_new_tokens: int
+    tasks: Sequence[Task], chat: Chat, *, max_prompt_tokens: int, max_context_tokens: int, max_new_tokens: int
 ) -> Fit[Task]:
     """The tasks whose prompt leaves room for a reply. Raises UserError where more than half do not."""
     room = min(max_prompt_tokens, max_context_tokens - max_new_tokens)

@@ -169,7 +169,7 @@ def test_plain_messages_are_conversations() -> None:
 
 
 def test_rows_that_cannot_be_read_may_be_skipped(tmp_path: Path) -> None:
-    good, bad_row = flat(0, 0, "a", 1.0), flat(0, 0, "a", "high")
+    good, bad_row = flat(0, 0, "a", 1.0), {**flat(0, 0, "a", 1.0), "score": "high"}
     lacking = {k: v for k, v in good.items() if k != "prompt"}
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([json.dumps(good), "{", json.dumps(bad_row), json.dumps(lacking), json.dumps(good), "7"]))

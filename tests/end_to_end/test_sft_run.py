@@ -27,7 +27,7 @@ def chats(path: Path, reply: str) -> Path:
 
 def test_the_best_checkpoint_is_kept_resumed_with_and_exported(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     train = chats(tmp_path / "train.parquet", "which time and day and name?")
-    held_out = chats(tmp_path / "held_out.parquet", "BOOK table noon judy")
+    held_out = chats(tmp_path / "held_out.parquet", "which time and judy?")
 
     def sft(steps: int, *overrides: str):
         return run(
