@@ -62,13 +62,35 @@ class Task:
 
 @dataclass(frozen=True)
 class Generation:
-    """What an engine sampled for one context."""
+    """What an engine sampled for one context. Without ids it is a failed request."""
 
     token_ids_T: tuple[int, ...]  # sampled ids, the end-of-turn id included where it was sampled
     logprobs_T: tuple[float, ...]  # log-probability of each id under the raw logits (temperature 1)
     versions_T: tuple[int, ...]  # weight version that sampled each id
     finish_reason: str  # stop | length
     cached_tokens: int = 0  # prompt tokens served from the engine's prefix cache
+
+
+@dataclass(frozen=True)
+class PolicyTurn:
+    """One policy turn: its ids as they were sampled, and its text, split once into thought and reply.
+
+    Example: sampled "<think>\\nno day yet\\n</think>\\n\\nWhich day?" has the thought "no day yet" and the reply
+    "Which day?". Made by ChatTemplate.policy_turn (data/chat.py).
+    """
+
+    thought: str  # for the record only; empty if it thought nothing
+    reply: str  # what simulator, judges and metrics see; empty if the turn ended inside a thought
+    sampled: str  # the whole text, an opening tag that the prompt brought included: what a template is given
+    cut: bool  # it ran into its token limit, or ended inside a thought
+    generation: Generation
+    begin_s: float = 0.0  # epoch seconds when the engine was asked, and when it had answered
+    end_s: float = 0.0
+
+    @property
+    def broken(self) -> bool:
+        """Whether a user would have nothing whole to answer: cut or empty."""
+        return self.cut or not self.reply.strip()
 
 
 @dataclass(frozen=True)
@@ -83,17 +105,30 @@ class Future:
     policy_tokens: int = 0  # assistant tokens from the trained reply on
     versions: tuple[int, int] = (0, 0)  # lowest and highest weight version of its policy turns
     error: str = ""
+    turns: tuple[PolicyTurn, ...] = ()  # the policy turns among `messages`, in order; the trained reply is not one
 
 
 @dataclass(frozen=True)
 class Reply:
     """One sampled reply (step 1), its futures (step 2), its multiturn-aware reward (step 3) and advantage (step 4)."""
 
-    text: str
-    generation: Generation
+    turn: PolicyTurn
     futures_K: tuple[Future, ...]
     mr: float | None = None  # mean reward over the scored futures; None if none is left
     advantage: float | None = None  # None if the reply or its group was dropped
+
+    @property
+    def text(self) -> str:
+        """What the user sees."""
+        return self.turn.reply
+
+    @property
+    def thought(self) -> str:
+        return self.turn.thought
+
+    @property
+    def generation(self) -> Generation:
+        return self.turn.generation
 
 
 @dataclass(frozen=True)

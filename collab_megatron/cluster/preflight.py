@@ -262,8 +262,7 @@ def _check_engine(engine: EngineSection) -> None:
 
 def _check_players(config: RLConfig | EvaluateConfig) -> Gateway:
     """Metrics, their modules, prompt files, keys and prices; nobody is asked anything."""
-    budget = config.budget if isinstance(config, RLConfig) else None
-    gateway = Gateway(llm_roles(config.simulators), config.run.seed, budget=budget)
+    gateway = Gateway(llm_roles(config.simulators), config.run.seed, budget=config.budget)
     configured_scorer(config.reward, config.simulators, gateway)
     user_simulator(config.simulators, gateway)
     return gateway

@@ -69,7 +69,7 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _find_modules(raw: dict[str, Any], folder: Path) -> None:
-    """Metric modules that lie in the config's `folder` become paths: other processes read a copy that lies elsewhere."""
+    """Metric modules in the config's `folder` become paths: other processes read a copy of it that lies elsewhere."""
     reward = raw.get("reward")
     modules = reward.get("metric_modules") if isinstance(reward, dict) else None
     if isinstance(reward, dict) and isinstance(modules, list):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import importlib.util
-import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.driver.conversation import Limits, Players
+from collab_megatron.driver.lineage import lineage_of
 from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.journal import store
@@ -50,41 +47,6 @@ def open_journal(config: RLConfig) -> Journal:
     return store.open_journal(config.journal, default, lineage_of(config))
 
 
-def lineage_of(config: RLConfig) -> str:
-    """A name for what decides the weights of every version: turns and batches of another lineage are another run's."""
-    simulators = config.simulators
-    decides = {
-        "model": config.model.model_dump(mode="json"),
-        "data": [str(file) for file in config.data.train_files],
-        "reward": config.reward.model_dump(mode="json"),
-        "rollout": config.rollout.model_dump(mode="json", exclude={"step_timeout_s"}),
-        "algorithm": config.algorithm.model_dump(mode="json"),
-        "optimizer": config.optimizer.model_dump(mode="json", exclude={"distributed", "overlap", "cpu_offload"}),
-        "steps": None if config.optimizer.schedule == "constant" else config.train.steps,
-        "simulators": [
-            [section.model, section.temperature]
-            for section in (simulators.user, *simulators.user.mixture, simulators.judge)
-            if section is not None
-        ],
-        "seed": config.run.seed,
-        "files": [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in _shaping_files(config)],
-    }
-    text = json.dumps(decides, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _shaping_files(config: RLConfig) -> Iterator[Path]:
-    """The user's own files that shape rewards: batches that were made with others must not be delivered again."""
-    for module in config.reward.metric_modules:
-        found = importlib.util.find_spec(module)
-        if found is not None and found.origin is not None:
-            yield Path(found.origin)
-    simulators, reward = config.simulators, config.reward
-    sections = [simulators.user, *simulators.user.mixture, *([simulators.judge] if simulators.judge else [])]
-    prompts = [*(section.prompt_file for section in sections), reward.accuracy_prompt_file]
-    yield from (file for file in prompts if file is not None and file.exists())
-
-
 @asynccontextmanager
 async def assemble(
     config: RLConfig | EvaluateConfig,
@@ -101,7 +63,7 @@ async def assemble(
     rollout = config.rollout
     driver = config.driver if isinstance(config, RLConfig) else None
     shards, staleness = (driver.shards, driver.max_staleness) if driver else (1, 0)
-    chat = ChatTemplate(load_tokenizer(config.model.path))
+    chat = ChatTemplate(load_tokenizer(config.model.path), thought_tags=rollout.thought_tags)
     difference = chat.check_growth(rollout.inexact_template)
     if difference is not None:
         print(f"rollout.inexact_template={rollout.inexact_template}: {difference}", flush=True)
@@ -112,8 +74,9 @@ async def assemble(
         config.run.seed,
         journal=journal,
         observer=health,
-        budget=config.budget if isinstance(config, RLConfig) else None,
+        budget=config.budget,
         shards=shards,
+        go_on="set run.resume=true" if driver else "start the evaluation again",
     )
     slots = Slots(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
@@ -128,7 +91,7 @@ async def assemble(
         wait_for_engines=driver is not None,
     ) as engine:
         engine.use(engine_urls, None)
-        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness)
+        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness if driver else None)
         gc.collect()
         gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
         gc.set_threshold(*GC_THRESHOLDS)
@@ -149,6 +112,8 @@ async def assemble(
                     max_new_tokens=rollout.max_new_tokens,
                     max_context_tokens=max_context_tokens,
                     temperature=rollout.temperature,
+                    cut_reply=rollout.cut_reply,
+                    cut_penalty=rollout.cut_penalty,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
                 engine=engine,

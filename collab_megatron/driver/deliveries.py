@@ -16,7 +16,7 @@ class Delivered(msgspec.Struct):
 
     trees: list[tuple[int, int, bool]]  # step, slot, whether another tree was begun in its place
     answer: Answer
-    lines: list[bytes]  # of conversations.jsonl
+    lines: list[bytes]  # of the record; none where record.every leaves the step out
 
 
 class Deliveries:
@@ -40,6 +40,11 @@ class Deliveries:
         content = Delivered(seats, answer, list(lines))
         self._journal.record_delivery(self._key, step, msgspec.msgpack.encode(content))
         self._newest = step, content
+
+    def remove(self, step: int) -> None:
+        """As if the batch of `step` had never been delivered."""
+        self._journal.remove_delivery(self._key, step)
+        self._newest = None
 
     def trees_around(self, step: int, lookback: int) -> tuple[dict[tuple[int, int], bool], int]:
         """The trees of the batches from `step - lookback` on, as forest.Delivered; and the first step from `step` on of

@@ -29,7 +29,7 @@ def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> Figures:
 
 def score_metrics(futures: Sequence[Future], weights: Mapping[str, float]) -> Figures:
     """Mean and spread of every raw metric over the scored futures, and how often a weighted one sits at the clamp."""
-    scored = [future for future in futures if future.status.scored]
+    scored = [future for future in futures if future.status.scored and future.scores]  # a penalty has no scores
     figures: Figures = {}
     for name in weights:
         values = [future.scores[name] for future in scored]
@@ -58,8 +58,12 @@ def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Fi
     lengths = [len(reply.generation.token_ids_T) for _, reply in replies]
     figures["rollout/reply_tokens_mean"] = Figure.of("mean", lengths)
     figures["rollout/reply_tokens_max"] = Figure.of("max", lengths)
-    cut = sum(reply.generation.finish_reason == "length" for _, reply in replies)
+    cut = sum(reply.turn.cut for _, reply in replies)
     figures["rollout/cut_share"] = Figure.ratio(cut, len(replies))
+    empty = sum(reply.turn.broken and not reply.turn.cut for _, reply in replies)
+    figures["rollout/empty_share"] = Figure.ratio(empty, len(replies))
+    later = [turn for future in futures for turn in future.turns]
+    figures["rollout/later_turns_broken_share"] = Figure.ratio(sum(turn.broken for turn in later), len(later))
     figures["rollout/groups_dropped"] = Figure.of("sum", [sum(not group.kept for group in groups)])
     for status in RolloutStatus:
         count = sum(future.status is status for future in futures)

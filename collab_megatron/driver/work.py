@@ -60,13 +60,13 @@ class Work:
         task, players, limits = self.shard.task(tree.seat), self._cast.players, self._cast.limits
         rules = self._group_rules
         try:
-            prompt_ids, generations = await sample_replies(task, tree.seat, rules.num_replies, limits, players)
+            prompt_ids, turns_G = await sample_replies(task, tree.seat, rules.num_replies, limits, players)
         except STOPS_ALL:
             raise
         except RunError as error:
             return Group(task, (), (), kept=False, error=str(error))
-        tree.version = min((v for generation in generations for v in generation.versions_T), default=None)
-        return await grow_group(task, prompt_ids, generations, tree.seat, rules=rules, limits=limits, players=players)
+        tree.version = min((v for turn in turns_G for v in turn.generation.versions_T), default=None)
+        return await grow_group(task, prompt_ids, turns_G, tree.seat, rules=rules, limits=limits, players=players)
 
     async def evaluate(self, step: int) -> Answer:
         """Figures of this shard's share of the held-out tasks; the conversations go to the disk, whatever they are."""
@@ -88,5 +88,4 @@ class Work:
         keep_newest(run.evaluations_dir, section.keep_transcripts, self.shard.index)
         if played.stop:
             return Answer(error=played.stop, stop="budget")
-        played.require_most()
-        return Answer(figures=played.figures)
+        return Answer(figures=played.figures, tally=played.tally)

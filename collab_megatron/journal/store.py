@@ -50,6 +50,7 @@ SELECT content FROM turns WHERE key = ? AND lineage = ? AND newest <= ? AND olde
 """
 ADD_TURN = "INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 FIND_DELIVERY = "SELECT content FROM deliveries WHERE lineage = ? AND shard = ? AND step = ?"
+REMOVE_DELIVERY = "DELETE FROM deliveries WHERE lineage = ? AND shard = ? AND step = ?"
 ADD_DELIVERY = "INSERT OR REPLACE INTO deliveries VALUES (?, ?, ?, ?)"
 COUNT_ROWS = "SELECT " + " + ".join(f"(SELECT count(*) FROM {table})" for table in STEP_TABLES)
 
@@ -148,6 +149,10 @@ class Journal:
     def record_delivery(self, shard: int, step: int, content: bytes) -> None:
         """Keep what a shard hands over for a step, before it does."""
         self._commit((ADD_DELIVERY, (self._lineage, shard, step, content)))
+
+    def remove_delivery(self, shard: int, step: int) -> None:
+        """Forget what a shard handed over for a step, if anything."""
+        self._commit((REMOVE_DELIVERY, (self._lineage, shard, step)))
 
     def prune(self, *, before_step: int) -> None:
         """Remove the rows of older steps, of every lineage, and give their space back. Returns at once: the work is

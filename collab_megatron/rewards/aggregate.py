@@ -38,7 +38,7 @@ def clamped_share(futures: Iterable[Future], weights: Mapping[str, float]) -> fl
 
     Where it is high that metric no longer tells replies apart: lower its weight.
     """
-    cut = [beyond_clamp(future.scores, weights) for future in _scored(futures)]
+    cut = [beyond_clamp(future.scores, weights) for future in _scored(futures) if future.scores]
     return sum(cut) / len(cut) if cut else 0.0
 
 

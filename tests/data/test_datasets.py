@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from collab_megatron.data.load import load_rows
-from collab_megatron.data.order import step_indices
+from collab_megatron.data.order import refill_index, step_indices
 from collab_megatron.data.parquet import (
     Conversation,
     read_conversation_files,
@@ -276,6 +276,19 @@ def test_prepare(tmp_path: Path) -> None:
     assert {chat.messages[-1].content for chat in read_conversations(only.path)} == {"r1"}
     with pytest.raises(UserError, match="not both"):
         prepare("rl", str(source), tmp_path / "out", validation=str(source), validation_share=0.2)
+
+
+def test_refills_meet_a_row_once_an_epoch_and_never_next_to_itself() -> None:
+    """A refill's row is a function of seed, step and number: which others were refilled makes no difference."""
+    rows, batch = 40, 4  # ten steps an epoch
+    refills = [[refill_index(7, step, r, num_rows=rows, batch_size=batch) for r in range(batch)] for step in range(10)]
+    assert sorted(row for step in refills for row in step) == list(range(rows))
+    for step, mine in enumerate(refills):
+        near = [row for at in range(step, step + 3) for row in step_indices(7, at, num_rows=rows, batch_size=batch)]
+        if step < 7:
+            assert not set(mine) & set(near)
+    assert refills[0] == step_indices(7, 5, num_rows=rows, batch_size=batch)  # the epoch's order, half of it ahead
+    assert refill_index(7, 0, 0, num_rows=1, batch_size=4) == 0
 
 
 def test_order_takes_every_row_once_an_epoch_and_can_start_anywhere() -> None:

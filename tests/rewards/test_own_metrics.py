@@ -119,12 +119,15 @@ register_metric("ones")(lambda context: Ones())
 """
 
 
+ONES_ALONE = ONES.format(imports="", value="1.0")
+
+
 @pytest.mark.parametrize(
     ("entry", "files"),
     [
-        ("my_ones", {"my_ones.py": ONES.format(imports="", value="1.0")}),
-        ("more/other.py", {"more/other.py": ONES.format(imports="", value="1.0")}),
-        ("my_pack", {"my_pack/__init__.py": "from . import ones", "my_pack/ones.py": ONES.format(imports="", value="1.0")}),
+        ("my_ones", {"my_ones.py": ONES_ALONE}),
+        ("more/other.py", {"more/other.py": ONES_ALONE}),
+        ("my_pack", {"my_pack/__init__.py": "from . import ones", "my_pack/ones.py": ONES_ALONE}),
         (
             "my_ones",
             {"my_ones.py": ONES.format(imports="import helper_of_ones", value="helper_of_ones.ONE"),
@@ -239,11 +242,9 @@ def test_the_example_of_the_page_works(tmp_path: Path) -> None:
             options["check"]("1")
             return [LLMReply(json.dumps(1))]
 
-    scorer = make_scorer(
-        reward.metric_weights, Judge(), metric_modules=reward.metric_modules, settings=reward.settings
-    )
+    scorer = make_scorer(reward.metric_weights, Judge(), metric_modules=reward.metric_modules, settings=reward.settings)
     assert asyncio.run(scorer.score(TALK)) == {"brevity": pytest.approx(1 - 2 / 60), "kindness": 1.0}
     own: dict[str, Any] = {}
-    exec(compile(test, "METRICS.md", "exec"), own)  # noqa: S102 - the page's own text
+    exec(compile(test, "METRICS.md", "exec"), own)
     (check,) = [value for name, value in own.items() if name.startswith("test_")]
     check()

@@ -68,6 +68,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     "driver": {
         "cluster.processes": "the driver ends with its parent",
         "config": "the driver's service is put together from the whole config",
+        "convert.source": "the lineage reads the model's files",
         "monitor.busy": "engine and API time are measured where they are spent",
     },
     "monitor": {"convert.spec": "a type: operations are counted from the model's sizes"},

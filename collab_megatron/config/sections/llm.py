@@ -17,10 +17,10 @@ class RewardSection(Section):
     accuracy_verifier: Literal["exact", "judge"] = "judge"
     # replaces the shipped prompt of accuracy's judge; simulators.judge.prompt_file replaces that of interactivity
     accuracy_prompt_file: Path | None = None
-    # Python modules that register metrics of your own (docs/METRICS.md): names that Python finds, or files; a module that
-    # lies next to the config file needs its name only
+    # Python modules that register metrics of your own (docs/METRICS.md): names that Python finds, or files; of a module
+    # that lies next to the config file the name is enough
     metric_modules: tuple[str, ...] = ()
-    settings: dict[str, dict[str, Any]] = {}  # by metric: what it is made with (docs/METRICS.md)
+    settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: what it is made with (docs/METRICS.md)
 
 
 class DeploymentSection(Section):
@@ -92,8 +92,8 @@ class SimulatorsSection(Section):
 
 class BudgetSection(Section):
     """What the LLM APIs may cost over the whole run, resumes included. At a soft cap the run says so; at a hard cap it
-    finishes the conversations under way, saves a checkpoint and ends with exit code 3. A cap in dollars needs a known price
-    of every model: LiteLLM's, or a typed one."""
+    finishes the conversations under way, saves a checkpoint and ends with exit code 3. A cap in dollars needs a known
+    price of every model: LiteLLM's, or a typed one."""
 
     soft_usd: float | None = Field(default=None, gt=0)
     hard_usd: float | None = Field(default=None, gt=0)
