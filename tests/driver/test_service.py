@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import pytest
 from aiohttp import web
 
 from collab_megatron.config import RLConfig
