@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig
+from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig, shipped_judges
 from collab_megatron.config.sections import DeploymentSection, LLMSection, RewardSection, SimulatorsSection
 from collab_megatron.simulators.prices import price
 from collab_megatron.types import Task
@@ -137,20 +137,23 @@ def future_calls(
     chats = [lengths.chat + (turn + 1) * reply + turn * user for turn in range(turns)]
     found = _user_turns(simulators, lengths, chats)
     end = lengths.chat + (turns + 1) * reply + turns * user
-    for metric, section in judges(reward, simulators).items():
-        file = reward.accuracy_prompt_file if metric == "accuracy" else section.prompt_file
-        shown = _prompt_tokens(f"judge_{metric}", file) + lengths.request
+    for metric, (place, section) in judges(reward, simulators).items():
+        shown = _prompt_tokens(*_judge_prompt(metric, section, reward))
+        if metric == "accuracy" or reward.interactivity_sees == "request":
+            shown += lengths.request
         shown += lengths.reference if metric == "accuracy" else 0.0
-        found.append(Calls("simulators.judge", section, 1, shown + end, section.max_tokens))
+        found.append(Calls(place, section, 1, shown + end, section.max_tokens))
     return summed(found)
 
 
-def judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, LLMSection]:
-    """Who marks which of the shipped metrics. What metrics of the user's own ask is not known."""
-    if simulators.judge is None:
-        return {}
-    asked = [name for name in JUDGED if name in reward.metric_weights]
-    return {name: simulators.judge for name in asked if name != "accuracy" or reward.accuracy_verifier == "judge"}
+def judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, tuple[str, LLMSection]]:
+    """Who marks which of the shipped metrics: metric -> (place in the config, section). What metrics of the user's own
+    ask is not known."""
+    return {
+        name: (f"reward.judges.{name}" if name in reward.judges else "simulators.judge", section)
+        for name, section in shipped_judges(reward, simulators).items()
+        if section is not None
+    }
 
 
 def own_metrics(reward: RewardSection) -> list[str]:
@@ -217,6 +220,17 @@ def _user_turns(simulators: SimulatorsSection, lengths: Lengths, chats: Sequence
         shown = sum(chats) + told * len(chats)
         found.append(Calls(place, part, len(chats), shown, len(chats) * part.max_tokens).times(part.weight / weight))
     return found
+
+
+def _judge_prompt(metric: str, section: LLMSection, reward: RewardSection) -> tuple[str, Path | None]:
+    """The shipped prompt's name, and the file in its place, as rewards/configured.py chooses them."""
+    own = section.prompt_file if metric in reward.judges else None
+    if metric == "accuracy":
+        return "judge_accuracy", own or reward.accuracy_prompt_file
+    return (
+        "judge_interactivity_chat" if reward.interactivity_sees == "chat" else "judge_interactivity",
+        section.prompt_file,
+    )
 
 
 def _prompt_tokens(name: str, file: Path | None) -> float:

@@ -132,7 +132,7 @@ def check_evaluate(
 def check_build(config: BuildDatasetConfig, *, report: Report = print_at_once) -> None:
     """All checks of tools/build_dataset.py, as `check_rl`, but for those of its output folder. Raises UserError."""
     tasks = [problem.task for problem in read_problems(config.problems, config.num_conversations)]
-    gateway = Gateway(llm_roles(config.simulators), config.seed)
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed)
     make_players(config, gateway)
     report(build_plan(config, tasks, build_calls(config, tasks)))
     asyncio.run(_check_reachable(gateway, this_node()))
@@ -262,7 +262,7 @@ def _check_engine(engine: EngineSection) -> None:
 
 def _check_players(config: RLConfig | EvaluateConfig) -> Gateway:
     """Metrics, their modules, prompt files, keys and prices; nobody is asked anything."""
-    gateway = Gateway(llm_roles(config.simulators), config.run.seed, budget=config.budget)
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=config.budget)
     configured_scorer(config.reward, config.simulators, gateway)
     user_simulator(config.simulators, gateway)
     return gateway

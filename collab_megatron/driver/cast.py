@@ -70,7 +70,7 @@ async def assemble(
     watched = config.simulators.health
     health = SimulatorHealth(watched.model_copy(update={"min_replies": max(1, watched.min_replies // shards)}))
     gateway = Gateway(
-        llm_roles(config.simulators),
+        llm_roles(config.simulators, config.reward),
         config.run.seed,
         journal=journal,
         observer=health,

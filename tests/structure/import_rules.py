@@ -72,6 +72,8 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "monitor.busy": "engine and API time are measured where they are spent",
     },
     "monitor": {"convert.spec": "a type: operations are counted from the model's sizes"},
+    "rewards.configured": {"config.entry": "names the roles of the judges"},
+    "simulators.gateway": {"config.entry": "errors name a role's place in the config"},
     "resharding": {
         "actor": "the weights come from the actor, over its grid",
         "batching": "the probe prompt is a micro-batch",
