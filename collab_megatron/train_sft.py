@@ -126,7 +126,7 @@ def main() -> None:
     check_sft(config, dry_run=arguments.dry_run, node=arguments.node)
     if arguments.dry_run:
         return
-    with told_at_the_end(config.run, config.train.steps, arguments.config, exported=config.export_hf):
+    with told_at_the_end(config.run, config.train.steps, None, exported=config.export_hf):
         launch_sft(config)
 
 

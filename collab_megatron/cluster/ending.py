@@ -16,10 +16,10 @@ SHOWN_FIGURES = 6  # of an evaluation
 
 
 @contextmanager
-def told_at_the_end(run: RunSection, steps: int, config: Path, *, exported: Path | None = None) -> Iterator[None]:
+def told_at_the_end(run: RunSection, steps: int, config: Path | None, *, exported: Path | None = None) -> Iterator[None]:
     """Around the launch: a summary where it ends well, else what is saved and how to go on.
 
-    config: the file on the command line. exported: the model folder that the run wrote. A mistake of the user (exit
+    config: the file on the command line, where an evaluation can read it. exported: the model folder that the run wrote. A mistake of the user (exit
     code 2) started nothing and gets neither.
     """
     try:
@@ -43,7 +43,7 @@ def saved(run: RunSection, steps: int) -> list[str]:
     return [f"saved       {newest}, {read_info(newest).step} of {steps} steps: {how} goes on from it"]
 
 
-def summary(run: RunSection, steps: int, config: Path, *, exported: Path | None = None) -> list[str]:
+def summary(run: RunSection, steps: int, config: Path | None, *, exported: Path | None = None) -> list[str]:
     """What a finished run leaves, and the commands that make use of it."""
     newest = newest_complete(run.checkpoints_dir)
     lines = [f"done        {steps} steps of {run.name}"]
@@ -54,15 +54,14 @@ def summary(run: RunSection, steps: int, config: Path, *, exported: Path | None 
         step, figures = evaluated
         said = ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
         lines.append(f"held out    after step {step}: {said}")
-    model = exported
-    if model is None and newest is not None:
-        model = run.dir / f"{run.name}_hf"
-        lines.append(
-            f"export      python tools/convert_checkpoint.py megatron-to-hf --checkpoint {newest} --output {model}"
-        )
     if exported is not None:
         lines.append(f"model       {exported}")
-    if model is not None and exported is None:
+    elif newest is not None:
+        target = run.dir / f"{run.name}_hf"
+        lines.append(
+            f"export      python tools/convert_checkpoint.py megatron-to-hf --checkpoint {newest} --output {target}"
+        )
+    if newest is not None and config is not None:
         lines.append(f"evaluate    python -m collab_megatron.evaluate {config} model.path={newest}")
     lines.append(f"curves      tensorboard --logdir {run.tensorboard_dir.parent}")
     return lines

@@ -51,11 +51,12 @@ def test_a_finished_run_tells_what_it_leaves_and_what_to_type_next(
         f"evaluate    python -m collab_megatron.evaluate conf/mine.yaml model.path={checkpoint}",
         f"curves      tensorboard --logdir {tmp_path / 'tensorboard'}",
     ]
-    with told_at_the_end(run, 20, CONFIG, exported=tmp_path / "hf"):
+    with told_at_the_end(run, 20, None, exported=tmp_path / "hf"):
         pass
     told = capsys.readouterr().out
     assert f"model       {tmp_path / 'hf'}" in told
     assert "export  " not in told
+    assert "evaluate  " not in told  # it cannot read the config of a supervised run
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), RunError("a disk is full"), SystemExit(1), SystemExit(3)])

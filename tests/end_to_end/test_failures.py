@@ -107,7 +107,10 @@ def test_a_term_signal_ends_everything(
     running = start(rl_command(tmp_path / "run", "train.steps=500"))
     running.wait_until("rl 1/500")
     running.send(signal.SIGTERM)
-    assert running.end().code == 130
+    ended = running.end()
+    assert ended.code == 130
+    assert " of 500 steps: the same command with run.resume=true goes on from it" in ended.output
+    assert "never awaited" not in ended.output
 
 
 def test_simulators_that_go_away_end_the_run(

@@ -61,6 +61,8 @@ def test_the_summary_holds_every_figure(short_demo: tuple[Path, Ended]) -> None:
     assert "prompts_per_step: 4" in summary["config"]["rl"]
     assert "tensorboard --logdir" in ended.output
     assert "rl 3/3" in ended.output
+    assert "done        3 steps of rl" in ended.output
+    assert f"held out    after step 3: mr {summary['mr']['rl']:.3g}" in ended.output
 
 
 def test_the_terminal_tells_of_rank_0_what_was_chosen_and_the_logs_of_the_others(

@@ -18,7 +18,9 @@ class RunSection(Section):
     # several runs share one dir
     name: str = "run"
     seed: int = 1
-    resume: bool = False  # go on from the newest complete checkpoint of this run
+    # true: go on from the newest complete checkpoint of this run, or start where there is none yet, so that the command
+    # of a job that is requeued need not change
+    resume: bool = False
 
     @property
     def checkpoints_dir(self) -> Path:
