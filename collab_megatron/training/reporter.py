@@ -30,6 +30,7 @@ class Reporter:
         self._progress = Progress(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._alarms = Alarms()
         self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]
+        self._failed_evaluations = 0
 
     def step(
         self,
@@ -52,11 +53,18 @@ class Reporter:
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Held-out figures of the weights after `step` steps."""
         self._progress.pause(figures.get("wall_s", 0.0))
-        self._dashboard.log(step, {f"eval/{name}": value for name, value in figures.items()})
+        named = {f"eval/{name}": value for name, value in figures.items()}
+        self._dashboard.log(step, {**named, "eval/failed": self._failed_evaluations})
         append_evaluation(self._evaluations, step, figures)
         names = [*self._weighted, "clarify_rate_ambiguous", "clarify_rate_complete", "mr"]
         shown = ", ".join(f"{name} {figures[name]:.3f}" for name in names if name in figures)
         print(f"held-out after step {step}: {shown} ({int(figures['conversations'])} conversations)", flush=True)
+
+    def evaluation_failed(self, step: int, why: str) -> None:
+        """The weights after `step` steps have no held-out figures; training goes on."""
+        self._failed_evaluations += 1
+        self._dashboard.log(step, {"eval/failed": self._failed_evaluations})
+        logger.warning("the evaluation after step %d failed, training goes on: %s", step, why)
 
     def close(self) -> None:
         self._dashboard.close()

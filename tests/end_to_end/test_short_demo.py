@@ -222,7 +222,10 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     again = run(*rl_command(tmp_path, "train.steps=2"))
     assert again.code == 2
     assert "run.resume=true" in again.errors[0]
-    resumed = run(*rl_command(tmp_path, "train.steps=4", "run.resume=true"))
+    other = run(*rl_command(tmp_path, "train.steps=4", "run.resume=auto", "algorithm.kl_coef=0.5"))
+    assert other.code == 2
+    assert "algorithm.kl_coef: 0.005 -> 0.5" in other.errors[0]
+    resumed = run(*rl_command(tmp_path, "train.steps=4", "run.resume=auto"))
     assert resumed.code == 0, resumed.output[-4000:]
     assert "rl 3/4" in resumed.output
     assert "rl 2/4" not in resumed.output
