@@ -133,7 +133,7 @@ def check_evaluate(
 def check_build(config: BuildDatasetConfig, *, report: Report = print_at_once) -> None:
     """All checks of tools/build_dataset.py, as `check_rl`, but for those of its output folder. Raises UserError."""
     tasks = [problem.task for problem in read_problems(config.problems, config.num_conversations)]
-    gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed)
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed, budget=config.budget)
     make_players(config, gateway)
     report(build_plan(config, tasks, build_calls(config, tasks)))
     asyncio.run(_check_reachable(gateway, this_node()))

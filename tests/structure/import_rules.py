@@ -61,6 +61,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     "convert": {"actor.grid": "a type: the exporter is given the rank grid"},
     "data.build": {
         "config.entry": "build_dataset has a config of its own",
+        "journal": "an interrupted build asks for nothing twice",
         "rewards": "the branches of a grown conversation are scored",
         "simulators": "conversations are grown with simulated users",
     },
@@ -73,6 +74,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "monitor.busy": "engine and API time are measured where they are spent",
     },
     "monitor": {"convert.spec": "a type: operations are counted from the model's sizes"},
+    "rewards": {"journal.calls": "a judge's call is recorded under the metric that asked"},
     "rewards.configured": {"config.entry": "names the roles of the judges"},
     "simulators.gateway": {"config.entry": "errors name a role's place in the config"},
     "resharding": {
