@@ -117,7 +117,7 @@ def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
 
     folder = tmp_path / "evaluations" / "evaluate-rl"
     figures = json.loads((folder / f"{model.name}.json").read_text())
-    (*_, own) = map(json.loads, (run_dir / "evaluations.jsonl").read_text().splitlines())
+    (*_, own) = map(json.loads, (run_dir / "evaluations" / "rl.jsonl").read_text().splitlines())
     assert own["step"] == 3
     for name in ("accuracy", "interactivity", "token_amount", "mr", "clarify_rate", "conversations"):
         assert figures[name] == pytest.approx(own[name]), name
