@@ -1,6 +1,6 @@
 """Plays whole held-out conversations with a model as it stands and writes the figures.
 
-    python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...]
+    python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...] [--dry-run]
     python -m collab_megatron.evaluate conf/demo_rl.yaml model.path=runs/demo/checkpoints/rl     the newest checkpoint
 
 Starts an engine for `model.path` (or uses `engine.urls`), plays at `evaluation.temperature`, prints the figures and
@@ -40,6 +40,7 @@ from collab_megatron.engine.served import served_weights
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.journal.store import Journal, open_journal
+from collab_megatron.log import set_up_logging
 from collab_megatron.monitor.evaluation_table import evaluation_table
 
 NAME = "evaluate"
@@ -121,12 +122,14 @@ def own_journal(config: EvaluateConfig, weights: str) -> Journal:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
+    set_up_logging("evaluate")
     given = own_name(load_config(EvaluateConfig, arguments.config, arguments.overrides))
     if arguments.dry_run:
-        print(dump_config(given))
-        return
+        print(dump_config(given), flush=True)
     config = with_model_folder(given)
-    max_context_tokens = check_evaluate(config)
+    max_context_tokens = check_evaluate(config, dry_run=arguments.dry_run, node=arguments.node)
+    if arguments.dry_run:
+        return
     output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
     with Supervisor(config.run.logs_dir) as supervisor:
         urls = launch_engine_only(supervisor, config)

@@ -121,7 +121,7 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
     elif first["type"] == "missing":
         sentence = f"{dotted!r} is not set and has no default"
     elif first["type"] == "value_error":
-        sentence = str(first["ctx"]["error"])
+        sentence = f"{dotted}: {first['ctx']['error']}" if dotted else str(first["ctx"]["error"])
     else:
         sentence = f"{dotted!r}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})"
     return sentence + (f" (and {len(more)} more)" if more else "")
@@ -130,6 +130,9 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
 def _keys_at(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     node: Any = kind
     for part in loc:
+        if typing.get_origin(node) in (dict, tuple):  # {name: section} or (section, ...)
+            node = next(a for a in reversed(typing.get_args(node)) if a is not Ellipsis)
+            continue
         annotation = node.model_fields[part].annotation
         if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
             annotation = next(a for a in typing.get_args(annotation) if a is not type(None))

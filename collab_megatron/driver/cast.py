@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.lineage import lineage_of
 from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.errors import UserError
 from collab_megatron.journal import store
 from collab_megatron.journal.store import Journal
 from collab_megatron.monitor.busy import BusyClock
@@ -70,7 +70,7 @@ async def assemble(
     watched = config.simulators.health
     health = SimulatorHealth(watched.model_copy(update={"min_replies": max(1, watched.min_replies // shards)}))
     gateway = Gateway(
-        llm_roles(config.simulators),
+        llm_roles(config.simulators, config.reward),
         config.run.seed,
         journal=journal,
         observer=health,
@@ -128,12 +128,14 @@ async def assemble(
 
 
 def usable_tasks(tasks: list[Task], cast: Cast, max_prompt_tokens: int) -> list[Task]:
-    """The tasks whose prompt fits. Raises UserError if none does."""
-    room = min(max_prompt_tokens, cast.limits.max_context_tokens - cast.limits.max_new_tokens)
-    fitting = [task for task in tasks if len(cast.players.chat.prompt_ids(task.prompt)) <= room]
-    if not fitting:
-        raise UserError(
-            f"none of the {len(tasks)} prompts fits into {room} tokens: raise rollout.max_prompt_tokens or lower "
-            "rollout.max_new_tokens"
-        )
-    return fitting
+    """The tasks whose prompt fits; prints how many do not. Raises UserError if that is more than half."""
+    fit = fitting_tasks(
+        tasks,
+        cast.players.chat,
+        max_prompt_tokens=max_prompt_tokens,
+        max_context_tokens=cast.limits.max_context_tokens,
+        max_new_tokens=cast.limits.max_new_tokens,
+    )
+    if fit.notice:
+        print(fit.notice, flush=True)
+    return fit.kept

@@ -72,7 +72,8 @@ async def evaluate(
             stop = stop or spent() or ""
             if stop:
                 return None
-            seat = TreeSeat(step, number, f"eval/{step}/{number}", first_sample=-1 - number)
+            # in the journal an evaluation belongs to the step after which it is made: step - 1, counted from 0
+            seat = TreeSeat(step - 1, number, f"eval/{step}/{number}", first_sample=-1 - number)
             return await _play(task, seat, simulated=evaluation.simulated_opening, limits=limits, players=players)
 
     chosen = sample_tasks(tasks, evaluation.num_tasks, evaluation.seed, openings_only=evaluation.simulated_opening)

@@ -78,7 +78,7 @@ async def grow_group(
     futures = await _until_deadline(playing, rules.group_timeout_s)
     for g in range(len(turns_G)):
         for k in range(1, count):
-            futures.setdefault((g, k), replace(futures[g, 0], index=k))
+            futures.setdefault((g, k), replace(futures[g, 0], index=k, calls=()))
     replies = tuple(
         _reply(turn, [futures[g, k] for k in range(count)], rules.min_futures) for g, turn in enumerate(turns_G)
     )

@@ -3,58 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import orjson
 
-from collab_megatron.types import Group, Message
+from collab_megatron.driver.group import TreeSeat
+from collab_megatron.types import Future, Group, Message, PolicyTurn, Reply
 
 SCHEMA = 1
 """Counts up when a field changes its meaning or goes; a field that is added leaves it."""
 
 
-def tree_line(step: int, group: Group) -> bytes:
-    """One tree as a line of the record. `step` as TensorBoard counts: the first batch is that of step 1."""
-    return orjson.dumps(tree_record(step, group)) + b"\n"
+def tree_line(step: int, group: Group, seat: TreeSeat, *, replaced: bool, trained: bool) -> bytes:
+    """One tree as a line of the record.
+
+    `step` as TensorBoard counts: the batch that the first optimizer step trains is that of step 1. `seat` tells for
+    which step it was begun, `replaced` whether another tree was begun in its place, `trained` whether the trainer was
+    given its replies.
+    """
+    head = {"schema": SCHEMA, "step": step, "begun_for_step": seat.step + 1, "slot": seat.slot}
+    return orjson.dumps({**head, "replaced": replaced, "trained": trained, **tree_record(group)}) + b"\n"
 
 
-def tree_record(step: int, group: Group) -> dict[str, Any]:
-    """One tree as plain JSON values."""
+def held_out_line(step: int, group: Group) -> bytes:
+    """A held-out conversation as a line: a tree of one reply and one future. `step` counts the optimizer steps that its
+    weights have behind them."""
+    return orjson.dumps({"schema": SCHEMA, "step": step, **tree_record(group)}) + b"\n"
+
+
+def tree_record(group: Group) -> dict[str, Any]:
+    """What was played in a tree, as plain JSON values."""
     return {
-        "schema": SCHEMA,
-        "step": step,
         "task_id": group.task.task_id,
         "ambiguous": group.task.ambiguous,
         "single_turn_prompt": group.task.single_turn_prompt,
         "ground_truth": group.task.ground_truth,
         "prompt": _messages(group.task.prompt),
+        "prompt_ids": group.prompt_ids,
         "kept": group.kept,
         "error": group.error,
-        "replies": [
-            {
-                "text": reply.text,
-                "thought": reply.thought,
-                "mr": reply.mr,
-                "advantage": reply.advantage,
-                "finish_reason": reply.generation.finish_reason,
-                "token_ids": reply.generation.token_ids_T,
-                "logprobs": reply.generation.logprobs_T,
-                "weight_versions": sorted(set(reply.generation.versions_T)),
-                "futures": [
-                    {
-                        "status": future.status.value,
-                        "messages": _messages(future.messages),
-                        "scores": dict(future.scores),
-                        "reward": future.reward,
-                        "policy_tokens": future.policy_tokens,
-                        "weight_versions": list(future.versions),
-                        "error": future.error,
-                    }
-                    for future in reply.futures_K
-                ],
-            }
-            for reply in group.replies_G
-        ],
+        "replies": [reply_record(reply) for reply in group.replies_G],
+    }
+
+
+def reply_record(reply: Reply) -> dict[str, Any]:
+    """A reply with its futures, as plain JSON values."""
+    return {
+        **_turn(reply.turn),
+        "mr": reply.mr,
+        "advantage": reply.advantage,
+        "futures": [_future(future) for future in reply.futures_K],
+    }
+
+
+def _turn(turn: PolicyTurn) -> dict[str, Any]:
+    generation = turn.generation
+    return {
+        "text": turn.reply,
+        "thought": turn.thought,
+        "cut": turn.cut,
+        "finish_reason": generation.finish_reason,
+        "begin_s": turn.begin_s,
+        "end_s": turn.end_s,
+        "replayed": generation.replayed,
+        "cached_tokens": generation.cached_tokens,
+        "token_ids": generation.token_ids_T,
+        "logprobs": generation.logprobs_T,
+        "weight_versions": sorted(set(generation.versions_T)),
+        "version_runs": [[version, len(list(run))] for version, run in groupby(generation.versions_T)],
+    }
+
+
+def _future(future: Future) -> dict[str, Any]:
+    return {
+        "status": future.status.value,
+        "messages": _messages(future.messages),
+        "turns": [_turn(turn) for turn in future.turns],
+        "calls": [vars(call) for call in future.calls],
+        "scores": dict(future.scores),
+        "reward": future.reward,
+        "policy_tokens": future.policy_tokens,
+        "weight_versions": list(future.versions),
+        "error": future.error,
     }
 
 

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 from collab_megatron.journal.store import Journal
 from collab_megatron.slots import Slots
@@ -62,7 +63,7 @@ class RecordedEngine:
                 await self._moved.wait_for(lambda: newest <= self._version)
         if recorded is not None:
             self.replayed += len(recorded)
-            return list(recorded)
+            return [replace(generation, replayed=True) for generation in recorded]
         expected = max_new_tokens if self._new_tokens is None else min(max_new_tokens, 1.25 * self._new_tokens)
         amount = len(input_ids) + n * expected
         async with self._slots.take(amount):

@@ -57,7 +57,7 @@ class Steps:
         before = self._deliveries.get(step)
         if before is None:
             return None
-        return self._recorded(step, before.answer, before.lines)
+        return self._recorded(step, before.answer, before.unpacked())
 
     async def live(self, version: int) -> None:
         """Weights `version` are live."""
@@ -107,10 +107,7 @@ class Steps:
 
     def _deliver(self, step: int, trees: Sequence[Tree]) -> Answer:
         groups = [tree.group for tree in trees if tree.group is not None]
-        # a replaced tree has taught nothing, and another fills its place: training it would thin out the others
-        trained = [tree.group for tree in trees if tree.group is not None and not tree.replaced]
-        zero_advantage = self._config.algorithm.zero_advantage
-        samples = tuple(sample for group in trained for sample in training_samples(group, zero_advantage))
+        samples = tuple(sample for tree in trees for sample in self._samples(tree))
         _require_versions(samples, step, self._config.driver.max_staleness)
         warnings, sick = self._cast.health.verdict()
         if sick is not None:
@@ -119,9 +116,21 @@ class Steps:
         figures = self._figures(step, trees, groups)
         figures["rollout/samples"] = Figure.of("sum", [len(samples)])
         answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
-        lines = [tree_line(step + 1, group) for group in groups] if self._recorder.wants(step + 1) else []
+        wanted = self._recorder.wants(step + 1)
+        lines = [self._line(step, tree, tree.group) for tree in trees if wanted and tree.group is not None]
         self._deliveries.put(step, trees, answer, lines)
         return self._recorded(step, answer, lines)
+
+    def _samples(self, tree: Tree) -> list[TrainingSample]:
+        """What the trainer is given of a tree: of a replaced one nothing, for it has taught nothing, another fills its
+        place, and it would thin out the others."""
+        if tree.group is None or tree.replaced:
+            return []
+        return training_samples(tree.group, self._config.algorithm.zero_advantage)
+
+    def _line(self, step: int, tree: Tree, group: Group) -> bytes:
+        trained = bool(self._samples(tree))
+        return tree_line(step + 1, group, tree.seat, replaced=tree.replaced, trained=trained)
 
     def _recorded(self, step: int, answer: Answer, lines: Sequence[bytes]) -> Answer:
         """The answer, once its trees are in the record, where steps count from 1 as on the dashboard."""
@@ -143,6 +152,8 @@ class Steps:
             **{name: Figure.ratio(found, of) for name, (found, of) in parts_of_shares(health).items()},
             **of_kind("max", self._cast.gateway.budget.metrics()),
             **of_kind("max", self._journal.metrics()),
+            "data/prompts_left_out": Figure.of("max", [self._work.left_out]),  # every shard knows of all
+            "data/prompts_left_out_share": Figure.of("max", [self._work.left_out_share]),
         }
 
 
@@ -163,7 +174,6 @@ class _Counters:
         return {
             **of_kind("max", {name: value - clocks_before[name] for name, value in clocks.items()}),
             **of_kind("sum", (calls - calls_before).metrics()),
-            **of_kind("sum", {f"total/{name}": value for name, value in calls.metrics().items() if "/" in name}),
             **{
                 name: Figure.ratio(value, over) if kind == "mean" else Figure.of(kind, [value])
                 for name, (kind, value, over) in usage.since(usage_before)

@@ -23,8 +23,12 @@ class Work:
         self._config, self._cast = config, cast
         driver, rollout = config.driver, config.rollout
         limit = rollout.max_prompt_tokens
+        tasks, _ = read_task_files(config.data.train_files)
+        usable = usable_tasks(tasks, cast, limit)
+        self.left_out = len(tasks) - len(usable)  # training prompts that are too long
+        self.left_out_share = self.left_out / len(tasks)
         self.shard = Shard(
-            usable_tasks(read_task_files(config.data.train_files)[0], cast, limit),
+            usable,
             seed=config.run.seed,
             prompts_per_step=rollout.prompts_per_step,
             futures_per_tree=rollout.num_replies * max(rollout.num_repeat_rollouts, 1),

@@ -186,8 +186,8 @@ class Journal:
         self._misses += 1
         if self._replay == "only":
             raise ReplayMiss(
-                f"the journal {self._path} lacks {what} of step {PLACE.get().step}, and journal.replay is only: set it "
-                "to auto to ask for what is missing"
+                f"the journal {self._path} lacks {what} of step {PLACE.get().step + 1}, and journal.replay is only: "
+                "set it to auto to ask for what is missing"
             )
         return False
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from collab_megatron.config.sections import Section
 from collab_megatron.errors import UserError
 from collab_megatron.rewards.accuracy import ExactAccuracy, JudgedAccuracy
-from collab_megatron.rewards.interactivity import Interactivity
+from collab_megatron.rewards.interactivity import Interactivity, Sees
 from collab_megatron.rewards.modules import import_metric_module
 from collab_megatron.rewards.scorer import Scorer
 from collab_megatron.rewards.token_amount import TokenAmount
@@ -33,8 +33,8 @@ class MetricContext:
 
     judge: ChatLLM | None  # None: no judge is configured
     accuracy_verifier: str = "judge"  # exact | judge
-    judge_prompt_file: Path | None = None  # replaces the interactivity prompt
-    accuracy_prompt_file: Path | None = None  # replaces the prompt of accuracy's judge
+    interactivity_sees: Sees = "request"
+    prompt_file: Path | None = None  # of the metric's judge; replaces a shipped prompt
     name: str = ""  # under which the metric was registered
     raw_settings: Mapping[str, Any] = field(default_factory=dict)  # reward.settings.<name>, as it stands in the config
     read: list[type[Section]] = field(default_factory=list, compare=False)  # kinds of settings that were asked for
@@ -50,7 +50,7 @@ class MetricContext:
     def need_judge(self, metric: str) -> ChatLLM:
         """The judge. Raises UserError naming the metric that cannot do without."""
         if self.judge is None:
-            raise UserError(f"metric {metric} needs an LLM judge: set simulators.judge")
+            raise UserError(f"metric {metric} needs an LLM judge: set simulators.judge, or reward.judges.{metric}")
         return self.judge
 
 
@@ -81,27 +81,38 @@ def make_scorer(
     judge: ChatLLM | None,
     *,
     accuracy_verifier: str = "judge",
-    judge_prompt_file: Path | None = None,
-    accuracy_prompt_file: Path | None = None,
+    judges: Mapping[str, ChatLLM] | None = None,
+    prompt_files: Mapping[str, Path | None] | None = None,
+    interactivity_sees: Sees = "request",
     metric_modules: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Scorer:
-    """The scorer of a run. `metric_modules` are imported first, so that they may register metrics; `settings` are those
-    of each metric by its name.
+    """The scorer of a run. `metric_modules` are imported first, so that they may register metrics. By metric:
+    `judges`, who stand in for `judge` there, the `prompt_files` of their judges, and `settings`.
 
     Raises UserError for a module that cannot be imported, an unknown metric, one that lacks its judge, settings that no
     metric takes, or a factory that makes no metric.
     """
     for module in metric_modules:
         import_metric_module(module)
-    context = MetricContext(judge, accuracy_verifier, judge_prompt_file, accuracy_prompt_file)
-    settings = settings or {}
-    for place, names in (("", metric_weights), ("reward.settings: ", settings)):
+    context = MetricContext(judge, accuracy_verifier, interactivity_sees)
+    settings, judges, prompt_files = settings or {}, judges or {}, prompt_files or {}
+    for place, names in (("", metric_weights), ("reward.settings: ", settings), ("reward.judges: ", judges)):
         unknown = sorted(set(names) - set(_FACTORIES))
         if unknown:
             raise UserError(f"{place}unknown metric {unknown[0]!r}; known are {', '.join(known_metrics())}")
     metrics = [
-        _make(replace(context, name=name, raw_settings=settings.get(name, {}), read=[])) for name in metric_weights
+        _make(
+            replace(
+                context,
+                judge=judges.get(name, judge),
+                prompt_file=prompt_files.get(name),
+                name=name,
+                raw_settings=settings.get(name, {}),
+                read=[],
+            )
+        )
+        for name in metric_weights
     ]
     return Scorer(metrics, metric_weights)
 
@@ -126,12 +137,12 @@ def _make(context: MetricContext) -> Metric:
 def _accuracy(context: MetricContext) -> Metric:
     if context.accuracy_verifier == "exact":
         return ExactAccuracy()
-    return JudgedAccuracy(context.need_judge("accuracy"), context.accuracy_prompt_file)
+    return JudgedAccuracy(context.need_judge("accuracy"), context.prompt_file)
 
 
 @register_metric("interactivity")
 def _interactivity(context: MetricContext) -> Metric:
-    return Interactivity(context.need_judge("interactivity"), context.judge_prompt_file)
+    return Interactivity(context.need_judge("interactivity"), context.prompt_file, sees=context.interactivity_sees)
 
 
 @register_metric("token_amount")

@@ -49,6 +49,7 @@ class Request:
     seed: int
     json_reply: bool
     schema: Mapping[str, Any] | None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of litellm.acompletion
 
     @property
     def longest_chars(self) -> int:
@@ -106,7 +107,7 @@ class LiteLLMApi:
         """Where LiteLLM has no price, spare it the search on every call; where nobody has one, warn once."""
         if endpoint.price is None:
             logger.warning(
-                "simulators.%s: no price known for %s; its calls are counted as 0 dollars "
+                "%s: no price known for %s; its calls are counted as 0 dollars "
                 "(set input_usd_per_mtoken and output_usd_per_mtoken to count them)",
                 where,
                 endpoint.model,
@@ -142,7 +143,7 @@ class LiteLLMApi:
 
     async def chat(self, endpoint: Endpoint, request: Request, timeout_s: float) -> ApiReply:
         """One request, no retry. Raises whatever the client raises; failure.classify reads it."""
-        options: dict[str, Any] = {"n": request.n} if request.n > 1 else {}
+        options: dict[str, Any] = {**request.extra, **({"n": request.n} if request.n > 1 else {})}
         if request.json_reply and request.schema is not None and endpoint.json_schema:
             wanted = {"name": "reply", "strict": True, "schema": dict(request.schema)}
             options["response_format"] = {"type": "json_schema", "json_schema": wanted}

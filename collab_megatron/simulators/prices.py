@@ -68,7 +68,7 @@ def listed_price(model: str) -> Price | None:
 
 
 def require_prices(ways: Iterable[tuple[str, LLMSection | DeploymentSection]], budget: BudgetSection) -> None:
-    """`ways`: every deployment with its place below `simulators`. Raises UserError naming one without a price, where
+    """`ways`: every deployment with its place in the config. Raises UserError naming one without a price, where
     the budget has a cap in dollars."""
     caps = [name for name in ("soft_usd", "hard_usd") if getattr(budget, name) is not None]
     if not caps:
@@ -76,8 +76,8 @@ def require_prices(ways: Iterable[tuple[str, LLMSection | DeploymentSection]], b
     for place, section in ways:
         if price(section) is None:
             raise UserError(
-                f"budget.{caps[0]} cannot count what simulators.{place} costs: no price is known for {section.model}; "
-                f"set simulators.{place}.input_usd_per_mtoken and output_usd_per_mtoken (0 for a server that is free)"
+                f"budget.{caps[0]} cannot count what {place} costs: no price is known for {section.model}; "
+                f"set {place}.input_usd_per_mtoken and output_usd_per_mtoken (0 for a server that is free)"
             )
 
 

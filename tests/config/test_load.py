@@ -120,6 +120,13 @@ def test_data_is_one_file_or_several(rl_file: Path) -> None:
     assert (one.train_files, one.validation_files) == ((Path("a"),), ())
 
 
+def test_an_interval_without_held_out_data_is_refused_for_sft_too(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("model: {path: m}\ndata: {train: t}\ntrain: {eval_interval: 5}\n")
+    with pytest.raises(UserError, match=r"data\.validation is not: name a validation parquet"):
+        load_config(SFTConfig, tmp_path / "s.yaml")
+    assert load_config(SFTConfig, tmp_path / "s.yaml", ["data.validation=v"]).export_weights == "best"
+
+
 def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("data: {train: x}\n")
     with pytest.raises(UserError, match="'model' is not set"):

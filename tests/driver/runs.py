@@ -233,7 +233,7 @@ def _look_after(
 def lines(folder: Path, *, versions: bool = True) -> list[dict[str, Any]]:
     """The record of the run `run` without times, by step and as it stands there; of several shards together."""
     found = list(read_trees(folder / "conversations" / "run"))
-    left_out = MOMENTARY if versions else MOMENTARY | {"weight_versions"}
+    left_out = MOMENTARY if versions else MOMENTARY | {"weight_versions", "version_runs"}
     return sorted((_without(line, left_out) for line in found), key=lambda line: line["step"])
 
 

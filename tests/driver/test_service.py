@@ -8,9 +8,11 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import pytest
 from aiohttp import web
 
 from collab_megatron.config import RLConfig
@@ -39,7 +41,7 @@ from collab_megatron.simulators import Gateway, SimulatorHealth
 from collab_megatron.simulators.budget import Budget
 from collab_megatron.simulators.usage import GatewaySnapshot
 from collab_megatron.slots import Slots
-from collab_megatron.types import Message
+from collab_megatron.types import Message, Task
 from tests.driver.fakes import LIMITS, TASK, ScriptedUser, players
 from tests.engine.servers import FakeServer, servers, slowly
 
@@ -58,6 +60,7 @@ async def service(
     folder: Path,
     *fakes: FakeServer,
     first_step: int | None = 1,
+    tasks: Sequence[Task] = (TASK,),
     zero_advantage: Literal["keep", "drop"] = "keep",
     **driver: Any,
 ) -> AsyncIterator[Service]:
@@ -66,7 +69,7 @@ async def service(
     def go_on(chat: Sequence[Message], sample_index: int) -> str:
         return "go on"
 
-    write_tasks(folder / "train.parquet", [TASK])
+    write_tasks(folder / "train.parquet", tasks)
     model = folder / "model"  # the lineage looks at its files, nobody else
     model.mkdir(exist_ok=True)
     config = RLConfig(
@@ -96,7 +99,8 @@ async def service(
             everybody = players(cast(Any, recorded), ScriptedUser(go_on))
             recorder = TreeRecorder(config.run.conversations_dir, config.record, first_step=first_step)
             health, gateway = SimulatorHealth(HealthSection()), cast(Gateway, NoGateway())
-            everything = Cast(everybody, LIMITS, engine, slots, recorded, gateway, health, journal)
+            limits = replace(LIMITS, cut_reply="play")  # the servers' replies do not end with the chat's END
+            everything = Cast(everybody, limits, engine, slots, recorded, gateway, health, journal)
             service = Service(config, everything, recorder)
             yield service
             await service.close()
@@ -161,6 +165,20 @@ async def test_a_step_ends_the_evaluation_that_is_asked_for_no_longer(tmp_path: 
         assert not [task for task in asyncio.all_tasks() if "evaluate" in repr(task.get_coro())]
 
 
+async def test_prompts_that_are_too_long_are_counted_on_the_dashboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = FakeServer(version="0")
+    long = [replace(TASK, task_id=f"long{i}", prompt=(Message("user", "x" * (97 + i)),)) for i in range(2)]
+    tasks = [TASK, *long, replace(TASK, task_id="t2")]  # a character is a token, 100 - 4 leave room for a reply
+    async with service(tmp_path, server, tasks=tasks) as driver:
+        figures = values((await answered(driver, Request("step", 0, 0, (server.url,)))).figures)
+    assert (figures["data/prompts_left_out"], figures["data/prompts_left_out_share"]) == (2, 0.5)
+    assert "left out: 2 of 4 prompts (50.0%) have more than 96 tokens; the longest, task long1, has 98" in (
+        capsys.readouterr().out
+    )
+
+
 async def test_an_evaluation_leaves_its_conversations(tmp_path: Path) -> None:
     server = FakeServer(version="0")
     async with service(tmp_path, server) as driver:
@@ -185,6 +203,8 @@ async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp
     async with service(tmp_path, server, first_step=None) as driver:
         again = await answered(driver, Request("step", 0, 0, (server.url,)))
         assert (again.samples, again.figures) == (first.samples, first.figures)
+        # what counts from the start of a process is on the dashboard by step alone; totals are the journal's (budget/)
+        assert not [name for name in again.figures if name.startswith("total/")]
         assert len(server.bodies) == asked
         assert (tmp_path / RECORD).read_text() == lines
         server.version = "1"

@@ -134,8 +134,12 @@ class TrainSection(Section):
     keep_last: Positive = 2  # complete checkpoints to keep
     keep_every: Count = 0  # besides, keep every checkpoint whose step is a multiple of this; 0: none
     async_save: bool = False  # write checkpoints beside the training
-    eval_interval: Count = 0  # RL: steps between held-out evaluations; 0: only before the first and after the last
-    eval_at_start: bool = True
+    # steps between evaluations on data.validation; 0: only before the first step and after the last. RL plays whole
+    # conversations, SFT measures the loss on assistant tokens
+    eval_interval: Count = 0
+    eval_at_start: bool = True  # before the first step too
+    # SFT: save whenever the held-out loss is the lowest so far, and keep that checkpoint apart from keep_last
+    keep_best: bool = True
 
 
 class AlgorithmSection(Section):
@@ -150,6 +154,8 @@ class AlgorithmSection(Section):
     zero_advantage: Literal["keep", "drop"] = "keep"
     clip_low: float = Field(default=0.2, ge=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = Field(default=0.2, ge=0)
+    # bounds the loss of a token whose advantage is negative at this ratio (dual-clip PPO; verl's clip_ratio_c is 3)
+    clip_dual: float | None = Field(default=None, gt=1)
     kl_coef: float = Field(default=0.001, ge=0)  # weight of the low-variance KL to the reference; 0: no reference model
     # model: a second copy on the device; swap: the initial weights wait on the host and are swapped in
     reference: Literal["model", "swap"] = "model"
