@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from collab_megatron.cluster.plan import rl_plan
+from collab_megatron.cluster.cost import Lengths, step_calls
 from collab_megatron.config import RLConfig, dump_config, load_config
 from collab_megatron.config.entry import llm_roles, shipped_judges
 from collab_megatron.config.sections import BudgetSection, LLMSection, SimulatorsSection, UserSection
@@ -163,9 +163,10 @@ def test_the_plan_and_the_lineage_know_the_judges(tmp_path: Path, tiny_model: Pa
         return load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", [*sound, *overrides])
 
     own = "reward.judges.interactivity={model: own-judge}"
-    plan = rl_plan(load(own, "reward.accuracy_verifier=judge"))
-    assert "per step to own-judge" in plan
-    assert "per step to hosted_vllm/desk-judge" in plan
+    config = load(own, "reward.accuracy_verifier=judge")
+    asked = {item.place: item.section.model for item in step_calls(config, Lengths())}
+    assert asked["reward.judges.interactivity"] == "own-judge"
+    assert asked["simulators.judge"] == "hosted_vllm/desk-judge"
     assert set(shipped_judges(load().reward, load().simulators)) == {"interactivity"}
     names = [
         lineage_of(load(*more))
