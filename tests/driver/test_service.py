@@ -15,8 +15,6 @@ from typing import Any, Literal, cast
 import pytest
 from aiohttp import web
 
-import pytest
-
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import (
     AlgorithmSection,
