@@ -26,7 +26,7 @@ KINDS: dict[bytes, type[RunError]] = {
     b"\x01": NoEngineLeft,
     b"\x02": BudgetSpent,
     b"\x03": SimulatorSick,
-    b"\x04": EvaluationFailed,
+    b"\x05": EvaluationFailed,
     b"\xff": RunError,
 }
 """What rank 0 met, for the others to raise; the first that fits."""
