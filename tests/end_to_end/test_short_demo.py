@@ -61,6 +61,8 @@ def test_the_summary_holds_every_figure(short_demo: tuple[Path, Ended]) -> None:
     assert "prompts_per_step: 4" in summary["config"]["rl"]
     assert "tensorboard --logdir" in ended.output
     assert "rl 3/3" in ended.output
+    assert "done        3 steps of rl" in ended.output
+    assert f"held out    after step 3: mr {summary['mr']['rl']:.3g}" in ended.output
 
 
 def test_the_terminal_tells_of_rank_0_what_was_chosen_and_the_logs_of_the_others(
@@ -224,7 +226,10 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     again = run(*rl_command(tmp_path, "train.steps=2"))
     assert again.code == 2
     assert "run.resume=true" in again.errors[0]
-    resumed = run(*rl_command(tmp_path, "train.steps=4", "run.resume=true"))
+    other = run(*rl_command(tmp_path, "train.steps=4", "run.resume=auto", "algorithm.kl_coef=0.5"))
+    assert other.code == 2
+    assert "algorithm.kl_coef: 0.005 -> 0.5" in other.errors[0]
+    resumed = run(*rl_command(tmp_path, "train.steps=4", "run.resume=auto"))
     assert resumed.code == 0, resumed.output[-4000:]
     assert "rl 3/4" in resumed.output
     assert "rl 2/4" not in resumed.output

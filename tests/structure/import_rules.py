@@ -50,6 +50,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     },
     "cluster": {
         "checkpoint.folders": "preflight: is there something to resume from",
+        "checkpoint.origin": "preflight: is it this run that would be resumed",
         "convert": "preflight: does the model fit the layout",
         "data": "preflight: can the data be read",
         "engine": "starts the server and waits until it answers",
