@@ -88,26 +88,8 @@ def own_name(config: EvaluateConfig) -> EvaluateConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{NAME}-{config.run.name}"})})
 
 
-def with_model_folder(config: EvaluateConfig) -> EvaluateConfig:
-    """The config with a Hugging Face folder for `model.path`, where it names a run's checkpoint."""
-    checkpoint = checkpoint_of(config.model.path)
-    if checkpoint is None:
-        return config
-    return _with_model(config, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
-
-
-def with_trained_model(config: EvaluateConfig) -> EvaluateConfig:
-    """The config with the model that the run trained, where `model.path` names its checkpoint: the same shapes, and
-    nothing has to be converted for a dry run."""
-    checkpoint = checkpoint_of(config.model.path)
-    if checkpoint is None:
-        return config
-    print(f"model.path  {checkpoint} is converted to a model folder at the start", flush=True)
-    return _with_model(config, read_info(checkpoint).extra["config"]["model"]["path"])
-
-
-def _with_model(config: EvaluateConfig, path: str | Path) -> EvaluateConfig:
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
+def with_model(config: EvaluateConfig, folder: Path) -> EvaluateConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
 
 
 def weights_name(config: EvaluateConfig, urls: Sequence[str]) -> str:
@@ -140,10 +122,14 @@ def main() -> None:
     given = own_name(load_config(EvaluateConfig, arguments.config, arguments.overrides))
     if arguments.dry_run:
         print(dump_config(given), flush=True)
-        check_evaluate(with_trained_model(given), dry_run=True, node=arguments.node)
+    checkpoint = checkpoint_of(given.model.path)
+    # every other mistake is found before the conversion: config and tokenizer lie in the checkpoint as they are
+    config = given if checkpoint is None else with_model(given, read_info(checkpoint).hf_folder)
+    max_context_tokens = check_evaluate(config, dry_run=arguments.dry_run, node=arguments.node)
+    if arguments.dry_run:
         return
-    config = with_model_folder(given)
-    max_context_tokens = check_evaluate(config)
+    if checkpoint is not None:
+        config = with_model(given, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
     output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
     with Supervisor(config.run.logs_dir) as supervisor:
         urls = launch_engine_only(supervisor, config)
