@@ -145,6 +145,7 @@ def main() -> None:
     if arguments.trainer is not None:
         train(config, arguments.trainer)
         return
+    from collab_megatron.cluster.ending import told_at_the_end
     from collab_megatron.cluster.launch import launch_rl
     from collab_megatron.cluster.length import with_steps
     from collab_megatron.cluster.preflight import check_rl
@@ -155,7 +156,8 @@ def main() -> None:
     start = check_rl(config, dry_run=arguments.dry_run, node=arguments.node)
     if arguments.dry_run:
         return
-    launch_rl(config, start)
+    with told_at_the_end(config.run, config.train.steps, arguments.config):
+        launch_rl(config, start)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("data.train=[a, a]", "names the file a twice"),
         ("rollout.temperature=0.7", "'rollout.temperature': input should be"),
         ("engine.url=x", "did you mean 'urls'?"),
+        ("train.stride=3", "known keys here: "),  # a word that is only a little like `steps`
         ("engine={urls: [http://a:1], count: 2}", "set one of the two only"),
         ("engine={port: 65535, count: 2}", "leaves no ports for engine.count=2 servers"),
         ("engine.urls=[localhost:1]", "'localhost:1' is no address of the form http://HOST:PORT"),

@@ -112,6 +112,8 @@ def test_a_term_signal_ends_everything(
     newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
     assert newest is not None, ended.output[-3000:]
     assert f"is saved: {newest}; run.resume=true goes on" in ended.output
+    assert " of 500 steps: the same command with run.resume=true goes on from it" in ended.output
+    assert "never awaited" not in ended.output
 
 
 def test_simulators_that_go_away_end_the_run(
