@@ -16,6 +16,7 @@ from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
 from collab_megatron.errors import RunError, run_cli
 from collab_megatron.log import set_up_logging
+from collab_megatron.types import RolloutBatch
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -84,6 +85,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     saving = Saving(checkpoints, grid, config.run, config.train, interrupt)
     skipped = SkippedSteps(config.train.max_skipped_steps)
 
+    trained: RolloutBatch | None = None  # the newest that had samples
     with saving.before_any_end():
         engines.publish(saving.done)
         evaluations.evaluate_at_start(saving.done)
@@ -91,6 +93,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
             with timer("step"):
                 with timer("wait_for_rollout"):
                     batch = engines.next_batch(saving.done, checkpoints.saved)
+                trained = batch if batch.samples else trained
                 engines.make_room()
                 with saving.step():
                     metrics = update(
@@ -114,8 +117,9 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                     reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain())
             evaluations.evaluate_if_due(saving.done)
     checkpoints.wait()
-    if reporter and first_step < total:
-        write_engine_probe(config, publisher.control, batch)
+    if reporter:
+        if trained is not None:
+            write_engine_probe(config, publisher.control, trained)
         reporter.close()
     inbox.close()
     publisher.close()
@@ -141,6 +145,7 @@ def main() -> None:
     if arguments.trainer is not None:
         train(config, arguments.trainer)
         return
+    from collab_megatron.cluster.ending import told_at_the_end
     from collab_megatron.cluster.launch import launch_rl
     from collab_megatron.cluster.length import with_steps
     from collab_megatron.cluster.preflight import check_rl
@@ -151,7 +156,8 @@ def main() -> None:
     start = check_rl(config, dry_run=arguments.dry_run, node=arguments.node)
     if arguments.dry_run:
         return
-    launch_rl(config, start)
+    with told_at_the_end(config.run, config.train.steps, arguments.config):
+        launch_rl(config, start)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def main() -> None:
     if arguments.trainer is not None:
         train(config)
         return
+    from collab_megatron.cluster.ending import told_at_the_end
     from collab_megatron.cluster.launch import launch_sft
     from collab_megatron.cluster.length import with_steps
     from collab_megatron.cluster.preflight import check_sft
@@ -136,7 +137,8 @@ def main() -> None:
     check_sft(config, dry_run=arguments.dry_run, node=arguments.node)
     if arguments.dry_run:
         return
-    launch_sft(config)
+    with told_at_the_end(config.run, config.train.steps, None, exported=config.export_hf):
+        launch_sft(config)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ import pytest
 
 from collab_megatron.checkpoint.folders import newest_complete
 from collab_megatron.cluster.processes import free_port
+from collab_megatron.driver.recorder import read_trees
 from tests.conftest import DESK_KEY, REPOSITORY, Ended, Run, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -96,7 +96,7 @@ def test_a_killed_driver_comes_again_and_the_run_ends_well(
     ended = running.end()
     assert ended.code == 0, ended.output[-3000:]
     assert "rl 5/5" in ended.output
-    trees = [json.loads(line) for line in (tmp_path / "run" / "conversations.jsonl").open()]
+    trees = list(read_trees(tmp_path / "run" / "conversations" / "rl"))
     assert Counter(tree["step"] for tree in trees) == dict.fromkeys(range(5), 4)
     assert len({tree["task_id"] for tree in trees}) == len(trees)
 
@@ -112,6 +112,8 @@ def test_a_term_signal_ends_everything(
     newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
     assert newest is not None, ended.output[-3000:]
     assert f"is saved: {newest}; run.resume=true goes on" in ended.output
+    assert " of 500 steps: the same command with run.resume=true goes on from it" in ended.output
+    assert "never awaited" not in ended.output
 
 
 def test_simulators_that_go_away_end_the_run(
