@@ -27,6 +27,15 @@ class NoEngineLeft(RunError):
     """Every engine is dead, hung or not yet synced: the run can go on once one is back."""
 
 
+class EvaluationFailed(RunError):
+    """Too few of an evaluation's conversations are there to mean anything. The trainer's state is well."""
+
+    def __init__(self, message: str, *, played: int, failed: int) -> None:
+        super().__init__(message)
+        self.played = played  # conversations that were begun
+        self.failed = failed  # of these, without a reward
+
+
 class WeightsDiffer(RunError):
     """An engine does not serve the trainer's weights: training on what it samples would be silently wrong."""
 

@@ -9,7 +9,7 @@ The Protocols at the end are what the driver is given; a test gives it small fak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -251,10 +251,13 @@ class ScoredConversation:
 
 
 class Metric(Protocol):
-    """One conversation-level metric; `uses_llm` metrics are awaited beside each other."""
+    """One conversation-level metric; all metrics of a conversation are awaited at the same time."""
 
     name: str
 
-    async def score(self, conversation: ScoredConversation) -> float:
-        """The raw score. Raises SimulatorError if a judge could not be had."""
+    def score(self, conversation: ScoredConversation) -> float | Awaitable[float]:
+        """The raw score, a finite number; `async def` for one that waits, a plain function for one that counts.
+
+        Raises SimulatorError if a judge could not be had.
+        """
         ...

@@ -62,6 +62,7 @@ def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch]
             clip_high=algorithm.clip_high,
             kl_coef=algorithm.kl_coef,
             importance_cap=algorithm.importance_cap,
+            clip_dual=algorithm.clip_dual,
         )
         gap = ((old - rollout).abs() * batch.mask).detach()
         # where older weights had a hand in it the gap is the policy's own way since then, and says nothing of engines
@@ -71,6 +72,6 @@ def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch]
             "on_policy_share": torch.sum(on_policy),
             "on_policy_gap": torch.sum(gap * on_policy),
         }
-        return LossSum(loss=total.loss, metrics={**total.metrics, **metrics})
+        return replace(total, metrics={**total.metrics, **metrics})
 
     return loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -32,14 +32,19 @@ from collab_megatron.config.sections import (
 )
 
 MAX_PORT = 65535
+JUDGE_OF = "judge-"  # begins the role of a metric's own judge
 
 
 def _check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
-    judged = "interactivity" in reward.metric_weights or (
-        "accuracy" in reward.metric_weights and reward.accuracy_verifier == "judge"
-    )
-    if judged and simulators.judge is None:
-        raise ValueError("these metrics need an LLM judge: set simulators.judge")
+    lacking = [name for name, judge in shipped_judges(reward, simulators).items() if judge is None]
+    if lacking:
+        raise ValueError(f"{lacking[0]} needs an LLM judge: set simulators.judge, or reward.judges.{lacking[0]}")
+    accuracy = reward.judges.get("accuracy")
+    if reward.accuracy_prompt_file is not None and accuracy is not None and accuracy.prompt_file is not None:
+        raise ValueError(
+            "reward.accuracy_prompt_file and reward.judges.accuracy.prompt_file name two prompts for one judge: remove "
+            "one of them"
+        )
 
 
 def _check_schedule(optimizer: OptimizerSection, steps: int) -> None:
@@ -161,12 +166,16 @@ class SFTConfig(Section):
     max_tokens: Positive = 4096  # longer conversations are left out and counted
     optimizer: OptimizerSection = OptimizerSection(lr=1e-5)
     parallel: ParallelSection = ParallelSection()
-    export_hf: Path | None = None  # where the final weights go as a Hugging Face folder
+    export_hf: Path | None = None  # where the weights go as a Hugging Face folder at the end
+    # best: those with the lowest held-out loss; the last ones without data.validation or train.keep_best
+    export_weights: Literal["best", "last"] = "best"
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         _check_schedule(self.optimizer, self.train.steps)
         _check_packing(self.parallel, self.train)
+        if self.train.eval_interval and self.data.validation is None:
+            raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
         return self
 
 
@@ -219,7 +228,29 @@ class BuildDatasetConfig(Section):
         return self
 
 
-def llm_roles(simulators: SimulatorsSection) -> dict[str, LLMSection]:
-    """The roles that are configured, by name."""
+def llm_roles(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
+    """The roles that are configured, by name. A metric's own judge is `judge-METRIC`, where the metric has a weight."""
     named: dict[str, Any] = {"user": simulators.user, "judge": simulators.judge, "assistant": simulators.assistant}
-    return {role: section for role, section in named.items() if section is not None}
+    roles = {role: section for role, section in named.items() if section is not None}
+    own = {judge_role(metric): judge for metric, judge in reward.judges.items() if metric in reward.metric_weights}
+    return roles | own
+
+
+def judge_role(metric: str) -> str:
+    """The role of a metric's own judge."""
+    return f"{JUDGE_OF}{metric}"
+
+
+def role_place(role: str) -> str:
+    """Where in the config a role of `llm_roles` stands."""
+    return f"reward.judges.{role.removeprefix(JUDGE_OF)}" if role.startswith(JUDGE_OF) else f"simulators.{role}"
+
+
+def shipped_judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, LLMSection | None]:
+    """The judge of each weighted metric that is shipped and needs one; None where it lacks one."""
+    judged = ["accuracy"] if reward.accuracy_verifier == "judge" else []
+    return {
+        name: reward.judges.get(name, simulators.judge)
+        for name in (*judged, "interactivity")
+        if name in reward.metric_weights
+    }

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from collab_megatron.driver.figures import Figure, Figures
+from collab_megatron.driver.held_out import is_opening
 from collab_megatron.rewards import asks_question, clamped_share
 from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
 
@@ -17,7 +18,7 @@ def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> Figures:
     """
     asked: dict[str, list[float]] = {"clarify_rate": [], "clarify_rate_ambiguous": [], "clarify_rate_complete": []}
     for task, reply in pairs:
-        if sum(message.role == "user" for message in task.prompt) > 1:
+        if not is_opening(task):
             continue
         asks = float(asks_question(reply.text))
         asked["clarify_rate"].append(asks)
@@ -105,15 +106,30 @@ def staleness_metrics(groups: Sequence[Group], step: int) -> Figures:
     }
 
 
-def evaluation_metrics(plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float]) -> Figures:
-    """Figures of held-out conversations, each with one future; failed conversations are counted, not averaged."""
-    scored = [(task, reply) for task, reply in plays if reply.mr is not None]
-    futures = [reply.futures_K[0] for _, reply in scored]
+def evaluation_metrics(
+    plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float], *, apart: bool = False
+) -> Figures:
+    """Figures of held-out conversations, each with one future; failed conversations are counted, not averaged.
+
+    `apart`: scores, reward and counts once more over the openings and over the later turns of a conversation, as
+    openings/NAME and later/NAME. Clarify rates are of openings at any time.
+    """
+    figures = _score_figures(plays, weights)
+    figures |= clarify_rates([(task, reply) for task, reply in plays if reply.mr is not None])
+    if apart:
+        for kind, opening in (("openings", True), ("later", False)):
+            part = [(task, reply) for task, reply in plays if is_opening(task) is opening]
+            figures |= {f"{kind}/{name}": figure for name, figure in _score_figures(part, weights).items()}
+    return figures
+
+
+def _score_figures(plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float]) -> Figures:
+    rewards = [reply.mr for _, reply in plays if reply.mr is not None]
+    futures = [reply.futures_K[0] for _, reply in plays if reply.mr is not None]
     figures = {name.removeprefix("reward/"): value for name, value in score_metrics(futures, weights).items()}
     for name in weights:
         figures[name] = figures.pop(f"{name}_mean")
-    figures["mr"] = Figure.of("mean", [reply.mr for _, reply in scored if reply.mr is not None])
-    figures |= clarify_rates(scored)
+    figures["mr"] = Figure.of("mean", rewards)
     figures["conversations"] = Figure.of("sum", [len(plays)])
-    figures["conversations_failed"] = Figure.of("sum", [len(plays) - len(scored)])
+    figures["conversations_failed"] = Figure.of("sum", [len(plays) - len(rewards)])
     return figures

@@ -28,6 +28,7 @@ from collab_megatron.driver.steps import Steps
 from collab_megatron.driver.work import Work
 from collab_megatron.errors import NoEngineLeft, RunError, run_cli
 from collab_megatron.files import publish_json, publish_text
+from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import API_USAGE_FILE
 
 
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
     args = parser.parse_args()
     die_with_parent()
+    set_up_logging(f"driver-{args.shard}")
     config = load_config(RLConfig, args.config)
     with contextlib.suppress(KeyboardInterrupt):
         uvloop.run(

@@ -128,6 +128,8 @@ class Steps:
             **{name: Figure.ratio(found, of) for name, (found, of) in parts_of_shares(health).items()},
             **of_kind("max", self._cast.gateway.budget.metrics()),
             **of_kind("max", self._journal.metrics()),
+            "data/prompts_left_out": Figure.of("max", [self._work.left_out]),  # every shard knows of all
+            "data/prompts_left_out_share": Figure.of("max", [self._work.left_out_share]),
         }
 
 

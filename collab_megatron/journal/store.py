@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from collab_megatron.config.sections import JournalSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.journal.database import STEP_TABLES, connect, create, damaged, explain
 from collab_megatron.journal.housekeeping import Housekeeper
@@ -51,6 +52,14 @@ ADD_TURN = "INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 FIND_DELIVERY = "SELECT content FROM deliveries WHERE lineage = ? AND shard = ? AND step = ?"
 ADD_DELIVERY = "INSERT OR REPLACE INTO deliveries VALUES (?, ?, ?, ?)"
 COUNT_ROWS = "SELECT " + " + ".join(f"(SELECT count(*) FROM {table})" for table in STEP_TABLES)
+
+
+def open_journal(section: JournalSection, default: Path, lineage: str) -> Journal:
+    """The journal that a config describes, at `default` where it names no path; all processes of a run share the file.
+
+    Raises UserError for a file that is no journal.
+    """
+    return Journal(section.path or default, replay=section.replay, lineage=lineage)
 
 
 class ReplayMiss(RunError):

@@ -145,7 +145,7 @@ class Role:
     ) -> Request:
         section = self.section
         wanted = schema if json_reply and section.json_schema else None
-        return Request(wire, section.temperature, section.max_tokens, n, seed, json_reply, wanted)
+        return Request(wire, section.temperature, section.max_tokens, n, seed, json_reply, wanted, section.extra)
 
     def _replay(self, key: bytes | None) -> Answer | None:
         """What the journal has: it takes no slot and costs nothing."""

@@ -19,6 +19,8 @@ from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, Simulato
 from collab_megatron.types import RolloutBatch
 
 MARGIN_S = 120.0
+EVALUATION_GRACE_S = 30.0
+"""The driver itself ends an evaluation at its deadline, and hands over what is there."""
 DELIVERED = b"\x00"
 KINDS: dict[bytes, type[RunError]] = {
     b"\x01": NoEngineLeft,
@@ -65,7 +67,9 @@ class Inbox:
         """Held-out figures on every rank; `engines`, and what it raises, as in `next_batch`."""
         driver = self._driver
         return self._shared(
-            (lambda: driver.evaluate(step, version, engines, timeout_s=self._eval_timeout_s)) if driver else None,
+            (lambda: driver.evaluate(step, version, engines, timeout_s=self._eval_timeout_s + EVALUATION_GRACE_S))
+            if driver
+            else None,
             dict[str, float],
         )
 

@@ -33,8 +33,8 @@ def update(
 ) -> dict[str, float]:
     """Train on `batch`; metrics by dashboard name, means over trained tokens, equal on every rank.
 
-    With several mini-batches the figures are those of their mean, except lr (the last), grad_norm and dp_imbalance (the
-    largest).
+    With several mini-batches the figures are those of their mean, except lr (the last), grad_norm, dp_imbalance and
+    those that end in _max (the largest).
     """
     parts = mini_batches(batch.samples, algorithm.mini_batches)
     prepared: list[tuple[list[MicroBatch], int]] = []
@@ -54,6 +54,7 @@ def update(
         results = [actor.train_step(micro, loss_fn, normalizer=tokens) for micro, tokens in prepared]
     names = results[0].metrics
     metrics = {f"train/{name}": sum(r.metrics[name] for r in results) / len(results) for name in names}
+    metrics |= {f"train/{name}": max(r.largest[name] for r in results) for name in results[0].largest}
     on_policy = metrics["train/on_policy_share"]
     gap = metrics.pop("train/on_policy_gap")  # summed over those tokens, divided by all
     if on_policy:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +19,6 @@ from collab_megatron.config.sections import (
     BudgetSection,
     DataSection,
     DriverSection,
-    EngineSection,
     HealthSection,
     ModelSection,
     RewardSection,
@@ -27,7 +28,7 @@ from collab_megatron.config.sections import (
     UserSection,
 )
 from collab_megatron.data.parquet import write_tasks
-from collab_megatron.driver.cast import Cast, lineage_of, open_journal
+from collab_megatron.driver.cast import Cast, open_journal
 from collab_megatron.driver.figures import values
 from collab_megatron.driver.protocol import Answer, Request
 from collab_megatron.driver.record import TreeRecorder
@@ -38,7 +39,7 @@ from collab_megatron.simulators import Gateway, SimulatorHealth
 from collab_megatron.simulators.budget import Budget
 from collab_megatron.simulators.usage import GatewaySnapshot
 from collab_megatron.slots import Slots
-from collab_megatron.types import Message
+from collab_megatron.types import Message, Task
 from tests.driver.fakes import LIMITS, TASK, ScriptedUser, players
 from tests.engine.servers import FakeServer, servers, slowly
 
@@ -52,17 +53,19 @@ class NoGateway:
 
 @asynccontextmanager
 async def service(
-    folder: Path, *fakes: FakeServer, first_step: int | None = 0, **driver: Any
+    folder: Path, *fakes: FakeServer, first_step: int | None = 0, tasks: Sequence[Task] = (TASK,), **driver: Any
 ) -> AsyncIterator[Service]:
     """Two prompts a step, two replies, one future each: four conversations of three policy turns."""
 
     def go_on(chat: Sequence[Message], sample_index: int) -> str:
         return "go on"
 
-    write_tasks(folder / "train.parquet", [TASK])
+    write_tasks(folder / "train.parquet", tasks)
+    model = folder / "model"  # the lineage looks at its files, nobody else
+    model.mkdir(exist_ok=True)
     config = RLConfig(
         run=RunSection(dir=folder),
-        model=ModelSection(path="none"),
+        model=ModelSection(path=str(model)),
         data=DataSection(train=folder / "train.parquet", validation=folder / "train.parquet"),
         simulators=SimulatorsSection(user=UserSection(model="none")),
         reward=RewardSection(metric_weights={"accuracy": 1.0}, accuracy_verifier="exact"),
@@ -151,6 +154,31 @@ async def test_a_step_ends_the_evaluation_that_is_asked_for_no_longer(tmp_path: 
         assert not [task for task in asyncio.all_tasks() if "evaluate" in repr(task.get_coro())]
 
 
+async def test_prompts_that_are_too_long_are_counted_on_the_dashboard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = FakeServer(version="0")
+    long = [replace(TASK, task_id=f"long{i}", prompt=(Message("user", "x" * (97 + i)),)) for i in range(2)]
+    tasks = [TASK, *long, replace(TASK, task_id="t2")]  # a character is a token, 100 - 4 leave room for a reply
+    async with service(tmp_path, server, tasks=tasks) as driver:
+        figures = values((await answered(driver, Request("step", 0, 0, (server.url,)))).figures)
+    assert (figures["data/prompts_left_out"], figures["data/prompts_left_out_share"]) == (2, 0.5)
+    assert "left out: 2 of 4 prompts (50.0%) have more than 96 tokens; the longest, task long1, has 98" in (
+        capsys.readouterr().out
+    )
+
+
+async def test_an_evaluation_leaves_its_conversations(tmp_path: Path) -> None:
+    server = FakeServer(version="0")
+    async with service(tmp_path, server) as driver:
+        answer = await answered(driver, Request("evaluate", 3, 0, (server.url,)))
+    assert values(answer.figures)["conversations"] == 1
+    (line,) = (tmp_path / "evaluations" / "run" / "step_00000003.jsonl").read_text().splitlines()
+    played = json.loads(line)
+    assert (played["step"], played["task_id"]) == (3, TASK.task_id)
+    assert played["replies"][0]["futures"][0]["scores"] == {"accuracy": 6.0}
+
+
 async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp_path: Path) -> None:
     """A driver that was killed and started again reads it from the journal; nothing is sampled twice."""
     server = FakeServer(version="0")
@@ -218,29 +246,3 @@ async def test_a_spent_budget_ends_what_is_under_way_and_begins_nothing(tmp_path
         await asked
         assert len((await answered(driver, Request("step", 0, 0, (server.url,)))).samples) == 4  # it was under way
         assert (await answered(driver, Request("step", 1, 1, (server.url,)))).stop == "budget"
-
-
-def test_another_metric_or_prompt_makes_another_lineage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches whose rewards came of other code must not be delivered again."""
-    monkeypatch.syspath_prepend(tmp_path)
-    module, prompt = tmp_path / "my_metric.py", tmp_path / "user.txt"
-    module.write_text("a = 1")
-    prompt.write_text("one")
-    config = RLConfig(
-        run=RunSection(dir=tmp_path),
-        model=ModelSection(path="none"),
-        data=DataSection(train=tmp_path / "train.parquet"),
-        simulators=SimulatorsSection(user=UserSection(model="none", prompt_file=prompt)),
-        reward=RewardSection(
-            metric_weights={"accuracy": 1.0}, accuracy_verifier="exact", metric_modules=("my_metric",)
-        ),
-    )
-    names = [lineage_of(config), lineage_of(config)]
-    module.write_text("a = 2")
-    names.append(lineage_of(config))
-    prompt.write_text("two")
-    names.append(lineage_of(config))
-    names.append(lineage_of(config.model_copy(update={"engine": EngineSection(count=3)})))  # decides nothing
-    assert names[0] == names[1]
-    assert names[3] == names[4]
-    assert len(set(names)) == 3

@@ -155,7 +155,7 @@ def test_a_disk_that_fills_up_while_saving(
             *("train.steps=2000", "train.save_interval=20", "batch_size=16", "optimizer.warmup_steps=1"),
         ]
     )
-    running.wait_until("sft 50/2000")
+    running.wait_until("sft 40/2000")
     filler = small_disk / "filler"
     with filler.open("wb") as file:  # all but 4 MB: less than one checkpoint
         file.truncate(0)

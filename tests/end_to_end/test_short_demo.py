@@ -7,8 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.checkpoint.folders import newest_complete, read_best, read_info
+from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.parquet import read_conversations
 from collab_megatron.monitor.dashboard import read_metrics
 from tests.conftest import DESK_KEY, Ended, Run
 
@@ -58,6 +62,20 @@ def test_the_summary_holds_every_figure(short_demo: tuple[Path, Ended]) -> None:
     assert "rl 3/3" in ended.output
 
 
+def test_the_terminal_tells_of_rank_0_what_was_chosen_and_the_logs_of_the_others(
+    short_demo: tuple[Path, Ended],
+) -> None:
+    run_dir, ended = short_demo
+    for told in (
+        "actor.backend: backend cpu: gloo",
+        "actor.grid: layout: rank {} of 2",
+        "actor.optimizer: optimizer: ",
+    ):
+        assert f" trainer-0 {told.format(0)}" in ended.output
+        assert f" trainer-1 {told.format(1)}" not in ended.output
+        assert f" trainer-1 {told.format(1)}" in (run_dir / "logs" / "rl" / "trainer-1.log").read_text()
+
+
 def test_the_dashboard_shows_every_step(short_demo: tuple[Path, Ended]) -> None:
     run_dir, _ = short_demo
     steps = [row for row in read_metrics(run_dir / "tensorboard" / "rl") if "time_s/step" in row]
@@ -68,6 +86,39 @@ def test_the_dashboard_shows_every_step(short_demo: tuple[Path, Ended]) -> None:
         # fp32 on both sides: the engine serves exactly the weights that the trainer trains
         assert row["train/logprob_gap"] < 1e-4
     assert list((run_dir / "tensorboard" / "rl").glob("events.out.tfevents.*"))
+
+
+def test_sft_measures_its_held_out_loss_and_keeps_the_best(short_demo: tuple[Path, Ended]) -> None:
+    """10 steps at TP=2, measured every 4: the loss of the exported weights is what plain transformers finds."""
+    run_dir, ended = short_demo
+    rows = read_metrics(run_dir / "tensorboard" / "sft")
+    losses = {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
+    assert list(losses) == [0, 4, 8, 10]
+    assert losses[10] < losses[0]
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 11))  # a short run shows every step
+    assert ended.output.count("trained tokens/s") == 10
+    best = read_best(run_dir / "checkpoints" / "sft")
+    assert best is not None
+    assert (best.step, best.loss) == min(((s, loss) for s, loss in losses.items() if s), key=lambda pair: pair[1])
+    assert f"the weights after step {best.step} are in {run_dir / 'sft_hf'}" in ended.output
+    found = plain_loss(run_dir / "sft_hf", run_dir / "data" / "sft_validation.parquet")
+    assert found == pytest.approx(best.loss, rel=1e-5)
+    assert f"held-out loss {best.loss:.4f} after step {best.step}, the lowest so far" in ended.output
+
+
+def plain_loss(model_folder: Path, conversations: Path) -> float:
+    """Mean negative log-likelihood of the assistant tokens, one conversation at a time."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    chat = ChatTemplate(load_tokenizer(model_folder))
+    total, tokens = 0.0, 0
+    for row in read_conversations(conversations):
+        ids, mask = chat.sft_ids_and_mask(row.messages)
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        of_label = logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+        trained = torch.tensor(mask[1:])
+        total, tokens = total - of_label[trained].sum().item(), tokens + int(trained.sum())
+    return total / tokens
 
 
 def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:

@@ -3,12 +3,13 @@
 A config file holds only what differs from the defaults here. Entry points combine the sections (config/entry.py).
 """
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Count, Finite, Positive, Seconds, Section, Share
 from collab_megatron.config.sections.engine import EngineSection, SyncSection
 from collab_megatron.config.sections.llm import (
     BudgetSection,
     DeploymentSection,
     HealthSection,
+    JudgeSection,
     LLMSection,
     RewardSection,
     SimulatorSection,
@@ -35,8 +36,10 @@ __all__ = [
     "DriverSection",
     "EngineSection",
     "EvaluationSection",
+    "Finite",
     "HealthSection",
     "JournalSection",
+    "JudgeSection",
     "LLMSection",
     "ModelSection",
     "OptimizerSection",

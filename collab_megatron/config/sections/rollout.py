@@ -71,7 +71,13 @@ class EvaluationSection(Section):
     """Whole conversations on held-out tasks."""
 
     num_tasks: Positive = 1000  # at most; fewer if the file has fewer
+    seed: int = 1  # which num_tasks of the file: the same at every step; a larger num_tasks adds to a smaller one
+    # true: the simulated user writes the opening from the whole request, in place of the dataset's prompt (its system
+    # message stays); of a file that has openings only those tasks are played
+    simulated_opening: bool = False
     temperature: float = Field(default=0.0, ge=0)
     max_assistant_turns: Positive = 3
-    max_concurrency: Positive = 64
-    timeout_s: Seconds = 1800.0
+    max_concurrency: Positive = 64  # conversations at a time, over all shards
+    timeout_s: Seconds = 1800.0  # deadline of the evaluation; what is under way then counts as failed
+    # RL: held-out evaluations whose conversations stay in RUN_DIR/evaluations/NAME, the newest and the first of all
+    keep_transcripts: Positive = 20
