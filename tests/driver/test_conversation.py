@@ -76,6 +76,14 @@ async def test_termination_ends_the_chat_without_another_policy_turn() -> None:
     assert user.asked == [5]
 
 
+async def test_the_termination_signal_is_a_setting() -> None:
+    limits = replace(LIMITS, termination_signal="[[TERMINATE CHAT]]")
+    for said, status in (("bye [[TERMINATE CHAT]]", "terminated"), ("bye [TERMINATE]", "max_turns")):
+        user = ScriptedUser(lambda chat, i, said=said: said)
+        future = await play(policy_turn("a"), engine=ScriptedEngine(["b"]), user=user, limits=limits)
+        assert future.status == status
+
+
 async def test_context_is_what_was_sampled_plus_glue() -> None:
     engine = ScriptedEngine(["bb", "cc"])
     await play(policy_turn("aa"), engine=engine, user=ScriptedUser(noon))

@@ -20,6 +20,7 @@ from collab_megatron.data.parquet import to_turns
 from collab_megatron.rewards import Scorer, multiturn_reward
 from collab_megatron.simulators import SimulatorError, ends_chat
 from collab_megatron.types import (
+    TERMINATION_SIGNAL,
     ChatLLM,
     Future,
     Message,
@@ -41,6 +42,7 @@ class Growth:
     max_total_turns: int  # assistant turns of a conversation
     max_user_turns: int  # user turns inside a scored future
     system_prompt: str = ""
+    termination_signal: str = TERMINATION_SIGNAL
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ async def grow_conversation(problem: Problem, growth: Growth, players: Players) 
         chat = [Message("system", growth.system_prompt), *(m for m in chat if m.role != "system")]
     if not task.prompt:
         opening = await players.user.reply(task, (), sample_index=samples)
-        if ends_chat(opening):
+        if ends_chat(opening, growth.termination_signal):
             raise SimulatorError("the simulated user ended the chat in its opening")
         chat.append(Message("user", opening))
     rows: list[dict[str, Any]] = []
@@ -89,7 +91,7 @@ async def grow_conversation(problem: Problem, growth: Growth, players: Players) 
         if turn_id + 1 == growth.max_total_turns:
             break
         user_text = await _next_user_turn(task, chat, best, first_sample, players)
-        if ends_chat(user_text):
+        if ends_chat(user_text, growth.termination_signal):
             break
         chat.append(Message("user", user_text))
     return [{**row, "conv_rows": len(rows)} for row in rows]
@@ -136,7 +138,7 @@ async def _play_future(
         for _ in range(growth.max_user_turns):
             user_text = await players.user.reply(task, messages, sample_index=sample_index)
             messages.append(Message("user", user_text))
-            if ends_chat(user_text):
+            if ends_chat(user_text, growth.termination_signal):
                 status = RolloutStatus.TERMINATED
                 break
             (turn,) = await players.assistant.complete(messages, sample_index=sample_index)
