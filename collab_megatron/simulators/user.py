@@ -48,7 +48,7 @@ class LLMUserSimulator:
         self._signal = termination_signal
 
     async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
-        """The next user turn (the opening, if `chat` has no turns); holds the termination signal where it ends the chat.
+        """The next user turn (the opening, if `chat` has no turns); holds the termination signal if it ends it.
 
         Waits for one LLM call. Raises SimulatorError.
         """

@@ -68,7 +68,6 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("train.eval_interval=5", "data.validation is not"),
         ("data.train=[]", "name at least one file"),
         ("data.train=[a, a]", "names the file a twice"),
-        ("rollout.temperature=0.7", "'rollout.temperature': input should be"),
         ("engine.url=x", "did you mean 'urls'?"),
         ("engine={urls: [http://a:1], count: 2}", "set one of the two only"),
         ("engine={port: 65535, count: 2}", "leaves no ports for engine.count=2 servers"),
