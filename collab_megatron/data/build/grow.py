@@ -4,6 +4,7 @@ At every turn the assistant proposes replies (one call), each is scored by its m
 futures in which the same assistant plays the policy, and the best goes into the conversation. The first user turn of
 the best reply's first future then continues the chat, so what was scored is also what happens next.
 
+What the assistant thinks (data/thoughts.py) is seen by nobody and stands in no row.
 A failed future is dropped; a candidate without a scored future drops out; a turn without candidates fails the whole
 conversation with SimulatorError.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 from collab_megatron.data.build.problems import Problem
 from collab_megatron.data.parquet import to_turns
+from collab_megatron.data.thoughts import split_thoughts
 from collab_megatron.rewards import Scorer, multiturn_reward
 from collab_megatron.simulators import SimulatorError, ends_chat
 from collab_megatron.types import (
@@ -102,7 +104,10 @@ async def _propose(
 ) -> list[Candidate]:
     """The distinct candidate replies to `chat` that could be scored. Raises SimulatorError if none could."""
     replies = await players.assistant.complete(chat, sample_index=first_sample, n=growth.num_candidates)
-    texts = list(dict.fromkeys(reply.text.strip() for reply in replies))
+    splits = [split_thoughts(reply.text.strip()) for reply in replies]
+    texts = list(dict.fromkeys(split.reply for split in splits if split.closed and split.reply.strip()))
+    if not texts:
+        raise SimulatorError("the assistant proposed no reply: its answers are empty or end inside a thought")
     # One scoring for equal texts: they are the same reply, and scoring them twice doubles the calls for nothing.
     played = await asyncio.gather(
         *(
@@ -142,8 +147,12 @@ async def _play_future(
                 status = RolloutStatus.TERMINATED
                 break
             (turn,) = await players.assistant.complete(messages, sample_index=sample_index)
-            messages.append(Message("assistant", turn.text.strip()))
+            said = split_thoughts(turn.text.strip())
+            messages.append(Message("assistant", said.reply))
             tokens += players.count_tokens(turn.text)
+            if not said.closed or not said.reply.strip():  # nobody could answer it
+                status = RolloutStatus.TRUNCATED
+                break
     except SimulatorError as error:
         return Future(index, RolloutStatus.SIMULATOR_FAILED, tuple(messages[len(chat) + 1 :]), error=str(error))
     future = Future(index, status, tuple(messages[len(chat) + 1 :]), policy_tokens=tokens)
