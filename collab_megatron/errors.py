@@ -28,12 +28,7 @@ class NoEngineLeft(RunError):
 
 
 class EvaluationFailed(RunError):
-    """Too few of an evaluation's conversations are there to mean anything. The trainer's state is well."""
-
-    def __init__(self, message: str, *, played: int, failed: int) -> None:
-        super().__init__(message)
-        self.played = played  # conversations that were begun
-        self.failed = failed  # of these, without a reward
+    """Most of an evaluation's conversations failed; the message has the counts. The trainer's state is well."""
 
 
 class WeightsDiffer(RunError):

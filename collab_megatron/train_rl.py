@@ -16,6 +16,7 @@ from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
 from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer, run_cli
 from collab_megatron.log import set_up_logging
+from collab_megatron.types import RolloutBatch
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -82,6 +83,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                 reporter.evaluation(step, figures)
 
     done = saved = first_step
+    trained: RolloutBatch | None = None  # the newest that had samples
     try:
         engines.publish(done)
         if config.train.eval_at_start and done == 0:
@@ -90,6 +92,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
             with timer("step"):
                 with timer("wait_for_rollout"):
                     batch = engines.next_batch(done, checkpoints.saved)
+                trained = batch if batch.samples else trained
                 engines.make_room()
                 metrics = update(
                     actor,
@@ -118,8 +121,9 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         checkpoints.wait()
         raise
     checkpoints.wait()
-    if reporter and first_step < total:
-        write_engine_probe(config, publisher.control, batch)
+    if reporter:
+        if trained is not None:
+            write_engine_probe(config, publisher.control, trained)
         reporter.close()
     inbox.close()
     publisher.close()

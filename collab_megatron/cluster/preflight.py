@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.checkpoint.folders import MARKER, newest_complete, read_info
 from collab_megatron.cluster.cautions import warn_of_config, warn_of_memory
 from collab_megatron.cluster.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
 from collab_megatron.cluster.node import Node, this_node
@@ -171,7 +171,10 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     hf_config = read_hf_config(folder)
     check_layout(hf_config, parallel)
     spec = model_spec(hf_config)
-    check_inventory(tensor_shapes(path, folder), spec, path)
+    if not (
+        folder.parent / MARKER
+    ).is_file():  # else a checkpoint's config and tokenizer: converting checks the weights
+        check_inventory(tensor_shapes(path, folder), spec, path)
     chat = ChatTemplate(load_tokenizer(folder))
     chat.check_growth(inexact_template)
     return _Model(folder, hf_config, spec, chat)
@@ -262,8 +265,7 @@ def _check_engine(engine: EngineSection) -> None:
 
 def _check_players(config: RLConfig | EvaluateConfig) -> Gateway:
     """Metrics, their modules, prompt files, keys and prices; nobody is asked anything."""
-    budget = config.budget if isinstance(config, RLConfig) else None
-    gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=budget)
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=config.budget)
     configured_scorer(config.reward, config.simulators, gateway)
     user_simulator(config.simulators, gateway)
     return gateway

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from collab_megatron.actor.grid import RankGrid
 from collab_megatron.driver.protocol import Delivery, DriverClient, DriverHasNoEngine
-from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.errors import BudgetSpent, EvaluationFailed, NoEngineLeft, RunError, SimulatorSick
 from collab_megatron.types import RolloutBatch
 
 MARGIN_S = 120.0
@@ -26,6 +26,7 @@ KINDS: dict[bytes, type[RunError]] = {
     b"\x01": NoEngineLeft,
     b"\x02": BudgetSpent,
     b"\x03": SimulatorSick,
+    b"\x04": EvaluationFailed,
     b"\xff": RunError,
 }
 """What rank 0 met, for the others to raise; the first that fits."""

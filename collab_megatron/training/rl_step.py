@@ -34,8 +34,12 @@ def update(
     """Train on `batch`; metrics by dashboard name, means over trained tokens, equal on every rank.
 
     With several mini-batches the figures are those of their mean, except lr (the last), grad_norm, dp_imbalance and
-    those that end in _max (the largest).
+    those that end in _max (the largest). A batch without samples (algorithm.zero_advantage: drop) takes no optimizer
+    step and is counted: its weights and its place in the schedule stay.
     """
+    if not batch.samples:
+        idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "lr": actor.lr}
+        return {f"train/{name}": value for name, value in idle.items()}
     parts = mini_batches(batch.samples, algorithm.mini_batches)
     prepared: list[tuple[list[MicroBatch], int]] = []
     imbalance = 1.0
@@ -61,6 +65,7 @@ def update(
         metrics["train/on_policy_gap"] = gap / on_policy
     metrics["train/grad_norm"] = max(result.grad_norm for result in results)
     metrics["train/lr"] = results[-1].lr
+    metrics["train/steps_without_samples"] = 0.0
     metrics["train/steps_skipped"] = sum(result.skipped for result in results)
     metrics["train/tokens"] = sum(sample.num_tokens for sample in batch.samples)
     metrics["train/dp_imbalance"] = imbalance

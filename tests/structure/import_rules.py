@@ -72,6 +72,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "monitor.busy": "engine and API time are measured where they are spent",
     },
     "monitor": {"convert.spec": "a type: operations are counted from the model's sizes"},
+    "rewards": {"journal.calls": "a judge's call is recorded under the metric that asked"},
     "rewards.configured": {"config.entry": "names the roles of the judges"},
     "simulators.gateway": {"config.entry": "errors name a role's place in the config"},
     "resharding": {

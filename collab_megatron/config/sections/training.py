@@ -14,7 +14,9 @@ class RunSection(Section):
     """Where a run writes, and from which random seed."""
 
     dir: Path = Path("runs/default")  # everything the run makes lies below
-    name: str = "run"  # sub-folder of tensorboard/ and checkpoints/, so that several runs share one dir
+    # what tensorboard/, checkpoints/, conversations/, evaluations/, journal/ and logs/ call the run's own, so that
+    # several runs share one dir
+    name: str = "run"
     seed: int = 1
     resume: bool = False  # go on from the newest complete checkpoint of this run
 
@@ -27,8 +29,21 @@ class RunSection(Section):
         return self.dir / "tensorboard" / self.name
 
     @property
+    def conversations_dir(self) -> Path:
+        return self.dir / "conversations" / self.name
+
+    @property
+    def evaluations_file(self) -> Path:
+        """Figures; what was said lies in `evaluations_dir`."""
+        return self.dir / "evaluations" / f"{self.name}.jsonl"
+
+    @property
     def evaluations_dir(self) -> Path:
         return self.dir / "evaluations" / self.name
+
+    @property
+    def engine_probe_file(self) -> Path:
+        return self.dir / "engine_probe" / f"{self.name}.json"
 
     @property
     def logs_dir(self) -> Path:
@@ -133,6 +148,10 @@ class AlgorithmSection(Section):
     # added to the group's std; a tiny value inflates groups whose replies differ in length only
     advantage_eps: float = Field(default=0.05, gt=0)
     min_group_std: float = Field(default=0.01, ge=0)  # groups whose rewards spread less get advantage 0
+    # what to do with them. keep: their tokens count in the mean over tokens and carry the KL term alone, so they thin
+    # out the other groups' gradient and pull towards the reference; drop: they are not trained (a step without any
+    # other group takes no optimizer step). Those that driver.refill_groups replaced are never trained
+    zero_advantage: Literal["keep", "drop"] = "keep"
     clip_low: float = Field(default=0.2, ge=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = Field(default=0.2, ge=0)
     # bounds the loss of a token whose advantage is negative at this ratio (dual-clip PPO; verl's clip_ratio_c is 3)
