@@ -34,7 +34,8 @@ class RolloutSection(Section):
     )
     max_prompt_tokens: Positive = 8192  # longer prompts are left out and counted
     # of the sampling. The trainer divides its logits by the same number: log-probs, KL and entropy are of the
-    # distribution that is sampled from. Evaluation has its own
+    # distribution that is sampled from. Evaluation has its own. Servers in engine.urls must not have been started with
+    # SGLANG_RETURN_ORIGINAL_LOGPROB=1 where this is not 1
     temperature: float = Field(default=1.0, ge=0.01)
     # 1 and -1 (all tokens) only: a cut distribution gives no probability to tokens that the trainer's gives some, and
     # engines report log-probs of the uncut one
