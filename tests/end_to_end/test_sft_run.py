@@ -49,7 +49,6 @@ def test_the_best_checkpoint_is_kept_resumed_with_and_exported(run: Run, tiny_mo
     assert best is not None
     rows = read_metrics(tmp_path / "run" / "tensorboard" / "sft")
     losses = {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
-    print(losses)
     assert best.step == min(range(1, 9), key=losses.__getitem__) < 8
     assert [path.name for path in complete_checkpoints(folder)] == [best.folder.name, "step_00000008"]
     assert plain_loss(tmp_path / "best", held_out) == pytest.approx(best.loss, rel=1e-5)
