@@ -17,6 +17,7 @@ from collab_megatron.cluster.drivers import Drivers
 from collab_megatron.cluster.fleet import Fleet
 from collab_megatron.cluster.preflight import RLStart, device_of, visible_gpus
 from collab_megatron.cluster.processes import Child, Supervisor, free_port
+from collab_megatron.cluster.threads import Threads, share_threads, usable_cores
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.engine.roster import RosterFolder
@@ -41,6 +42,7 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
             "collab_megatron.train_rl",
             resolved,
             config.parallel,
+            threads_of(config).trainer,
             [
                 *("--roster", str(roster_folder(config)), "--engine-ready-file", str(files / "engine")),
                 *("--driver-ready-file", str(files / "driver")),
@@ -61,7 +63,11 @@ def launch_sft(config: SFTConfig) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
     with Supervisor(config.run.logs_dir) as supervisor:
         resolved = write_resolved(config, config.run.logs_dir)
-        supervisor.wait_for(start_trainers(supervisor, "collab_megatron.train_sft", resolved, config.parallel, []))
+        supervisor.wait_for(
+            start_trainers(
+                supervisor, "collab_megatron.train_sft", resolved, config.parallel, threads_of(config).trainer, []
+            )
+        )
 
 
 def start_fleet(
@@ -79,6 +85,7 @@ def start_fleet(
             port=port,
             seed=config.run.seed,
             number=number,
+            threads=threads_of(config).engine,
         )
         if gpus is None:
             return command
@@ -103,19 +110,21 @@ def engine_gpus(config: RLConfig) -> list[str] | None:
 
 
 def start_trainers(
-    supervisor: Supervisor, module: str, resolved: Path, parallel: ParallelSection, extra: list[str]
+    supervisor: Supervisor, module: str, resolved: Path, parallel: ParallelSection, threads: int, extra: list[str]
 ) -> list[Child]:
-    """One process per rank; rank 0 speaks on our terminal, the others into their logs."""
+    """One process per rank; rank 0 speaks on our terminal, the others into their logs. threads: of each, on CPU."""
     port = free_port()
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
     return [
-        supervisor.start(f"trainer-{rank}", argv, _rank_env(rank, world, port, device_of(parallel)), show=rank == 0)
+        supervisor.start(
+            f"trainer-{rank}", argv, _rank_env(rank, world, port, device_of(parallel), threads), show=rank == 0
+        )
         for rank in range(world)
     ]
 
 
-def _rank_env(rank: int, world: int, port: int, device: str) -> Mapping[str, str]:
+def _rank_env(rank: int, world: int, port: int, device: str, threads: int) -> Mapping[str, str]:
     env = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -124,9 +133,25 @@ def _rank_env(rank: int, world: int, port: int, device: str) -> Mapping[str, str
         "MASTER_PORT": str(port),
         "PYTHONUNBUFFERED": "1",
     }
-    if device == "cpu":  # ranks share the cores with the engines: one thread each, and none that spins
-        env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if device == "cpu":  # none spins: a thread that waits leaves its core to the engines
+        env |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return env
+
+
+def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> Threads:
+    """Threads of a trainer rank and of an engine rank, as configured or shared out; they count on CPU only."""
+    parallel = config.parallel
+    engine = None if isinstance(config, SFTConfig) else config.engine
+    shared = share_threads(
+        usable_cores(),
+        trainer_ranks=0 if isinstance(config, EvaluateConfig) else parallel.world_size,
+        engine_ranks=0 if engine is None or engine.urls else engine.count * engine.tensor,
+        at_once=isinstance(config, RLConfig) and config.driver.max_staleness > 0,
+    )
+    return Threads(
+        trainer=parallel.threads or shared.trainer,
+        engine=(engine.threads if engine is not None else None) or shared.engine,
+    )
 
 
 def write_resolved(config: BaseModel, folder: Path) -> Path:

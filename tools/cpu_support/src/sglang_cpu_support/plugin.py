@@ -1,0 +1,13 @@
+"""SGLang's plugin entry point (group sglang.srt.plugins): called in each of its processes, before a model is built."""
+
+from __future__ import annotations
+
+import os
+
+
+def register() -> None:
+    """Faster attention, in a process that was told to be a CPU engine."""
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        from sglang_cpu_support.attention import install
+
+        install()
