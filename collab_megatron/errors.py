@@ -27,6 +27,10 @@ class NoEngineLeft(RunError):
     """Every engine is dead, hung or not yet synced: the run can go on once one is back."""
 
 
+class EvaluationFailed(RunError):
+    """Most of an evaluation's conversations failed; the message has the counts. The trainer's state is well."""
+
+
 class WeightsDiffer(RunError):
     """An engine does not serve the trainer's weights: training on what it samples would be silently wrong."""
 

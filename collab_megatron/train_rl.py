@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
 from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer, run_cli
+from collab_megatron.log import set_up_logging
+from collab_megatron.types import RolloutBatch
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -80,6 +82,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                 reporter.evaluation(step, figures)
 
     done = saved = first_step
+    trained: RolloutBatch | None = None  # the newest that had samples
     try:
         engines.publish(done)
         if config.train.eval_at_start and done == 0:
@@ -88,6 +91,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
             with timer("step"):
                 with timer("wait_for_rollout"):
                     batch = engines.next_batch(done, checkpoints.saved)
+                trained = batch if batch.samples else trained
                 engines.make_room()
                 metrics = update(
                     actor,
@@ -116,8 +120,9 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         checkpoints.wait()
         raise
     checkpoints.wait()
-    if reporter and first_step < total:
-        write_engine_probe(config, publisher.control, batch)
+    if reporter:
+        if trained is not None:
+            write_engine_probe(config, publisher.control, trained)
         reporter.close()
     inbox.close()
     publisher.close()
@@ -138,19 +143,19 @@ def require_same_weights(metrics: Mapping[str, float], max_gap: float) -> None:
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
+    set_up_logging(arguments.who)
     config = load_config(RLConfig, arguments.config, arguments.overrides)
     if arguments.trainer is not None:
         train(config, arguments.trainer)
         return
     from collab_megatron.cluster.launch import launch_rl
-    from collab_megatron.cluster.plan import rl_plan
     from collab_megatron.cluster.preflight import check_rl
 
     if arguments.dry_run:
-        print(dump_config(config))
-        print(rl_plan(config))
+        print(dump_config(config), flush=True)
+    start = check_rl(config, dry_run=arguments.dry_run, node=arguments.node)
+    if arguments.dry_run:
         return
-    start = check_rl(config)
     launch_rl(config, start)
 
 

@@ -2,16 +2,21 @@
 
     python -m collab_megatron.train_sft conf/demo_sft.yaml [section.key=value ...] [--dry-run]
 
-`main` launches the trainer ranks on this node; `train` is what every rank runs.
+`main` launches the trainer ranks on this node; `train` is what every rank runs. With data.validation the loss on
+held-out conversations is measured every train.eval_interval steps, and the checkpoint where it is lowest is kept
+(best.json in the run's checkpoint folder names it); export_weights chooses what export_hf writes.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING
 
 from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.config import SFTConfig, dump_config, load_config
 from collab_megatron.errors import run_cli
+from collab_megatron.log import set_up_logging
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +29,11 @@ def train(config: SFTConfig) -> None:
     from collab_megatron.actor.grid import close_grid, init_grid
     from collab_megatron.algorithms.losses import LossSum, sft_loss
     from collab_megatron.batching import MicroBatch
+    from collab_megatron.checkpoint.folders import read_best
     from collab_megatron.checkpoint.run import Checkpoints
+    from collab_megatron.checkpoint.store import load_checkpoint
     from collab_megatron.monitor.timers import PhaseTimer
+    from collab_megatron.training.held_out import HeldOut, mean_loss
     from collab_megatron.training.sft_data import SFTData
     from collab_megatron.training.sft_reporter import SFTReporter
 
@@ -45,48 +53,78 @@ def train(config: SFTConfig) -> None:
         actor, config.run, config.train, config=config.model_dump(mode="json"), rows_per_step=config.batch_size
     )
     first_step = checkpoints.resume()
+    held = read_best(config.run.checkpoints_dir) if first_step else None
+    lowest = held.loss if held else math.inf  # held-out loss, of the steps that trained
     reporter = SFTReporter(config, first_step=first_step, data=data) if grid.is_main else None
     timer = PhaseTimer()
 
     def loss(logprobs: Tensor, batch: MicroBatch) -> LossSum:
         return sft_loss(logprobs, mask=batch.mask)
 
+    def evaluate(done: int) -> bool:
+        """Whether the weights have the lowest held-out loss so far. A loss that is not a number is never the lowest."""
+        nonlocal lowest
+        begin = time.monotonic()
+        found = HeldOut(
+            mean_loss(actor, data.held_out_batches(), data.held_out_tokens), data.held_out_tokens, data.num_held_out
+        )
+        best = done > 0 and found.loss < lowest
+        lowest = found.loss if best else lowest
+        if reporter:
+            reporter.evaluation(done, found, best=best, seconds=time.monotonic() - begin)
+        return best
+
+    if data.num_held_out and config.train.eval_at_start and first_step == 0:
+        evaluate(0)
     for step in range(first_step, total):
         with timer("data"):
             share, trained_tokens = data.step(step)
         with timer("update"):
             result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
         done = step + 1
-        interval = config.train.save_interval
-        if done == total or (interval and done % interval == 0):
+        is_best = data.num_held_out > 0 and _due(done, config.train.eval_interval, total) and evaluate(done)
+        keep = is_best and config.train.keep_best
+        if keep or _due(done, config.train.save_interval, total):
             with timer("checkpoint"):
-                checkpoints.save(done)
+                checkpoints.save(done, best_loss=lowest if keep else None)
         if reporter:
             reporter.step(done, result, share, trained_tokens, timer.drain())
     checkpoints.wait()
     if config.export_hf is not None:
-        metadata = {"run": str(config.run.dir), "name": config.run.name, "step": str(total)}
+        exported = total
+        best = read_best(config.run.checkpoints_dir) if data.num_held_out and config.train.keep_best else None
+        if config.export_weights == "best" and best is not None and best.step != total:
+            load_checkpoint(actor, best.folder)
+            exported = best.step
+        metadata = {"run": str(config.run.dir), "name": config.run.name, "step": str(exported)}
         actor.save_hf(config.export_hf, metadata=metadata)
+        if reporter:
+            reporter.exported(exported, config.export_hf)
     if reporter:
         reporter.close()
     close_grid()
 
 
+def _due(done: int, interval: int, total: int) -> bool:
+    """After every `interval` steps (0: never) and after the last."""
+    return done == total or (interval > 0 and done % interval == 0)
+
+
 def main() -> None:
     arguments = parse_arguments(__doc__)
+    set_up_logging(arguments.who)
     config = load_config(SFTConfig, arguments.config, arguments.overrides)
     if arguments.trainer is not None:
         train(config)
         return
     from collab_megatron.cluster.launch import launch_sft
-    from collab_megatron.cluster.plan import sft_plan
     from collab_megatron.cluster.preflight import check_sft
 
     if arguments.dry_run:
-        print(dump_config(config))
-        print(sft_plan(config))
+        print(dump_config(config), flush=True)
+    check_sft(config, dry_run=arguments.dry_run, node=arguments.node)
+    if arguments.dry_run:
         return
-    check_sft(config)
     launch_sft(config)
 
 

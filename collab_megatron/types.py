@@ -9,7 +9,7 @@ The Protocols at the end are what the driver is given; a test gives it small fak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -62,13 +62,61 @@ class Task:
 
 @dataclass(frozen=True)
 class Generation:
-    """What an engine sampled for one context."""
+    """What an engine sampled for one context. Without ids it is a failed request."""
 
     token_ids_T: tuple[int, ...]  # sampled ids, the end-of-turn id included where it was sampled
     logprobs_T: tuple[float, ...]  # log-probability of each id under the raw logits (temperature 1)
     versions_T: tuple[int, ...]  # weight version that sampled each id
     finish_reason: str  # stop | length
     cached_tokens: int = 0  # prompt tokens served from the engine's prefix cache
+    replayed: bool = False  # it came from the journal: sampled before
+
+
+@dataclass(frozen=True)
+class PolicyTurn:
+    """One policy turn: its ids as they were sampled, and its text, split once into thought and reply.
+
+    Example: sampled "<think>\\nno day yet\\n</think>\\n\\nWhich day?" has the thought "no day yet" and the reply
+    "Which day?". Made by ChatTemplate.policy_turn (data/chat.py).
+    """
+
+    thought: str  # for the record only; empty if it thought nothing
+    reply: str  # what simulator, judges and metrics see; empty if the turn ended inside a thought
+    sampled: str  # the whole text, an opening tag that the prompt brought included: what a template is given
+    cut: bool  # it ran into its token limit, or ended inside a thought
+    generation: Generation
+    begin_s: float = 0.0  # epoch seconds when the engine was asked, and when it had answered
+    end_s: float = 0.0
+
+    @property
+    def broken(self) -> bool:
+        """Whether a user would have nothing whole to answer: cut or empty."""
+        return self.cut or not self.reply.strip()
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """One call to a user simulator or judge, with all its attempts, for the record (docs/RECORD.md).
+
+    Example: the judge of `interactivity` answered {"thought": "it asked", "understanding": 1, ...}: `metric` is
+    "interactivity", `thought` "it asked" and `marks` {"understanding": 1, ...}.
+    """
+
+    role: str  # user, judge, ...; of a mixture's further users user-1, user-2, ...
+    model: str  # as the config names it
+    begin_s: float  # epoch seconds when it was asked for, the wait for a free slot included
+    end_s: float
+    metric: str = ""  # that asked; empty for a user
+    answered_by: str = ""  # what the provider calls its model
+    requests: int = 0  # sent to the provider; 0: all came from the journal
+    replayed: bool = False  # the answer came from the journal: paid for before
+    prompt_tokens: int = 0  # of all answers, those that could not be used included
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+    thought: str = ""  # of an answer in JSON
+    marks: Mapping[str, Any] = field(default_factory=dict)  # its other plain values
+    text: str = ""  # an answer that is not JSON
+    error: str = ""  # why there is no answer
 
 
 @dataclass(frozen=True)
@@ -83,17 +131,31 @@ class Future:
     policy_tokens: int = 0  # assistant tokens from the trained reply on
     versions: tuple[int, int] = (0, 0)  # lowest and highest weight version of its policy turns
     error: str = ""
+    turns: tuple[PolicyTurn, ...] = ()  # the policy turns among `messages`, in order; the trained reply is not one
+    calls: tuple[CallRecord, ...] = ()  # to user and judges, in the order in which they ended
 
 
 @dataclass(frozen=True)
 class Reply:
     """One sampled reply (step 1), its futures (step 2), its multiturn-aware reward (step 3) and advantage (step 4)."""
 
-    text: str
-    generation: Generation
+    turn: PolicyTurn
     futures_K: tuple[Future, ...]
     mr: float | None = None  # mean reward over the scored futures; None if none is left
     advantage: float | None = None  # None if the reply or its group was dropped
+
+    @property
+    def text(self) -> str:
+        """What the user sees."""
+        return self.turn.reply
+
+    @property
+    def thought(self) -> str:
+        return self.turn.thought
+
+    @property
+    def generation(self) -> Generation:
+        return self.turn.generation
 
 
 @dataclass(frozen=True)
@@ -216,10 +278,13 @@ class ScoredConversation:
 
 
 class Metric(Protocol):
-    """One conversation-level metric; `uses_llm` metrics are awaited beside each other."""
+    """One conversation-level metric; all metrics of a conversation are awaited at the same time."""
 
     name: str
 
-    async def score(self, conversation: ScoredConversation) -> float:
-        """The raw score. Raises SimulatorError if a judge could not be had."""
+    def score(self, conversation: ScoredConversation) -> float | Awaitable[float]:
+        """The raw score, a finite number; `async def` for one that waits, a plain function for one that counts.
+
+        Raises SimulatorError if a judge could not be had.
+        """
         ...

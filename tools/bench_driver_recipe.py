@@ -31,7 +31,7 @@ from collab_megatron.cluster.processes import die_with_parent
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.config.sections import RolloutSection
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
-from collab_megatron.data.parquet import read_tasks
+from collab_megatron.data.parquet import read_task_files
 from collab_megatron.errors import RunError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.rewards.interactivity import Interactivity
@@ -103,17 +103,16 @@ async def _play(
 
 async def measure(config: RLConfig, url: str, settings: Sequence[bytes], failure_wait_s: float) -> list[dict[str, Any]]:
     """Play a step under each of the stand-ins' `settings`: how long it took, and the trace that it left."""
-    assert config.data.validation is not None
     assert config.simulators.judge is not None
     litellm = load_litellm()
-    tasks = read_tasks(config.data.train)
+    tasks = read_task_files(config.data.train_files)[0]
     user, judge = config.simulators.user, config.simulators.judge
     user_llm = BareLLM(litellm, url, "user", in_flight=user.max_concurrency, failure_wait_s=failure_wait_s)
     judge_llm = BareLLM(litellm, url, "judge", in_flight=judge.max_concurrency, failure_wait_s=failure_wait_s)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         chat = ChatTemplate(load_tokenizer(config.model.path))
         players = Players(session, url, chat, LLMUserSimulator(user_llm), Interactivity(judge_llm))
-        await step(read_tasks(config.data.validation)[:1], config.rollout, players)
+        await step(read_task_files(config.data.validation_files)[0][:1], config.rollout, players)
         gc.collect()
         gc.freeze()
         return [await _one_run(tasks, config.rollout, players, load) for load in settings]

@@ -1,6 +1,6 @@
 """Grow multi-turn CollabLLM conversations from single-turn problems.
 
-    python tools/build_dataset.py conf/build.yaml [section.key=value ...]
+    python tools/build_dataset.py conf/build.yaml [section.key=value ...] [--dry-run]
 
 Writes conversations-*.jsonl (flat CollabLLM rows) into the config's `output` folder; tools/prepare_dataset.py reads it.
 Interrupted builds go on with the same command; conversations that are finished are never made twice. Exit code 2 for a
@@ -10,15 +10,16 @@ mistake in config or data, 1 if the build broke off.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from pathlib import Path
 
-from collab_megatron.config import BuildDatasetConfig, load_config
+from collab_megatron.cluster.preflight import check_build
+from collab_megatron.config import BuildDatasetConfig, dump_config, load_config
 from collab_megatron.data.build.processes import Progress, build_dataset
 from collab_megatron.errors import RunError, run_cli
 from collab_megatron.files import publish_json
+from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import API_USAGE_FILE, GatewaySnapshot
 
 QUIET_S = 10.0  # between progress lines where the output is a file
@@ -57,9 +58,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Grow multi-turn conversations from single-turn problems.")
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--dry-run", action="store_true", help="print config and plan, check both, ask for nothing")
     args = parser.parse_args()
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    set_up_logging("build")
     config = load_config(BuildDatasetConfig, args.config, args.overrides)
+    if args.dry_run:
+        print(dump_config(config), flush=True)
+    check_build(config)
+    if args.dry_run:
+        return
     display = Display()
     progress = build_dataset(config, display.show)
     display.finish(progress)

@@ -4,7 +4,8 @@
     python tools/convert_checkpoint.py megatron-to-hf --checkpoint DIR --output DIR [--max-shard-size 5GB] [...]
 
 hf-to-megatron writes DIR/step_00000000 (weights only, no optimizer). megatron-to-hf takes a step folder, or a folder of
-them, of which it converts the newest complete one; every file's header says which step of which run it holds.
+them, of which it converts the newest complete one, or with --best the one whose held-out loss is the lowest; every
+file's header says which step of which run it holds.
 
 The whole model is never in memory: one process needs less than 1 GB and the largest tensor or two. float32 and bfloat16
 stay as they are; a folder of mixed dtypes is refused. What is converted appears at the end, whole, or not at all.
@@ -31,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from collab_megatron.checkpoint.folders import MARKER, CheckpointInfo, newest_complete, read_info
+from collab_megatron.checkpoint.folders import BEST, MARKER, CheckpointInfo, newest_complete, read_best, read_info
 from collab_megatron.cluster.processes import Supervisor, free_port
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.convert.hf_folder import check_output, parse_size
@@ -55,7 +56,7 @@ def main() -> None:
         folder = resolve_model_folder(args.hf_path)
         check_layout(read_hf_config(folder), ParallelSection())
     else:
-        info = _checkpoint(args.checkpoint)
+        info = _checkpoint(args.checkpoint, best=args.best)
         parse_size(args.max_shard_size)
     check_output(args.output)  # every rank, ahead of the rendezvous: later rank 0 has begun to write
     if args.processes is not None:
@@ -98,6 +99,7 @@ def _arguments() -> argparse.Namespace:
     to_megatron.add_argument("--output", required=True, type=Path, help="folder that gets step_00000000")
     to_hf = commands.add_parser("megatron-to-hf", help="a training checkpoint to a Hugging Face folder")
     to_hf.add_argument("--checkpoint", required=True, type=Path, help="step folder, or a folder of step folders")
+    to_hf.add_argument("--best", action="store_true", help="of a run's step folders the one that best.json names")
     to_hf.add_argument("--output", required=True, type=Path, help="new folder")
     to_hf.add_argument("--max-shard-size", default="5GB", help="largest safetensors file, e.g. 5GB")
     for command in (to_megatron, to_hf):
@@ -108,7 +110,12 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _checkpoint(path: Path) -> CheckpointInfo:
+def _checkpoint(path: Path, *, best: bool) -> CheckpointInfo:
+    if best:
+        named = read_best(path)
+        if named is None:
+            raise UserError(f"{path} names no best checkpoint in {BEST}: leave --best out, or name a step folder")
+        return read_info(named.folder)
     folder = path if (path / MARKER).is_file() else newest_complete(path)
     if folder is None:
         raise UserError(f"{path} is not a complete checkpoint and holds none")

@@ -34,7 +34,11 @@ def short_settings(run_dir: Path, seed: int) -> RoadSettings:
         held_out=24,
         sft_steps=10,
         rl_steps=3,
-        overrides={"evaluate": few, "rl": rl, "sft": ("batch_size=16", "optimizer.warmup_steps=2")},
+        overrides={
+            "evaluate": few,
+            "rl": rl,
+            "sft": ("batch_size=16", "optimizer.warmup_steps=2", "train.eval_interval=4"),
+        },
     )
 
 

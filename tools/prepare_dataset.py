@@ -1,9 +1,10 @@
 """CollabLLM rows to the parquet files that training reads.
 
-    python tools/prepare_dataset.py --dataset ROWS --dataset-type rl --output DIR --validation-share 0.05
+    python tools/prepare_dataset.py --dataset ROWS --dataset-type rl --output DIR [--split train,validation] [...]
 
-ROWS: a hub name, a saved `datasets` folder, a folder or file of parquet, JSON or JSONL; flat or nested form.
-Writes DIR/{sft,rl}_train.parquet and, with held-out data, DIR/{sft,rl}_validation.parquet.
+ROWS: a hub name, a saved `datasets` folder, a folder or file of parquet, JSON or JSONL; docs/DATA.md describes the
+forms of rows. Writes DIR/{sft,rl}_train.parquet and {sft,rl}_validation.parquet. One task in ten is held out, chosen by
+the task's own text, so that calls for SFT and for RL hold out the same ones.
 Exit code 2 with one sentence for a mistake in the arguments or the data.
 """
 
@@ -12,38 +13,70 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from collab_megatron.data.prepare import Shape, prepare
+from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, text_or_file
+from collab_megatron.data.splits import DEFAULT_SHARE
 from collab_megatron.errors import run_cli
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="CollabLLM rows to the parquet files that training reads.")
-    parser.add_argument("--dataset", required=True, help="hub name, folder or file with CollabLLM rows")
-    parser.add_argument("--dataset-type", required=True, choices=("sft", "rl"))
-    parser.add_argument("--output", required=True, type=Path, help="folder to write into")
-    parser.add_argument("--validation", help="held-out dataset")
-    parser.add_argument("--validation-share", type=float, default=0.0, help="share of the conversations to hold out")
-    parser.add_argument("--seed", type=int, default=1, help="of the held-out choice")
-    parser.add_argument("--system-prompt", default="", help="stands first in every chat")
-    parser.add_argument("--turns", choices=("all", "first"), default="all", help="rl: every history, or openings only")
-    parser.add_argument("--max-rows", type=int, help="at most so many rows per file")
-    parser.add_argument("--metric", help="sft: keep rows whose reward of this name reaches --threshold")
-    parser.add_argument("--threshold", type=float, default=0.0)
-    args = parser.parse_args()
-    shape = Shape(args.system_prompt, args.turns == "first", args.max_rows, args.metric, args.threshold)
+    args = _arguments()
+    system_prompt = text_or_file(args.system_prompt, "--system-prompt")
+    shape = Shape(
+        system_prompt=collaborative_prompt() if args.collaborative_prompt else system_prompt,
+        first_turn_only=args.turns == "first",
+        max_rows=args.max_rows,
+        metric=args.metric,
+        threshold=args.threshold,
+        task_desc=None if args.task_desc is None else text_or_file(args.task_desc, "--task-desc"),
+    )
     for written in prepare(
         args.dataset_type,
         args.dataset,
         args.output,
+        splits=[name for names in args.split for name in names.split(",") if name],
         validation=args.validation,
         validation_share=args.validation_share,
-        seed=args.seed,
+        skip_bad_rows=args.on_error == "skip",
         shape=shape,
     ):
         print(
             f"{written.path}: {written.rows_written} rows from {written.rows_read} dataset rows "
             f"({written.conversations} conversations)"
         )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="CollabLLM rows to the parquet files that training reads.")
+    parser.add_argument("--dataset", required=True, help="hub name, folder or file with CollabLLM rows")
+    parser.add_argument("--dataset-type", required=True, choices=("sft", "rl"))
+    parser.add_argument("--output", required=True, type=Path, help="folder to write into")
+    parser.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="A[,B]",
+        help="of a hub or saved dataset; several are put together (default: train)",
+    )
+    parser.add_argument("--validation", help="held-out dataset; refused where it shares tasks with --dataset")
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        help=f"share of the tasks to hold out, the same in every call (default {DEFAULT_SHARE:g}; 0: none)",
+    )
+    parser.add_argument(
+        "--on-error", choices=("stop", "skip"), default="stop", help="what to do with a row that cannot be read"
+    )
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--system-prompt", default="", metavar="TEXT|FILE", help="stands first in every chat")
+    prompt.add_argument(
+        "--collaborative-prompt", action="store_true", help="the shipped one, which asks for a proactive assistant"
+    )
+    parser.add_argument("--task-desc", metavar="TEXT|FILE", help="what kind of task this is, in place of the rows' own")
+    parser.add_argument("--turns", choices=("all", "first"), default="all", help="rl: every history, or openings only")
+    parser.add_argument("--max-rows", type=int, help="at most so many rows per file")
+    parser.add_argument("--metric", help="sft: keep rows whose reward of this name reaches --threshold")
+    parser.add_argument("--threshold", type=float, default=0.0)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

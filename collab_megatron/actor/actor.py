@@ -39,6 +39,7 @@ from collab_megatron.convert.spec import ModelSpec, model_spec
 from collab_megatron.errors import RunError, UserError
 
 LossFn = Callable[[Tensor, MicroBatch], LossSum]
+StepMetrics = tuple[dict[str, Tensor], dict[str, Tensor]]  # of a micro-batch: sums, and the largest values
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class StepResult:
     lr: float  # what this step used
     metrics: dict[str, float]  # sums over all trained tokens of all ranks / normalizer; always "loss" and "entropy"
     skipped: bool  # the gradient was not finite: weights, optimizer and schedule are as before
+    largest: dict[str, float] = field(default_factory=dict)  # over all trained tokens of all ranks, see LossSum
 
 
 @dataclass
@@ -158,15 +160,13 @@ class Actor:
             sums = self._gradients(micro_batches, loss_fn, normalizer)
             grad_norm, stepped = step_if_finite(self.optimizer, self.section.clip_grad)
             self._weights_scattered = stepped and self.wrapped[0].ddp_config.overlap_param_gather
-            metrics = self._reduce(sums, normalizer)
+            metrics, largest = self._reduce(sums, normalizer)
         if stepped:
             self.scheduler.step(increment=1)
-        return StepResult(grad_norm, lr, metrics, skipped=not stepped)
+        return StepResult(grad_norm, lr, metrics, skipped=not stepped, largest=largest)
 
-    def _gradients(
-        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float
-    ) -> list[dict[str, Tensor]]:
-        """Fill the gradient buffers, summed over all ranks; on the last stage the metric sums of each micro-batch."""
+    def _gradients(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float) -> list[StepMetrics]:
+        """Fill the gradient buffers, summed over all ranks; on the last stage what each micro-batch measured."""
         assert self.optimizer is not None
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
@@ -180,7 +180,7 @@ class Actor:
         """Megatron's forward_step_func: the output that goes on to the loss function, and that function."""
         output, batch = forward(model, next(batches), self.grid)
 
-        def loss(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, StepMetrics]:
             logprobs, entropy = output
             result = loss_fn(logprobs, batch)
             metrics = {
@@ -189,23 +189,27 @@ class Actor:
                 "entropy": (entropy.detach() * batch.mask).sum(),
             }
             # three values with calculate_per_token_loss: upstream neither scales nor averages the first
-            return result.loss / normalizer, _zero(output).int(), metrics
+            return result.loss / normalizer, _zero(output).int(), (metrics, result.largest)
 
         return output, loss
 
-    def _reduce(self, sums: list[dict[str, Tensor]], normalizer: float) -> dict[str, float]:
-        """Metric sums of the last stage's micro-batches -> sums over the data ranks / normalizer, on every rank."""
-        metrics: dict[str, float] = {}
+    def _reduce(self, measured: list[StepMetrics], normalizer: float) -> tuple[dict[str, float], dict[str, float]]:
+        """What the last stage's micro-batches measured, over the data ranks and on every rank: sums / normalizer, and
+        the largest values."""
+        said: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})]
         if self.grid.is_last_stage:
-            names = sorted(sums[0])
-            total = torch.stack([torch.stack([s[name].float() for name in names]) for s in sums]).sum(dim=0)
+            sums = _stacked([sums for sums, _ in measured]).sum(dim=0)
+            largest = _stacked([largest for _, largest in measured]).amax(dim=0)
             if self.grid.dp_size * self.grid.cp_size > 1:
-                dist.all_reduce(total, group=self.grid.dp_cp_group)
-            metrics = dict(zip(names, (total / normalizer).tolist(), strict=True))
+                dist.all_reduce(sums, group=self.grid.dp_cp_group)
+                if largest.numel():
+                    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.grid.dp_cp_group)
+            names, most = sorted(measured[0][0]), sorted(measured[0][1])
+            means = (sums / normalizer).tolist()
+            said = [(dict(zip(names, means, strict=True)), dict(zip(most, largest.tolist(), strict=True)))]
         if self.grid.pp_size == 1:
-            return metrics
+            return said[0]
         group = self.grid.pp_cpu_group
-        said = [metrics]
         dist.broadcast_object_list(said, src=dist.get_process_group_ranks(group)[-1], group=group)
         return said[0]
 
@@ -261,6 +265,13 @@ class Actor:
             raise failure
         if said:
             raise RunError(f"saving the model to {output} failed: {said[0]}") from failure
+
+
+def _stacked(parts: list[dict[str, Tensor]]) -> Tensor:
+    """[number of parts, number of names], names sorted."""
+    if not parts[0]:
+        return torch.zeros(len(parts), 0)
+    return torch.stack([torch.stack([part[name].float() for name in sorted(part)]) for part in parts])
 
 
 def _zero(like: Tensor) -> Tensor:

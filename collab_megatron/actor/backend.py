@@ -46,8 +46,15 @@ def choose_backend(wanted: str, local_rank: int) -> Backend:
         fusion = _importable("fused_weight_gradient_mlp_cuda")
         backend = Backend("cuda", device, "nccl", has_te, fusion, True, _adam())
         reason = f"CUDA is there; transformer-engine {_has(has_te)}, apex {_has(has_apex)}"
-    logger.info("backend: %s (%s)", backend, reason)
+    logger.info("backend %s: %s (%s)", backend.name, _said(backend), reason)
     return backend
+
+
+def _said(backend: Backend) -> str:
+    """The choice in a few words."""
+    layers = "transformer-engine's layers" if backend.transformer_engine else "megatron's local layers"
+    fusion = "fused" if backend.gradient_fusion else "plain"
+    return f"{backend.process_group}, {layers}, {fusion} weight gradients, Adam of {backend.optimizer}"
 
 
 def _adam() -> str:

@@ -160,7 +160,7 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
         sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
         timeout_s=parallel.collective_timeout_s,
     )
-    logger.info("rank %d of %d: %s", rank, world_size, _grid.place or "alone")
+    logger.info("layout: rank %d of %d, %s", rank, world_size, _grid.place or "alone")
     return _grid
 
 

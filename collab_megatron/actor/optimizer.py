@@ -90,6 +90,13 @@ def build_optimizer(
         overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, wrapped)
+    logger.info(
+        "optimizer: %s, state %s, lr %g %s",
+        type(parts(optimizer)[0].optimizer).__name__,
+        "shared out over the data ranks" if section.distributed else "whole on every data rank",
+        section.lr,
+        section.schedule,
+    )
     if section.cpu_offload:
         _offload(optimizer, section.cpu_offload)
     for part in parts(optimizer):

@@ -32,7 +32,12 @@ def token_sample(sample: TrainingSample, version: int) -> TokenSample:
 
 
 def mini_batches(samples: Sequence[TrainingSample], count: int) -> list[list[TrainingSample]]:
-    """`count` consecutive parts of nearly equal size, none empty; groups stay together as far as sizes allow."""
+    """`count` consecutive parts of nearly equal size, none empty; groups stay together as far as sizes allow.
+
+    Raises ValueError without samples.
+    """
+    if not samples:
+        raise ValueError("there are no samples to split")
     count = min(count, len(samples))
     bounds = [round(i * len(samples) / count) for i in range(count + 1)]
     return [list(samples[a:b]) for a, b in itertools.pairwise(bounds)]
@@ -62,6 +67,7 @@ def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch]
             clip_high=algorithm.clip_high,
             kl_coef=algorithm.kl_coef,
             importance_cap=algorithm.importance_cap,
+            clip_dual=algorithm.clip_dual,
         )
         gap = ((old - rollout).abs() * batch.mask).detach()
         # where older weights had a hand in it the gap is the policy's own way since then, and says nothing of engines
@@ -71,6 +77,6 @@ def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch]
             "on_policy_share": torch.sum(on_policy),
             "on_policy_gap": torch.sum(gap * on_policy),
         }
-        return LossSum(loss=total.loss, metrics={**total.metrics, **metrics})
+        return replace(total, metrics={**total.metrics, **metrics})
 
     return loss

@@ -6,32 +6,56 @@ Shapes: every tensor is [B, S], aligned with the tokens; `mask` is 1.0 where a t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+MAX_LOG_RATIO = 20.0
+"""Differences of log-probs are clamped to plus or minus this before the exponential: above 88 it is inf in fp32, and inf
+times a gradient of 0 is NaN. The value, as the next, is that of verl 0.9.1 (trainer/ppo/core_algos.py)."""
+MAX_KL = 10.0
+"""The KL estimate of one token is cut here, and so is its gradient: a token further from the reference than that has
+none. k3's grows with exp(ref - policy), so without the cut one token in 5,000 takes most of a step's gradient."""
+
 
 @dataclass(frozen=True)
 class LossSum:
-    """A differentiable sum over tokens and, per metric, a detached sum over the same tokens."""
+    """A differentiable sum over tokens; per metric a detached sum, or the largest value, over the same tokens."""
 
     loss: Tensor  # scalar, sum over trained tokens
     metrics: dict[str, Tensor]  # scalars, sums over trained tokens
+    largest: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # scalars >= 0, the largest of the trained tokens; inf: NaN
+
+
+def clamped_exp(log_ratio: Tensor) -> Tensor:
+    """exp of a difference of log-probs, finite whatever it is; no gradient where it was clamped."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def largest(values: Tensor, mask: Tensor) -> Tensor:
+    """The largest absolute value under the mask, a detached scalar; 0 where nothing is trained, inf for NaN."""
+    return (values.detach() * mask).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()
 
 
 def low_variance_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The k3 estimator of KL(policy || reference) per token: exp(d) - d - 1 with d = ref - policy. Never negative.
+    """The k3 estimator of KL(policy || reference) per token: exp(d) - d - 1 with d = ref - policy, at most MAX_KL.
 
-    Source: J. Schulman, "Approximating KL divergence" (2020).
+    Never negative. Source: J. Schulman, "Approximating KL divergence" (2020).
     """
-    delta = ref_logprobs - logprobs
+    return _k3(logprobs, ref_logprobs).clamp(max=MAX_KL)
+
+
+def _k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    delta = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return delta.exp() - delta - 1.0
 
 
 def importance_weights(logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
     """Truncated exp(trainer - engine) per token, without gradient: corrects for what the engine really sampled from."""
-    return (logprobs - rollout_logprobs).detach().exp().clamp(max=cap)
+    return clamped_exp((logprobs - rollout_logprobs).detach()).clamp(max=cap)
 
 
 def grpo_loss(
@@ -46,28 +70,48 @@ def grpo_loss(
     clip_high: float,
     kl_coef: float,
     importance_cap: float,
+    clip_dual: float | None = None,
 ) -> LossSum:
     """Clipped policy gradient on group-relative advantages plus KL to the reference.
 
     `old_logprobs` are the trainer's own at the start of the step; `rollout_logprobs` the engine's at sampling time.
-    Sources: PPO-clip (Schulman et al. 2017, eq. 7); GRPO (Shao et al. 2024, eq. 3).
+    `clip_dual` (> 1) bounds the surrogate of a negative advantage from below by clip_dual * advantage; None: it has no
+    bound, because PPO's clip leaves large ratios alone there.
+    Sources: PPO-clip (Schulman et al. 2017, eq. 7); GRPO (Shao et al. 2024, eq. 3); dual-clip (Ye et al. 2019, eq. 6).
     """
     # padding holds zeros on both sides, so the ratio there is exp(logprob) of nothing: masked before the exponential
-    ratio = ((logprobs - old_logprobs) * mask).exp()
+    log_ratio = (logprobs - old_logprobs) * mask
+    ratio = clamped_exp(log_ratio)
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    dual: dict[str, Tensor] = {}
+    if clip_dual is not None:
+        bounded = (advantages < 0) & (surrogate < clip_dual * advantages)
+        surrogate = torch.where(bounded, clip_dual * advantages, surrogate)
+        dual["dual_clip_fraction"] = (bounded.float() * mask).sum()
     weight = importance_weights(old_logprobs * mask, rollout_logprobs * mask, importance_cap)
     loss = -(weight * surrogate)
     metrics = {
         "policy_loss": (loss.detach() * mask).sum(),
         "clip_fraction": ((clipped * advantages < ratio * advantages).float() * mask).sum(),
         "importance_weight": (weight * mask).sum(),
+        "log_ratio_clamped": ((log_ratio.detach().abs() > MAX_LOG_RATIO).float() * mask).sum(),
+        **dual,
+    }
+    most = {
+        "log_ratio_max": largest(log_ratio, mask),
+        "logprob_gap_max": largest((old_logprobs - rollout_logprobs) * mask, mask),
     }
     if ref_logprobs is not None:
-        kl = low_variance_kl(logprobs * mask, ref_logprobs * mask)
+        policy, reference = logprobs * mask, ref_logprobs * mask
+        kl = low_variance_kl(policy, reference)
         loss = loss + kl_coef * kl
+        before = _k3(policy.detach(), reference)
         metrics["kl"] = (kl.detach() * mask).sum()
-    return LossSum(loss=(loss * mask).sum(), metrics=metrics)
+        metrics["kl_clamped"] = ((before > MAX_KL).float() * mask).sum()
+        most["kl_max"] = largest(before, mask)
+        most["ref_gap_max"] = largest(reference - policy, mask)
+    return LossSum(loss=(loss * mask).sum(), metrics=metrics, largest=most)
 
 
 def sft_loss(logprobs: Tensor, *, mask: Tensor) -> LossSum:

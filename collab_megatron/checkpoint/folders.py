@@ -5,11 +5,13 @@ checkpoints/NAME/
         model/              megatron's distributed checkpoint (torch_dist)
         hf/                 config, tokenizer, chat template: what conversion needs
         complete.json       the marker, written last: step, layout, package versions, extra state
+    best.json               the step whose held-out loss is the lowest, where the run measures one
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,6 +23,7 @@ from collab_megatron.checkpoint.origin import package_versions
 from collab_megatron.errors import UserError
 
 MARKER = "complete.json"
+BEST = "best.json"
 FORMAT = 2
 READABLE = (1, 2)  # 1 kept megatron's parameter groups in the common part and did not say the versions
 _NAME = re.compile(r"step_(\d{8})")
@@ -43,6 +46,15 @@ class CheckpointInfo:
     @property
     def hf_folder(self) -> Path:
         return self.folder / "hf"
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """What best.json says, while the checkpoint that it names is there."""
+
+    folder: Path
+    step: int
+    loss: float  # held-out, in nats a token
 
 
 def step_folder(directory: Path, step: int) -> Path:
@@ -95,12 +107,40 @@ def newest_complete(directory: Path) -> Path | None:
     return next(reversed(complete_checkpoints(directory)), None)
 
 
+def write_best(directory: Path, step: int, loss: float) -> None:
+    """Name the complete checkpoint of `step` as the best; the one named before loses its protection."""
+    aside = directory / (BEST + ".tmp")
+    aside.write_text(json.dumps({"step": step, "loss": loss, "folder": step_folder(directory, step).name}) + "\n")
+    os.replace(aside, directory / BEST)
+
+
+def read_best(directory: Path) -> BestCheckpoint | None:
+    """The checkpoint with the lowest held-out loss; None where none is named or it is gone.
+
+    Raises UserError where best.json cannot be read.
+    """
+    try:
+        content = json.loads((directory / BEST).read_text())
+        best = BestCheckpoint(
+            step_folder(directory, int(content["step"])), int(content["step"]), float(content["loss"])
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / BEST} cannot be read ({error!r}): remove it to go on without") from None
+    return best if _says(best.folder, best.step) else None
+
+
 def retire(directory: Path, keep_last: int, keep_every: int = 0) -> None:
     """Remove complete checkpoints and whatever an interrupted save left behind.
 
-    Kept are the newest `keep_last` and those whose step is a multiple of `keep_every` (0: no others).
+    Kept are the newest `keep_last`, the one that best.json names, and those whose step is a multiple of `keep_every`
+    (0: no others).
     """
+    best = read_best(directory)
     for folder in complete_checkpoints(directory)[:-keep_last]:
+        if best is not None and folder == best.folder:
+            continue
         if keep_every and int(folder.name.removeprefix("step_")) % keep_every == 0:
             continue
         # without its marker first: a removal cut short must not leave something that looks complete

@@ -28,8 +28,9 @@ from collab_megatron.checkpoint.state import PROGRESS, layout_of
 from collab_megatron.checkpoint.together import together
 from collab_megatron.convert.disk import fsync_folder, is_disk_full
 from collab_megatron.convert.hf_folder import copy_companions
+from collab_megatron.convert.inventory import check_names
 from collab_megatron.convert.layout import read_hf_config
-from collab_megatron.convert.loader import SafetensorsFolder, check_names
+from collab_megatron.convert.loader import SafetensorsFolder
 from collab_megatron.convert.progress import Advance, progress
 from collab_megatron.convert.reshape import join
 from collab_megatron.convert.safetensors_io import DTYPES, StoredTensor, read_headers, read_into
@@ -51,7 +52,7 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
     with together(grid, doing, directory):
         spec = model_spec(read_hf_config(source))
         with SafetensorsFolder(source) as names:
-            check_names(names, spec)
+            check_names(names.names, spec, names.folder)
         stored = read_headers(source)
         actor = memoryless_actor(source, _check_tensors(stored, spec), grid)
         mine = share(pieces(actor), grid.rank, grid.world_size)

@@ -19,6 +19,7 @@ _ABSENT = "(absent)"
 _MEANING: Mapping[str, str] = {
     "run.seed": "another data order: rows of this epoch may come twice or not at all",
     "data.train": "the place in the data order is kept, the rows are others",
+    "data.validation": "held-out losses of before and after are of different conversations",
     "max_tokens": "other rows are left out, so the data order is another one",
     "rollout.max_prompt_tokens": "other rows are left out, so the data order is another one",
     "train.steps": "a decaying learning rate is spread over the new length",

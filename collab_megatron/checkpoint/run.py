@@ -11,6 +11,7 @@ checkpoints.wait()
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from collab_megatron.actor.actor import Actor
@@ -52,8 +53,10 @@ class Checkpoints:
         self.saved = info.step
         return info.step
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, best_loss: float | None = None) -> None:
         """Save the state after `step` steps; with train.async_save only copy it, and write it beside the training.
+
+        best_loss: the held-out loss where it is the lowest so far: the checkpoint stays until a lower one is saved.
 
         Raises RunError on every rank where this save, or the one before it that was still running, failed.
         """
@@ -64,7 +67,8 @@ class Checkpoints:
             "data": data_position(seed=self._run.seed, steps=step, rows_per_step=self._rows_per_step),
         }
         directory, beside = self._run.checkpoints_dir, self._beside
-        pending = begin(self._actor, directory, step=step, extra=extra, keep=self._keep, copy=beside is not None)
+        keep = replace(self._keep, best_loss=best_loss)
+        pending = begin(self._actor, directory, step=step, extra=extra, keep=keep, copy=beside is not None)
         self._saving = step
         if beside is None:
             pending.finish(self._actor.grid)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from collab_megatron.actor.actor import Actor
 from collab_megatron.actor.grid import RankGrid, agree, phase
-from collab_megatron.checkpoint.folders import CheckpointInfo, read_info, retire, step_folder, write_marker
+from collab_megatron.checkpoint.folders import CheckpointInfo, read_info, retire, step_folder, write_best, write_marker
 from collab_megatron.checkpoint.reader import SafeCommon, SafeLoad, read_common, read_metadata, refusal
 from collab_megatron.checkpoint.state import PROGRESS, ShardedState, grid_of, layout_of, progress_in
 from collab_megatron.checkpoint.writer import DeferredSave, write_tensors
@@ -41,6 +41,7 @@ class Keep:
 
     last: int = 1  # the newest so many
     every: int = 0  # besides, those whose step is a multiple of this; 0: no others
+    best_loss: float | None = None  # held-out, of the one being saved, where it is the lowest so far
 
 
 def save_checkpoint(
@@ -129,6 +130,9 @@ class PendingSave:
             self.tensors = {}
             _hear(grid, failure)
             _on_rank_zero(grid, self._publish)
+            best_loss = self.keep.best_loss
+            if best_loss is not None:
+                _on_rank_zero(grid, lambda: write_best(self.final.parent, self.step, best_loss))
             _on_rank_zero(grid, lambda: retire(self.final.parent, self.keep.last, self.keep.every))
         return self.final
 

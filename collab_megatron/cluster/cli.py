@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from collab_megatron.errors import RunError
+from collab_megatron.cluster.node import Node, parse_node
+from collab_megatron.errors import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,45 @@ class Arguments:
     config: Path
     overrides: list[str]
     dry_run: bool
+    node: Node | None  # the node of --gpus; None: this machine
     trainer: TrainerArguments | None  # set in a process that the launcher started as a trainer rank
+
+    @property
+    def who(self) -> str:
+        """This process in log lines: `launcher` or `trainer-RANK`."""
+        return "launcher" if self.trainer is None else f"trainer-{os.environ.get('RANK', '0')}"
 
 
 def parse_arguments(description: str | None, argv: list[str] | None = None) -> Arguments:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML file, see conf/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, start nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config and the plan, check what can be checked, start nothing",
+    )
+    parser.add_argument(
+        "--gpus", metavar="COUNTxGB", help="with --dry-run: plan for a node of so many GPUs of so much memory, as 8x80"
+    )
     internal = parser.add_argument_group("set by the launcher")
     internal.add_argument("--trainer-rank", action="store_true", help=argparse.SUPPRESS)
     internal.add_argument("--roster", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--engine-ready-file", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--driver-ready-file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
+    if args.gpus is not None and not args.dry_run:
+        raise UserError("--gpus plans for a node that is not this machine: add --dry-run, or leave --gpus out")
     trainer = None
     if args.trainer_rank:
         trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file)
-    return Arguments(config=args.config, overrides=args.overrides, dry_run=args.dry_run, trainer=trainer)
+    return Arguments(
+        config=args.config,
+        overrides=args.overrides,
+        dry_run=args.dry_run,
+        node=None if args.gpus is None else parse_node(args.gpus),
+        trainer=trainer,
+    )
 
 
 def shard_file(ready_file: Path, shard: int) -> Path:

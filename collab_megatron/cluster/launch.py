@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from collab_megatron.cluster.drivers import Drivers
 from collab_megatron.cluster.fleet import Fleet
-from collab_megatron.cluster.preflight import RLStart, device_of, visible_gpus
+from collab_megatron.cluster.node import device_of, visible_gpus
+from collab_megatron.cluster.preflight import RLStart
 from collab_megatron.cluster.processes import Child, Supervisor, free_port
 from collab_megatron.cluster.threads import Threads, share_threads, usable_cores
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config

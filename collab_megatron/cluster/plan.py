@@ -1,54 +1,88 @@
-"""What a run will take, from the config alone: ranks, bytes of each, work, calls and dollars per step."""
+"""What a run will take, from config, data and node: ranks, bytes of each, work, calls and dollars per step."""
 
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from collab_megatron.cluster.cost import Calls, call_lines, dollar_lines, own_metrics
 from collab_megatron.cluster.memory import RankMemory, Reference, engine_memory, size_of, trainer_memory
-from collab_megatron.cluster.preflight import check_placement, device_of
-from collab_megatron.config import RLConfig, SFTConfig
-from collab_megatron.config.sections import LLMSection, ParallelSection
-from collab_megatron.convert.layout import check_layout, read_hf_config
-from collab_megatron.convert.source import resolve_model_folder
-from collab_megatron.convert.spec import ModelSpec, model_spec
+from collab_megatron.cluster.node import Node
+from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config.sections import ParallelSection, RewardSection
+from collab_megatron.convert.spec import ModelSpec
 from collab_megatron.convert.tables import parameter_count
 from collab_megatron.monitor.flops import train_flops
+from collab_megatron.types import Task
 
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "working", "reference", "device", "host")
 
 
-def rl_plan(config: RLConfig) -> str:
-    """Some lines of text. Raises UserError for a model, layout or placement of engines that cannot be."""
-    spec = _spec(config.model.path, config.parallel)
-    check_placement(config)
+def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str, tuple[int, Sequence[Calls]]]) -> str:
+    """Some lines of text. calls: `steps` and `evaluations`: how many there are, and the calls of one (cost.py)."""
     rollout = config.rollout
     replies = rollout.prompts_per_step * rollout.num_replies
-    futures = replies * max(rollout.num_repeat_rollouts, 1)
-    simulated = futures if rollout.num_repeat_rollouts else 0
-    user_calls = simulated * min(rollout.max_user_turns, rollout.max_assistant_turns - 1)
-    judged = [
-        name
-        for name in config.reward.metric_weights
-        if name == "interactivity" or (name == "accuracy" and config.reward.accuracy_verifier == "judge")
-    ]
-    judge_calls = futures * len(judged)
-    reference: Reference = config.algorithm.reference if config.algorithm.kl_coef else "none"
+    simulated = replies * rollout.num_repeat_rollouts
+    turns = replies + simulated * min(rollout.max_user_turns, rollout.max_assistant_turns - 1)
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    steps, evaluations = calls["steps"], calls["evaluations"]
     lines = [
-        *_training_lines(spec, config, reference, samples=replies, longest=longest),
-        *_engine_lines(spec, config),
+        *_training_lines(spec, config, node, samples=replies, longest=longest),
+        *_engine_lines(spec, config, node.device(config.parallel)),
         f"per step    {rollout.prompts_per_step} prompts x {rollout.num_replies} replies = {replies} replies, "
-        f"{simulated} futures, at most {replies + user_calls} policy turns of {rollout.max_new_tokens} tokens",
-        f"user calls  at most {user_calls} per step{_cost(config.simulators.user, user_calls)}",
+        f"{simulated} futures, at most {turns} policy turns of {rollout.max_new_tokens} tokens",
+        *call_lines("", steps[1]),
+        *(call_lines("evaluation", evaluations[1]) if evaluations[0] else []),
+        *dollar_lines(calls),
+        *_own_metrics(config.reward),
+        *_driver_lines(config),
+        f"training    {config.train.steps} steps",
+        *_not_here(node, "the disk, ports, engine.python, addresses of the LLM services"),
     ]
-    if judge_calls and config.simulators.judge is not None:
-        lines.append(f"judge calls {judge_calls} per step{_cost(config.simulators.judge, judge_calls)}")
-    lines += [*_driver_lines(config), f"training    {config.train.steps} steps"]
     return "\n".join(lines)
+
+
+def evaluate_plan(config: EvaluateConfig, spec: ModelSpec, *, node: Node, tasks: int, calls: Sequence[Calls]) -> str:
+    """Some lines of text. tasks: that are there; calls: of the evaluation."""
+    chosen = min(tasks, config.evaluation.num_tasks)
+    lines = [
+        _model_line(spec, config.model.dtype),
+        *_engine_memory_lines(spec, config),
+        f"plays       {chosen:,} of {tasks:,} held-out tasks, at most {config.evaluation.max_assistant_turns} policy "
+        f"turns of {config.rollout.max_new_tokens} tokens each, on {node.chosen(config.parallel)}",
+        *call_lines("calls", calls),
+        *dollar_lines({"evaluation": (1, calls)}),
+        *_own_metrics(config.reward),
+        *_not_here(node, "ports, engine.python, addresses of the LLM services"),
+    ]
+    return "\n".join(lines)
+
+
+def build_plan(config: BuildDatasetConfig, tasks: Sequence[Task], calls: Sequence[Calls]) -> str:
+    """Some lines of text. tasks: the problems that are to be grown."""
+    lines = [
+        f"grows       {len(tasks):,} conversations of at most {config.max_total_turns} assistant turns: "
+        f"{config.num_candidate_responses} candidates x {config.num_repeat_rollouts} futures at each turn",
+        *call_lines("calls", calls),
+        *dollar_lines({"build": (1, calls)}),
+        *_own_metrics(config.reward),
+    ]
+    return "\n".join(lines)
+
+
+def reference_of(config: RLConfig | SFTConfig) -> Reference:
+    """Where the reference model is kept."""
+    return config.algorithm.reference if isinstance(config, RLConfig) and config.algorithm.kl_coef else "none"
+
+
+def _own_metrics(reward: RewardSection) -> list[str]:
+    own = own_metrics(reward)
+    return [f"            what metrics of your own ask ({', '.join(own)}) is not counted"] if own else []
+
+
+def _not_here(node: Node, what: str) -> list[str]:
+    return [] if node.here else [f"not checked {what}: they are the node's"]
 
 
 def _driver_lines(config: RLConfig) -> list[str]:
@@ -76,46 +110,51 @@ def _cap(usd: float | None, calls: int | None) -> str:
     return " or ".join(filter(None, said))
 
 
-def sft_plan(config: SFTConfig) -> str:
-    """Some lines of text. Raises UserError for a model or layout that cannot be trained."""
-    spec = _spec(config.model.path, config.parallel)
-    lines = _training_lines(spec, config, "none", samples=config.batch_size, longest=config.max_tokens)
+def sft_plan(config: SFTConfig, spec: ModelSpec, *, node: Node) -> str:
+    """Some lines of text."""
+    lines = _training_lines(spec, config, node, samples=config.batch_size, longest=config.max_tokens)
     lines.append(f"training    {config.train.steps} steps of {config.batch_size} conversations")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_not_here(node, "the disk")])
 
 
-def _spec(path: str, parallel: ParallelSection) -> ModelSpec:
-    hf_config = read_hf_config(resolve_model_folder(path))
-    check_layout(hf_config, parallel)
-    return model_spec(hf_config)
+def stages_of(config: RLConfig | SFTConfig, spec: ModelSpec, device: str) -> list[RankMemory]:
+    """Bytes of a rank of each pipeline stage."""
+    if isinstance(config, RLConfig):
+        longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    else:
+        longest = config.max_tokens
+    return trainer_memory(
+        spec,
+        dtype=config.model.dtype,
+        parallel=config.parallel,
+        optimizer=config.optimizer,
+        train=config.train,
+        reference=reference_of(config),
+        device=device,
+        tokens=max(config.train.micro_batch_tokens, longest),  # a longer sample is a micro-batch of its own
+    )
+
+
+def _model_line(spec: ModelSpec, dtype: str) -> str:
+    return f"model       {spec.architecture}, {parameter_count(spec):,} parameters, {dtype}"
 
 
 def _training_lines(
-    spec: ModelSpec, config: RLConfig | SFTConfig, reference: Reference, *, samples: int, longest: int
+    spec: ModelSpec, config: RLConfig | SFTConfig, node: Node, *, samples: int, longest: int
 ) -> list[str]:
     """`samples` of at most `longest` tokens are trained per step, over all data ranks."""
-    parallel, train, dtype = config.parallel, config.train, config.model.dtype
-    device = device_of(parallel)
-    tokens = max(train.micro_batch_tokens, longest)  # a sample longer than a micro-batch is one of its own
-    stages = trainer_memory(
-        spec,
-        dtype=dtype,
-        parallel=parallel,
-        optimizer=config.optimizer,
-        train=train,
-        reference=reference,
-        device=device,
-        tokens=tokens,
-    )
+    parallel, train = config.parallel, config.train
+    tokens = max(train.micro_batch_tokens, longest)
+    stages = stages_of(config, spec, node.device(parallel))
     rows = max(1, train.micro_batch_tokens // longest)
     micro_batches = math.ceil(math.ceil(samples / parallel.data) / rows)
     petaflop = train_flops(spec, [longest] * samples) / 1e15
     return [
-        f"model       {spec.architecture}, {parameter_count(spec):,} parameters, {dtype}",
-        f"trainer     {parallel.world_size} ranks on {device}: {_layout(parallel)}",
+        _model_line(spec, config.model.dtype),
+        f"trainer     {parallel.world_size} ranks on {node.chosen(parallel)}: {_layout(parallel)}",
         f"memory      per rank, a micro-batch of {tokens:,} tokens, recompute {train.recompute}",
         *_table(stages),
-        *_room(stages, device),
+        *_room(stages, node.gpu_bytes if node.device(parallel) == "cuda" else None),
         f"work        at most {micro_batches} micro-batches a data rank and {petaflop:,.2g} PFLOP of training per step",
     ]
 
@@ -145,9 +184,8 @@ def _table(stages: Sequence[RankMemory]) -> list[str]:
     return lines
 
 
-def _room(stages: Sequence[RankMemory], device: str) -> list[str]:
-    """What a GPU has beyond that, where there is one to ask."""
-    there = gpu_bytes() if device == "cuda" else None
+def _room(stages: Sequence[RankMemory], there: int | None) -> list[str]:
+    """What a GPU of `there` bytes has beyond that."""
     if there is None:
         return []
     needed = max(stage.device for stage in stages)
@@ -155,28 +193,21 @@ def _room(stages: Sequence[RankMemory], device: str) -> list[str]:
     return [f"room        the GPU has {_amount(there)}: {said}"]
 
 
-def gpu_bytes() -> int | None:
-    """Memory of this machine's first GPU, by nvidia-smi; None where there is none. torch stays out of the launcher."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        return int(said.split()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-
-
-def _engine_lines(spec: ModelSpec, config: RLConfig) -> list[str]:
+def _engine_lines(spec: ModelSpec, config: RLConfig, device: str) -> list[str]:
     """Which servers there are, what a rank of them holds, and what every sync sends them."""
     engine, sync, size = config.engine, config.sync, size_of(config.model.dtype)
     sent = parameter_count(spec) * size
     transport = sync.transport_for(engine.placement)
     update = f"sync        {transport}, {_amount(sent)} per update to {_count(engine.servers, 'server')}"
     if transport != "disk":
-        update += f", in buckets of at most {sync.bucket_mb_on(device_of(config.parallel)):,} MB"
+        update += f", in buckets of at most {sync.bucket_mb_on(device):,} MB"
+    return [*_engine_memory_lines(spec, config), update]
+
+
+def _engine_memory_lines(spec: ModelSpec, config: RLConfig | EvaluateConfig) -> list[str]:
+    engine = config.engine
     if engine.urls:
-        return [f"engine      the SGLang servers at {', '.join(engine.urls)}, {engine.placement}", update]
+        return [f"engine      the SGLang servers at {', '.join(engine.urls)}, {engine.placement}"]
     memory = engine_memory(spec, dtype=config.model.dtype, engine=engine)
     per_token = f"{_amount(memory.kv_per_token)} a token"
     if memory.kv_cache is not None:
@@ -186,8 +217,7 @@ def _engine_lines(spec: ModelSpec, config: RLConfig) -> list[str]:
         cache = f"KV cache {per_token}, up to {share} of the memory with the weights"
     return [
         f"engine      {_count(engine.count, 'SGLang server')} at tensor parallel {engine.tensor}, {engine.placement}; "
-        f"per rank weights {_amount(memory.weights)}, {cache}",
-        update,
+        f"per rank weights {_amount(memory.weights)}, {cache}"
     ]
 
 
@@ -203,11 +233,3 @@ def _amount(size: int) -> str:
         if abs(size) >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size / 2**10:,.0f} kB"
-
-
-def _cost(section: LLMSection, calls: int) -> str:
-    """What one call may cost at most is its output limit; the input is not known before the chat is."""
-    if section.output_usd_per_mtoken is None:
-        return f" to {section.model}"
-    dollars = calls * section.max_tokens * section.output_usd_per_mtoken / 1e6
-    return f" to {section.model}, at most ${dollars:.2f} of output"

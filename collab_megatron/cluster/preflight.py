@@ -4,30 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.cluster.cautions import warn_of_config, warn_of_memory
+from collab_megatron.cluster.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
+from collab_megatron.cluster.node import Node, this_node
+from collab_megatron.cluster.plan import build_plan, evaluate_plan, rl_plan, sft_plan
 from collab_megatron.cluster.processes import port_in_use
-from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
 from collab_megatron.config.entry import llm_roles
 from collab_megatron.config.sections import EngineSection, ParallelSection, RunSection
+from collab_megatron.convert.inventory import check_inventory, tensor_shapes
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
-from collab_megatron.convert.spec import model_spec
+from collab_megatron.convert.spec import ModelSpec, model_spec
 from collab_megatron.convert.tables import parameter_count
+from collab_megatron.data.build.problems import read_problems
+from collab_megatron.data.build.worker import make_players
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
-from collab_megatron.data.parquet import read_conversations, read_tasks
+from collab_megatron.data.fit import fitting_tasks
+from collab_megatron.data.parquet import read_conversation_files, read_task_files
 from collab_megatron.errors import UserError
 from collab_megatron.rewards import configured_scorer
-from collab_megatron.simulators import Gateway
+from collab_megatron.simulators import Gateway, user_simulator
+from collab_megatron.types import Task
 
 REACH_TIMEOUT_S = 5.0
 CHECKPOINT_COPIES = 2
 """Room that saving needs: the checkpoint being written beside the one it replaces."""
+
+Report = Callable[[str], None]
+
+
+def print_at_once(text: str) -> None:
+    print(text, flush=True)
 
 
 @dataclass(frozen=True)
@@ -36,53 +51,113 @@ class RLStart:
 
     first_step: int
     max_context_tokens: int
+    usable_prompts: int  # training tasks whose prompt fits
 
 
-def device_of(parallel: ParallelSection) -> str:
-    """cpu or cuda, without importing torch into the launcher."""
-    if parallel.device != "auto":
-        return parallel.device
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+@dataclass(frozen=True)
+class _Model:
+    """What is known of a model without its weights."""
+
+    folder: Path
+    hf_config: dict[str, Any]
+    spec: ModelSpec
+    chat: ChatTemplate
 
 
-def check_rl(config: RLConfig) -> RLStart:
-    """All checks of train_rl. Raises UserError."""
-    hf_config = _check_model(config.model.path, config.parallel, config.rollout.inexact_template)
+def check_rl(
+    config: RLConfig, *, dry_run: bool = False, node: Node | None = None, report: Report = print_at_once
+) -> RLStart:
+    """All checks of train_rl; `report` gets the plan as soon as model and data are known. Raises UserError.
+
+    dry_run: of a model on the hub fetch no weights. node: the one to plan for; None: this machine.
+    """
+    here = node or this_node()
+    model = _check_model(config.model.path, config.parallel, config.rollout.inexact_template, weights=not dry_run)
+    room = max_context_tokens(model.hf_config, config.engine)
+    train, held_out = _check_prompts(config, model.chat, room)
+    gateway = _check_players(config)
+    check_placement(config, here.device(config.parallel))
+    calls = {"steps": (config.train.steps, step_calls(config, lengths_of(train)))}
+    calls["evaluations"] = (
+        evaluations(config),
+        evaluation_calls(config, lengths_of(held_out), len(held_out)),
+    )
+    report(rl_plan(config, model.spec, node=here, calls=calls))
+    warn_of_config(config, model.spec, here)
     first_step = _check_run(config.run, config.train.steps)
-    read_tasks(config.data.train)
-    if config.data.validation is not None:
-        read_tasks(config.data.validation)
-    check_placement(config)
-    _check_trainer_devices(config.parallel, config.engine)
-    _check_engine(config.engine)
-    _check_disk(config.run.dir, hf_config, config.model.dtype)
-    asyncio.run(_check_simulators(config))
-    return RLStart(first_step=first_step, max_context_tokens=max_context_tokens(hf_config, config.engine))
+    _check_trainer_devices(config.parallel, config.engine, here)
+    _check_machine(config, model.hf_config, here)
+    asyncio.run(_check_reachable(gateway, here))
+    return RLStart(first_step=first_step, max_context_tokens=room, usable_prompts=len(train))
 
 
-def check_sft(config: SFTConfig) -> None:
-    """All checks of train_sft. Raises UserError."""
-    hf_config = _check_model(config.model.path, config.parallel, "as_sampled")  # chats are rendered, none grows
+def check_sft(
+    config: SFTConfig, *, dry_run: bool = False, node: Node | None = None, report: Report = print_at_once
+) -> None:
+    """All checks of train_sft, as `check_rl`. Raises UserError."""
+    here = node or this_node()
+    # chats are rendered, none grows
+    model = _check_model(config.model.path, config.parallel, "as_sampled", weights=not dry_run)
+    read_conversation_files(config.data.train_files)
+    read_conversation_files(config.data.validation_files)
+    report(sft_plan(config, model.spec, node=here))
+    warn_of_memory(config, model.spec, here)
     _check_run(config.run, config.train.steps)
-    read_conversations(config.data.train)
-    _check_trainer_devices(config.parallel, None)
-    _check_disk(config.run.dir, hf_config, config.model.dtype)
+    _check_trainer_devices(config.parallel, None, here)
+    if here.here:
+        _check_disk(config.run.dir, model.hf_config, config.model.dtype)
     target = config.export_hf
     if target is not None and target.exists() and any(target.iterdir()):
         raise UserError(f"export_hf {target} exists and is not empty: choose another folder or remove it")
 
 
-def check_evaluate(config: EvaluateConfig) -> int:
-    """All checks of an evaluation; returns the context length. Raises UserError."""
-    hf_config = _check_model(
-        config.model.path, ParallelSection(device=config.parallel.device), config.rollout.inexact_template
-    )
-    if config.data.validation is not None:
-        read_tasks(config.data.validation)
-    _check_gpus(config.parallel, _started_ranks(config.engine))
-    _check_engine(config.engine)
-    asyncio.run(_check_simulators(config))
-    return max_context_tokens(hf_config, config.engine)
+def check_evaluate(
+    config: EvaluateConfig, *, dry_run: bool = False, node: Node | None = None, report: Report = print_at_once
+) -> int:
+    """All checks of an evaluation, as `check_rl`; returns the context length. Raises UserError."""
+    here = node or this_node()
+    one = ParallelSection(device=config.parallel.device)
+    model = _check_model(config.model.path, one, config.rollout.inexact_template, weights=not dry_run)
+    tasks, _ = read_task_files(config.data.validation_files)
+    gateway = _check_players(config)
+    calls = evaluation_calls(config, lengths_of(tasks), len(tasks))
+    report(evaluate_plan(config, model.spec, node=here, tasks=len(tasks), calls=calls))
+    _check_gpus(config.parallel, _started_ranks(config.engine), here)
+    if here.here:
+        _check_engine(config.engine)
+    asyncio.run(_check_reachable(gateway, here))
+    return max_context_tokens(model.hf_config, config.engine)
+
+
+def check_build(config: BuildDatasetConfig, *, report: Report = print_at_once) -> None:
+    """All checks of tools/build_dataset.py, as `check_rl`, but for those of its output folder. Raises UserError."""
+    tasks = [problem.task for problem in read_problems(config.problems, config.num_conversations)]
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed)
+    make_players(config, gateway)
+    report(build_plan(config, tasks, build_calls(config, tasks)))
+    asyncio.run(_check_reachable(gateway, this_node()))
+
+
+def _check_prompts(config: RLConfig, chat: ChatTemplate, max_context_tokens: int) -> tuple[list[Task], list[Task]]:
+    """The prompts that fit, to train on and held out; prints what is left out. Raises UserError where over half of a
+    set is too long."""
+    kept = []
+    for files in (config.data.train_files, config.data.validation_files):
+        tasks, repeated = read_task_files(files)
+        names = ", ".join(map(str, files))
+        if repeated:
+            print(f"{names}: left out: {repeated:,} tasks that an earlier file holds", flush=True)
+        fit = fitting_tasks(
+            tasks,
+            chat,
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            max_context_tokens=max_context_tokens,
+            max_new_tokens=config.rollout.max_new_tokens,
+        )
+        if fit.notice:
+            print(f"{names}: {fit.notice}", flush=True)
+        kept.append(fit.kept)
+    return kept[0], kept[1]
 
 
 def max_context_tokens(hf_config: dict[str, Any], engine: EngineSection) -> int:
@@ -91,12 +166,15 @@ def max_context_tokens(hf_config: dict[str, Any], engine: EngineSection) -> int:
     return min(limits) if limits else 2**31 - 1
 
 
-def _check_model(path: str, parallel: ParallelSection, inexact_template: InexactTemplate) -> dict[str, Any]:
-    folder = resolve_model_folder(path)
+def _check_model(path: str, parallel: ParallelSection, inexact_template: InexactTemplate, *, weights: bool) -> _Model:
+    folder = resolve_model_folder(path, weights=weights)
     hf_config = read_hf_config(folder)
     check_layout(hf_config, parallel)
-    ChatTemplate(load_tokenizer(folder)).check_growth(inexact_template)
-    return hf_config
+    spec = model_spec(hf_config)
+    check_inventory(tensor_shapes(path, folder), spec, path)
+    chat = ChatTemplate(load_tokenizer(folder))
+    chat.check_growth(inexact_template)
+    return _Model(folder, hf_config, spec, chat)
 
 
 def _check_run(run: RunSection, steps: int) -> int:
@@ -115,10 +193,10 @@ def _check_run(run: RunSection, steps: int) -> int:
     return done
 
 
-def check_placement(config: RLConfig) -> None:
+def check_placement(config: RLConfig, device: str) -> None:
     """Can the engines stand where `engine.placement` puts them, and be reached by the transport? Raises UserError."""
     engine, ranks = config.engine, config.parallel.world_size
-    if engine.placement != "colocated" or device_of(config.parallel) != "cuda":
+    if engine.placement != "colocated" or device != "cuda":
         return
     if engine.servers * engine.tensor != ranks:
         if ranks % engine.tensor:
@@ -136,22 +214,15 @@ def check_placement(config: RLConfig) -> None:
         )
 
 
-def visible_gpus() -> list[str]:
-    """Ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES wants them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [number for number in visible.split(",") if number]
-    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-
-
-def _check_trainer_devices(parallel: ParallelSection, engine: EngineSection | None) -> None:
-    if parallel.context > 1 and importlib.util.find_spec("transformer_engine") is None:
+def _check_trainer_devices(parallel: ParallelSection, engine: EngineSection | None, node: Node) -> None:
+    if parallel.context > 1 and node.here and importlib.util.find_spec("transformer_engine") is None:
         raise UserError(
             f"parallel.context={parallel.context} needs transformer-engine, whose attention alone shares a sequence "
             "between ranks: install it on a machine with GPUs, or set parallel.context=1"
         )
     own = engine is not None and engine.placement == "disaggregated"
-    _check_gpus(parallel, parallel.world_size + (_started_ranks(engine) if engine is not None and own else 0))
+    started = _started_ranks(engine) if engine is not None and own else 0
+    _check_gpus(parallel, parallel.world_size + started, node)
 
 
 def _started_ranks(engine: EngineSection) -> int:
@@ -159,12 +230,19 @@ def _started_ranks(engine: EngineSection) -> int:
     return 0 if engine.urls else engine.count * engine.tensor
 
 
-def _check_gpus(parallel: ParallelSection, needed: int) -> None:
-    if device_of(parallel) == "cuda" and len(visible_gpus()) < needed:
+def _check_gpus(parallel: ParallelSection, needed: int, node: Node) -> None:
+    if node.device(parallel) == "cuda" and node.gpus < needed:
+        there = f"{node.gpus} are visible" if node.here else f"--gpus names {node.gpus}"
         raise UserError(
-            f"this layout needs {needed} GPUs on the node, {len(visible_gpus())} are visible: lower parallel.tensor, "
-            "parallel.data, engine.count or engine.tensor"
+            f"this layout needs {needed} GPUs on the node, {there}: lower parallel.tensor, parallel.data, engine.count "
+            "or engine.tensor"
         )
+
+
+def _check_machine(config: RLConfig, hf_config: dict[str, Any], node: Node) -> None:
+    if node.here:
+        _check_engine(config.engine)
+        _check_disk(config.run.dir, hf_config, config.model.dtype)
 
 
 def _check_engine(engine: EngineSection) -> None:
@@ -182,11 +260,18 @@ def _check_engine(engine: EngineSection) -> None:
             )
 
 
-async def _check_simulators(config: RLConfig | EvaluateConfig) -> None:
-    gateway = Gateway(llm_roles(config.simulators), config.run.seed)  # a missing key is found here
+def _check_players(config: RLConfig | EvaluateConfig) -> Gateway:
+    """Metrics, their modules, prompt files, keys and prices; nobody is asked anything."""
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=config.budget)
+    configured_scorer(config.reward, config.simulators, gateway)
+    user_simulator(config.simulators, gateway)
+    return gateway
+
+
+async def _check_reachable(gateway: Gateway, node: Node) -> None:
     try:
-        configured_scorer(config.reward, config.simulators, gateway)
-        await gateway.check_reachable(REACH_TIMEOUT_S)
+        if node.here:
+            await gateway.check_reachable(REACH_TIMEOUT_S)
     finally:
         await gateway.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -22,6 +22,7 @@ from collab_megatron.config.sections import (
     OptimizerSection,
     ParallelSection,
     Positive,
+    RecordSection,
     RewardSection,
     RolloutSection,
     RunSection,
@@ -32,14 +33,19 @@ from collab_megatron.config.sections import (
 )
 
 MAX_PORT = 65535
+JUDGE_OF = "judge-"  # begins the role of a metric's own judge
 
 
 def _check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
-    judged = "interactivity" in reward.metric_weights or (
-        "accuracy" in reward.metric_weights and reward.accuracy_verifier == "judge"
-    )
-    if judged and simulators.judge is None:
-        raise ValueError("these metrics need an LLM judge: set simulators.judge")
+    lacking = [name for name, judge in shipped_judges(reward, simulators).items() if judge is None]
+    if lacking:
+        raise ValueError(f"{lacking[0]} needs an LLM judge: set simulators.judge, or reward.judges.{lacking[0]}")
+    accuracy = reward.judges.get("accuracy")
+    if reward.accuracy_prompt_file is not None and accuracy is not None and accuracy.prompt_file is not None:
+        raise ValueError(
+            "reward.accuracy_prompt_file and reward.judges.accuracy.prompt_file name two prompts for one judge: remove "
+            "one of them"
+        )
 
 
 def _check_schedule(optimizer: OptimizerSection, steps: int) -> None:
@@ -130,6 +136,7 @@ class RLConfig(Section):
     sync: SyncSection = SyncSection()
     driver: DriverSection = DriverSection()
     journal: JournalSection = JournalSection()
+    record: RecordSection = RecordSection()
     budget: BudgetSection = BudgetSection()
     evaluation: EvaluationSection = EvaluationSection()
 
@@ -161,17 +168,24 @@ class SFTConfig(Section):
     max_tokens: Positive = 4096  # longer conversations are left out and counted
     optimizer: OptimizerSection = OptimizerSection(lr=1e-5)
     parallel: ParallelSection = ParallelSection()
-    export_hf: Path | None = None  # where the final weights go as a Hugging Face folder
+    export_hf: Path | None = None  # where the weights go as a Hugging Face folder at the end
+    # best: those with the lowest held-out loss; the last ones without data.validation or train.keep_best
+    export_weights: Literal["best", "last"] = "best"
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         _check_schedule(self.optimizer, self.train.steps)
         _check_packing(self.parallel, self.train)
+        if self.train.eval_interval and self.data.validation is None:
+            raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
         return self
 
 
 class EvaluateConfig(Section):
-    """`python -m collab_megatron.evaluate`: whole conversations with a model as it stands."""
+    """`python -m collab_megatron.evaluate`: whole conversations with a model as it stands.
+
+    An RL config is one as well: the sections that only training reads are checked and not used.
+    """
 
     run: RunSection = RunSection(name="evaluate")
     model: ModelSection
@@ -182,7 +196,16 @@ class EvaluateConfig(Section):
     engine: EngineSection = EngineSection()
     parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection = EvaluationSection()
-    output: Path | None = None  # JSON with the figures
+    journal: JournalSection = JournalSection()
+    budget: BudgetSection = BudgetSection()
+    # JSON with the figures; the conversations lie next to it as .jsonl. None: RUN_DIR/evaluations/NAME/MODEL.json
+    output: Path | None = None
+    # of an RL config: checked, not used
+    algorithm: AlgorithmSection | None = None
+    train: TrainSection | None = None
+    optimizer: OptimizerSection | None = None
+    sync: SyncSection | None = None
+    driver: DriverSection | None = None
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
@@ -190,6 +213,8 @@ class EvaluateConfig(Section):
         _check_engine(self.engine)
         if self.data.validation is None:
             raise ValueError("data.validation is not set: name the held-out parquet")
+        if self.output is not None and self.output.suffix == ".jsonl":
+            raise ValueError(f"output={self.output} is where its conversations go: name a .json file for the figures")
         return self
 
 
@@ -219,7 +244,29 @@ class BuildDatasetConfig(Section):
         return self
 
 
-def llm_roles(simulators: SimulatorsSection) -> dict[str, LLMSection]:
-    """The roles that are configured, by name."""
+def llm_roles(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
+    """The roles that are configured, by name. A metric's own judge is `judge-METRIC`, where the metric has a weight."""
     named: dict[str, Any] = {"user": simulators.user, "judge": simulators.judge, "assistant": simulators.assistant}
-    return {role: section for role, section in named.items() if section is not None}
+    roles = {role: section for role, section in named.items() if section is not None}
+    own = {judge_role(metric): judge for metric, judge in reward.judges.items() if metric in reward.metric_weights}
+    return roles | own
+
+
+def judge_role(metric: str) -> str:
+    """The role of a metric's own judge."""
+    return f"{JUDGE_OF}{metric}"
+
+
+def role_place(role: str) -> str:
+    """Where in the config a role of `llm_roles` stands."""
+    return f"reward.judges.{role.removeprefix(JUDGE_OF)}" if role.startswith(JUDGE_OF) else f"simulators.{role}"
+
+
+def shipped_judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, LLMSection | None]:
+    """The judge of each weighted metric that is shipped and needs one; None where it lacks one."""
+    judged = ["accuracy"] if reward.accuracy_verifier == "judge" else []
+    return {
+        name: reward.judges.get(name, simulators.judge)
+        for name in (*judged, "interactivity")
+        if name in reward.metric_weights
+    }

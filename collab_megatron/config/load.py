@@ -28,6 +28,7 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     raw = _read_with_extends(path, ())
     for override in overrides:
         _apply_override(raw, override)
+    _find_modules(raw, path.absolute().parent)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -54,6 +55,7 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(raw).__name__}")
+    _find_modules(raw, path.parent)
     parents = raw.pop("extends", None)
     if parents is None:
         return raw
@@ -61,6 +63,25 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     for parent in [parents] if isinstance(parents, str) else parents:
         merged = _merge(merged, _read_with_extends(path.parent / parent, (*seen, path)))
     return _merge(merged, raw)
+
+
+def _find_modules(raw: dict[str, Any], folder: Path) -> None:
+    """Metric modules in the config's `folder` become paths: other processes read a copy of it that lies elsewhere."""
+    reward = raw.get("reward")
+    modules = reward.get("metric_modules") if isinstance(reward, dict) else None
+    if isinstance(reward, dict) and isinstance(modules, list):
+        reward["metric_modules"] = [_find_module(name, folder) for name in modules]
+
+
+def _find_module(name: Any, folder: Path) -> Any:
+    if not isinstance(name, str):
+        return name  # validation names it
+    if name.endswith(".py"):
+        return str(folder / name)
+    if not name.isidentifier():
+        return name  # a dotted name is for Python to find
+    near = (folder / f"{name}.py", folder / name / "__init__.py")
+    return next((str(file) for file in near if file.is_file()), name)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +121,7 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
     elif first["type"] == "missing":
         sentence = f"{dotted!r} is not set and has no default"
     elif first["type"] == "value_error":
-        sentence = str(first["ctx"]["error"])
+        sentence = f"{dotted}: {first['ctx']['error']}" if dotted else str(first["ctx"]["error"])
     else:
         sentence = f"{dotted!r}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})"
     return sentence + (f" (and {len(more)} more)" if more else "")
@@ -109,6 +130,9 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
 def _keys_at(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     node: Any = kind
     for part in loc:
+        if typing.get_origin(node) in (dict, tuple):  # {name: section} or (section, ...)
+            node = next(a for a in reversed(typing.get_args(node)) if a is not Ellipsis)
+            continue
         annotation = node.model_fields[part].annotation
         if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
             annotation = next(a for a in typing.get_args(annotation) if a is not type(None))

@@ -16,16 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from collab_megatron.convert.inventory import check_names
 from collab_megatron.convert.place import local_parameters, local_rows
 from collab_megatron.convert.reshape import join
 from collab_megatron.convert.spec import ModelSpec
-from collab_megatron.convert.tables import Row, rows
+from collab_megatron.convert.tables import Row
 from collab_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from collab_megatron.actor.grid import RankGrid
-
-_IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 
 
 class SafetensorsFolder:
@@ -93,27 +92,13 @@ def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, 
     """
     parameters = local_parameters(chunks, spec, grid)
     with SafetensorsFolder(folder) as source:
-        check_names(source, spec)
+        check_names(source.names, spec, source.folder)
         for row in local_rows(spec, grid):
             parameter = parameters.pop(row.megatron)
             value = read_shard(source, row, spec, grid.tp_rank, grid.tp_size)
             assert value.shape == parameter.shape, (row.megatron, value.shape, parameter.shape)
             parameter.copy_(value)
     assert not parameters, f"parameters that were not filled: {sorted(parameters)[:5]}"
-
-
-def check_names(source: SafetensorsFolder, spec: ModelSpec) -> None:
-    """Raise UserError naming a tensor that the model needs and the folder lacks, or the other way round."""
-    expected = {name: dims for row in rows(spec) for name, dims in zip(row.hf, row.shapes, strict=True)}
-    found = source.names
-    for name, dims in expected.items():
-        if name not in found:
-            shape = [spec.dims[dim] for dim in dims]
-            raise UserError(f"tensor {name} of shape {shape} is missing in {source.folder}")
-    ignored = {"lm_head.weight"} if spec.tied else set()
-    unknown = {n for n in found - expected.keys() - ignored if not n.endswith(_IGNORED_ENDINGS)}
-    if unknown:
-        raise UserError(f"{source.folder} holds tensors that {spec.architecture} does not have: {sorted(unknown)[:3]}")
 
 
 def read_shard(source: SafetensorsFolder, row: Row, spec: ModelSpec, tp_rank: int, tp_size: int) -> Tensor:

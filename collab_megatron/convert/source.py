@@ -8,11 +8,12 @@ from pathlib import Path
 from collab_megatron.errors import UserError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # config, tokenizer, chat template, index
+_FILES = ["*.safetensors", *_SMALL_FILES]
 
 
-def resolve_model_folder(path: str | Path) -> Path:
-    """A local folder with the model's files.
+def resolve_model_folder(path: str | Path, *, weights: bool = True) -> Path:
+    """A local folder with the model's files; of a hub name without its weights where `weights` is false.
 
     Raises UserError when `path` is neither a folder nor a hub name that can be fetched (or is in the cache already).
     """
@@ -25,6 +26,6 @@ def resolve_model_folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_FILES))
+        return Path(snapshot_download(str(path), allow_patterns=_FILES if weights else _SMALL_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"model {path} is neither a folder nor can it be fetched from the hub: {error}") from error

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from collab_megatron.data.thoughts import THOUGHT_TAGS, split_thoughts
 from collab_megatron.errors import UserError
-from collab_megatron.types import Message
+from collab_megatron.types import Generation, Message, PolicyTurn
 
 InexactTemplate = Literal["refuse", "as_sampled", "rendered"]
 
@@ -72,8 +74,9 @@ def load_tokenizer(path: str | Path) -> Any:
 class ChatTemplate:
     """A tokenizer's chat template as token ids. Raises UserError if it does not close assistant turns by one token."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, thought_tags: tuple[str, str] = THOUGHT_TAGS) -> None:
         self.tokenizer = tokenizer
+        self.thought_tags = thought_tags
         tokenizer.encode("", add_special_tokens=False)  # turns padding and truncation off, also in the core below
         self._core = getattr(tokenizer, "backend_tokenizer", None)  # the same ids and texts at half the time
         self._rendered = False
@@ -83,6 +86,9 @@ class ChatTemplate:
         self.end_id: int = ids[0]
         eos = tokenizer.eos_token_id
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in (self.end_id, eos) if i is not None))
+        tags = [self._encode(tag) for tag in thought_tags]
+        # decoded by themselves, because the tokenizer may hide them; an unknown word is no tag
+        self._tags = {ids[0] for ids, tag in zip(tags, thought_tags, strict=True) if self._decode(ids[:1]) == tag}
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the chat so far, up to and including the generation prompt."""
@@ -102,24 +108,54 @@ class ChatTemplate:
         ids = self._encode(text)
         return ids if cut else ids[1:]
 
-    def grow(
-        self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str, *, cut: bool = False
-    ) -> list[int]:
+    def grow(self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str) -> list[int]:
         """The ids that the next policy turn is sampled from, after a user turn.
 
-        `context_ids` end with the policy's last turn as it was sampled (`cut` as in turn_glue), `messages` with the
-        same turn as text: the user's new turn is in neither. Rendered anew where check_growth() chose that, else
+        `context_ids` end with the policy's last turn as it was sampled, `messages` with the same turn as text
+        (PolicyTurn.sampled): the user's new turn is in neither. Rendered again where check_growth() chose that, else
         context + glue. Raises ValueError if `messages` do not end with an assistant turn.
         """
         if not messages or messages[-1].role != "assistant":
             raise ValueError("a chat grows after an assistant turn: leave the new user turn out of `messages`")
         if self._rendered:
             return self.prompt_ids([*messages, Message("user", user_text)])
-        return [*context_ids, *self.turn_glue(user_text, cut=cut)]
+        return [*context_ids, *self.turn_glue(user_text, cut=not self.ended(context_ids))]
 
     def reply_text(self, token_ids: Sequence[int]) -> str:
         """A sampled reply as text, without special tokens."""
         return self._decode(token_ids, skip_special_tokens=True)
+
+    def policy_turn(
+        self, context_ids: Sequence[int], generation: Generation, *, begin_s: float = 0.0, end_s: float = 0.0
+    ) -> PolicyTurn:
+        """What was sampled from `context_ids`, split into thought and reply; the times are those of PolicyTurn."""
+        opening = self._opening(context_ids)
+        text = self._with_tags(generation.token_ids_T)
+        split = split_thoughts(text, self.thought_tags, opened=bool(opening))
+        return PolicyTurn(
+            thought=split.thought,
+            reply=split.reply,
+            sampled=opening + text,
+            cut=not (split.closed and self.ended(generation.token_ids_T)),
+            generation=generation,
+            begin_s=begin_s,
+            end_s=end_s,
+        )
+
+    def _opening(self, context_ids: Sequence[int]) -> str:
+        """The opening tag with the white space behind it, where the context ends with one; else empty."""
+        start, _ = self.thought_tags
+        tail = self._decode(context_ids[-2 * len(start) :])
+        return tail[tail.rindex(start) :] if tail.rstrip().endswith(start) else ""
+
+    def _with_tags(self, token_ids: Sequence[int]) -> str:
+        """A sampled reply as text, without special tokens but the tags of thoughts."""
+        if self._tags.isdisjoint(token_ids):
+            return self.reply_text(token_ids)
+        return "".join(
+            self._decode(list(run), skip_special_tokens=not kept)
+            for kept, run in groupby(token_ids, key=self._tags.__contains__)
+        )
 
     def ended(self, token_ids: Sequence[int]) -> bool:
         """Whether a sampled reply brought its end-of-turn id (if not it was cut)."""

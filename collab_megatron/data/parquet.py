@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +65,16 @@ def read_tasks(path: str | Path) -> list[Task]:
     return _read(Path(path), TASK_SCHEMA, "rl", _to_task)
 
 
+def read_task_files(files: Sequence[Path]) -> tuple[list[Task], int]:
+    """RL tasks of all files, in order, and how many were left out because an earlier file holds the same task.
+
+    Raises UserError as read_tasks does, and where two files use one task_id for different tasks.
+    """
+    by_file = {file: read_tasks(file) for file in files}
+    _refuse_shared_ids(by_file)
+    return _join(by_file.values(), lambda task: (task.task_id, task.prompt, task.single_turn_prompt))
+
+
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> int:
     """Write SFT conversations; returns how many."""
     rows = [{"conv_id": row.conv_id, "messages": to_turns(row.messages)} for row in conversations]
@@ -75,6 +85,14 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> in
 def read_conversations(path: str | Path) -> list[Conversation]:
     """SFT conversations as prepare_dataset.py wrote them. Raises UserError naming the file and what is wrong."""
     return _read(Path(path), CONVERSATION_SCHEMA, "sft", _to_conversation)
+
+
+def read_conversation_files(files: Sequence[Path]) -> tuple[list[Conversation], int]:
+    """SFT conversations of all files, in order, and how many were left out because an earlier file holds the same chat.
+
+    conv_ids count from 0 in every dataset: what decides is the messages. Raises UserError as read_conversations does.
+    """
+    return _join((read_conversations(file) for file in files), lambda row: row.messages)
 
 
 def to_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -130,3 +148,28 @@ def _read(path: Path, schema: pa.Schema, kind: str, convert: Callable[[Mapping[s
         return [convert(row) for row in table.select(schema.names).to_pylist()]
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} holds a row that is not of the {kind} form: {error!r}") from None
+
+
+def _refuse_shared_ids(by_file: Mapping[Path, Sequence[Task]]) -> None:
+    first: dict[str, tuple[Task, Path]] = {}
+    for file, tasks in by_file.items():
+        for task in tasks:
+            held, other = first.setdefault(task.task_id, (task, file))
+            if other != file and (held.prompt, held.single_turn_prompt) != (task.prompt, task.single_turn_prompt):
+                raise UserError(
+                    f"task_id {task.task_id!r} stands for different tasks in {other} and {file}: write both files "
+                    "with tools/prepare_dataset.py, which makes ids from the contents, or give the tasks other ids"
+                )
+
+
+def _join(files: Iterable[Sequence[T]], identity: Callable[[T], Hashable]) -> tuple[list[T], int]:
+    """Rows of one file may repeat each other, which gives them weight; rows of a later file repeat none."""
+    rows: list[T] = []
+    seen: set[Hashable] = set()
+    repeated = 0
+    for here in files:
+        fresh = [row for row in here if identity(row) not in seen]
+        repeated += len(here) - len(fresh)
+        seen.update(identity(row) for row in fresh)
+        rows += fresh
+    return rows, repeated

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from collab_megatron.data.bad_rows import BadRows
 from collab_megatron.data.load import load_rows
 from collab_megatron.data.parquet import write_conversations, write_tasks
 from collab_megatron.data.rl import rl_tasks
 from collab_megatron.data.schema import CollabRow
 from collab_megatron.data.sft import sft_conversations
-from collab_megatron.data.splits import split_rows
+from collab_megatron.data.splits import DEFAULT_SHARE, refuse_overlap, split_rows
 from collab_megatron.errors import UserError
 
 Kind = Literal["sft", "rl"]
+TEXT_SUFFIXES = (".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Shape:
     max_rows: int | None = None  # per file
     metric: str | None = None  # SFT: keep rows whose reward of this name reaches `threshold`
     threshold: float = 0.0
+    task_desc: str | None = None  # in place of what the rows bring
 
 
 @dataclass(frozen=True)
@@ -44,32 +48,77 @@ def prepare(
     dataset: str,
     output: Path,
     *,
+    splits: Sequence[str] = (),
     validation: str | None = None,
-    validation_share: float = 0.0,
-    seed: int = 1,
+    validation_share: float | None = None,
+    skip_bad_rows: bool = False,
     shape: Shape = Shape(),
+    tell: Callable[[str], None] = print,
 ) -> list[Written]:
     """Write {kind}_train.parquet, and {kind}_validation.parquet where there is held-out data; tell what was written.
 
-    Held-out data is either a dataset of its own or a share of `dataset`, by whole conversations. Raises UserError.
+    Held-out data is either a dataset of its own or a share of `dataset`, by whole conversations; None: DEFAULT_SHARE of
+    it, 0: nothing. `splits` are those of `dataset`. Raises UserError, also where a task stands on both sides.
     """
-    if validation is not None and validation_share:
+    if validation is not None and validation_share is not None:
         raise UserError("give --validation or --validation-share, not both")
     if shape.max_rows is not None and shape.max_rows < 1:
         raise UserError(f"--max-rows {shape.max_rows}: it takes at least 1")
-    rows = load_rows(dataset)
+    rows = _load(kind, dataset, splits, skip_bad_rows, tell)
     held_out: Sequence[CollabRow] = ()
+    share = DEFAULT_SHARE if validation_share is None else validation_share
     if validation is not None:
-        held_out = load_rows(validation)
-    elif validation_share:
-        rows, held_out = split_rows(rows, validation_share, seed)
+        held_out = _load(kind, validation, (), skip_bad_rows, tell)
+        refuse_overlap(rows, held_out, dataset, validation)
+    elif share:
+        rows, held_out = split_rows(rows, share)
     written = [_write(kind, rows, output / f"{kind}_train.parquet", shape)]
     if held_out:
         written.append(_write(kind, held_out, output / f"{kind}_validation.parquet", shape))
     return written
 
 
+def collaborative_prompt() -> str:
+    """The shipped system prompt that asks for a proactive assistant (data/prompts/collaborative_system.txt)."""
+    file = resources.files("collab_megatron.data").joinpath("prompts", "collaborative_system.txt")
+    return file.read_text("utf-8").strip()
+
+
+def text_or_file(value: str, flag: str) -> str:
+    """`value`, or the text of the file that it names, without white space at its ends.
+
+    Raises UserError for a file that cannot be read, and for the name of a text file that is not there.
+    """
+    short = "\n" not in value and len(value) < 256
+    path = Path(value)
+    if short and path.is_file():
+        try:
+            return path.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{flag} {value} cannot be read: {error}") from None
+    if short and path.suffix in TEXT_SUFFIXES and " " not in value:
+        raise UserError(f"{flag} {value}: there is no such file; give another one, or the text itself")
+    return value
+
+
+def _load(
+    kind: Kind, source: str, splits: Sequence[str], skip_bad_rows: bool, tell: Callable[[str], None]
+) -> list[CollabRow]:
+    bad = BadRows(skip=skip_bad_rows)
+    rows = load_rows(source, splits, bad)
+    if notice := bad.notice():
+        tell(notice)
+    if kind == "rl" and (plain := sum(not row.has_task for row in rows)):
+        raise UserError(
+            f"{plain:,} of {len(rows):,} rows of {source} are plain messages without a single_turn_prompt, which the "
+            "simulated user of RL plays: use --dataset-type sft, or rows of the other forms (docs/DATA.md)"
+        )
+    return rows
+
+
 def _write(kind: Kind, rows: Sequence[CollabRow], path: Path, shape: Shape) -> Written:
+    if shape.task_desc is not None:
+        rows = [replace(row, task_desc=shape.task_desc) for row in rows]
     try:
         if kind == "rl":
             tasks = rl_tasks(rows, system_prompt=shape.system_prompt, first_turn_only=shape.first_turn_only)
@@ -81,4 +130,4 @@ def _write(kind: Kind, rows: Sequence[CollabRow], path: Path, shape: Shape) -> W
             count = write_conversations(path, conversations[: shape.max_rows])
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from None
-    return Written(path, len(rows), count, len({row.conv_id for row in rows}))
+    return Written(path, len(rows), count, len({row.conversation for row in rows}))

@@ -18,12 +18,12 @@ def rl_tasks(rows: Iterable[CollabRow], *, system_prompt: str = "", first_turn_o
     opening of each conversation.
     """
     rows = list(rows)
-    first_turn: dict[str, int] = {}
+    first_turn: dict[tuple[str, str], int] = {}
     for row in rows:
-        first_turn[row.conv_id] = min(row.turn_id, first_turn.get(row.conv_id, row.turn_id))
+        first_turn[row.conversation] = min(row.turn_id, first_turn.get(row.conversation, row.turn_id))
     tasks: dict[str, Task] = {}
     for row in rows:
-        if first_turn_only and row.turn_id != first_turn[row.conv_id]:
+        if first_turn_only and row.turn_id != first_turn[row.conversation]:
             continue
         prompt = with_system(row.prompt, system_prompt)
         task_id = _task_id(prompt, row.single_turn_prompt)

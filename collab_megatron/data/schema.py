@@ -1,22 +1,28 @@
 """CollabLLM rows as typed values: one row per (conversation, turn, candidate reply), whatever form they came in.
 
-flat form    one row as it is here
-nested form  {single_turn_prompt, ..., turns: [{prompt, responses: [{completion, score, sessions, rewards}]}]}
+flat form      one row as it is here
+nested form    {single_turn_prompt, ..., turns: [{prompt, responses: [{completion, score, sessions, rewards}]}]}
+messages form  {messages: [{role, content}, ...]}: a finished chat, for supervised training only
+
+docs/DATA.md describes every column.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from collab_megatron.data.bad_rows import BadRows
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message
 
-FLAT_COLUMNS = ("prompt", "completion", "conv_id", "turn_id", "single_turn_prompt")
+FLAT_COLUMNS = ("prompt", "completion", "conv_id", "single_turn_prompt")
 NESTED_COLUMNS = ("single_turn_prompt", "turns")
 ROLES = ("system", "user", "assistant")
+SHOWN_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -26,36 +32,106 @@ class CollabRow:
     prompt: tuple[Message, ...]  # the chat so far; ends with a user turn
     completion: str
     conv_id: str
-    turn_id: int
-    single_turn_prompt: str
+    turn_id: int  # larger is later; where the row brings none: user turns before the last one
+    single_turn_prompt: str  # in the messages form, which knows no task, the first user turn
     single_turn_completion: str = ""
     ground_truth: str = ""
     task_desc: str = ""
     score: float | None = None  # MR; None: not scored
     rewards: Mapping[str, float] = field(default_factory=dict)  # metric -> mean over the sessions
     metadata: Mapping[str, Any] = field(default_factory=dict)  # single_turn_metadata
+    has_task: bool = True  # False in the messages form: nobody could play its user
+
+    @property
+    def conversation(self) -> tuple[str, str]:
+        """Tells conversations apart where files or splits that count their conv_ids from 0 come together."""
+        return self.conv_id, self.single_turn_prompt
 
 
-def read_rows(raw: Iterable[Mapping[str, Any]], source: str) -> list[CollabRow]:
-    """Rows of either form. Raises UserError naming source, row and column for anything that cannot be read."""
+def read_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | None = None) -> list[CollabRow]:
+    """Rows of any form. Rows count from 0.
+
+    Raises UserError naming source, row and column for what cannot be read, unless `bad` skips such rows; then where
+    nothing is left.
+    """
+    bad = bad or BadRows()
+    listed = list(raw)
+    lacking = {number: missing for number, row in enumerate(listed) if (missing := _missing_columns(row))}
+    if lacking and (not bad.skip or len(lacking) == len(listed)):
+        raise UserError(_lacks(lacking, listed, source))
     rows: list[CollabRow] = []
-    for number, row in enumerate(raw):
-        if not isinstance(row, Mapping):
-            raise UserError(f"{source}: row {number} is a {type(row).__name__}, not a mapping of columns")
-        nested = row.get("turns") is not None
-        _check_columns(row, NESTED_COLUMNS if nested else FLAT_COLUMNS, source)
+    for number, row in enumerate(listed):
         where = f"{source}: row {number}"
-        for flat in _flatten(row, number, where) if nested else (row,):
-            rows.append(_read_row(flat, where))
+        try:
+            if not isinstance(row, Mapping):
+                raise UserError(f"{where} is a {type(row).__name__}, not a mapping of columns")
+            if number in lacking:
+                raise UserError(f"{where} has no {', '.join(lacking[number])}")
+            rows += _read_row_of_any_form(row, number, where)
+            bad.read += 1
+        except UserError as error:
+            bad.found(str(error))
     if not rows:
-        raise UserError(f"{source} holds no rows")
+        first = f" that can be read; the first: {bad.reasons[0]}" if bad.reasons else ""
+        raise UserError(f"{source} holds no rows{first}")
     return rows
 
 
-def _check_columns(row: Mapping[str, Any], needed: Sequence[str], source: str) -> None:
-    for column in needed:
-        if column not in row:
-            raise UserError(f"{source} has no column {column!r}; its columns are {', '.join(map(str, row))}")
+def _form(row: Mapping[str, Any]) -> str:
+    """flat, nested or messages. Parquet fills what other rows brought with null."""
+    if row.get("turns") is not None:
+        return "nested"
+    if row.get("messages") is not None and row.get("prompt") is None:
+        return "messages"
+    return "flat"
+
+
+def _missing_columns(row: Any) -> tuple[str, ...]:
+    if not isinstance(row, Mapping):
+        return ()
+    needed = {"flat": FLAT_COLUMNS, "nested": NESTED_COLUMNS, "messages": ()}[_form(row)]
+    return tuple(column for column in needed if column not in row)
+
+
+def _lacks(lacking: Mapping[int, Sequence[str]], rows: Sequence[Any], source: str) -> str:
+    """All missing columns in one sentence, each with the rows that lack it."""
+    by_column: dict[str, list[int]] = {}
+    for number, missing in lacking.items():
+        for column in missing:
+            by_column.setdefault(column, []).append(number)
+    parts = []
+    for column, numbers in by_column.items():
+        if len(numbers) == len(rows):
+            parts.append(repr(column))
+        else:
+            more = ", ..." if len(numbers) > SHOWN_ROWS else ""
+            shown = ", ".join(map(str, numbers[:SHOWN_ROWS])) + more
+            parts.append(f"{column!r} in {len(numbers):,} of {len(rows):,} rows ({shown})")
+    columns = ", ".join(dict.fromkeys(str(name) for number in lacking for name in rows[number]))
+    noun = "column" if len(parts) == 1 else "columns"
+    return f"{source} has no {noun} {', '.join(parts)}; its columns are {columns}; docs/DATA.md describes the forms"
+
+
+def _read_row_of_any_form(row: Mapping[str, Any], number: int, where: str) -> list[CollabRow]:
+    form = _form(row)
+    if form == "messages":
+        return [_read_messages_row(row, number, where)]
+    return [_read_row(flat, where) for flat in (_flatten(row, number, where) if form == "nested" else (row,))]
+
+
+def _read_messages_row(row: Mapping[str, Any], number: int, where: str) -> CollabRow:
+    messages = _messages(row["messages"], f"{where}: messages")
+    if len(messages) < 2 or (messages[-2].role, messages[-1].role) != ("user", "assistant"):
+        raise UserError(f"{where}: messages must end with a user turn and the assistant turn that answers it")
+    conv_id = row.get("conv_id")
+    return CollabRow(
+        prompt=messages[:-1],
+        completion=messages[-1].content,
+        conv_id=str(number if conv_id is None else conv_id),
+        turn_id=_user_turns(messages) - 1,
+        single_turn_prompt=next(message.content for message in messages if message.role == "user"),
+        has_task=False,
+    )
 
 
 def _flatten(row: Mapping[str, Any], number: int, where: str) -> Iterator[Mapping[str, Any]]:
@@ -63,18 +139,21 @@ def _flatten(row: Mapping[str, Any], number: int, where: str) -> Iterator[Mappin
     shared.setdefault("conv_id", number)
     for turn_id, turn in enumerate(_list(row["turns"], f"{where}: turns")):
         for response in _list(turn.get("responses"), f"{where}: turns[{turn_id}].responses"):
-            yield {**shared, "prompt": turn.get("prompt"), "turn_id": turn_id, **response}
+            yield {**shared, "prompt": turn.get("prompt"), "turn_id": turn_id, "completion": None, **response}
 
 
 def _read_row(row: Mapping[str, Any], where: str) -> CollabRow:
     prompt = _messages(row["prompt"], f"{where}: prompt")
     if prompt[-1].role != "user":
         raise UserError(f"{where}: prompt must end with a user turn, not with {prompt[-1].role!r}")
+    if row["conv_id"] is None:
+        raise UserError(f"{where}: conv_id is empty")
+    turn_id = _whole(row.get("turn_id"), f"{where}: turn_id")
     return CollabRow(
         prompt=prompt,
         completion=_text(row.get("completion"), f"{where}: completion"),
         conv_id=str(row["conv_id"]),
-        turn_id=_whole(row["turn_id"], f"{where}: turn_id"),
+        turn_id=_user_turns(prompt) - 1 if turn_id is None else turn_id,
         single_turn_prompt=_text(row["single_turn_prompt"], f"{where}: single_turn_prompt"),
         single_turn_completion=_text(row.get("single_turn_completion") or "", f"{where}: single_turn_completion"),
         ground_truth=_text(row.get("ground_truth") or "", f"{where}: ground_truth"),
@@ -132,14 +211,24 @@ def _text(value: Any, where: str) -> str:
 
 
 def _number(value: Any, where: str) -> float | None:
+    """None for null and for NaN, which is how tables of numbers write it."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{where} must be a number, not {type(value).__name__}")
-    return float(value)
+    if math.isinf(value):
+        raise UserError(f"{where} must be a finite number, not {value}")
+    return None if math.isnan(value) else float(value)
 
 
-def _whole(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{where} must be a whole number, not {type(value).__name__}")
-    return value
+def _whole(value: Any, where: str) -> int | None:
+    number = _number(value, where) if isinstance(value, float) else value
+    if number is None:
+        return None
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != int(number):
+        raise UserError(f"{where} must be a whole number, not {type(value).__name__} {value!r}")
+    return int(number)
+
+
+def _user_turns(messages: Sequence[Message]) -> int:
+    return sum(message.role == "user" for message in messages)

@@ -15,7 +15,8 @@ from collab_megatron.types import Message
 def sft_conversations(
     rows: Iterable[CollabRow], *, system_prompt: str = "", metric: str | None = None, threshold: float = 0.0
 ) -> list[Conversation]:
-    """One chat per conv_id: of the rows with the highest turn_id the one with the highest score, prompt + completion.
+    """One chat per conversation: of the rows with the highest turn_id the one with the highest score, its prompt and
+    completion.
 
     With `metric` only rows whose reward of that name reaches `threshold` are looked at, so a conversation may fall back
     to an earlier turn or drop out. Raises UserError if no row carries that reward, or none is left.
@@ -27,14 +28,14 @@ def sft_conversations(
         rows = [row for row in rows if row.rewards.get(metric, -math.inf) >= threshold]
         if not rows:
             raise UserError(f"no row reaches {metric} >= {threshold}: lower the threshold")
-    best: dict[str, CollabRow] = {}
+    best: dict[tuple[str, str], CollabRow] = {}
     for row in rows:
-        held = best.get(row.conv_id)
+        held = best.get(row.conversation)
         if held is None or _rank(row) > _rank(held):
-            best[row.conv_id] = row
+            best[row.conversation] = row
     return [
-        Conversation(conv_id, (*with_system(row.prompt, system_prompt), Message("assistant", row.completion)))
-        for conv_id, row in best.items()
+        Conversation(row.conv_id, (*with_system(row.prompt, system_prompt), Message("assistant", row.completion)))
+        for row in best.values()
     ]
 
 

@@ -101,7 +101,7 @@ class Road:
         argv += [f"tokenizer={self.run_dir / 'model'}", f"seed={self._settings.seed}", *self.further("data")]
         self.stage("data", argv)
         prepare = ["tools/prepare_dataset.py", "--dataset", str(data / "multiturn"), "--output", str(data)]
-        self.stage("data", [*prepare, "--dataset-type", "sft"])
+        self.stage("data", [*prepare, "--dataset-type", "sft"])  # holds out its own share, for the loss
         held_out = str(data / "tasks" / "heldout.jsonl")
         # openings only: a history with its question answered teaches nothing about asking
         self.stage("data", [*prepare, "--dataset-type", "rl", "--validation", held_out, "--turns", "first"])
@@ -114,7 +114,9 @@ class Road:
 
     def train_sft(self) -> None:
         argv = ["-m", "collab_megatron.train_sft", "conf/demo_sft.yaml", *self._common()]
-        argv += [f"model.path={self.run_dir / 'model'}", f"data.train={self.run_dir / 'data' / 'sft_train.parquet'}"]
+        data = self.run_dir / "data"
+        argv += [f"model.path={self.run_dir / 'model'}", f"data.train={data / 'sft_train.parquet'}"]
+        argv += [f"data.validation={data / 'sft_validation.parquet'}", "train.eval_interval=300"]
         argv += [f"export_hf={self.run_dir / 'sft_hf'}", *self._steps(self._settings.sft_steps), *self.further("sft")]
         self.stage("sft", argv)
 
@@ -128,7 +130,7 @@ class Road:
         newest = max(path for path in checkpoints.iterdir() if path.name.startswith("step_"))
         argv = ["tools/convert_checkpoint.py", "megatron-to-hf", "--checkpoint", str(newest)]
         self.stage("export", [*argv, "--output", str(self.run_dir / "hf")])
-        probe = str(self.run_dir / "engine_probe.json")
+        probe = str(self.run_dir / "engine_probe" / "rl.json")
         self.stage("proof", ["tools/check_export.py", "--hf", str(self.run_dir / "hf"), "--probe", probe])
 
     def _common(self, run_dir: Path | None = None) -> list[str]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import importlib.util
-import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.driver.conversation import Limits, Players
+from collab_megatron.driver.lineage import lineage_of
 from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.errors import UserError
+from collab_megatron.journal import store
 from collab_megatron.journal.store import Journal
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.rewards import configured_scorer
@@ -45,44 +43,8 @@ class Cast:
 
 def open_journal(config: RLConfig) -> Journal:
     """The journal of a run; all driver processes share the file. Raises UserError for a file that is none."""
-    section = config.journal
-    path = section.path or config.run.dir / "journal" / f"{config.run.name}.sqlite"
-    return Journal(path, replay=section.replay, lineage=lineage_of(config))
-
-
-def lineage_of(config: RLConfig) -> str:
-    """A name for what decides the weights of every version: turns and batches of another lineage are another run's."""
-    simulators = config.simulators
-    decides = {
-        "model": config.model.model_dump(mode="json"),
-        "data": str(config.data.train),
-        "reward": config.reward.model_dump(mode="json"),
-        "rollout": config.rollout.model_dump(mode="json", exclude={"step_timeout_s"}),
-        "algorithm": config.algorithm.model_dump(mode="json"),
-        "optimizer": config.optimizer.model_dump(mode="json", exclude={"distributed", "overlap", "cpu_offload"}),
-        "steps": None if config.optimizer.schedule == "constant" else config.train.steps,
-        "simulators": [
-            [section.model, section.temperature]
-            for section in (simulators.user, *simulators.user.mixture, simulators.judge)
-            if section is not None
-        ],
-        "seed": config.run.seed,
-        "files": [hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() for file in _shaping_files(config)],
-    }
-    text = json.dumps(decides, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _shaping_files(config: RLConfig) -> Iterator[Path]:
-    """The user's own files that shape rewards: batches that were made with others must not be delivered again."""
-    for module in config.reward.metric_modules:
-        found = importlib.util.find_spec(module)
-        if found is not None and found.origin is not None:
-            yield Path(found.origin)
-    simulators, reward = config.simulators, config.reward
-    sections = [simulators.user, *simulators.user.mixture, *([simulators.judge] if simulators.judge else [])]
-    prompts = [*(section.prompt_file for section in sections), reward.accuracy_prompt_file]
-    yield from (file for file in prompts if file is not None and file.exists())
+    default = config.run.dir / "journal" / f"{config.run.name}.sqlite"
+    return store.open_journal(config.journal, default, lineage_of(config))
 
 
 @asynccontextmanager
@@ -101,19 +63,20 @@ async def assemble(
     rollout = config.rollout
     driver = config.driver if isinstance(config, RLConfig) else None
     shards, staleness = (driver.shards, driver.max_staleness) if driver else (1, 0)
-    chat = ChatTemplate(load_tokenizer(config.model.path))
+    chat = ChatTemplate(load_tokenizer(config.model.path), thought_tags=rollout.thought_tags)
     difference = chat.check_growth(rollout.inexact_template)
     if difference is not None:
         print(f"rollout.inexact_template={rollout.inexact_template}: {difference}", flush=True)
     watched = config.simulators.health
     health = SimulatorHealth(watched.model_copy(update={"min_replies": max(1, watched.min_replies // shards)}))
     gateway = Gateway(
-        llm_roles(config.simulators),
+        llm_roles(config.simulators, config.reward),
         config.run.seed,
         journal=journal,
         observer=health,
-        budget=config.budget if isinstance(config, RLConfig) else None,
+        budget=config.budget,
         shards=shards,
+        go_on="set run.resume=true" if driver else "start the evaluation again",
     )
     slots = Slots(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
@@ -128,7 +91,7 @@ async def assemble(
         wait_for_engines=driver is not None,
     ) as engine:
         engine.use(engine_urls, None)
-        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness)
+        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness if driver else None)
         gc.collect()
         gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
         gc.set_threshold(*GC_THRESHOLDS)
@@ -149,6 +112,8 @@ async def assemble(
                     max_new_tokens=rollout.max_new_tokens,
                     max_context_tokens=max_context_tokens,
                     temperature=rollout.temperature,
+                    cut_reply=rollout.cut_reply,
+                    cut_penalty=rollout.cut_penalty,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
                 engine=engine,
@@ -163,12 +128,14 @@ async def assemble(
 
 
 def usable_tasks(tasks: list[Task], cast: Cast, max_prompt_tokens: int) -> list[Task]:
-    """The tasks whose prompt fits. Raises UserError if none does."""
-    room = min(max_prompt_tokens, cast.limits.max_context_tokens - cast.limits.max_new_tokens)
-    fitting = [task for task in tasks if len(cast.players.chat.prompt_ids(task.prompt)) <= room]
-    if not fitting:
-        raise UserError(
-            f"none of the {len(tasks)} prompts fits into {room} tokens: raise rollout.max_prompt_tokens or lower "
-            "rollout.max_new_tokens"
-        )
-    return fitting
+    """The tasks whose prompt fits; prints how many do not. Raises UserError if that is more than half."""
+    fit = fitting_tasks(
+        tasks,
+        cast.players.chat,
+        max_prompt_tokens=max_prompt_tokens,
+        max_context_tokens=cast.limits.max_context_tokens,
+        max_new_tokens=cast.limits.max_new_tokens,
+    )
+    if fit.notice:
+        print(fit.notice, flush=True)
+    return fit.kept

@@ -1,26 +1,32 @@
 """One future: the rest of a conversation after a reply, played until the user ends it or the turn limits are reached.
 
 Token-in, token-out: the policy's context is a list of ids that only grows. A sampled reply enters it as it was sampled;
-what follows is the chat template's glue around the user's text. Text is made of ids for simulator and judge alone.
+what follows is the chat template's glue around the user's text. Text is made of ids for simulator and judge alone, and
+of a policy turn they are given the reply, never the thought.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from collab_megatron.config.sections.rollout import CutReply
 from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.journal.calls import CALLS
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.journal.store import ReplayMiss
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.types import (
     TERMINATION_SIGNAL,
+    CallRecord,
     Future,
     Generation,
     Message,
     PolicyEngine,
+    PolicyTurn,
     RolloutStatus,
     ScoredConversation,
     Task,
@@ -32,11 +38,10 @@ class Chat(Protocol):
     """The chat template as the driver needs it (data/chat.py)."""
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]: ...
-    def grow(
-        self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str, *, cut: bool
-    ) -> list[int]: ...
-    def reply_text(self, token_ids: Sequence[int]) -> str: ...
-    def ended(self, token_ids: Sequence[int]) -> bool: ...
+    def grow(self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str) -> list[int]: ...
+    def policy_turn(
+        self, context_ids: Sequence[int], generation: Generation, *, begin_s: float, end_s: float
+    ) -> PolicyTurn: ...
 
 
 class ConversationScorer(Protocol):
@@ -48,6 +53,8 @@ class ConversationScorer(Protocol):
 
 STOPS_ALL = (NoEngineLeft, ReplayMiss)
 """Say nothing of the conversation they were met in: they end the work, not one future of it."""
+
+NO_IDS = "the engine returned no token ids"
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,12 @@ class Limits:
     max_context_tokens: int  # what engine and model can hold
     temperature: float
     future_timeout_s: float = 600.0  # deadline of one future
+    cut_reply: CutReply = "score"  # what becomes of a conversation whose policy turn is cut or empty
+    cut_penalty: float = -1.0  # its reward under `penalty`
+
+    def breaks_off(self, turn: PolicyTurn) -> bool:
+        """Whether the conversation ends with `turn`, because nobody could answer it."""
+        return turn.broken and self.cut_reply != "play"
 
 
 @dataclass(frozen=True)
@@ -88,19 +101,35 @@ class Players:
 class _State:
     """The conversation as it grows."""
 
-    messages: list[Message]
+    messages: list[Message]  # as its user sees it
+    sampled: list[Message]  # the same with the thoughts of the policy: as the chat template is given it
     context: list[int]
-    policy_tokens: int
-    versions: list[int]
+    last: PolicyTurn
+    policy_tokens: int = 0
+    versions: list[int] = field(default_factory=list)
+    turns: list[PolicyTurn] = field(default_factory=list)  # after the reply
     user_turns: int = 0
-    assistant_turns: int = 1
-    cut: bool = False  # the last policy turn ran into its token limit
+    assistant_turns: int = 0
+
+    def add_user(self, text: str) -> None:
+        self.messages.append(Message("user", text))
+        self.sampled.append(Message("user", text))
+        self.user_turns += 1
+
+    def add_policy(self, turn: PolicyTurn) -> None:
+        self.messages.append(Message("assistant", turn.reply))
+        self.sampled.append(Message("assistant", turn.sampled))
+        self.context += turn.generation.token_ids_T
+        self.policy_tokens += len(turn.generation.token_ids_T)
+        self.versions += turn.generation.versions_T
+        self.assistant_turns += 1
+        self.last = turn
 
 
 async def play_future(
     task: Task,
     prompt_ids: Sequence[int],
-    reply: Generation,
+    reply: PolicyTurn,
     *,
     index: int,
     seat: Seat,
@@ -111,24 +140,36 @@ async def play_future(
     """Play and score future `index` of a reply. A failed call becomes its status, and so does its deadline; only
     NoEngineLeft and ReplayMiss are raised.
 
-    With `simulate` False (K = 0) the reply is scored as it stands. Waits for the engine, the user simulator and the
+    With `simulate` False (K = 0) the reply is scored as it stands. A conversation that broke off under
+    `cut_reply: penalty` has a reward and no scores. Waits for the engine, the user simulator and the
     judges in turn.
     """
-    state = _State(
-        messages=[*task.prompt, Message("assistant", players.chat.reply_text(reply.token_ids_T))],
-        context=[*prompt_ids, *reply.token_ids_T],
-        policy_tokens=len(reply.token_ids_T),
-        versions=list(reply.versions_T),
-        cut=not players.chat.ended(reply.token_ids_T),
-    )
+    state = _State(messages=list(task.prompt), sampled=list(task.prompt), context=list(prompt_ids), last=reply)
+    state.add_policy(reply)
+    calls: list[CallRecord] = []
+    before = CALLS.set(calls)
+    try:
+        played = await _play(task, state, index, seat, simulate=simulate, limits=limits, players=players)
+    finally:
+        CALLS.reset(before)
+    return replace(played, calls=tuple(calls))
+
+
+async def _play(
+    task: Task, state: _State, index: int, seat: Seat, *, simulate: bool, limits: Limits, players: Players
+) -> Future:
+    if not state.last.generation.token_ids_T:
+        return _future(task, state, index, RolloutStatus.ENGINE_FAILED, NO_IDS)
     try:
         async with asyncio.timeout(limits.future_timeout_s) as deadline:
             status, error = RolloutStatus.MAX_TURNS, ""
             if simulate:
                 status, error = await _simulate(task, state, seat, limits, players)
-            elif state.cut:
+            elif state.last.cut or limits.breaks_off(state.last):
                 status = RolloutStatus.TRUNCATED
             played = _future(task, state, index, status, error)
+            if limits.cut_reply == "penalty" and limits.breaks_off(state.last):
+                return replace(played, reward=limits.cut_penalty)
             return await _score(task, state, seat, played, players) if status.scored else played
     except TimeoutError:
         if not deadline.expired():
@@ -142,8 +183,9 @@ def _future(task: Task, state: _State, index: int, status: RolloutStatus, error:
         status=status,
         messages=tuple(state.messages[len(task.prompt) + 1 :]),
         policy_tokens=state.policy_tokens,
-        versions=(min(state.versions), max(state.versions)),
+        versions=(min(state.versions), max(state.versions)) if state.versions else (0, 0),
         error=error,
+        turns=tuple(state.turns),
     )
 
 
@@ -151,6 +193,8 @@ async def _simulate(
     task: Task, state: _State, seat: Seat, limits: Limits, players: Players
 ) -> tuple[RolloutStatus, str]:
     while state.user_turns < limits.max_user_turns and state.assistant_turns < limits.max_assistant_turns:
+        if limits.breaks_off(state.last):
+            return RolloutStatus.TRUNCATED, ""
         PLACE.set(Place(seat.step, state.user_turns + state.assistant_turns))
         try:
             with players.user_clock:
@@ -159,36 +203,54 @@ async def _simulate(
             raise
         except RunError as error:
             return RolloutStatus.SIMULATOR_FAILED, str(error)
-        history = tuple(state.messages)
-        state.messages.append(Message("user", user_text))
-        state.user_turns += 1
+        history = tuple(state.sampled)
+        state.add_user(user_text)
         if TERMINATION_SIGNAL in user_text:
             return RolloutStatus.TERMINATED, ""
-        state.context = players.chat.grow(state.context, history, user_text, cut=state.cut)
+        state.context = players.chat.grow(state.context, history, user_text)
         if len(state.context) + limits.max_new_tokens > limits.max_context_tokens:
             return RolloutStatus.TRUNCATED, ""
         PLACE.set(Place(seat.step, state.user_turns + state.assistant_turns))
         try:
-            with players.engine_clock:
-                (turn,) = await players.engine.generate(
-                    state.context,
-                    n=1,
-                    temperature=limits.temperature,
-                    max_new_tokens=limits.max_new_tokens,
-                    affinity=task.task_id,
-                    name=f"{seat.name}/{state.assistant_turns}",
-                )
+            (turn,) = await ask_policy(
+                state.context,
+                1,
+                affinity=task.task_id,
+                name=f"{seat.name}/{state.assistant_turns}",
+                limits=limits,
+                players=players,
+            )
         except STOPS_ALL:
             raise
         except RunError as error:
             return RolloutStatus.ENGINE_FAILED, str(error)
-        state.messages.append(Message("assistant", players.chat.reply_text(turn.token_ids_T)))
-        state.context += turn.token_ids_T
-        state.policy_tokens += len(turn.token_ids_T)
-        state.versions += turn.versions_T
-        state.assistant_turns += 1
-        state.cut = not players.chat.ended(turn.token_ids_T)
-    return (RolloutStatus.TRUNCATED if state.cut else RolloutStatus.MAX_TURNS), ""
+        if not turn.generation.token_ids_T:
+            return RolloutStatus.ENGINE_FAILED, NO_IDS
+        state.add_policy(turn)
+        state.turns.append(turn)
+    cut = state.last.cut or limits.breaks_off(state.last)
+    return (RolloutStatus.TRUNCATED if cut else RolloutStatus.MAX_TURNS), ""
+
+
+async def ask_policy(
+    context_ids: Sequence[int], count: int, *, affinity: str, name: str, limits: Limits, players: Players
+) -> list[PolicyTurn]:
+    """`count` turns after `context_ids`; `affinity` and `name` as for PolicyEngine.generate, which is waited for.
+
+    A turn without token ids is a failed request of its own. Raises what the engine raises.
+    """
+    begin_s = time.time()
+    with players.engine_clock:
+        generations = await players.engine.generate(
+            context_ids,
+            n=count,
+            temperature=limits.temperature,
+            max_new_tokens=limits.max_new_tokens,
+            affinity=affinity,
+            name=name,
+        )
+    end_s = time.time()
+    return [players.chat.policy_turn(context_ids, each, begin_s=begin_s, end_s=end_s) for each in generations]
 
 
 async def _score(task: Task, state: _State, seat: Seat, played: Future, players: Players) -> Future:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from collab_megatron.algorithms.advantages import group_advantages
-from collab_megatron.driver.conversation import Limits, Players, Seat, play_future
-from collab_megatron.errors import RunError
+from collab_megatron.driver.conversation import Limits, Players, Seat, ask_policy, play_future
+from collab_megatron.driver.protocol import Tally
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.rewards import multiturn_reward
-from collab_megatron.types import Future, Generation, Group, Reply, RolloutStatus, Task, TrainingSample
+from collab_megatron.types import Future, Group, PolicyTurn, Reply, RolloutStatus, Task, TrainingSample
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TreeSeat:
 async def grow_group(
     task: Task,
     prompt_ids: Sequence[int],
-    generations: Sequence[Generation],
+    turns_G: Sequence[PolicyTurn],
     seat: TreeSeat,
     *,
     rules: GroupRules,
@@ -51,6 +52,9 @@ async def grow_group(
     players: Players,
 ) -> Group:
     """Play every future of every reply concurrently; at the group's deadline those that are not there are cancelled.
+
+    The K futures of a reply that nobody can answer (`limits.cut_reply`) are one and the same conversation: it is judged
+    once, and all K carry its scores, so that counts and `min_futures` mean what they mean elsewhere.
 
     Raises only NoEngineLeft and ReplayMiss; failed, late and cancelled futures are statuses.
     """
@@ -60,7 +64,7 @@ async def grow_group(
             play_future(
                 task,
                 prompt_ids,
-                generation,
+                turn,
                 index=k,
                 seat=Seat(f"{seat}/{g}/{k}", seat.first_sample + g * count + k, seat.step),
                 simulate=rules.num_futures > 0,
@@ -68,13 +72,15 @@ async def grow_group(
                 players=players,
             )
         )
-        for g, generation in enumerate(generations)
-        for k in range(count)
+        for g, turn in enumerate(turns_G)
+        for k in range(1 if limits.breaks_off(turn) else count)
     }
     futures = await _until_deadline(playing, rules.group_timeout_s)
+    for g in range(len(turns_G)):
+        for k in range(1, count):
+            futures.setdefault((g, k), replace(futures[g, 0], index=k, calls=()))
     replies = tuple(
-        _reply(generation, [futures[g, k] for k in range(count)], rules.min_futures, players)
-        for g, generation in enumerate(generations)
+        _reply(turn, [futures[g, k] for k in range(count)], rules.min_futures) for g, turn in enumerate(turns_G)
     )
     return with_advantages(
         Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=replies, kept=True),
@@ -103,11 +109,10 @@ async def _until_deadline(
         await asyncio.gather(*playing.values(), return_exceptions=True)
 
 
-def _reply(generation: Generation, futures: Sequence[Future], min_futures: int, players: Players) -> Reply:
+def _reply(turn: PolicyTurn, futures: Sequence[Future], min_futures: int) -> Reply:
     enough = sum(future.status.scored for future in futures) >= min_futures
     return Reply(
-        text=players.chat.reply_text(generation.token_ids_T),
-        generation=generation,
+        turn=turn,
         futures_K=tuple(futures),
         mr=multiturn_reward(futures) if enough else None,
     )
@@ -133,9 +138,17 @@ def has_spread(group: Group) -> bool:
     return group.kept and any(reply.advantage for reply in group.replies_G)
 
 
-def training_samples(group: Group) -> list[TrainingSample]:
-    """The replies the trainer sees; none of a dropped group."""
-    if not group.kept:
+def tally(groups: Sequence[Group]) -> Tally:
+    """How many of the groups had to be dropped, and something that went wrong with one of them."""
+    dropped = [group for group in groups if not group.kept]
+    why = [group.error for group in dropped if group.error]
+    why += [f.error for group in dropped for reply in group.replies_G for f in reply.futures_K if f.error]
+    return Tally(len(groups), len(dropped), why[0] if why else "no future was scored" if dropped else "")
+
+
+def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> list[TrainingSample]:
+    """The replies the trainer sees; none of a dropped group, nor with "drop" of one without spread."""
+    if not group.kept or (zero_advantage == "drop" and not has_spread(group)):
         return []
     return [
         TrainingSample(
@@ -152,20 +165,12 @@ def training_samples(group: Group) -> list[TrainingSample]:
 
 async def sample_replies(
     task: Task, seat: TreeSeat, count: int, limits: Limits, players: Players
-) -> tuple[list[int], list[Generation]]:
+) -> tuple[list[int], list[PolicyTurn]]:
     """The prompt's ids and `count` replies to it. Raises RunError if they cannot be sampled."""
     prompt_ids = players.chat.prompt_ids(task.prompt)
     PLACE.set(Place(seat.step))
-    with players.engine_clock:
-        generations = await players.engine.generate(
-            prompt_ids,
-            n=count,
-            temperature=limits.temperature,
-            max_new_tokens=limits.max_new_tokens,
-            affinity=task.task_id,
-            name=str(seat),
-        )
-    return prompt_ids, generations
+    turns_G = await ask_policy(prompt_ids, count, affinity=task.task_id, name=str(seat), limits=limits, players=players)
+    return prompt_ids, turns_G
 
 
 async def play_once(task: Task, seat: TreeSeat, *, limits: Limits, players: Players) -> Reply:
@@ -173,17 +178,15 @@ async def play_once(task: Task, seat: TreeSeat, *, limits: Limits, players: Play
 
     Raises RunError if the first reply cannot be sampled.
     """
-    prompt_ids, (generation,) = await sample_replies(task, seat, 1, limits, players)
-    if not generation.token_ids_T:
-        raise RunError(f"the engine returned an empty reply for task {task.task_id}")
+    prompt_ids, (turn,) = await sample_replies(task, seat, 1, limits, players)
     future = await play_future(
         task,
         prompt_ids,
-        generation,
+        turn,
         index=0,
         seat=Seat(f"{seat}/0/0", seat.first_sample, seat.step),
         simulate=True,
         limits=limits,
         players=players,
     )
-    return _reply(generation, [future], 1, players)
+    return _reply(turn, [future], 1)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from collab_megatron.driver.figures import Figure, Figures
+from collab_megatron.driver.held_out import is_opening
 from collab_megatron.rewards import asks_question, clamped_share
 from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
 
@@ -17,7 +18,7 @@ def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> Figures:
     """
     asked: dict[str, list[float]] = {"clarify_rate": [], "clarify_rate_ambiguous": [], "clarify_rate_complete": []}
     for task, reply in pairs:
-        if sum(message.role == "user" for message in task.prompt) > 1:
+        if not is_opening(task):
             continue
         asks = float(asks_question(reply.text))
         asked["clarify_rate"].append(asks)
@@ -28,7 +29,7 @@ def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> Figures:
 
 def score_metrics(futures: Sequence[Future], weights: Mapping[str, float]) -> Figures:
     """Mean and spread of every raw metric over the scored futures, and how often a weighted one sits at the clamp."""
-    scored = [future for future in futures if future.status.scored]
+    scored = [future for future in futures if future.status.scored and future.scores]  # a penalty has no scores
     figures: Figures = {}
     for name in weights:
         values = [future.scores[name] for future in scored]
@@ -57,8 +58,12 @@ def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Fi
     lengths = [len(reply.generation.token_ids_T) for _, reply in replies]
     figures["rollout/reply_tokens_mean"] = Figure.of("mean", lengths)
     figures["rollout/reply_tokens_max"] = Figure.of("max", lengths)
-    cut = sum(reply.generation.finish_reason == "length" for _, reply in replies)
+    cut = sum(reply.turn.cut for _, reply in replies)
     figures["rollout/cut_share"] = Figure.ratio(cut, len(replies))
+    empty = sum(reply.turn.broken and not reply.turn.cut for _, reply in replies)
+    figures["rollout/empty_share"] = Figure.ratio(empty, len(replies))
+    later = [turn for future in futures for turn in future.turns]
+    figures["rollout/later_turns_broken_share"] = Figure.ratio(sum(turn.broken for turn in later), len(later))
     figures["rollout/groups_dropped"] = Figure.of("sum", [sum(not group.kept for group in groups)])
     for status in RolloutStatus:
         count = sum(future.status is status for future in futures)
@@ -101,15 +106,30 @@ def staleness_metrics(groups: Sequence[Group], step: int) -> Figures:
     }
 
 
-def evaluation_metrics(plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float]) -> Figures:
-    """Figures of held-out conversations, each with one future; failed conversations are counted, not averaged."""
-    scored = [(task, reply) for task, reply in plays if reply.mr is not None]
-    futures = [reply.futures_K[0] for _, reply in scored]
+def evaluation_metrics(
+    plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float], *, apart: bool = False
+) -> Figures:
+    """Figures of held-out conversations, each with one future; failed conversations are counted, not averaged.
+
+    `apart`: scores, reward and counts once more over the openings and over the later turns of a conversation, as
+    openings/NAME and later/NAME. Clarify rates are of openings at any time.
+    """
+    figures = _score_figures(plays, weights)
+    figures |= clarify_rates([(task, reply) for task, reply in plays if reply.mr is not None])
+    if apart:
+        for kind, opening in (("openings", True), ("later", False)):
+            part = [(task, reply) for task, reply in plays if is_opening(task) is opening]
+            figures |= {f"{kind}/{name}": figure for name, figure in _score_figures(part, weights).items()}
+    return figures
+
+
+def _score_figures(plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float]) -> Figures:
+    rewards = [reply.mr for _, reply in plays if reply.mr is not None]
+    futures = [reply.futures_K[0] for _, reply in plays if reply.mr is not None]
     figures = {name.removeprefix("reward/"): value for name, value in score_metrics(futures, weights).items()}
     for name in weights:
         figures[name] = figures.pop(f"{name}_mean")
-    figures["mr"] = Figure.of("mean", [reply.mr for _, reply in scored if reply.mr is not None])
-    figures |= clarify_rates(scored)
+    figures["mr"] = Figure.of("mean", rewards)
     figures["conversations"] = Figure.of("sum", [len(plays)])
-    figures["conversations_failed"] = Figure.of("sum", [len(plays) - len(scored)])
+    figures["conversations_failed"] = Figure.of("sum", [len(plays) - len(rewards)])
     return figures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collab_megatron.config import RLConfig
-from collab_megatron.data.parquet import read_tasks
+from collab_megatron.data.parquet import read_task_files
 from collab_megatron.driver.cast import Cast, usable_tasks
 from collab_megatron.driver.conversation import STOPS_ALL
 from collab_megatron.driver.evaluation import evaluate
@@ -11,6 +11,7 @@ from collab_megatron.driver.forest import ForestRules, Tree
 from collab_megatron.driver.group import GroupRules, grow_group, sample_replies
 from collab_megatron.driver.protocol import Answer
 from collab_megatron.driver.shard import Shard
+from collab_megatron.driver.transcripts import keep_newest, transcript_file, write_transcripts
 from collab_megatron.errors import RunError
 from collab_megatron.types import Group, Task
 
@@ -22,8 +23,12 @@ class Work:
         self._config, self._cast = config, cast
         driver, rollout = config.driver, config.rollout
         limit = rollout.max_prompt_tokens
+        tasks, _ = read_task_files(config.data.train_files)
+        usable = usable_tasks(tasks, cast, limit)
+        self.left_out = len(tasks) - len(usable)  # training prompts that are too long
+        self.left_out_share = self.left_out / len(tasks)
         self.shard = Shard(
-            usable_tasks(read_tasks(config.data.train), cast, limit),
+            usable,
             seed=config.run.seed,
             prompts_per_step=rollout.prompts_per_step,
             futures_per_tree=rollout.num_replies * max(rollout.num_repeat_rollouts, 1),
@@ -32,7 +37,7 @@ class Work:
         )
         self._validation: list[Task] = []
         if config.data.validation is not None:
-            self._validation = usable_tasks(read_tasks(config.data.validation), cast, limit)
+            self._validation = usable_tasks(read_task_files(config.data.validation_files)[0], cast, limit)
         self.forest_rules = ForestRules(
             max_staleness=driver.max_staleness,
             oversample=len(range(index, driver.oversample_prompts, driver.shards)),
@@ -55,26 +60,32 @@ class Work:
         task, players, limits = self.shard.task(tree.seat), self._cast.players, self._cast.limits
         rules = self._group_rules
         try:
-            prompt_ids, generations = await sample_replies(task, tree.seat, rules.num_replies, limits, players)
+            prompt_ids, turns_G = await sample_replies(task, tree.seat, rules.num_replies, limits, players)
         except STOPS_ALL:
             raise
         except RunError as error:
             return Group(task, (), (), kept=False, error=str(error))
-        tree.version = min((v for generation in generations for v in generation.versions_T), default=None)
-        return await grow_group(task, prompt_ids, generations, tree.seat, rules=rules, limits=limits, players=players)
+        tree.version = min((v for turn in turns_G for v in turn.generation.versions_T), default=None)
+        return await grow_group(task, prompt_ids, turns_G, tree.seat, rules=rules, limits=limits, players=players)
 
     async def evaluate(self, step: int) -> Answer:
-        """Figures of this shard's share of the held-out tasks."""
-        if stop := self._cast.gateway.budget.exhausted:
+        """Figures of this shard's share of the held-out tasks; the conversations go to the disk, whatever they are."""
+        budget, section, run = self._cast.gateway.budget, self._config.evaluation, self._config.run
+        if stop := budget.exhausted:
             return Answer(error=stop, stop="budget")
-        figures, _ = await evaluate(
+        played = await evaluate(
             self._validation,
-            evaluation=self._config.evaluation,
+            evaluation=section,
             weights=self._config.reward.metric_weights,
             limits=self._cast.limits,
             players=self._cast.players,
             step=step,
             shard=self.shard.index,
             shards=self.shard.count,
+            spent=lambda: budget.exhausted,
         )
-        return Answer(figures=figures)
+        write_transcripts(transcript_file(run.evaluations_dir, step, self.shard.index), step, played.groups)
+        keep_newest(run.evaluations_dir, section.keep_transcripts, self.shard.index)
+        if played.stop:
+            return Answer(error=played.stop, stop="budget")
+        return Answer(figures=played.figures, tally=played.tally)

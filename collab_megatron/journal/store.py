@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from collab_megatron.config.sections import JournalSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.journal.database import STEP_TABLES, connect, create, damaged, explain
 from collab_megatron.journal.housekeeping import Housekeeper
@@ -49,8 +50,17 @@ SELECT content FROM turns WHERE key = ? AND lineage = ? AND newest <= ? AND olde
 """
 ADD_TURN = "INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 FIND_DELIVERY = "SELECT content FROM deliveries WHERE lineage = ? AND shard = ? AND step = ?"
+REMOVE_DELIVERY = "DELETE FROM deliveries WHERE lineage = ? AND shard = ? AND step = ?"
 ADD_DELIVERY = "INSERT OR REPLACE INTO deliveries VALUES (?, ?, ?, ?)"
 COUNT_ROWS = "SELECT " + " + ".join(f"(SELECT count(*) FROM {table})" for table in STEP_TABLES)
+
+
+def open_journal(section: JournalSection, default: Path, lineage: str) -> Journal:
+    """The journal that a config describes, at `default` where it names no path; all processes of a run share the file.
+
+    Raises UserError for a file that is no journal.
+    """
+    return Journal(section.path or default, replay=section.replay, lineage=lineage)
 
 
 class ReplayMiss(RunError):
@@ -140,6 +150,10 @@ class Journal:
         """Keep what a shard hands over for a step, before it does."""
         self._commit((ADD_DELIVERY, (self._lineage, shard, step, content)))
 
+    def remove_delivery(self, shard: int, step: int) -> None:
+        """Forget what a shard handed over for a step, if anything."""
+        self._commit((REMOVE_DELIVERY, (self._lineage, shard, step)))
+
     def prune(self, *, before_step: int) -> None:
         """Remove the rows of older steps, of every lineage, and give their space back. Returns at once: the work is
         done beside the run, in transactions of about a millisecond."""
@@ -172,8 +186,8 @@ class Journal:
         self._misses += 1
         if self._replay == "only":
             raise ReplayMiss(
-                f"the journal {self._path} lacks {what} of step {PLACE.get().step}, and journal.replay is only: set it "
-                "to auto to ask for what is missing"
+                f"the journal {self._path} lacks {what} of step {PLACE.get().step + 1}, and journal.replay is only: "
+                "set it to auto to ask for what is missing"
             )
         return False
 

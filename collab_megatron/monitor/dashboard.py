@@ -20,11 +20,13 @@ class Dashboard:
     """For one process (the trainer's rank 0)."""
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
+        """first_step: steps that are done, which this attempt does not run again; 0 where it begins from the start."""
         folder.mkdir(parents=True, exist_ok=True)
         self._jsonl = folder / "metrics.jsonl"
         if self._jsonl.exists():
-            _drop_steps(self._jsonl, first_step)
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+            _drop_steps(self._jsonl, first_again(first_step))
+        # always given: a start over an earlier attempt's events would double its curves
+        self._writer = SummaryWriter(str(folder), purge_step=first_again(first_step))
 
     def text(self, name: str, text: str) -> None:
         """A page of text, such as the resolved config."""
@@ -51,6 +53,14 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def _drop_steps(path: Path, first_step: int) -> None:
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+def first_again(first_step: int) -> int:
+    """The first step whose points are written again; readers forget what earlier attempts wrote for it and after it.
+
+    The checkpoint's own step has its points already. A start from 0 evaluates before its first step again.
+    """
+    return first_step + 1 if first_step else 0
+
+
+def _drop_steps(path: Path, first: int) -> None:
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first]
     publish_text(path, "".join(line + "\n" for line in kept))

@@ -39,6 +39,17 @@ class Progress:
         self._since += seconds
 
 
+def steps_between(total: int, most: int) -> int:
+    """Steps between two of at most `most` signs of life in a run of `total` steps: 1, 2, 5, 10, 20, 50, ..."""
+    wanted = -(-total // most)
+    scale = 1
+    while True:
+        for digit in (1, 2, 5):
+            if digit * scale >= wanted:
+                return digit * scale
+        scale *= 10
+
+
 def duration(seconds: float) -> str:
     """`42s`, `3m06s` or `2h05m`."""
     whole = round(seconds)

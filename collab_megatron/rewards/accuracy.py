@@ -32,7 +32,9 @@ class JudgedAccuracy:
 
     def __init__(self, judge: ChatLLM, prompt_file: Path | None = None) -> None:
         self._judge = judge
-        self._template = load_template("judge_accuracy", prompt_file, required=("request", "reference", "chat"))
+        self._template = load_template(
+            "judge_accuracy", prompt_file, required=("reference", "chat"), optional=("request",)
+        )
 
     async def score(self, conversation: ScoredConversation) -> float:
         """1.0 or 0.0. Waits for one judge call. Raises SimulatorError."""

@@ -6,6 +6,7 @@ MR of a reply          = mean of R* over the futures that carry scores
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from collab_megatron.types import Future
@@ -14,8 +15,11 @@ LIMIT = 1.0
 
 
 def conversation_reward(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """R* of one conversation. Raises KeyError if a weighted metric has no score: missing is not zero."""
-    return sum(max(-LIMIT, min(LIMIT, weight * scores[name])) for name, weight in weights.items())
+    """R* of one conversation.
+
+    Raises KeyError if a weighted metric has no score (missing is not zero), ValueError if one is NaN.
+    """
+    return sum(_clamp(name, weight * scores[name]) for name, weight in weights.items())
 
 
 def multiturn_reward(futures: Iterable[Future]) -> float | None:
@@ -34,8 +38,14 @@ def clamped_share(futures: Iterable[Future], weights: Mapping[str, float]) -> fl
 
     Where it is high that metric no longer tells replies apart: lower its weight.
     """
-    cut = [beyond_clamp(future.scores, weights) for future in _scored(futures)]
+    cut = [beyond_clamp(future.scores, weights) for future in _scored(futures) if future.scores]
     return sum(cut) / len(cut) if cut else 0.0
+
+
+def _clamp(name: str, value: float) -> float:
+    if math.isnan(value):
+        raise ValueError(f"the score of metric {name} is NaN")  # min and max would make it 1
+    return max(-LIMIT, min(LIMIT, value))
 
 
 def _scored(futures: Iterable[Future]) -> Iterable[Future]:

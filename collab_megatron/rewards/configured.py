@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collab_megatron.config.entry import judge_role
 from collab_megatron.config.sections import RewardSection, SimulatorsSection
 from collab_megatron.rewards.registry import make_scorer
 from collab_megatron.rewards.scorer import Scorer
@@ -11,11 +12,18 @@ from collab_megatron.simulators import Gateway
 def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gateway: Gateway) -> Scorer:
     """Raises UserError for an unknown metric, one that lacks its judge, or a bad prompt file."""
     judge = simulators.judge
+    own = {name: section for name, section in reward.judges.items() if name in reward.metric_weights}
     return make_scorer(
         reward.metric_weights,
         None if judge is None else gateway.role("judge"),
         accuracy_verifier=reward.accuracy_verifier,
-        judge_prompt_file=None if judge is None else judge.prompt_file,
-        accuracy_prompt_file=reward.accuracy_prompt_file,
+        judges={name: gateway.role(judge_role(name)) for name in own},
+        prompt_files={
+            "interactivity": None if judge is None else judge.prompt_file,
+            "accuracy": reward.accuracy_prompt_file,
+            **{name: section.prompt_file for name, section in own.items() if section.prompt_file is not None},
+        },
+        interactivity_sees=reward.interactivity_sees,
         metric_modules=reward.metric_modules,
+        settings=reward.settings,
     )

@@ -1,17 +1,25 @@
 """interactivity: how well the assistant works together with the user, by an LLM judge.
 
-The mean of three marks in [0, 1]: understanding, clarification, helpful suggestion.
+The mean of three marks in [0, 1]: understanding, clarification, helpful suggestion. The judge sees the hidden request,
+or, as the paper's ITR judge (arXiv 2502.00640), the chat alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from collab_megatron.simulators.parsing import json_object, object_schema, share_field
 from collab_megatron.simulators.templates import chat_lines, load_template
 from collab_megatron.types import ChatLLM, Message, ScoredConversation
 
 MARKS = ("understanding", "clarification", "suggestion")
+Sees = Literal["request", "chat"]
+PROMPTS: Mapping[Sees, tuple[str, tuple[str, ...]]] = {  # the shipped prompt, and what may stand in it next to $chat
+    "request": ("judge_interactivity", ("request",)),
+    "chat": ("judge_interactivity_chat", ()),
+}
 MARKS_SCHEMA = object_schema(thought="string", **dict.fromkeys(MARKS, "number"))
 
 
@@ -20,9 +28,11 @@ class Interactivity:
 
     name = "interactivity"
 
-    def __init__(self, judge: ChatLLM, prompt_file: Path | None = None) -> None:
+    def __init__(self, judge: ChatLLM, prompt_file: Path | None = None, *, sees: Sees = "request") -> None:
+        """A prompt file may leave $request out; with sees="chat" it must."""
         self._judge = judge
-        self._template = load_template("judge_interactivity", prompt_file, required=("request", "chat"))
+        name, optional = PROMPTS[sees]
+        self._template = load_template(name, prompt_file, required=("chat",), optional=optional)
 
     async def score(self, conversation: ScoredConversation) -> float:
         """The mean mark in [0, 1]. Waits for one judge call. Raises SimulatorError."""

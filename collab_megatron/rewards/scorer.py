@@ -1,12 +1,23 @@
-"""All metrics of one conversation, beside each other."""
+"""All metrics of one conversation, at the same time.
+
+A score must be a finite number. Anything else (NaN, None, text) would become a reward: `max(-1, min(1, nan))` is 1. It
+is a judge failure instead, with the metric's name.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
+from collab_megatron.journal.calls import METRIC
 from collab_megatron.rewards.aggregate import conversation_reward
+from collab_megatron.simulators import SimulatorError
 from collab_megatron.types import Metric, ScoredConversation
+
+SHORT_CHARS = 60  # of a wrong value in a sentence
 
 
 class Scorer:
@@ -22,11 +33,12 @@ class Scorer:
     async def score(self, conversation: ScoredConversation) -> dict[str, float]:
         """Metric name -> raw score. Waits for the slowest metric; if one fails the others are cancelled.
 
-        Raises SimulatorError if a judge could not be had: a conversation is scored by all metrics or not at all.
+        Raises SimulatorError if a judge could not be had or a metric gave no finite number: a conversation is scored
+        by all metrics or not at all.
         """
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = {m.name: group.create_task(m.score(conversation)) for m in self.metrics}
+                tasks = {m.name: group.create_task(_score(m, conversation)) for m in self.metrics}
         except ExceptionGroup as errors:  # `except*` would wrap what is raised in a group again
             raise first_error(errors) from None
         return {name: task.result() for name, task in tasks.items()}
@@ -34,6 +46,39 @@ class Scorer:
     def reward(self, scores: Mapping[str, float]) -> float:
         """R* of these scores."""
         return conversation_reward(scores, self.weights)
+
+
+async def _score(metric: Metric, conversation: ScoredConversation) -> float:
+    """One metric's score; its `score` may be a plain function. In a task of its own: its calls bear its name."""
+    METRIC.set(metric.name)
+    try:
+        value = metric.score(conversation)
+        if inspect.isawaitable(value):
+            value = await value
+    except Exception as error:
+        error.add_note(f"in metric {metric.name}")
+        raise
+    return finite_score(metric.name, value)
+
+
+def finite_score(metric: str, value: object) -> float:
+    """A score as a float. Raises SimulatorError for what is no finite number."""
+    if not isinstance(value, Real):
+        raise SimulatorError(
+            f"metric {metric} gave {_short(value)}, which is no number: its `score` must return a float"
+        )
+    number = float(value)
+    if not math.isfinite(number):
+        raise SimulatorError(
+            f"metric {metric} gave {number}, which is no score: return a finite number, or raise SimulatorError where "
+            "there is none"
+        )
+    return number
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return f"a {type(value).__name__} ({text if len(text) <= SHORT_CHARS else text[:SHORT_CHARS] + '...'})"
 
 
 def first_error(errors: BaseException) -> BaseException:

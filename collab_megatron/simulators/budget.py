@@ -17,7 +17,15 @@ Costs = Mapping[tuple[str, str], tuple[int, float]]
 class Budget:
     """Refuses nothing itself: who begins conversations asks `exhausted` before it begins another."""
 
-    def __init__(self, section: BudgetSection, journal: Journal | None, own: Callable[[], Costs]) -> None:
+    def __init__(
+        self,
+        section: BudgetSection,
+        journal: Journal | None,
+        own: Callable[[], Costs],
+        go_on: str = "set run.resume=true",
+    ) -> None:
+        """`go_on`: what the user does, once the cap is raised, to go on."""
+        self._go_on = go_on
         self._section = section
         self._journal = journal
         self._own = own  # this process's counters, where no journal sums up all
@@ -44,12 +52,12 @@ class Budget:
         if section.hard_usd is not None and usd >= section.hard_usd:
             return (
                 f"the LLM APIs have cost {usd:.2f} dollars, and budget.hard_usd is {section.hard_usd:g}: "
-                "raise budget.hard_usd and set run.resume=true to go on"
+                f"raise budget.hard_usd and {self._go_on} to go on"
             )
         if section.hard_calls is not None and calls >= section.hard_calls:
             return (
                 f"the LLM APIs have answered {calls} requests, and budget.hard_calls is {section.hard_calls}: "
-                "raise budget.hard_calls and set run.resume=true to go on"
+                f"raise budget.hard_calls and {self._go_on} to go on"
             )
         return None
 

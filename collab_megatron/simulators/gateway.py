@@ -1,12 +1,13 @@
 """The LLM gateway: the roles by name, their keys, their addresses and their counters.
 
-    gateway = Gateway(llm_roles(config.simulators), config.run.seed, journal=journal, budget=config.budget)
+    roles = llm_roles(config.simulators, config.reward)
+    gateway = Gateway(roles, config.run.seed, journal=journal, budget=config.budget)
     await gateway.check_reachable(timeout_s=5)
     replies = await gateway.role("user").complete([Message("user", "hello")])
     await gateway.close()
 
 Make it anywhere; use it within one event loop. A role that several models play has one counter set for each: `user`,
-`user-1`, ...
+`user-1`, ... A metric's own judge is the role `judge-METRIC`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from urllib.parse import urlsplit
 
+from collab_megatron.config.entry import role_place
 from collab_megatron.config.sections import BudgetSection, DeploymentSection, LLMSection, SimulatorSection, UserSection
 from collab_megatron.errors import UserError
 from collab_megatron.journal.store import Journal
@@ -26,6 +28,7 @@ from collab_megatron.simulators.failure import SimulatorError
 from collab_megatron.simulators.litellm_api import Endpoint, LiteLLMApi
 from collab_megatron.simulators.mixture import Mixture, draw_part
 from collab_megatron.simulators.pacing import Bucket
+from collab_megatron.simulators.prices import price, require_prices
 from collab_megatron.simulators.recorded import Recorded
 from collab_megatron.simulators.role import Observer, Role
 from collab_megatron.simulators.usage import GatewaySnapshot
@@ -37,7 +40,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Gateway:
-    """All LLM roles of a run. Raises UserError if a key's environment variable is not set."""
+    """All LLM roles of a run. Raises UserError if a key's environment variable is not set, or if the budget has a cap
+    in dollars and a model has no known price."""
 
     def __init__(
         self,
@@ -48,11 +52,15 @@ class Gateway:
         journal: Journal | None = None,
         budget: BudgetSection | None = None,
         shards: int = 1,
+        go_on: str = "set run.resume=true",
     ) -> None:
-        """`shards`: processes with a gateway each; all limits of the config are divided among them."""
+        """`shards`: processes with a gateway each; all limits of the config are divided among them. `go_on`: how a run
+        that spent its budget goes on, for the sentence at the cap."""
         for name, section in roles.items():
             for where, way in _ways(name, section):
                 _read_key(where, way)  # before anything slow
+        all_ways = (way for name, section in roles.items() for way in _ways(name, section))
+        require_prices(all_ways, budget or BudgetSection())
         self._seed = seed
         self._api = LiteLLMApi()
         self._parts = {name: _parts(name, section) for name, section in roles.items()}
@@ -70,12 +78,12 @@ class Gateway:
             for parts in self._parts.values()
             for part, where, section in parts
         }
-        self.budget = Budget(budget or BudgetSection(), journal, self._costs)
+        self.budget = Budget(budget or BudgetSection(), journal, self._costs, go_on)
 
     def role(self, name: str) -> ChatLLM:
         """The client of one role. Raises UserError for a role that is not configured."""
         if name not in self._parts:
-            raise UserError(f"simulators.{name} is not set: name the model that plays it")
+            raise UserError(f"{role_place(name)} is not set: name the model that plays it")
         parts = [self._roles[part] for part, _, _ in self._parts[name]]
         return parts[0] if len(parts) == 1 else Mixture(parts, partial(self.part, name))
 
@@ -111,8 +119,9 @@ class Gateway:
 def _parts(name: str, section: LLMSection) -> list[tuple[str, str, LLMSection]]:
     """(name of the counters, place in the config, section) of everyone who plays the role."""
     others: tuple[SimulatorSection, ...] = section.mixture if isinstance(section, UserSection) else ()
-    more = [(f"{name}-{index + 1}", f"{name}.mixture.{index}", other) for index, other in enumerate(others)]
-    return [(name, name, section), *more]
+    place = role_place(name)
+    more = [(f"{name}-{index + 1}", f"{place}.mixture.{index}", other) for index, other in enumerate(others)]
+    return [(name, place, section), *more]
 
 
 def _deployment_ways(where: str, section: LLMSection) -> Iterator[tuple[str, LLMSection | DeploymentSection]]:
@@ -134,8 +143,7 @@ def _deployments(name: str, where: str, section: LLMSection, api: LiteLLMApi, sh
             model=way.model,
             api_base=way.api_base,
             key=_read_key(place, way),
-            input_usd_per_mtoken=way.input_usd_per_mtoken,
-            output_usd_per_mtoken=way.output_usd_per_mtoken,
+            price=price(way),
             json_mode=section.json_mode,
             json_schema=section.json_schema and api.can_schema(way.model, way.api_base),
         )
@@ -154,14 +162,14 @@ def _read_key(where: str, way: LLMSection | DeploymentSection) -> str | None:
     key = os.environ.get(way.api_key_env)
     if not key:
         raise UserError(
-            f"simulators.{where} needs an API key: set the environment variable {way.api_key_env}, "
-            f"or simulators.{where}.api_key_env to null for a server that wants none"
+            f"{where} needs an API key: set the environment variable {way.api_key_env}, "
+            f"or {where}.api_key_env to null for a server that wants none"
         )
     return key
 
 
 async def _connect_once(where: str, api_base: str, timeout_s: float) -> None:
-    place = f"simulators.{where}.api_base {api_base}"
+    place = f"{where}.api_base {api_base}"
     try:
         parts = urlsplit(api_base)
         port = parts.port or DEFAULT_PORTS.get(parts.scheme)

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from collab_megatron.simulators.prices import Price, listed_price, load_litellm
+
 logger = logging.getLogger(__name__)
 
 NO_KEY = "no-key"  # servers without authentication still want the header filled
@@ -31,8 +33,7 @@ class Endpoint:
     model: str
     api_base: str | None
     key: str | None = field(repr=False)
-    input_usd_per_mtoken: float | None
-    output_usd_per_mtoken: float | None
+    price: Price | None  # None: nobody knows it
     json_mode: bool
     json_schema: bool  # wanted, and the model can
 
@@ -48,6 +49,7 @@ class Request:
     seed: int
     json_reply: bool
     schema: Mapping[str, Any] | None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further arguments of litellm.acompletion
 
     @property
     def longest_chars(self) -> int:
@@ -75,13 +77,11 @@ class LiteLLMApi:
     """The `litellm` module, set up once: no network at import, no telemetry, no callbacks, no retries of its own."""
 
     def __init__(self) -> None:
-        os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # before the import, which would fetch prices from the net
         # max_concurrency bounds the calls; LiteLLM's own bound of 500 connections a host would let the rest wait inside
         # their deadlines, like calls to a slow provider
         os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT", MANY_CONNECTIONS)
         os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", MANY_CONNECTIONS)
-        import litellm  # here because it takes seconds and only simulators need it
-
+        litellm = load_litellm()
         litellm.telemetry = False
         litellm.suppress_debug_info = True
         litellm.drop_params = True  # providers without `seed` or `n` still serve the rest of the request
@@ -104,19 +104,15 @@ class LiteLLMApi:
             callbacks.clear()
 
     def know_price(self, where: str, endpoint: Endpoint) -> None:
-        """Make sure that the model has a price; where nobody knows one, count 0 dollars and say so once."""
-        if endpoint.input_usd_per_mtoken is not None or endpoint.output_usd_per_mtoken is not None:
-            self._register(endpoint.model)
-            return
-        try:
-            self._litellm.get_model_info(endpoint.model)
-        except Exception:  # noqa: BLE001 - LiteLLM raises a bare Exception for "not mapped"
+        """Where LiteLLM has no price, spare it the search on every call; where nobody has one, warn once."""
+        if endpoint.price is None:
             logger.warning(
-                "simulators.%s: no price known for %s; its calls are counted as 0 dollars "
+                "%s: no price known for %s; its calls are counted as 0 dollars "
                 "(set input_usd_per_mtoken and output_usd_per_mtoken to count them)",
                 where,
                 endpoint.model,
             )
+        if listed_price(endpoint.model) is None:  # an entry of zeros must not hide a listed price from another role
             self._register(endpoint.model)
 
     def _register(self, model: str) -> None:
@@ -147,7 +143,7 @@ class LiteLLMApi:
 
     async def chat(self, endpoint: Endpoint, request: Request, timeout_s: float) -> ApiReply:
         """One request, no retry. Raises whatever the client raises; failure.classify reads it."""
-        options: dict[str, Any] = {"n": request.n} if request.n > 1 else {}
+        options: dict[str, Any] = {**request.extra, **({"n": request.n} if request.n > 1 else {})}
         if request.json_reply and request.schema is not None and endpoint.json_schema:
             wanted = {"name": "reply", "strict": True, "schema": dict(request.schema)}
             options["response_format"] = {"type": "json_schema", "json_schema": wanted}
@@ -187,11 +183,15 @@ class LiteLLMApi:
 
     @staticmethod
     def _cost_usd(endpoint: Endpoint, response: Any, prompt_tokens: int, completion_tokens: int) -> float:
-        into, out = endpoint.input_usd_per_mtoken, endpoint.output_usd_per_mtoken
-        if into is not None or out is not None:
-            return (prompt_tokens * (into or 0.0) + completion_tokens * (out or 0.0)) / 1e6
-        # LiteLLM's own figure knows about cached and tiered tokens, which a product of two numbers does not.
-        return float(getattr(response, "_hidden_params", {}).get("response_cost") or 0.0)
+        price = endpoint.price
+        if price is None:
+            return 0.0
+        if price.source == "litellm":
+            # LiteLLM's own figure knows about cached and tiered tokens, which a product of two numbers does not
+            counted = getattr(response, "_hidden_params", {}).get("response_cost")
+            if counted:
+                return float(counted)
+        return price.cost_usd(prompt_tokens, completion_tokens)
 
     async def close(self) -> None:
         """Close the HTTP connections that LiteLLM keeps."""

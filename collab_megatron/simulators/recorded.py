@@ -25,6 +25,8 @@ class Recorded:
             "json": request.json_reply,
             "schema": None if request.schema is None else dict(request.schema),
         }
+        if request.extra:  # without any the key is that of older journals
+            parameters["extra"] = dict(request.extra)
         return reply_key(self._model, request.messages, parameters, sample_index)
 
     def look_up(self, key: bytes) -> tuple[ApiReply, float] | None:

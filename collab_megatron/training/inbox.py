@@ -15,15 +15,18 @@ import torch.distributed as dist
 
 from collab_megatron.actor.grid import RankGrid
 from collab_megatron.driver.protocol import Delivery, DriverClient, DriverHasNoEngine
-from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.errors import BudgetSpent, EvaluationFailed, NoEngineLeft, RunError, SimulatorSick
 from collab_megatron.types import RolloutBatch
 
 MARGIN_S = 120.0
+EVALUATION_GRACE_S = 30.0
+"""The driver itself ends an evaluation at its deadline, and hands over what is there."""
 DELIVERED = b"\x00"
 KINDS: dict[bytes, type[RunError]] = {
     b"\x01": NoEngineLeft,
     b"\x02": BudgetSpent,
     b"\x03": SimulatorSick,
+    b"\x04": EvaluationFailed,
     b"\xff": RunError,
 }
 """What rank 0 met, for the others to raise; the first that fits."""
@@ -65,7 +68,9 @@ class Inbox:
         """Held-out figures on every rank; `engines`, and what it raises, as in `next_batch`."""
         driver = self._driver
         return self._shared(
-            (lambda: driver.evaluate(step, version, engines, timeout_s=self._eval_timeout_s)) if driver else None,
+            (lambda: driver.evaluate(step, version, engines, timeout_s=self._eval_timeout_s + EVALUATION_GRACE_S))
+            if driver
+            else None,
             dict[str, float],
         )
 

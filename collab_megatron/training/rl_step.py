@@ -33,9 +33,13 @@ def update(
 ) -> dict[str, float]:
     """Train on `batch`; metrics by dashboard name, means over trained tokens, equal on every rank.
 
-    With several mini-batches the figures are those of their mean, except lr (the last), grad_norm and dp_imbalance (the
-    largest).
+    With several mini-batches the figures are those of their mean, except lr (the last), grad_norm, dp_imbalance and
+    those that end in _max (the largest). A batch without samples (algorithm.zero_advantage: drop) takes no optimizer
+    step and is counted: its weights and its place in the schedule stay.
     """
+    if not batch.samples:
+        idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "lr": actor.lr}
+        return {f"train/{name}": value for name, value in idle.items()}
     parts = mini_batches(batch.samples, algorithm.mini_batches)
     prepared: list[tuple[list[MicroBatch], int]] = []
     imbalance = 1.0
@@ -54,12 +58,14 @@ def update(
         results = [actor.train_step(micro, loss_fn, normalizer=tokens) for micro, tokens in prepared]
     names = results[0].metrics
     metrics = {f"train/{name}": sum(r.metrics[name] for r in results) / len(results) for name in names}
+    metrics |= {f"train/{name}": max(r.largest[name] for r in results) for name in results[0].largest}
     on_policy = metrics["train/on_policy_share"]
     gap = metrics.pop("train/on_policy_gap")  # summed over those tokens, divided by all
     if on_policy:
         metrics["train/on_policy_gap"] = gap / on_policy
     metrics["train/grad_norm"] = max(result.grad_norm for result in results)
     metrics["train/lr"] = results[-1].lr
+    metrics["train/steps_without_samples"] = 0.0
     metrics["train/steps_skipped"] = sum(result.skipped for result in results)
     metrics["train/tokens"] = sum(sample.num_tokens for sample in batch.samples)
     metrics["train/dp_imbalance"] = imbalance

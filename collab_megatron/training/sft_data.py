@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
 from collab_megatron.actor.grid import RankGrid
-from collab_megatron.batching import TokenSample
+from collab_megatron.batching import MicroBatch, TokenSample
 from collab_megatron.config import SFTConfig
 from collab_megatron.convert.spec import ModelSpec
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.fit import Fit, keep_fitting
 from collab_megatron.data.order import step_indices
-from collab_megatron.data.parquet import read_conversations
+from collab_megatron.data.parquet import read_conversation_files
 from collab_megatron.errors import UserError
 from collab_megatron.training.shares import Share, my_share
 
 
 class SFTData:
-    """All training conversations, tokenised once. Raises UserError if none fits into `max_tokens`."""
+    """All conversations, tokenised once. Raises UserError where over half of a set do not fit into `max_tokens`, or a
+    set has nothing to train on."""
 
     def __init__(self, config: SFTConfig, grid: RankGrid, spec: ModelSpec) -> None:
         self._config, self._grid, self._spec = config, grid, spec
         chat = ChatTemplate(load_tokenizer(config.model.path))
-        encoded = []
-        for number, row in enumerate(read_conversations(config.data.train)):
-            try:
-                encoded.append(chat.sft_ids_and_mask(row.messages))
-            except ValueError as error:
-                raise UserError(
-                    f"conversation {number} of {config.data.train}: {error}; use another chat template, or leave it out"
-                ) from None
-        self._samples = [
-            TokenSample(ids=ids, mask=[float(trained) for trained in mask])
-            for ids, mask in encoded
-            if len(ids) <= config.max_tokens and any(mask)
-        ]
-        self.num_left_out = len(encoded) - len(self._samples)
-        if not self._samples:
-            raise UserError(
-                f"none of the {len(encoded)} conversations fits into max_tokens={config.max_tokens}: raise it"
-            )
+        self.notices: list[str] = []  # what was left out and why; one line each
+        train = self._read(config.data.train_files, chat)
+        self._samples = train.kept
+        self.left_out, self.share_left_out = train.left_out, train.share_left_out
+        files = config.data.validation_files
+        self._held_out = self._read(files, chat).kept if files else []
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    @property
+    def num_held_out(self) -> int:
+        """Held-out conversations; 0 where no file is named."""
+        return len(self._held_out)
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Assistant tokens of all held-out conversations."""
+        return _trained_tokens(self._held_out)
 
     def step(self, step: int) -> tuple[Share, int]:
         """This data rank's share of `step`, and the trained tokens of the global batch."""
@@ -47,5 +50,46 @@ class SFTData:
             self._config.run.seed, step, num_rows=len(self._samples), batch_size=self._config.batch_size
         )
         batch = [self._samples[i] for i in indices]
-        trained = int(sum(sum(sample.mask[1:]) for sample in batch))  # nothing comes before the first token
-        return my_share(self._grid, self._spec, batch, self._config.train), trained
+        return my_share(self._grid, self._spec, batch, self._config.train), _trained_tokens(batch)
+
+    def held_out_batches(self) -> Iterator[list[MicroBatch]]:
+        """This data rank's micro-batches of the held-out conversations, `batch_size` conversations at a time."""
+        for first in range(0, len(self._held_out), self._config.batch_size):
+            batch = self._held_out[first : first + self._config.batch_size]
+            yield my_share(self._grid, self._spec, batch, self._config.train).micro_batches
+
+    def _read(self, files: Sequence[Path], chat: ChatTemplate) -> Fit[TokenSample]:
+        names = ", ".join(map(str, files))
+        conversations, repeated = read_conversation_files(files)
+        samples = []
+        for number, row in enumerate(conversations):
+            try:
+                ids, mask = chat.sft_ids_and_mask(row.messages)
+            except ValueError as error:
+                raise UserError(
+                    f"conversation {number} of {names}: {error}; use another chat template, or leave it out"
+                ) from None
+            samples.append(TokenSample(ids=ids, mask=[float(trained) for trained in mask]))
+        numbers = {id(sample): number for number, sample in enumerate(samples)}
+        fit = keep_fitting(
+            samples,
+            [len(sample.ids) for sample in samples],
+            self._config.max_tokens,
+            what=f"conversations of {names}",
+            name=lambda sample: f"number {numbers[id(sample)]}",
+            remedy="raise max_tokens",
+        )
+        kept = [sample for sample in fit.kept if any(sample.mask[1:])]
+        if not kept:
+            raise UserError(f"no conversation of {names} has an assistant turn to train on")
+        silent = len(fit.kept) - len(kept)
+        self.notices += [fit.notice] if fit.left_out else []
+        self.notices += [f"left out: {silent} conversations of {names} without an assistant turn"] if silent else []
+        self.notices += (
+            [f"left out: {repeated} conversations that an earlier file of {names} holds"] if repeated else []
+        )
+        return Fit(kept, fit.left_out + silent, "")
+
+
+def _trained_tokens(samples: Sequence[TokenSample]) -> int:
+    return int(sum(sum(sample.mask[1:]) for sample in samples))  # nothing comes before the first token

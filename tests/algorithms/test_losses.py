@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from collab_megatron.algorithms.advantages import group_advantages
 from collab_megatron.algorithms.grpo_step import make_grpo_loss, mini_batches, token_sample, with_values
-from collab_megatron.algorithms.losses import grpo_loss, importance_weights, low_variance_kl, sft_loss
+from collab_megatron.algorithms.losses import LossSum, grpo_loss, importance_weights, low_variance_kl, sft_loss
 from collab_megatron.batching import split_by_tokens
 from collab_megatron.config.sections import AlgorithmSection
 from collab_megatron.types import TrainingSample
@@ -88,6 +90,78 @@ def test_importance_weights_are_cut_and_carry_no_gradient() -> None:
     weights = importance_weights(logprobs, torch.tensor([-5.0, -1.0]), cap=2.0)
     assert weights.tolist() == [2.0, 1.0]
     assert not weights.requires_grad
+
+
+def ppo(log_ratio: Tensor, advantages: Tensor, **settings: float | Tensor | None) -> LossSum:
+    """The loss of one row of tokens whose engine agrees with the policy at the start of the step."""
+    old = torch.full_like(log_ratio, -1.0)
+    wanted: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0, "importance_cap": 2.0}
+    wanted |= {"ref_logprobs": None, "rollout_logprobs": old, **settings}
+    return grpo_loss(old + log_ratio, old_logprobs=old, advantages=advantages, mask=torch.ones_like(old), **wanted)
+
+
+def test_a_log_ratio_of_100_stays_finite() -> None:
+    log_ratio = torch.tensor([[100.0, -100.0, 100.0, 0.05]], requires_grad=True)
+    result = ppo(log_ratio, torch.tensor([[1.0, 1.0, -1.0, 1.0]]))
+    result.loss.backward()
+    assert log_ratio.grad is not None
+    # clipped from above, at the clamp from below, at the clamp with nothing of PPO's in its way, and an ordinary one
+    assert result.loss.item() == pytest.approx(-1.2 - math.exp(-20) + math.exp(20) - math.exp(0.05))
+    assert log_ratio.grad[0].tolist() == pytest.approx([0.0, 0.0, 0.0, -math.exp(0.05)])
+    assert result.metrics["log_ratio_clamped"].item() == 3
+    assert result.largest["log_ratio_max"].item() == pytest.approx(100)
+    engine_off = ppo(torch.zeros(1, 1), torch.ones(1, 1), rollout_logprobs=torch.full((1, 1), -101.0))
+    assert engine_off.loss.item() == pytest.approx(-2.0)
+    assert engine_off.largest["logprob_gap_max"].item() == 100
+
+
+def test_a_token_far_from_the_reference_does_not_take_the_gradient_over() -> None:
+    """5,000 tokens of one step, one of them 10 away from the reference: its share of the gradient's energy."""
+    log_ratio = torch.zeros(1, 5000, requires_grad=True)
+    reference = torch.full((1, 5000), -1.1)
+    reference[0, 0] = 9.0  # log-probs themselves do not matter to the loss
+    advantages = torch.where(torch.arange(5000) % 2 == 0, 1.0, -1.0)[None]
+    result = ppo(log_ratio, advantages, ref_logprobs=reference, kl_coef=0.005)
+    result.loss.backward()
+    assert log_ratio.grad is not None
+    energy = log_ratio.grad[0] ** 2
+    unclamped = (-1.0 + 0.005 * (1 - math.exp(10))) ** 2
+    assert unclamped / (unclamped + energy[1:].sum().item()) > 0.7
+    assert energy[0] / energy.sum() < 1e-3
+    assert result.metrics["kl"].item() == pytest.approx(10 + 4999 * (math.exp(-0.1) + 0.1 - 1), rel=1e-3)
+    assert result.metrics["kl_clamped"].item() == 1
+    assert result.largest["kl_max"].item() == pytest.approx(math.exp(10) - 11, rel=1e-5)
+    assert result.largest["ref_gap_max"].item() == pytest.approx(10)
+
+
+@pytest.mark.parametrize("delta", [-60.0, -11.5, -10.9, -3.0, 0.0, 2.6, 2.7, 60.0, 1000.0])
+def test_the_kl_estimate_is_cut_at_ten(delta: float) -> None:
+    logprob = torch.zeros(1, requires_grad=True)
+    kl = low_variance_kl(logprob, torch.tensor([delta]))
+    kl.sum().backward()
+    plain = math.exp(min(delta, 20)) - max(delta, -20.0) - 1 if delta < 20 else math.inf
+    assert kl.item() == pytest.approx(min(plain, 10.0))
+    assert logprob.grad is not None
+    assert logprob.grad.item() == pytest.approx(1 - math.exp(delta) if plain < 10 else 0.0)
+
+
+def test_dual_clip_bounds_what_a_negative_advantage_costs() -> None:
+    log_ratio, advantages = torch.tensor([[2.0, 1.0, 2.0, -1.0]]), torch.tensor([[-1.0, -1.0, 1.0, -1.0]])
+    ordinary = [math.exp(2), math.exp(1), -1.2, 0.8]
+    assert ppo(log_ratio, advantages).loss.item() == pytest.approx(sum(ordinary))
+    assert "dual_clip_fraction" not in ppo(log_ratio, advantages).metrics
+    log_ratio.requires_grad_()
+    result = ppo(log_ratio, advantages, clip_dual=3.0)
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(3.0 + sum(ordinary[1:]))
+    assert result.metrics["dual_clip_fraction"].item() == 1
+    assert log_ratio.grad is not None
+    assert log_ratio.grad[0].tolist() == pytest.approx([0.0, math.exp(1), 0.0, 0.0])
+
+
+def test_a_gap_that_is_no_number_is_the_largest() -> None:
+    result = ppo(torch.tensor([[0.1, math.nan]]), torch.ones(1, 2))
+    assert result.largest["log_ratio_max"].item() == math.inf
 
 
 def test_sft_loss_is_the_sum_of_negative_logprobs() -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.checkpoint.folders import (
+    BEST,
     MARKER,
     complete_checkpoints,
     newest_complete,
+    read_best,
     read_info,
     retire,
     step_folder,
+    write_best,
     write_marker,
 )
 from collab_megatron.convert.disk import is_disk_full
@@ -59,6 +62,26 @@ def test_retire_spares_every_nth_step(tmp_path: Path) -> None:
     assert [p.name for p in complete_checkpoints(tmp_path)] == [f"step_000000{step}" for step in (10, 20, 30, 35)]
     retire(tmp_path, keep_last=1)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000035"]
+
+
+def test_the_best_stays_until_a_better_one_takes_its_place(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        make(tmp_path, step)
+    assert read_best(tmp_path) is None
+    write_best(tmp_path, 10, 1.5)
+    retire(tmp_path, keep_last=1)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000010", "step_00000040"]
+    best = read_best(tmp_path)
+    assert best is not None
+    assert (best.step, best.loss, best.folder) == (10, 1.5, tmp_path / "step_00000010")
+    write_best(tmp_path, 40, 1.25)
+    retire(tmp_path, keep_last=1)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000040"]
+    write_best(tmp_path, 50, 1.0)  # a checkpoint that is not there
+    assert read_best(tmp_path) is None
+    (tmp_path / BEST).write_text("{")
+    with pytest.raises(UserError, match=r"best\.json cannot be read"):
+        read_best(tmp_path)
 
 
 def test_the_marker_says_the_versions(tmp_path: Path) -> None:

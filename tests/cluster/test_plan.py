@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from collab_megatron.cluster import plan
 from collab_megatron.cluster.cli import parse_arguments
+from collab_megatron.cluster.cost import Lengths, step_calls
+from collab_megatron.cluster.node import Node, parse_node
+from collab_megatron.cluster.plan import rl_plan
 from collab_megatron.config import RLConfig, load_config
+from collab_megatron.convert.spec import model_spec
 from collab_megatron.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -25,20 +26,21 @@ LLAMA = {
     "max_position_embeddings": 131072,
 }
 
+NODE = Node(gpus=0, gpu_bytes=None, host_bytes=None)
+
 
 @pytest.fixture
-def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def planned() -> Callable[..., list[str]]:
     """The plan's lines for a model of eight billion parameters on GPUs, with overrides."""
-    monkeypatch.setattr(plan, "gpu_bytes", lambda: None)
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
 
-    def lines(*overrides: str) -> list[str]:
+    def lines(*overrides: str, node: Node = NODE) -> list[str]:
         sound = [
-            *(f"model.path={tmp_path}", "data.train=a", "data.validation=b", "model.dtype=bfloat16"),
+            *("model.path=m", "data.train=a", "data.validation=b", "model.dtype=bfloat16"),
             *("parallel.device=cuda", "parallel.tensor=1", "parallel.data=1", "rollout.max_new_tokens=1000"),
         ]
         config = load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", [*sound, *overrides])
-        return plan.rl_plan(config).splitlines()
+        calls = {"steps": (config.train.steps, step_calls(config, Lengths())), "evaluations": (0, [])}
+        return rl_plan(config, model_spec(LLAMA), node=node, calls=calls).splitlines()
 
     return lines
 
@@ -50,7 +52,7 @@ def line(lines: list[str], start: str) -> str:
 
 def test_one_line_for_stages_that_are_alike(planned: Callable[..., list[str]]) -> None:
     lines = planned("parallel.pipeline=4", "parallel.tensor=2", "algorithm.kl_coef=0")
-    assert line(lines, "trainer").endswith("8 ranks on cuda: tensor 2 x pipeline 4")
+    assert line(lines, "trainer").endswith("8 ranks on cuda (parallel.device): tensor 2 x pipeline 4")
     heading = next(number for number, text in enumerate(lines) if text.split()[:1] == ["stage"])
     assert lines[heading].split() == ["stage", "weights", "gradients", "optimizer", "activations", "working", "device"]
     stages = [text.split()[0] for text in lines[heading + 1 : heading + 5]]
@@ -73,14 +75,12 @@ def test_a_micro_batch_is_at_least_the_longest_sample(planned: Callable[..., lis
     assert line(lines, "work").startswith("work        at most 128 micro-batches a data rank and ")
 
 
-def test_room_is_told_where_a_gpu_can_be_asked(
-    planned: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_is_told_where_a_gpus_memory_is_known(planned: Callable[..., list[str]]) -> None:
     assert not [text for text in planned() if text.startswith("room")]
-    monkeypatch.setattr(plan, "gpu_bytes", lambda: 80 * 2**30)
-    assert line(planned(), "room").startswith("room        the GPU has 80 GB: ")
-    assert line(planned(), "room").endswith(" too few")
-    roomy = planned("parallel.tensor=8", "optimizer.distributed=true")
+    node = parse_node("8x80")
+    assert line(planned(node=node), "room").startswith("room        the GPU has 80 GB: ")
+    assert line(planned(node=node), "room").endswith(" too few")
+    roomy = planned("parallel.tensor=8", "optimizer.distributed=true", node=node)
     assert line(roomy, "room").endswith(" to spare")
 
 
@@ -117,14 +117,23 @@ def test_how_far_sampling_runs_ahead_and_where_the_money_ends(planned: Callable[
     assert "budget      none (budget.hard_usd)" in lines
 
 
-def test_a_placement_that_cannot_be_is_refused(planned: Callable[..., list[str]]) -> None:
-    with pytest.raises(UserError, match=r"engine\.placement=colocated .* set engine\.count to 4"):
-        planned("engine.placement=colocated", "parallel.tensor=4")
+def test_the_device_is_told_with_its_reason(planned: Callable[..., list[str]]) -> None:
+    auto = "parallel.device=auto"
+    assert "1 ranks on cuda (--gpus): " in line(planned(auto, node=parse_node("1x24")), "trainer")
+    assert "1 ranks on cpu (parallel.device=auto: no GPU is there): " in line(planned(auto), "trainer")
+    assert not any(text.startswith("not checked") for text in planned())
+    assert line(planned(node=parse_node("1x24")), "not checked").endswith(": they are the node's")
 
 
-def test_a_layout_that_does_not_fit_is_refused(planned: Callable[..., list[str]]) -> None:
-    with pytest.raises(UserError, match=r"parallel\.pipeline=5 does not divide"):
-        planned("parallel.pipeline=5")
+def test_a_node_that_is_not_there_is_for_planning_only() -> None:
+    found = parse_arguments("", ["a.yaml", "--dry-run", "--gpus", "8x80"]).node
+    assert found == Node(gpus=8, gpu_bytes=80 * 2**30, host_bytes=None, here=False)
+    assert parse_arguments("", ["a.yaml", "--dry-run"]).node is None
+    with pytest.raises(UserError, match="add --dry-run"):
+        parse_arguments("", ["a.yaml", "--gpus", "8x80"])
+    for text in ("8", "0x80", "8x", "8x80GB"):
+        with pytest.raises(UserError, match="write 8x80 for 8 GPUs of 80 GB each"):
+            parse_node(text)
 
 
 def test_overrides_may_stand_on_either_side_of_an_option() -> None:

@@ -7,15 +7,21 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from collab_megatron.cluster.cautions import NEAR, memory_warnings
 from collab_megatron.cluster.launch import engine_gpus
-from collab_megatron.cluster.plan import rl_plan, sft_plan
+from collab_megatron.cluster.memory import fullest
+from collab_megatron.cluster.node import Node, parse_node
+from collab_megatron.cluster.plan import stages_of
 from collab_megatron.cluster.preflight import check_rl, check_sft
 from collab_megatron.cluster.processes import free_port
 from collab_megatron.config import RLConfig, SFTConfig, load_config
+from collab_megatron.convert.layout import read_hf_config
+from collab_megatron.convert.spec import model_spec
 from collab_megatron.data.parquet import Conversation, write_conversations, write_tasks
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message
@@ -46,12 +52,16 @@ def load(tmp_path: Path, tiny_model: Path, desk: Server, monkeypatch: pytest.Mon
     return loaded
 
 
-def refusal(config: RLConfig) -> str:
-    with pytest.raises(UserError) as caught:
-        check_rl(config)
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    return sentence
+def refusal(config: RLConfig, node: Node | None = None) -> str:
+    """The sentence of the start, which is that of the dry run."""
+    sentences = []
+    for dry_run in (False, True):
+        with pytest.raises(UserError) as caught:
+            check_rl(config, dry_run=dry_run, node=node)
+        sentences.append(str(caught.value))
+    assert sentences[0] == sentences[1]
+    assert "\n" not in sentences[0]
+    return sentences[0]
 
 
 def test_a_sound_config_passes(load: Load) -> None:
@@ -91,6 +101,23 @@ def test_data_that_is_missing_empty_or_lacks_a_column(load: Load, tmp_path: Path
     assert "lacking.parquet" in sentence
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     assert "other.parquet" in refusal(load(f"data.validation={tmp_path / 'other.parquet'}"))
+
+
+def test_prompts_that_are_too_long_are_told_and_most_of_them_refused(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = replace(TASK, task_id="long", prompt=(Message("user", "hello " * 60),))
+    other = replace(TASK, task_id="other")
+    write_tasks(tmp_path / "some.parquet", [TASK, other, long])
+    write_tasks(tmp_path / "most.parquet", [TASK, long, replace(long, task_id="longer")])
+    limit = "rollout.max_prompt_tokens=40"
+    assert check_rl(load(f"data.train={tmp_path / 'some.parquet'}", limit)).usable_prompts == 2
+    assert (
+        "left out: 1 of 3 prompts (33.3%) have more than 40 tokens; the longest, task long" in capsys.readouterr().out
+    )
+    sentence = refusal(load(f"data.train={tmp_path / 'most.parquet'}", limit))
+    assert "2 of 3 prompts (66.7%) have more than 40 tokens" in sentence
+    assert "raise rollout.max_prompt_tokens" in sentence
 
 
 def test_simulators_without_key_or_answer(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +201,9 @@ def test_a_disk_that_cannot_hold_the_checkpoints(load: Load, monkeypatch: pytest
     assert "1 MB free" in refusal(load())
 
 
-def test_sft_refuses_to_write_over_an_export(tmp_path: Path, tiny_model: Path) -> None:
+def test_sft_refuses_to_write_over_an_export(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.safetensors").write_bytes(b"precious")
     chat = (Message("user", "a"), Message("assistant", "b"))
@@ -191,12 +220,63 @@ def test_sft_refuses_to_write_over_an_export(tmp_path: Path, tiny_model: Path) -
     )
     with pytest.raises(UserError, match="not empty"):
         check_sft(config)
-    assert "trainer     2 ranks" in sft_plan(config)
+    assert "trainer     2 ranks on cpu" in capsys.readouterr().out  # the plan comes before what the machine refuses
 
 
-def test_the_plan_counts_calls_and_bytes(load: Load) -> None:
-    plan = rl_plan(load("simulators.user.output_usd_per_mtoken=0.6"))
-    assert "16 prompts x 8 replies = 128 replies, 256 futures, at most 640 policy turns" in plan
-    assert "user calls  at most 512 per step to hosted_vllm/desk-user, at most $0.04 of output" in plan
-    assert "judge calls 256 per step" in plan
-    assert "1,279,232 parameters" in plan
+def test_the_start_and_the_dry_run_print_the_same_plan(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load("simulators.user.output_usd_per_mtoken=0.6", "train.eval_interval=10")
+    check_rl(config)
+    started = capsys.readouterr().out
+    check_rl(config, dry_run=True)
+    assert capsys.readouterr().out == started
+    assert "16 prompts x 8 replies = 128 replies, 256 futures, at most 640 policy turns" in started
+    assert "at most 512 calls of user to hosted_vllm/desk-user" in started
+    assert "at most 256 calls of judge" in started
+    assert "evaluation  at most 2 calls of user" in started  # one task, three turns
+    assert "for 40 steps and 5 evaluations" in started
+    assert "1,279,232 parameters" in started
+
+
+def test_a_node_that_is_not_there(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPUs are counted, not this machine's; what only the node can tell is left alone."""
+    silent = f"simulators.judge.api_base=http://127.0.0.1:{free_port()}/v1"
+    wanted = ("parallel={tensor: 2, data: 2, device: auto}", "engine={count: 2, tensor: 2, python: no/python}", silent)
+    check_rl(load(*wanted), dry_run=True, node=parse_node("8x80"))
+    assert "needs 8 GPUs on the node, --gpus names 4" in refusal(load(*wanted), parse_node("4x80"))
+
+
+def test_a_user_that_cannot_end_a_chat_is_told(load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prompt = tmp_path / "user.txt"
+    prompt.write_text("You want $request. $chat")
+    check_rl(load(f"simulators.user.prompt_file={prompt}"))
+    assert f"simulators.user.prompt_file={prompt} holds no $termination_signal" in caplog.text
+    caplog.clear()
+    prompt.write_text("You want $request. $chat End with ${termination_signal}.")
+    check_rl(load(f"simulators.user.prompt_file={prompt}"))
+    assert not caplog.text
+    prompt.write_text("You want $request.")
+    assert "$chat is missing" in refusal(load(f"simulators.user.prompt_file={prompt}"))
+
+
+def test_memory_near_the_limit_is_told(load: Load, tiny_model: Path) -> None:
+    config = load("parallel.device=cuda")
+    spec = model_spec(read_hf_config(tiny_model))
+    needed = fullest(stages_of(config, spec, "cuda")).device
+    roomy = Node(gpus=8, gpu_bytes=round(needed / NEAR) + 1, host_bytes=2**60)
+    assert not list(memory_warnings(config, spec, roomy))
+    (tight,) = memory_warnings(config, spec, replace(roomy, gpu_bytes=needed))
+    assert "lower train.micro_batch_tokens" in tight
+    (host,) = memory_warnings(load("parallel.device=cpu"), spec, Node(gpus=0, gpu_bytes=None, host_bytes=2**20))
+    assert "host memory" in host
+
+
+def test_weights_that_do_not_fit_the_config(load: Load, tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 1}))
+    assert "has shape" in refusal(load(f"model.path={broken}"))
+    (broken / "model.safetensors").write_bytes(b"\x10")
+    assert "cannot be read" in refusal(load(f"model.path={broken}"))
+    (broken / "model.safetensors").unlink()
+    assert "has no *.safetensors" in refusal(load(f"model.path={broken}"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from collab_megatron.config import RLConfig, SFTConfig, dump_config, load_config
+from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, load_config
 from collab_megatron.errors import UserError
 
 RL = """
@@ -44,6 +44,18 @@ def test_what_is_dumped_loads_again(tmp_path: Path, rl_file: Path) -> None:
     assert load_config(RLConfig, tmp_path / "dumped.yaml") == config
 
 
+def test_an_rl_config_can_be_evaluated_as_it_is(rl_file: Path) -> None:
+    rl = ["train.steps=7", "driver.shards=2", "optimizer.lr=1.0e-5", "sync.bucket_mb=8", "algorithm.kl_coef=0.1"]
+    config = load_config(EvaluateConfig, rl_file, [*rl, "data.validation=v.parquet", "budget.hard_usd=3"])
+    assert config.budget.hard_usd == 3
+    with pytest.raises(UserError, match=r"unknown key 'train.stepz'; did you mean 'steps'"):
+        load_config(EvaluateConfig, rl_file, [*rl, "data.validation=v.parquet", "train.stepz=3"])
+    with pytest.raises(UserError, match="unknown key 'trian'"):
+        load_config(EvaluateConfig, rl_file, ["data.validation=v.parquet", "trian.steps=3"])
+    with pytest.raises(UserError, match=r"name a \.json file for the figures"):
+        load_config(EvaluateConfig, rl_file, ["data.validation=v.parquet", "output=here.jsonl"])
+
+
 def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
     with pytest.raises(ValidationError):
         load_config(RLConfig, rl_file).train.steps = 3  # type: ignore[misc]
@@ -63,6 +75,8 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("optimizer={schedule: linear, warmup_steps: 100}", "nothing of 100 optimizer steps to decay over"),
         ("rollout.min_replies=9", "no group could ever be kept"),
         ("train.eval_interval=5", "data.validation is not"),
+        ("data.train=[]", "name at least one file"),
+        ("data.train=[a, a]", "names the file a twice"),
         ("rollout.temperature=0.7", "'rollout.temperature': input should be"),
         ("engine.url=x", "did you mean 'urls'?"),
         ("engine={urls: [http://a:1], count: 2}", "set one of the two only"),
@@ -96,6 +110,21 @@ def test_auto_transport_follows_the_placement(rl_file: Path) -> None:
     sync = load_config(RLConfig, rl_file).sync
     assert (sync.transport_for("disaggregated"), sync.transport_for("colocated")) == ("broadcast", "ipc")
     assert load_config(RLConfig, rl_file, ["sync.transport=disk"]).sync.transport_for("colocated") == "disk"
+
+
+def test_data_is_one_file_or_several(rl_file: Path) -> None:
+    several = load_config(RLConfig, rl_file, ["data.train=[a, b]", "data.validation=c"]).data
+    assert several.train_files == (Path("a"), Path("b"))
+    assert several.validation_files == (Path("c"),)
+    one = load_config(RLConfig, rl_file, ["data.train=a", "data.validation=null"]).data
+    assert (one.train_files, one.validation_files) == ((Path("a"),), ())
+
+
+def test_an_interval_without_held_out_data_is_refused_for_sft_too(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("model: {path: m}\ndata: {train: t}\ntrain: {eval_interval: 5}\n")
+    with pytest.raises(UserError, match=r"data\.validation is not: name a validation parquet"):
+        load_config(SFTConfig, tmp_path / "s.yaml")
+    assert load_config(SFTConfig, tmp_path / "s.yaml", ["data.validation=v"]).export_weights == "best"
 
 
 def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_the_template_is_exact(name: str) -> None:
     assert chat.end_id in chat.end_ids
     for mode in MODES:
         assert chat.check_growth(mode) is None
-        assert chat.grow([7], CHAT[:3], "monday") == [7, *chat.turn_glue("monday")]
+        assert chat.grow([7, chat.end_id], CHAT[:3], "monday") == [7, chat.end_id, *chat.turn_glue("monday")]
 
 
 @pytest.mark.parametrize("name", INEXACT)
@@ -146,14 +146,14 @@ def test_the_way_of_an_inexact_template() -> None:
     chat.check_growth("as_sampled")
     sampled = chat.grow(context, messages, "monday")
     assert sampled == context + chat.turn_glue("monday")
-    assert chat.grow(context[:-1], messages, "monday", cut=True) == sampled
+    assert chat.grow(context[:-1], messages, "monday") == sampled
 
     chat.check_growth("rendered")
     rendered = chat.grow(context, messages, "monday")
     assert rendered == chat.prompt_ids([*messages, Message("user", "monday")])
     assert "hm" in chat.tokenizer.decode(sampled)
     assert "hm" not in chat.tokenizer.decode(rendered)
-    assert chat.grow(context[:-1], messages, "monday", cut=True) == rendered
+    assert chat.grow(context[:-1], messages, "monday") == rendered
 
     with pytest.raises(ValueError, match="leave the new user turn out"):
         chat.grow(context, [*messages, Message("user", "monday")], "monday")

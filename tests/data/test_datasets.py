@@ -11,14 +11,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from collab_megatron.data.bad_rows import BadRows
 from collab_megatron.data.load import load_rows
-from collab_megatron.data.order import step_indices
-from collab_megatron.data.parquet import read_conversations, read_tasks, write_conversations, write_tasks
-from collab_megatron.data.prepare import Shape, prepare
+from collab_megatron.data.order import refill_index, step_indices
+from collab_megatron.data.parquet import (
+    Conversation,
+    read_conversation_files,
+    read_conversations,
+    read_task_files,
+    read_tasks,
+    write_conversations,
+    write_tasks,
+)
 from collab_megatron.data.rl import rl_tasks
 from collab_megatron.data.schema import read_rows
 from collab_megatron.data.sft import sft_conversations
-from collab_megatron.data.splits import split_rows
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message, Task
 
@@ -98,7 +105,14 @@ def test_every_place_gives_the_same_rows(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.json", "a.parquet", "folder", "hub", "saved", "dict"):
         assert load_rows(str(tmp_path / name)) == expected, name
     with pytest.raises(UserError, match="no split 'test'; it has train"):
-        load_rows(str(tmp_path / "dict"), split="test")
+        load_rows(str(tmp_path / "dict"), ["test"])
+    both = load_rows(str(hub_like), ["train", "test"])
+    assert both == [*expected, *expected[3:4]]
+    with pytest.raises(UserError, match=r"no file of split 'dev'; it has test-.*, train-"):
+        load_rows(str(hub_like), ["dev"])
+    for name in ("a.jsonl", "folder", "saved"):
+        with pytest.raises(UserError, match="leave --split out"):
+            load_rows(str(tmp_path / name), ["train"])
 
 
 def test_parquet_fills_what_a_row_lacks_with_null(tmp_path: Path) -> None:
@@ -109,7 +123,7 @@ def test_parquet_fills_what_a_row_lacks_with_null(tmp_path: Path) -> None:
     assert second.score is None
 
 
-@pytest.mark.parametrize("column", ["prompt", "completion", "conv_id", "turn_id", "single_turn_prompt"])
+@pytest.mark.parametrize("column", ["prompt", "completion", "conv_id", "single_turn_prompt"])
 def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
     row = flat(0, 0, "a", 1.0)
     del row[column]
@@ -117,6 +131,65 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
     path.write_text(json.dumps(row))
     with pytest.raises(UserError, match=f"rows.jsonl has no column '{column}'; its columns are .*score"):
         load_rows(str(path))
+
+
+def test_all_missing_columns_are_named_at_once() -> None:
+    rows = [flat(0, 0, "a", 1.0) for _ in range(8)]
+    for row in rows:
+        del row["conv_id"]
+    for row in rows[1:]:
+        del row["completion"]
+    with pytest.raises(
+        UserError,
+        match=r"no columns 'conv_id', 'completion' in 7 of 8 rows \(1, 2, 3, 4, 5, \.\.\.\); its columns are prompt, ",
+    ):
+        read_rows(rows, "rows")
+
+
+def test_a_turn_without_number_is_counted_from_its_prompt() -> None:
+    """Rows of the original CollabLLM have no turn_id."""
+    rows = [flat(0, 5, "late", 1.0), flat(0, 0, "early", 2.0)]
+    del rows[0]["turn_id"]
+    rows[1]["turn_id"] = float("nan")  # as tables of numbers write what is missing
+    found = read_rows(rows, "rows")
+    assert [row.turn_id for row in found] == [1, 0]
+    assert sft_conversations(found)[0].messages[-1].content == "late"
+
+
+def test_plain_messages_are_conversations() -> None:
+    chats = [[turn("system", "s"), *LONGER, turn("assistant", "BOOK")], [*OPENING, turn("assistant", "no")]]
+    found = read_rows([{"messages": chat} for chat in chats], "rows")
+    assert [chat.messages for chat in sft_conversations(found)] == [
+        tuple(Message(t["role"], t["content"]) for t in chat) for chat in chats
+    ]
+    assert [row.single_turn_prompt for row in found] == ["a table", "a table"]
+    for bad, complaint in [(LONGER, "must end with a user turn and the assistant"), ([], "at least one entry")]:
+        with pytest.raises(UserError, match=f"rows: row 0: messages.*{complaint}"):
+            read_rows([{"messages": bad}], "rows")
+
+
+def test_rows_that_cannot_be_read_may_be_skipped(tmp_path: Path) -> None:
+    good, bad_row = flat(0, 0, "a", 1.0), flat(0, 0, "a", "high")
+    lacking = {k: v for k, v in good.items() if k != "prompt"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([json.dumps(good), "{", json.dumps(bad_row), json.dumps(lacking), json.dumps(good), "7"]))
+    bad = BadRows(skip=True)
+    assert len(load_rows(str(path), (), bad)) == 2
+    notice = bad.notice()
+    assert notice.startswith("skipped 4 of 6 rows: ")
+    for part in ("line 2 is not valid JSON", "row 1: score must be a number", "row 2 has no prompt", "and 1 more"):
+        assert part in notice
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"holds no rows that can be read; the first: .*line 1 is not valid JSON"):
+        load_rows(str(path), (), BadRows(skip=True))
+
+
+def test_conversations_with_one_number_stay_apart() -> None:
+    """Splits and files that are put together all count from 0."""
+    rows = [flat(0, 0, "one", 1.0, single_turn_prompt="x"), flat(0, 1, "two", 1.0, single_turn_prompt="y")]
+    found = read_rows(rows, "rows")
+    assert len(sft_conversations(found)) == 2
+    assert len(rl_tasks(found, first_turn_only=True)) == 2
 
 
 @pytest.mark.parametrize(
@@ -131,6 +204,9 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
         ({"score": "high"}, "score must be a number"),
         ({"turn_id": "first"}, "turn_id must be a whole number"),
         ({"single_turn_metadata": "{'a': __import__('os')}"}, "not JSON"),
+        ({"turn_id": 1.5}, "turn_id must be a whole number"),
+        ({"score": float("inf")}, "score must be a finite number"),
+        ({"conv_id": None}, "conv_id is empty"),
         ({"rewards": {"accuracy": "good"}}, "rewards.accuracy must be a number"),
     ],
 )
@@ -195,19 +271,6 @@ def test_sft_takes_the_last_turn_then_the_best_score() -> None:
         sft_conversations(read_rows(FLAT, "f"), metric="accuracy", threshold=2.0)
 
 
-def test_splits_hold_out_whole_tasks() -> None:
-    rows = read_rows([flat(conv, t, "x", 1.0) for conv in range(40) for t in (0, 0, 1)], "f")
-    train, held_out = split_rows(rows, 0.1, seed=3)
-    assert len({row.conv_id for row in held_out}) == 4
-    assert len(train) + len(held_out) == len(rows)
-    assert not {row.single_turn_prompt for row in train} & {row.single_turn_prompt for row in held_out}
-    assert split_rows(rows, 0.1, seed=3)[1] == held_out != split_rows(rows, 0.1, seed=4)[1]
-    assert len({row.conv_id for row in split_rows(rows, 0.001, seed=3)[1]}) == 1
-    for share in (0.0, 1.0):
-        with pytest.raises(UserError, match="hold out"):
-            split_rows(rows, share, seed=3)
-
-
 def test_parquet_brings_back_what_was_written(tmp_path: Path) -> None:
     tasks = [
         Task(
@@ -233,19 +296,39 @@ def test_parquet_brings_back_what_was_written(tmp_path: Path) -> None:
         read_tasks(tmp_path / "x.parquet")
 
 
-def test_prepare(tmp_path: Path) -> None:
-    rows = [flat(conv, t, f"r{s}", float(s)) for conv in range(10) for t in (0, 1) for s in (0, 1)]
-    source = tmp_path / "rows.jsonl"
-    source.write_text("\n".join(map(json.dumps, rows)))
-    train, held_out = prepare("rl", str(source), tmp_path / "out", validation_share=0.2, shape=Shape(max_rows=5))
-    assert (train.rows_written, held_out.rows_written) == (5, 4)
-    assert len(read_tasks(train.path)) == 5
-    (only,) = prepare("sft", str(source), tmp_path / "out")
-    assert only.path.name == "sft_train.parquet"
-    assert only.rows_written == 10
-    assert {chat.messages[-1].content for chat in read_conversations(only.path)} == {"r1"}
-    with pytest.raises(UserError, match="not both"):
-        prepare("rl", str(source), tmp_path / "out", validation=str(source), validation_share=0.2)
+def test_rows_of_several_files_follow_each_other(tmp_path: Path) -> None:
+    def task(name: str, wish: str) -> Task:
+        return Task(name, (Message("user", wish),), wish, "truth")
+
+    a, b, c = tmp_path / "a.parquet", tmp_path / "b.parquet", tmp_path / "c.parquet"
+    write_tasks(a, [task("1", "tea"), task("1", "tea"), task("2", "milk")])  # a row that stands twice has weight two
+    write_tasks(b, [task("2", "milk"), task("3", "rum")])
+    assert read_task_files([a]) == (read_tasks(a), 0)
+    tasks, repeated = read_task_files([a, b])
+    assert ([t.task_id for t in tasks], repeated) == (["1", "1", "2", "3"], 1)
+    write_tasks(c, [task("3", "gin")])
+    with pytest.raises(UserError, match=r"task_id '3' stands for different tasks in .*b\.parquet and .*c\.parquet"):
+        read_task_files([a, b, c])
+    with pytest.raises(UserError, match=r"no file .*d\.parquet"):
+        read_task_files([a, tmp_path / "d.parquet"])
+    chat = (Message("user", "hi"), Message("assistant", "hello"))
+    write_conversations(a, [Conversation("0", chat), Conversation("1", chat[:1])])
+    write_conversations(b, [Conversation("0", chat[1:]), Conversation("7", chat)])  # ids count from 0 everywhere
+    chats, repeated = read_conversation_files([a, b])
+    assert ([len(c.messages) for c in chats], repeated) == ([2, 1, 1], 1)
+
+
+def test_refills_meet_a_row_once_an_epoch_and_never_next_to_itself() -> None:
+    """A refill's row is a function of seed, step and number: which others were refilled makes no difference."""
+    rows, batch = 40, 4  # ten steps an epoch
+    refills = [[refill_index(7, step, r, num_rows=rows, batch_size=batch) for r in range(batch)] for step in range(10)]
+    assert sorted(row for step in refills for row in step) == list(range(rows))
+    for step, mine in enumerate(refills):
+        near = [row for at in range(step, step + 3) for row in step_indices(7, at, num_rows=rows, batch_size=batch)]
+        if step < 7:
+            assert not set(mine) & set(near)
+    assert refills[0] == step_indices(7, 5, num_rows=rows, batch_size=batch)  # the epoch's order, half of it ahead
+    assert refill_index(7, 0, 0, num_rows=1, batch_size=4) == 0
 
 
 def test_order_takes_every_row_once_an_epoch_and_can_start_anywhere() -> None:

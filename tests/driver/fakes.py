@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from collab_megatron.data.thoughts import split_thoughts
 from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.errors import RunError
 from collab_megatron.monitor.busy import BusyClock
-from collab_megatron.types import Generation, Message, ScoredConversation, Task
+from collab_megatron.types import Generation, Message, PolicyTurn, ScoredConversation, Task
 
 END = 9
 
@@ -23,16 +24,22 @@ LIMITS = Limits(max_user_turns=2, max_assistant_turns=3, max_new_tokens=4, max_c
 
 
 class LetterChat:
-    """Every character is a token; END closes a reply."""
+    """Every character is a token; END closes a reply; what stands in brackets is thought."""
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         return [ord(c) for message in messages for c in message.content]
 
-    def grow(self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str, *, cut: bool) -> list[int]:
-        return [*context_ids, *([END] if cut else []), *(ord(c) for c in user_text)]
+    def grow(self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str) -> list[int]:
+        return [*context_ids, *([] if self.ended(context_ids) else [END]), *(ord(c) for c in user_text)]
 
-    def reply_text(self, token_ids: Sequence[int]) -> str:
-        return "".join(chr(i) for i in token_ids if i != END)
+    def policy_turn(
+        self, context_ids: Sequence[int], generation: Generation, *, begin_s: float = 0.0, end_s: float = 0.0
+    ) -> PolicyTurn:
+        ids = generation.token_ids_T
+        sampled = "".join(chr(i) for i in ids if i != END)
+        split = split_thoughts(sampled, ("(", ")"))
+        cut = not (split.closed and self.ended(ids))
+        return PolicyTurn(split.thought, split.reply, sampled, cut, generation, begin_s, end_s)
 
     def ended(self, token_ids: Sequence[int]) -> bool:
         return bool(token_ids) and token_ids[-1] == END
@@ -41,6 +48,10 @@ class LetterChat:
 def generation(text: str, *, ended: bool = True, version: int = 0) -> Generation:
     ids = (*(ord(c) for c in text), *((END,) if ended else ()))
     return Generation(ids, (-0.5,) * len(ids), (version,) * len(ids), "stop" if ended else "length")
+
+
+def policy_turn(text: str, *, ended: bool = True, version: int = 0) -> PolicyTurn:
+    return LetterChat().policy_turn((), generation(text, ended=ended, version=version))
 
 
 @dataclass

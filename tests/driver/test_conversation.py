@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from collab_megatron.config.sections.rollout import CutReply
 from collab_megatron.driver.conversation import Limits, Seat, play_future
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.journal.place import PLACE, Place
-from collab_megatron.types import Future, Generation, Message, RolloutStatus, ScoredConversation
+from collab_megatron.types import Future, Generation, Message, PolicyTurn, RolloutStatus, ScoredConversation
 from tests.driver.fakes import (
     END,
     LIMITS,
@@ -22,11 +24,12 @@ from tests.driver.fakes import (
     ScriptedUser,
     generation,
     players,
+    policy_turn,
 )
 
 
 async def play(
-    reply: Generation,
+    reply: PolicyTurn,
     *,
     engine: ScriptedEngine,
     user: ScriptedUser,
@@ -56,7 +59,7 @@ def noon(chat: Sequence[Message], sample_index: int) -> str:
 
 async def test_the_last_policy_turn_is_kept_and_judged() -> None:
     engine, scorer = ScriptedEngine(["b?", "c!"]), LengthScorer()
-    future = await play(generation("a?"), engine=engine, user=ScriptedUser(noon), scorer=scorer)
+    future = await play(policy_turn("a?"), engine=engine, user=ScriptedUser(noon), scorer=scorer)
     assert future.status is RolloutStatus.MAX_TURNS
     assert [m.role for m in future.messages] == ["user", "assistant", "user", "assistant"]
     assert scorer.seen[0].last_assistant == "c!"
@@ -67,7 +70,7 @@ async def test_the_last_policy_turn_is_kept_and_judged() -> None:
 async def test_termination_ends_the_chat_without_another_policy_turn() -> None:
     engine = ScriptedEngine(["b"])
     user = ScriptedUser(lambda chat, i: "thanks [TERMINATE]")
-    future = await play(generation("a"), engine=engine, user=user)
+    future = await play(policy_turn("a"), engine=engine, user=user)
     assert future.status is RolloutStatus.TERMINATED
     assert engine.contexts == []
     assert user.asked == [5]
@@ -75,22 +78,67 @@ async def test_termination_ends_the_chat_without_another_policy_turn() -> None:
 
 async def test_context_is_what_was_sampled_plus_glue() -> None:
     engine = ScriptedEngine(["bb", "cc"])
-    await play(generation("aa"), engine=engine, user=ScriptedUser(noon))
+    await play(policy_turn("aa"), engine=engine, user=ScriptedUser(noon))
     prompt = [ord(c) for c in "book a table"]
     first = [*prompt, ord("a"), ord("a"), END, *(ord(c) for c in "noon")]
     assert engine.contexts[0] == first
     assert engine.contexts[1] == [*first, ord("b"), ord("b"), END, *(ord(c) for c in "noon")]
 
 
-async def test_a_cut_reply_is_closed_by_the_glue() -> None:
+BROKEN = {
+    "cut": policy_turn("aaaa", ended=False),
+    "empty": policy_turn(" "),
+    "silent": policy_turn("(hm)"),
+    "unclosed": policy_turn("(hm"),
+}
+
+
+@pytest.mark.parametrize("reply", BROKEN.values(), ids=list(BROKEN))
+@pytest.mark.parametrize("simulate", [True, False])
+async def test_a_broken_reply_is_scored_without_a_future(reply: PolicyTurn, simulate: bool) -> None:
+    engine, user, scorer = ScriptedEngine(["b"]), ScriptedUser(noon), LengthScorer()
+    future = await play(reply, engine=engine, user=user, scorer=scorer, simulate=simulate)
+    assert (future.status, future.messages, future.reward) == (RolloutStatus.TRUNCATED, (), 2.0)
+    assert (engine.contexts, user.asked, len(scorer.seen)) == ([], [], 1)
+
+    limits = replace(LIMITS, cut_reply="penalty", cut_penalty=-0.5)
+    future = await play(reply, engine=engine, user=user, scorer=scorer, simulate=simulate, limits=limits)
+    assert (future.status, future.scores, future.reward) == (RolloutStatus.TRUNCATED, {}, -0.5)
+    assert (engine.contexts, user.asked, len(scorer.seen)) == ([], [], 1)  # nobody was asked
+
+
+@pytest.mark.parametrize(("rule", "reward"), [("score", 4.0), ("penalty", -1.0), ("play", 6.0)])
+async def test_a_broken_later_turn_ends_the_conversation(rule: CutReply, reward: float) -> None:
+    class Stopping(ScriptedEngine):
+        async def generate(self, input_ids: Sequence[int], **asked: Any) -> list[Generation]:
+            await super().generate(input_ids, **asked)
+            return [generation("bbbb", ended=len(self.contexts) > 1)]
+
+    engine, user = Stopping(["b"]), ScriptedUser(noon)
+    future = await play(policy_turn("a"), engine=engine, user=user, limits=replace(LIMITS, cut_reply=rule))
+    assert future.reward == reward
+    assert [turn.cut for turn in future.turns] == ([True, False] if rule == "play" else [True])
+    assert len(user.asked) == len(future.turns)
+    assert future.status is (RolloutStatus.MAX_TURNS if rule == "play" else RolloutStatus.TRUNCATED)
+
+
+async def test_an_empty_last_turn_breaks_the_conversation_off_too() -> None:
+    for rule, status in (("score", RolloutStatus.TRUNCATED), ("play", RolloutStatus.MAX_TURNS)):
+        limits = replace(LIMITS, max_user_turns=1, cut_reply=rule)
+        future = await play(policy_turn("a"), engine=ScriptedEngine([""]), user=ScriptedUser(noon), limits=limits)
+        assert future.status is status
+
+
+async def test_a_cut_reply_that_is_played_on_is_closed_by_the_glue() -> None:
     engine = ScriptedEngine(["b"])
-    await play(generation("aaaa", ended=False), engine=engine, user=ScriptedUser(noon))
+    limits = replace(LIMITS, cut_reply="play")
+    await play(policy_turn("aaaa", ended=False), engine=engine, user=ScriptedUser(noon), limits=limits)
     assert engine.contexts[0][len("book a table") :][:5] == [ord("a")] * 4 + [END]
 
 
 async def test_every_policy_turn_has_a_name_of_its_own() -> None:
     engine = ScriptedEngine(["b"])
-    await play(generation("a"), engine=engine, user=ScriptedUser(noon))
+    await play(policy_turn("a"), engine=engine, user=ScriptedUser(noon))
     assert engine.names == ["3/1/0/0/1", "3/1/0/0/2"]
 
 
@@ -102,7 +150,7 @@ async def test_at_its_deadline_a_future_is_dropped_with_what_was_said() -> None:
 
     future = await asyncio.wait_for(
         play(
-            generation("a"),
+            policy_turn("a"),
             engine=ScriptedEngine(["b"]),
             user=ScriptedUser(noon),
             scorer=SlowScorer(),
@@ -123,25 +171,25 @@ async def test_turns_go_first_the_fewer_have_been_played() -> None:
             places.append(PLACE.get())
             return "noon"
 
-    await play(generation("a"), engine=ScriptedEngine(["b"]), user=Looking(noon))
+    await play(policy_turn("a"), engine=ScriptedEngine(["b"]), user=Looking(noon))
     assert places == [Place(3, 1), Place(3, 3)]
 
 
 async def test_turn_limits() -> None:
     engine = ScriptedEngine(["b"])
     future = await play(
-        generation("a"), engine=engine, user=ScriptedUser(noon), limits=replace(LIMITS, max_assistant_turns=1)
+        policy_turn("a"), engine=engine, user=ScriptedUser(noon), limits=replace(LIMITS, max_assistant_turns=1)
     )
     assert future.messages == ()
     future = await play(
-        generation("a"), engine=engine, user=ScriptedUser(noon), limits=replace(LIMITS, max_user_turns=1)
+        policy_turn("a"), engine=engine, user=ScriptedUser(noon), limits=replace(LIMITS, max_user_turns=1)
     )
     assert len(future.messages) == 2
 
 
 async def test_without_simulation_the_reply_is_scored_as_it_stands() -> None:
     user = ScriptedUser(noon)
-    future = await play(generation("a"), engine=ScriptedEngine(["b"]), user=user, simulate=False)
+    future = await play(policy_turn("a"), engine=ScriptedEngine(["b"]), user=user, simulate=False)
     assert user.asked == []
     assert future.reward == 2.0
 
@@ -150,12 +198,12 @@ async def test_failures_are_statuses_without_scores() -> None:
     def gone(chat: Sequence[Message], sample_index: int) -> str:
         raise RunError("user is gone")
 
-    future = await play(generation("a"), engine=ScriptedEngine(["b"]), user=ScriptedUser(gone))
+    future = await play(policy_turn("a"), engine=ScriptedEngine(["b"]), user=ScriptedUser(gone))
     assert future.status is RolloutStatus.SIMULATOR_FAILED
-    future_engine = await play(generation("a"), engine=ScriptedEngine(["b"], fail_after=0), user=ScriptedUser(noon))
+    future_engine = await play(policy_turn("a"), engine=ScriptedEngine(["b"], fail_after=0), user=ScriptedUser(noon))
     assert future_engine.status is RolloutStatus.ENGINE_FAILED
     judged = await play(
-        generation("a"),
+        policy_turn("a"),
         engine=ScriptedEngine(["b"]),
         user=ScriptedUser(noon),
         scorer=LengthScorer(fail_if=lambda conversation: True),
@@ -170,15 +218,71 @@ async def test_failures_are_statuses_without_scores() -> None:
 async def test_without_engines_there_is_no_future_rather_than_a_failed_one() -> None:
     engine = ScriptedEngine(["b"], fail_after=0, failure=NoEngineLeft("no engine is left"))
     with pytest.raises(NoEngineLeft):
-        await play(generation("a"), engine=engine, user=ScriptedUser(noon))
+        await play(policy_turn("a"), engine=engine, user=ScriptedUser(noon))
 
 
 async def test_a_conversation_that_outgrows_the_context_is_scored_as_truncated() -> None:
     future = await play(
-        generation("a"),
+        policy_turn("a"),
         engine=ScriptedEngine(["b"]),
         user=ScriptedUser(noon),
         limits=replace(LIMITS, max_context_tokens=20),
     )
     assert future.status is RolloutStatus.TRUNCATED
     assert future.reward is not None
+
+
+async def test_nobody_but_the_policy_sees_its_thoughts() -> None:
+    seen: list[str] = []
+
+    def look(chat: Sequence[Message], sample_index: int) -> str:
+        seen.extend(message.content for message in chat)
+        return "noon"
+
+    engine, scorer = ScriptedEngine(["(no hour)b?", "(noon!)c"]), LengthScorer()
+    reply = policy_turn("(no day)a?")
+    future = await play(reply, engine=engine, user=ScriptedUser(look), scorer=scorer)
+    judged = [message.content for message in scorer.seen[0].messages]
+    assert judged == ["book a table", "a?", "noon", "b?", "noon", "c"]
+    assert scorer.seen[0].last_assistant == "c"
+    assert [message.content for message in future.messages] == judged[2:]
+    assert not any("(" in text or "no day" in text for text in seen)
+    assert [(turn.thought, turn.reply) for turn in future.turns] == [("no hour", "b?"), ("noon!", "c")]
+    assert all(0 < turn.begin_s <= turn.end_s for turn in future.turns)
+    assert future.policy_tokens == len("(no day)a?(no hour)b?(noon!)c") + 3  # thoughts are tokens too
+    assert [ord(c) for c in "(no day)a?"] == engine.contexts[0][len("book a table") :][
+        :10
+    ]  # the policy goes on with it
+
+
+async def test_a_template_that_renders_chats_is_given_the_thoughts() -> None:
+    class Noting(LetterChat):
+        def grow(self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str) -> list[int]:
+            told.append([message.content for message in messages])
+            return super().grow(context_ids, messages, user_text)
+
+    told: list[list[str]] = []
+    cast = replace(players(ScriptedEngine(["(hm)b?"]), ScriptedUser(noon)), chat=Noting())
+    prompt_ids = LetterChat().prompt_ids(TASK.prompt)
+    reply = policy_turn("(no day)a?")
+    await play_future(TASK, prompt_ids, reply, index=0, seat=SEAT, simulate=True, limits=LIMITS, players=cast)
+    assert told[1] == ["book a table", "(no day)a?", "noon", "(hm)b?"]
+
+
+async def test_an_answer_without_tokens_is_that_requests_failure() -> None:
+    class Silent(ScriptedEngine):
+        async def generate(self, input_ids: Sequence[int], **asked: Any) -> list[Generation]:
+            await super().generate(input_ids, **asked)
+            return [Generation((), (), (), "stop")] * asked["n"]
+
+    nothing = LetterChat().policy_turn((), Generation((), (), (), "stop"))
+    user, scorer = ScriptedUser(noon), LengthScorer()
+    first = await play(nothing, engine=ScriptedEngine(["b"]), user=user, scorer=scorer)
+    later = await play(policy_turn("a?"), engine=Silent(["b"]), user=ScriptedUser(noon), scorer=scorer)
+    for future in (first, later):
+        assert future.status is RolloutStatus.ENGINE_FAILED
+        assert future.error == "the engine returned no token ids"
+        assert future.reward is None
+    assert user.asked == []
+    assert scorer.seen == []
+    assert [message.role for message in later.messages] == ["user"]

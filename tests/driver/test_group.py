@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,14 +17,24 @@ from collab_megatron.driver.group import (
     grow_group,
     play_once,
     sample_replies,
+    tally,
     training_samples,
     with_advantages,
 )
 from collab_megatron.driver.metrics import evaluation_metrics, rollout_metrics, staleness_metrics
-from collab_megatron.driver.record import TreeRecorder, tree_line
+from collab_megatron.driver.protocol import Tally
 from collab_megatron.errors import NoEngineLeft, RunError
-from collab_megatron.types import Future, Group, Message, Reply, RolloutStatus
-from tests.driver.fakes import LIMITS, TASK, LengthScorer, ScriptedEngine, ScriptedUser, generation, players
+from collab_megatron.types import Future, Generation, Group, Message, Reply, RolloutStatus
+from tests.driver.fakes import (
+    LIMITS,
+    TASK,
+    LengthScorer,
+    ScriptedEngine,
+    ScriptedUser,
+    generation,
+    players,
+    policy_turn,
+)
 
 SEAT = TreeSeat(3, 1, first_sample=100)
 RULES = GroupRules(
@@ -44,9 +53,9 @@ def terminate(chat: Sequence[Message], sample_index: int) -> str:
 
 
 async def grow(cast: Players, *, replies: int = 4, futures: int = 2, **rules: Any) -> Group:
-    prompt_ids, generations = await sample_replies(TASK, SEAT, replies, LIMITS, cast)
+    prompt_ids, turns = await sample_replies(TASK, SEAT, replies, LIMITS, cast)
     grown_by = replace(RULES, num_futures=futures, **rules)
-    return await grow_group(TASK, prompt_ids, generations, SEAT, rules=grown_by, limits=LIMITS, players=cast)
+    return await grow_group(TASK, prompt_ids, turns, SEAT, rules=grown_by, limits=LIMITS, players=cast)
 
 
 def reply(*rewards: float | None) -> Reply:
@@ -61,7 +70,7 @@ def reply(*rewards: float | None) -> Reply:
         for k, reward in enumerate(rewards)
     )
     scored = [reward for reward in rewards if reward is not None]
-    return Reply("which day?", generation("x"), futures, mr=sum(scored) / len(scored) if scored else None)
+    return Reply(policy_turn("which day?"), futures, mr=sum(scored) / len(scored) if scored else None)
 
 
 def group(*replies: Reply) -> Group:
@@ -99,15 +108,29 @@ def test_missing_is_not_zero() -> None:
     grown = group(reply(1.0, 1.0), reply(0.0, None), reply(None, None))
     assert [r.mr for r in grown.replies_G] == [1.0, 0.0, None]
     assert grown.replies_G[2].advantage is None
-    assert len(training_samples(grown)) == 2
+    assert len(training_samples(grown, "keep")) == 2
     assert sum(r.advantage or 0.0 for r in grown.replies_G) == pytest.approx(0.0)
 
 
 def test_a_group_with_one_reply_left_is_dropped_and_counted() -> None:
     grown = group(reply(1.0), reply(None), reply(None))
     assert not grown.kept
-    assert training_samples(grown) == []
+    assert training_samples(grown, "keep") == []
     assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/groups_dropped"] == 1
+
+
+def test_a_group_without_spread_is_trained_or_left_out() -> None:
+    flat, steep = group(reply(1.0), reply(1.0)), group(reply(1.0), reply(0.0), reply(0.5))
+    assert [sample.advantage for sample in training_samples(flat, "keep")] == [0.0, 0.0]
+    assert training_samples(flat, "drop") == []
+    assert len(training_samples(steep, "drop")) == len(training_samples(steep, "keep")) == 3  # the middle one as well
+
+
+def test_dropped_groups_are_counted_with_a_reason() -> None:
+    kept, unplayed = group(reply(1.0), reply(0.0)), Group(TASK, (), (), kept=False, error="the engine refused")
+    assert tally([kept, unplayed, kept]) == Tally(3, 1, "the engine refused")
+    assert tally([kept]) == Tally(1, 0)
+    assert tally([group(reply(None))]) == Tally(1, 1, "no future was scored")
 
 
 async def test_unsampled_replies_stop_the_step() -> None:
@@ -194,30 +217,61 @@ async def test_evaluation_counts_failed_conversations_without_averaging_them() -
     assert figures["conversations_failed"] == 1
 
 
-def test_a_recorder_writes_a_step_once_and_takes_a_torn_one_out(tmp_path) -> None:
-    path = tmp_path / "conversations.jsonl"
-    line = [tree_line(step, group(reply(1.0), reply(0.0))) for step in range(3)]
-    recorder = TreeRecorder(path, first_step=0)
-    recorder.write(0, [line[0], line[0]])
-    recorder.write(0, [line[0], line[0]])
-    recorder.write(1, [line[1]])
-    with path.open("ab") as file:
-        file.write(line[2] + line[2][:40])  # killed in the middle of a step
-    again = TreeRecorder(path, first_step=None)
-    again.write(1, [line[1]])
-    again.write(2, [line[2], line[2]])
-    assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [0, 0, 1, 2, 2]
+async def test_a_reply_without_tokens_leaves_its_group_and_ends_nothing() -> None:
+    class Partly(ScriptedEngine):
+        async def generate(self, input_ids: Sequence[int], **asked: Any) -> list[Generation]:
+            return [Generation((), (), (), "stop"), *(await super().generate(input_ids, **asked))[1:]]
+
+    cast = players(Partly(["a", "b"]), ScriptedUser(terminate))
+    grown = await grow(cast)
+    assert [r.mr is None for r in grown.replies_G] == [True, False, False, False]
+    assert {f.status for f in grown.replies_G[0].futures_K} == {RolloutStatus.ENGINE_FAILED}
+    assert len(training_samples(grown, "keep")) == 3
+    once = await play_once(TASK, SEAT, limits=LIMITS, players=cast)  # a held-out conversation, too
+    assert once.mr is None
+    assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/futures_engine_failed"] == 2
 
 
-def test_a_resumed_recorder_takes_out_what_will_be_run_again(tmp_path) -> None:
-    path = tmp_path / "conversations.jsonl"
-    recorder = TreeRecorder(path, first_step=0)
-    for step in range(4):
-        recorder.write(step, [tree_line(step, group(reply(1.0), reply(0.0)))])
-    with path.open("a") as file:
-        file.write('{"step": 4, "torn')
-    TreeRecorder(path, first_step=2)
-    lines = path.read_text().splitlines()
-    assert [line[:9] for line in lines] == ['{"step":0', '{"step":1']
-    assert '"advantage":' in lines[0]
-    assert '"weight_versions":[0]' in lines[0]
+async def test_questions_are_counted_in_the_reply_alone() -> None:
+    cast = players(ScriptedEngine(["(which day?)done", "(which?)when?"]), ScriptedUser(terminate))
+    grown = await grow(cast)
+    assert [(r.thought, r.text) for r in grown.replies_G[:2]] == [("which day?", "done"), ("which?", "when?")]
+    assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/clarify_rate"] == 0.5
+    assert training_samples(grown, "keep")[0].reply_ids_T == generation("(which day?)done").token_ids_T
+
+
+async def test_a_broken_reply_is_judged_once_for_all_its_futures() -> None:
+    class Cutting(ScriptedEngine):
+        async def generate(self, input_ids: Sequence[int], **asked: Any) -> list[Generation]:
+            sampled = await super().generate(input_ids, **asked)
+            return [generation("aaaa", ended=False), *sampled[1:]]
+
+    user, scorer = ScriptedUser(terminate), LengthScorer()
+    cast = players(Cutting(["a", "b"]), user, scorer)
+    grown = await grow(cast, replies=2, futures=3, min_futures=3)
+    cut, whole = grown.replies_G
+    assert [f.index for f in cut.futures_K] == [0, 1, 2]
+    assert {f.status for f in cut.futures_K} == {RolloutStatus.TRUNCATED}
+    assert (cut.mr, whole.mr) == (2.0, 3.0)
+    assert len(scorer.seen) == 1 + 3
+    assert user.asked == [103, 104, 105]  # the others' sample indices do not move
+    metrics = values(rollout_metrics([grown], {"accuracy": 1.0}))
+    assert (metrics["rollout/cut_share"], metrics["rollout/empty_share"]) == (0.5, 0.0)
+    assert "rollout/later_turns_broken_share" not in metrics
+
+    prompt_ids, turns = await sample_replies(TASK, SEAT, 2, LIMITS, cast)
+    limits = replace(LIMITS, cut_reply="penalty")
+    punished = await grow_group(TASK, prompt_ids, turns, SEAT, rules=RULES, limits=limits, players=cast)
+    assert punished.replies_G[0].mr == -1.0
+    assert punished.replies_G[0].advantage == pytest.approx(-(punished.replies_G[1].advantage or 0.0))
+    metrics = values(rollout_metrics([punished], {"accuracy": 1.0}))
+    assert metrics["reward/accuracy_mean"] == 3.0  # of what was judged
+
+
+def test_broken_turns_are_counted() -> None:
+    silent, cut = policy_turn("(hm)"), policy_turn("wh", ended=False)
+    future = Future(0, RolloutStatus.TRUNCATED, (), {"accuracy": 1.0}, 1.0, turns=(policy_turn("ok"), cut))
+    metrics = values(rollout_metrics([group(Reply(silent, (future,), 1.0), reply(0.0))], {"accuracy": 1.0}))
+    assert metrics["rollout/empty_share"] == 0.5
+    assert metrics["rollout/cut_share"] == 0.0
+    assert metrics["rollout/later_turns_broken_share"] == 0.5

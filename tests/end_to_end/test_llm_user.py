@@ -104,8 +104,7 @@ def config_for(folder: Path, model: Path, url: str, *, json_schema: bool) -> Eva
 async def play(config: EvaluateConfig, url: str) -> tuple[dict[str, float], RoleUsage, list[Reply]]:
     """Health figures, the user's counters, the conversations."""
     async with assemble(config, engine_urls=[url], max_context_tokens=2048) as cast:
-        assert config.data.validation is not None
-        tasks = read_tasks(config.data.validation)
+        tasks = read_tasks(config.data.validation_files[0])
         await cast.gateway.check_reachable()
         async with asyncio.timeout(200):
             replies = await asyncio.gather(

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.checkpoint.folders import newest_complete, read_best, read_info
+from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.parquet import read_conversations
+from collab_megatron.driver.recorder import read_trees
 from collab_megatron.monitor.dashboard import read_metrics
-from tests.conftest import DESK_KEY, Ended, Run
+from tests.conftest import DESK_KEY, Ended, Run, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -58,6 +63,20 @@ def test_the_summary_holds_every_figure(short_demo: tuple[Path, Ended]) -> None:
     assert "rl 3/3" in ended.output
 
 
+def test_the_terminal_tells_of_rank_0_what_was_chosen_and_the_logs_of_the_others(
+    short_demo: tuple[Path, Ended],
+) -> None:
+    run_dir, ended = short_demo
+    for told in (
+        "actor.backend: backend cpu: gloo",
+        "actor.grid: layout: rank {} of 2",
+        "actor.optimizer: optimizer: ",
+    ):
+        assert f" trainer-0 {told.format(0)}" in ended.output
+        assert f" trainer-1 {told.format(1)}" not in ended.output
+        assert f" trainer-1 {told.format(1)}" in (run_dir / "logs" / "rl" / "trainer-1.log").read_text()
+
+
 def test_the_dashboard_shows_every_step(short_demo: tuple[Path, Ended]) -> None:
     run_dir, _ = short_demo
     steps = [row for row in read_metrics(run_dir / "tensorboard" / "rl") if "time_s/step" in row]
@@ -70,14 +89,47 @@ def test_the_dashboard_shows_every_step(short_demo: tuple[Path, Ended]) -> None:
     assert list((run_dir / "tensorboard" / "rl").glob("events.out.tfevents.*"))
 
 
+def test_sft_measures_its_held_out_loss_and_keeps_the_best(short_demo: tuple[Path, Ended]) -> None:
+    """10 steps at TP=2, measured every 4: the loss of the exported weights is what plain transformers finds."""
+    run_dir, ended = short_demo
+    rows = read_metrics(run_dir / "tensorboard" / "sft")
+    losses = {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
+    assert list(losses) == [0, 4, 8, 10]
+    assert losses[10] < losses[0]
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 11))  # a short run shows every step
+    assert ended.output.count("trained tokens/s") == 10
+    best = read_best(run_dir / "checkpoints" / "sft")
+    assert best is not None
+    assert (best.step, best.loss) == min(((s, loss) for s, loss in losses.items() if s), key=lambda pair: pair[1])
+    assert f"the weights after step {best.step} are in {run_dir / 'sft_hf'}" in ended.output
+    found = plain_loss(run_dir / "sft_hf", run_dir / "data" / "sft_validation.parquet")
+    assert found == pytest.approx(best.loss, rel=1e-5)
+    assert f"held-out loss {best.loss:.4f} after step {best.step}, the lowest so far" in ended.output
+
+
+def plain_loss(model_folder: Path, conversations: Path) -> float:
+    """Mean negative log-likelihood of the assistant tokens, one conversation at a time."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    chat = ChatTemplate(load_tokenizer(model_folder))
+    total, tokens = 0.0, 0
+    for row in read_conversations(conversations):
+        ids, mask = chat.sft_ids_and_mask(row.messages)
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        of_label = logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+        trained = torch.tensor(mask[1:])
+        total, tokens = total - of_label[trained].sum().item(), tokens + int(trained.sum())
+    return total / tokens
+
+
 def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
     run_dir, _ = short_demo
-    trees = [json.loads(line) for line in (run_dir / "conversations.jsonl").read_text().splitlines()]
-    assert [tree["step"] for tree in trees] == [step for step in range(3) for _ in range(4)]
+    trees = list(read_trees(run_dir / "conversations" / "rl"))
+    assert [tree["step"] for tree in trees] == [step for step in (1, 2, 3) for _ in range(4)]
     for tree in trees:
         assert len(tree["replies"]) == 4
         for reply in tree["replies"]:
-            assert reply["weight_versions"] == [tree["step"]]  # on-policy: sampled by the weights of this step
+            assert reply["weight_versions"] == [tree["step"] - 1]  # on-policy: sampled by the weights before this step
             assert len(reply["token_ids"]) == len(reply["logprobs"])
             assert len(reply["futures"]) == 2
             rewards = [future["reward"] for future in reply["futures"]]
@@ -91,14 +143,56 @@ def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
 def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]) -> None:
     run_dir, ended = short_demo
     assert "transformers and the engine generate the same ids for all 4 prompts" in ended.output
-    probe = json.loads((run_dir / "engine_probe.json").read_text())
+    probe = json.loads((run_dir / "engine_probe" / "rl.json").read_text())
     assert probe["weight_version"] == "3"
     assert (run_dir / "hf" / "model.safetensors").exists()
 
 
+def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
+    short_demo: tuple[Path, Ended], run: Run, desk: Server, tmp_path: Path
+) -> None:
+    """The same conversations as the run's own last evaluation: same weights, tasks, seeds, and greedy decoding."""
+    run_dir, _ = short_demo
+    data = run_dir / "data"
+    ended = run(
+        *("-m", "collab_megatron.evaluate", "conf/demo_rl.yaml", f"model.path={run_dir / 'checkpoints' / 'rl'}"),
+        *(f"run.dir={tmp_path}", f"data.train={data / 'rl_train.parquet'}"),
+        *(f"data.validation={data / 'rl_validation.parquet'}", "evaluation.num_tasks=24"),
+        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+    )
+    assert ended.code == 0, ended.output[-4000:]
+    (model,) = (tmp_path / "converted").iterdir()
+    assert model.name.startswith("rl-step_00000003-")
+    exported = run_dir / "hf" / "model.safetensors"
+    assert (model / "model.safetensors").read_bytes() == exported.read_bytes()
+
+    folder = tmp_path / "evaluations" / "evaluate-rl"
+    figures = json.loads((folder / f"{model.name}.json").read_text())
+    (*_, own) = map(json.loads, (run_dir / "evaluations.jsonl").read_text().splitlines())
+    assert own["step"] == 3
+    for name in ("accuracy", "interactivity", "token_amount", "mr", "clarify_rate", "conversations"):
+        assert figures[name] == pytest.approx(own[name]), name
+    assert figures["simulator/user/answers"] > 0
+    ours, theirs = (
+        {tree["task_id"]: tree for tree in map(json.loads, path.read_text().splitlines())}
+        for path in (folder / f"{model.name}.jsonl", run_dir / "evaluations" / "rl" / "step_00000003.jsonl")
+    )
+    assert len(ours) == 24
+    for task_id, tree in ours.items():
+        (reply,), (their_reply,) = tree["replies"], theirs[task_id]["replies"]
+        assert reply["text"] == their_reply["text"]
+        assert reply["futures"][0]["messages"] == their_reply["futures"][0]["messages"]
+        assert reply["futures"][0]["scores"] == their_reply["futures"][0]["scores"]
+    assert "accuracy" in ended.output
+    assert str(folder / f"{model.name}.jsonl") in ended.output
+    assert DESK_KEY not in ended.output
+
+
 def test_a_wrong_export_is_found_out(short_demo: tuple[Path, Ended], run: Run) -> None:
     run_dir, _ = short_demo
-    ended = run("tools/check_export.py", "--hf", str(run_dir / "model"), "--probe", str(run_dir / "engine_probe.json"))
+    ended = run(
+        "tools/check_export.py", "--hf", str(run_dir / "model"), "--probe", str(run_dir / "engine_probe" / "rl.json")
+    )
     assert ended.code == 1
     assert "answers prompt" in ended.errors[0]
 
@@ -135,6 +229,6 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     assert read_info(newest).step == 4
     steps = [row["step"] for row in read_metrics(tmp_path / "tensorboard" / "rl") if "time_s/step" in row]
     assert steps == [1, 2, 3, 4]
-    trees = [json.loads(line) for line in (tmp_path / "conversations.jsonl").read_text().splitlines()]
-    assert sorted({tree["step"] for tree in trees}) == [0, 1, 2, 3]
+    trees = list(read_trees(tmp_path / "conversations" / "rl"))
+    assert sorted({tree["step"] for tree in trees}) == [1, 2, 3, 4]
     assert {tuple(reply["weight_versions"]) for tree in trees[-4:] for reply in tree["replies"]} == {(3,)}

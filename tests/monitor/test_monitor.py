@@ -10,7 +10,7 @@ import pytest
 
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.monitor.dashboard import Dashboard, read_metrics
-from collab_megatron.monitor.progress import Progress, duration
+from collab_megatron.monitor.progress import Progress, duration, steps_between
 from collab_megatron.monitor.timers import PhaseTimer
 
 
@@ -37,6 +37,12 @@ def test_phases_add_up_and_start_anew() -> None:
     assert timer.drain() == {}
 
 
+@pytest.mark.parametrize("total, every", [(1, 1), (20, 1), (100, 1), (101, 2), (900, 10), (2000, 20), (100_000, 1000)])
+def test_the_longer_a_run_the_rarer_its_signs_of_life(total: int, every: int) -> None:
+    assert steps_between(total, 100) == every
+    assert total // every <= 100
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (42.4, 186, 7500)] == ["42s", "3m06s", "2h05m"]
 
@@ -50,19 +56,40 @@ def test_the_progress_line_tells_where_training_stands(capsys: pytest.CaptureFix
     assert lines[1].endswith("0s left")
 
 
-def test_the_dashboard_writes_events_that_tensorboard_reads_and_drops_what_runs_again(tmp_path: Path) -> None:
+def curve(folder: Path, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows of a figure: (step, value) in order, a step twice where the curve is doubled."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(folder)).Reload()
+    return [(event.step, round(event.value, 3)) for event in events.Scalars(name)]
+
+
+def lines(folder: Path, name: str) -> list[tuple[float, float]]:
+    """The same of metrics.jsonl."""
+    return [(row["step"], row[name]) for row in read_metrics(folder) if name in row]
+
+
+def test_a_resume_keeps_the_points_of_the_checkpoints_own_step_and_drops_what_runs_again(tmp_path: Path) -> None:
+    name = "reward/mr_mean"
     dashboard = Dashboard(tmp_path, first_step=0)
+    dashboard.log(0, {"eval/mr": 0.0})
     for step in range(1, 5):
-        dashboard.log(step, {"reward/mr_mean": step / 10, "bad": math.nan})
+        dashboard.log(step, {name: step / 10, "bad": math.nan})
+    dashboard.log(2, {"eval/mr": 0.2})
     dashboard.close()
     dashboard = Dashboard(tmp_path, first_step=2)
-    dashboard.log(3, {"reward/mr_mean": 0.7})
+    dashboard.log(3, {name: 0.7})
     dashboard.close()
-    rows = read_metrics(tmp_path)
-    assert [(row["step"], row["reward/mr_mean"]) for row in rows] == [(1, 0.1), (2, 0.2), (3, 0.7)]
-    assert "bad" not in rows[0]
-    events = EventAccumulator(str(tmp_path)).Reload()
-    values = {event.step: event.value for event in events.Scalars("reward/mr_mean")}
-    assert values[3] == pytest.approx(0.7)
+    assert curve(tmp_path, name) == lines(tmp_path, name) == [(1, 0.1), (2, 0.2), (3, 0.7)]
+    assert curve(tmp_path, "eval/mr") == lines(tmp_path, "eval/mr") == [(0, 0.0), (2, 0.2)]
+    assert "bad" not in read_metrics(tmp_path)[0]
+
+
+def test_a_start_over_an_attempt_without_a_checkpoint_does_not_double_the_curves(tmp_path: Path) -> None:
+    for value in (0.1, 0.5):
+        dashboard = Dashboard(tmp_path, first_step=0)
+        dashboard.log(0, {"eval/mr": value})
+        dashboard.log(1, {"reward/mr_mean": value})
+        dashboard.close()
+    assert curve(tmp_path, "eval/mr") == lines(tmp_path, "eval/mr") == [(0, 0.5)]
+    assert curve(tmp_path, "reward/mr_mean") == lines(tmp_path, "reward/mr_mean") == [(1, 0.5)]

@@ -22,6 +22,7 @@ from collab_megatron.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.batching.micro_batch import MicroBatch, collate
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.convert.loader import SafetensorsFolder
+from collab_megatron.training.held_out import mean_loss
 from tests.parallel.layouts import CASES, Case
 from tests.parallel.plain import OPTIMIZER, SAMPLES, STEPS, loss_fn
 
@@ -75,10 +76,16 @@ def check(case: Case, work: Path) -> dict[str, float]:
     batches = micro_batches(case, grid)
     tokens = sum(sum(sample.mask) for sample in SAMPLES)
     worst = {"before": compare_statistics(actor, batches, {k: reference[k] for k in ("logprobs", "entropies")})}
+    wanted = -sum(
+        (values * torch.tensor(s.mask)).sum() for s, values in zip(SAMPLES, reference["logprobs"], strict=True)
+    )
+    found_loss = mean_loss(actor, [batches], int(tokens))  # over all ranks' samples, as one process has it
+    worst["held_out"] = abs(found_loss - wanted.item() / tokens) / abs(found_loss)
+    assert worst["held_out"] < TOLERANCE, f"the held-out loss is {found_loss} instead of {wanted.item() / tokens}"
     for step, report in enumerate(reference["reports"]):
         result = actor.train_step(batches, loss_fn, tokens)
         assert not result.skipped
-        found = {**result.metrics, "norm": result.grad_norm, "lr": result.lr}
+        found = {**result.metrics, **result.largest, "norm": result.grad_norm, "lr": result.lr}
         assert found.keys() == report.keys()
         for name, wanted in report.items():
             difference = abs(found[name] - wanted) / max(abs(wanted), SCALE)

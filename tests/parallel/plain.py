@@ -91,5 +91,6 @@ def _step(model: Any, batch: MicroBatch, lr: float, optimizer: torch.optim.Optim
         parameter.grad.mul_(min(1.0, OPTIMIZER.clip_grad / (norm + 1e-6)))
     optimizer.step()
     report = {name: value.item() / tokens for name, value in result.metrics.items()}
+    report |= {name: value.item() for name, value in result.largest.items()}
     entropy_sum = (entropy.detach() * batch.mask).sum().item()
     return {**report, "loss": result.loss.item() / tokens, "entropy": entropy_sum / tokens, "norm": norm, "lr": lr}

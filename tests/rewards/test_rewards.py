@@ -125,7 +125,7 @@ def test_every_judges_prompt_can_be_replaced(tmp_path: Path) -> None:
         }
     )
     weights = {"accuracy": 1.0, "interactivity": 1.0}
-    scorer = make_scorer(weights, judge, judge_prompt_file=interactivity, accuracy_prompt_file=accuracy)
+    scorer = make_scorer(weights, judge, prompt_files={"interactivity": interactivity, "accuracy": accuracy})
     assert score(scorer, conversation("x")) == {"accuracy": 1.0, "interactivity": 1.0}
 
     llm = LLMSection(model="m", api_key_env=None, prompt_file=interactivity)

@@ -14,12 +14,13 @@ from pathlib import Path
 PACKAGE = "collab_megatron"
 
 # the data contract, the two errors, writing aside and renaming, and the config sections that leaf functions take
-EVERYWHERE = ("types", "errors", "files", "slots", "config.sections")
+EVERYWHERE = ("types", "errors", "files", "log", "slots", "config.sections")
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
+    "log": (),
     "config": (),
     "data": (),
     "journal": (),
@@ -67,9 +68,13 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     "driver": {
         "cluster.processes": "the driver ends with its parent",
         "config": "the driver's service is put together from the whole config",
+        "convert.source": "the lineage reads the model's files",
         "monitor.busy": "engine and API time are measured where they are spent",
     },
     "monitor": {"convert.spec": "a type: operations are counted from the model's sizes"},
+    "rewards": {"journal.calls": "a judge's call is recorded under the metric that asked"},
+    "rewards.configured": {"config.entry": "names the roles of the judges"},
+    "simulators.gateway": {"config.entry": "errors name a role's place in the config"},
     "resharding": {
         "actor": "the weights come from the actor, over its grid",
         "batching": "the probe prompt is a micro-batch",
@@ -94,6 +99,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
+    "log": (),
     "config": ("pydantic", "yaml"),
     "algorithms": ("torch",),
     "batching": ("torch",),

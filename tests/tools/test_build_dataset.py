@@ -111,8 +111,9 @@ def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         sft, rl = pool.submit(tool, *common, "sft"), pool.submit(tool, *common, "rl", *extra)
     assert sft.result().returncode == 0, sft.result().stderr
-    assert "30 rows" in sft.result().stdout
-    assert len(read_conversations(out / "sft_train.parquet")) == 30
+    held_out = read_conversations(out / "sft_validation.parquet")  # a share of its own, as nothing else is named
+    assert 0 < len(held_out) < 15
+    assert len(read_conversations(out / "sft_train.parquet")) == 30 - len(held_out)
     assert rl.result().returncode == 0, rl.result().stderr
     assert len(read_tasks(out / "rl_train.parquet")) == 30
     validation = read_tasks(out / "rl_validation.parquet")
@@ -252,4 +253,4 @@ def test_prepare_names_a_missing_column(tmp_path: Path) -> None:
     arguments = ["--dataset", str(tmp_path / "rows.jsonl"), "--dataset-type", "rl", "--output", str(tmp_path)]
     ran = tool("prepare_dataset", *arguments)
     assert ran.returncode == 2
-    assert "no column 'completion'; its columns are prompt, reply" in ran.stderr
+    assert "no columns 'completion', 'conv_id', 'single_turn_prompt'; its columns are prompt, reply" in ran.stderr

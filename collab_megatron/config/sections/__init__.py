@@ -3,19 +3,26 @@
 A config file holds only what differs from the defaults here. Entry points combine the sections (config/entry.py).
 """
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Count, Finite, Positive, Seconds, Section, Share
 from collab_megatron.config.sections.engine import EngineSection, SyncSection
 from collab_megatron.config.sections.llm import (
     BudgetSection,
     DeploymentSection,
     HealthSection,
+    JudgeSection,
     LLMSection,
     RewardSection,
     SimulatorSection,
     SimulatorsSection,
     UserSection,
 )
-from collab_megatron.config.sections.rollout import DriverSection, EvaluationSection, JournalSection, RolloutSection
+from collab_megatron.config.sections.rollout import (
+    DriverSection,
+    EvaluationSection,
+    JournalSection,
+    RecordSection,
+    RolloutSection,
+)
 from collab_megatron.config.sections.training import (
     AlgorithmSection,
     DataSection,
@@ -35,13 +42,16 @@ __all__ = [
     "DriverSection",
     "EngineSection",
     "EvaluationSection",
+    "Finite",
     "HealthSection",
     "JournalSection",
+    "JudgeSection",
     "LLMSection",
     "ModelSection",
     "OptimizerSection",
     "ParallelSection",
     "Positive",
+    "RecordSection",
     "RewardSection",
     "RolloutSection",
     "RunSection",

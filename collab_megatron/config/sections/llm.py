@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from collab_megatron.config.sections.base import Positive, Seconds, Section, Share
-
-
-class RewardSection(Section):
-    """R* = sum over metrics of clamp(weight * score, -1, 1). token_amount counts assistant tokens in thousands."""
-
-    metric_weights: dict[str, float] = Field(default={"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1})
-    accuracy_verifier: Literal["exact", "judge"] = "judge"
-    # replaces the shipped prompt of accuracy's judge; simulators.judge.prompt_file replaces that of interactivity
-    accuracy_prompt_file: Path | None = None
-    metric_modules: tuple[str, ...] = ()  # Python modules that register metrics of your own (rewards/registry.py)
+from collab_megatron.config.sections.base import Finite, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.extra import check_extra
 
 
 class DeploymentSection(Section):
@@ -51,8 +42,22 @@ class LLMSection(Section):
     json_mode: bool = True  # ask the provider for a JSON object where the prompt wants one
     json_schema: bool = False  # ask for the very fields too, where the model can
     prompt_file: Path | None = None  # replaces the shipped prompt template
-    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table
+    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table. 0: it is free
     output_usd_per_mtoken: float | None = Field(default=None, ge=0)
+    # further arguments of every call, in LiteLLM's terms, e.g. {top_p: 0.9, reasoning_effort: low}; no secrets.
+    # LiteLLM leaves out OpenAI's arguments that it knows a provider not to take
+    extra: dict[str, Any] = Field(default={})
+
+    @field_validator("extra")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_extra(value)
+
+
+class JudgeSection(LLMSection):
+    """An LLM that scores. It gives the same conversation the same score as far as its provider can."""
+
+    temperature: float = Field(default=0.0, ge=0)
 
 
 class SimulatorSection(LLMSection):
@@ -82,14 +87,39 @@ class SimulatorsSection(Section):
     """The LLMs around the policy."""
 
     user: UserSection
-    judge: LLMSection | None = None  # needed by interactivity and by accuracy_verifier: judge
+    # needed by interactivity and by accuracy_verifier: judge, unless reward.judges names others for them
+    judge: JudgeSection | None = None
     assistant: LLMSection | None = None  # only tools/build_dataset.py: who proposes the candidate replies
     health: HealthSection = HealthSection()
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _any_llm(cls, value: Any) -> Any:
+        """Made in Python, a plain LLMSection may judge too."""
+        return value.model_dump(exclude_unset=True) if type(value) is LLMSection else value
+
+
+class RewardSection(Section):
+    """R* = sum over metrics of clamp(weight * score, -1, 1). token_amount counts assistant tokens in thousands."""
+
+    metric_weights: dict[str, Finite] = Field(default={"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1})
+    accuracy_verifier: Literal["exact", "judge"] = "judge"
+    # request: the judge of interactivity knows the whole task and can tell what a question should have asked; chat: it
+    # knows the conversation alone, as the paper's ITR judge does
+    interactivity_sees: Literal["request", "chat"] = "request"
+    # replaces the shipped prompt of accuracy's judge; simulators.judge.prompt_file replaces that of interactivity
+    accuracy_prompt_file: Path | None = None
+    # Python modules that register metrics of your own (docs/METRICS.md): names that Python finds, or files; of a module
+    # that lies next to the config file the name is enough
+    metric_modules: tuple[str, ...] = ()
+    judges: dict[str, JudgeSection] = Field(default={})  # by metric: an LLM of its own, in place of simulators.judge
+    settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: what it is made with (docs/METRICS.md)
 
 
 class BudgetSection(Section):
     """What the LLM APIs may cost over the whole run, resumes included. At a soft cap the run says so; at a hard cap it
-    finishes the conversations under way, saves a checkpoint and ends with exit code 3."""
+    finishes the conversations under way, saves a checkpoint and ends with exit code 3. A cap in dollars needs a known
+    price of every model: LiteLLM's, or a typed one."""
 
     soft_usd: float | None = Field(default=None, gt=0)
     hard_usd: float | None = Field(default=None, gt=0)

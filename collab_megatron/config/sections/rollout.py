@@ -9,6 +9,8 @@ from pydantic import Field
 
 from collab_megatron.config.sections.base import Count, Positive, Seconds, Section
 
+CutReply = Literal["score", "play", "penalty"]
+
 
 class RolloutSection(Section):
     """The shape of the conversation trees."""
@@ -19,6 +21,17 @@ class RolloutSection(Section):
     max_user_turns: Count = 2  # user turns inside a future
     max_assistant_turns: Positive = 3  # policy turns in all; the trained reply is the first
     max_new_tokens: Positive = 2048  # per policy turn
+    # what to do with a policy turn that ran into max_new_tokens, ended inside a thought, or is empty. score: the
+    # conversation ends with it and is judged as it stands, without another simulator call; play: the turn is closed
+    # with an end that the policy never sampled, and the conversation goes on; penalty: it ends with cut_penalty and
+    # nothing is judged (the verl recipe does so with -1, where the trained reply is cut or empty)
+    cut_reply: CutReply = "score"
+    cut_penalty: float = -1.0  # reward R* of such a conversation; one metric at its clamp is worth -1
+    # what a policy turn's thoughts stand between: simulated users, judges and question counts never see them
+    thought_tags: tuple[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = (
+        "<think>",
+        "</think>",
+    )
     max_prompt_tokens: Positive = 8192  # longer prompts are left out and counted
     temperature: float = Field(default=1.0, ge=1.0, le=1.0)  # the trainer's log-probs are of the unscaled distribution
     # what to do where growing a chat by token ids differs from rendering it whole (a template that removes the thinking
@@ -41,7 +54,9 @@ class DriverSection(Section):
     future_timeout_s: Seconds = 600.0  # deadline of one future, waiting for free slots included
     group_timeout_s: Seconds = 900.0  # at this age a tree is taken with the futures that are there
     min_futures: Positive = 1  # a reply with fewer scored futures leaves its group
-    refill_groups: Count = 0  # trees per step that may be grown in place of dropped ones and of those without spread
+    # trees per step that may be grown in place of dropped ones and of those without spread, which are then not trained;
+    # their prompts stand half an epoch from the step's own in the epoch's order
+    refill_groups: Count = 0
     max_restarts: Count = 3  # of a driver process that died; it goes on from the journal
 
 
@@ -50,15 +65,33 @@ class JournalSection(Section):
 
     # auto: what the journal has is not asked for again; only: a miss stops the run; off: all is asked anew
     replay: Literal["auto", "only", "off"] = "auto"
-    path: Path | None = None  # on a local disk; None: RUN_DIR/journal/NAME.sqlite
+    # on a local disk; None: RUN_DIR/journal/NAME.sqlite. evaluate.py: NAME-WEIGHTS.sqlite in the same folder
+    path: Path | None = None
     keep_all: bool = False  # false: what a checkpoint has made obsolete is removed
+
+
+class RecordSection(Section):
+    """RUN_DIR/conversations/NAME: every conversation tree with its texts, tokens, scores and calls (docs/RECORD.md)."""
+
+    every: Positive = 1  # steps; 1: every step is written, n: the first and every n-th after it
+    # MB on disk of the run's whole record; at the limit the run goes on, without more trees written, and says so. None:
+    # no limit
+    max_mb: float | None = Field(default=20_000, gt=0)
+    # of the files, each closed after 64 MB; the one that is written to is plain, and so is a short run's whole record
+    compress: Literal["zstd", "none"] = "zstd"
 
 
 class EvaluationSection(Section):
     """Whole conversations on held-out tasks."""
 
     num_tasks: Positive = 1000  # at most; fewer if the file has fewer
+    seed: int = 1  # which num_tasks of the file: the same at every step; a larger num_tasks adds to a smaller one
+    # true: the simulated user writes the opening from the whole request, in place of the dataset's prompt (its system
+    # message stays); of a file that has openings only those tasks are played
+    simulated_opening: bool = False
     temperature: float = Field(default=0.0, ge=0)
     max_assistant_turns: Positive = 3
-    max_concurrency: Positive = 64
-    timeout_s: Seconds = 1800.0
+    max_concurrency: Positive = 64  # conversations at a time, over all shards
+    timeout_s: Seconds = 1800.0  # deadline of the evaluation; what is under way then counts as failed
+    # RL: held-out evaluations whose conversations stay in RUN_DIR/evaluations/NAME, the newest and the first of all
+    keep_transcripts: Positive = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
 
@@ -14,7 +14,9 @@ class RunSection(Section):
     """Where a run writes, and from which random seed."""
 
     dir: Path = Path("runs/default")  # everything the run makes lies below
-    name: str = "run"  # sub-folder of tensorboard/ and checkpoints/, so that several runs share one dir
+    # what tensorboard/, checkpoints/, conversations/, evaluations/, journal/ and logs/ call the run's own, so that
+    # several runs share one dir
+    name: str = "run"
     seed: int = 1
     resume: bool = False  # go on from the newest complete checkpoint of this run
 
@@ -25,6 +27,23 @@ class RunSection(Section):
     @property
     def tensorboard_dir(self) -> Path:
         return self.dir / "tensorboard" / self.name
+
+    @property
+    def conversations_dir(self) -> Path:
+        return self.dir / "conversations" / self.name
+
+    @property
+    def evaluations_file(self) -> Path:
+        """Figures; what was said lies in `evaluations_dir`."""
+        return self.dir / "evaluations" / f"{self.name}.jsonl"
+
+    @property
+    def evaluations_dir(self) -> Path:
+        return self.dir / "evaluations" / self.name
+
+    @property
+    def engine_probe_file(self) -> Path:
+        return self.dir / "engine_probe" / f"{self.name}.json"
 
     @property
     def logs_dir(self) -> Path:
@@ -39,10 +58,33 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Parquet files as written by tools/prepare_dataset.py."""
+    """Parquet files as written by tools/prepare_dataset.py: one path, or a list of them. Rows of several files follow
+    each other; a row that stands in an earlier file is left out and counted."""
 
-    train: Path
-    validation: Path | None = None
+    train: Path | tuple[Path, ...]
+    validation: Path | tuple[Path, ...] | None = None
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _files_named_once(cls, value: Path | tuple[Path, ...] | None) -> Path | tuple[Path, ...] | None:
+        if value == ():
+            raise ValueError("data.train and data.validation name at least one file each, not an empty list")
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            twice = next(file for file in value if value.count(file) > 1)
+            raise ValueError(f"data names the file {twice} twice: name each once")
+        return value
+
+    @property
+    def train_files(self) -> tuple[Path, ...]:
+        """The training files in order, one or several."""
+        return (self.train,) if isinstance(self.train, Path) else self.train
+
+    @property
+    def validation_files(self) -> tuple[Path, ...]:
+        """The held-out files in order; empty where none is named."""
+        if self.validation is None:
+            return ()
+        return (self.validation,) if isinstance(self.validation, Path) else self.validation
 
 
 class ParallelSection(Section):
@@ -94,8 +136,12 @@ class TrainSection(Section):
     keep_last: Positive = 2  # complete checkpoints to keep
     keep_every: Count = 0  # besides, keep every checkpoint whose step is a multiple of this; 0: none
     async_save: bool = False  # write checkpoints beside the training
-    eval_interval: Count = 0  # RL: steps between held-out evaluations; 0: only before the first and after the last
-    eval_at_start: bool = True
+    # steps between evaluations on data.validation; 0: only before the first step and after the last. RL plays whole
+    # conversations, SFT measures the loss on assistant tokens
+    eval_interval: Count = 0
+    eval_at_start: bool = True  # before the first step too
+    # SFT: save whenever the held-out loss is the lowest so far, and keep that checkpoint apart from keep_last
+    keep_best: bool = True
 
 
 class AlgorithmSection(Section):
@@ -104,8 +150,14 @@ class AlgorithmSection(Section):
     # added to the group's std; a tiny value inflates groups whose replies differ in length only
     advantage_eps: float = Field(default=0.05, gt=0)
     min_group_std: float = Field(default=0.01, ge=0)  # groups whose rewards spread less get advantage 0
+    # what to do with them. keep: their tokens count in the mean over tokens and carry the KL term alone, so they thin
+    # out the other groups' gradient and pull towards the reference; drop: they are not trained (a step without any
+    # other group takes no optimizer step). Those that driver.refill_groups replaced are never trained
+    zero_advantage: Literal["keep", "drop"] = "keep"
     clip_low: float = Field(default=0.2, ge=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = Field(default=0.2, ge=0)
+    # bounds the loss of a token whose advantage is negative at this ratio (dual-clip PPO; verl's clip_ratio_c is 3)
+    clip_dual: float | None = Field(default=None, gt=1)
     kl_coef: float = Field(default=0.001, ge=0)  # weight of the low-variance KL to the reference; 0: no reference model
     # model: a second copy on the device; swap: the initial weights wait on the host and are swapped in
     reference: Literal["model", "swap"] = "model"

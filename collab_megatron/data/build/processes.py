@@ -16,6 +16,7 @@ from collab_megatron.data.build.problems import Problem, read_problems
 from collab_megatron.data.build.shards import claim_output
 from collab_megatron.data.build.worker import Tally, build_share
 from collab_megatron.errors import RunError, UserError
+from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import RoleUsage
 
 POLL_S = 0.5
@@ -148,6 +149,7 @@ def _run_workers(config: BuildDatasetConfig, shares: list[list[Problem]], board:
 
 def _work(config: BuildDatasetConfig, share: list[Problem], worker: int, news: Any) -> None:
     """A worker process: its tallies and its end go through `news`."""
+    set_up_logging(f"build-{worker}")
     try:
         asyncio.run(build_share(config, share, worker, lambda tally: news.put((worker, "tally", tally))))
         news.put((worker, "end", None))

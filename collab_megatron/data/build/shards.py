@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.config.entry import BuildDatasetConfig, llm_roles
+from collab_megatron.config.entry import BuildDatasetConfig, llm_roles, role_place
 from collab_megatron.errors import RunError, UserError
 
 SETTINGS_FILE = "build.json"
 # What may differ between the runs that fill one folder: where and how fast, but nothing that shapes a conversation.
 FREE_SETTINGS = frozenset({"output", "problems", "num_conversations", "max_concurrency", "processes"})
-SHAPING_LLM_SETTINGS = ("model", "temperature", "max_tokens", "json_mode", "prompt_file")
+SHAPING_LLM_SETTINGS = ("model", "temperature", "max_tokens", "json_mode", "prompt_file", "extra")
 
 
 def shard_path(output: Path, worker: int) -> Path:
@@ -64,9 +64,9 @@ def _settings(config: BuildDatasetConfig) -> dict[str, Any]:
     """Everything that shapes the conversations, flat: dotted name -> plain value."""
     raw = config.model_dump(mode="json")
     settings = {name: value for name, value in raw.items() if name not in FREE_SETTINGS and name != "simulators"}
-    for role, section in llm_roles(config.simulators).items():
+    for role, section in llm_roles(config.simulators, config.reward).items():
         shaping = section.model_dump(mode="json", include=set(SHAPING_LLM_SETTINGS))
-        settings |= {f"simulators.{role}.{name}": value for name, value in shaping.items()}
+        settings |= {f"{role_place(role)}.{name}": value for name, value in shaping.items()}
     settings["problems (contents)"] = hashlib.sha256(config.problems.read_bytes()).hexdigest()
     return settings
 

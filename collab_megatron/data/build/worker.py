@@ -46,7 +46,7 @@ async def build_share(
     A conversation that fails is counted and left out. Raises UserError if a role cannot be reached at all, RunError if
     HOPELESS_FAILURES conversations fail in a row or the disk is full.
     """
-    gateway = Gateway(llm_roles(config.simulators), config.seed)
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed)
     tally = Tally()
     shard = os.open(shard_path(config.output, worker), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:

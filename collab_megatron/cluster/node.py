@@ -1,0 +1,82 @@
+"""The machine that a run is checked and planned for: this one, or a node of GPUs that `--gpus 8x80` describes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from collab_megatron.config.sections import ParallelSection
+from collab_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Node:
+    """What the checks need to know of a machine."""
+
+    gpus: int  # that a run may use
+    gpu_bytes: int | None  # memory of each; None: not known
+    host_bytes: int | None  # memory of the machine; None: not known
+    here: bool = True  # this machine: its ports, disk and services can be looked at
+
+    def device(self, parallel: ParallelSection) -> str:
+        """cpu or cuda: what `parallel.device` comes to here."""
+        if parallel.device != "auto":
+            return parallel.device
+        return "cuda" if self.gpus and (has_driver() or not self.here) else "cpu"
+
+    def chosen(self, parallel: ParallelSection) -> str:
+        """The device and why, for the plan."""
+        device = self.device(parallel)
+        if parallel.device != "auto":
+            return f"{device} (parallel.device)"
+        if not self.here:
+            return f"{device} (--gpus)"
+        found = "GPUs are there" if device == "cuda" else "no GPU is there"
+        return f"{device} (parallel.device=auto: {found})"
+
+
+def parse_node(text: str) -> Node:
+    """`8x80`: 8 GPUs of 80 GB each. Raises UserError."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise UserError(f"--gpus {text} is not of the form COUNTxGB: write 8x80 for 8 GPUs of 80 GB each")
+    return Node(int(match[1]), int(match[2]) * 2**30, None, here=False)
+
+
+def this_node() -> Node:
+    """This machine, without importing torch into the launcher."""
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return Node(len(visible_gpus()), gpu_bytes(), pages * page if pages > 0 else None)
+
+
+def device_of(parallel: ParallelSection) -> str:
+    """cpu or cuda: what `parallel.device` comes to on this machine."""
+    return this_node().device(parallel) if parallel.device == "auto" else parallel.device
+
+
+def has_driver() -> bool:
+    return Path("/dev/nvidiactl").exists()
+
+
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES wants them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [number for number in visible.split(",") if number]
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def gpu_bytes() -> int | None:
+    """Memory of this machine's first GPU, by nvidia-smi; None where there is none. torch stays out of the launcher."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return int(said.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None

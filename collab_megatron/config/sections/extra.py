@@ -1,0 +1,91 @@
+"""Free arguments of an LLM call: what may stand in `extra`, which goes to litellm.acompletion as it is.
+
+A config is copied into logs, checkpoints and TensorBoard, so nothing in it may be a secret. Arguments that this project
+sets itself are refused too: two values for one thing would be one too many.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# argument -> where it is set
+OWN: Mapping[str, str] = {
+    "model": "model",
+    "messages": "prompt_file",
+    "temperature": "temperature",
+    "max_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "n": "rollout or build settings: replies are counted there",
+    "seed": "run.seed: each call gets one of its own",
+    "timeout": "timeout_s",
+    "request_timeout": "timeout_s",
+    "max_retries": "max_attempts",
+    "num_retries": "max_attempts",
+    "fallbacks": "deployments",
+    "api_base": "api_base",
+    "base_url": "api_base",
+    "response_format": "json_mode and json_schema",
+    "stream": "nothing: replies are read whole",
+    "mock_response": "nothing: it would answer without a model",
+    "input_cost_per_token": "input_usd_per_mtoken",
+    "output_cost_per_token": "output_usd_per_mtoken",
+}
+SECRET_WORDS = frozenset(
+    {
+        *("key", "keys", "apikey", "token", "secret", "secrets", "password", "passwd", "credential", "credentials"),
+        *("auth", "authorization", "bearer", "cookie", "header", "headers"),
+    }
+)
+NO_SECRETS = frozenset({"prompt_cache_key"})  # names that hold such a word and are harmless
+KEY_LIKE = re.compile(
+    r"(?i:bearer\s+\S|sk-|pk-|rk-|gsk_|xai-|hf_|gh[pousr]_|AKIA|AIza|eyJ[\w-]{8,}\.)"  # the providers' own marks
+    r"|(?=[\w+/=.-]*[a-z])(?=[\w+/=.-]*[A-Z])(?=[\w+/=.-]*\d)[\w+/=.-]{32,}$"  # 32 mixed characters, none a space
+)
+
+
+def check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`extra` if it may stand in a config. Raises ValueError with one sentence that never quotes a value."""
+    for key in extra:
+        if key in OWN:
+            raise ValueError(f"extra.{key} is set elsewhere: use {OWN[key]}")
+    for path, value in _leaves(extra, "extra"):
+        for name in path.split(".")[1:]:
+            if name not in NO_SECRETS and SECRET_WORDS & set(_words(name)):
+                raise ValueError(_secret(path))
+        if isinstance(value, str) and KEY_LIKE.match(value):
+            raise ValueError(_secret(path))
+    try:
+        json.dumps(extra, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("extra holds a value that JSON does not have: use text, numbers, lists and mappings") from None
+    return dict(extra)
+
+
+def _secret(path: str) -> str:
+    return (
+        f"{path} looks like a secret, and the config is copied into logs and checkpoints: put it into an environment "
+        "variable and name that in api_key_env"
+    )
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Every value with its dotted path; an empty container is a value too."""
+    children: Iterator[tuple[Any, Any]] = iter(())
+    if isinstance(node, Mapping):
+        children = iter(node.items())
+    elif isinstance(node, list | tuple):
+        children = iter(enumerate(node))
+    empty = True
+    for key, value in children:
+        empty = False
+        yield from _leaves(value, f"{path}.{key}")
+    if empty:
+        yield path, node
+
+
+def _words(name: str) -> list[str]:
+    """`xApiKey`, `api-key` and `api_key` in lower-case words."""
+    return re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name).lower().replace("-", " ").replace("_", " ").split()

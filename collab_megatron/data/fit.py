@@ -1,0 +1,72 @@
+"""Which rows fit into the token limit of a run. Those that do not are left out and counted, and the user is told. Pure.
+
+Past MOST_LEFT_OUT of them the run is refused: what is left is another dataset than the one that was named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from collab_megatron.data.chat import ChatTemplate
+from collab_megatron.errors import UserError
+from collab_megatron.types import Task
+
+T = TypeVar("T")
+
+MOST_LEFT_OUT = 0.5
+
+
+@dataclass(frozen=True)
+class Fit(Generic[T]):
+    """The rows of a dataset that a run can use."""
+
+    kept: list[T]
+    left_out: int
+    notice: str  # one line for the user; empty where nothing was left out
+
+    @property
+    def share_left_out(self) -> float:
+        return self.left_out / (self.left_out + len(self.kept))
+
+
+def keep_fitting(
+    rows: Sequence[T], tokens: Sequence[int], room: int, *, what: str, name: Callable[[T], str], remedy: str
+) -> Fit[T]:
+    """The rows of at most `room` tokens; `tokens` has the length of each row.
+
+    what: plural noun for messages; name: how a message calls one row; remedy: what to do against too little room.
+    Raises UserError where more than MOST_LEFT_OUT of the rows do not fit.
+    """
+    kept = [row for row, length in zip(rows, tokens, strict=True) if length <= room]
+    left_out = len(rows) - len(kept)
+    if not left_out:
+        return Fit(kept, 0, "")
+    longest = max(range(len(rows)), key=tokens.__getitem__)
+    sentence = (
+        f"{left_out:,} of {len(rows):,} {what} ({left_out / len(rows):.1%}) have more than {room:,} tokens; the "
+        f"longest, {name(rows[longest])}, has {tokens[longest]:,}"
+    )
+    if left_out > MOST_LEFT_OUT * len(rows):
+        raise UserError(f"{sentence}: {remedy}")
+    return Fit(kept, left_out, f"left out: {sentence}")
+
+
+def fitting_tasks(
+    tasks: Sequence[Task], chat: ChatTemplate, *, max_prompt_tokens: int, max_context_tokens: int, max_new_tokens: int
+) -> Fit[Task]:
+    """The tasks whose prompt leaves room for a reply. Raises UserError where more than half do not."""
+    room = min(max_prompt_tokens, max_context_tokens - max_new_tokens)
+    if room == max_prompt_tokens:
+        remedy = "raise rollout.max_prompt_tokens"
+    else:
+        remedy = f"lower rollout.max_new_tokens: of {max_context_tokens:,} tokens of context {room:,} are left"
+    return keep_fitting(
+        tasks,
+        [len(chat.prompt_ids(task.prompt)) for task in tasks],
+        room,
+        what="prompts",
+        name=lambda task: f"task {task.task_id}",
+        remedy=f"{remedy}, or keep openings only (tools/prepare_dataset.py --turns first)",
+    )

@@ -1,0 +1,71 @@
+"""The Python modules of the user that register metrics: an importable name, or a file.
+
+config/load.py has turned the name of a module that lies next to the config file into that file's path, so that every
+process finds it, whatever its working directory. A file is run once in a process. Its folder joins the end of the
+search path, so that it may import others that lie next to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from collab_megatron.errors import UserError
+
+
+def import_metric_module(name: str) -> ModuleType:
+    """Run the module, once. Raises UserError where it cannot be found or imported."""
+    try:
+        return _import_file(Path(name)) if is_file(name) else importlib.import_module(name)
+    except (ImportError, FileNotFoundError, SyntaxError) as error:
+        raise UserError(
+            f"reward.metric_modules: {name} cannot be imported ({error}); name a module that Python finds, or a file "
+            "next to the config"
+        ) from None
+
+
+def module_sources(name: str) -> Iterator[Path]:
+    """The module's own source files, for fingerprints; those that it imports from elsewhere are not among them."""
+    if is_file(name):
+        origin = Path(name)
+    else:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:
+            return
+        origin = Path(found.origin)
+    yield from sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+
+
+def is_file(name: str) -> bool:
+    """Whether an entry of reward.metric_modules is a path and not a dotted name."""
+    return name.endswith(".py")
+
+
+def _import_file(path: Path) -> ModuleType:
+    path = path.absolute()
+    package = path.name == "__init__.py"
+    stem = path.parent.name if package else path.stem
+    name = f"{stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"  # no clash with another `stem`
+    if name in sys.modules:
+        return sys.modules[name]
+    folder = str(path.parent.parent if package else path.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(
+        name, path, submodule_search_locations=[str(path.parent)] if package else None
+    )
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it is being run
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
