@@ -1,4 +1,4 @@
-"""tools/cpu_support's attention against SGLang's own loops: the same numbers, whatever the lengths of the sequences."""
+"""tools/cpu_support's attention against SGLang's own loops, its sampling against the distribution."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ SOURCE = Path(__file__).parents[2] / "tools" / "cpu_support" / "src"
 # in a process of its own: importing SGLang changes much of torch
 COMPARE = """
 import torch
+from sglang.srt.layers import sampler
 from sglang.srt.layers.attention import attention_registry
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang_cpu_support.attention import BatchedAttention, parts_of
 from sglang_cpu_support.plugin import register
 
+theirs = sampler.sampling_from_probs_torch
 register()
 assert "sglang_cpu_support" in attention_registry.ATTENTION_BACKENDS["torch_native"].__module__
 
@@ -52,6 +54,19 @@ parts = parts_of(table, pools, torch.tensor([1, 100, 3, 90, 2, 8]))
 assert len(parts) > 1 and sorted(r for rows, _, _ in parts for r in rows.tolist()) == list(range(6)), parts
 assert all(slots.numel() <= 2 * int(seen.sum()) for _, slots, seen in parts)  # padding: at most half
 assert len(parts_of(table, pools[:3], torch.tensor([9, 9, 8]))) == 1
+
+from sglang.srt.plugins.hook_registry import HookRegistry
+HookRegistry.apply_hooks()
+assert sampler.sampling_from_probs_torch is not theirs
+probs = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+ids = sampler.sampling_from_probs_torch(probs.expand(100_000, 6), sampling_seed=None, positions=torch.zeros(100_000))
+assert ids.shape == (100_000,) and ids.dtype == torch.int32
+shares = torch.bincount(ids.long(), minlength=6) / 100_000
+assert shares[probs == 0].sum() == 0, shares
+torch.testing.assert_close(shares, probs, atol=0.01, rtol=0)  # six standard errors
+seeded = dict(sampling_seed=torch.tensor([7, 8]), positions=torch.tensor([3, 4]))
+two = probs.expand(2, 6)
+assert torch.equal(sampler.sampling_from_probs_torch(two, **seeded), theirs(two, **seeded))
 print("same")
 """
 

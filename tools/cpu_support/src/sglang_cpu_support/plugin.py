@@ -6,8 +6,9 @@ import os
 
 
 def register() -> None:
-    """Faster attention, in a process that was told to be a CPU engine."""
+    """Faster attention and sampling, in a process that was told to be a CPU engine."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-        from sglang_cpu_support.attention import install
+        from sglang_cpu_support import attention, sampling
 
-        install()
+        attention.install()
+        sampling.install()
