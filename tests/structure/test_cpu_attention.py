@@ -20,7 +20,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang_cpu_support.attention import BatchedAttention, parts_of
 from sglang_cpu_support.plugin import register
 
-theirs = sampler.sampling_from_probs_torch
+kept = [sampler.sampling_from_probs_torch]  # hooks replace every name of it, here too
 register()
 assert "sglang_cpu_support" in attention_registry.ATTENTION_BACKENDS["torch_native"].__module__
 
@@ -57,7 +57,7 @@ assert len(parts_of(table, pools[:3], torch.tensor([9, 9, 8]))) == 1
 
 from sglang.srt.plugins.hook_registry import HookRegistry
 HookRegistry.apply_hooks()
-assert sampler.sampling_from_probs_torch is not theirs
+assert sampler.sampling_from_probs_torch is not kept[0]
 probs = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
 ids = sampler.sampling_from_probs_torch(probs.expand(100_000, 6), sampling_seed=None, positions=torch.zeros(100_000))
 assert ids.shape == (100_000,) and ids.dtype == torch.int32
@@ -66,7 +66,7 @@ assert shares[probs == 0].sum() == 0, shares
 torch.testing.assert_close(shares, probs, atol=0.01, rtol=0)  # six standard errors
 seeded = dict(sampling_seed=torch.tensor([7, 8]), positions=torch.tensor([3, 4]))
 two = probs.expand(2, 6)
-assert torch.equal(sampler.sampling_from_probs_torch(two, **seeded), theirs(two, **seeded))
+assert torch.equal(sampler.sampling_from_probs_torch(two, **seeded), kept[0](two, **seeded))
 print("same")
 """
 

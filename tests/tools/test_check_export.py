@@ -90,12 +90,12 @@ def test_a_tie_is_a_tie_only_within_the_tolerance_and_excuses_nothing_after_it()
 
     bf16, fp32 = TOLERANCES["bfloat16"], TOLERANCES["float32"]
     assert compare(0, logits, row(1, 2), bf16) == (1, pytest.approx(0, abs=1e-6))
-    with pytest.raises(RunError, match="at token 0: 0 instead of the engine's 1, which lies 0.2 nats below"):
+    with pytest.raises(RunError, match=r"at token 0: 0 instead of the engine's 1, which lies 0\.2 nats below"):
         compare(0, logits, row(1, 2), fp32)
     with pytest.raises(RunError, match="prompt 3 differently at token 1"):
         compare(3, logits, row(1, 0), bf16)
     far = {"output_ids": [0, 2], "logprobs": [float(scores[0, 0]) - 1.0, 0.0]}
-    with pytest.raises(RunError, match="other log-probs than the engine: 0.5 nats"):
+    with pytest.raises(RunError, match=r"other log-probs than the engine: 0\.5 nats"):
         compare(0, logits, far, bf16)
     with pytest.raises(RunError):
         compare(0, logits * float("nan"), row(0, 2), Tolerance(9, 9))
