@@ -59,7 +59,7 @@ class Shape:
 
 SHAPES = {
     # 16 x 8 replies of the demo's model (1.3 M parameters), and SmolLM2-135M
-    "demo": Shape(16, 8, 24, 20, trl_batch=128, micro_batch_tokens=8192, steps=12),
+    "demo": Shape(16, 8, 24, 6, trl_batch=128, micro_batch_tokens=8192, steps=12),
     "135m": Shape(4, 8, 48, 20, trl_batch=32, micro_batch_tokens=4096, steps=3),
 }
 

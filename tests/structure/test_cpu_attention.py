@@ -17,6 +17,7 @@ import torch
 from sglang.srt.layers import sampler
 from sglang.srt.layers.attention import attention_registry
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang_cpu_support import sampling
 from sglang_cpu_support.attention import BatchedAttention, parts_of
 from sglang_cpu_support.plugin import register
 
@@ -64,9 +65,9 @@ assert ids.shape == (100_000,) and ids.dtype == torch.int32
 shares = torch.bincount(ids.long(), minlength=6) / 100_000
 assert shares[probs == 0].sum() == 0, shares
 torch.testing.assert_close(shares, probs, atol=0.01, rtol=0)  # six standard errors
-seeded = dict(sampling_seed=torch.tensor([7, 8]), positions=torch.tensor([3, 4]))
-two = probs.expand(2, 6)
-assert torch.equal(sampler.sampling_from_probs_torch(two, **seeded), kept[0](two, **seeded))
+def theirs(probs, *, sampling_seed, positions):
+    return "asked", sampling_seed, positions
+assert sampling.around_sampling(theirs, probs, sampling_seed=7, positions=3) == ("asked", 7, 3)
 print("same")
 """
 
