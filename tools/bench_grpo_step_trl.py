@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_grpo_step_reward import reward_of
+from bench_grpo_step_reward import reward_of  # type: ignore[import-not-found]  # its folder is the script's
 
 
 def run(settings: dict[str, Any], scratch: Path) -> list[float]:
@@ -24,7 +24,7 @@ def run(settings: dict[str, Any], scratch: Path) -> list[float]:
     from datasets import Dataset
     from transformers import TrainerCallback
     from transformers.utils.logging import disable_progress_bar
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]  # in this environment only
 
     disable_progress_bar()
     torch.set_num_threads(settings["threads"])

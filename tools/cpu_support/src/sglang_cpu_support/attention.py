@@ -22,12 +22,16 @@ from torch.nn.functional import scaled_dot_product_attention
 MOST_PADDING = 0.5
 
 
+Parts = list[tuple[Tensor | None, Tensor, Tensor]]
+"""Of one forward pass: rows [n] (None: all), cache slots [n, L], mask of the keys that are seen [n, 1, 1, L]."""
+
+
 class BatchedAttention(TorchNativeAttnBackend):
     """Replaces the two loops; all else is SGLang's."""
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
-        self._parts: list[tuple[Tensor | None, Tensor, Tensor]] | None = None  # those of this forward pass, all layers
+        self._parts: Parts | None = None  # those of this forward pass, all layers
 
     def _run_sdpa_forward_decode(
         self,
@@ -52,11 +56,12 @@ class BatchedAttention(TorchNativeAttnBackend):
                 *(scaling, enable_gqa, causal, is_cross_attn, sliding_window_size),
             )
             return result
-        if getattr(self, "_parts", None) is None:
-            self._parts = parts_of(req_to_token, req_pool_indices, seq_lens)
-        for rows, slots, hidden in self._parts:
+        parts: Parts | None = getattr(self, "_parts", None)
+        if parts is None:
+            parts = self._parts = parts_of(req_to_token, req_pool_indices, seq_lens)
+        for rows, slots, seen in parts:
             some = query if rows is None else query[rows]
-            found = decode(some, k_cache, v_cache, slots, hidden, scaling)
+            found = decode(some, k_cache, v_cache, slots, seen, scaling)
             if rows is None:
                 output.copy_(found)
             else:
@@ -99,10 +104,8 @@ class BatchedAttention(TorchNativeAttnBackend):
         return output
 
 
-def parts_of(
-    req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor
-) -> list[tuple[Tensor | None, Tensor, Tensor]]:
-    """The batch as parts of like length: (rows [n] or None for all, cache slots [n, L], mask [n, 1, 1, L]).
+def parts_of(req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor) -> Parts:
+    """The batch as parts of like length.
 
     The mask is True where a key is seen. Slots behind a sequence's end are 0, SGLang's own padding slot: finite.
     """
@@ -117,7 +120,7 @@ def parts_of(
             total = 0
         cuts[-1].append(row)
         total += lengths[row]
-    parts: list[tuple[Tensor | None, Tensor, Tensor]] = []
+    parts: Parts = []
     for part in cuts:
         rows = None if len(cuts) == 1 else torch.tensor(sorted(part), device=seq_lens.device)
         pools, ends = (req_pool_indices, seq_lens) if rows is None else (req_pool_indices[rows], seq_lens[rows])

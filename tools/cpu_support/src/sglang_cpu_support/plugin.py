@@ -8,7 +8,7 @@ import os
 def register() -> None:
     """Faster attention and sampling, in a process that was told to be a CPU engine."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-        from sglang_cpu_support import attention, sampling
+        from . import attention, sampling
 
         attention.install()
         sampling.install()
