@@ -22,6 +22,7 @@ from pathlib import Path
 import uvloop
 
 from collab_megatron import __version__
+from collab_megatron.checkpoint.folders import read_info
 from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.cluster.converted import checkpoint_of, hf_folder_of
 from collab_megatron.cluster.launch import launch_engine_only
@@ -87,12 +88,7 @@ def own_name(config: EvaluateConfig) -> EvaluateConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{NAME}-{config.run.name}"})})
 
 
-def with_model_folder(config: EvaluateConfig) -> EvaluateConfig:
-    """The config with a Hugging Face folder for `model.path`, where it names a run's checkpoint."""
-    checkpoint = checkpoint_of(config.model.path)
-    if checkpoint is None:
-        return config
-    folder = hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir)
+def with_model(config: EvaluateConfig, folder: Path) -> EvaluateConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
 
 
@@ -126,10 +122,14 @@ def main() -> None:
     given = own_name(load_config(EvaluateConfig, arguments.config, arguments.overrides))
     if arguments.dry_run:
         print(dump_config(given), flush=True)
-    config = with_model_folder(given)
+    checkpoint = checkpoint_of(given.model.path)
+    # every other mistake is found before the conversion: config and tokenizer lie in the checkpoint as they are
+    config = given if checkpoint is None else with_model(given, read_info(checkpoint).hf_folder)
     max_context_tokens = check_evaluate(config, dry_run=arguments.dry_run, node=arguments.node)
     if arguments.dry_run:
         return
+    if checkpoint is not None:
+        config = with_model(given, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
     output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
     with Supervisor(config.run.logs_dir) as supervisor:
         urls = launch_engine_only(supervisor, config)

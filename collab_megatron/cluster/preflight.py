@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.checkpoint.folders import named_checkpoint, newest_complete, read_info
+from collab_megatron.checkpoint.folders import MARKER, named_checkpoint, newest_complete, read_info
 from collab_megatron.checkpoint.origin import decisive_differences
 from collab_megatron.cluster.cautions import warn_of_config, warn_of_memory
 from collab_megatron.cluster.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
@@ -172,7 +172,10 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     hf_config = read_hf_config(folder)
     check_layout(hf_config, parallel)
     spec = model_spec(hf_config)
-    check_inventory(tensor_shapes(path, folder), spec, path)
+    if not (
+        folder.parent / MARKER
+    ).is_file():  # else a checkpoint's config and tokenizer: converting checks the weights
+        check_inventory(tensor_shapes(path, folder), spec, path)
     chat = ChatTemplate(load_tokenizer(folder))
     chat.check_growth(inexact_template)
     return _Model(folder, hf_config, spec, chat)

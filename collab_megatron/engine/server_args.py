@@ -43,8 +43,9 @@ def engine_command(
     argv += ["--model-path", model_path, "--dtype", dtype, "--host", settings.host, "--port", str(port)]
     argv += ["--tp-size", str(settings.tensor), "--random-seed", str(seed), "--log-level", "warning"]
     argv += ["--skip-tokenizer-init", "--sleep-on-idle"]
-    # SGLang can report log-probs of the temperature-scaled distribution; the trainer's are of the raw logits
-    env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
+    # the log-probs that come back are of the distribution at the sampling temperature, as the trainer's are; a
+    # caller's environment may say otherwise
+    env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
     if device == "cpu":
         threads = settings.threads or 1
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]

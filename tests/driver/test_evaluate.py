@@ -10,6 +10,7 @@ import pytest
 
 from collab_megatron.config import EvaluateConfig
 from collab_megatron.config.sections import BudgetSection, EvaluationSection, JournalSection
+from collab_megatron.data.parquet import read_tasks
 from collab_megatron.evaluate import Result, own_journal, own_name, play, report
 from collab_megatron.journal.store import Journal, ReplayMiss
 from tests.driver.runs import HELD_OUT, MAX_CONTEXT_TOKENS, config, counts, stand_in
@@ -85,6 +86,19 @@ async def test_figures_and_conversations_lie_next_to_each_other(
     assert "held-out conversations with models/mine" in said
     assert said.index("accuracy") < said.index("reward") < said.index("user calls") < said.index("figures.jsonl")
     assert len((tmp_path / "out" / "figures.jsonl").read_text().splitlines()) == HELD_OUT
+
+
+async def test_the_simulated_user_opens_from_the_request_alone(tmp_path: Path, url: str) -> None:
+    settings = evaluate_config(tmp_path, url)
+    opens = settings.model_copy(update={"evaluation": EvaluationSection(num_tasks=2, simulated_opening=True)})
+    result = await played(opens, url, "weights")
+    assert len(result.played.groups) == 2
+    given = {task.task_id: task for task in read_tasks(tmp_path / "data" / "validation.parquet")}
+    for group in result.played.groups:
+        (opening,) = group.task.prompt
+        assert opening.role == "user"
+        assert opening.content not in ("", given[group.task.task_id].prompt[-1].content)
+    assert result.figures["conversations_failed"] == 0
 
 
 def test_every_set_of_weights_has_a_journal_and_a_cap_of_its_own(tmp_path: Path) -> None:

@@ -164,12 +164,16 @@ def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
     """The same conversations as the run's own last evaluation: same weights, tasks, seeds, and greedy decoding."""
     run_dir, _ = short_demo
     data = run_dir / "data"
-    ended = run(
+    asked = [
         *("-m", "collab_megatron.evaluate", "conf/demo_rl.yaml", f"model.path={run_dir / 'checkpoints' / 'rl'}"),
         *(f"run.dir={tmp_path}", f"data.train={data / 'rl_train.parquet'}"),
         *(f"data.validation={data / 'rl_validation.parquet'}", "evaluation.num_tasks=24"),
         *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
-    )
+    ]
+    looked = run(*asked, "--dry-run")
+    assert looked.code == 0, looked.output[-4000:]
+    assert not (tmp_path / "converted").exists()
+    ended = run(*asked)
     assert ended.code == 0, ended.output[-4000:]
     (model,) = (tmp_path / "converted").iterdir()
     assert model.name.startswith("rl-step_00000003-")
