@@ -172,9 +172,8 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     hf_config = read_hf_config(folder)
     check_layout(hf_config, parallel)
     spec = model_spec(hf_config)
-    if not (
-        folder.parent / MARKER
-    ).is_file():  # else a checkpoint's config and tokenizer: converting checks the weights
+    of_checkpoint = (folder.parent / MARKER).is_file()  # its config and tokenizer; converting checks the weights
+    if not of_checkpoint:
         check_inventory(tensor_shapes(path, folder), spec, path)
     chat = ChatTemplate(load_tokenizer(folder))
     chat.check_growth(inexact_template)
