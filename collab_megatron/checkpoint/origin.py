@@ -37,8 +37,10 @@ _DECIDES_NOT = (
     *("algorithm.reference", "optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload"),
     "rollout.step_timeout_s",
 )
-_DECIDES_OF_LLMS = ("model", "temperature", "prompt_file")
-"""Of the sections under `simulators`; where their services are and how patiently they are asked may change."""
+_DECIDES_OF_LLMS = ("model", "temperature", "prompt_file", "max_tokens")
+"""Of the LLMs around the policy, and all of `extra`; where they are and how patiently they are asked may change."""
+_NAMED_BY_THE_USER = (".metric_weights.", ".extra.")
+"""Mappings in which a key that is absent says something, and not only that a version did not know it."""
 
 
 def package_versions() -> dict[str, str]:
@@ -86,8 +88,7 @@ def differences(
 def decisive_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lines as those of `differences`, for what makes `now` another run than the one that saved a checkpoint.
 
-    saved, now: as there. A key that one of the two versions of this package did not know makes no difference, except a
-    metric's weight.
+    saved, now: as there. A key that one of the two versions of this package did not know makes no difference.
     """
     before, after = dict(_flat(saved.get("config", now))), dict(_flat(now))
     return [
@@ -95,14 +96,13 @@ def decisive_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> li
         for key in sorted(before.keys() | after.keys())
         if _decides(key)
         and before.get(key, _ABSENT) != after.get(key, _ABSENT)
-        and ((key in before and key in after) or ".metric_weights." in key)
+        and ((key in before and key in after) or any(name in key for name in _NAMED_BY_THE_USER))
     ]
 
 
 def _decides(key: str) -> bool:
-    section, _, last = key.rpartition(".")
-    if section.partition(".")[0] == "simulators":
-        return last in _DECIDES_OF_LLMS
+    if key.startswith(("simulators.", "reward.judges.")):
+        return ".extra." in key or key.rpartition(".")[2] in _DECIDES_OF_LLMS
     return key not in _DECIDES_NOT and any(key == name or key.startswith(f"{name}.") for name in _DECIDES)
 
 

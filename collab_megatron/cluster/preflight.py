@@ -30,6 +30,7 @@ from collab_megatron.data.build.worker import make_players
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
 from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.data.parquet import read_conversation_files, read_task_files
+from collab_megatron.data.splits import shared_tasks
 from collab_megatron.errors import UserError
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway, user_simulator
@@ -158,7 +159,14 @@ def _check_prompts(config: RLConfig, chat: ChatTemplate, max_context_tokens: int
         if fit.notice:
             print(f"{names}: {fit.notice}", flush=True)
         kept.append(fit.kept)
-    return kept[0], kept[1]
+    train, held_out = kept
+    if shared := shared_tasks((task.single_turn_prompt for task in train), (t.single_turn_prompt for t in held_out)):
+        print(
+            f"warning: {len(shared):,} held-out tasks are trained on too, so held-out figures will be too good: "
+            "tools/prepare_dataset.py keeps the two apart",
+            flush=True,
+        )
+    return train, held_out
 
 
 def max_context_tokens(hf_config: dict[str, Any], engine: EngineSection) -> int:

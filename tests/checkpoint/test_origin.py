@@ -8,16 +8,16 @@ from typing import Any
 from collab_megatron.checkpoint.origin import data_position, decisive_differences, differences, package_versions
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import DataSection, ModelSection, SimulatorsSection, UserSection
+from collab_megatron.config.sections.llm import JudgeSection
 
 ROWS = 32
 
 
 def config() -> dict[str, Any]:
-    llm = UserSection(model="gpt-4o-mini")
     made = RLConfig(
         model=ModelSection(path="/models/a"),
         data=DataSection(train="train.parquet"),
-        simulators=SimulatorsSection(user=llm, judge=llm),
+        simulators=SimulatorsSection(user=UserSection(model="gpt-4o-mini"), judge=JudgeSection(model="gpt-4o-mini")),
     )
     return made.model_dump(mode="json")
 
@@ -73,12 +73,13 @@ def test_what_decides_the_weights_makes_another_run() -> None:
     assert decisive_differences(saved(), same) == []
     other = copy.deepcopy(config())
     other["optimizer"]["lr"] = 2e-6
-    other["simulators"]["user"]["model"] = "another"
+    other["simulators"]["user"] |= {"model": "another", "extra": {"top_p": 0.5}}
     other["data"]["train"] = "other.parquet"
     other["reward"]["metric_weights"]["bleu"] = 1.0
     assert decisive_differences(saved(), other) == [
         "data.train: train.parquet -> other.parquet",
         "optimizer.lr: 1e-06 -> 2e-06",
         "reward.metric_weights.bleu: (absent) -> 1.0",
+        "simulators.user.extra.top_p: (absent) -> 0.5",
         "simulators.user.model: gpt-4o-mini -> another",
     ]

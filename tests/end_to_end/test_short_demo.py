@@ -154,7 +154,7 @@ def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
 
 def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]) -> None:
     run_dir, ended = short_demo
-    assert "transformers and the engine generate the same ids for all 4 prompts" in ended.output
+    assert "transformers and the engine agree on all 4 prompts" in ended.output
     probe = json.loads((run_dir / "engine_probe" / "rl.json").read_text())
     assert probe["weight_version"] == "3"
     assert (run_dir / "hf" / "model.safetensors").exists()

@@ -61,8 +61,9 @@ def check_no_samples(folder: Path, grid: RankGrid) -> None:
     found = []
     for samples in ((), (sample,)):
         batch, algorithm = RolloutBatch(0, samples, {}), AlgorithmSection(mini_batches=2)
+        skipped = SkippedSteps(3)
         found.append(
-            update(actor, None, batch, algorithm=algorithm, train=TrainSection(), timer=timer, skipped=SkippedSteps(3))
+            update(actor, None, batch, algorithm=algorithm, train=TrainSection(), timer=timer, skipped=skipped)
         )
         phases.append(set(timer.drain()))
     assert phases[0] == phases[1]
