@@ -19,6 +19,7 @@ from collab_megatron.batching.micro_batch import MicroBatch, split_by_tokens
 from collab_megatron.config.sections import AlgorithmSection, ParallelSection, TrainSection
 from collab_megatron.monitor.timers import PhaseTimer
 from collab_megatron.training.rl_step import update
+from collab_megatron.training.skipped import SkippedSteps
 from collab_megatron.types import RolloutBatch, TrainingSample
 from tests.parallel.plain import OPTIMIZER, STEPS, loss_fn
 from tests.parallel.tiny import make_samples
@@ -64,6 +65,7 @@ def check_no_samples(folder: Path, grid: RankGrid) -> None:
             algorithm=AlgorithmSection(mini_batches=2),
             train=TrainSection(),
             timer=PhaseTimer(),
+            skipped=SkippedSteps(3),
         )
         for samples in ((), (sample,))
     ]
