@@ -50,6 +50,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         total_steps=total * config.algorithm.mini_batches,
         recompute=config.train.recompute,
         logits_chunk_mb=config.train.logits_chunk_mb,
+        temperature=config.rollout.temperature,
     )
     reference = build_reference(actor, config.algorithm, logits_chunk_mb=config.train.logits_chunk_mb)
     checkpoints = Checkpoints(

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 TERMINATION_SIGNAL = "[TERMINATE]"
-"""The string by which a simulated user ends the chat."""
+"""How a simulated user ends the chat unless `simulators.user.termination_signal` sets another string."""
 
 
 class RolloutStatus(StrEnum):
@@ -65,7 +65,7 @@ class Generation:
     """What an engine sampled for one context. Without ids it is a failed request."""
 
     token_ids_T: tuple[int, ...]  # sampled ids, the end-of-turn id included where it was sampled
-    logprobs_T: tuple[float, ...]  # log-probability of each id under the raw logits (temperature 1)
+    logprobs_T: tuple[float, ...]  # log-probability of each id in the distribution that it was drawn from
     versions_T: tuple[int, ...]  # weight version that sampled each id
     finish_reason: str  # stop | length
     cached_tokens: int = 0  # prompt tokens served from the engine's prefix cache
@@ -258,7 +258,7 @@ class UserSimulator(Protocol):
     """Plays the user of a conversation."""
 
     async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
-        """The next user turn; contains TERMINATION_SIGNAL when the user ends the chat. Raises SimulatorError."""
+        """The next user turn; contains the termination signal when the user ends the chat. Raises SimulatorError."""
         ...
 
 

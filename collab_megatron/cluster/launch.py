@@ -19,6 +19,7 @@ from collab_megatron.cluster.fleet import Fleet
 from collab_megatron.cluster.node import device_of, visible_gpus
 from collab_megatron.cluster.preflight import RLStart
 from collab_megatron.cluster.processes import Child, Supervisor, free_port
+from collab_megatron.cluster.threads import Threads, share_threads, usable_cores
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.engine.roster import RosterFolder
@@ -45,6 +46,7 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
             "collab_megatron.train_rl",
             resolved,
             config.parallel,
+            threads_of(config).trainer,
             [
                 *("--roster", str(roster_folder(config)), "--engine-ready-file", str(files / "engine")),
                 *("--driver-ready-file", str(files / "driver")),
@@ -65,7 +67,11 @@ def launch_sft(config: SFTConfig) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
     with Supervisor(config.run.logs_dir) as supervisor:
         resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
-        supervisor.wait_for(start_trainers(supervisor, "collab_megatron.train_sft", resolved, config.parallel, []))
+        supervisor.wait_for(
+            start_trainers(
+                supervisor, "collab_megatron.train_sft", resolved, config.parallel, threads_of(config).trainer, []
+            )
+        )
 
 
 def start_fleet(
@@ -83,6 +89,7 @@ def start_fleet(
             port=port,
             seed=config.run.seed,
             number=number,
+            threads=threads_of(config).engine,
         )
         if gpus is None:
             return command
@@ -107,20 +114,22 @@ def engine_gpus(config: RLConfig) -> list[str] | None:
 
 
 def start_trainers(
-    supervisor: Supervisor, module: str, resolved: Path, parallel: ParallelSection, extra: list[str]
+    supervisor: Supervisor, module: str, resolved: Path, parallel: ParallelSection, threads: int, extra: list[str]
 ) -> list[Child]:
-    """One process per rank; rank 0 speaks on our terminal, the others into their logs."""
+    """One process per rank; rank 0 speaks on our terminal, the others into their logs. threads: of each, on CPU."""
     port = free_port()
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
     device = device_of(parallel)
     return [
-        supervisor.start(f"trainer-{rank}", argv, _rank_env(rank, world, port, device), show=rank == 0, saves=True)
+        supervisor.start(
+            f"trainer-{rank}", argv, _rank_env(rank, world, port, device, threads), show=rank == 0, saves=True
+        )
         for rank in range(world)
     ]
 
 
-def _rank_env(rank: int, world: int, port: int, device: str) -> Mapping[str, str]:
+def _rank_env(rank: int, world: int, port: int, device: str, threads: int) -> Mapping[str, str]:
     env = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -129,8 +138,8 @@ def _rank_env(rank: int, world: int, port: int, device: str) -> Mapping[str, str
         "MASTER_PORT": str(port),
         "PYTHONUNBUFFERED": "1",
     }
-    if device == "cpu":  # ranks share the cores with the engines: one thread each, and none that spins
-        env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if device == "cpu":  # none spins: a thread that waits leaves its core to the engines
+        env |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return env
 
 
@@ -138,6 +147,22 @@ def on_chosen_device(config: C) -> C:
     """With parallel.device=auto decided once, here: a rank whose torch finds another device refuses to train on it."""
     parallel = config.parallel.model_copy(update={"device": device_of(config.parallel)})
     return config.model_copy(update={"parallel": parallel})
+
+
+def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> Threads:
+    """Threads of a trainer rank and of an engine rank, as configured or shared out; they count on CPU only."""
+    parallel = config.parallel
+    engine = None if isinstance(config, SFTConfig) else config.engine
+    shared = share_threads(
+        usable_cores(),
+        trainer_ranks=0 if isinstance(config, EvaluateConfig) else parallel.world_size,
+        engine_ranks=0 if engine is None or engine.urls else engine.count * engine.tensor,
+        at_once=isinstance(config, RLConfig) and config.driver.max_staleness > 0,
+    )
+    return Threads(
+        trainer=parallel.threads or shared.trainer,
+        engine=(engine.threads if engine is not None else None) or shared.engine,
+    )
 
 
 def write_resolved(config: BaseModel, folder: Path) -> Path:

@@ -30,6 +30,7 @@ from collab_megatron.data.build.worker import make_players
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
 from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.data.parquet import read_conversation_files, read_task_files
+from collab_megatron.data.splits import shared_tasks
 from collab_megatron.errors import UserError
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway, user_simulator
@@ -133,7 +134,7 @@ def check_evaluate(
 def check_build(config: BuildDatasetConfig, *, report: Report = print_at_once) -> None:
     """All checks of tools/build_dataset.py, as `check_rl`, but for those of its output folder. Raises UserError."""
     tasks = [problem.task for problem in read_problems(config.problems, config.num_conversations)]
-    gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed)
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed, budget=config.budget)
     make_players(config, gateway)
     report(build_plan(config, tasks, build_calls(config, tasks)))
     asyncio.run(_check_reachable(gateway, this_node()))
@@ -158,7 +159,14 @@ def _check_prompts(config: RLConfig, chat: ChatTemplate, max_context_tokens: int
         if fit.notice:
             print(f"{names}: {fit.notice}", flush=True)
         kept.append(fit.kept)
-    return kept[0], kept[1]
+    train, held_out = kept
+    if shared := shared_tasks((task.single_turn_prompt for task in train), (t.single_turn_prompt for t in held_out)):
+        print(
+            f"warning: {len(shared):,} held-out tasks are trained on too, so held-out figures will be too good: "
+            "tools/prepare_dataset.py keeps the two apart",
+            flush=True,
+        )
+    return train, held_out
 
 
 def max_context_tokens(hf_config: dict[str, Any], engine: EngineSection) -> int:
@@ -172,9 +180,8 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     hf_config = read_hf_config(folder)
     check_layout(hf_config, parallel)
     spec = model_spec(hf_config)
-    if not (
-        folder.parent / MARKER
-    ).is_file():  # else a checkpoint's config and tokenizer: converting checks the weights
+    in_checkpoint = (folder.parent / MARKER).is_file()  # config and tokenizer alone: converting checks the weights
+    if not in_checkpoint:
         check_inventory(tensor_shapes(path, folder), spec, path)
     chat = ChatTemplate(load_tokenizer(folder))
     chat.check_growth(inexact_template)

@@ -237,6 +237,10 @@ class BuildDatasetConfig(Section):
     max_concurrency: Positive = 32  # conversations at a time, per process
     processes: Positive = 1
     system_prompt: str = ""  # put in front of every prompt when not empty
+    budget: BudgetSection = BudgetSection()  # of the whole build, all its processes and restarts
+    # every paid reply, so that an interrupted build asks for nothing twice. path: None is OUTPUT/journal.sqlite. It is
+    # emptied when the build is complete, unless keep_all is set
+    journal: JournalSection = JournalSection()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:

@@ -114,6 +114,7 @@ async def assemble(
                     temperature=rollout.temperature,
                     cut_reply=rollout.cut_reply,
                     cut_penalty=rollout.cut_penalty,
+                    termination_signal=config.simulators.user.termination_signal,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
                 engine=engine,

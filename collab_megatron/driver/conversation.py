@@ -78,6 +78,7 @@ class Limits:
     future_timeout_s: float = 600.0  # deadline of one future
     cut_reply: CutReply = "score"  # what becomes of a conversation whose policy turn is cut or empty
     cut_penalty: float = -1.0  # its reward under `penalty`
+    termination_signal: str = TERMINATION_SIGNAL  # a user turn that holds it is the last
 
     def breaks_off(self, turn: PolicyTurn) -> bool:
         """Whether the conversation ends with `turn`, because nobody could answer it."""
@@ -205,7 +206,7 @@ async def _simulate(
             return RolloutStatus.SIMULATOR_FAILED, str(error)
         history = tuple(state.sampled)
         state.add_user(user_text)
-        if TERMINATION_SIGNAL in user_text:
+        if limits.termination_signal in user_text:
             return RolloutStatus.TERMINATED, ""
         state.context = players.chat.grow(state.context, history, user_text)
         if len(state.context) + limits.max_new_tokens > limits.max_context_tokens:

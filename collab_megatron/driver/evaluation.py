@@ -98,7 +98,9 @@ async def _play(task: Task, seat: TreeSeat, *, simulated: bool, limits: Limits, 
     try:
         if simulated:
             with players.user_clock:
-                task = await with_simulated_opening(task, players.user, sample_index=seat.first_sample)
+                task = await with_simulated_opening(
+                    task, players.user, sample_index=seat.first_sample, signal=limits.termination_signal
+                )
         status = RolloutStatus.ENGINE_FAILED
         reply = await play_once(task, seat, limits=limits, players=players)
     except STOPS_ALL:

@@ -51,6 +51,8 @@ class TreeRecorder:
         self._name = f"shard{shard}"
         self._limit_bytes = None if section.max_mb is None else section.max_mb * 1e6 / shards
         self._said_full = False
+        self._first = self._newest = 0  # steps of the open file, of the whole record; 0: none
+        self._doubtful = 0  # the newest step, where it may not be whole
         folder.mkdir(parents=True, exist_ok=True)
         self._parts = _parts(folder, shard)
         try:

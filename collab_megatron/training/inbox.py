@@ -16,7 +16,14 @@ import torch.distributed as dist
 
 from collab_megatron.actor.grid import RankGrid
 from collab_megatron.driver.protocol import Delivery, DriverClient, DriverHasNoEngine
-from collab_megatron.errors import BudgetSpent, EvaluationFailed, Interrupted, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.errors import (
+    BudgetSpent,
+    EvaluationFailed,
+    Interrupted,
+    NoEngineLeft,
+    RunError,
+    SimulatorSick,
+)
 from collab_megatron.training.interrupt import Interrupt
 from collab_megatron.types import RolloutBatch
 
@@ -29,8 +36,8 @@ KINDS: dict[bytes, type[RunError]] = {
     b"\x01": NoEngineLeft,
     b"\x02": BudgetSpent,
     b"\x03": SimulatorSick,
-    b"\x04": EvaluationFailed,
-    b"\x05": Interrupted,
+    b"\x04": Interrupted,
+    b"\x05": EvaluationFailed,
     FAILED: RunError,
 }
 """What rank 0 met, for the others to raise; the first that fits."""

@@ -40,6 +40,9 @@ def update(
     step and is counted: its weights and its place in the schedule stay.
     """
     if not batch.samples:
+        for phase in ("logprobs", "update"):
+            with timer(phase):
+                pass  # the dashboard has both at every step
         idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "lr": actor.lr}
         return {f"train/{name}": value for name, value in idle.items()}
     parts = mini_batches(batch.samples, algorithm.mini_batches)

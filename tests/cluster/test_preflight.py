@@ -69,10 +69,11 @@ def refusal(config: RLConfig, node: Node | None = None) -> str:
     return sentences[0]
 
 
-def test_a_sound_config_passes(load: Load) -> None:
+def test_a_sound_config_passes(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     start = check_rl(load())
     assert start.first_step == 0
     assert start.max_context_tokens > 64
+    assert "warning: 1 held-out tasks are trained on too" in capsys.readouterr().out
 
 
 def test_checkpoints_of_this_run_and_of_another(load: Load, tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'steps'?"),
         ("simulators.judge.modle=x", "did you mean 'model'?"),
         ("qqq=1", "known keys here: algorithm, budget, data"),
+        ("rollout.top_p=0.9", "cut distribution, whose log-probs the trainer cannot compute: leave top_p=1"),
+        ("rollout.top_k=50", "top_k=50 would sample from a cut distribution"),
+        ("rollout.temperature=0", "greater than or equal to 0.01"),
         ("train.steps=0", "'train.steps': input should be greater than 0 (got 0)"),
         ("train.steps", "is not of the form section.key=value"),
         ("train.steps.x=1", "should be a valid integer"),
@@ -77,7 +80,6 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("train.eval_interval=5", "data.validation is not"),
         ("data.train=[]", "name at least one file"),
         ("data.train=[a, a]", "names the file a twice"),
-        ("rollout.temperature=0.7", "'rollout.temperature': input should be"),
         ("engine.url=x", "did you mean 'urls'?"),
         ("train.stride=3", "known keys here: "),  # a word that is only a little like `steps`
         ("engine={urls: [http://a:1], count: 2}", "set one of the two only"),

@@ -139,12 +139,22 @@ def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
             for future in reply["futures"]:
                 assert set(future["scores"]) == {"accuracy", "interactivity", "token_amount"}
                 assert future["status"] in ("terminated", "max_turns", "truncated")
-    assert any(future["messages"] for tree in trees for reply in tree["replies"] for future in reply["futures"])
+    futures = [future for tree in trees for reply in tree["replies"] for future in reply["futures"]]
+    assert any(future["messages"] for future in futures)
+    for future in futures:
+        said = [message["content"] for message in future["messages"] if message["role"] == "assistant"]
+        assert [turn["text"] for turn in future["turns"]] == said
+        assert all(len(turn["token_ids"]) == len(turn["logprobs"]) > 0 for turn in future["turns"])
+        asked = [call for call in future["calls"] if call["role"] == "user"]
+        assert len(asked) == sum(message["role"] == "user" for message in future["messages"])
+        (judged,) = (call for call in future["calls"] if call["metric"] == "interactivity")
+        assert set(judged["marks"]) == {"understanding", "clarification", "suggestion"}
+        assert all(call["begin_s"] <= call["end_s"] and call["prompt_tokens"] > 0 for call in future["calls"])
 
 
 def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]) -> None:
     run_dir, ended = short_demo
-    assert "transformers and the engine generate the same ids for all 4 prompts" in ended.output
+    assert "transformers and the engine agree on all 4 prompts" in ended.output
     probe = json.loads((run_dir / "engine_probe" / "rl.json").read_text())
     assert probe["weight_version"] == "3"
     assert (run_dir / "hf" / "model.safetensors").exists()

@@ -57,18 +57,16 @@ def check_no_samples(folder: Path, grid: RankGrid) -> None:
     actor = Actor.build(folder, dtype="float32", grid=grid, optimizer=OPTIMIZER, total_steps=STEPS)
     before, lr = weights(actor), actor.lr
     sample = TrainingSample((1, 2), (3, 4), (-0.5, -0.25), (0, 0), 1.0)
-    found = [
-        update(
-            actor,
-            None,
-            RolloutBatch(0, samples, {}),
-            algorithm=AlgorithmSection(mini_batches=2),
-            train=TrainSection(),
-            timer=PhaseTimer(),
-            skipped=SkippedSteps(3),
+    timer, phases = PhaseTimer(), []
+    found = []
+    for samples in ((), (sample,)):
+        batch, algorithm = RolloutBatch(0, samples, {}), AlgorithmSection(mini_batches=2)
+        skipped = SkippedSteps(3)
+        found.append(
+            update(actor, None, batch, algorithm=algorithm, train=TrainSection(), timer=timer, skipped=skipped)
         )
-        for samples in ((), (sample,))
-    ]
+        phases.append(set(timer.drain()))
+    assert phases[0] == phases[1]
     assert [figures["train/steps_without_samples"] for figures in found] == [1, 0]
     assert [figures["train/tokens"] for figures in found] == [0, 4]
     assert [figures["train/lr"] for figures in found] == [lr, lr]

@@ -61,6 +61,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     "convert": {"actor.grid": "a type: the exporter is given the rank grid"},
     "data.build": {
         "config.entry": "build_dataset has a config of its own",
+        "journal": "an interrupted build asks for nothing twice",
         "rewards": "the branches of a grown conversation are scored",
         "simulators": "conversations are grown with simulated users",
     },

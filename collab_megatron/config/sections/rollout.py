@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from collab_megatron.config.sections.base import Count, Positive, Seconds, Section
 
@@ -33,13 +33,30 @@ class RolloutSection(Section):
         "</think>",
     )
     max_prompt_tokens: Positive = 8192  # longer prompts are left out and counted
-    temperature: float = Field(default=1.0, ge=1.0, le=1.0)  # the trainer's log-probs are of the unscaled distribution
+    # of the sampling. The trainer divides its logits by the same number: log-probs, KL and entropy are of the
+    # distribution that is sampled from. Evaluation has its own. Servers in engine.urls must not have been started with
+    # SGLANG_RETURN_ORIGINAL_LOGPROB=1 where this is not 1
+    temperature: float = Field(default=1.0, ge=0.01)
+    # 1 and -1 (all tokens) only: a cut distribution gives no probability to tokens that the trainer's gives some, and
+    # engines report log-probs of the uncut one
+    top_p: float = 1.0
+    top_k: int = -1
     # what to do where growing a chat by token ids differs from rendering it whole (a template that removes the thinking
     # of earlier turns, or white space). refuse: say so and stop; as_sampled: keep growing: the policy sees its turns
     # as it sampled them; rendered: the context of every turn after the trained reply is rendered anew by the template
     inexact_template: Literal["refuse", "as_sampled", "rendered"] = "refuse"
     min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
     step_timeout_s: Seconds = 1800.0  # deadline of one step's rollouts
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> Self:
+        """The trainer's log-probs cannot follow a distribution that is cut."""
+        if (self.top_p, self.top_k) != (1.0, -1):
+            raise ValueError(
+                f"top_p={self.top_p:g} and top_k={self.top_k} would sample from a cut distribution, whose "
+                "log-probs the trainer cannot compute: leave top_p=1 and top_k=-1, and lower rollout.temperature"
+            )
+        return self
 
 
 class DriverSection(Section):

@@ -104,6 +104,8 @@ class ParallelSection(Section):
     expert: Positive = 1  # ranks that share the experts of a mixture-of-experts model; divides tensor * context * data
     data: Positive = 1  # replicas
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # CPU threads of each rank. None: all cores while engines wait; shared with them where driver.max_staleness > 0
+    threads: Positive | None = None
     sequence_parallel: bool = False  # split norms and residuals over the tensor-parallel ranks too
     collective_timeout_s: Seconds = 300.0  # deadline of every collective between trainer ranks
 
