@@ -223,7 +223,7 @@ def _user_turns(simulators: SimulatorsSection, lengths: Lengths, chats: Sequence
 
 
 def _judge_prompt(metric: str, section: LLMSection, reward: RewardSection) -> tuple[str, Path | None]:
-    """The shipped prompt's name, and the file in its place; as rewards/configured.py and rewards/interactivity.py choose."""
+    """The shipped prompt's name, and the file in its place, as rewards/configured.py chooses them."""
     own = section.prompt_file if metric in reward.judges else None
     if metric == "accuracy":
         return "judge_accuracy", own or reward.accuracy_prompt_file

@@ -143,7 +143,8 @@ class RLConfig(Section):
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         _check_metrics(self.reward, self.simulators)
-        _check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
+        if self.train.epochs is None:
+            _check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
         _check_packing(self.parallel, self.train)
         _check_engine(self.engine)
         _check_transport(self.engine, self.sync)
@@ -174,7 +175,8 @@ class SFTConfig(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
-        _check_schedule(self.optimizer, self.train.steps)
+        if self.train.epochs is None:
+            _check_schedule(self.optimizer, self.train.steps)
         _check_packing(self.parallel, self.train)
         if self.train.eval_interval and self.data.validation is None:
             raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
@@ -235,6 +237,10 @@ class BuildDatasetConfig(Section):
     max_concurrency: Positive = 32  # conversations at a time, per process
     processes: Positive = 1
     system_prompt: str = ""  # put in front of every prompt when not empty
+    budget: BudgetSection = BudgetSection()  # of the whole build, all its processes and restarts
+    # every paid reply, so that an interrupted build asks for nothing twice. path: None is OUTPUT/journal.sqlite. It is
+    # emptied when the build is complete, unless keep_all is set
+    journal: JournalSection = JournalSection()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:

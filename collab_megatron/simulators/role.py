@@ -24,7 +24,7 @@ from collab_megatron.simulators.answer import Answer, Observer, find_problem, sh
 from collab_megatron.simulators.deployments import Deployment, Deployments, NoTurn
 from collab_megatron.simulators.failure import Failure, SimulatorError, classify, timed_out
 from collab_megatron.simulators.litellm_api import ApiReply, LiteLLMApi, Request
-from collab_megatron.simulators.parsing import thought_and_marks
+from collab_megatron.simulators.parsing import read_for_record
 from collab_megatron.simulators.recorded import Recorded
 from collab_megatron.simulators.usage import RoleUsage
 from collab_megatron.slots import Slots
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+WARMER = 0.5
+"""Least temperature once a reply could not be used: a greedy judge would give the same words again."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ class Role:
         while attempt < section.max_attempts and spent_s < section.deadline_s:
             attempt += 1
             seed = request_seed(self._seed, sample_index, wire, malformed + len(replies))
-            request = self._request(wire, n - len(replies), seed, json_reply, schema)
+            temperature = max(section.temperature, WARMER) if malformed else section.temperature
+            request = self._request(wire, n - len(replies), seed, temperature, json_reply, schema)
             key = None if self._recorded is None else self._recorded.key(request, sample_index)
             result: Answer | Failed | None = self._replay(key)
             if result is None:
@@ -159,7 +162,7 @@ class Role:
         error: str = "",
     ) -> CallRecord:
         """What is recorded of a call that ends now."""
-        thought, marks = thought_and_marks(text) if json_reply else ("", {})
+        thought, marks, rest = read_for_record(text) if json_reply else ("", {}, text)
         return CallRecord(
             role=self.name,
             model=self.section.model,
@@ -174,16 +177,22 @@ class Role:
             cost_usd=sum(answer.reply.cost_usd for answer in answers),
             thought=thought,
             marks=marks,
-            text="" if json_reply else text,
+            text=rest,
             error=error,
         )
 
     def _request(
-        self, wire: Sequence[Mapping[str, str]], n: int, seed: int, json_reply: bool, schema: Mapping[str, Any] | None
+        self,
+        wire: Sequence[Mapping[str, str]],
+        n: int,
+        seed: int,
+        temperature: float,
+        json_reply: bool,
+        schema: Mapping[str, Any] | None,
     ) -> Request:
         section = self.section
         wanted = schema if json_reply and section.json_schema else None
-        return Request(wire, section.temperature, section.max_tokens, n, seed, json_reply, wanted, section.extra)
+        return Request(wire, temperature, section.max_tokens, n, seed, json_reply, wanted, section.extra)
 
     def _replay(self, key: bytes | None) -> Answer | None:
         """What the journal has: it takes no slot and costs nothing."""

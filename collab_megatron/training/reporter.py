@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from collab_megatron.files import publish_text
 from collab_megatron.monitor.dashboard import Dashboard
 from collab_megatron.monitor.progress import Progress
 from collab_megatron.resharding.publisher import SyncReport
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -25,6 +28,7 @@ class Reporter:
         self._dashboard.text("config", dump_config(config))
         self._progress = Progress(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._since = time.monotonic()
+        self._failed_evaluations = 0
 
     def step(
         self,
@@ -54,7 +58,8 @@ class Reporter:
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Held-out figures of the weights after `step` steps."""
         self._progress.pause(figures.get("wall_s", 0.0))
-        self._dashboard.log(step, {f"eval/{name}": value for name, value in figures.items()})
+        named = {f"eval/{name}": value for name, value in figures.items()}
+        self._dashboard.log(step, {**named, "eval/failed": self._failed_evaluations})
         append_evaluation(self._evaluations, step, figures)
         shown = ", ".join(
             f"{name} {figures[name]:.3f}"
@@ -62,6 +67,12 @@ class Reporter:
             if name in figures
         )
         print(f"held-out after step {step}: {shown} ({int(figures['conversations'])} conversations)", flush=True)
+
+    def evaluation_failed(self, step: int, why: str) -> None:
+        """The weights after `step` steps have no held-out figures; training goes on."""
+        self._failed_evaluations += 1
+        self._dashboard.log(step, {"eval/failed": self._failed_evaluations})
+        logger.warning("the evaluation after step %d failed, training goes on: %s", step, why)
 
     def close(self) -> None:
         self._dashboard.close()

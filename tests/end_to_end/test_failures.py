@@ -104,10 +104,14 @@ def test_a_killed_driver_comes_again_and_the_run_ends_well(
 def test_a_term_signal_ends_everything(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
 ) -> None:
-    running = start(rl_command(tmp_path / "run", "train.steps=500"))
+    running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0"))
     running.wait_until("rl 1/500")
     running.send(signal.SIGTERM)
-    assert running.end().code == 130
+    ended = running.end()
+    assert ended.code == 130
+    newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
+    assert newest is not None, ended.output[-3000:]
+    assert f"is saved: {newest}; run.resume=true goes on" in ended.output
 
 
 def test_simulators_that_go_away_end_the_run(
@@ -121,11 +125,15 @@ def test_simulators_that_go_away_end_the_run(
         overrides = [
             f"simulators.{role}.{key}" for role in ("user", "judge") for key in (f"api_base={base}", "deadline_s=2")
         ]
-        running = start(rl_command(tmp_path / "run", "train.steps=500", *overrides))
+        running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", *overrides))
         running.wait_until("rl 1/500")
         endpoint.kill()
         ended = running.end()
     assert ended.code == 1
+    # no save was due: it is the end of the run that saved, on both ranks
+    newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
+    assert newest is not None
+    assert f"is saved: {newest}; run.resume=true goes on" in ended.output
     assert "had to be dropped" in ended.errors[-1]
     assert "simulator" in ended.errors[-1] or "user" in ended.errors[-1]
 

@@ -137,7 +137,17 @@ def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
             for future in reply["futures"]:
                 assert set(future["scores"]) == {"accuracy", "interactivity", "token_amount"}
                 assert future["status"] in ("terminated", "max_turns", "truncated")
-    assert any(future["messages"] for tree in trees for reply in tree["replies"] for future in reply["futures"])
+    futures = [future for tree in trees for reply in tree["replies"] for future in reply["futures"]]
+    assert any(future["messages"] for future in futures)
+    for future in futures:
+        said = [message["content"] for message in future["messages"] if message["role"] == "assistant"]
+        assert [turn["text"] for turn in future["turns"]] == said
+        assert all(len(turn["token_ids"]) == len(turn["logprobs"]) > 0 for turn in future["turns"])
+        asked = [call for call in future["calls"] if call["role"] == "user"]
+        assert len(asked) == sum(message["role"] == "user" for message in future["messages"])
+        (judged,) = (call for call in future["calls"] if call["metric"] == "interactivity")
+        assert set(judged["marks"]) == {"understanding", "clarification", "suggestion"}
+        assert all(call["begin_s"] <= call["end_s"] and call["prompt_tokens"] > 0 for call in future["calls"])
 
 
 def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]) -> None:
@@ -168,7 +178,7 @@ def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
 
     folder = tmp_path / "evaluations" / "evaluate-rl"
     figures = json.loads((folder / f"{model.name}.json").read_text())
-    (*_, own) = map(json.loads, (run_dir / "evaluations.jsonl").read_text().splitlines())
+    (*_, own) = map(json.loads, (run_dir / "evaluations" / "rl.jsonl").read_text().splitlines())
     assert own["step"] == 3
     for name in ("accuracy", "interactivity", "token_amount", "mr", "clarify_rate", "conversations"):
         assert figures[name] == pytest.approx(own[name]), name
@@ -220,7 +230,10 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     again = run(*rl_command(tmp_path, "train.steps=2"))
     assert again.code == 2
     assert "run.resume=true" in again.errors[0]
-    resumed = run(*rl_command(tmp_path, "train.steps=4", "run.resume=true"))
+    other = run(*rl_command(tmp_path, "train.steps=4", "run.resume=auto", "algorithm.kl_coef=0.5"))
+    assert other.code == 2
+    assert "algorithm.kl_coef: 0.005 -> 0.5" in other.errors[0]
+    resumed = run(*rl_command(tmp_path, "train.steps=4", "run.resume=auto"))
     assert resumed.code == 0, resumed.output[-4000:]
     assert "rl 3/4" in resumed.output
     assert "rl 2/4" not in resumed.output

@@ -19,6 +19,7 @@ from collab_megatron.batching.micro_batch import MicroBatch, split_by_tokens
 from collab_megatron.config.sections import AlgorithmSection, ParallelSection, TrainSection
 from collab_megatron.monitor.timers import PhaseTimer
 from collab_megatron.training.rl_step import update
+from collab_megatron.training.skipped import SkippedSteps
 from collab_megatron.types import RolloutBatch, TrainingSample
 from tests.parallel.plain import OPTIMIZER, STEPS, loss_fn
 from tests.parallel.tiny import make_samples
@@ -56,17 +57,13 @@ def check_no_samples(folder: Path, grid: RankGrid) -> None:
     actor = Actor.build(folder, dtype="float32", grid=grid, optimizer=OPTIMIZER, total_steps=STEPS)
     before, lr = weights(actor), actor.lr
     sample = TrainingSample((1, 2), (3, 4), (-0.5, -0.25), (0, 0), 1.0)
-    found = [
-        update(
-            actor,
-            None,
-            RolloutBatch(0, samples, {}),
-            algorithm=AlgorithmSection(mini_batches=2),
-            train=TrainSection(),
-            timer=PhaseTimer(),
-        )
-        for samples in ((), (sample,))
-    ]
+    timer, phases = PhaseTimer(), []
+    found = []
+    for samples in ((), (sample,)):
+        batch, algorithm = RolloutBatch(0, samples, {}), AlgorithmSection(mini_batches=2)
+        found.append(update(actor, None, batch, algorithm=algorithm, train=TrainSection(), timer=timer, skipped=SkippedSteps(3)))
+        phases.append(set(timer.drain()))
+    assert phases[0] == phases[1]
     assert [figures["train/steps_without_samples"] for figures in found] == [1, 0]
     assert [figures["train/tokens"] for figures in found] == [0, 4]
     assert [figures["train/lr"] for figures in found] == [lr, lr]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from collab_megatron.cluster.plan import rl_plan
+from collab_megatron.cluster.cost import Lengths, step_calls
 from collab_megatron.config import RLConfig, dump_config, load_config
 from collab_megatron.config.entry import llm_roles, shipped_judges
 from collab_megatron.config.sections import BudgetSection, LLMSection, SimulatorsSection, UserSection
@@ -163,9 +163,10 @@ def test_the_plan_and_the_lineage_know_the_judges(tmp_path: Path, tiny_model: Pa
         return load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", [*sound, *overrides])
 
     own = "reward.judges.interactivity={model: own-judge}"
-    plan = rl_plan(load(own, "reward.accuracy_verifier=judge"))
-    assert "per step to own-judge" in plan
-    assert "per step to hosted_vllm/desk-judge" in plan
+    config = load(own, "reward.accuracy_verifier=judge")
+    asked = {item.place: item.section.model for item in step_calls(config, Lengths())}
+    assert asked["reward.judges.interactivity"] == "own-judge"
+    assert asked["simulators.judge"] == "hosted_vllm/desk-judge"
     assert set(shipped_judges(load().reward, load().simulators)) == {"interactivity"}
     names = [
         lineage_of(load(*more))
@@ -202,6 +203,21 @@ def test_extra_arguments_reach_the_provider_and_the_journals_key(tmp_path: Path)
     assert len({none, some, other}) == 3
     assert [body.get("top_p") for body in bodies] == [None, 0.9, 0.8]
     assert bodies[1]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_a_greedy_judge_that_gave_no_usable_reply_is_asked_again_warmer() -> None:
+    temperatures: list[float] = []
+
+    def answer(body: dict[str, Any]) -> str:
+        temperatures.append(body["temperature"])
+        return "no JSON" if body["temperature"] == 0 else "7"
+
+    with MisbehavingEndpoint(answer) as endpoint:
+        config = config_for(endpoint.url, temperature=0.0)
+        (reply,), usage = use_role(config, lambda role: role.complete(HELLO, check=int))
+    assert reply.text == "7"
+    assert temperatures == [0, 0.5]
+    assert usage.unreadable == 1
 
 
 SECRET = "sk-abcdefghijklmnopqrstuvwxyz0123456789"
