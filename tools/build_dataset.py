@@ -3,8 +3,9 @@
     python tools/build_dataset.py conf/build.yaml [section.key=value ...] [--dry-run]
 
 Writes conversations-*.jsonl (flat CollabLLM rows) into the config's `output` folder; tools/prepare_dataset.py reads it.
-Interrupted builds go on with the same command; conversations that are finished are never made twice. Exit code 2 for a
-mistake in config or data, 1 if the build broke off.
+Interrupted builds go on with the same command: conversations that are finished are never made twice, and of the others
+nothing that was paid for is asked for again (`journal`). Exit code 2 for a mistake in config or data, 1 if the build
+broke off, 3 if it spent its `budget`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from collab_megatron.cluster.preflight import check_build
 from collab_megatron.config import BuildDatasetConfig, dump_config, load_config
 from collab_megatron.data.build.processes import Progress, build_dataset
-from collab_megatron.errors import RunError, run_cli
+from collab_megatron.errors import BudgetSpent, RunError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import API_USAGE_FILE, GatewaySnapshot
@@ -30,8 +31,12 @@ class Display:
 
     def __init__(self) -> None:
         self._shown_at = 0.0
+        self._warned = False
 
     def show(self, progress: Progress) -> None:
+        if progress.tally.warning and not self._warned:
+            self._warned = True
+            print(progress.tally.warning, file=sys.stderr, flush=True)
         if sys.stdout.isatty():
             print(f"\r\x1b[K{progress.line()}", end="", flush=True)
         elif time.monotonic() - self._shown_at >= QUIET_S:
@@ -48,8 +53,9 @@ class Display:
         )
         for role, usage in tally.usage.items():
             print(
-                f"  {role}: {usage.calls} calls, {usage.retries} retries, {usage.failures} failed, "
-                f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, ${usage.cost_usd:.4f}"
+                f"  {role}: {usage.calls} calls, {usage.replayed} answers from the journal, {usage.retries} retries, "
+                f"{usage.failures} failed, {usage.prompt_tokens} + {usage.completion_tokens} tokens, "
+                f"${usage.cost_usd:.4f}"
             )
         print(f"  all: {progress.calls} calls, ${progress.cost_usd:.4f}", flush=True)
 
@@ -71,6 +77,8 @@ def main() -> None:
     progress = build_dataset(config, display.show)
     display.finish(progress)
     publish_json(config.output / API_USAGE_FILE, GatewaySnapshot(progress.tally.usage).metrics())
+    if progress.tally.spent and not progress.complete:
+        raise BudgetSpent(progress.tally.spent)
     if progress.tally.done == 0 and progress.before < progress.total:
         raise RunError(f"no conversation was finished; last error: {progress.tally.last_error}")
 

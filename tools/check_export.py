@@ -1,6 +1,6 @@
 """Proves an export: plain transformers must generate, greedily, the ids that the engine did under the final weights.
 
-python tools/check_export.py --hf runs/demo/hf --probe runs/demo/engine_probe.json
+python tools/check_export.py --hf runs/demo/hf --probe runs/demo/engine_probe/rl.json
 """
 
 from __future__ import annotations

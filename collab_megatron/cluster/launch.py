@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -23,6 +24,8 @@ from collab_megatron.config.sections import ParallelSection
 from collab_megatron.engine.roster import RosterFolder
 from collab_megatron.engine.server_args import EngineCommand, engine_command
 
+C = TypeVar("C", RLConfig, SFTConfig)
+
 DRIVER_END_S = 60.0
 
 
@@ -33,7 +36,7 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
         tempfile.TemporaryDirectory(prefix="collab_megatron_") as scratch,
     ):
         files = Path(scratch)
-        resolved = write_resolved(config, config.run.logs_dir)
+        resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
         fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config))
         drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver")
         drivers.start(start.first_step)
@@ -61,7 +64,7 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
 def launch_sft(config: SFTConfig) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
     with Supervisor(config.run.logs_dir) as supervisor:
-        resolved = write_resolved(config, config.run.logs_dir)
+        resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
         supervisor.wait_for(start_trainers(supervisor, "collab_megatron.train_sft", resolved, config.parallel, []))
 
 
@@ -110,8 +113,9 @@ def start_trainers(
     port = free_port()
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
+    device = device_of(parallel)
     return [
-        supervisor.start(f"trainer-{rank}", argv, _rank_env(rank, world, port, device_of(parallel)), show=rank == 0)
+        supervisor.start(f"trainer-{rank}", argv, _rank_env(rank, world, port, device), show=rank == 0, saves=True)
         for rank in range(world)
     ]
 
@@ -128,6 +132,12 @@ def _rank_env(rank: int, world: int, port: int, device: str) -> Mapping[str, str
     if device == "cpu":  # ranks share the cores with the engines: one thread each, and none that spins
         env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return env
+
+
+def on_chosen_device(config: C) -> C:
+    """With parallel.device=auto decided once, here: a rank whose torch finds another device refuses to train on it."""
+    parallel = config.parallel.model_copy(update={"device": device_of(config.parallel)})
+    return config.model_copy(update={"parallel": parallel})
 
 
 def write_resolved(config: BaseModel, folder: Path) -> Path:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.checkpoint.folders import named_checkpoint, newest_complete, read_info
+from collab_megatron.checkpoint.origin import decisive_differences
 from collab_megatron.cluster.cautions import warn_of_config, warn_of_memory
 from collab_megatron.cluster.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
 from collab_megatron.cluster.node import Node, this_node
@@ -18,7 +19,7 @@ from collab_megatron.cluster.plan import build_plan, evaluate_plan, rl_plan, sft
 from collab_megatron.cluster.processes import port_in_use
 from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
 from collab_megatron.config.entry import llm_roles
-from collab_megatron.config.sections import EngineSection, ParallelSection, RunSection
+from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.convert.inventory import check_inventory, tensor_shapes
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
@@ -85,7 +86,7 @@ def check_rl(
     )
     report(rl_plan(config, model.spec, node=here, calls=calls))
     warn_of_config(config, model.spec, here)
-    first_step = _check_run(config.run, config.train.steps)
+    first_step = _check_run(config)
     _check_trainer_devices(config.parallel, config.engine, here)
     _check_machine(config, model.hf_config, here)
     asyncio.run(_check_reachable(gateway, here))
@@ -103,7 +104,7 @@ def check_sft(
     read_conversation_files(config.data.validation_files)
     report(sft_plan(config, model.spec, node=here))
     warn_of_memory(config, model.spec, here)
-    _check_run(config.run, config.train.steps)
+    _check_run(config)
     _check_trainer_devices(config.parallel, None, here)
     if here.here:
         _check_disk(config.run.dir, model.hf_config, config.model.dtype)
@@ -133,7 +134,7 @@ def check_evaluate(
 def check_build(config: BuildDatasetConfig, *, report: Report = print_at_once) -> None:
     """All checks of tools/build_dataset.py, as `check_rl`, but for those of its output folder. Raises UserError."""
     tasks = [problem.task for problem in read_problems(config.problems, config.num_conversations)]
-    gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed)
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed, budget=config.budget)
     make_players(config, gateway)
     report(build_plan(config, tasks, build_calls(config, tasks)))
     asyncio.run(_check_reachable(gateway, this_node()))
@@ -185,20 +186,35 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     return _Model(folder, hf_config, spec, chat)
 
 
-def _check_run(run: RunSection, steps: int) -> int:
-    """The first step to run. A fresh run must not write over an earlier one's checkpoints."""
+def _check_run(config: RLConfig | SFTConfig) -> int:
+    """The first step to run. A fresh run must not write over an earlier one's checkpoints, nor go on with another's."""
+    run, steps = config.run, config.train.steps
     newest = newest_complete(run.checkpoints_dir)
     if newest is None:
+        if run.init_from is not None:
+            named_checkpoint(run.init_from)
         return 0
     if not run.resume:
         raise UserError(
             f"{run.checkpoints_dir} holds checkpoints of an earlier run: set run.resume=true to go on from "
             f"{newest.name}, or choose another run.dir"
         )
-    done = read_info(newest).step
-    if done >= steps:
-        raise UserError(f"{newest} has already done {done} of {steps} steps: raise train.steps to go on")
-    return done
+    if run.init_from is not None and run.resume != "auto":  # auto: a requeued job comes with what it was started with
+        raise UserError(
+            f"run.init_from={run.init_from} is where a new run begins, but run.resume=true goes on from {newest}: "
+            "leave run.init_from out, or choose another run.dir or run.name"
+        )
+    info = read_info(newest)
+    other = decisive_differences(info.extra, config.model_dump(mode="json")) if run.resume == "auto" else []
+    if other:
+        more = f", and {len(other) - 1} more" if len(other) > 1 else ""
+        raise UserError(
+            f"{run.checkpoints_dir} holds checkpoints of another config ({other[0]}{more}), and run.resume=auto goes "
+            "on with the same only: choose another run.dir or run.name, or set run.resume=true to go on with this one"
+        )
+    if info.step >= steps:
+        raise UserError(f"{newest} has already done {info.step} of {steps} steps: raise train.steps to go on")
+    return info.step
 
 
 def check_placement(config: RLConfig, device: str) -> None:
@@ -243,7 +259,7 @@ def _check_gpus(parallel: ParallelSection, needed: int, node: Node) -> None:
         there = f"{node.gpus} are visible" if node.here else f"--gpus names {node.gpus}"
         raise UserError(
             f"this layout needs {needed} GPUs on the node, {there}: lower parallel.tensor, parallel.data, engine.count "
-            "or engine.tensor"
+            "or engine.tensor, or set parallel.device=cpu to train on the CPU"
         )
 
 
@@ -270,8 +286,7 @@ def _check_engine(engine: EngineSection) -> None:
 
 def _check_players(config: RLConfig | EvaluateConfig) -> Gateway:
     """Metrics, their modules, prompt files, keys and prices; nobody is asked anything."""
-    budget = config.budget if isinstance(config, RLConfig) else None
-    gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=budget)
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=config.budget)
     configured_scorer(config.reward, config.simulators, gateway)
     user_simulator(config.simulators, gateway)
     return gateway

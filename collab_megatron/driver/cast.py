@@ -74,8 +74,9 @@ async def assemble(
         config.run.seed,
         journal=journal,
         observer=health,
-        budget=config.budget if isinstance(config, RLConfig) else None,
+        budget=config.budget,
         shards=shards,
+        go_on="set run.resume=true" if driver else "start the evaluation again",
     )
     slots = Slots(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
@@ -90,7 +91,7 @@ async def assemble(
         wait_for_engines=driver is not None,
     ) as engine:
         engine.use(engine_urls, None)
-        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness)
+        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness if driver else None)
         gc.collect()
         gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
         gc.set_threshold(*GC_THRESHOLDS)

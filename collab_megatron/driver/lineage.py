@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +23,10 @@ from collab_megatron import __version__
 from collab_megatron.config.entry import EvaluateConfig, RLConfig
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.errors import UserError
+from collab_megatron.files import contents, short_hash
 from collab_megatron.rewards.modules import module_sources
+from collab_megatron.simulators.templates import prompts_by_content, shipped_prompts
 
-CHUNK_BYTES = 16 * 2**20
-MOST_THREADS = 8
 SAMPLES = 64  # of a weight file, evenly spaced
 SAMPLE_BYTES = 4096
 WEIGHTS = (".safetensors", ".bin", ".pt")
@@ -58,7 +55,7 @@ LLM_FREE = frozenset(
 
 def lineage_of(config: RLConfig | EvaluateConfig) -> str:
     """The name. Raises UserError for a model or a file that cannot be read."""
-    raw = _prompts_by_content(config.model_dump(mode="json"))
+    raw = prompts_by_content(config.model_dump(mode="json"))
     decides = {section: _less(values, FREE.get(section)) for section, values in raw.items() if section not in APART}
     decides["simulators"] = _llm(decides["simulators"])
     decides["reward"]["judges"] = _llm(decides["reward"].get("judges", {}))
@@ -74,25 +71,7 @@ def lineage_of(config: RLConfig | EvaluateConfig) -> str:
         contents(source) for module in config.reward.metric_modules for source in module_sources(module)
     ]
     decides["version"] = __version__
-    return _short_hash(json.dumps(decides, sort_keys=True).encode())
-
-
-def contents(file: Path) -> str:
-    """A hash of a whole file, read in chunks on several threads. Raises UserError if it cannot be read."""
-    try:
-        with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-
-            def chunk(offset: int) -> bytes:
-                return hashlib.sha256(os.pread(opened.fileno(), CHUNK_BYTES, offset)).digest()
-
-            offsets = range(0, size, CHUNK_BYTES)
-            if len(offsets) <= 1:
-                return _short_hash(b"".join(map(chunk, offsets)))
-            with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-                return _short_hash(b"".join(pool.map(chunk, offsets)))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    return short_hash(json.dumps(decides, sort_keys=True).encode())
 
 
 def model_fingerprint(folder: Path) -> dict[str, str]:
@@ -127,23 +106,3 @@ def _llm(node: Any) -> Any:
     if isinstance(node, Mapping):
         return {key: _llm(value) for key, value in node.items() if key not in LLM_FREE}
     return [_llm(value) for value in node] if isinstance(node, list) else node
-
-
-def shipped_prompts() -> list[Path]:
-    """All of them: which of them a config uses, its other settings decide."""
-    folder = Path(str(resources.files("collab_megatron.simulators"))) / "prompts"
-    return sorted(folder.glob("*.txt"))
-
-
-def _prompts_by_content(node: Any) -> Any:
-    """`node` with the text's hash in place of the path of every `...prompt_file`."""
-    if isinstance(node, Mapping):
-        return {
-            key: contents(Path(value)) if key.endswith("prompt_file") and value else _prompts_by_content(value)
-            for key, value in node.items()
-        }
-    return [_prompts_by_content(value) for value in node] if isinstance(node, list) else node
-
-
-def _short_hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -102,3 +102,17 @@ def checkpoint(connection: sqlite3.Connection) -> None:
         connection.execute(f"PRAGMA busy_timeout = {RESTART_WAIT_S * 1000:.0f}")
         connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
         connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
+
+
+def empty(path: Path) -> None:
+    """Remove all rows but what was spent, and give their space back. For a journal that nobody else writes to.
+
+    Raises UserError or RunError as `connect` does, RunError where the disk refuses.
+    """
+    with closing(connect(path)) as connection:
+        try:
+            for table in STEP_TABLES:
+                connection.execute(f"DELETE FROM {table}")
+            connection.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
+        except sqlite3.Error as error:
+            raise explain(error, path) from None

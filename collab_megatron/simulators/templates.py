@@ -7,12 +7,14 @@ A literal dollar in a template is written `$$`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from collab_megatron.errors import UserError
+from collab_megatron.files import contents
 from collab_megatron.types import Message
 
 BLOCK_ENDS = ("</chat>", "</request>", "</reference>")
@@ -51,6 +53,22 @@ def load_template(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_file {prompt_file} cannot be read: {error}") from None
     return PromptTemplate(text, required=required, optional=optional, source=str(prompt_file))
+
+
+def shipped_prompts() -> list[Path]:
+    """All of them: which of them a config uses, its other settings decide."""
+    folder = Path(str(resources.files("collab_megatron.simulators"))) / "prompts"
+    return sorted(folder.glob("*.txt"))
+
+
+def prompts_by_content(node: Any) -> Any:
+    """`node` with the text's hash in place of the path of every `...prompt_file`."""
+    if isinstance(node, Mapping):
+        return {
+            key: contents(Path(value)) if key.endswith("prompt_file") and value else prompts_by_content(value)
+            for key, value in node.items()
+        }
+    return [prompts_by_content(value) for value in node] if isinstance(node, list) else node
 
 
 def chat_lines(chat: Sequence[Message]) -> str:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from collab_megatron.config import RLConfig
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.engine.control import EngineControl
+from collab_megatron.files import publish_text
 from collab_megatron.types import RolloutBatch
 
 NUM_PROMPTS = 16
-
-
-def probe_path(run_dir: Path) -> Path:
-    return run_dir / "engine_probe.json"
 
 
 def write_engine_probe(config: RLConfig, engine: EngineControl, batch: RolloutBatch) -> None:
@@ -30,4 +26,4 @@ def write_engine_probe(config: RLConfig, engine: EngineControl, batch: RolloutBa
         for prompt in prompts
     ]
     probe = {"weight_version": engine.weight_version(), "stop_token_ids": stop, "max_new_tokens": max_new_tokens}
-    probe_path(config.run.dir).write_text(json.dumps({**probe, "rows": rows}))
+    publish_text(config.run.engine_probe_file, json.dumps({**probe, "rows": rows}))

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from collab_megatron.config import RLConfig, dump_config
 from collab_megatron.errors import RunError
+from collab_megatron.files import publish_text
 from collab_megatron.monitor.dashboard import Dashboard
 from collab_megatron.monitor.progress import Progress
 from collab_megatron.resharding.publisher import SyncReport
 
-EVALUATIONS_FILE = "evaluations.jsonl"
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
     """For the trainer's rank 0."""
 
     def __init__(self, config: RLConfig, *, first_step: int) -> None:
-        self._run_dir = config.run.dir
+        self._evaluations = config.run.evaluations_file
+        drop_evaluations(self._evaluations, after=first_step)
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
         self._dashboard.text("config", dump_config(config))
         self._progress = Progress(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._since = time.monotonic()
+        self._failed_evaluations = 0
 
     def step(
         self,
@@ -54,14 +58,21 @@ class Reporter:
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Held-out figures of the weights after `step` steps."""
         self._progress.pause(figures.get("wall_s", 0.0))
-        self._dashboard.log(step, {f"eval/{name}": value for name, value in figures.items()})
-        append_evaluation(self._run_dir, step, figures)
+        named = {f"eval/{name}": value for name, value in figures.items()}
+        self._dashboard.log(step, {**named, "eval/failed": self._failed_evaluations})
+        append_evaluation(self._evaluations, step, figures)
         shown = ", ".join(
             f"{name} {figures[name]:.3f}"
             for name in ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr")
             if name in figures
         )
         print(f"held-out after step {step}: {shown} ({int(figures['conversations'])} conversations)", flush=True)
+
+    def evaluation_failed(self, step: int, why: str) -> None:
+        """The weights after `step` steps have no held-out figures; training goes on."""
+        self._failed_evaluations += 1
+        self._dashboard.log(step, {"eval/failed": self._failed_evaluations})
+        logger.warning("the evaluation after step %d failed, training goes on: %s", step, why)
 
     def close(self) -> None:
         self._dashboard.close()
@@ -71,17 +82,21 @@ def _shown(metrics: Mapping[str, float], name: str, digits: int = 2) -> str:
     return f"{metrics[name]:.{digits}f}" if name in metrics else "-"
 
 
-def append_evaluation(run_dir: Path, step: int, figures: Mapping[str, float]) -> None:
+def append_evaluation(file: Path, step: int, figures: Mapping[str, float]) -> None:
     """One JSON line {"step", ...figures}. Raises RunError when the disk refuses."""
     try:
-        with (run_dir / EVALUATIONS_FILE).open("a") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as lines:
+            lines.write(json.dumps({"step": step, **figures}) + "\n")
     except OSError as error:
-        raise RunError(f"cannot write {run_dir / EVALUATIONS_FILE}: {error.strerror}") from None
+        raise RunError(f"cannot write {file}: {error.strerror}") from None
 
 
-def read_evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
-    """The newest figures per step."""
-    lines = (run_dir / EVALUATIONS_FILE).read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {int(row.pop("step")): row for row in rows}
+def drop_evaluations(file: Path, *, after: int) -> None:
+    """Take out what an earlier attempt of the run measured after step `after`, from which this one goes on."""
+    if not file.exists():
+        return
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
+    if kept != lines:
+        publish_text(file, "".join(kept))

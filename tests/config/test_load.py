@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from collab_megatron.config import RLConfig, SFTConfig, dump_config, load_config
+from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, load_config
 from collab_megatron.errors import UserError
 
 RL = """
@@ -42,6 +42,18 @@ def test_what_is_dumped_loads_again(tmp_path: Path, rl_file: Path) -> None:
     config = load_config(RLConfig, rl_file)
     (tmp_path / "dumped.yaml").write_text(dump_config(config))
     assert load_config(RLConfig, tmp_path / "dumped.yaml") == config
+
+
+def test_an_rl_config_can_be_evaluated_as_it_is(rl_file: Path) -> None:
+    rl = ["train.steps=7", "driver.shards=2", "optimizer.lr=1.0e-5", "sync.bucket_mb=8", "algorithm.kl_coef=0.1"]
+    config = load_config(EvaluateConfig, rl_file, [*rl, "data.validation=v.parquet", "budget.hard_usd=3"])
+    assert config.budget.hard_usd == 3
+    with pytest.raises(UserError, match=r"unknown key 'train.stepz'; did you mean 'steps'"):
+        load_config(EvaluateConfig, rl_file, [*rl, "data.validation=v.parquet", "train.stepz=3"])
+    with pytest.raises(UserError, match="unknown key 'trian'"):
+        load_config(EvaluateConfig, rl_file, ["data.validation=v.parquet", "trian.steps=3"])
+    with pytest.raises(UserError, match=r"name a \.json file for the figures"):
+        load_config(EvaluateConfig, rl_file, ["data.validation=v.parquet", "output=here.jsonl"])
 
 
 def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:

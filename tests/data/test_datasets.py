@@ -13,7 +13,7 @@ import pytest
 
 from collab_megatron.data.bad_rows import BadRows
 from collab_megatron.data.load import load_rows
-from collab_megatron.data.order import step_indices
+from collab_megatron.data.order import refill_index, step_indices
 from collab_megatron.data.parquet import (
     Conversation,
     read_conversation_files,
@@ -337,6 +337,19 @@ def test_rows_of_several_files_follow_each_other(tmp_path: Path) -> None:
     write_conversations(b, [Conversation("0", chat[1:]), Conversation("7", chat)])  # ids count from 0 everywhere
     chats, repeated = read_conversation_files([a, b])
     assert ([len(c.messages) for c in chats], repeated) == ([2, 1, 1], 1)
+
+
+def test_refills_meet_a_row_once_an_epoch_and_never_next_to_itself() -> None:
+    """A refill's row is a function of seed, step and number: which others were refilled makes no difference."""
+    rows, batch = 40, 4  # ten steps an epoch
+    refills = [[refill_index(7, step, r, num_rows=rows, batch_size=batch) for r in range(batch)] for step in range(10)]
+    assert sorted(row for step in refills for row in step) == list(range(rows))
+    for step, mine in enumerate(refills):
+        near = [row for at in range(step, step + 3) for row in step_indices(7, at, num_rows=rows, batch_size=batch)]
+        if step < 7:
+            assert not set(mine) & set(near)
+    assert refills[0] == step_indices(7, 5, num_rows=rows, batch_size=batch)  # the epoch's order, half of it ahead
+    assert refill_index(7, 0, 0, num_rows=1, batch_size=4) == 0
 
 
 def test_order_takes_every_row_once_an_epoch_and_can_start_anywhere() -> None:

@@ -16,8 +16,10 @@ import pytest
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.driver import lineage as lineage_module
 from collab_megatron.driver.cast import open_journal
-from collab_megatron.driver.lineage import CHUNK_BYTES, contents, lineage_of, model_fingerprint, shipped_prompts
+from collab_megatron.driver.lineage import lineage_of, model_fingerprint
 from collab_megatron.errors import UserError
+from collab_megatron.files import CHUNK_BYTES, contents
+from collab_megatron.simulators.templates import shipped_prompts
 
 METRIC = "from collab_megatron.rewards import register_metric\nA = 1\n"
 

@@ -202,12 +202,13 @@ def test_settings_are_typed_and_refused_where_they_are_wrong() -> None:
     make_scorer(weights, None)
     make_scorer(weights, None, settings={"limited": {"words": 7}})
     assert seen == [Limit(), Limit(words=7)]
-    for settings, words in [
+    wrong: list[tuple[dict[str, dict[str, Any]], str]] = [
         ({"limited": {"word": 7}}, r"unknown key 'reward\.settings\.limited\.word'; known keys here: words"),
         ({"limited": {"words": "many"}}, r"'reward\.settings\.limited\.words': .*integer.*got 'many'"),
         ({"given": {"words": 7}}, r"reward\.settings\.given: metric given takes no settings"),
         ({"limted": {}}, r"reward\.settings: unknown metric 'limted'"),
-    ]:
+    ]
+    for settings, words in wrong:
         with pytest.raises(UserError, match=words):
             make_scorer(weights, None, settings=settings)
 

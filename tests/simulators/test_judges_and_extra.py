@@ -205,6 +205,21 @@ def test_extra_arguments_reach_the_provider_and_the_journals_key(tmp_path: Path)
     assert bodies[1]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
+def test_a_greedy_judge_that_gave_no_usable_reply_is_asked_again_warmer() -> None:
+    temperatures: list[float] = []
+
+    def answer(body: dict[str, Any]) -> str:
+        temperatures.append(body["temperature"])
+        return "no JSON" if body["temperature"] == 0 else "7"
+
+    with MisbehavingEndpoint(answer) as endpoint:
+        config = config_for(endpoint.url, temperature=0.0)
+        (reply,), usage = use_role(config, lambda role: role.complete(HELLO, check=int))
+    assert reply.text == "7"
+    assert temperatures == [0, 0.5]
+    assert usage.unreadable == 1
+
+
 SECRET = "sk-abcdefghijklmnopqrstuvwxyz0123456789"
 
 

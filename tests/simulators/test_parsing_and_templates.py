@@ -12,6 +12,7 @@ from collab_megatron.simulators.failure import classify, retry_after_s
 from collab_megatron.simulators.parsing import (
     MalformedReply,
     json_object,
+    read_for_record,
     share_field,
     strip_scratchpad,
     text_field,
@@ -121,3 +122,9 @@ def test_the_key_is_cut_out_of_a_providers_words() -> None:
     assert "sk-12345" not in str(failure)
     assert "parameter x" in str(failure)
     assert len(str(failure)) < 260
+
+
+def test_what_the_record_keeps_of_an_answer() -> None:
+    assert read_for_record('{"thought": "hm", "response": "hi", "mark": 0.5, "odd": [1]}') == ("hm", {"mark": 0.5}, "")
+    assert read_for_record('{"correct": true}') == ("", {"correct": True}, "")
+    assert read_for_record("no JSON at all") == ("", {}, "no JSON at all")

@@ -30,10 +30,13 @@ def llm(model: str, **more: Any) -> LLMSection:
 def test_a_price_is_typed_listed_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "create_connection", lambda *where, **options: pytest.fail(f"asks {where}"))
     listed = price(llm("openai/gpt-4o-mini"))
-    assert listed == price(llm("gpt-4o-mini")) == Price(pytest.approx(0.15), pytest.approx(0.6), "litellm")
+    assert listed is not None
+    assert listed == price(llm("gpt-4o-mini"))
+    assert listed.source == "litellm"
+    assert (listed.input_usd_per_mtoken, listed.output_usd_per_mtoken) == (pytest.approx(0.15), pytest.approx(0.6))
     assert listed.cost_usd(2_000_000, 1_000_000) == pytest.approx(0.9)
     assert price(llm("gpt-4o-mini", **FREE)) == Price(0.0, 0.0, "config")
-    assert price(llm("gpt-4o-mini", output_usd_per_mtoken=7)) == Price(pytest.approx(0.15), 7.0, "config")
+    assert price(llm("gpt-4o-mini", output_usd_per_mtoken=7)) == Price(listed.input_usd_per_mtoken, 7.0, "config")
     assert price(DeploymentSection(model="gpt-4o-mini")) == listed
     for unknown in ("hosted_vllm/m", "openai/some-own-model", "ollama/nobody-knows", "huggingface/a/b"):
         assert price(llm(unknown)) is None
@@ -49,13 +52,14 @@ def test_a_cap_in_dollars_refuses_an_unknown_price_by_its_place() -> None:
     typed = llm("hosted_vllm/m", **FREE)
     other = DeploymentSection(model="hosted_vllm/other", api_key_env=None)
     part = SimulatorSection(model="hosted_vllm/part", api_key_env=None)
-    for roles, place in [
+    unpriced: list[tuple[dict[str, LLMSection], str]] = [
         ({"user": llm("hosted_vllm/m")}, "user"),
         ({"user": typed, "judge": llm("hosted_vllm/m")}, "judge"),
         ({"user": typed.model_copy(update={"deployments": (other,)})}, "user.deployments.0"),
         ({"user": UserSection(model="gpt-4o-mini", api_key_env=None, mixture=(part,))}, "user.mixture.0"),
         ({"user": llm("hosted_vllm/m", input_usd_per_mtoken=1)}, "user"),
-    ]:
+    ]
+    for roles, place in unpriced:
         wanted = rf"budget.hard_usd cannot count .*simulators\.{place} costs.* set simulators\.{place}\.input_usd"
         with pytest.raises(UserError, match=wanted):
             Gateway(roles, 1, budget=cap)

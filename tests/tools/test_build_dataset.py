@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from collab_megatron.data.parquet import read_conversations, read_tasks
 from collab_megatron.data.prepare import collaborative_prompt
 from collab_megatron.demo.tasks import write_tasks
 from collab_megatron.errors import RunError, UserError
+from collab_megatron.journal.database import connect
 from collab_megatron.types import Message
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +154,72 @@ def test_an_interrupted_build_goes_on(config: Path, tmp_path: Path) -> None:
     assert len(load_rows(str(tmp_path / "built"))) == len(built_rows(config))
 
 
+def spent_calls(config: Path) -> int:
+    """Answers that were paid for, over all processes and attempts."""
+    journal = config.parent / "built" / "journal.sqlite"
+    if not journal.exists():
+        return 0
+    with closing(connect(journal, read_only=True)) as connection:
+        return sum(calls for (calls,) in connection.execute("SELECT calls FROM spend"))
+
+
+def test_a_killed_build_asks_for_nothing_twice(config: Path, tmp_path: Path) -> None:
+    """Killed, it goes on with what was paid for, and makes the rows of a build that was left alone."""
+    overrides = ("num_conversations=30", "journal.keep_all=true")
+    whole = build(config, f"output={tmp_path / 'whole'}", *overrides)
+    rows = sorted(line for shard in (tmp_path / "whole").glob("*.jsonl") for line in shard.read_text().splitlines())
+    command = [sys.executable, str(ROOT / "tools" / "build_dataset.py"), str(config), *overrides]
+    killed = subprocess.Popen(
+        [*command, "processes=2", "max_concurrency=1"], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + TOOL_S
+    while spent_calls(config) < 40:
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait(READY_S)
+    paid = spent_calls(config)
+    assert 40 <= paid < whole.calls
+    again = build(config, *overrides)
+    assert again.calls == whole.calls - paid
+    assert sum(usage.replayed for usage in again.tally.usage.values()) > 0
+    assert spent_calls(config) == whole.calls  # a request that was paid for twice would count twice
+    shards = (tmp_path / "built").glob("*.jsonl")
+    assert sorted(line for shard in shards for line in shard.read_text().splitlines()) == rows
+
+
+def test_a_build_that_spent_its_budget_keeps_what_is_finished_and_goes_on(config: Path) -> None:
+    capped = tool("build_dataset", str(config), "num_conversations=40", "processes=2", "max_concurrency=2",
+                  "budget={soft_calls: 20, hard_calls: 60}")  # fmt: skip
+    assert capped.returncode == 3, capped.stderr
+    assert "budget.soft_calls (20) is passed" in capped.stderr
+    assert "raise budget.hard_calls and give the same command again to go on" in capped.stderr
+    rows = built_rows(config)
+    counts = Counter(row["conv_id"] for row in rows)
+    assert 0 < len(counts) < 40
+    assert all(counts[row["conv_id"]] == row["conv_rows"] for row in rows)  # whole conversations, none begun in vain
+    paid = spent_calls(config)
+    assert paid >= 60
+    still = build(config, "num_conversations=40", "budget.hard_calls=60")
+    assert (still.tally.done, still.calls) == (0, 0)
+    assert "budget.hard_calls" in still.tally.spent
+    rest = build(config, "num_conversations=40")
+    assert rest.before == len(counts)
+    assert rest.complete
+    assert spent_calls(config) == paid + rest.calls
+    with closing(connect(config.parent / "built" / "journal.sqlite", read_only=True)) as journal:
+        assert journal.execute("SELECT count(*) FROM replies").fetchone() == (0,)  # a complete build needs none
+
+
+def test_a_cap_in_dollars_wants_a_price_of_every_role(config: Path) -> None:
+    with pytest.raises(UserError, match=r"budget\.hard_usd cannot count what simulators\.user costs"):
+        build(config, "budget.hard_usd=1")
+    ran = tool("build_dataset", str(config), "budget.hard_usd=1", "--dry-run")
+    assert ran.returncode == 2
+    assert "simulators.user.input_usd_per_mtoken" in ran.stderr
+
+
 def test_the_same_seed_builds_the_same_rows(config: Path, tmp_path: Path) -> None:
     def rows(name: str, *overrides: str) -> list[str]:
         build(config, f"output={tmp_path / name}", "num_conversations=10", *overrides)
@@ -249,6 +319,26 @@ def test_a_folder_that_was_begun_otherwise_is_not_mixed(config: Path) -> None:
         build(config, "num_conversations=4", "simulators.user.temperature=0.5")
     with pytest.raises(UserError, match="another num_repeat_rollouts"):
         build(config, "num_conversations=4", "num_repeat_rollouts=1")
+    with pytest.raises(UserError, match=r"another .*reward\.judges\.interactivity\.model"):
+        build(
+            config, "num_conversations=4", "reward.judges.interactivity={model: hosted_vllm/other, api_key_env: null}"
+        )
+
+
+def test_a_changed_prompt_or_metric_module_is_not_mixed(config: Path, tmp_path: Path) -> None:
+    prompt, module = tmp_path / "mine.txt", tmp_path / "mine.py"
+    prompt.write_text("<request>$request</request><chat>$chat</chat>")
+    module.write_text("A = 1")
+    overrides = (f"simulators.user.prompt_file={prompt}", "reward.metric_modules=[mine]")
+    build(config, "num_conversations=2", *overrides)
+    build(config, "num_conversations=3", *overrides)
+    module.write_text("A = 2")
+    with pytest.raises(UserError, match="another reward:"):
+        build(config, "num_conversations=4", *overrides)
+    module.write_text("A = 1")
+    prompt.write_text("Listen! <request>$request</request><chat>$chat</chat>")
+    with pytest.raises(UserError, match=r"another simulators\.user\.prompt_file:"):
+        build(config, "num_conversations=4", *overrides)
 
 
 def test_prepare_names_a_missing_column(tmp_path: Path) -> None:

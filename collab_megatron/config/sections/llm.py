@@ -95,8 +95,10 @@ class SimulatorsSection(Section):
     @field_validator("judge", mode="before")
     @classmethod
     def _any_llm(cls, value: Any) -> Any:
-        """Made in Python, a plain LLMSection may judge too."""
-        return value.model_dump(exclude_unset=True) if type(value) is LLMSection else value
+        """Made in Python, another LLM's section may judge too."""
+        if isinstance(value, LLMSection) and not isinstance(value, JudgeSection):
+            return value.model_dump(exclude_unset=True, include=set(LLMSection.model_fields))
+        return value
 
 
 class RewardSection(Section):

@@ -54,7 +54,9 @@ class DriverSection(Section):
     future_timeout_s: Seconds = 600.0  # deadline of one future, waiting for free slots included
     group_timeout_s: Seconds = 900.0  # at this age a tree is taken with the futures that are there
     min_futures: Positive = 1  # a reply with fewer scored futures leaves its group
-    refill_groups: Count = 0  # trees per step that may be grown in place of dropped ones and of those without spread
+    # trees per step that may be grown in place of dropped ones and of those without spread, which are then not trained;
+    # their prompts stand half an epoch from the step's own in the epoch's order
+    refill_groups: Count = 0
     max_restarts: Count = 3  # of a driver process that died; it goes on from the journal
 
 
@@ -63,8 +65,20 @@ class JournalSection(Section):
 
     # auto: what the journal has is not asked for again; only: a miss stops the run; off: all is asked anew
     replay: Literal["auto", "only", "off"] = "auto"
-    path: Path | None = None  # on a local disk; None: RUN_DIR/journal/NAME.sqlite
+    # on a local disk; None: RUN_DIR/journal/NAME.sqlite. evaluate.py: NAME-WEIGHTS.sqlite in the same folder
+    path: Path | None = None
     keep_all: bool = False  # false: what a checkpoint has made obsolete is removed
+
+
+class RecordSection(Section):
+    """RUN_DIR/conversations/NAME: every conversation tree with its texts, tokens, scores and calls (docs/RECORD.md)."""
+
+    every: Positive = 1  # steps; 1: every step is written, n: the first and every n-th after it
+    # MB on disk of the run's whole record; at the limit the run goes on, without more trees written, and says so. None:
+    # no limit
+    max_mb: float | None = Field(default=20_000, gt=0)
+    # of the files, each closed after 64 MB; the one that is written to is plain, and so is a short run's whole record
+    compress: Literal["zstd", "none"] = "zstd"
 
 
 class EvaluationSection(Section):

@@ -14,8 +14,9 @@ from typing import Any
 from collab_megatron.config.entry import BuildDatasetConfig
 from collab_megatron.data.build.problems import Problem, read_problems
 from collab_megatron.data.build.shards import claim_output
-from collab_megatron.data.build.worker import Tally, build_share
+from collab_megatron.data.build.worker import Tally, build_share, journal_path
 from collab_megatron.errors import RunError, UserError
+from collab_megatron.journal.housekeeping import empty
 from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import RoleUsage
 
@@ -43,6 +44,10 @@ class Progress:
     @property
     def calls(self) -> int:
         return sum(usage.calls for usage in self.tally.usage.values())
+
+    @property
+    def complete(self) -> bool:
+        return self.before + self.tally.done == self.total
 
     def line(self) -> str:
         """One line for the terminal."""
@@ -72,7 +77,10 @@ def build_dataset(config: BuildDatasetConfig, show: Callable[[Progress], None]) 
         asyncio.run(build_share(config, missing, 0, lambda tally: board.post(0, tally)))
     else:
         _run_workers(config, [missing[worker::count] for worker in range(count)], board)
-    return board.progress()
+    progress = board.progress()
+    if progress.complete and not config.journal.keep_all:
+        empty(journal_path(config))
+    return progress
 
 
 class _Board:
@@ -103,6 +111,8 @@ def _sum(tallies: Mapping[int, Tally]) -> Tally:
         total.turns += tally.turns
         total.mr_sum += tally.mr_sum
         total.last_error = tally.last_error or total.last_error
+        total.warning = tally.warning or total.warning
+        total.spent = tally.spent or total.spent
         for role, usage in tally.usage.items():
             held = total.usage.get(role, RoleUsage())
             total.usage[role] = RoleUsage(

@@ -15,12 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from collab_megatron.config.entry import BuildDatasetConfig, llm_roles, role_place
+from collab_megatron.config.sections import UserSection
 from collab_megatron.errors import RunError, UserError
+from collab_megatron.files import contents
+from collab_megatron.rewards.modules import module_sources
+from collab_megatron.simulators.templates import prompts_by_content, shipped_prompts
 
 SETTINGS_FILE = "build.json"
 # What may differ between the runs that fill one folder: where and how fast, but nothing that shapes a conversation.
-FREE_SETTINGS = frozenset({"output", "problems", "num_conversations", "max_concurrency", "processes"})
-SHAPING_LLM_SETTINGS = ("model", "temperature", "max_tokens", "json_mode", "prompt_file", "extra")
+FREE_SETTINGS = frozenset(
+    {"output", "problems", "num_conversations", "max_concurrency", "processes", "budget", "journal"}
+)
+BY_CONTENT = frozenset({"judges", "metric_modules"})  # of the reward: what is compared otherwise
+SHAPING_LLM_SETTINGS = (
+    "model",
+    "temperature",
+    "max_tokens",
+    "json_mode",
+    "json_schema",
+    "prompt_file",
+    "extra",
+    "weight",
+)
 
 
 def shard_path(output: Path, worker: int) -> Path:
@@ -62,11 +78,20 @@ def append_conversation(shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _settings(config: BuildDatasetConfig) -> dict[str, Any]:
     """Everything that shapes the conversations, flat: dotted name -> plain value."""
-    raw = config.model_dump(mode="json")
+    raw = prompts_by_content(config.model_dump(mode="json"))
     settings = {name: value for name, value in raw.items() if name not in FREE_SETTINGS and name != "simulators"}
+    settings["reward"] = {name: value for name, value in raw["reward"].items() if name not in BY_CONTENT}
+    settings["reward"]["metric modules (contents)"] = [
+        contents(source) for module in config.reward.metric_modules for source in module_sources(module)
+    ]
     for role, section in llm_roles(config.simulators, config.reward).items():
-        shaping = section.model_dump(mode="json", include=set(SHAPING_LLM_SETTINGS))
-        settings |= {f"{role_place(role)}.{name}": value for name, value in shaping.items()}
+        parts = {role_place(role): section}
+        if isinstance(section, UserSection):
+            parts |= {f"{role_place(role)}.mixture.{number}": part for number, part in enumerate(section.mixture)}
+        for place, part in parts.items():
+            shaping = prompts_by_content(part.model_dump(mode="json", include=set(SHAPING_LLM_SETTINGS)))
+            settings |= {f"{place}.{name}": value for name, value in shaping.items()}
+    settings["shipped prompts"] = {prompt.name: contents(prompt) for prompt in shipped_prompts()}
     settings["problems (contents)"] = hashlib.sha256(config.problems.read_bytes()).hexdigest()
     return settings
 

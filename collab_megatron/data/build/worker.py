@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from collab_megatron.data.build.grow import Growth, Players, grow_conversation
 from collab_megatron.data.build.problems import Problem
 from collab_megatron.data.build.shards import append_conversation, shard_path
 from collab_megatron.errors import RunError
+from collab_megatron.journal.store import Journal, open_journal
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.rewards.scorer import first_error
 from collab_megatron.simulators import Gateway, SimulatorError, user_simulator
+from collab_megatron.simulators.budget import Budget
 from collab_megatron.simulators.usage import RoleUsage
 
 HOPELESS_FAILURES = 50  # conversations that fail in a row before the build gives up
 REPORT_S = 1.0
+LINEAGE = "build"  # decides what policy turns are found again, and a build has none; replies are found under any
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Tally:
     mr_sum: float = 0.0  # over the kept replies
     usage: dict[str, RoleUsage] = field(default_factory=dict)
     last_error: str = ""
+    warning: str = ""  # a soft cap of the budget was passed
+    spent: str = ""  # the budget's hard cap was reached with work left: what to do
 
 
 async def build_share(
@@ -43,10 +49,33 @@ async def build_share(
 ) -> Tally:
     """Grow a conversation from each problem, at most max_concurrency at a time; `report` is called about every second.
 
-    A conversation that fails is counted and left out. Raises UserError if a role cannot be reached at all, RunError if
-    HOPELESS_FAILURES conversations fail in a row or the disk is full.
+    What the journal has is not asked for again. Once the budget is spent no conversation is begun, and those under way
+    are finished. A conversation that fails is counted and left out. Raises UserError if a role cannot be reached at
+    all, RunError if HOPELESS_FAILURES conversations fail in a row or the disk is full.
     """
-    gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed)
+    with closing(open_journal(config.journal, journal_path(config), LINEAGE)) as journal:
+        return await _build_share(config, problems, worker, report, journal)
+
+
+def journal_path(config: BuildDatasetConfig) -> Path:
+    """Where the build's journal lies, one file for all its processes."""
+    return config.journal.path or config.output / "journal.sqlite"
+
+
+async def _build_share(
+    config: BuildDatasetConfig,
+    problems: Sequence[Problem],
+    worker: int,
+    report: Callable[[Tally], None],
+    journal: Journal,
+) -> Tally:
+    gateway = Gateway(
+        llm_roles(config.simulators, config.reward),
+        config.seed,
+        journal=journal,
+        budget=config.budget,
+        go_on="give the same command again",
+    )
     tally = Tally()
     shard = os.open(shard_path(config.output, worker), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -65,7 +94,7 @@ async def build_share(
         async with asyncio.TaskGroup() as group:
             reporter = group.create_task(_report_often(tally, gateway, report))
             growers = [
-                group.create_task(_grow_from(queue, growth, players, shard, tally))
+                group.create_task(_grow_from(queue, growth, players, shard, tally, gateway.budget))
                 for _ in range(min(config.max_concurrency, len(problems)))
             ]
             await asyncio.gather(*growers)
@@ -75,7 +104,7 @@ async def build_share(
     finally:
         os.close(shard)
         await gateway.close()
-    tally.usage = dict(gateway.snapshot().roles)
+    _note_costs(tally, gateway)
     report(tally)
     return tally
 
@@ -106,9 +135,15 @@ def token_counter(tokenizer: str | None) -> Callable[[str], int]:
     return lambda text: len(loaded.encode(text, add_special_tokens=False)) + 1
 
 
-async def _grow_from(queue: Iterator[Problem], growth: Growth, players: Players, shard: int, tally: Tally) -> None:
-    """Take problems until there are none left. Raises RunError if too many fail in a row."""
+async def _grow_from(
+    queue: Iterator[Problem], growth: Growth, players: Players, shard: int, tally: Tally, budget: Budget
+) -> None:
+    """Take problems until there are none left or the budget is spent. Raises RunError if too many fail in a row."""
     for problem in queue:
+        spent = budget.exhausted
+        if spent is not None:
+            tally.spent = spent
+            return
         try:
             rows = await grow_conversation(problem, growth, players)
         except SimulatorError as error:
@@ -139,5 +174,10 @@ async def _report_often(tally: Tally, gateway: Gateway, report: Callable[[Tally]
     """Post the tally every REPORT_S until cancelled; a copy, since it goes on growing."""
     while True:
         await asyncio.sleep(REPORT_S)
-        tally.usage = dict(gateway.snapshot().roles)
+        _note_costs(tally, gateway)
         report(replace(tally))
+
+
+def _note_costs(tally: Tally, gateway: Gateway) -> None:
+    tally.usage = dict(gateway.snapshot().roles)
+    tally.warning = tally.warning or next(iter(gateway.budget.warnings()), "")
