@@ -13,6 +13,7 @@ from collections.abc import Callable
 EXIT_RUN = 1
 EXIT_USER = 2
 EXIT_BUDGET = 3
+EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):
@@ -28,12 +29,7 @@ class NoEngineLeft(RunError):
 
 
 class EvaluationFailed(RunError):
-    """Too few of an evaluation's conversations are there to mean anything. The trainer's state is well."""
-
-    def __init__(self, message: str, *, played: int, failed: int) -> None:
-        super().__init__(message)
-        self.played = played  # conversations that were begun
-        self.failed = failed  # of these, without a reward
+    """Most of an evaluation's conversations failed; the message has the counts. The trainer's state is well."""
 
 
 class WeightsDiffer(RunError):
@@ -52,6 +48,14 @@ class SimulatorSick(RunStops):
     """Too many of a simulator's replies are odd: what it says would teach the wrong thing."""
 
 
+class GradientsNotFinite(RunStops):
+    """Too many optimizer steps in a row had to be skipped: nothing is learned any more."""
+
+
+class Interrupted(RunStops):
+    """A signal asked the process to end."""
+
+
 def exit_code(error: RunError) -> int:
     return EXIT_BUDGET if isinstance(error, BudgetSpent) else EXIT_RUN
 
@@ -66,9 +70,11 @@ def run_cli(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER)
+    except Interrupted:
+        sys.exit(EXIT_INTERRUPTED)  # whoever sent the signal tells the user
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(exit_code(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)

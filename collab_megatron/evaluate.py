@@ -1,66 +1,156 @@
 """Plays whole held-out conversations with a model as it stands and writes the figures.
 
     python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...] [--dry-run]
+    python -m collab_megatron.evaluate conf/demo_rl.yaml model.path=runs/demo/checkpoints/rl     the newest checkpoint
 
 Starts an engine for `model.path` (or uses `engine.urls`), plays at `evaluation.temperature`, prints the figures and
-writes them to `output` as JSON.
+writes them to `output` as JSON, with every conversation next to it as JSON lines. The config of an RL run will do, and
+so will a run's checkpoint, which is converted once. An evaluation that was ended on its way asks for nothing twice:
+what was sampled and paid for lies in a journal, one for each set of weights. A spent budget ends it with code 3 and
+the figures of what was played.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 
 import uvloop
 
+from collab_megatron import __version__
+from collab_megatron.checkpoint.folders import read_info
 from collab_megatron.cluster.cli import parse_arguments
+from collab_megatron.cluster.converted import checkpoint_of, hf_folder_of
 from collab_megatron.cluster.launch import launch_engine_only
 from collab_megatron.cluster.preflight import check_evaluate
 from collab_megatron.cluster.processes import Supervisor
 from collab_megatron.config import EvaluateConfig, dump_config, load_config
+from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.driver.cast import assemble, usable_tasks
-from collab_megatron.driver.evaluation import evaluate
+from collab_megatron.driver.evaluation import Evaluation, evaluate
 from collab_megatron.driver.figures import values
-from collab_megatron.errors import UserError, run_cli
+from collab_megatron.driver.lineage import model_fingerprint
+from collab_megatron.driver.protocol import LOST_CONVERSATIONS, require_most
+from collab_megatron.driver.transcripts import write_transcripts
+from collab_megatron.engine.served import served_weights
+from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
 from collab_megatron.files import publish_json
+from collab_megatron.journal.store import Journal, open_journal
 from collab_megatron.log import set_up_logging
+from collab_megatron.monitor.evaluation_table import evaluation_table
+
+NAME = "evaluate"
 
 
-async def play(config: EvaluateConfig, engine_urls: Sequence[str], max_context_tokens: int) -> dict[str, float]:
-    """Figures over the held-out tasks, and the API calls made for them."""
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation leaves."""
+
+    played: Evaluation
+    figures: dict[str, float]  # of the conversations, the API calls and the journal
+
+
+async def play(
+    config: EvaluateConfig, engine_urls: Sequence[str], max_context_tokens: int, journal: Journal | None = None
+) -> Result:
+    """The held-out conversations, and the API calls made for them."""
     if config.data.validation is None:
         raise UserError("data.validation is not set: name the held-out parquet")
-    async with assemble(config, engine_urls=engine_urls, max_context_tokens=max_context_tokens) as cast:
+    async with assemble(
+        config, engine_urls=engine_urls, max_context_tokens=max_context_tokens, journal=journal
+    ) as cast:
         tasks = usable_tasks(read_task_files(config.data.validation_files)[0], cast, config.rollout.max_prompt_tokens)
-        figures, _ = await evaluate(
+        budget = cast.gateway.budget
+        played = await evaluate(
             tasks,
             evaluation=config.evaluation,
             weights=config.reward.metric_weights,
             limits=cast.limits,
             players=cast.players,
+            spent=lambda: budget.exhausted,
         )
-        return values(figures) | cast.gateway.snapshot().metrics()
+        for warning in budget.warnings():
+            print(warning, flush=True)
+        figures = values(played.figures) | cast.gateway.snapshot().metrics() | budget.metrics()
+        return Result(played, figures | {"engine/turns_replayed": float(cast.recorded.replayed)})
+
+
+def own_name(config: EvaluateConfig) -> EvaluateConfig:
+    """The config with a run name of the evaluation's own: that of an RL config names the logs of a run that may be
+    under way."""
+    if config.run.name.startswith(NAME):
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{NAME}-{config.run.name}"})})
+
+
+def with_model(config: EvaluateConfig, folder: Path) -> EvaluateConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
+
+
+def weights_name(config: EvaluateConfig, urls: Sequence[str]) -> str:
+    """16 hex digits for the policy: contents, never paths. Raises UserError for servers that hold different weights.
+
+    Other settings of the evaluation are not in it: with more tasks, or another judge, what the policy said before is
+    said again."""
+    decides = {
+        "files": model_fingerprint(resolve_model_folder(config.model.path)),
+        "served": served_weights(urls, timeout_s=config.engine.request_timeout_s) if config.engine.urls else None,
+        "dtype": config.model.dtype,
+        "engine": [config.engine.context_length, *config.engine.extra_args],
+        "version": __version__,
+    }
+    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def own_journal(config: EvaluateConfig, weights: str) -> Journal:
+    """One file for each set of weights, so that a cap is the evaluation's; next to `journal.path` where that is set,
+    which may be the journal of a run that is under way. Raises UserError for a file that is no journal."""
+    path = config.journal.path
+    folder = config.run.dir / "journal" if path is None else path.parent
+    section = config.journal.model_copy(update={"path": None})
+    return open_journal(section, folder / f"{config.run.name}-{weights}.sqlite", weights)
 
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
     set_up_logging("evaluate")
-    config = load_config(EvaluateConfig, arguments.config, arguments.overrides)
+    given = own_name(load_config(EvaluateConfig, arguments.config, arguments.overrides))
     if arguments.dry_run:
-        print(dump_config(config), flush=True)
+        print(dump_config(given), flush=True)
+    checkpoint = checkpoint_of(given.model.path)
+    # every other mistake is found before the conversion: config and tokenizer lie in the checkpoint as they are
+    config = given if checkpoint is None else with_model(given, read_info(checkpoint).hf_folder)
     max_context_tokens = check_evaluate(config, dry_run=arguments.dry_run, node=arguments.node)
     if arguments.dry_run:
         return
+    if checkpoint is not None:
+        config = with_model(given, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
+    output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
     with Supervisor(config.run.logs_dir) as supervisor:
         urls = launch_engine_only(supervisor, config)
-        figures = uvloop.run(play(config, urls, max_context_tokens))
-    calls = sum(value for name, value in figures.items() if name.endswith("/calls"))
-    for name, value in sorted(figures.items()):
-        if not name.startswith("simulator/"):  # those stand in the output file
-            print(f"  {name:24s} {value:.4f}")
-    print(f"  {calls:.0f} LLM calls, ${figures['simulator/cost_usd']:.4f}")
-    if config.output is not None:
-        publish_json(config.output, dict(sorted(figures.items())))
+        with closing(own_journal(config, weights_name(config, urls))) as journal:
+            result = uvloop.run(play(config, urls, max_context_tokens, journal))
+    report(given.model.path, result, output, list(config.reward.metric_weights))
+    if result.played.stop:
+        done, wanted = len(result.played.groups), result.played.wanted
+        raise BudgetSpent(f"{done} of {wanted} held-out conversations were played: {result.played.stop}")
+    require_most([result.played.tally], LOST_CONVERSATIONS, EvaluationFailed)
+
+
+def report(model: str, result: Result, output: Path, metrics: Sequence[str]) -> None:
+    """Figures and conversations to the disk, a table to the terminal."""
+    transcripts = output.with_suffix(".jsonl")
+    write_transcripts(transcripts, 0, result.played.groups)
+    publish_json(output, dict(sorted(result.figures.items())))
+    print(f"\nheld-out conversations with {model}\n")
+    for line in evaluation_table(result.figures, metrics):
+        print(f"  {line}")
+    print(f"\n  figures        {output}\n  conversations  {transcripts}", flush=True)
 
 
 if __name__ == "__main__":

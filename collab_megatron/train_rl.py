@@ -14,8 +14,9 @@ from collections.abc import Mapping
 
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
-from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer, run_cli
+from collab_megatron.errors import RunError, run_cli
 from collab_megatron.log import set_up_logging
+from collab_megatron.types import RolloutBatch
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -25,14 +26,19 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.actor.grid import close_grid, init_grid
     from collab_megatron.actor.reference import build_reference
     from collab_megatron.checkpoint.run import Checkpoints
+    from collab_megatron.checkpoint.together import together
     from collab_megatron.monitor.timers import PhaseTimer
     from collab_megatron.resharding.probe import probe_ids
     from collab_megatron.resharding.publisher import Publisher
     from collab_megatron.training.engine_probe import write_engine_probe
     from collab_megatron.training.engines import Engines
+    from collab_megatron.training.evaluations import Evaluations
     from collab_megatron.training.inbox import Inbox
+    from collab_megatron.training.interrupt import Interrupt
     from collab_megatron.training.reporter import Reporter
     from collab_megatron.training.rl_step import update
+    from collab_megatron.training.saving import Saving
+    from collab_megatron.training.skipped import SkippedSteps
 
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
@@ -44,6 +50,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         total_steps=total * config.algorithm.mini_batches,
         recompute=config.train.recompute,
         logits_chunk_mb=config.train.logits_chunk_mb,
+        temperature=config.rollout.temperature,
     )
     reference = build_reference(actor, config.algorithm, logits_chunk_mb=config.train.logits_chunk_mb)
     checkpoints = Checkpoints(
@@ -56,11 +63,13 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     first_step = checkpoints.resume()
 
     arguments.wait_for_engine(config.engine.startup_timeout_s)
+    interrupt = Interrupt()
     inbox = Inbox(
         grid,
         driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
         step_timeout_s=config.rollout.step_timeout_s,
         eval_timeout_s=config.evaluation.timeout_s,
+        interrupt=interrupt,
     )
     publisher = Publisher(
         actor,
@@ -73,52 +82,45 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     engines = Engines(publisher, inbox)
     reporter = Reporter(config, first_step=first_step) if grid.is_main else None
     timer = PhaseTimer()
+    evaluations = Evaluations(engines, reporter, grid, config)
+    saving = Saving(checkpoints, grid, config.run, config.train, interrupt)
+    skipped = SkippedSteps(config.train.max_skipped_steps)
 
-    def evaluate(step: int) -> None:
-        if config.data.validation is not None:
-            figures = engines.evaluate(step)
-            if reporter:
-                reporter.evaluation(step, figures)
-
-    done = saved = first_step
-    try:
-        engines.publish(done)
-        if config.train.eval_at_start and done == 0:
-            evaluate(0)
-        while done < total:
+    trained: RolloutBatch | None = None  # the newest that had samples
+    with saving.before_any_end():
+        engines.publish(saving.done)
+        evaluations.evaluate_at_start(saving.done)
+        while saving.done < total:
             with timer("step"):
                 with timer("wait_for_rollout"):
-                    batch = engines.next_batch(done, checkpoints.saved)
+                    batch = engines.next_batch(saving.done, checkpoints.saved)
+                trained = batch if batch.samples else trained
                 engines.make_room()
-                metrics = update(
-                    actor,
-                    reference,
-                    batch,
-                    algorithm=config.algorithm,
-                    train=config.train,
-                    timer=timer,
-                )
+                with saving.step():
+                    metrics = update(
+                        actor,
+                        reference,
+                        batch,
+                        algorithm=config.algorithm,
+                        train=config.train,
+                        timer=timer,
+                        skipped=skipped,
+                    )
+                skipped.check(saving.done)
                 require_same_weights(metrics, config.sync.max_logprob_gap)
-                done += 1
                 with timer("weight_sync"):
-                    sync = engines.publish(done)
-            interval = config.train.save_interval
-            if done == total or (interval and done % interval == 0):
+                    sync = engines.publish(saving.done)
+            if saving.due():
                 with timer("checkpoint"):
-                    checkpoints.save(done)
-                saved = done
-            if reporter:
-                reporter.step(done, batch.metrics, metrics, sync, timer.drain())
-            if done == total or (config.train.eval_interval and done % config.train.eval_interval == 0):
-                evaluate(done)
-    except (NoEngineLeft, WeightsDiffer, RunStops):  # the trainer's own state is well
-        if done > saved:  # the run stops here, with nothing lost
-            checkpoints.save(done)
-        checkpoints.wait()
-        raise
+                    saving.save()
+            with together(grid, "reporting", config.run.dir):
+                if reporter:
+                    reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain())
+            evaluations.evaluate_if_due(saving.done)
     checkpoints.wait()
-    if reporter and first_step < total:
-        write_engine_probe(config, publisher.control, batch)
+    if reporter:
+        if trained is not None:
+            write_engine_probe(config, publisher.control, trained)
         reporter.close()
     inbox.close()
     publisher.close()
@@ -144,15 +146,19 @@ def main() -> None:
     if arguments.trainer is not None:
         train(config, arguments.trainer)
         return
+    from collab_megatron.cluster.ending import told_at_the_end
     from collab_megatron.cluster.launch import launch_rl
+    from collab_megatron.cluster.length import with_steps
     from collab_megatron.cluster.preflight import check_rl
 
+    config = with_steps(config)
     if arguments.dry_run:
         print(dump_config(config), flush=True)
     start = check_rl(config, dry_run=arguments.dry_run, node=arguments.node)
     if arguments.dry_run:
         return
-    launch_rl(config, start)
+    with told_at_the_end(config.run, config.train.steps, arguments.config):
+        launch_rl(config, start)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,11 @@ def train(config: SFTConfig) -> None:
     from collab_megatron.checkpoint.store import load_checkpoint
     from collab_megatron.monitor.timers import PhaseTimer
     from collab_megatron.training.held_out import HeldOut, mean_loss
+    from collab_megatron.training.interrupt import Interrupt
+    from collab_megatron.training.saving import Saving
     from collab_megatron.training.sft_data import SFTData
     from collab_megatron.training.sft_reporter import SFTReporter
+    from collab_megatron.training.skipped import SkippedSteps
 
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
@@ -74,21 +77,27 @@ def train(config: SFTConfig) -> None:
             reporter.evaluation(done, found, best=best, seconds=time.monotonic() - begin)
         return best
 
-    if data.num_held_out and config.train.eval_at_start and first_step == 0:
-        evaluate(0)
-    for step in range(first_step, total):
-        with timer("data"):
-            share, trained_tokens = data.step(step)
-        with timer("update"):
-            result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
-        done = step + 1
-        is_best = data.num_held_out > 0 and _due(done, config.train.eval_interval, total) and evaluate(done)
-        keep = is_best and config.train.keep_best
-        if keep or _due(done, config.train.save_interval, total):
-            with timer("checkpoint"):
-                checkpoints.save(done, best_loss=lowest if keep else None)
-        if reporter:
-            reporter.step(done, result, share, trained_tokens, timer.drain())
+    saving = Saving(checkpoints, grid, config.run, config.train, Interrupt())
+    skipped = SkippedSteps(config.train.max_skipped_steps)
+    with saving.before_any_end():
+        if data.num_held_out and config.train.eval_at_start and first_step == 0:
+            evaluate(0)
+        while saving.done < total:
+            with timer("data"):
+                share, trained_tokens = data.step(saving.done)
+            with timer("update"), saving.step():
+                result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
+            skipped.count([result])
+            skipped.check(saving.done)
+            is_best = (
+                data.num_held_out > 0 and _due(saving.done, config.train.eval_interval, total) and evaluate(saving.done)
+            )
+            keep = is_best and config.train.keep_best
+            if saving.due() or keep:
+                with timer("checkpoint"):
+                    saving.save(best_loss=lowest if keep else None)
+            if reporter:
+                reporter.step(saving.done, result, share, trained_tokens, timer.drain())
     checkpoints.wait()
     if config.export_hf is not None:
         exported = total
@@ -117,15 +126,19 @@ def main() -> None:
     if arguments.trainer is not None:
         train(config)
         return
+    from collab_megatron.cluster.ending import told_at_the_end
     from collab_megatron.cluster.launch import launch_sft
+    from collab_megatron.cluster.length import with_steps
     from collab_megatron.cluster.preflight import check_sft
 
+    config = with_steps(config)
     if arguments.dry_run:
         print(dump_config(config), flush=True)
     check_sft(config, dry_run=arguments.dry_run, node=arguments.node)
     if arguments.dry_run:
         return
-    launch_sft(config)
+    with told_at_the_end(config.run, config.train.steps, None, exported=config.export_hf):
+        launch_sft(config)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 TERMINATION_SIGNAL = "[TERMINATE]"
-"""The string by which a simulated user ends the chat."""
+"""How a simulated user ends the chat unless `simulators.user.termination_signal` sets another string."""
 
 
 class RolloutStatus(StrEnum):
@@ -65,10 +65,11 @@ class Generation:
     """What an engine sampled for one context. Without ids it is a failed request."""
 
     token_ids_T: tuple[int, ...]  # sampled ids, the end-of-turn id included where it was sampled
-    logprobs_T: tuple[float, ...]  # log-probability of each id under the raw logits (temperature 1)
+    logprobs_T: tuple[float, ...]  # log-probability of each id in the distribution that it was drawn from
     versions_T: tuple[int, ...]  # weight version that sampled each id
     finish_reason: str  # stop | length
     cached_tokens: int = 0  # prompt tokens served from the engine's prefix cache
+    replayed: bool = False  # it came from the journal: sampled before
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,31 @@ class PolicyTurn:
 
 
 @dataclass(frozen=True)
+class CallRecord:
+    """One call to a user simulator or judge, with all its attempts, for the record (docs/RECORD.md).
+
+    Example: the judge of `interactivity` answered {"thought": "it asked", "understanding": 1, ...}: `metric` is
+    "interactivity", `thought` "it asked" and `marks` {"understanding": 1, ...}.
+    """
+
+    role: str  # user, judge, ...; of a mixture's further users user-1, user-2, ...
+    model: str  # as the config names it
+    begin_s: float  # epoch seconds when it was asked for, the wait for a free slot included
+    end_s: float
+    metric: str = ""  # that asked; empty for a user
+    answered_by: str = ""  # what the provider calls its model
+    requests: int = 0  # sent to the provider; 0: all came from the journal
+    replayed: bool = False  # the answer came from the journal: paid for before
+    prompt_tokens: int = 0  # of all answers, those that could not be used included
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+    thought: str = ""  # of an answer in JSON
+    marks: Mapping[str, Any] = field(default_factory=dict)  # its other plain values
+    text: str = ""  # an answer that is not JSON
+    error: str = ""  # why there is no answer
+
+
+@dataclass(frozen=True)
 class Future:
     """One simulated rest of the conversation after a reply (a `session` of the CollabLLM datasets)."""
 
@@ -106,6 +132,7 @@ class Future:
     versions: tuple[int, int] = (0, 0)  # lowest and highest weight version of its policy turns
     error: str = ""
     turns: tuple[PolicyTurn, ...] = ()  # the policy turns among `messages`, in order; the trained reply is not one
+    calls: tuple[CallRecord, ...] = ()  # to user and judges, in the order in which they ended
 
 
 @dataclass(frozen=True)
@@ -231,7 +258,7 @@ class UserSimulator(Protocol):
     """Plays the user of a conversation."""
 
     async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
-        """The next user turn; contains TERMINATION_SIGNAL when the user ends the chat. Raises SimulatorError."""
+        """The next user turn; contains the termination signal when the user ends the chat. Raises SimulatorError."""
         ...
 
 

@@ -10,6 +10,7 @@ one batch has one gradient, however it is cut.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,9 +81,11 @@ class Actor:
         load_weights: bool = True,
         recompute: Recompute = "none",
         logits_chunk_mb: int = 512,
+        temperature: float = 1.0,
     ) -> Actor:
         """Load a model folder onto the grid. `optimizer` None: frozen reference, which keeps no gradients.
 
+        temperature: of the sampling; log-probs, entropies and losses are of the distribution at it.
         `load_weights` False leaves them undefined, for a checkpoint that is loaded next (source: its own `hf` folder).
         Raises UserError where folder, layout or schedule do not fit.
         """
@@ -92,6 +95,8 @@ class Actor:
         spec = model_spec(hf_config)
         torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
         chunks = build_model(spec, torch_dtype, grid, recompute=recompute, logits_chunk_bytes=logits_chunk_mb * 2**20)
+        for chunk in chunks:
+            chunk.temperature = temperature
         if load_weights:
             load_hf_weights(chunks, spec, folder, grid)
         actor = cls(grid, spec, torch_dtype, folder, chunks, optimizer)
@@ -102,6 +107,23 @@ class Actor:
         actor.wrapped = wrap_for_training(chunks, optimizer, grid)
         actor.optimizer, actor.scheduler = build_optimizer(actor.wrapped, optimizer, torch_dtype, total_steps)
         return actor
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by."""
+        return self.chunks[0].temperature
+
+    @contextlib.contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Log-probs inside the block are of the distribution at `temperature`."""
+        before = self.temperature
+        for chunk in self.chunks:
+            chunk.temperature = temperature
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.temperature = before
 
     @property
     def lr(self) -> float:

@@ -30,9 +30,15 @@ def choose_backend(wanted: str, local_rank: int) -> Backend:
     """`wanted`: auto | cpu | cuda. Raises UserError where the machine cannot give it."""
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
-        raise UserError("parallel.device is cuda but torch finds no CUDA device; use auto or cpu")
+        raise UserError(
+            "parallel.device is cuda (auto: the start saw a GPU), but torch finds no CUDA device: install a torch "
+            "built for CUDA and a driver that it fits, or set parallel.device=cpu to train on the CPU"
+        )
     if wanted == "cpu" and has_cuda:
-        raise UserError("parallel.device is cpu on a machine with CUDA; hide the devices with CUDA_VISIBLE_DEVICES=''")
+        raise UserError(
+            "parallel.device is cpu (auto: at the start no GPU was seen), but torch finds CUDA devices: set "
+            "parallel.device=cuda, or hide them with CUDA_VISIBLE_DEVICES=''"
+        )
     has_te, has_apex = _importable("transformer_engine"), _importable("apex")
     if not has_cuda:
         backend = Backend("cpu", torch.device("cpu"), "gloo", False, False, False, _adam())

@@ -195,6 +195,22 @@ def barrier(rank_grid: RankGrid) -> None:
         raise RunError(f"rank {rank_grid.rank}: {error}") from error
 
 
+def meet(rank_grid: RankGrid, where: str, timeout_s: float) -> None:
+    """Wait until every rank has come to `where` (a name used once), also where some may not come at all.
+
+    Over the store of the rendezvous: a gloo collective's deadline is its group's, on all ranks but the first.
+    Raises RunError naming this rank at the deadline.
+    """
+    if rank_grid.world_size == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.set(f"{where}/{rank_grid.rank}", "here")
+        store.wait([f"{where}/{rank}" for rank in range(rank_grid.world_size)], timedelta(seconds=timeout_s))
+    except RuntimeError as error:  # DistStoreError at the deadline, DistNetworkError where rank 0 is gone
+        raise RunError(f"rank {rank_grid.rank}: not every rank came to {where} within {timeout_s:g} s") from error
+
+
 def agree(rank_grid: RankGrid, failure: str | None) -> list[str]:
     """Every rank says what failed on it (None: nothing) and hears of all failures, in rank order. Collective."""
     said: list[str | None] = [None] * rank_grid.world_size

@@ -34,7 +34,8 @@ MOST_RARE = 1e15
 class _Workspace:
     """Memory of one tile, used for all of them in turn."""
 
-    def __init__(self, hidden: Tensor, columns: int) -> None:
+    def __init__(self, hidden: Tensor, columns: int, temperature: float) -> None:
+        self.temperature = temperature
         size = hidden.shape[0] * columns
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.product = torch.empty(size, dtype=hidden.dtype, device=hidden.device)
@@ -43,12 +44,15 @@ class _Workspace:
         self.softmax = torch.empty(size, dtype=wide, device=hidden.device)
 
     def fill(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [N, H], weight [C, H] -> logits and their softmax over the tile, fp32 [N, C]; valid until the next."""
+        """hidden [N, H], weight [C, H] -> logits over the temperature, and their softmax over the tile, fp32 [N, C];
+        valid until the next."""
         shape = hidden.shape[0], weight.shape[0]
         product, logits, softmax = (_view(flat, shape) for flat in (self.product, self.logits, self.softmax))
         torch.mm(hidden, weight.t(), out=product)
         if self.rounded:
             logits.copy_(product)
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
         return logits, torch.softmax(logits, 1, out=softmax)
 
     def narrow(self, softmax: Tensor) -> Tensor:
@@ -68,10 +72,11 @@ class _HeadLogprobs(torch.autograd.Function):
         keep: bool,
         group: dist.ProcessGroup | None,
         is_embedding: bool,
+        temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """local: [N] labels counted from this rank's first column; real: columns of this rank that are no padding."""
         tiles = [(i, min(i + columns, real)) for i in range(0, real, columns)]
-        work = _Workspace(hidden, min(columns, real))
+        work = _Workspace(hidden, min(columns, real), temperature)
         label_logit = work.softmax.new_zeros(hidden.shape[0])
         log_totals, entropies = work.softmax.new_empty(2, len(tiles), hidden.shape[0])
         kept = []
@@ -103,7 +108,7 @@ class _HeadLogprobs(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(hidden, local, rarity, label_share, *kept)
             ctx.weight = weight  # itself, not a saved copy of it: megatron hangs the gradient's buffer on it
-            ctx.tiles, ctx.is_embedding = tiles, is_embedding
+            ctx.tiles, ctx.is_embedding, ctx.temperature = tiles, is_embedding, temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -113,7 +118,7 @@ class _HeadLogprobs(torch.autograd.Function):
         hidden, local, rarity, label_share, *kept = ctx.saved_tensors
         weight = ctx.weight
         hidden_wanted, weight_wanted = ctx.needs_input_grad[:2]
-        work = None if kept or not ctx.tiles else _Workspace(hidden, ctx.tiles[0][1])
+        work = None if kept or not ctx.tiles else _Workspace(hidden, ctx.tiles[0][1], ctx.temperature)
         hidden_grad = torch.zeros_like(hidden, dtype=rarity.dtype)
         weight_grad = _WeightGrad(weight, ctx.is_embedding) if weight_wanted else None
         part = torch.empty_like(hidden)
@@ -124,13 +129,13 @@ class _HeadLogprobs(torch.autograd.Function):
                 _, wide = work.fill(hidden, weight[i:j])
                 _subtract_label(wide, local, i, j, label_share[t] - rarity[t])
                 softmax = work.narrow(wide)
-            factor = (-grad / rarity[t])[:, None]
+            factor = (-grad / (rarity[t] * ctx.temperature))[:, None]
             if weight_grad is not None:
                 weight_grad.write(i, j, softmax, (hidden * factor).to(hidden.dtype))
             if hidden_wanted:
                 hidden_grad.addcmul_(torch.mm(softmax, weight[i:j], out=part), factor)
         found = None if weight_grad is None else weight_grad.finish(ctx.tiles[-1][1] if ctx.tiles else 0)
-        return hidden_grad.to(hidden.dtype) if hidden_wanted else None, found, None, None, None, None, None, None
+        return hidden_grad.to(hidden.dtype) if hidden_wanted else None, found, *[None] * 7
 
 
 class _WeightGrad:
@@ -206,6 +211,7 @@ def head_logprobs(
     group: dist.ProcessGroup | None = None,
     chunk_bytes: int,
     is_embedding: bool = False,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Per token: log-probability of its label (differentiable) and entropy of its distribution (not); fp32 [N] each.
 
@@ -214,7 +220,9 @@ def head_logprobs(
     global ids below `vocab`, the true size of the vocabulary: the padding beyond it takes no probability. chunk_bytes:
     the most that fp32 logits of this rank may take; where those of all tokens fit, they live until the backward pass,
     in `hidden`'s dtype, else they are made again there. The weight's gradient goes to its `main_grad`, if any;
-    is_embedding: the weight embeds tokens in the same pass too. Raises ValueError where shapes or dtypes do not fit.
+    is_embedding: the weight embeds tokens in the same pass too. temperature: logits are divided by it, in fp32, before
+    anything else, so that both results are of the distribution that is sampled from at that temperature. Raises
+    ValueError where shapes or dtypes do not fit.
 
     One all-gather of [3, N] fp32 over `group`, in the forward pass; results are the same on all its ranks. The gradient
     that comes back to `hidden` is only this rank's part of the sum over the vocabulary: put megatron's
@@ -236,5 +244,7 @@ def head_logprobs(
     columns = max(1, min(wanted, chunk_bytes // column_bytes))
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = keep and column_bytes * real <= chunk_bytes
-    logprobs, entropy = _HeadLogprobs.apply(hidden, weight, labels - first, real, columns, keep, group, is_embedding)
+    logprobs, entropy = _HeadLogprobs.apply(
+        hidden, weight, labels - first, real, columns, keep, group, is_embedding, temperature
+    )
     return logprobs, entropy

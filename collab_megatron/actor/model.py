@@ -36,6 +36,7 @@ class PolicyModel(GPTModel):
     spec: ModelSpec
     grid: RankGrid
     logits_chunk_bytes: int
+    temperature: float = 1.0  # both results are of the distribution at this temperature
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **_: Any) -> Tensor:
         """hidden_states [s, b, h] (a part of s under sequence parallelism), labels [b, s] int64 -> [2, b, s]."""
@@ -58,6 +59,7 @@ class PolicyModel(GPTModel):
             group=group,
             chunk_bytes=self.logits_chunk_bytes,
             is_embedding=tied and self.pre_process,
+            temperature=self.temperature,
         )
         return torch.stack([logprobs, entropy]).view(2, *hidden.shape[:2]).transpose(1, 2)
 

@@ -65,4 +65,11 @@ def build_reference(
         return SwappedReference(actor)
     dtype: Literal["float32", "bfloat16"] = "float32" if actor.dtype == torch.float32 else "bfloat16"
     folder, grid = actor.source_folder, actor.grid
-    return Actor.build(folder, dtype=dtype, grid=grid, optimizer=None, logits_chunk_mb=logits_chunk_mb)
+    return Actor.build(
+        folder,
+        dtype=dtype,
+        grid=grid,
+        optimizer=None,
+        logits_chunk_mb=logits_chunk_mb,
+        temperature=actor.temperature,
+    )

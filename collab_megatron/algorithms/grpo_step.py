@@ -32,7 +32,12 @@ def token_sample(sample: TrainingSample, version: int) -> TokenSample:
 
 
 def mini_batches(samples: Sequence[TrainingSample], count: int) -> list[list[TrainingSample]]:
-    """`count` consecutive parts of nearly equal size, none empty; groups stay together as far as sizes allow."""
+    """`count` consecutive parts of nearly equal size, none empty; groups stay together as far as sizes allow.
+
+    Raises ValueError without samples.
+    """
+    if not samples:
+        raise ValueError("there are no samples to split")
     count = min(count, len(samples))
     bounds = [round(i * len(samples) / count) for i in range(count + 1)]
     return [list(samples[a:b]) for a, b in itertools.pairwise(bounds)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
 """Differences of log-probs are clamped to plus or minus this before the exponential: above 88 it is inf in fp32, and
-inf times a gradient of 0 is NaN. The value, as the next, is that of verl 0.9.1 (trainer/ppo/core_algos.py)."""
+inf times a gradient of 0 is NaN. This limit and the next are those of verl (trainer/ppo/core_algos.py)."""
 MAX_KL = 10.0
 """The KL estimate of one token is cut here, and so is its gradient: a token further from the reference than that has
 none. k3's grows with exp(ref - policy), so without the cut one token in 5,000 takes most of a step's gradient."""

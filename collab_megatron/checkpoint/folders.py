@@ -107,6 +107,15 @@ def newest_complete(directory: Path) -> Path | None:
     return next(reversed(complete_checkpoints(directory)), None)
 
 
+def named_checkpoint(path: Path) -> CheckpointInfo:
+    """What a user's path means: a complete step folder, or the newest in a folder of them. Raises UserError for
+    neither."""
+    folder = path if (path / MARKER).is_file() else newest_complete(path)
+    if folder is None:
+        raise UserError(f"{path} is not a complete checkpoint and holds none: name a step folder, or a folder of some")
+    return read_info(folder)
+
+
 def write_best(directory: Path, step: int, loss: float) -> None:
     """Name the complete checkpoint of `step` as the best; the one named before loses its protection."""
     aside = directory / (BEST + ".tmp")

@@ -28,6 +28,20 @@ _MEANING: Mapping[str, str] = {
 }
 _SILENT = ("run.resume",)  # it differs because this is a resume
 
+# what decides the weights of every step: sections and keys in which two runs may not differ and be the same run
+_DECIDES = (
+    *("model", "data.train", "algorithm", "optimizer", "rollout", "reward", "batch_size", "max_tokens"),
+    *("run.seed", "run.init_from", "driver.max_staleness", "driver.oversample_prompts"),
+)
+_DECIDES_NOT = (
+    *("algorithm.reference", "optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload"),
+    "rollout.step_timeout_s",
+)
+_DECIDES_OF_LLMS = ("model", "temperature", "prompt_file", "max_tokens")
+"""Of the LLMs around the policy, and all of `extra`; where they are and how patiently they are asked may change."""
+_NAMED_BY_THE_USER = (".metric_weights.", ".extra.")
+"""Mappings in which a key that is absent says something, and not only that a version did not know it."""
+
 
 def package_versions() -> dict[str, str]:
     """Versions of Python, of ours and of the packages that decide what a step computes; absent ones left out."""
@@ -69,6 +83,27 @@ def differences(
         if old != new:
             lines.append(f"{name} (version): {old} -> {new}")
     return lines
+
+
+def decisive_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines as those of `differences`, for what makes `now` another run than the one that saved a checkpoint.
+
+    saved, now: as there. A key that one of the two versions of this package did not know makes no difference.
+    """
+    before, after = dict(_flat(saved.get("config", now))), dict(_flat(now))
+    return [
+        f"{key}: {before.get(key, _ABSENT)} -> {after.get(key, _ABSENT)}"
+        for key in sorted(before.keys() | after.keys())
+        if _decides(key)
+        and before.get(key, _ABSENT) != after.get(key, _ABSENT)
+        and ((key in before and key in after) or any(name in key for name in _NAMED_BY_THE_USER))
+    ]
+
+
+def _decides(key: str) -> bool:
+    if key.startswith(("simulators.", "reward.judges.")):
+        return ".extra." in key or key.rpartition(".")[2] in _DECIDES_OF_LLMS
+    return key not in _DECIDES_NOT and any(key == name or key.startswith(f"{name}.") for name in _DECIDES)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from collab_megatron.actor.actor import Actor
 from collab_megatron.checkpoint.background import BackgroundSave, grid_beside
-from collab_megatron.checkpoint.folders import newest_complete
+from collab_megatron.checkpoint.folders import named_checkpoint, newest_complete
 from collab_megatron.checkpoint.origin import data_position, differences
-from collab_megatron.checkpoint.store import Keep, begin, load_checkpoint
+from collab_megatron.checkpoint.store import Keep, begin, load_checkpoint, load_weights
 from collab_megatron.config.sections import RunSection, TrainSection
 
 
@@ -37,13 +38,15 @@ class Checkpoints:
         self._saving = 0
 
     def resume(self) -> int:
-        """Steps done: those of the newest complete checkpoint, now loaded; 0 where there is none or without run.resume.
+        """Steps done: those of the newest complete checkpoint, now loaded; 0 where there is none or without run.resume:
+        then the weights are those of run.init_from, where it is set.
 
         Rank 0 prints one line for every difference from the run that saved it. Raises UserError where it cannot be gone
         on from: hostile files, another model or dtype.
         """
         folder = newest_complete(self._run.checkpoints_dir) if self._run.resume else None
         if folder is None:
+            self._start_from(self._run.init_from)
             return 0
         info = load_checkpoint(self._actor, folder)
         if self._actor.grid.is_main:
@@ -52,6 +55,13 @@ class Checkpoints:
             print("\n  ".join([f"going on from {folder} {how}", *lines]), flush=True)
         self.saved = info.step
         return info.step
+
+    def _start_from(self, path: Path | None) -> None:
+        if path is None:
+            return
+        info = load_weights(self._actor, named_checkpoint(path).folder)
+        if self._actor.grid.is_main:
+            print(f"starting from the weights of {info.folder}, with a new optimizer", flush=True)
 
     def save(self, step: int, *, best_loss: float | None = None) -> None:
         """Save the state after `step` steps; with train.async_save only copy it, and write it beside the training.

@@ -56,8 +56,17 @@ class ShardedState:
     layout to layout: names of ours lead to sharded tensors, and only these reach the file.
     """
 
-    def __init__(self, actor: Actor, *, loading: bool, random_states: bool, stored: Collection[str] = ()) -> None:
-        """stored: when loading, the names of the tensors that the checkpoint has."""
+    def __init__(
+        self,
+        actor: Actor,
+        *,
+        loading: bool,
+        random_states: bool,
+        stored: Collection[str] = (),
+        optimizer: bool = True,
+    ) -> None:
+        """stored: when loading, the names of the tensors that the checkpoint has. optimizer: with the actor's, where it
+        has one."""
         self._actor = actor
         actor.gather_weights()  # the last step's weights may still lie scattered over the data ranks
         metadata = {"singleton_local_shards": False, "dp_cp_group": actor.grid.dp_cp_group}
@@ -72,7 +81,7 @@ class ShardedState:
         }
         self.tree: dict[str, Any] = {"model": chunks}
         self._optimizer: OptimizerState | None = None
-        if actor.optimizer is not None:
+        if optimizer and actor.optimizer is not None:
             self._optimizer = OptimizerState(actor.optimizer, chunks, loading=loading, stored=stored)
             self.tree["optimizer"] = self._optimizer.leaves
         if random_states:

@@ -64,15 +64,32 @@ def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
     """
     info = read_info(folder)
     _check_fits(actor, info)
+    if actor.optimizer is not None and not info.layout.get("optimizer"):
+        raise UserError(f"{folder} holds weights only: start from it with run.init_from={folder}")
+    same = all(info.layout.get(key, 1) == value for key, value in grid_of(actor).items())
+    _fill(actor, info, optimizer=True, random_states=same and actor.optimizer is not None)
+    return info
+
+
+def load_weights(actor: Actor, folder: Path) -> CheckpointInfo:
+    """Fill the actor's weights alone, under any layout; its optimizer stays as new, its master weights follow.
+
+    Raises as load_checkpoint does.
+    """
+    info = read_info(folder)
+    _check_fits(actor, info)
+    _fill(actor, info, optimizer=False, random_states=False)
+    if actor.optimizer is not None:
+        actor.optimizer.reload_model_params()
+    return info
+
+
+def _fill(actor: Actor, info: CheckpointInfo, *, optimizer: bool, random_states: bool) -> None:
+    folder = info.folder
     progress = progress_in(read_common(info.model_folder / "common.pt"))
     metadata = read_metadata(info.model_folder / ".metadata")
-    same = all(info.layout.get(key, 1) == value for key, value in grid_of(actor).items())
-    state = ShardedState(
-        actor,
-        loading=True,
-        random_states=same and actor.optimizer is not None,
-        stored=metadata.state_dict_metadata.keys(),
-    )
+    stored = metadata.state_dict_metadata.keys()
+    state = ShardedState(actor, loading=True, random_states=random_states, stored=stored, optimizer=optimizer)
     strategy = SafeLoad(actor.grid.cpu_group, metadata)
     try:
         loaded = dist_checkpointing.load(state.tree, str(info.model_folder), strategy, SafeCommon())
@@ -82,7 +99,6 @@ def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
             raise UserError(sentence) from error
         raise RunError(f"rank {actor.grid.rank} cannot read the checkpoint {folder}: {_reason(error)}") from error
     state.restore(loaded, progress)
-    return info
 
 
 def _check_fits(actor: Actor, info: CheckpointInfo) -> None:
@@ -94,10 +110,8 @@ def _check_fits(actor: Actor, info: CheckpointInfo) -> None:
         if info.layout.get(key) != here[key]:
             raise UserError(
                 f"{info.folder} has {key} {info.layout.get(key)!r}; this run has {here[key]!r}: set {setting} as it "
-                "was, or choose another run.dir"
+                "was, or choose another run.dir or run.init_from"
             )
-    if actor.optimizer is not None and not info.layout.get("optimizer"):
-        raise UserError(f"{info.folder} holds weights only; convert it with megatron-to-hf and start from that folder")
 
 
 @dataclass

@@ -1,11 +1,15 @@
 """A training checkpoint as a Hugging Face folder, one tensor at a time; on several ranks, each its share of the files.
 
+    python -m collab_megatron.checkpoint.to_hf STEP_FOLDER OUTPUT          in one process, on CPU
+
 Nothing but weights is read, and of those only the chunks that a tensor overlaps, however the training run had cut them.
+tools/convert_checkpoint.py has the options.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,16 +25,17 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from collab_megatron.actor.actor import Actor
-from collab_megatron.actor.grid import RankGrid
-from collab_megatron.checkpoint.folders import CheckpointInfo
+from collab_megatron.actor.grid import RankGrid, close_grid, init_grid
+from collab_megatron.checkpoint.folders import CheckpointInfo, read_info
 from collab_megatron.checkpoint.pieces import Piece, memoryless_actor, pieces
 from collab_megatron.checkpoint.reader import read_metadata
 from collab_megatron.checkpoint.together import together
+from collab_megatron.config.sections import ParallelSection
 from collab_megatron.convert.buckets import TensorInfo
 from collab_megatron.convert.hf_folder import cut_into_shards, finish_folder, parse_size, whole_or_absent, write_shard
 from collab_megatron.convert.progress import progress
 from collab_megatron.convert.reshape import split
-from collab_megatron.errors import RunError, UserError
+from collab_megatron.errors import RunError, UserError, run_cli
 
 
 def hf_from_checkpoint(info: CheckpointInfo, output: Path, grid: RankGrid, *, max_shard_size: str | int) -> None:
@@ -163,3 +168,17 @@ def _folder_of_all(output: Path, grid: RankGrid, doing: str) -> Iterator[Path]:
                 place = [stack.enter_context(whole_or_absent(output))]
         dist.broadcast_object_list(place, src=0, group=grid.cpu_group)
         yield place[0]
+
+
+def main() -> None:
+    checkpoint, output = map(Path, sys.argv[1:])
+    info = read_info(checkpoint)
+    try:
+        grid = init_grid(ParallelSection(device="cpu"), seed=0)
+        hf_from_checkpoint(info, output, grid, max_shard_size="5GB")
+    finally:
+        close_grid()  # after a failure too: torch's threads must not outlive the interpreter
+
+
+if __name__ == "__main__":
+    run_cli(main)

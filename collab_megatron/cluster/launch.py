@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel
 
@@ -18,10 +19,13 @@ from collab_megatron.cluster.fleet import Fleet
 from collab_megatron.cluster.node import device_of, visible_gpus
 from collab_megatron.cluster.preflight import RLStart
 from collab_megatron.cluster.processes import Child, Supervisor, free_port
+from collab_megatron.cluster.threads import Threads, share_threads, usable_cores
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.engine.roster import RosterFolder
 from collab_megatron.engine.server_args import EngineCommand, engine_command
+
+C = TypeVar("C", RLConfig, SFTConfig)
 
 DRIVER_END_S = 60.0
 
@@ -33,7 +37,7 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
         tempfile.TemporaryDirectory(prefix="collab_megatron_") as scratch,
     ):
         files = Path(scratch)
-        resolved = write_resolved(config, config.run.logs_dir)
+        resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
         fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config))
         drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver")
         drivers.start(start.first_step)
@@ -42,6 +46,7 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
             "collab_megatron.train_rl",
             resolved,
             config.parallel,
+            threads_of(config).trainer,
             [
                 *("--roster", str(roster_folder(config)), "--engine-ready-file", str(files / "engine")),
                 *("--driver-ready-file", str(files / "driver")),
@@ -61,8 +66,12 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
 def launch_sft(config: SFTConfig) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
     with Supervisor(config.run.logs_dir) as supervisor:
-        resolved = write_resolved(config, config.run.logs_dir)
-        supervisor.wait_for(start_trainers(supervisor, "collab_megatron.train_sft", resolved, config.parallel, []))
+        resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
+        supervisor.wait_for(
+            start_trainers(
+                supervisor, "collab_megatron.train_sft", resolved, config.parallel, threads_of(config).trainer, []
+            )
+        )
 
 
 def start_fleet(
@@ -80,6 +89,7 @@ def start_fleet(
             port=port,
             seed=config.run.seed,
             number=number,
+            threads=threads_of(config).engine,
         )
         if gpus is None:
             return command
@@ -104,19 +114,22 @@ def engine_gpus(config: RLConfig) -> list[str] | None:
 
 
 def start_trainers(
-    supervisor: Supervisor, module: str, resolved: Path, parallel: ParallelSection, extra: list[str]
+    supervisor: Supervisor, module: str, resolved: Path, parallel: ParallelSection, threads: int, extra: list[str]
 ) -> list[Child]:
-    """One process per rank; rank 0 speaks on our terminal, the others into their logs."""
+    """One process per rank; rank 0 speaks on our terminal, the others into their logs. threads: of each, on CPU."""
     port = free_port()
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
+    device = device_of(parallel)
     return [
-        supervisor.start(f"trainer-{rank}", argv, _rank_env(rank, world, port, device_of(parallel)), show=rank == 0)
+        supervisor.start(
+            f"trainer-{rank}", argv, _rank_env(rank, world, port, device, threads), show=rank == 0, saves=True
+        )
         for rank in range(world)
     ]
 
 
-def _rank_env(rank: int, world: int, port: int, device: str) -> Mapping[str, str]:
+def _rank_env(rank: int, world: int, port: int, device: str, threads: int) -> Mapping[str, str]:
     env = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -125,9 +138,31 @@ def _rank_env(rank: int, world: int, port: int, device: str) -> Mapping[str, str
         "MASTER_PORT": str(port),
         "PYTHONUNBUFFERED": "1",
     }
-    if device == "cpu":  # ranks share the cores with the engines: one thread each, and none that spins
-        env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if device == "cpu":  # none spins: a thread that waits leaves its core to the engines
+        env |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return env
+
+
+def on_chosen_device(config: C) -> C:
+    """With parallel.device=auto decided once, here: a rank whose torch finds another device refuses to train on it."""
+    parallel = config.parallel.model_copy(update={"device": device_of(config.parallel)})
+    return config.model_copy(update={"parallel": parallel})
+
+
+def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> Threads:
+    """Threads of a trainer rank and of an engine rank, as configured or shared out; they count on CPU only."""
+    parallel = config.parallel
+    engine = None if isinstance(config, SFTConfig) else config.engine
+    shared = share_threads(
+        usable_cores(),
+        trainer_ranks=0 if isinstance(config, EvaluateConfig) else parallel.world_size,
+        engine_ranks=0 if engine is None or engine.urls else engine.count * engine.tensor,
+        at_once=isinstance(config, RLConfig) and config.driver.max_staleness > 0,
+    )
+    return Threads(
+        trainer=parallel.threads or shared.trainer,
+        engine=(engine.threads if engine is not None else None) or shared.engine,
+    )
 
 
 def write_resolved(config: BaseModel, folder: Path) -> Path:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.checkpoint.folders import MARKER, named_checkpoint, newest_complete, read_info
+from collab_megatron.checkpoint.origin import decisive_differences
 from collab_megatron.cluster.cautions import warn_of_config, warn_of_memory
 from collab_megatron.cluster.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
 from collab_megatron.cluster.node import Node, this_node
@@ -18,7 +19,7 @@ from collab_megatron.cluster.plan import build_plan, evaluate_plan, rl_plan, sft
 from collab_megatron.cluster.processes import port_in_use
 from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
 from collab_megatron.config.entry import llm_roles
-from collab_megatron.config.sections import EngineSection, ParallelSection, RunSection
+from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.convert.inventory import check_inventory, tensor_shapes
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
@@ -29,6 +30,7 @@ from collab_megatron.data.build.worker import make_players
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
 from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.data.parquet import read_conversation_files, read_task_files
+from collab_megatron.data.splits import shared_tasks
 from collab_megatron.errors import UserError
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway, user_simulator
@@ -84,7 +86,7 @@ def check_rl(
     )
     report(rl_plan(config, model.spec, node=here, calls=calls))
     warn_of_config(config, model.spec, here)
-    first_step = _check_run(config.run, config.train.steps)
+    first_step = _check_run(config)
     _check_trainer_devices(config.parallel, config.engine, here)
     _check_machine(config, model.hf_config, here)
     asyncio.run(_check_reachable(gateway, here))
@@ -102,7 +104,7 @@ def check_sft(
     read_conversation_files(config.data.validation_files)
     report(sft_plan(config, model.spec, node=here))
     warn_of_memory(config, model.spec, here)
-    _check_run(config.run, config.train.steps)
+    _check_run(config)
     _check_trainer_devices(config.parallel, None, here)
     if here.here:
         _check_disk(config.run.dir, model.hf_config, config.model.dtype)
@@ -157,7 +159,14 @@ def _check_prompts(config: RLConfig, chat: ChatTemplate, max_context_tokens: int
         if fit.notice:
             print(f"{names}: {fit.notice}", flush=True)
         kept.append(fit.kept)
-    return kept[0], kept[1]
+    train, held_out = kept
+    if shared := shared_tasks((task.single_turn_prompt for task in train), (t.single_turn_prompt for t in held_out)):
+        print(
+            f"warning: {len(shared):,} held-out tasks are trained on too, so held-out figures will be too good: "
+            "tools/prepare_dataset.py keeps the two apart",
+            flush=True,
+        )
+    return train, held_out
 
 
 def max_context_tokens(hf_config: dict[str, Any], engine: EngineSection) -> int:
@@ -171,26 +180,43 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     hf_config = read_hf_config(folder)
     check_layout(hf_config, parallel)
     spec = model_spec(hf_config)
-    check_inventory(tensor_shapes(path, folder), spec, path)
+    in_checkpoint = (folder.parent / MARKER).is_file()  # config and tokenizer alone: converting checks the weights
+    if not in_checkpoint:
+        check_inventory(tensor_shapes(path, folder), spec, path)
     chat = ChatTemplate(load_tokenizer(folder))
     chat.check_growth(inexact_template)
     return _Model(folder, hf_config, spec, chat)
 
 
-def _check_run(run: RunSection, steps: int) -> int:
-    """The first step to run. A fresh run must not write over an earlier one's checkpoints."""
+def _check_run(config: RLConfig | SFTConfig) -> int:
+    """The first step to run. A fresh run must not write over an earlier one's checkpoints, nor go on with another's."""
+    run, steps = config.run, config.train.steps
     newest = newest_complete(run.checkpoints_dir)
     if newest is None:
+        if run.init_from is not None:
+            named_checkpoint(run.init_from)
         return 0
     if not run.resume:
         raise UserError(
             f"{run.checkpoints_dir} holds checkpoints of an earlier run: set run.resume=true to go on from "
             f"{newest.name}, or choose another run.dir"
         )
-    done = read_info(newest).step
-    if done >= steps:
-        raise UserError(f"{newest} has already done {done} of {steps} steps: raise train.steps to go on")
-    return done
+    if run.init_from is not None and run.resume != "auto":  # auto: a requeued job comes with what it was started with
+        raise UserError(
+            f"run.init_from={run.init_from} is where a new run begins, but run.resume=true goes on from {newest}: "
+            "leave run.init_from out, or choose another run.dir or run.name"
+        )
+    info = read_info(newest)
+    other = decisive_differences(info.extra, config.model_dump(mode="json")) if run.resume == "auto" else []
+    if other:
+        more = f", and {len(other) - 1} more" if len(other) > 1 else ""
+        raise UserError(
+            f"{run.checkpoints_dir} holds checkpoints of another config ({other[0]}{more}), and run.resume=auto goes "
+            "on with the same only: choose another run.dir or run.name, or set run.resume=true to go on with this one"
+        )
+    if info.step >= steps:
+        raise UserError(f"{newest} has already done {info.step} of {steps} steps: raise train.steps to go on")
+    return info.step
 
 
 def check_placement(config: RLConfig, device: str) -> None:
@@ -235,7 +261,7 @@ def _check_gpus(parallel: ParallelSection, needed: int, node: Node) -> None:
         there = f"{node.gpus} are visible" if node.here else f"--gpus names {node.gpus}"
         raise UserError(
             f"this layout needs {needed} GPUs on the node, {there}: lower parallel.tensor, parallel.data, engine.count "
-            "or engine.tensor"
+            "or engine.tensor, or set parallel.device=cpu to train on the CPU"
         )
 
 
@@ -262,8 +288,7 @@ def _check_engine(engine: EngineSection) -> None:
 
 def _check_players(config: RLConfig | EvaluateConfig) -> Gateway:
     """Metrics, their modules, prompt files, keys and prices; nobody is asked anything."""
-    budget = config.budget if isinstance(config, RLConfig) else None
-    gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=budget)
+    gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=config.budget)
     configured_scorer(config.reward, config.simulators, gateway)
     user_simulator(config.simulators, gateway)
     return gateway

@@ -24,6 +24,7 @@ from collab_megatron.errors import EXIT_BUDGET, EXIT_RUN, EXIT_USER, RunError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 10.0  # between TERM and KILL
+SAVE_GRACE_S = 60.0  # the same for those that save first; they come first, while whoever they speak to still answers
 FIRST_PORT = 10240
 FREE_PORT_TRIES = 100
 TAIL_LINES = 12
@@ -79,6 +80,7 @@ class Child:
     log: Path | None  # None: its output goes to ours
     essential: bool = True  # its failure ends everything
     restarted: bool = False  # one that a signal ended is started again by whoever started it
+    saves: bool = False  # at TERM it saves together with the others that do, and ends
 
     def ended(self) -> str | None:
         """How the process itself ended ("exit code 1", "signal SIGKILL"); None while it runs."""
@@ -115,6 +117,7 @@ class Supervisor:
         show: bool = False,
         essential: bool = True,
         restarted: bool = False,
+        saves: bool = False,
         unset: Sequence[str] = (),
     ) -> Child:
         """Start `argv` with `env` on top of ours without `unset`; output to LOGS/name.log, or to our own if `show`."""
@@ -133,7 +136,7 @@ class Supervisor:
         finally:
             if sink is not None:
                 sink.close()
-        child = Child(name, process, log, essential, restarted)
+        child = Child(name, process, log, essential, restarted, saves)
         self._children.append(child)
         return child
 
@@ -189,19 +192,28 @@ class Supervisor:
         return True
 
     def end_all(self) -> None:
-        """TERM to every child's group, KILL after GRACE_S; returns when none is left."""
-        for child in self._children:
+        """TERM to every child's group, KILL after GRACE_S; returns when none is left.
+
+        Those that save come first and get SAVE_GRACE_S, unless one of them has ended: the others cannot save without.
+        """
+        saving = [child for child in self._children if child.saves]
+        if saving and all(child.process.poll() is None for child in saving):
+            self._end(saving, SAVE_GRACE_S)
+        self._end([child for child in self._children if child not in saving or child.process.poll() is None], GRACE_S)
+        self._children.clear()
+
+    def _end(self, children: Sequence[Child], grace_s: float) -> None:
+        for child in children:
             _signal_group(child, signal.SIGTERM)
             _signal_group(child, signal.SIGCONT)  # TERM does not reach a stopped process
-        deadline = time.monotonic() + GRACE_S
-        for child in self._children:
+        deadline = time.monotonic() + grace_s
+        for child in children:
             try:
                 child.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                print(f"{child.name} did not end within {GRACE_S:g} s: killed", file=sys.stderr, flush=True)
+                print(f"{child.name} did not end within {grace_s:g} s: killed", file=sys.stderr, flush=True)
             _signal_group(child, signal.SIGKILL)  # whatever is left of its group
             child.process.wait()
-        self._children.clear()
 
     def fail(self, child: Child) -> NoReturn:
         """End everything because of a child that has ended. Raises RunError with its sentence, or exits with its code

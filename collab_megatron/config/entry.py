@@ -22,6 +22,7 @@ from collab_megatron.config.sections import (
     OptimizerSection,
     ParallelSection,
     Positive,
+    RecordSection,
     RewardSection,
     RolloutSection,
     RunSection,
@@ -135,13 +136,15 @@ class RLConfig(Section):
     sync: SyncSection = SyncSection()
     driver: DriverSection = DriverSection()
     journal: JournalSection = JournalSection()
+    record: RecordSection = RecordSection()
     budget: BudgetSection = BudgetSection()
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         _check_metrics(self.reward, self.simulators)
-        _check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
+        if self.train.epochs is None:
+            _check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
         _check_packing(self.parallel, self.train)
         _check_engine(self.engine)
         _check_transport(self.engine, self.sync)
@@ -172,7 +175,8 @@ class SFTConfig(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
-        _check_schedule(self.optimizer, self.train.steps)
+        if self.train.epochs is None:
+            _check_schedule(self.optimizer, self.train.steps)
         _check_packing(self.parallel, self.train)
         if self.train.eval_interval and self.data.validation is None:
             raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
@@ -180,7 +184,10 @@ class SFTConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """`python -m collab_megatron.evaluate`: whole conversations with a model as it stands."""
+    """`python -m collab_megatron.evaluate`: whole conversations with a model as it stands.
+
+    An RL config is one as well: the sections that only training reads are checked and not used.
+    """
 
     run: RunSection = RunSection(name="evaluate")
     model: ModelSection
@@ -191,7 +198,16 @@ class EvaluateConfig(Section):
     engine: EngineSection = EngineSection()
     parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection = EvaluationSection()
-    output: Path | None = None  # JSON with the figures
+    journal: JournalSection = JournalSection()
+    budget: BudgetSection = BudgetSection()
+    # JSON with the figures; the conversations lie next to it as .jsonl. None: RUN_DIR/evaluations/NAME/MODEL.json
+    output: Path | None = None
+    # of an RL config: checked, not used
+    algorithm: AlgorithmSection | None = None
+    train: TrainSection | None = None
+    optimizer: OptimizerSection | None = None
+    sync: SyncSection | None = None
+    driver: DriverSection | None = None
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
@@ -199,6 +215,8 @@ class EvaluateConfig(Section):
         _check_engine(self.engine)
         if self.data.validation is None:
             raise ValueError("data.validation is not set: name the held-out parquet")
+        if self.output is not None and self.output.suffix == ".jsonl":
+            raise ValueError(f"output={self.output} is where its conversations go: name a .json file for the figures")
         return self
 
 

@@ -17,6 +17,9 @@ from pydantic import BaseModel, ValidationError
 
 from collab_megatron.errors import UserError
 
+NEAR = 0.7
+"""How alike two keys must be (difflib's ratio) for one to be taken for a slip of the other."""
+
 C = TypeVar("C", bound=BaseModel)
 
 
@@ -115,7 +118,7 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
     dotted = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _keys_at(kind, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=NEAR)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
         sentence = f"unknown key {dotted!r}; {hint}"
     elif first["type"] == "missing":

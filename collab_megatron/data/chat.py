@@ -1,6 +1,7 @@
 """Chat template to token ids, token-in token-out: what the policy sampled is never turned to text and back.
 
 A conversation's context grows as ids:  prompt_ids + reply ids (as sampled) + turn_glue(user turn) + reply ids + ...
+What others wrote is encoded as text (control_tokens.py), whatever control tokens it spells.
 `turn_glue` is the stretch of the template between two sampled replies. growth_difference() compares this with
 tokenising the whole chat at once, on probe conversations. The two differ where a template rewrites earlier turns
 (removes their thinking, trims their white space) or where words merge across a turn's edge.
@@ -14,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from collab_megatron.data.control_tokens import MARK, ControlTokens
 from collab_megatron.data.thoughts import THOUGHT_TAGS, split_thoughts
 from collab_megatron.errors import UserError
 from collab_megatron.types import Generation, Message, PolicyTurn
@@ -79,6 +81,7 @@ class ChatTemplate:
         self.thought_tags = thought_tags
         tokenizer.encode("", add_special_tokens=False)  # turns padding and truncation off, also in the core below
         self._core = getattr(tokenizer, "backend_tokenizer", None)  # the same ids and texts at half the time
+        self._control = ControlTokens(tokenizer, self._core, thought_tags=thought_tags)
         self._rendered = False
         ids = self._encode(self._after_reply())
         if not ids or ids[0] not in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
@@ -104,7 +107,7 @@ class ChatTemplate:
             text = self._after_reply(user_text)
         else:
             head, rule, tail = self._glue
-            text = f"{head}{rule(user_text)}{tail}"
+            text = f"{head}{rule(self._control.marked(user_text, 'user'))}{tail}"
         ids = self._encode(text)
         return ids if cut else ids[1:]
 
@@ -181,7 +184,7 @@ class ChatTemplate:
             except ValueError:
                 raise ValueError(f"turn {i} is not closed by the end-of-turn token") from None
             # Both sides made of ids: tokenizers that normalise text or know not every word pass.
-            content = self.reply_text(self._encode(message.content)).strip()
+            content = self.reply_text(self._encode(self._control.marked(message.content, message.role))).strip()
             if not self.reply_text(full[len(head) : end]).strip().endswith(content):
                 raise ValueError(f"the ids of turn {i} do not read as its content")
             last = end + 1
@@ -242,7 +245,8 @@ class ChatTemplate:
         """The glue before and after the user's text, and what the template does to the text; None: render each time."""
         head, found, tail = self._after_reply(USER).partition(USER)
         for rule in TEXT_RULES:
-            if found and all(self._after_reply(text) == f"{head}{rule(text)}{tail}" for text in RULE_PROBES):
+            marked = [(text, self._control.marked(text, "user")) for text in RULE_PROBES]
+            if found and all(self._after_reply(text) == f"{head}{rule(said)}{tail}" for text, said in marked):
                 return head, rule, tail
         return None
 
@@ -257,7 +261,8 @@ class ChatTemplate:
         return after
 
     def _render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        marked = self._control.marked
+        turns = [{"role": message.role, "content": marked(message.content, message.role)} for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=generation_prompt
@@ -268,7 +273,9 @@ class ChatTemplate:
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int]
-        if self._core is None:
+        if MARK in text:
+            ids = self._control.encode(text)
+        elif self._core is None:
             ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
             ids = self._core.encode(text, add_special_tokens=False).ids

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from collab_megatron.data.chat import ChatTemplate
 from collab_megatron.errors import UserError
-from collab_megatron.types import Task
+from collab_megatron.types import Message, Task
 
 T = TypeVar("T")
 
 MOST_LEFT_OUT = 0.5
+
+
+class PromptEncoder(Protocol):
+    """A chat template (data/chat.py)."""
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def keep_fitting(
 
 
 def fitting_tasks(
-    tasks: Sequence[Task], chat: ChatTemplate, *, max_prompt_tokens: int, max_context_tokens: int, max_new_tokens: int
+    tasks: Sequence[Task], chat: PromptEncoder, *, max_prompt_tokens: int, max_context_tokens: int, max_new_tokens: int
 ) -> Fit[Task]:
     """The tasks whose prompt leaves room for a reply. Raises UserError where more than half do not."""
     room = min(max_prompt_tokens, max_context_tokens - max_new_tokens)

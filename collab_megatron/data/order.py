@@ -2,6 +2,10 @@
 
 The rows are an endless sequence of epochs, each a shuffle of its own; step s takes rows [s * batch_size, ...) of it. A
 batch may span two epochs; no row is left out or taken twice within an epoch.
+
+A refill (a prompt in place of one that taught nothing) follows the same order half an epoch away: the step's number r
+takes the row that stands half an epoch from the step's own row r, round the epoch's end. So within an epoch a row is a
+refill once at most, whatever was refilled before, on whichever shard, in whichever attempt, and never next to itself.
 """
 
 from __future__ import annotations
@@ -26,3 +30,9 @@ def step_indices(seed: int, step: int, *, num_rows: int, batch_size: int) -> lis
         _epoch(seed, position // num_rows, num_rows)[position % num_rows]
         for position in range(first, first + batch_size)
     ]
+
+
+def refill_index(seed: int, step: int, number: int, *, num_rows: int, batch_size: int) -> int:
+    """The row of the refill `number` (0..batch_size - 1) of `step`."""
+    epoch, place = divmod(step * batch_size + number, num_rows)
+    return _epoch(seed, epoch, num_rows)[(place + num_rows // 2) % num_rows]

@@ -101,22 +101,34 @@ def to_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def _to_task(row: Mapping[str, Any]) -> Task:
+    metadata = json.loads(row["metadata_json"] or "{}")
+    if not isinstance(metadata, dict):
+        raise TypeError("metadata_json is JSON, but no mapping")
     return Task(
-        task_id=row["task_id"],
+        task_id=_text(row, "task_id"),
         prompt=_to_messages(row["prompt"]),
-        single_turn_prompt=row["single_turn_prompt"],
-        ground_truth=row["ground_truth"],
+        single_turn_prompt=_text(row, "single_turn_prompt"),
+        ground_truth=_text(row, "ground_truth"),
         task_desc=row["task_desc"] or "",
-        metadata=json.loads(row["metadata_json"] or "{}"),
+        metadata=metadata,
     )
 
 
 def _to_conversation(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(row["conv_id"], _to_messages(row["messages"]))
+    return Conversation(_text(row, "conv_id"), _to_messages(row["messages"]))
 
 
-def _to_messages(turns: Sequence[Mapping[str, str]]) -> tuple[Message, ...]:
-    return tuple(Message(turn["role"], turn["content"]) for turn in turns)
+def _to_messages(turns: Any) -> tuple[Message, ...]:
+    if not isinstance(turns, list) or not turns:
+        raise TypeError("a chat is a list of {role, content} with at least one entry")
+    return tuple(Message(_text(turn, "role"), _text(turn, "content")) for turn in turns)
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be text, not {type(value).__name__}")
+    return value
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -144,10 +156,16 @@ def _read(path: Path, schema: pa.Schema, kind: str, convert: Callable[[Mapping[s
             )
     if table.num_rows == 0:
         raise UserError(f"{path} holds no rows")
-    try:
-        return [convert(row) for row in table.select(schema.names).to_pylist()]
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} holds a row that is not of the {kind} form: {error!r}") from None
+    rows = []
+    for number, row in enumerate(table.select(schema.names).to_pylist()):
+        try:
+            rows.append(convert(row))
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{path}: row {number} is not of the {kind} form: {error}; write the file with "
+                f"tools/prepare_dataset.py --dataset-type {kind}"
+            ) from None
+    return rows
 
 
 def _refuse_shared_ids(by_file: Mapping[Path, Sequence[Task]]) -> None:

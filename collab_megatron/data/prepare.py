@@ -128,6 +128,6 @@ def _write(kind: Kind, rows: Sequence[CollabRow], path: Path, shape: Shape) -> W
                 rows, system_prompt=shape.system_prompt, metric=shape.metric, threshold=shape.threshold
             )
             count = write_conversations(path, conversations[: shape.max_rows])
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         raise UserError(f"{path} cannot be written: {error}") from None
     return Written(path, len(rows), count, len({row.conversation for row in rows}))

@@ -171,6 +171,7 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
     for turn in turns:
         if turn.role not in ROLES or not isinstance(turn.content, str):
             raise UserError(f"{where}: roles are {', '.join(ROLES)} and contents are text")
+        _text(turn.content, where)
     return tuple(turns)
 
 
@@ -207,6 +208,10 @@ def _rewards(value: Any, where: str) -> dict[str, float]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where} must be text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a character, files of text cannot
+        raise UserError(f"{where} holds half of a character at place {error.start}: remove it") from None
     return value
 
 

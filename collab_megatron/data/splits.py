@@ -47,11 +47,16 @@ def split_rows(rows: Sequence[CollabRow], share: float) -> tuple[list[CollabRow]
     return train, held_out
 
 
+def shared_tasks(train: Iterable[str], held_out: Iterable[str]) -> list[str]:
+    """The held-out tasks (single_turn_prompts) that stand among the training ones too, each once."""
+    known = {task_key(text) for text in train}
+    return [key for key in dict.fromkeys(map(task_key, held_out)) if key in known]
+
+
 def refuse_overlap(train: Iterable[CollabRow], held_out: Sequence[CollabRow], source: str, other: str) -> None:
     """Raises UserError where held-out rows (of `other`) are about tasks that stand in the training rows (`source`)."""
-    known = {task_key(row.single_turn_prompt) for row in train}
-    asked = {task_key(row.single_turn_prompt): row for row in held_out}
-    shared = [key for key in asked if key in known]
+    asked = {task_key(row.single_turn_prompt) for row in held_out}
+    shared = shared_tasks((row.single_turn_prompt for row in train), (row.single_turn_prompt for row in held_out))
     if shared:
         example = shared[0] if len(shared[0]) <= SHOWN_CHARACTERS else shared[0][:SHOWN_CHARACTERS] + "..."
         raise UserError(

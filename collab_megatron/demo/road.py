@@ -130,7 +130,7 @@ class Road:
         newest = max(path for path in checkpoints.iterdir() if path.name.startswith("step_"))
         argv = ["tools/convert_checkpoint.py", "megatron-to-hf", "--checkpoint", str(newest)]
         self.stage("export", [*argv, "--output", str(self.run_dir / "hf")])
-        probe = str(self.run_dir / "engine_probe.json")
+        probe = str(self.run_dir / "engine_probe" / "rl.json")
         self.stage("proof", ["tools/check_export.py", "--hf", str(self.run_dir / "hf"), "--probe", probe])
 
     def _common(self, run_dir: Path | None = None) -> list[str]:

@@ -60,7 +60,7 @@ def print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
     console.print(f"{total / 60:.1f} minutes, {calls:,} LLM calls, {summary['conversations']['base']} held-out tasks")
     for what, where in (
         ("figures", "summary.json"),
-        ("conversations", "conversations.jsonl"),
+        ("conversations", "conversations/rl/"),
         ("final model", "hf/"),
         ("checkpoints", "checkpoints/"),
         ("logs", "logs/"),
@@ -71,10 +71,10 @@ def print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
 
 def _evaluations(run_dir: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {"base": json.loads((run_dir / "evaluation_base.json").read_text())}
-    by_step = _by_step(run_dir / "evaluations.jsonl")
+    by_step = _by_step(run_dir / "evaluations" / "rl.jsonl")
     found["sft"], found["rl"] = by_step[0], by_step[max(by_step)]
     for stage in ("rl_reply_only", "rl_no_interactivity"):
-        path = run_dir / "ablation" / stage / "evaluations.jsonl"
+        path = run_dir / "ablation" / stage / "evaluations" / f"{stage}.jsonl"
         if path.exists():
             by_step = _by_step(path)
             found[stage] = by_step[max(by_step)]

@@ -74,8 +74,9 @@ async def assemble(
         config.run.seed,
         journal=journal,
         observer=health,
-        budget=config.budget if isinstance(config, RLConfig) else None,
+        budget=config.budget,
         shards=shards,
+        go_on="set run.resume=true" if driver else "start the evaluation again",
     )
     slots = Slots(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
@@ -90,7 +91,7 @@ async def assemble(
         wait_for_engines=driver is not None,
     ) as engine:
         engine.use(engine_urls, None)
-        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness)
+        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness if driver else None)
         gc.collect()
         gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
         gc.set_threshold(*GC_THRESHOLDS)
@@ -113,6 +114,7 @@ async def assemble(
                     temperature=rollout.temperature,
                     cut_reply=rollout.cut_reply,
                     cut_penalty=rollout.cut_penalty,
+                    termination_signal=config.simulators.user.termination_signal,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
                 engine=engine,

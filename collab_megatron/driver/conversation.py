@@ -15,11 +15,13 @@ from typing import Protocol
 
 from collab_megatron.config.sections.rollout import CutReply
 from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.journal.calls import CALLS
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.journal.store import ReplayMiss
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.types import (
     TERMINATION_SIGNAL,
+    CallRecord,
     Future,
     Generation,
     Message,
@@ -76,6 +78,7 @@ class Limits:
     future_timeout_s: float = 600.0  # deadline of one future
     cut_reply: CutReply = "score"  # what becomes of a conversation whose policy turn is cut or empty
     cut_penalty: float = -1.0  # its reward under `penalty`
+    termination_signal: str = TERMINATION_SIGNAL  # a user turn that holds it is the last
 
     def breaks_off(self, turn: PolicyTurn) -> bool:
         """Whether the conversation ends with `turn`, because nobody could answer it."""
@@ -144,7 +147,19 @@ async def play_future(
     """
     state = _State(messages=list(task.prompt), sampled=list(task.prompt), context=list(prompt_ids), last=reply)
     state.add_policy(reply)
-    if not reply.generation.token_ids_T:
+    calls: list[CallRecord] = []
+    before = CALLS.set(calls)
+    try:
+        played = await _play(task, state, index, seat, simulate=simulate, limits=limits, players=players)
+    finally:
+        CALLS.reset(before)
+    return replace(played, calls=tuple(calls))
+
+
+async def _play(
+    task: Task, state: _State, index: int, seat: Seat, *, simulate: bool, limits: Limits, players: Players
+) -> Future:
+    if not state.last.generation.token_ids_T:
         return _future(task, state, index, RolloutStatus.ENGINE_FAILED, NO_IDS)
     try:
         async with asyncio.timeout(limits.future_timeout_s) as deadline:
@@ -191,7 +206,7 @@ async def _simulate(
             return RolloutStatus.SIMULATOR_FAILED, str(error)
         history = tuple(state.sampled)
         state.add_user(user_text)
-        if TERMINATION_SIGNAL in user_text:
+        if limits.termination_signal in user_text:
             return RolloutStatus.TERMINATED, ""
         state.context = players.chat.grow(state.context, history, user_text)
         if len(state.context) + limits.max_new_tokens > limits.max_context_tokens:

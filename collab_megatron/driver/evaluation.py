@@ -14,12 +14,10 @@ from collab_megatron.driver.figures import Figure, Figures
 from collab_megatron.driver.group import TreeSeat, play_once
 from collab_megatron.driver.held_out import Numbered, has_both, sample_tasks, with_simulated_opening
 from collab_megatron.driver.metrics import evaluation_metrics
-from collab_megatron.errors import EvaluationFailed, RunError
+from collab_megatron.driver.protocol import Tally
+from collab_megatron.errors import RunError
 from collab_megatron.journal.place import PLACE, Place
-from collab_megatron.types import Future, Generation, Group, Reply, RolloutStatus, Task
-
-FAILED_SHARE_LIMIT = 0.5
-"""A step or evaluation that lost more than this share of its work fails: its figures would mean nothing."""
+from collab_megatron.types import Future, Generation, Group, PolicyTurn, Reply, RolloutStatus, Task
 
 
 @dataclass(frozen=True)
@@ -31,19 +29,11 @@ class Evaluation:
     wanted: int  # conversations that this shard was to play
     stop: str = ""  # why no more were begun
 
-    def require_most(self) -> None:
-        """Raises EvaluationFailed if over half of the conversations that were begun failed."""
-        require_most(len(self.groups), [group.error for group in self.groups if not group.kept])
-
-
-def require_most(played: int, failures: Sequence[str]) -> None:
-    """Raises EvaluationFailed, with the first reason of `failures`, if they are over half of the conversations."""
-    if len(failures) > FAILED_SHARE_LIMIT * played:
-        raise EvaluationFailed(
-            f"driver: {len(failures)} of {played} held-out conversations failed; {failures[0]}",
-            played=played,
-            failed=len(failures),
-        )
+    @property
+    def tally(self) -> Tally:
+        """Whether too many failed is for those to judge who see all shards."""
+        failures = [group.error for group in self.groups if not group.kept]
+        return Tally(len(self.groups), len(failures), failures[0] if failures else "")
 
 
 async def evaluate(
@@ -82,7 +72,8 @@ async def evaluate(
             stop = stop or spent() or ""
             if stop:
                 return None
-            seat = TreeSeat(step, number, f"eval/{step}/{number}", first_sample=-1 - number)
+            # in the journal an evaluation belongs to the step after which it is made: step - 1, counted from 0
+            seat = TreeSeat(step - 1, number, f"eval/{step}/{number}", first_sample=-1 - number)
             return await _play(task, seat, simulated=evaluation.simulated_opening, limits=limits, players=players)
 
     chosen = sample_tasks(tasks, evaluation.num_tasks, evaluation.seed, openings_only=evaluation.simulated_opening)
@@ -107,7 +98,9 @@ async def _play(task: Task, seat: TreeSeat, *, simulated: bool, limits: Limits, 
     try:
         if simulated:
             with players.user_clock:
-                task = await with_simulated_opening(task, players.user, sample_index=seat.first_sample)
+                task = await with_simulated_opening(
+                    task, players.user, sample_index=seat.first_sample, signal=limits.termination_signal
+                )
         status = RolloutStatus.ENGINE_FAILED
         reply = await play_once(task, seat, limits=limits, players=players)
     except STOPS_ALL:
@@ -120,8 +113,8 @@ async def _play(task: Task, seat: TreeSeat, *, simulated: bool, limits: Limits, 
 
 def _failed(task: Task, status: RolloutStatus, error: str) -> Group:
     """A conversation without a turn of the policy's."""
-    nothing = Generation((), (), (), finish_reason="failed")
-    return Group(task, (), (Reply("", nothing, (Future(0, status, (), error=error),)),), kept=False, error=error)
+    nothing = PolicyTurn("", "", "", cut=False, generation=Generation((), (), (), finish_reason="failed"))
+    return Group(task, (), (Reply(nothing, (Future(0, status, (), error=error),)),), kept=False, error=error)
 
 
 async def _until_deadline(

@@ -12,14 +12,13 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from collab_megatron.driver.group import TreeSeat, has_spread
 from collab_megatron.driver.shard import Shard
-from collab_megatron.errors import RunError
 from collab_megatron.types import Group
 
 
@@ -190,19 +189,3 @@ class Forest:
         self._refilled[step] = number + 1
         tree.replaced = True
         self._begin(self._shard.refill(step, number))
-
-
-def first_error(groups: Sequence[Group]) -> str:
-    """Something that went wrong, to be told with the fact that too much did."""
-    said = [group.error for group in groups if group.error]
-    said += [f.error for group in groups for reply in group.replies_G for f in reply.futures_K if f.error]
-    return said[0] if said else "no future was scored"
-
-
-def require_most(groups: Sequence[Group], step: int, limit: float) -> None:
-    """Raises RunError if more than the share `limit` of the groups had to be dropped."""
-    dropped = [group for group in groups if not group.kept]
-    if len(dropped) > limit * len(groups):
-        raise RunError(
-            f"driver: {len(dropped)} of {len(groups)} groups of step {step} had to be dropped; {first_error(dropped)}"
-        )

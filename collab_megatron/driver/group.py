@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from collab_megatron.algorithms.advantages import group_advantages
 from collab_megatron.driver.conversation import Limits, Players, Seat, ask_policy, play_future
+from collab_megatron.driver.protocol import Tally
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.rewards import multiturn_reward
 from collab_megatron.types import Future, Group, PolicyTurn, Reply, RolloutStatus, Task, TrainingSample
@@ -76,7 +78,7 @@ async def grow_group(
     futures = await _until_deadline(playing, rules.group_timeout_s)
     for g in range(len(turns_G)):
         for k in range(1, count):
-            futures.setdefault((g, k), replace(futures[g, 0], index=k))
+            futures.setdefault((g, k), replace(futures[g, 0], index=k, calls=()))
     replies = tuple(
         _reply(turn, [futures[g, k] for k in range(count)], rules.min_futures) for g, turn in enumerate(turns_G)
     )
@@ -136,9 +138,17 @@ def has_spread(group: Group) -> bool:
     return group.kept and any(reply.advantage for reply in group.replies_G)
 
 
-def training_samples(group: Group) -> list[TrainingSample]:
-    """The replies the trainer sees; none of a dropped group."""
-    if not group.kept:
+def tally(groups: Sequence[Group]) -> Tally:
+    """How many of the groups had to be dropped, and something that went wrong with one of them."""
+    dropped = [group for group in groups if not group.kept]
+    why = [group.error for group in dropped if group.error]
+    why += [f.error for group in dropped for reply in group.replies_G for f in reply.futures_K if f.error]
+    return Tally(len(groups), len(dropped), why[0] if why else "no future was scored" if dropped else "")
+
+
+def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> list[TrainingSample]:
+    """The replies the trainer sees; none of a dropped group, nor with "drop" of one without spread."""
+    if not group.kept or (zero_advantage == "drop" and not has_spread(group)):
         return []
     return [
         TrainingSample(

@@ -36,14 +36,15 @@ def has_both(tasks: Sequence[Numbered]) -> bool:
     return len({is_opening(task) for _, task in tasks}) > 1
 
 
-async def with_simulated_opening(task: Task, user: UserSimulator, *, sample_index: int) -> Task:
+async def with_simulated_opening(task: Task, user: UserSimulator, *, sample_index: int, signal: str) -> Task:
     """The task with an opening that the simulated user wrote from the whole request; system messages stay.
 
-    Whether that opening leaves something out is not known: the dataset's `ambiguous` is about its own opening, and is
-    taken away. Waits for one LLM call. Raises RunError where no opening comes.
+    `signal`: the user's termination signal, which opens nothing. Whether that opening leaves something out is not
+    known: the dataset's `ambiguous` is about its own opening, and is taken away. Waits for one LLM call. Raises
+    RunError where no opening comes.
     """
     system = tuple(message for message in task.prompt if message.role == "system")
-    opening = strip_signal(await user.reply(task, system, sample_index=sample_index))
+    opening = strip_signal(await user.reply(task, system, sample_index=sample_index), signal)
     if not opening:
         raise RunError(f"the simulated user ended the conversation of task {task.task_id} instead of opening it")
     metadata = {name: value for name, value in task.metadata.items() if name != "ambiguous"}

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 import msgspec
 import zmq
 
 from collab_megatron.driver.figures import Figure, merged, values
-from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.errors import BudgetSpent, EvaluationFailed, NoEngineLeft, RunError, SimulatorSick
 from collab_megatron.types import RolloutBatch, TrainingSample
 
 POLL_S = 2.0
@@ -26,6 +26,10 @@ ASK_AGAIN_S = 15.0
 SILENT_S = 120.0
 """How long the trainer asks a driver that does not answer: it may be being started again."""
 WHY_STOP = {"budget": BudgetSpent, "health": SimulatorSick}
+LOST_CONVERSATIONS = "held-out conversations failed"
+LOST_SHARE_LIMIT = 0.5
+"""A step or evaluation that lost more than this share of its work, over all shards, fails: its figures would mean
+nothing."""
 
 T = TypeVar("T")
 
@@ -33,11 +37,19 @@ T = TypeVar("T")
 class Request(msgspec.Struct):
     """Asked by the trainer's rank 0."""
 
-    op: Literal["step", "evaluate", "stop"]
-    step: int = 0  # training step, counted from 0
+    op: Literal["step", "evaluate", "discard", "stop"]  # discard: the batch of `step` was refused, make it again
+    step: int = 0  # optimizer steps that the live weights have behind them; what users read counts from 1
     version: int = 0  # weight version that is live in the engines
     engines: tuple[str, ...] = ()  # URLs of the servers that hold it; no others may be asked
     saved: int = 0  # steps that the newest complete checkpoint holds
+
+
+class Tally(msgspec.Struct, frozen=True):
+    """How much of its share of the work a shard lost."""
+
+    of: int = 0  # groups of a step, conversations of an evaluation
+    lost: int = 0  # of them, those that were dropped or failed
+    why: str = ""  # what went wrong with one of them
 
 
 class Answer(msgspec.Struct):
@@ -51,6 +63,7 @@ class Answer(msgspec.Struct):
     stop: Literal["", "budget", "health"] = ""  # the error is that the run must not go on
     notes: tuple[str, ...] = ()  # for the terminal
     lost: dict[str, str] = {}  # engines that were given up while this was worked on: URL -> reason
+    tally: Tally = Tally()
 
 
 @dataclass(frozen=True)
@@ -87,20 +100,34 @@ class DriverClient:
     ) -> Delivery[RolloutBatch]:
         """The finished groups of `step`, sampled by `engines`, all of which hold `version`.
 
-        Raises RunError at the deadline or with the driver's own error; DriverHasNoEngine when all engines were given
-        up; BudgetSpent or SimulatorSick where the run must stop.
+        Raises RunError at the deadline, with the driver's own error, or when the shards together had to drop over half
+        of the groups; DriverHasNoEngine when all engines were given up; BudgetSpent or SimulatorSick where the run must
+        stop.
         """
         request = Request("step", step, version, tuple(engines), saved)
-        answers = self._ask_all(request, f"the rollouts of step {step}", timeout_s)
+        answers = self._ask_all(request, f"the rollouts of step {step + 1}", timeout_s)
+        try:
+            require_most([answer.tally for answer in answers], f"groups of step {step + 1} had to be dropped")
+        except RunError:
+            # the journal would hand the same batch to every attempt to resume
+            self._ask_all(Request("discard", step), f"the removal of the refused batch of step {step + 1}", SILENT_S)
+            raise
         samples = tuple(sample for answer in answers for sample in answer.samples)
-        return _delivery(RolloutBatch(step, samples, _values(answers)), answers)
+        delivery = _delivery(RolloutBatch(step, samples, _values(answers)), answers)
+        if samples:
+            return delivery
+        note = (
+            f"step {step + 1}: no group has spread and algorithm.zero_advantage is drop, so no optimizer step is taken"
+        )
+        return replace(delivery, notes=(*delivery.notes, note))
 
     def evaluate(
         self, step: int, version: int, engines: Sequence[str], *, timeout_s: float
     ) -> Delivery[dict[str, float]]:
-        """Held-out figures under the live weights. Raises as `next_batch` does."""
+        """Held-out figures under the live weights. Raises as `next_batch` does, of conversations instead of groups."""
         request = Request("evaluate", step, version, tuple(engines))
-        answers = self._ask_all(request, f"the evaluation at step {step}", timeout_s)
+        answers = self._ask_all(request, f"the evaluation after step {step}", timeout_s)
+        require_most([answer.tally for answer in answers], LOST_CONVERSATIONS, EvaluationFailed)
         return _delivery(_values(answers), answers)
 
     def stop(self) -> None:
@@ -192,6 +219,14 @@ def _raise_for(answer: Answer) -> None:
         raise WHY_STOP[answer.stop](answer.error)
     if answer.error:
         raise RunError(answer.error)
+
+
+def require_most(tallies: Sequence[Tally], what: str, kind: type[RunError] = RunError) -> None:
+    """Raises `kind`, "5 of 8 `what`", if all shards together lost more than the share LOST_SHARE_LIMIT."""
+    lost, of = sum(tally.lost for tally in tallies), sum(tally.of for tally in tallies)
+    if lost > LOST_SHARE_LIMIT * of:
+        why = next((tally.why for tally in tallies if tally.why), "no reason is known")
+        raise kind(f"driver: {lost} of {of} {what}; {why}")
 
 
 def _values(answers: Sequence[Answer]) -> dict[str, float]:

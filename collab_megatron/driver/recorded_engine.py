@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 from collab_megatron.journal.store import Journal
 from collab_megatron.slots import Slots
@@ -14,11 +15,17 @@ from collab_megatron.types import Generation, PolicyEngine
 SMOOTHING = 0.05
 """Weight of the newest turn in the running mean of turn lengths."""
 
+ANY_VERSION = 2**62
+"""Beyond the versions of any trainer, and of servers that no trainer feeds."""
+
 
 class RecordedEngine:
-    """Implements types.PolicyEngine. `slots` bounds the tokens of the calls in flight."""
+    """Implements types.PolicyEngine. `slots` bounds the tokens of the calls in flight. `max_staleness` None: no trainer
+    publishes versions; the journal's lineage alone says whose turns they are."""
 
-    def __init__(self, engine: PolicyEngine, journal: Journal | None, slots: Slots, *, max_staleness: int) -> None:
+    def __init__(
+        self, engine: PolicyEngine, journal: Journal | None, slots: Slots, *, max_staleness: int | None
+    ) -> None:
         self._engine, self._journal, self._slots = engine, journal, slots
         self._max_staleness = max_staleness
         self._new_tokens: float | None = None  # running mean of a turn's length
@@ -49,14 +56,14 @@ class RecordedEngine:
         Waits for room in the engines. Raises what the engine raises, and ReplayMiss.
         """
         key = turn_key(name, input_ids, n=n, temperature=temperature, max_new_tokens=max_new_tokens)
-        oldest = max(0, self._version - self._max_staleness)
-        recorded = self._journal.turn(key, oldest=oldest, newest=self._horizon) if self._journal else None
-        if recorded is not None:
+        recorded = self._recorded(key)
+        if recorded is not None and self._max_staleness is not None:
             newest = max((version for generation in recorded for version in generation.versions_T), default=0)
             async with self._moved:
                 await self._moved.wait_for(lambda: newest <= self._version)
+        if recorded is not None:
             self.replayed += len(recorded)
-            return list(recorded)
+            return [replace(generation, replayed=True) for generation in recorded]
         expected = max_new_tokens if self._new_tokens is None else min(max_new_tokens, 1.25 * self._new_tokens)
         amount = len(input_ids) + n * expected
         async with self._slots.take(amount):
@@ -71,6 +78,13 @@ class RecordedEngine:
         if self._journal is not None:
             self._journal.record_turn(key, generations)
         return generations
+
+    def _recorded(self, key: bytes) -> tuple[Generation, ...] | None:
+        if self._journal is None:
+            return None
+        if self._max_staleness is None:
+            return self._journal.turn(key, oldest=-ANY_VERSION, newest=ANY_VERSION)
+        return self._journal.turn(key, oldest=max(0, self._version - self._max_staleness), newest=self._horizon)
 
 
 def turn_key(name: str, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int) -> bytes:

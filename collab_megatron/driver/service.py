@@ -23,7 +23,7 @@ from collab_megatron.cluster.processes import die_with_parent
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.driver.cast import Cast, assemble, open_journal
 from collab_megatron.driver.protocol import POLL_S, Answer, Request, encode_answer, request_decoder
-from collab_megatron.driver.record import TreeRecorder
+from collab_megatron.driver.recorder import TreeRecorder
 from collab_megatron.driver.steps import Steps
 from collab_megatron.driver.work import Work
 from collab_megatron.errors import NoEngineLeft, RunError, run_cli
@@ -48,6 +48,10 @@ class Service:
         """What was asked for, or "pending" after POLL_S. The same request again goes on waiting for the same work."""
         if request.op == "stop":
             await self.close()
+            return Answer()
+        if request.op == "discard":
+            self._asked = None
+            await self._steps.discard(request.step)
             return Answer()
         if request != self._asked:
             await self._abandon_evaluation()
@@ -82,7 +86,7 @@ class Service:
             timeout_s = self._config.rollout.step_timeout_s
             if time.monotonic() - self._since > timeout_s:
                 raise RunError(
-                    f"driver: the rollouts of step {request.step} took over {timeout_s:g} s; {self._steps.state()}"
+                    f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s; {self._steps.state()}"
                 )
             left_s = until - time.monotonic()
             if left_s <= 0:
@@ -120,8 +124,13 @@ async def serve(
     config: RLConfig, *, max_context_tokens: int, first_step: int | None, ready_file: Path, shard: int, port: int
 ) -> None:
     """Answer requests until told to stop."""
-    name = "conversations.jsonl" if shard == 0 else f"conversations.shard{shard}.jsonl"
-    recorder = TreeRecorder(config.run.dir / name, first_step=first_step)
+    recorder = TreeRecorder(
+        config.run.conversations_dir,
+        config.record,
+        first_step=None if first_step is None else first_step + 1,
+        shard=shard,
+        shards=config.driver.shards,
+    )
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.REP)
     if port:
@@ -139,10 +148,11 @@ async def serve(
             start = time.monotonic()
             answer = await service.answer(request)
             await socket.send(encode_answer(answer))
-            if answer.samples:
-                print(f"step {request.step}: delivered {len(answer.samples)} samples", flush=True)
-            elif answer.error:
-                print(f"{request.op} {request.step} failed after {time.monotonic() - start:.1f} s: {answer.error}")
+            what = f"evaluation after step {request.step}" if request.op == "evaluate" else f"step {request.step + 1}"
+            if answer.error:
+                print(f"{what} failed after {time.monotonic() - start:.1f} s: {answer.error}")
+            elif request.op == "step" and not answer.pending:
+                print(f"{what}: delivered {len(answer.samples)} samples", flush=True)
             for note in answer.notes:
                 print(note, flush=True)
             running = request.op != "stop"

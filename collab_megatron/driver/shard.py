@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from collab_megatron.data.order import step_indices
+from collab_megatron.data.order import refill_index, step_indices
 from collab_megatron.driver.group import TreeSeat
 from collab_megatron.types import Task
 
@@ -40,11 +39,11 @@ class Shard:
         return self._seat(step, self.prompts_per_step + number * self.count + self.index)
 
     def task(self, seat: TreeSeat) -> Task:
-        """The prompt of a tree; that of a refill is drawn from all."""
-        if seat.slot < self.prompts_per_step:
-            rows = step_indices(self.seed, seat.step, num_rows=len(self.tasks), batch_size=self.prompts_per_step)
-            return self.tasks[rows[seat.slot]]
-        return random.Random(f"refill/{self.seed}/{seat}").choice(self.tasks)
+        """The prompt of a tree."""
+        rows, prompts = len(self.tasks), self.prompts_per_step
+        if seat.slot < prompts:
+            return self.tasks[step_indices(self.seed, seat.step, num_rows=rows, batch_size=prompts)[seat.slot]]
+        return self.tasks[refill_index(self.seed, seat.step, seat.slot - prompts, num_rows=rows, batch_size=prompts)]
 
     def _seat(self, step: int, slot: int) -> TreeSeat:
         # refills stand behind all prompts: slots of a step are never more than twice as many as its prompts

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+from msgspec import structs
+
 from collab_megatron.config import RLConfig
 from collab_megatron.driver.cast import Cast
 from collab_megatron.driver.deliveries import Deliveries
-from collab_megatron.driver.evaluation import FAILED_SHARE_LIMIT
 from collab_megatron.driver.figures import Figure, Figures, of_kind
-from collab_megatron.driver.forest import Forest, Tree, require_most
-from collab_megatron.driver.group import training_samples
+from collab_megatron.driver.forest import Forest, Tree
+from collab_megatron.driver.group import tally, training_samples
 from collab_megatron.driver.metrics import rollout_metrics, staleness_metrics
 from collab_megatron.driver.protocol import Answer
-from collab_megatron.driver.record import TreeRecorder, tree_line
+from collab_megatron.driver.record import tree_line
+from collab_megatron.driver.recorder import TreeRecorder
 from collab_megatron.driver.work import Work
 from collab_megatron.engine.usage import PoolUsage
 from collab_megatron.errors import RunError
@@ -55,8 +57,7 @@ class Steps:
         before = self._deliveries.get(step)
         if before is None:
             return None
-        self._recorder.write(step, before.lines)
-        return before.answer
+        return self._recorded(step, before.answer, before.unpacked())
 
     async def live(self, version: int) -> None:
         """Weights `version` are live."""
@@ -65,7 +66,7 @@ class Steps:
     def take(self, step: int) -> Answer | None:
         """The batch of `step`; None as long as trees are missing.
 
-        Raises RunError if too many groups had to be dropped, or hold tokens older than allowed; what the trees raise.
+        Raises RunError if groups hold tokens older than allowed; what the trees raise.
         """
         assert self._forest is not None, "begin comes first"
         trees = self._forest.take(step)
@@ -93,25 +94,48 @@ class Steps:
         assert self._forest is not None, "begin comes first"
         await self._forest.changed(timeout_s)
 
+    async def discard(self, step: int) -> None:
+        """The trainer refused the batch of `step`: whoever asks for it again gets another, made of the calls that the
+        journal knows and of new ones in place of those that failed."""
+        self._deliveries.remove(step)
+        await self.close()
+        self._forest = None
+
     async def close(self) -> None:
         if self._forest is not None:
             await self._forest.close()
 
     def _deliver(self, step: int, trees: Sequence[Tree]) -> Answer:
         groups = [tree.group for tree in trees if tree.group is not None]
-        require_most(groups, step, FAILED_SHARE_LIMIT)
-        samples = tuple(sample for group in groups for sample in training_samples(group))
+        samples = tuple(sample for tree in trees for sample in self._samples(tree))
         _require_versions(samples, step, self._config.driver.max_staleness)
         warnings, sick = self._cast.health.verdict()
         if sick is not None:
             return Answer(error=sick, stop="health")
         notes = [*with_examples(warnings, self._cast.health.examples()), *self._cast.gateway.budget.warnings()]
         figures = self._figures(step, trees, groups)
-        answer = Answer(samples=samples, figures=figures, notes=tuple(notes))
-        lines = [tree_line(step, group) for group in groups]
+        figures["rollout/samples"] = Figure.of("sum", [len(samples)])
+        answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
+        wanted = self._recorder.wants(step + 1)
+        lines = [self._line(step, tree, tree.group) for tree in trees if wanted and tree.group is not None]
         self._deliveries.put(step, trees, answer, lines)
-        self._recorder.write(step, lines)
-        return answer
+        return self._recorded(step, answer, lines)
+
+    def _samples(self, tree: Tree) -> list[TrainingSample]:
+        """What the trainer is given of a tree: of a replaced one nothing, for it has taught nothing, another fills its
+        place, and it would thin out the others."""
+        if tree.group is None or tree.replaced:
+            return []
+        return training_samples(tree.group, self._config.algorithm.zero_advantage)
+
+    def _line(self, step: int, tree: Tree, group: Group) -> bytes:
+        trained = bool(self._samples(tree))
+        return tree_line(step + 1, group, tree.seat, replaced=tree.replaced, trained=trained)
+
+    def _recorded(self, step: int, answer: Answer, lines: Sequence[bytes]) -> Answer:
+        """The answer, once its trees are in the record, where steps count from 1 as on the dashboard."""
+        note = self._recorder.write(step + 1, lines)
+        return structs.replace(answer, notes=(*answer.notes, note)) if note else answer
 
     def _figures(self, step: int, trees: Sequence[Tree], groups: Sequence[Group]) -> Figures:
         now = time.monotonic()
@@ -150,7 +174,6 @@ class _Counters:
         return {
             **of_kind("max", {name: value - clocks_before[name] for name, value in clocks.items()}),
             **of_kind("sum", (calls - calls_before).metrics()),
-            **of_kind("sum", {f"total/{name}": value for name, value in calls.metrics().items() if "/" in name}),
             **{
                 name: Figure.ratio(value, over) if kind == "mean" else Figure.of(kind, [value])
                 for name, (kind, value, over) in usage.since(usage_before)
@@ -187,6 +210,6 @@ def _require_versions(samples: Sequence[TrainingSample], step: int, max_stalenes
     seen = {version for sample in samples for version in sample.versions_T}
     if seen and not (step - max_staleness <= min(seen) and max(seen) <= step):
         raise RunError(
-            f"driver: step {step} holds tokens of weight versions {sorted(seen)}; driver.max_staleness is "
+            f"driver: step {step + 1} holds tokens of weight versions {sorted(seen)}; driver.max_staleness is "
             f"{max_staleness}"
         )

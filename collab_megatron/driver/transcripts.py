@@ -1,4 +1,4 @@
-"""Every conversation of an evaluation as JSON lines, in the format of conversations.jsonl: one reply, one future each.
+"""Every conversation of an evaluation as JSON lines, in the format of the record (docs/RECORD.md).
 
     RUN_DIR/evaluations/NAME/step_00000040.jsonl          a second driver process: step_00000040.shard1.jsonl
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from collab_megatron.driver.record import tree_line
+from collab_megatron.driver.record import held_out_line
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_text
 from collab_megatron.types import Group
@@ -26,7 +26,7 @@ def transcript_file(folder: Path, step: int, shard: int) -> Path:
 
 def write_transcripts(path: Path, step: int, groups: Sequence[Group]) -> None:
     """Replace `path` by the conversations of `step`. Raises RunError when the disk refuses."""
-    publish_text(path, b"".join(tree_line(step, group) for group in groups).decode())
+    publish_text(path, b"".join(held_out_line(step, group) for group in groups).decode())
 
 
 def keep_newest(folder: Path, keep: int, shard: int) -> None:

@@ -88,5 +88,4 @@ class Work:
         keep_newest(run.evaluations_dir, section.keep_transcripts, self.shard.index)
         if played.stop:
             return Answer(error=played.stop, stop="budget")
-        played.require_most()
-        return Answer(figures=played.figures)
+        return Answer(figures=played.figures, tally=played.tally)

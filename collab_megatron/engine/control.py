@@ -198,6 +198,15 @@ class EngineControl:
         reply = self._call("POST", "generate", {"input_ids": list(input_ids), "sampling_params": params})
         return list(reply["output_ids"])
 
+    def greedy(
+        self, input_ids: Sequence[int], *, max_new_tokens: int, stop_token_ids: Sequence[int]
+    ) -> tuple[list[int], list[float]]:
+        """As `generate`, with the log-probability of each token under the raw logits."""
+        params = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "stop_token_ids": list(stop_token_ids)}
+        body = {"input_ids": list(input_ids), "sampling_params": params, "return_logprob": True}
+        reply = self._call("POST", "generate", body)
+        return list(reply["output_ids"]), [float(entry[0]) for entry in reply["meta_info"]["output_token_logprobs"]]
+
     def _post(self, call: str, body: dict[str, Any], params: dict[str, Any] | None = None) -> None:
         reply = self._call("POST", call, body, params)
         if reply.get("success") is False:

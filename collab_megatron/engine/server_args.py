@@ -33,23 +33,26 @@ def engine_command(
     seed: int,
     number: int = 0,
     cores: Sequence[int] | None = None,
+    threads: int = 1,
 ) -> EngineCommand:
     """The server for `model_path`; token ids only (no tokenizer in the server), prefix cache on.
 
     number: of the server among its run's. cores: CPU cores that its ranks may be bound to; None: all that we may use.
+    threads: of each rank on CPU, where engine.threads does not say.
     On CPU: pure-torch attention and sampling, because SGLang's CPU kernels are not on PyPI (tools/cpu_support).
     """
     argv = [settings.python or sys.executable, "-m", "sglang.launch_server"]
     argv += ["--model-path", model_path, "--dtype", dtype, "--host", settings.host, "--port", str(port)]
     argv += ["--tp-size", str(settings.tensor), "--random-seed", str(seed), "--log-level", "warning"]
     argv += ["--skip-tokenizer-init", "--sleep-on-idle"]
-    # SGLang can report log-probs of the temperature-scaled distribution; the trainer's are of the raw logits
-    env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
+    # the log-probs that come back are of the distribution at the sampling temperature, as the trainer's are; a
+    # caller's environment may say otherwise
+    env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
     if device == "cpu":
-        threads = settings.threads or 1
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         # spinning OpenMP threads starve the trainer that shares these cores
-        env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        env["OMP_NUM_THREADS"] = str(settings.threads or threads)
         # glibc gives large blocks back to the kernel at once, and fresh pages cost more than the copy into them: the
         # server would fault its receive buffers in anew for every bucket of weights
         env |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}

@@ -26,7 +26,8 @@ SPEND = "SELECT role, model, calls, cost_usd FROM spend ORDER BY role, model"
 
 
 def lines(connection: sqlite3.Connection) -> Iterator[str]:
-    """One for each step and kind of row, then the run's totals."""
+    """One for each step and kind of row, then the run's totals. Steps count from 1, as on the dashboard; step 0 is what
+    was done before the first."""
     by_step: dict[int, list[str]] = {}
     for step, role, model, count, usd, mean_s, prompt, completion in connection.execute(REPLIES):
         by_step.setdefault(step, []).append(
@@ -38,7 +39,7 @@ def lines(connection: sqlite3.Connection) -> Iterator[str]:
     for step, count, size in connection.execute(DELIVERIES):
         by_step.setdefault(step, []).append(f"delivered by {count:,} shards, {size / 1e6:.2f} MB")
     for step in sorted(by_step):
-        yield from (f"step {step:5d}  {line}" for line in by_step[step])
+        yield from (f"step {step + 1:5d}  {line}" for line in by_step[step])
     for role, model, calls, usd in connection.execute(SPEND):
         yield f"whole run   {role} ({model or 'model not named'}): {calls:,} replies, ${usd:.4f}"
 

@@ -50,6 +50,7 @@ SELECT content FROM turns WHERE key = ? AND lineage = ? AND newest <= ? AND olde
 """
 ADD_TURN = "INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 FIND_DELIVERY = "SELECT content FROM deliveries WHERE lineage = ? AND shard = ? AND step = ?"
+REMOVE_DELIVERY = "DELETE FROM deliveries WHERE lineage = ? AND shard = ? AND step = ?"
 ADD_DELIVERY = "INSERT OR REPLACE INTO deliveries VALUES (?, ?, ?, ?)"
 COUNT_ROWS = "SELECT " + " + ".join(f"(SELECT count(*) FROM {table})" for table in STEP_TABLES)
 
@@ -149,6 +150,10 @@ class Journal:
         """Keep what a shard hands over for a step, before it does."""
         self._commit((ADD_DELIVERY, (self._lineage, shard, step, content)))
 
+    def remove_delivery(self, shard: int, step: int) -> None:
+        """Forget what a shard handed over for a step, if anything."""
+        self._commit((REMOVE_DELIVERY, (self._lineage, shard, step)))
+
     def prune(self, *, before_step: int) -> None:
         """Remove the rows of older steps, of every lineage, and give their space back. Returns at once: the work is
         done beside the run, in transactions of about a millisecond."""
@@ -181,8 +186,8 @@ class Journal:
         self._misses += 1
         if self._replay == "only":
             raise ReplayMiss(
-                f"the journal {self._path} lacks {what} of step {PLACE.get().step}, and journal.replay is only: set it "
-                "to auto to ask for what is missing"
+                f"the journal {self._path} lacks {what} of step {PLACE.get().step + 1}, and journal.replay is only: "
+                "set it to auto to ask for what is missing"
             )
         return False
 

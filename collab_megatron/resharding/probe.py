@@ -33,7 +33,8 @@ def trainer_logprobs(actor: Actor, ids: Sequence[int]) -> list[float]:
         pad_multiple=actor.grid.pad_multiple,
         packed=False,
     )
-    ((logprobs,), _) = actor.logprobs(batches)
+    with actor.at_temperature(1.0):  # engines do not scale the log-probs of a prompt
+        ((logprobs,), _) = actor.logprobs(batches)
     return [float(value) for value in logprobs[0, 1:length]]
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 
+from collab_megatron.journal.calls import METRIC
 from collab_megatron.rewards.aggregate import conversation_reward
 from collab_megatron.simulators import SimulatorError
 from collab_megatron.types import Metric, ScoredConversation
@@ -48,7 +49,8 @@ class Scorer:
 
 
 async def _score(metric: Metric, conversation: ScoredConversation) -> float:
-    """One metric's score; its `score` may be a plain function."""
+    """One metric's score; its `score` may be a plain function. In a task of its own: its calls bear its name."""
+    METRIC.set(metric.name)
     try:
         value = metric.score(conversation)
         if inspect.isawaitable(value):

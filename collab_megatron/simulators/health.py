@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from collab_megatron.config.sections import HealthSection
 from collab_megatron.errors import UserError
 from collab_megatron.simulators.turn_checks import DETECTORS, Turn
-from collab_megatron.types import Message, Task
+from collab_megatron.types import TERMINATION_SIGNAL, Message, Task
 
 EXAMPLES = 3  # texts kept for each check
 EXAMPLE_CHARS = 200
@@ -62,10 +62,12 @@ class SimulatorHealth:
         ] = {}  # (role, deployment, check) -> model or fingerprint first seen
         self._examples: dict[str, list[str]] = {}
 
-    def observe_turn(self, role: str, task: Task, chat: Sequence[Message], text: str) -> None:
-        """Look at a user turn that was accepted; `chat` ends before it, `text` may hold the termination signal."""
+    def observe_turn(
+        self, role: str, task: Task, chat: Sequence[Message], text: str, *, signal: str = TERMINATION_SIGNAL
+    ) -> None:
+        """Look at a user turn that was accepted; `chat` ends before it, `text` may hold the termination `signal`."""
         self._count(role, "turns", "turns")
-        turn = Turn.of(task, chat, text)
+        turn = Turn.of(task, chat, text, signal)
         for name, detect in DETECTORS.items():
             if detect(turn):
                 self._count(role, name, CHECKS[name].per)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,7 @@ class ApiReply:
 
 
 MANY_CONNECTIONS = "20000"
+UNAWAITED = r"coroutine '[\w.]*\.(async_completion|acompletion|async_\w+_handler)\w*' was never awaited"
 
 
 class LiteLLMApi:
@@ -91,6 +93,9 @@ class LiteLLMApi:
         for name in ("LiteLLM", "LiteLLM Router"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are counted and reported by role.py
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, and some carry the key
+        # a call that is cancelled while LiteLLM prepares it in a thread leaves the coroutine that it prepared: noise in
+        # the report of whatever ended the run
+        warnings.filterwarnings("ignore", message=UNAWAITED, category=RuntimeWarning)
 
     def _clear_callbacks(self) -> None:
         """Each is paid for on every call of every role."""

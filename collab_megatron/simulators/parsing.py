@@ -82,6 +82,21 @@ def verdict_field(reply: dict[str, Any], name: str) -> bool:
     raise MalformedReply(f"field {name!r} is neither true nor false")
 
 
+def read_for_record(text: str) -> tuple[str, dict[str, Any], str]:
+    """The `thought` of a reply in JSON; its other plain values, except the `response`, which stands in the chat; and
+    the text itself where it is no JSON: a caller without a check takes it as it comes."""
+    try:
+        reply = json_object(text)
+    except MalformedReply:
+        return "", {}, text
+    marks = {
+        name: value
+        for name, value in reply.items()
+        if name not in ("thought", "response") and (value is None or isinstance(value, (str, bool, int, float)))
+    }
+    return str(reply.get("thought") or ""), marks, ""
+
+
 def _field(reply: dict[str, Any], name: str) -> Any:
     if name not in reply:
         raise MalformedReply(f"field {name!r} is missing")

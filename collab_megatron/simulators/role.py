@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from collab_megatron.config.sections import LLMSection
+from collab_megatron.journal.calls import METRIC, keep_call
 from collab_megatron.simulators.answer import Answer, Observer, find_problem, share_out
 from collab_megatron.simulators.deployments import Deployment, Deployments, NoTurn
 from collab_megatron.simulators.failure import Failure, SimulatorError, classify, timed_out
 from collab_megatron.simulators.litellm_api import ApiReply, LiteLLMApi, Request
+from collab_megatron.simulators.parsing import read_for_record
 from collab_megatron.simulators.recorded import Recorded
 from collab_megatron.simulators.usage import RoleUsage
 from collab_megatron.slots import Slots
-from collab_megatron.types import LLMReply, Message
+from collab_megatron.types import CallRecord, LLMReply, Message
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,8 @@ class Role:
         failure = Failure("NoAttempt", None, False, None)
         spent_s, attempt, sent, malformed = 0.0, 0, 0, 0
         replies: list[LLMReply] = []
+        answers: list[Answer] = []
+        begin_s = time.time()
         refused: set[int] = set()  # deployments where asking this again cannot help
         while attempt < section.max_attempts and spent_s < section.deadline_s:
             attempt += 1
@@ -115,10 +119,12 @@ class Role:
                     break
                 spent_s += seconds
             if isinstance(result, Answer):
+                answers.append(result)
                 problem = find_problem(result.reply, check)
                 if problem is None:
                     replies += share_out(result)
                     if len(replies) >= n:
+                        keep_call(self._call(begin_s, sent, answers, text=replies[0].text, json_reply=json_reply))
                         return replies[:n]
                     attempt = 0  # a provider without `n` gives one reply a request: go on for the rest
                     continue
@@ -137,10 +143,42 @@ class Role:
             spent_s += pause_s
             await asyncio.sleep(pause_s)
         usage.failures += 1
-        raise SimulatorError(
+        spent = SimulatorError(
             f"{self.name} ({section.model}) gave no usable reply after {attempt} attempt{'s' * (attempt > 1)} "
             f"in {spent_s:.1f} s; last: {failure}",
             fatal=failure.fatal,
+        )
+        keep_call(self._call(begin_s, sent, answers, error=str(spent)))
+        raise spent
+
+    def _call(
+        self,
+        begin_s: float,
+        requests: int,
+        answers: Sequence[Answer],
+        *,
+        text: str = "",
+        json_reply: bool = False,
+        error: str = "",
+    ) -> CallRecord:
+        """What is recorded of a call that ends now."""
+        thought, marks, rest = read_for_record(text) if json_reply else ("", {}, text)
+        return CallRecord(
+            role=self.name,
+            model=self.section.model,
+            begin_s=begin_s,
+            end_s=time.time(),
+            metric=METRIC.get(),
+            answered_by=answers[-1].reply.model if answers else "",
+            requests=requests,
+            replayed=bool(answers) and answers[-1].replayed,
+            prompt_tokens=sum(answer.reply.prompt_tokens for answer in answers),
+            completion_tokens=sum(answer.reply.completion_tokens for answer in answers),
+            cost_usd=sum(answer.reply.cost_usd for answer in answers),
+            thought=thought,
+            marks=marks,
+            text=rest,
+            error=error,
         )
 
     def _request(

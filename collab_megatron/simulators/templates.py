@@ -1,12 +1,14 @@
 """Prompt templates: text files with `$name` places, filled in one pass.
 
-Values go in verbatim and are never looked at again, so braces, dollars and percent signs in a user's text are harmless.
+Values go in verbatim, closing tags of the prompt's blocks aside, and are never looked at again, so braces, dollars and
+percent signs in a user's text are harmless.
 A literal dollar in a template is written `$$`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,7 +19,7 @@ from collab_megatron.errors import UserError
 from collab_megatron.files import contents
 from collab_megatron.types import Message
 
-BLOCK_ENDS = ("</chat>", "</request>", "</reference>")
+BLOCK_END = re.compile(r"</(?=\s*(?:chat|request|reference|task_desc)\s*>)", re.IGNORECASE)
 
 
 class PromptTemplate:
@@ -37,8 +39,11 @@ class PromptTemplate:
             raise UserError(f"prompt {source}: ${min(required - found)} is missing; it needs {_listed(required)}")
 
     def fill(self, **values: str) -> str:
-        """The prompt. Raises KeyError if a name of the template has no value."""
-        return self._template.substitute(values)
+        r"""The prompt. Raises KeyError if a name of the template has no value.
+
+        A closing tag of the prompt's blocks inside a value is written `<\/chat>`, so that no text can end its block.
+        """
+        return self._template.substitute({name: BLOCK_END.sub(r"<\\/", value) for name, value in values.items()})
 
 
 def load_template(
@@ -72,19 +77,13 @@ def prompts_by_content(node: Any) -> Any:
 
 
 def chat_lines(chat: Sequence[Message]) -> str:
-    r"""The user and assistant turns, one JSON object a line.
-
-    A closing tag of the prompt's blocks inside a turn is written with JSON's `\/`, so that no turn can end its block.
-    """
+    """The user and assistant turns, one JSON object a line. What fill() does to closing tags is JSON's own escape."""
     lines = [
         json.dumps({"role": message.role, "content": message.content}, ensure_ascii=False)
         for message in chat
         if message.role in ("user", "assistant")
     ]
-    text = "\n".join(lines)
-    for end in BLOCK_ENDS:
-        text = text.replace(end, end.replace("/", "\\/"))
-    return text
+    return "\n".join(lines)
 
 
 def _listed(names: Iterable[str]) -> str:

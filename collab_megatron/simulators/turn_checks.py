@@ -86,10 +86,10 @@ class Turn:
     ended: bool  # whether the turn ends the chat
 
     @classmethod
-    def of(cls, task: Task, chat: Sequence[Message], text: str) -> Turn:
-        """`chat` ends before the turn, whose text may hold the termination signal."""
-        said = text.replace(TERMINATION_SIGNAL, "").strip().casefold()
-        return cls(task, chat, said, WORD.findall(said), TERMINATION_SIGNAL in text)
+    def of(cls, task: Task, chat: Sequence[Message], text: str, signal: str = TERMINATION_SIGNAL) -> Turn:
+        """`chat` ends before the turn, whose text may hold the termination `signal`."""
+        said = text.replace(signal, "").strip().casefold()
+        return cls(task, chat, said, WORD.findall(said), signal in text)
 
     def before(self, role: str) -> Iterator[str]:
         """The earlier turns of one role, in order."""

@@ -32,6 +32,7 @@ class LLMUserSimulator:
         templates: Sequence[Path | None] = (),
         part: Callable[[int], int] | None = None,
         health: SimulatorHealth | None = None,
+        termination_signal: str = TERMINATION_SIGNAL,
     ) -> None:
         """`templates`: the prompt file of each part of a mixture, in place of `prompt_file`; `part` says which part
         answers for a sample index. Raises UserError if a prompt file cannot be used."""
@@ -44,9 +45,10 @@ class LLMUserSimulator:
         ]
         self._part = part if len(templates) > 1 else None
         self._health = health
+        self._signal = termination_signal
 
     async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
-        """The next user turn (the opening, if `chat` has no turns); holds TERMINATION_SIGNAL where the user ends it.
+        """The next user turn (the opening, if `chat` has no turns); holds the termination signal if it ends it.
 
         Waits for one LLM call. Raises SimulatorError.
         """
@@ -55,7 +57,7 @@ class LLMUserSimulator:
             task_desc=task.task_desc or NO_DESCRIPTION,
             request=task.single_turn_prompt,
             chat=chat_lines(chat),
-            termination_signal=TERMINATION_SIGNAL,
+            termination_signal=self._signal,
         )
         replies = await self._llm.complete(
             [Message("user", prompt)],
@@ -66,7 +68,7 @@ class LLMUserSimulator:
         )
         text = read_user_turn(replies[0].text)
         if self._health is not None:
-            self._health.observe_turn("user", task, chat, text)
+            self._health.observe_turn("user", task, chat, text, signal=self._signal)
         return text
 
 
@@ -80,6 +82,7 @@ def user_simulator(
         templates=[section.prompt_file for section in (user, *user.mixture)],
         part=partial(gateway.part, "user"),
         health=health,
+        termination_signal=user.termination_signal,
     )
 
 
@@ -88,11 +91,11 @@ def read_user_turn(text: str) -> str:
     return text_field(json_object(text), "response")
 
 
-def ends_chat(text: str) -> bool:
+def ends_chat(text: str, signal: str = TERMINATION_SIGNAL) -> bool:
     """Whether a user turn ends the conversation."""
-    return TERMINATION_SIGNAL in text
+    return signal in text
 
 
-def strip_signal(text: str) -> str:
+def strip_signal(text: str, signal: str = TERMINATION_SIGNAL) -> str:
     """The user turn without the termination signal; may be empty."""
-    return text.replace(TERMINATION_SIGNAL, "").strip()
+    return text.replace(signal, "").strip()

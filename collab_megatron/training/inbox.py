@@ -5,6 +5,7 @@ Never an NCCL collective: while users are being simulated the ranks wait on a gr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -15,18 +16,29 @@ import torch.distributed as dist
 
 from collab_megatron.actor.grid import RankGrid
 from collab_megatron.driver.protocol import Delivery, DriverClient, DriverHasNoEngine
-from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.errors import (
+    BudgetSpent,
+    EvaluationFailed,
+    Interrupted,
+    NoEngineLeft,
+    RunError,
+    SimulatorSick,
+)
+from collab_megatron.training.interrupt import Interrupt
 from collab_megatron.types import RolloutBatch
 
 MARGIN_S = 120.0
 EVALUATION_GRACE_S = 30.0
 """The driver itself ends an evaluation at its deadline, and hands over what is there."""
 DELIVERED = b"\x00"
+FAILED = b"\xff"
 KINDS: dict[bytes, type[RunError]] = {
     b"\x01": NoEngineLeft,
     b"\x02": BudgetSpent,
     b"\x03": SimulatorSick,
-    b"\xff": RunError,
+    b"\x04": Interrupted,
+    b"\x05": EvaluationFailed,
+    FAILED: RunError,
 }
 """What rank 0 met, for the others to raise; the first that fits."""
 T = TypeVar("T")
@@ -36,9 +48,16 @@ class Inbox:
     """Build and use it on every rank alike."""
 
     def __init__(
-        self, grid: RankGrid, *, driver_addresses: Sequence[str], step_timeout_s: float, eval_timeout_s: float
+        self,
+        grid: RankGrid,
+        *,
+        driver_addresses: Sequence[str],
+        step_timeout_s: float,
+        eval_timeout_s: float,
+        interrupt: Interrupt | None = None,
     ) -> None:
-        """driver_addresses: one for each shard."""
+        """driver_addresses: one for each shard. interrupt: ends a wait for the driver, with Interrupted."""
+        self._interrupt = interrupt
         self._grid = grid
         self._step_timeout_s = step_timeout_s
         self._eval_timeout_s = eval_timeout_s
@@ -86,18 +105,19 @@ class Inbox:
 
     def _shared(self, ask: Callable[[], Delivery[T]] | None, content: type[T]) -> T:
         """The content of rank 0's delivery, or its error, on every rank."""
-        failure: RunError | None = None
+        failure: Exception | None = None
         payload = b""
         if ask is not None:
             try:
-                delivery = ask()
+                with self._interrupt.waiting() if self._interrupt else contextlib.nullcontext():
+                    delivery = ask()
                 self._lost |= delivery.lost
                 for note in delivery.notes:
                     print(note, flush=True)
                 payload = DELIVERED + msgspec.msgpack.encode(delivery.content)
-            except RunError as error:
+            except Exception as error:  # noqa: BLE001  (raised below, once the others have heard of it)
                 failure = error
-                kind = next(code for code, known in KINDS.items() if isinstance(error, known))
+                kind = next((code for code, known in KINDS.items() if isinstance(error, known)), FAILED)
                 payload = kind + str(error).encode()
                 if isinstance(error, DriverHasNoEngine):
                     self._lost |= error.lost

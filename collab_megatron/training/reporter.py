@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from collab_megatron.config import RLConfig, dump_config
 from collab_megatron.errors import RunError
+from collab_megatron.files import publish_text
+from collab_megatron.monitor.alarms import Alarms
 from collab_megatron.monitor.dashboard import Dashboard
 from collab_megatron.monitor.progress import Progress
+from collab_megatron.monitor.system import memory_shares
 from collab_megatron.resharding.publisher import SyncReport
 
-EVALUATIONS_FILE = "evaluations.jsonl"
+logger = logging.getLogger(__name__)
 
 
 class Reporter:
     """For the trainer's rank 0."""
 
     def __init__(self, config: RLConfig, *, first_step: int) -> None:
-        self._run_dir = config.run.dir
+        self._evaluations = config.run.evaluations_file
+        drop_evaluations(self._evaluations, after=first_step)
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
         self._dashboard.text("config", dump_config(config))
         self._progress = Progress(config.run.name, first_step=first_step, total_steps=config.train.steps)
-        self._since = time.monotonic()
+        self._alarms = Alarms()
+        self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]
+        self._failed_evaluations = 0
 
     def step(
         self,
@@ -38,50 +44,66 @@ class Reporter:
         metrics = {**rollout, **update, **seconds}
         metrics |= sync.metrics()
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
+        metrics |= memory_shares()
         self._dashboard.log(done, metrics)
-        self._progress.step(
-            done,
-            {
-                "reward": _shown(metrics, "reward/mr_mean"),
-                "accuracy": _shown(metrics, "reward/accuracy_mean"),
-                "asks if unclear": _shown(metrics, "rollout/clarify_rate_ambiguous"),
-                "if clear": _shown(metrics, "rollout/clarify_rate_complete"),
-                "kl": _shown(metrics, "train/kl"),
-                "tokens/s": _shown(metrics, "rollout/tokens_per_s", digits=0),
-            },
-        )
+        self._progress.step(done, progress_figures(metrics, self._weighted))
+        for sentence in self._alarms.heard(done, metrics):
+            logger.warning("%s", sentence)
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
         """Held-out figures of the weights after `step` steps."""
         self._progress.pause(figures.get("wall_s", 0.0))
-        self._dashboard.log(step, {f"eval/{name}": value for name, value in figures.items()})
-        append_evaluation(self._run_dir, step, figures)
-        shown = ", ".join(
-            f"{name} {figures[name]:.3f}"
-            for name in ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr")
-            if name in figures
-        )
+        named = {f"eval/{name}": value for name, value in figures.items()}
+        self._dashboard.log(step, {**named, "eval/failed": self._failed_evaluations})
+        append_evaluation(self._evaluations, step, figures)
+        names = [*self._weighted, "clarify_rate_ambiguous", "clarify_rate_complete", "mr"]
+        shown = ", ".join(f"{name} {figures[name]:.3f}" for name in names if name in figures)
         print(f"held-out after step {step}: {shown} ({int(figures['conversations'])} conversations)", flush=True)
+
+    def evaluation_failed(self, step: int, why: str) -> None:
+        """The weights after `step` steps have no held-out figures; training goes on."""
+        self._failed_evaluations += 1
+        self._dashboard.log(step, {"eval/failed": self._failed_evaluations})
+        logger.warning("the evaluation after step %d failed, training goes on: %s", step, why)
 
     def close(self) -> None:
         self._dashboard.close()
 
 
-def _shown(metrics: Mapping[str, float], name: str, digits: int = 2) -> str:
-    return f"{metrics[name]:.{digits}f}" if name in metrics else "-"
+def progress_figures(metrics: Mapping[str, float], weighted: Sequence[str]) -> dict[str, str]:
+    """What the progress line shows, in order: reward, this run's weighted metrics, how often replies ask, KL, speed.
+
+    What the data does not tell (which openings lack something) is left out."""
+    named = {"reward": "reward/mr_mean"} | {name: f"reward/{name}_mean" for name in weighted}
+    if "rollout/clarify_rate_ambiguous" in metrics or "rollout/clarify_rate_complete" in metrics:
+        named |= {
+            "asks if unclear": "rollout/clarify_rate_ambiguous",
+            "asks if clear": "rollout/clarify_rate_complete",
+        }
+    else:
+        named["asks"] = "rollout/clarify_rate"
+    named["kl"] = "train/kl"
+    shown = {name: f"{metrics[figure]:.2f}" for name, figure in named.items() if figure in metrics}
+    if "rollout/tokens_per_s" in metrics:
+        shown["tokens/s"] = f"{metrics['rollout/tokens_per_s']:,.0f}"
+    return shown
 
 
-def append_evaluation(run_dir: Path, step: int, figures: Mapping[str, float]) -> None:
+def append_evaluation(file: Path, step: int, figures: Mapping[str, float]) -> None:
     """One JSON line {"step", ...figures}. Raises RunError when the disk refuses."""
     try:
-        with (run_dir / EVALUATIONS_FILE).open("a") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as lines:
+            lines.write(json.dumps({"step": step, **figures}) + "\n")
     except OSError as error:
-        raise RunError(f"cannot write {run_dir / EVALUATIONS_FILE}: {error.strerror}") from None
+        raise RunError(f"cannot write {file}: {error.strerror}") from None
 
 
-def read_evaluations(run_dir: Path) -> dict[int, dict[str, float]]:
-    """The newest figures per step."""
-    lines = (run_dir / EVALUATIONS_FILE).read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {int(row.pop("step")): row for row in rows}
+def drop_evaluations(file: Path, *, after: int) -> None:
+    """Take out what an earlier attempt of the run measured after step `after`, from which this one goes on."""
+    if not file.exists():
+        return
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
+    if kept != lines:
+        publish_text(file, "".join(kept))

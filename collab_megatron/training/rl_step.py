@@ -13,6 +13,7 @@ from collab_megatron.batching import MicroBatch
 from collab_megatron.config.sections import AlgorithmSection, TrainSection
 from collab_megatron.monitor.timers import PhaseTimer
 from collab_megatron.training.shares import my_share
+from collab_megatron.training.skipped import SkippedSteps, largest_norm
 from collab_megatron.types import RolloutBatch
 
 
@@ -30,12 +31,20 @@ def update(
     algorithm: AlgorithmSection,
     train: TrainSection,
     timer: PhaseTimer,
+    skipped: SkippedSteps,
 ) -> dict[str, float]:
     """Train on `batch`; metrics by dashboard name, means over trained tokens, equal on every rank.
 
     With several mini-batches the figures are those of their mean, except lr (the last), grad_norm, dp_imbalance and
-    those that end in _max (the largest).
+    those that end in _max (the largest). A batch without samples (algorithm.zero_advantage: drop) takes no optimizer
+    step and is counted: its weights and its place in the schedule stay.
     """
+    if not batch.samples:
+        for phase in ("logprobs", "update"):
+            with timer(phase):
+                pass  # the dashboard has both at every step
+        idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "lr": actor.lr}
+        return {f"train/{name}": value for name, value in idle.items()}
     parts = mini_batches(batch.samples, algorithm.mini_batches)
     prepared: list[tuple[list[MicroBatch], int]] = []
     imbalance = 1.0
@@ -59,9 +68,11 @@ def update(
     gap = metrics.pop("train/on_policy_gap")  # summed over those tokens, divided by all
     if on_policy:
         metrics["train/on_policy_gap"] = gap / on_policy
-    metrics["train/grad_norm"] = max(result.grad_norm for result in results)
+    metrics["train/grad_norm"] = largest_norm(results)
     metrics["train/lr"] = results[-1].lr
+    metrics["train/steps_without_samples"] = 0.0
     metrics["train/steps_skipped"] = sum(result.skipped for result in results)
+    metrics["train/skipped_in_a_row"] = skipped.count(results)
     metrics["train/tokens"] = sum(sample.num_tokens for sample in batch.samples)
     metrics["train/dp_imbalance"] = imbalance
     return metrics

@@ -30,6 +30,9 @@ class SFTData:
         self.left_out, self.share_left_out = train.left_out, train.share_left_out
         files = config.data.validation_files
         self._held_out = self._read(files, chat).kept if files else []
+        known = {tuple(sample.ids) for sample in self._samples} if files else set()
+        if shared := sum(tuple(sample.ids) in known for sample in self._held_out):
+            self.notices.append(f"warning: {shared:,} held-out conversations are trained on too: their loss is too low")
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -50,6 +50,25 @@ def _ours_and_plain(
     return list(zip(ours, (wanted, wanted_entropy, exact[0].grad, exact[1].grad), strict=True))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("chunk_bytes", [ONE_CHUNK, MANY_CHUNKS])
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_a_temperature_divides_the_logits(
+    dtype: torch.dtype, bound: float, temperature: float, chunk_bytes: int
+) -> None:
+    hidden, weight, labels, token_weight = _inputs(dtype, 33, 1.0)
+    ours = head_logprobs(hidden, weight, labels, vocab=33, chunk_bytes=chunk_bytes, temperature=temperature)
+    (ours[0] * token_weight).sum().backward()
+    exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    plain = _plain(exact[0] / temperature, exact[1], labels, 33)
+    (plain[0] * token_weight).sum().backward()
+    pairs = (*zip(ours, plain, strict=True), (hidden.grad, exact[0].grad), (weight.grad, exact[1].grad))
+    for found, wanted in pairs:
+        assert found is not None
+        assert wanted is not None
+        torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)
+
+
 @pytest.mark.parametrize("chunk_bytes", [ONE_CHUNK, MANY_CHUNKS, 1])
 @pytest.mark.parametrize("vocab", [ROWS, 33])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from collab_megatron.checkpoint.origin import data_position, differences, package_versions
+from collab_megatron.checkpoint.origin import data_position, decisive_differences, differences, package_versions
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import DataSection, ModelSection, SimulatorsSection, UserSection
+from collab_megatron.config.sections.llm import JudgeSection
 
 ROWS = 32
 
 
 def config() -> dict[str, Any]:
-    llm = UserSection(model="gpt-4o-mini")
     made = RLConfig(
         model=ModelSection(path="/models/a"),
         data=DataSection(train="train.parquet"),
-        simulators=SimulatorsSection(user=llm, judge=llm),
+        simulators=SimulatorsSection(user=UserSection(model="gpt-4o-mini"), judge=JudgeSection(model="gpt-4o-mini")),
     )
     return made.model_dump(mode="json")
 
@@ -58,3 +58,28 @@ def test_other_packages_are_named() -> None:
         f"torch (version): 2.0.0 -> {here}",
     ]
     assert differences(saved(), config(), {}, ROWS, 4) == []  # format 1 does not say them
+
+
+def test_what_decides_the_weights_makes_another_run() -> None:
+    same = copy.deepcopy(config())
+    same["run"] |= {"resume": "auto", "dir": "/elsewhere"}
+    same["train"] |= {"steps": 500, "save_interval": 3}
+    same["parallel"]["tensor"] = 2
+    same["engine"]["count"] = 4
+    same["rollout"]["step_timeout_s"] = 7.0
+    same["simulators"]["user"] |= {"timeout_s": 1.0, "api_base": "http://elsewhere"}
+    same["optimizer"]["distributed"] = True
+    del same["algorithm"]["clip_dual"]  # a version that did not know it
+    assert decisive_differences(saved(), same) == []
+    other = copy.deepcopy(config())
+    other["optimizer"]["lr"] = 2e-6
+    other["simulators"]["user"] |= {"model": "another", "extra": {"top_p": 0.5}}
+    other["data"]["train"] = "other.parquet"
+    other["reward"]["metric_weights"]["bleu"] = 1.0
+    assert decisive_differences(saved(), other) == [
+        "data.train: train.parquet -> other.parquet",
+        "optimizer.lr: 1e-06 -> 2e-06",
+        "reward.metric_weights.bleu: (absent) -> 1.0",
+        "simulators.user.extra.top_p: (absent) -> 0.5",
+        "simulators.user.model: gpt-4o-mini -> another",
+    ]

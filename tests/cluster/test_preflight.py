@@ -11,9 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from collab_megatron.actor.backend import choose_backend
+from collab_megatron.checkpoint.folders import step_folder, write_marker
+from collab_megatron.cluster import launch
 from collab_megatron.cluster.cautions import NEAR, memory_warnings
-from collab_megatron.cluster.launch import engine_gpus
+from collab_megatron.cluster.launch import engine_gpus, on_chosen_device
+from collab_megatron.cluster.length import with_steps
 from collab_megatron.cluster.memory import fullest
 from collab_megatron.cluster.node import Node, parse_node
 from collab_megatron.cluster.plan import stages_of
@@ -64,10 +69,65 @@ def refusal(config: RLConfig, node: Node | None = None) -> str:
     return sentences[0]
 
 
-def test_a_sound_config_passes(load: Load) -> None:
+def test_a_sound_config_passes(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     start = check_rl(load())
     assert start.first_step == 0
     assert start.max_context_tokens > 64
+    assert "warning: 1 held-out tasks are trained on too" in capsys.readouterr().out
+
+
+def test_checkpoints_of_this_run_and_of_another(load: Load, tmp_path: Path) -> None:
+    """What each value of run.resume makes of them; true and auto start where there are none."""
+    assert [check_rl(load(f"run.resume={value}")).first_step for value in ("true", "auto")] == [0, 0]
+    with pytest.raises(UserError, match=r"'run\.resume': input should be True, False or 'auto'"):
+        load("run.resume=maybe")
+    folder = step_folder(tmp_path / "run" / "checkpoints" / "rl", 7)
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "metadata.json").write_text("{}")
+    write_marker(folder, step=7, layout={}, extra={"config": load().model_dump(mode="json")})
+    assert "set run.resume=true to go on from step_00000007" in refusal(load())
+    assert [check_rl(load(f"run.resume={value}")).first_step for value in ("true", "auto")] == [7, 7]
+    changed = ("optimizer.lr=0.5", "algorithm.kl_coef=0.5")
+    sentence = refusal(load("run.resume=auto", *changed))
+    assert "another config (algorithm.kl_coef: 0.005 -> 0.5, and 1 more)" in sentence
+    assert sentence.endswith("choose another run.dir or run.name, or set run.resume=true to go on with this one")
+    assert check_rl(load("run.resume=true", *changed)).first_step == 7
+    assert check_rl(load("run.resume=auto", "train.steps=99", "engine.count=2", "parallel.tensor=1")).first_step == 7
+    fresh = (f"run.init_from={folder.parent}", "run.name=fresh")
+    assert check_rl(load(*fresh)).first_step == 0
+    assert f"{tmp_path} is not a complete checkpoint" in refusal(load(f"run.init_from={tmp_path}", "run.name=fresh"))
+    assert "leave run.init_from out" in refusal(load(f"run.init_from={folder}", "run.resume=true"))
+
+
+def test_epochs_become_steps_of_the_rows_that_can_be_used(
+    load: Load, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = [replace(TASK, task_id=f"t{number}") for number in range(9)]
+    tasks[4] = replace(tasks[4], prompt=(Message("user", "word " * 400),))
+    write_tasks(tmp_path / "nine.parquet", tasks)
+    short = ("rollout.prompts_per_step=3", "rollout.max_prompt_tokens=100", "optimizer.warmup_steps=1")
+    config = with_steps(load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 2.5, steps: null}", *short))
+    assert (config.train.steps, config.train.epochs) == (7, None)  # 2.5 x 8 / 3
+    assert "train.epochs=2.5: 8 usable prompts in steps of 3 make 7 steps" in capsys.readouterr().out
+    assert with_steps(config) is config
+    with pytest.raises(UserError, match=r"train.epochs=2 and train.steps=40 are both set"):
+        load("train.epochs=2")
+    with pytest.raises(UserError, match=r"with the 3 steps of train.epochs: optimizer.warmup_steps=3 leaves nothing"):
+        with_steps(load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 1, steps: null}", *short[:2]))
+    chat = (Message("user", "a"), Message("assistant", "b"))
+    rows = [Conversation(f"c{number}", chat) for number in range(5)]
+    rows[0] = Conversation("c0", (Message("user", "a"), Message("assistant", "b " * 400)))
+    write_conversations(tmp_path / "sft.parquet", rows)
+    sft = SFTConfig.model_validate(
+        {
+            "model": {"path": str(tiny_model)},
+            "data": {"train": str(tmp_path / "sft.parquet")},
+            "train": {"epochs": 3},
+            "batch_size": 2,
+            "max_tokens": 100,
+        }
+    )
+    assert with_steps(sft).train.steps == 6  # 3 x 4 / 2
 
 
 def test_a_layout_that_does_not_divide(load: Load) -> None:
@@ -186,6 +246,22 @@ def test_engines_use_gpus_of_their_own_or_the_trainers(load: Load, monkeypatch: 
     assert engine_gpus(load("parallel.device=cuda")) == ["6", "7"]
     assert engine_gpus(load("parallel.device=cuda", "engine.placement=colocated")) == ["4", "5", "6", "7"]
     assert engine_gpus(load("parallel.device=cpu")) is None
+
+
+def test_the_device_is_decided_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launcher found stands in the config that the ranks read, where their torch must agree with it."""
+    for found in ("cuda", "cpu"):
+        monkeypatch.setattr(launch, "device_of", lambda parallel, found=found: found)
+        assert on_chosen_device(load()).parallel.device == found
+    monkeypatch.undo()
+    assert on_chosen_device(load("parallel.device=cpu")).parallel.device == "cpu"
+    with pytest.raises(
+        UserError, match=r"torch finds no CUDA device: .* or set parallel.device=cpu to train on the CPU"
+    ):
+        choose_backend("cuda", 0)  # a GPU without a driver or a torch for it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"no GPU was seen\), but torch finds CUDA devices"):
+        choose_backend("cpu", 0)
 
 
 def test_an_interpreter_that_is_none(load: Load, tmp_path: Path) -> None:

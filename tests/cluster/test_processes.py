@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from collab_megatron.cluster import processes
 from collab_megatron.cluster.processes import Supervisor, free_port, port_in_use
 from collab_megatron.errors import RunError
 
@@ -149,6 +150,46 @@ def test_a_stopped_child_ends_with_the_others(tmp_path: Path) -> None:
         begin = time.monotonic()
     assert time.monotonic() - begin < 5  # TERM was enough
     assert child.ended() == "signal SIGTERM"
+
+
+SAVER = """
+import signal, sys, time
+from pathlib import Path
+
+def save(*_):
+    time.sleep(1.5)
+    Path(sys.argv[1]).write_text("saved")
+    sys.exit(130)
+
+signal.signal(signal.SIGTERM, save)
+Path(sys.argv[1] + ".ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("all_there", [True, False])
+def test_those_that_save_come_first_and_get_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_there: bool
+) -> None:
+    """While the others still run; but none waits for a save that cannot be, because one of its ranks has ended."""
+    monkeypatch.setattr(processes, "GRACE_S", 0.3)
+    with Supervisor(tmp_path / "logs") as supervisor:
+        engine = supervisor.start("engine", python("import time; time.sleep(60)"), {})
+        files = [tmp_path / f"rank{rank}" for rank in range(2)]
+        ranks = [
+            supervisor.start(f"trainer-{rank}", [*python(SAVER), str(file)], {}, saves=True)
+            for rank, file in enumerate(files)
+        ]
+        deadline = time.monotonic() + 20
+        while not all(file.with_name(file.name + ".ready").exists() for file in files):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        if not all_there:
+            ranks[1].process.kill()
+            ranks[1].process.wait(10)
+        supervisor.end_all()
+    assert [file.exists() for file in files] == [all_there, all_there]
+    assert engine.ended() == "signal SIGTERM"
 
 
 def test_the_environment_is_ours_with_additions_and_without_what_is_unset(

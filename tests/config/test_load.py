@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from collab_megatron.config import RLConfig, SFTConfig, dump_config, load_config
+from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, load_config
 from collab_megatron.errors import UserError
 
 RL = """
@@ -44,6 +44,18 @@ def test_what_is_dumped_loads_again(tmp_path: Path, rl_file: Path) -> None:
     assert load_config(RLConfig, tmp_path / "dumped.yaml") == config
 
 
+def test_an_rl_config_can_be_evaluated_as_it_is(rl_file: Path) -> None:
+    rl = ["train.steps=7", "driver.shards=2", "optimizer.lr=1.0e-5", "sync.bucket_mb=8", "algorithm.kl_coef=0.1"]
+    config = load_config(EvaluateConfig, rl_file, [*rl, "data.validation=v.parquet", "budget.hard_usd=3"])
+    assert config.budget.hard_usd == 3
+    with pytest.raises(UserError, match=r"unknown key 'train.stepz'; did you mean 'steps'"):
+        load_config(EvaluateConfig, rl_file, [*rl, "data.validation=v.parquet", "train.stepz=3"])
+    with pytest.raises(UserError, match="unknown key 'trian'"):
+        load_config(EvaluateConfig, rl_file, ["data.validation=v.parquet", "trian.steps=3"])
+    with pytest.raises(UserError, match=r"name a \.json file for the figures"):
+        load_config(EvaluateConfig, rl_file, ["data.validation=v.parquet", "output=here.jsonl"])
+
+
 def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
     with pytest.raises(ValidationError):
         load_config(RLConfig, rl_file).train.steps = 3  # type: ignore[misc]
@@ -55,6 +67,9 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'steps'?"),
         ("simulators.judge.modle=x", "did you mean 'model'?"),
         ("qqq=1", "known keys here: algorithm, budget, data"),
+        ("rollout.top_p=0.9", "cut distribution, whose log-probs the trainer cannot compute: leave top_p=1"),
+        ("rollout.top_k=50", "top_k=50 would sample from a cut distribution"),
+        ("rollout.temperature=0", "greater than or equal to 0.01"),
         ("train.steps=0", "'train.steps': input should be greater than 0 (got 0)"),
         ("train.steps", "is not of the form section.key=value"),
         ("train.steps.x=1", "should be a valid integer"),
@@ -65,8 +80,8 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("train.eval_interval=5", "data.validation is not"),
         ("data.train=[]", "name at least one file"),
         ("data.train=[a, a]", "names the file a twice"),
-        ("rollout.temperature=0.7", "'rollout.temperature': input should be"),
         ("engine.url=x", "did you mean 'urls'?"),
+        ("train.stride=3", "known keys here: "),  # a word that is only a little like `steps`
         ("engine={urls: [http://a:1], count: 2}", "set one of the two only"),
         ("engine={port: 65535, count: 2}", "leaves no ports for engine.count=2 servers"),
         ("engine.urls=[localhost:1]", "'localhost:1' is no address of the form http://HOST:PORT"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -9,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,19 +185,41 @@ def test_a_folder_or_checkpoint_cut_short_is_refused(tmp_path: Path) -> None:
 
     config = json.loads((step / "hf" / "config.json").read_text())
     (step / "hf" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    _refused(back(), "decoder.layers", "shape [2, ", "asks for [3, ", str(step / "model"))
+    with _explained(tmp_path, "a config.json with a layer more", result := back()):
+        _refused(result, "decoder.layers", "shape [2, ", "asks for [3, ", str(step / "model"))
     (step / "hf" / "config.json").write_text(json.dumps(config))
     file = step / "model" / "__0_0.distcp"
     os.truncate(file, file.stat().st_size // 2)
-    broken = back()
-    assert broken.returncode == 1
-    assert "cannot be read" in broken.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
+    with _explained(tmp_path, f"half of {file.name}", result := back()):
+        assert result.returncode == 1
+        assert "cannot be read" in result.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
     cut = source / "model.safetensors"
     os.truncate(cut, cut.stat().st_size - 1000)
-    _refused(convert("hf-to-megatron", "--hf-path", source, "--output", tmp_path / "y"), str(cut))
-    shutil.rmtree(tmp_path / "run")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    result = convert("hf-to-megatron", "--hf-path", source, "--output", tmp_path / "y")
+    with _explained(tmp_path, f"{cut.name} without its last 1,000 bytes", result):
+        _refused(result, str(cut))
+        shutil.rmtree(tmp_path / "run")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@contextlib.contextmanager
+def _explained(folder: Path, case: str, result: Ran) -> Iterator[None]:
+    """A failure inside names the case, all that the tool has said, and every file below `folder` with its size: this
+    test has failed once and never again, on a machine that was busy."""
+    try:
+        yield
+    except AssertionError as error:
+        files = "\n".join(
+            f"{path.stat().st_size:>10} {path.relative_to(folder)}"
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        )
+        error.add_note(
+            f"case: {case}, exit code {result.returncode}\nstdout: {result.stdout!r}\nstderr: {result.stderr!r}\n"
+            f"{files}"
+        )
+        raise
 
 
 def _refused(result: Ran, *words: str) -> None:

@@ -255,10 +255,12 @@ def test_a_conversation_without_an_assistant_is_refused(chat: ChatTemplate) -> N
         chat.sft_ids_and_mask(CHAT[:2])
 
 
-def test_a_turn_that_holds_the_end_token_is_refused(chat: ChatTemplate) -> None:
+def test_a_turn_that_holds_the_end_token_is_trained_to_its_own_end(chat: ChatTemplate) -> None:
     end = chat.tokenizer.decode([chat.end_id])
-    with pytest.raises(ValueError, match="do not read as its content"):
-        chat.sft_ids_and_mask([*CHAT[:2], Message("assistant", f"which{end}day")])
+    ids, mask = chat.sft_ids_and_mask([*CHAT[:2], Message("assistant", f"which{end}day")])
+    trained = [i for i, counts in zip(ids, mask, strict=True) if counts]
+    assert trained.count(chat.end_id) == 1
+    assert trained[-1] == chat.end_id
 
 
 def test_words_that_merge_across_an_edge_are_refused() -> None:

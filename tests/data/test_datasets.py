@@ -13,7 +13,7 @@ import pytest
 
 from collab_megatron.data.bad_rows import BadRows
 from collab_megatron.data.load import load_rows
-from collab_megatron.data.order import step_indices
+from collab_megatron.data.order import refill_index, step_indices
 from collab_megatron.data.parquet import (
     Conversation,
     read_conversation_files,
@@ -169,7 +169,7 @@ def test_plain_messages_are_conversations() -> None:
 
 
 def test_rows_that_cannot_be_read_may_be_skipped(tmp_path: Path) -> None:
-    good, bad_row = flat(0, 0, "a", 1.0), flat(0, 0, "a", "high")
+    good, bad_row = flat(0, 0, "a", 1.0), {**flat(0, 0, "a", 1.0), "score": "high"}
     lacking = {k: v for k, v in good.items() if k != "prompt"}
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([json.dumps(good), "{", json.dumps(bad_row), json.dumps(lacking), json.dumps(good), "7"]))
@@ -204,6 +204,8 @@ def test_conversations_with_one_number_stay_apart() -> None:
         ({"score": "high"}, "score must be a number"),
         ({"turn_id": "first"}, "turn_id must be a whole number"),
         ({"single_turn_metadata": "{'a': __import__('os')}"}, "not JSON"),
+        ({"completion": "\ud83d"}, "completion holds half of a character at place 0"),
+        ({"prompt": [turn("user", "a\udc00")]}, "prompt holds half of a character at place 1"),
         ({"turn_id": 1.5}, "turn_id must be a whole number"),
         ({"score": float("inf")}, "score must be a finite number"),
         ({"conv_id": None}, "conv_id is empty"),
@@ -296,6 +298,25 @@ def test_parquet_brings_back_what_was_written(tmp_path: Path) -> None:
         read_tasks(tmp_path / "x.parquet")
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "complaint"),
+    [
+        ("single_turn_prompt", None, "single_turn_prompt must be text, not NoneType"),
+        ("prompt", None, "a chat is a list"),
+        ("prompt", [{"role": "user", "content": None}], "content must be text"),
+        ("metadata_json", "[1]", "metadata_json is JSON, but no mapping"),
+        ("metadata_json", "{", "Expecting property name"),
+    ],
+)
+def test_a_bad_cell_of_a_training_file_is_named(tmp_path: Path, column: str, value: Any, complaint: str) -> None:
+    write_tasks(tmp_path / "t.parquet", [Task("a", (Message("user", "x"),), "task", "truth")] * 2)
+    rows = pq.read_table(tmp_path / "t.parquet").to_pylist()
+    rows[1][column] = value
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=f"row 1 is not of the rl form: {complaint}.*--dataset-type rl"):
+        read_tasks(tmp_path / "t.parquet")
+
+
 def test_rows_of_several_files_follow_each_other(tmp_path: Path) -> None:
     def task(name: str, wish: str) -> Task:
         return Task(name, (Message("user", wish),), wish, "truth")
@@ -316,6 +337,19 @@ def test_rows_of_several_files_follow_each_other(tmp_path: Path) -> None:
     write_conversations(b, [Conversation("0", chat[1:]), Conversation("7", chat)])  # ids count from 0 everywhere
     chats, repeated = read_conversation_files([a, b])
     assert ([len(c.messages) for c in chats], repeated) == ([2, 1, 1], 1)
+
+
+def test_refills_meet_a_row_once_an_epoch_and_never_next_to_itself() -> None:
+    """A refill's row is a function of seed, step and number: which others were refilled makes no difference."""
+    rows, batch = 40, 4  # ten steps an epoch
+    refills = [[refill_index(7, step, r, num_rows=rows, batch_size=batch) for r in range(batch)] for step in range(10)]
+    assert sorted(row for step in refills for row in step) == list(range(rows))
+    for step, mine in enumerate(refills):
+        near = [row for at in range(step, step + 3) for row in step_indices(7, at, num_rows=rows, batch_size=batch)]
+        if step < 7:
+            assert not set(mine) & set(near)
+    assert refills[0] == step_indices(7, 5, num_rows=rows, batch_size=batch)  # the epoch's order, half of it ahead
+    assert refill_index(7, 0, 0, num_rows=1, batch_size=4) == 0
 
 
 def test_order_takes_every_row_once_an_epoch_and_can_start_anywhere() -> None:

@@ -6,7 +6,6 @@ that it is given. What the journal and the files hold afterwards is read by the 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -45,6 +44,7 @@ from collab_megatron.demo import world
 from collab_megatron.demo.tokenizer import build_tokenizer
 from collab_megatron.driver.deliveries import Delivered
 from collab_megatron.driver.protocol import DriverClient
+from collab_megatron.driver.recorder import read_trees
 from collab_megatron.types import Message, Task, TrainingSample
 from tests.driver.warm import WarmSupervisor
 
@@ -57,6 +57,8 @@ MAX_CONTEXT_TOKENS = 512
 UPDATE_S = 0.1
 """What stands for the training between two steps."""
 RUN_DEADLINE_S = 600.0
+MOMENTARY = frozenset({"calls", "begin_s", "end_s", "replayed"})
+"""What the record tells of when and how a text was had: another attempt differs there alone."""
 
 
 @contextmanager
@@ -229,15 +231,16 @@ def _look_after(
 
 
 def lines(folder: Path, *, versions: bool = True) -> list[dict[str, Any]]:
-    """All of conversations.jsonl, by step and as they stand there; of several shards together."""
-    found = [json.loads(line) for file in sorted(folder.glob("conversations*.jsonl")) for line in file.open()]
-    return sorted(found if versions else map(_without_versions, found), key=lambda line: line["step"])
+    """The record of the run `run` without times, by step and as it stands there; of several shards together."""
+    found = list(read_trees(folder / "conversations" / "run"))
+    left_out = MOMENTARY if versions else MOMENTARY | {"weight_versions", "version_runs"}
+    return sorted((_without(line, left_out) for line in found), key=lambda line: line["step"])
 
 
-def _without_versions(value: Any) -> Any:
+def _without(value: Any, names: frozenset[str]) -> Any:
     if isinstance(value, dict):
-        return {name: _without_versions(item) for name, item in value.items() if name != "weight_versions"}
-    return [_without_versions(item) for item in value] if isinstance(value, list) else value
+        return {name: _without(item, names) for name, item in value.items() if name not in names}
+    return [_without(item, names) for item in value] if isinstance(value, list) else value
 
 
 def delivered(config: RLConfig) -> dict[int, list[tuple[int, int, bool]]]:

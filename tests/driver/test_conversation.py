@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -76,6 +77,18 @@ async def test_termination_ends_the_chat_without_another_policy_turn() -> None:
     assert user.asked == [5]
 
 
+def _says(text: str, chat: Sequence[Message], sample_index: int) -> str:
+    return text
+
+
+async def test_the_termination_signal_is_a_setting() -> None:
+    limits = replace(LIMITS, termination_signal="[[TERMINATE CHAT]]")
+    for said, status in (("bye [[TERMINATE CHAT]]", "terminated"), ("bye [TERMINATE]", "max_turns")):
+        user = ScriptedUser(partial(_says, said))
+        future = await play(policy_turn("a"), engine=ScriptedEngine(["b"]), user=user, limits=limits)
+        assert future.status == status
+
+
 async def test_context_is_what_was_sampled_plus_glue() -> None:
     engine = ScriptedEngine(["bb", "cc"])
     await play(policy_turn("aa"), engine=engine, user=ScriptedUser(noon))
@@ -123,7 +136,11 @@ async def test_a_broken_later_turn_ends_the_conversation(rule: CutReply, reward:
 
 
 async def test_an_empty_last_turn_breaks_the_conversation_off_too() -> None:
-    for rule, status in (("score", RolloutStatus.TRUNCATED), ("play", RolloutStatus.MAX_TURNS)):
+    rules: tuple[tuple[CutReply, RolloutStatus], ...] = (
+        ("score", RolloutStatus.TRUNCATED),
+        ("play", RolloutStatus.MAX_TURNS),
+    )
+    for rule, status in rules:
         limits = replace(LIMITS, max_user_turns=1, cut_reply=rule)
         future = await play(policy_turn("a"), engine=ScriptedEngine([""]), user=ScriptedUser(noon), limits=limits)
         assert future.status is status

@@ -15,6 +15,7 @@ from collab_megatron.driver.conversation import Players
 from collab_megatron.driver.evaluation import Evaluation, evaluate
 from collab_megatron.driver.figures import merged, values
 from collab_megatron.driver.held_out import sample_tasks
+from collab_megatron.driver.protocol import LOST_CONVERSATIONS, require_most
 from collab_megatron.driver.transcripts import keep_newest, transcript_file, write_transcripts
 from collab_megatron.errors import EvaluationFailed, NoEngineLeft, RunError
 from collab_megatron.types import Message, RolloutStatus, Task
@@ -51,6 +52,10 @@ async def play(held_out: list[Task], cast: Players, *, shard: int = 0, shards: i
     section = EvaluationSection(**rest)
     given = {"weights": WEIGHTS, "limits": LIMITS, "players": cast, "shard": shard, "shards": shards, "spent": spent}
     return await evaluate(held_out, evaluation=section, **given)
+
+
+def require(*played: Evaluation) -> None:
+    require_most([part.tally for part in played], LOST_CONVERSATIONS, EvaluationFailed)
 
 
 def names(played: Evaluation) -> list[str]:
@@ -125,12 +130,11 @@ async def test_a_reply_that_cannot_be_sampled_fails_its_conversation_alone() -> 
     figures = values(played.figures)
     assert (figures["conversations"], figures["conversations_failed"]) == (5, 2)
     assert figures["accuracy"] == 4.0
-    played.require_most()
+    require(played)
     statuses = [group.replies_G[0].futures_K[0].status for group in played.groups]
     assert statuses[3:] == [RolloutStatus.ENGINE_FAILED] * 2
-    with pytest.raises(EvaluationFailed, match="5 of 5 held-out conversations failed; engine is gone") as failure:
-        (await play(tasks(5), players(ScriptedEngine(["a?"], fail_after=0), ScriptedUser(ends)))).require_most()
-    assert (failure.value.played, failure.value.failed) == (5, 5)
+    with pytest.raises(EvaluationFailed, match="5 of 5 held-out conversations failed; engine is gone"):
+        require(await play(tasks(5), players(ScriptedEngine(["a?"], fail_after=0), ScriptedUser(ends))))
 
 
 async def test_an_engine_that_is_gone_ends_the_evaluation() -> None:
@@ -150,7 +154,7 @@ async def test_what_is_under_way_at_the_deadline_is_counted_as_failed() -> None:
     figures = values(played.figures)
     assert (figures["conversations"], figures["conversations_failed"], figures["accuracy"]) == (3, 2, 4.0)
     with pytest.raises(EvaluationFailed, match=r"2 of 3 .* failed; the evaluation was ended after 0\.3 s"):
-        played.require_most()
+        require(played)
     assert len(asyncio.all_tasks()) == 1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import logging
 import sqlite3
 import time
@@ -37,7 +36,7 @@ from collab_megatron.data.parquet import write_tasks
 from collab_megatron.driver.cast import assemble, open_journal
 from collab_megatron.driver.figures import merged, values
 from collab_megatron.driver.protocol import Answer, Request
-from collab_megatron.driver.record import TreeRecorder
+from collab_megatron.driver.recorder import TreeRecorder, read_trees
 from collab_megatron.driver.service import Service
 from collab_megatron.journal.packing import unpack_texts
 from collab_megatron.types import Message, Task
@@ -160,7 +159,7 @@ async def policy() -> AsyncIterator[tuple[StandIn, str]]:
 async def play(config: RLConfig, user: Drill, dead: Drill, judge: Drill) -> tuple[list[Answer], dict[str, int]]:
     """The steps as the trainer asks for them, and what was paid for. In the second everything is down at first."""
     journal = open_journal(config)
-    recorder = TreeRecorder(config.run.dir / "conversations.jsonl", first_step=0)
+    recorder = TreeRecorder(config.run.conversations_dir, config.record, first_step=1)
     answers = []
     with closing(journal):
         async with (
@@ -202,7 +201,7 @@ class Drilled:
 
     @property
     def trees(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run_dir / "conversations.jsonl").read_text().splitlines()]
+        return list(read_trees(self.run_dir / "conversations" / "run"))
 
     @property
     def replies(self) -> list[dict[str, Any]]:
@@ -342,7 +341,7 @@ def test_groups_with_fewer_than_two_scored_replies_are_dropped(drilled: Drilled)
 
 
 def test_no_unusable_text_is_kept_as_anything_but_what_was_paid_for(drilled: Drilled) -> None:
-    written = (drilled.run_dir / "conversations.jsonl").read_text()
+    written = (drilled.run_dir / "conversations" / "run" / "shard0.jsonl").read_text()
     assert FAULTY not in written
     assert PROSE not in written
     with closing(sqlite3.connect(drilled.run_dir / "journal" / "run.sqlite")) as journal:
@@ -362,7 +361,7 @@ def test_no_unusable_text_is_kept_as_anything_but_what_was_paid_for(drilled: Dri
 def test_the_key_is_nowhere(drilled: Drilled) -> None:
     assert any("Bearer ***" in future["error"] for future in drilled.futures), "it must have been quoted"
     files = [path for path in drilled.run_dir.parent.rglob("*") if path.is_file()]
-    assert {"conversations.jsonl", "run.sqlite"} <= {path.name for path in files}
+    assert {"shard0.jsonl", "run.sqlite"} <= {path.name for path in files}
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
     assert KEY not in drilled.said
     assert KEY not in str(drilled.answers)

@@ -6,11 +6,11 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from collab_megatron.driver.forest import Forest, ForestRules, Tree, require_most
+from collab_megatron.driver.forest import Forest, ForestRules, Tree
 from collab_megatron.driver.shard import Shard
 from collab_megatron.errors import RunError
 from collab_megatron.types import Group, Reply
@@ -216,6 +216,15 @@ async def test_no_token_is_older_than_the_bound_and_every_tree_leaves_once(seed:
     assert first <= set(base)
 
 
+def test_refills_of_all_shards_follow_the_epochs_order() -> None:
+    tasks = [replace(TASK, task_id=str(number)) for number in range(16)]
+    shards = [Shard(tasks, 1, prompts_per_step=4, futures_per_tree=2, index=index, count=2) for index in range(2)]
+    (alone,) = [Shard(tasks, 1, prompts_per_step=4, futures_per_tree=2)]
+    dealt = [one.task(one.refill(step, n)).task_id for step in range(4) for n in range(2) for one in shards]
+    assert dealt == [alone.task(alone.refill(step, n)).task_id for step in range(4) for n in range(4)]
+    assert sorted(dealt, key=int) == [task.task_id for task in tasks]  # each once in the epoch
+
+
 def test_shards_deal_out_every_prompt_once_and_number_all_futures_apart() -> None:
     shards = [shard(5, index, 2) for index in range(2)]
     assert [one.quota for one in shards] == [3, 2]
@@ -224,10 +233,3 @@ def test_shards_deal_out_every_prompt_once_and_number_all_futures_apart() -> Non
     refills = [one.refill(step, number) for one in shards for step in (3, 4) for number in range(2)]
     samples = [seat.first_sample + k for seat in [*seats, *refills] for k in range(2)]
     assert len(set(samples)) == len(samples)
-
-
-def test_too_many_dropped_groups_end_the_step_with_a_reason() -> None:
-    lost = Group(TASK, (), (), kept=False, error="the engine refused")
-    require_most([group(1.0, -1.0), lost], step=3, limit=0.5)
-    with pytest.raises(RunError, match="2 of 3 groups of step 3 had to be dropped; the engine refused"):
-        require_most([group(1.0, -1.0), lost, lost], step=3, limit=0.5)

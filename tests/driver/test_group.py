@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,11 +17,12 @@ from collab_megatron.driver.group import (
     grow_group,
     play_once,
     sample_replies,
+    tally,
     training_samples,
     with_advantages,
 )
 from collab_megatron.driver.metrics import evaluation_metrics, rollout_metrics, staleness_metrics
-from collab_megatron.driver.record import TreeRecorder, tree_line
+from collab_megatron.driver.protocol import Tally
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import Future, Generation, Group, Message, Reply, RolloutStatus
 from tests.driver.fakes import (
@@ -108,15 +108,29 @@ def test_missing_is_not_zero() -> None:
     grown = group(reply(1.0, 1.0), reply(0.0, None), reply(None, None))
     assert [r.mr for r in grown.replies_G] == [1.0, 0.0, None]
     assert grown.replies_G[2].advantage is None
-    assert len(training_samples(grown)) == 2
+    assert len(training_samples(grown, "keep")) == 2
     assert sum(r.advantage or 0.0 for r in grown.replies_G) == pytest.approx(0.0)
 
 
 def test_a_group_with_one_reply_left_is_dropped_and_counted() -> None:
     grown = group(reply(1.0), reply(None), reply(None))
     assert not grown.kept
-    assert training_samples(grown) == []
+    assert training_samples(grown, "keep") == []
     assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/groups_dropped"] == 1
+
+
+def test_a_group_without_spread_is_trained_or_left_out() -> None:
+    flat, steep = group(reply(1.0), reply(1.0)), group(reply(1.0), reply(0.0), reply(0.5))
+    assert [sample.advantage for sample in training_samples(flat, "keep")] == [0.0, 0.0]
+    assert training_samples(flat, "drop") == []
+    assert len(training_samples(steep, "drop")) == len(training_samples(steep, "keep")) == 3  # the middle one as well
+
+
+def test_dropped_groups_are_counted_with_a_reason() -> None:
+    kept, unplayed = group(reply(1.0), reply(0.0)), Group(TASK, (), (), kept=False, error="the engine refused")
+    assert tally([kept, unplayed, kept]) == Tally(3, 1, "the engine refused")
+    assert tally([kept]) == Tally(1, 0)
+    assert tally([group(reply(None))]) == Tally(1, 1, "no future was scored")
 
 
 async def test_unsampled_replies_stop_the_step() -> None:
@@ -203,35 +217,6 @@ async def test_evaluation_counts_failed_conversations_without_averaging_them() -
     assert figures["conversations_failed"] == 1
 
 
-def test_a_recorder_writes_a_step_once_and_takes_a_torn_one_out(tmp_path) -> None:
-    path = tmp_path / "conversations.jsonl"
-    line = [tree_line(step, group(reply(1.0), reply(0.0))) for step in range(3)]
-    recorder = TreeRecorder(path, first_step=0)
-    recorder.write(0, [line[0], line[0]])
-    recorder.write(0, [line[0], line[0]])
-    recorder.write(1, [line[1]])
-    with path.open("ab") as file:
-        file.write(line[2] + line[2][:40])  # killed in the middle of a step
-    again = TreeRecorder(path, first_step=None)
-    again.write(1, [line[1]])
-    again.write(2, [line[2], line[2]])
-    assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [0, 0, 1, 2, 2]
-
-
-def test_a_resumed_recorder_takes_out_what_will_be_run_again(tmp_path) -> None:
-    path = tmp_path / "conversations.jsonl"
-    recorder = TreeRecorder(path, first_step=0)
-    for step in range(4):
-        recorder.write(step, [tree_line(step, group(reply(1.0), reply(0.0)))])
-    with path.open("a") as file:
-        file.write('{"step": 4, "torn')
-    TreeRecorder(path, first_step=2)
-    lines = path.read_text().splitlines()
-    assert [line[:9] for line in lines] == ['{"step":0', '{"step":1']
-    assert '"advantage":' in lines[0]
-    assert '"weight_versions":[0]' in lines[0]
-
-
 async def test_a_reply_without_tokens_leaves_its_group_and_ends_nothing() -> None:
     class Partly(ScriptedEngine):
         async def generate(self, input_ids: Sequence[int], **asked: Any) -> list[Generation]:
@@ -241,7 +226,7 @@ async def test_a_reply_without_tokens_leaves_its_group_and_ends_nothing() -> Non
     grown = await grow(cast)
     assert [r.mr is None for r in grown.replies_G] == [True, False, False, False]
     assert {f.status for f in grown.replies_G[0].futures_K} == {RolloutStatus.ENGINE_FAILED}
-    assert len(training_samples(grown)) == 3
+    assert len(training_samples(grown, "keep")) == 3
     once = await play_once(TASK, SEAT, limits=LIMITS, players=cast)  # a held-out conversation, too
     assert once.mr is None
     assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/futures_engine_failed"] == 2
@@ -252,7 +237,7 @@ async def test_questions_are_counted_in_the_reply_alone() -> None:
     grown = await grow(cast)
     assert [(r.thought, r.text) for r in grown.replies_G[:2]] == [("which day?", "done"), ("which?", "when?")]
     assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/clarify_rate"] == 0.5
-    assert training_samples(grown)[0].reply_ids_T == generation("(which day?)done").token_ids_T
+    assert training_samples(grown, "keep")[0].reply_ids_T == generation("(which day?)done").token_ids_T
 
 
 async def test_a_broken_reply_is_judged_once_for_all_its_futures() -> None:

@@ -97,12 +97,9 @@ def test_the_batches_are_those_of_a_driver_left_alone(killed: Run, left_alone: R
 
 def test_each_tree_is_written_once(killed: Run, left_alone: Run) -> None:
     exact = killed.config.driver.max_staleness == 0
-    file, expected = (run.config.run.dir / "conversations.jsonl" for run in (killed, left_alone))
-    if exact:
-        assert file.read_bytes() == expected.read_bytes()
     found = lines(killed.config.run.dir, versions=exact)
     assert found == lines(left_alone.config.run.dir, versions=exact)
-    assert Counter(line["step"] for line in found) == dict.fromkeys(range(STEPS), PROMPTS)
+    assert Counter(line["step"] for line in found) == dict.fromkeys(range(1, STEPS + 1), PROMPTS)
     assert all(len(reply["futures"]) == FUTURES for line in found for reply in line["replies"])
 
 
@@ -119,14 +116,16 @@ def test_no_reply_that_was_kept_is_paid_for_again(killed: Run) -> None:
 
 def test_a_replay_asks_nobody_and_gives_the_same_batches(killed: Run) -> None:
     before = counts(killed.url)
-    file = killed.config.run.dir / "conversations.jsonl"
-    written = file.read_bytes()
+    file = killed.config.run.conversations_dir / "shard0.jsonl"
+    written, as_before = file.read_bytes(), lines(killed.config.run.dir)
     assert killed.replayed("only").batches == killed.played.batches
     assert (counts(killed.url), file.read_bytes()) == (before, written)
     if not killed.config.driver.max_staleness:
         runs.forget_deliveries(killed.config)
         assert killed.replayed("only").batches == killed.played.batches  # made of single turns and replies
-        assert (counts(killed.url), file.read_bytes()) == (before, written)
+        assert counts(killed.url) == before
+        assert lines(killed.config.run.dir) == as_before  # but for the times
+        written = file.read_bytes()
     assert killed.replayed("auto").batches == killed.played.batches
     after = counts(killed.url)
     assert file.read_bytes() == written
@@ -150,8 +149,7 @@ def test_a_driver_that_dies_while_it_delivers(tmp_path: Path, left_alone: Run, m
         asked = counts(url)
     assert len(list((tmp_path / "died").iterdir())) == weak_spots.SPOTS
     assert played.batches == left_alone.played.batches
-    written, expected = (folder / "conversations.jsonl" for folder in (tmp_path, left_alone.config.run.dir))
-    assert written.read_bytes() == expected.read_bytes()
+    assert lines(tmp_path) == lines(left_alone.config.run.dir)
     assert asked["repeated"] == asked["turns_repeated"] == 0
 
 
@@ -191,7 +189,7 @@ def test_trees_that_leave_as_they_end_and_are_replaced(tmp_path: Path, url: str,
     # a tree has its replies one step after its own at the latest, and leaves one step later
     assert {(step, slot) for step in range(STEPS - 2) for slot in range(PROMPTS)} <= set(seats)
     written = Counter(line["step"] for line in lines(tmp_path))
-    assert written == {step: len(trees) for step, trees in batches.items()}
+    assert written == {step + 1: len(trees) for step, trees in batches.items()}
     held, given = runs.committed(settings)
     assert held == given
     assert Run(settings, url, played).replayed("only").batches == played.batches

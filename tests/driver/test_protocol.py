@@ -20,6 +20,7 @@ from collab_megatron.driver.protocol import (
     DriverClient,
     DriverHasNoEngine,
     Request,
+    Tally,
     encode_answer,
     request_decoder,
 )
@@ -101,7 +102,7 @@ def test_the_drivers_error_becomes_ours(served: Callable[[list[Answer]], str]) -
 
 def test_a_deadline_names_what_was_waited_for(served: Callable[[list[Answer]], str]) -> None:
     client = DriverClient([served([Answer(pending=True)])])
-    with pytest.raises(RunError, match="the rollouts of step 3"):
+    with pytest.raises(RunError, match="the rollouts of step 4"):
         client.next_batch(3, 3, [], timeout_s=0.0)
     client.close()
 
@@ -121,6 +122,29 @@ def test_shards_become_one_stream(served: Callable[[list[Answer]], str]) -> None
     batch = client.next_batch(7, 6, [], timeout_s=30).content
     assert batch.samples == (SAMPLE, SAMPLE)
     assert batch.metrics == {"reward/mr_mean": pytest.approx(2 / 3)}
+    client.close()
+
+
+def test_the_limit_on_lost_work_is_that_of_all_shards(served: Callable[[list[Answer]], str]) -> None:
+    """As many shards as prompts: one dropped group of four does not end the run, three do, and are made again."""
+    kept, dropped = Answer(tally=Tally(1, 0)), Answer(tally=Tally(1, 1, "the engine refused"))
+    client = DriverClient([served([kept, kept]), *(served([answer]) for answer in (dropped, kept, kept))])
+    assert client.next_batch(2, 2, [], timeout_s=30).content.samples == ()
+    assert client.evaluate(2, 2, [], timeout_s=30).content == {}
+    client.close()
+    client = DriverClient([served([answer, Answer(), answer]) for answer in (dropped, dropped, kept, dropped)])
+    with pytest.raises(RunError, match="3 of 4 groups of step 3 had to be dropped; the engine refused"):
+        client.next_batch(2, 2, [], timeout_s=30)
+    with pytest.raises(RunError, match="3 of 4 held-out conversations failed; the engine refused"):
+        client.evaluate(2, 2, [], timeout_s=30)
+    client.close()
+
+
+def test_a_batch_without_samples_is_explained(served: Callable[[list[Answer]], str]) -> None:
+    client = DriverClient([served([Answer(notes=("hear",))]), served([Answer()])])
+    notes = client.next_batch(7, 7, [], timeout_s=30).notes
+    assert notes[0] == "hear"
+    assert "step 8: no group has spread" in notes[1]
     client.close()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,31 @@ async def test_turns_of_weights_that_are_too_old_are_sampled_anew(journal: Journ
     assert await ask(engine) == first
     await engine.trainer_at(2, 2)
     assert await ask(engine) != first
+
+
+@pytest.mark.parametrize("version", [-1, 3])
+async def test_without_a_trainer_the_lineage_alone_says_whose_turns_they_are(tmp_path: Path, version: int) -> None:
+    """Servers that nobody publishes to name no version (-1), or one of the run that they came from."""
+    below = ScriptedEngine(["a", "b", "c"])
+    turns = []
+    for lineage in ("x", "x", "y"):
+        with closing(Journal(tmp_path / "journal.sqlite", replay="auto", lineage=lineage)) as journal:
+            engine = RecordedEngine(Versioned(below, version), journal, Slots(100), max_staleness=None)
+            turns.append(await ask(engine))
+    assert turns[0] == turns[1] != turns[2]
+    assert len(below.contexts) == 2
+
+
+@dataclass
+class Versioned:
+    """Answers as `below`, under a weight version of its own."""
+
+    below: ScriptedEngine
+    version: int
+
+    async def generate(self, input_ids: Sequence[int], **how: Any) -> list[Generation]:
+        turns = await self.below.generate(input_ids, **how)
+        return [replace(turn, versions_T=(self.version,) * len(turn.versions_T)) for turn in turns]
 
 
 async def test_a_turn_of_weights_that_will_come_again_is_waited_for(journal: Journal) -> None:

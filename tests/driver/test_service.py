@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
+from aiohttp import web
 
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import (
+    AlgorithmSection,
     BudgetSection,
     DataSection,
     DriverSection,
@@ -30,9 +32,9 @@ from collab_megatron.config.sections import (
 from collab_megatron.data.parquet import write_tasks
 from collab_megatron.driver.cast import Cast, open_journal
 from collab_megatron.driver.figures import values
-from collab_megatron.driver.protocol import Answer, Request
-from collab_megatron.driver.record import TreeRecorder
+from collab_megatron.driver.protocol import Answer, Request, Tally
 from collab_megatron.driver.recorded_engine import RecordedEngine
+from collab_megatron.driver.recorder import TreeRecorder
 from collab_megatron.driver.service import Service
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.simulators import Gateway, SimulatorHealth
@@ -42,6 +44,8 @@ from collab_megatron.slots import Slots
 from collab_megatron.types import Message, Task
 from tests.driver.fakes import LIMITS, TASK, ScriptedUser, players
 from tests.engine.servers import FakeServer, servers, slowly
+
+RECORD = Path("conversations", "run", "shard0.jsonl")
 
 
 class NoGateway:
@@ -53,7 +57,12 @@ class NoGateway:
 
 @asynccontextmanager
 async def service(
-    folder: Path, *fakes: FakeServer, first_step: int | None = 0, tasks: Sequence[Task] = (TASK,), **driver: Any
+    folder: Path,
+    *fakes: FakeServer,
+    first_step: int | None = 1,
+    tasks: Sequence[Task] = (TASK,),
+    zero_advantage: Literal["keep", "drop"] = "keep",
+    **driver: Any,
 ) -> AsyncIterator[Service]:
     """Two prompts a step, two replies, one future each: four conversations of three policy turns."""
 
@@ -70,6 +79,7 @@ async def service(
         simulators=SimulatorsSection(user=UserSection(model="none")),
         reward=RewardSection(metric_weights={"accuracy": 1.0}, accuracy_verifier="exact"),
         rollout=RolloutSection(prompts_per_step=2, num_replies=2, num_repeat_rollouts=1, max_new_tokens=4),
+        algorithm=AlgorithmSection(zero_advantage=zero_advantage),
         driver=DriverSection(**driver),
     )
     async with (
@@ -87,9 +97,10 @@ async def service(
         with contextlib.closing(open_journal(config)) as journal:
             recorded = RecordedEngine(engine, journal, slots, max_staleness=config.driver.max_staleness)
             everybody = players(cast(Any, recorded), ScriptedUser(go_on))
-            recorder = TreeRecorder(folder / "conversations.jsonl", first_step=first_step)
+            recorder = TreeRecorder(config.run.conversations_dir, config.record, first_step=first_step)
             health, gateway = SimulatorHealth(HealthSection()), cast(Gateway, NoGateway())
-            everything = Cast(everybody, LIMITS, engine, slots, recorded, gateway, health, journal)
+            limits = replace(LIMITS, cut_reply="play")  # the servers' replies do not end with the chat's END
+            everything = Cast(everybody, limits, engine, slots, recorded, gateway, health, journal)
             service = Service(config, everything, recorder)
             yield service
             await service.close()
@@ -120,7 +131,7 @@ async def test_a_step_without_engines_is_asked_for_again_with_others(tmp_path: P
         assert failed.no_engine
         assert list(failed.lost) == [dying.url]
         assert not failed.samples
-        assert not (tmp_path / "conversations.jsonl").exists()  # nothing of it counts
+        assert not (tmp_path / RECORD).exists()  # nothing of it counts
         again = await answered(driver, Request("step", 0, 0, (fresh.url,)))
         assert again.samples
         assert len(again.samples) == 4
@@ -186,18 +197,56 @@ async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp
         first = await answered(driver, Request("step", 0, 0, (server.url,)))
         asked = len(server.bodies)
         assert await answered(driver, Request("step", 0, 0, (server.url,))) == first
-        lines = (tmp_path / "conversations.jsonl").read_text()
+        lines = (tmp_path / RECORD).read_text()
         assert len(lines.splitlines()) == 2
     await server.start()
     async with service(tmp_path, server, first_step=None) as driver:
         again = await answered(driver, Request("step", 0, 0, (server.url,)))
         assert (again.samples, again.figures) == (first.samples, first.figures)
+        # what counts from the start of a process is on the dashboard by step alone; totals are the journal's (budget/)
+        assert not [name for name in again.figures if name.startswith("total/")]
         assert len(server.bodies) == asked
-        assert (tmp_path / "conversations.jsonl").read_text() == lines
+        assert (tmp_path / RECORD).read_text() == lines
         server.version = "1"
         second = await answered(driver, Request("step", 1, 1, (server.url,)))
         assert {v for sample in second.samples for v in sample.versions_T} == {1}
         assert len(server.bodies) == 2 * asked
+
+
+async def test_a_refused_batch_is_made_again(tmp_path: Path) -> None:
+    """The trainer refused it, since over half of all shards' groups were dropped: an attempt to resume gets another."""
+
+    async def refuse(body: dict[str, Any]) -> web.Response:
+        return web.json_response({"error": {"message": "too long"}}, status=400)
+
+    broken, server = FakeServer(version="0", answer=refuse), FakeServer(version="0")
+    async with service(tmp_path, broken, server) as driver:
+        first = await answered(driver, Request("step", 0, 0, (broken.url,)))
+        assert first.tally.lost == 2
+        assert await answered(driver, Request("step", 0, 0, (broken.url,))) == first
+        await driver.answer(Request("discard", 0))
+        again = await answered(driver, Request("step", 0, 0, (server.url,)))
+        assert again.tally == Tally(2, 0)
+        assert len(again.samples) == 4
+
+
+async def test_groups_that_were_replaced_are_not_trained(tmp_path: Path) -> None:
+    """All replies are the same here: no group has spread, and two more are grown in place of the first two."""
+    server = FakeServer(version="0")
+    async with service(tmp_path, server, refill_groups=2) as driver:
+        answer = await answered(driver, Request("step", 0, 0, (server.url,)))
+    assert values(answer.figures)["rollout/groups_replaced"] == 2
+    assert answer.tally == Tally(4, 0)
+    assert len(answer.samples) == values(answer.figures)["rollout/samples"] == 2 * 2
+    assert len((tmp_path / RECORD).read_text().splitlines()) == 4  # the record keeps them
+
+
+async def test_groups_without_spread_can_be_left_out(tmp_path: Path) -> None:
+    server = FakeServer(version="0")
+    async with service(tmp_path, server, zero_advantage="drop") as driver:
+        answer = await answered(driver, Request("step", 0, 0, (server.url,)))
+    assert (answer.samples, answer.error) == ((), "")
+    assert values(answer.figures)["rollout/samples"] == 0
 
 
 async def test_with_staleness_the_next_batch_grows_beside_the_training(tmp_path: Path) -> None:

@@ -32,10 +32,11 @@ class WarmSupervisor(Supervisor):
         show: bool = False,
         essential: bool = True,
         restarted: bool = False,
+        saves: bool = False,
         unset: Sequence[str] = (),
     ) -> Child:
         assert list(argv[:2]) == [sys.executable, "-m"], argv
-        assert not any((env, show, unset))
+        assert not any((env, show, saves, unset))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         log = self._logs_dir / f"{name}.log"

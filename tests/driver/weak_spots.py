@@ -2,8 +2,8 @@
 
     python -m tests.driver.weak_spots FOLDER RESOLVED.yaml ...
 
-Step 0 dies before the journal has the batch, step 1 after that, step 2 halfway through its lines of
-conversations.jsonl, step 3 before the answer is sent. A file in FOLDER for each tells the next life that it happened.
+Batch 0 dies before the journal has it, batch 1 after that, batch 2 halfway through its lines of the record, batch 3
+before the answer is sent. A file in FOLDER for each tells the next life that it happened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collab_megatron.driver import service
 from collab_megatron.driver.deliveries import Deliveries
 from collab_megatron.driver.forest import Tree
 from collab_megatron.driver.protocol import Answer
-from collab_megatron.driver.record import TreeRecorder
+from collab_megatron.driver.recorder import TreeRecorder
 from collab_megatron.errors import run_cli
 
 SPOTS = 4
@@ -42,13 +42,13 @@ def main() -> None:
         if step == 1:
             die_at(1)
 
-    def weak_write(self: TreeRecorder, step: int, lines: Sequence[bytes]) -> None:
+    def weak_write(self: TreeRecorder, step: int, lines: Sequence[bytes]) -> str:
         nonlocal newest
-        newest = step
-        if step == 2 and not (folder / "died-2").exists():
+        newest = step - 1  # the record counts from 1
+        if newest == 2 and not (folder / "died-2").exists():
             write(self, step, [*lines[:-2], lines[-2][:100]])
             die_at(2)
-        write(self, step, lines)
+        return write(self, step, lines)
 
     def weak_encode(answer: Answer) -> bytes:
         if answer.samples and newest == 3:

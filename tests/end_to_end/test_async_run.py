@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from collab_megatron.driver.recorder import read_trees
 from tests.conftest import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -32,18 +33,14 @@ def test_one_step_ahead_on_two_shards(rl_command: Callable[..., list[str]], run:
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert steps[0]["rollout/staleness_max"] == 0
     assert max(row["rollout/staleness_max"] for row in steps) == 1
-    trees = [
-        json.loads(line)
-        for file in ("conversations.jsonl", "conversations.shard1.jsonl")
-        for line in (tmp_path / "run" / file).read_text().splitlines()
-    ]
-    for step in range(4):
+    trees = list(read_trees(tmp_path / "run" / "conversations" / "rl"))
+    for step in range(1, 5):
         of_step = [tree for tree in trees if tree["step"] == step]
         assert len(of_step) == 4
         versions = {version for tree in of_step for reply in tree["replies"] for version in reply["weight_versions"]}
-        assert versions <= {step - 1, step}
+        assert versions <= {step - 2, step - 1}
     with sqlite3.connect(tmp_path / "run" / "journal" / "rl.sqlite") as journal:
         ((delivered,),) = journal.execute("SELECT count(*) FROM deliveries")
         assert delivered == 8  # of four steps and two shards
     # TensorBoard's figures of both shards together
-    assert steps[-1]["total/simulator/user/calls"] > steps[0]["simulator/user/calls"] > 0
+    assert steps[-1]["budget/calls_to_date"] > steps[0]["budget/calls_to_date"] > steps[0]["simulator/user/calls"] > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.driver.recorder import read_trees
 from collab_megatron.journal.store import Journal
 from collab_megatron.monitor.dashboard import read_metrics
 from tests.conftest import DESK_KEY, Run
@@ -48,6 +48,6 @@ def test_a_spent_budget_ends_with_three_and_a_higher_one_goes_on(
     assert [row["step"] for row in rows] == [1, 2, 3]
     spent = [row["budget/calls_to_date"] for row in rows]
     assert calls == spent[0] < spent[1] < spent[2]  # of both attempts together
-    trees = [json.loads(line) for line in (tmp_path / "conversations.jsonl").read_text().splitlines()]
+    trees = list(read_trees(tmp_path / "conversations" / "rl"))
     assert [tree["step"] for tree in trees] == [step for step in range(3) for _ in range(4)]
     assert DESK_KEY not in ended.output + resumed.output

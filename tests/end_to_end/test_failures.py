@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ import pytest
 
 from collab_megatron.checkpoint.folders import newest_complete
 from collab_megatron.cluster.processes import free_port
+from collab_megatron.driver.recorder import read_trees
 from tests.conftest import DESK_KEY, REPOSITORY, Ended, Run, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -96,7 +96,7 @@ def test_a_killed_driver_comes_again_and_the_run_ends_well(
     ended = running.end()
     assert ended.code == 0, ended.output[-3000:]
     assert "rl 5/5" in ended.output
-    trees = [json.loads(line) for line in (tmp_path / "run" / "conversations.jsonl").open()]
+    trees = list(read_trees(tmp_path / "run" / "conversations" / "rl"))
     assert Counter(tree["step"] for tree in trees) == dict.fromkeys(range(5), 4)
     assert len({tree["task_id"] for tree in trees}) == len(trees)
 
@@ -104,10 +104,16 @@ def test_a_killed_driver_comes_again_and_the_run_ends_well(
 def test_a_term_signal_ends_everything(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
 ) -> None:
-    running = start(rl_command(tmp_path / "run", "train.steps=500"))
+    running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0"))
     running.wait_until("rl 1/500")
     running.send(signal.SIGTERM)
-    assert running.end().code == 130
+    ended = running.end()
+    assert ended.code == 130
+    newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
+    assert newest is not None, ended.output[-3000:]
+    assert f"is saved: {newest}; run.resume=true goes on" in ended.output
+    assert " of 500 steps: the same command with run.resume=true goes on from it" in ended.output
+    assert "never awaited" not in ended.output
 
 
 def test_simulators_that_go_away_end_the_run(
@@ -121,11 +127,15 @@ def test_simulators_that_go_away_end_the_run(
         overrides = [
             f"simulators.{role}.{key}" for role in ("user", "judge") for key in (f"api_base={base}", "deadline_s=2")
         ]
-        running = start(rl_command(tmp_path / "run", "train.steps=500", *overrides))
+        running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", *overrides))
         running.wait_until("rl 1/500")
         endpoint.kill()
         ended = running.end()
     assert ended.code == 1
+    # no save was due: it is the end of the run that saved, on both ranks
+    newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
+    assert newest is not None
+    assert f"is saved: {newest}; run.resume=true goes on" in ended.output
     assert "had to be dropped" in ended.errors[-1]
     assert "simulator" in ended.errors[-1] or "user" in ended.errors[-1]
 

@@ -19,6 +19,7 @@ def test_pipeline_packed_rows_swapped_reference_and_background_saves(
 ) -> None:
     ended = run(
         *rl_command(tmp_path / "run", "train.steps=2", "parallel.tensor=1", "parallel.pipeline=2"),
+        "rollout.temperature=1.3",  # of engine, trainer and reference, or the gap shows it
         *("train.packing=true", "train.recompute=full", "algorithm.reference=swap", "train.async_save=true"),
     )
     assert ended.code == 0, ended.output[-4000:]

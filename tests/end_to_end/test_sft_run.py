@@ -27,14 +27,19 @@ def chats(path: Path, reply: str) -> Path:
 
 def test_the_best_checkpoint_is_kept_resumed_with_and_exported(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     train = chats(tmp_path / "train.parquet", "which time and day and name?")
-    held_out = chats(tmp_path / "held_out.parquet", "BOOK table noon judy")
+    held_out = chats(tmp_path / "held_out.parquet", "which time and judy?")
 
     def sft(steps: int, *overrides: str):
         return run(
             *("-m", "collab_megatron.train_sft", "conf/demo_sft.yaml", f"run.dir={tmp_path / 'run'}"),
             *(f"model.path={tiny_model}", f"data.train=[{train}]", f"data.validation={held_out}"),
             *("parallel.tensor=1", f"train.steps={steps}", "train.eval_interval=1", "train.keep_last=1"),
-            *("batch_size=3", "optimizer={lr: 0.01, schedule: constant, warmup_steps: 0}", "max_tokens=64", *overrides),
+            *(
+                "batch_size=3",
+                "optimizer={lr: 0.001, schedule: constant, warmup_steps: 0}",
+                "max_tokens=64",
+                *overrides,
+            ),
         )
 
     ended = sft(8, f"export_hf={tmp_path / 'best'}")
@@ -44,7 +49,6 @@ def test_the_best_checkpoint_is_kept_resumed_with_and_exported(run: Run, tiny_mo
     assert best is not None
     rows = read_metrics(tmp_path / "run" / "tensorboard" / "sft")
     losses = {int(row["step"]): row["eval/loss"] for row in rows if "eval/loss" in row}
-    print(losses)
     assert best.step == min(range(1, 9), key=losses.__getitem__) < 8
     assert [path.name for path in complete_checkpoints(folder)] == [best.folder.name, "step_00000008"]
     assert plain_loss(tmp_path / "best", held_out) == pytest.approx(best.loss, rel=1e-5)

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from collab_megatron.checkpoint.folders import newest_complete, read_best, read_info
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_conversations
+from collab_megatron.driver.recorder import read_trees
 from collab_megatron.monitor.dashboard import read_metrics
-from tests.conftest import DESK_KEY, Ended, Run
+from tests.conftest import DESK_KEY, Ended, Run, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -60,6 +61,8 @@ def test_the_summary_holds_every_figure(short_demo: tuple[Path, Ended]) -> None:
     assert "prompts_per_step: 4" in summary["config"]["rl"]
     assert "tensorboard --logdir" in ended.output
     assert "rl 3/3" in ended.output
+    assert "done        3 steps of rl" in ended.output
+    assert f"held out    after step 3: mr {summary['mr']['rl']:.3g}" in ended.output
 
 
 def test_the_terminal_tells_of_rank_0_what_was_chosen_and_the_logs_of_the_others(
@@ -123,12 +126,12 @@ def plain_loss(model_folder: Path, conversations: Path) -> float:
 
 def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
     run_dir, _ = short_demo
-    trees = [json.loads(line) for line in (run_dir / "conversations.jsonl").read_text().splitlines()]
-    assert [tree["step"] for tree in trees] == [step for step in range(3) for _ in range(4)]
+    trees = list(read_trees(run_dir / "conversations" / "rl"))
+    assert [tree["step"] for tree in trees] == [step for step in (1, 2, 3) for _ in range(4)]
     for tree in trees:
         assert len(tree["replies"]) == 4
         for reply in tree["replies"]:
-            assert reply["weight_versions"] == [tree["step"]]  # on-policy: sampled by the weights of this step
+            assert reply["weight_versions"] == [tree["step"] - 1]  # on-policy: sampled by the weights before this step
             assert len(reply["token_ids"]) == len(reply["logprobs"])
             assert len(reply["futures"]) == 2
             rewards = [future["reward"] for future in reply["futures"]]
@@ -136,20 +139,76 @@ def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
             for future in reply["futures"]:
                 assert set(future["scores"]) == {"accuracy", "interactivity", "token_amount"}
                 assert future["status"] in ("terminated", "max_turns", "truncated")
-    assert any(future["messages"] for tree in trees for reply in tree["replies"] for future in reply["futures"])
+    futures = [future for tree in trees for reply in tree["replies"] for future in reply["futures"]]
+    assert any(future["messages"] for future in futures)
+    for future in futures:
+        said = [message["content"] for message in future["messages"] if message["role"] == "assistant"]
+        assert [turn["text"] for turn in future["turns"]] == said
+        assert all(len(turn["token_ids"]) == len(turn["logprobs"]) > 0 for turn in future["turns"])
+        asked = [call for call in future["calls"] if call["role"] == "user"]
+        assert len(asked) == sum(message["role"] == "user" for message in future["messages"])
+        (judged,) = (call for call in future["calls"] if call["metric"] == "interactivity")
+        assert set(judged["marks"]) == {"understanding", "clarification", "suggestion"}
+        assert all(call["begin_s"] <= call["end_s"] and call["prompt_tokens"] > 0 for call in future["calls"])
 
 
 def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]) -> None:
     run_dir, ended = short_demo
-    assert "transformers and the engine generate the same ids for all 4 prompts" in ended.output
-    probe = json.loads((run_dir / "engine_probe.json").read_text())
+    assert "transformers and the engine agree on all 4 prompts" in ended.output
+    probe = json.loads((run_dir / "engine_probe" / "rl.json").read_text())
     assert probe["weight_version"] == "3"
     assert (run_dir / "hf" / "model.safetensors").exists()
 
 
+def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
+    short_demo: tuple[Path, Ended], run: Run, desk: Server, tmp_path: Path
+) -> None:
+    """The same conversations as the run's own last evaluation: same weights, tasks, seeds, and greedy decoding."""
+    run_dir, _ = short_demo
+    data = run_dir / "data"
+    asked = [
+        *("-m", "collab_megatron.evaluate", "conf/demo_rl.yaml", f"model.path={run_dir / 'checkpoints' / 'rl'}"),
+        *(f"run.dir={tmp_path}", f"data.train={data / 'rl_train.parquet'}"),
+        *(f"data.validation={data / 'rl_validation.parquet'}", "evaluation.num_tasks=24"),
+        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+    ]
+    looked = run(*asked, "--dry-run")
+    assert looked.code == 0, looked.output[-4000:]
+    assert not (tmp_path / "converted").exists()
+    ended = run(*asked)
+    assert ended.code == 0, ended.output[-4000:]
+    (model,) = (tmp_path / "converted").iterdir()
+    assert model.name.startswith("rl-step_00000003-")
+    exported = run_dir / "hf" / "model.safetensors"
+    assert (model / "model.safetensors").read_bytes() == exported.read_bytes()
+
+    folder = tmp_path / "evaluations" / "evaluate-rl"
+    figures = json.loads((folder / f"{model.name}.json").read_text())
+    (*_, own) = map(json.loads, (run_dir / "evaluations" / "rl.jsonl").read_text().splitlines())
+    assert own["step"] == 3
+    for name in ("accuracy", "interactivity", "token_amount", "mr", "clarify_rate", "conversations"):
+        assert figures[name] == pytest.approx(own[name]), name
+    assert figures["simulator/user/answers"] > 0
+    ours, theirs = (
+        {tree["task_id"]: tree for tree in map(json.loads, path.read_text().splitlines())}
+        for path in (folder / f"{model.name}.jsonl", run_dir / "evaluations" / "rl" / "step_00000003.jsonl")
+    )
+    assert len(ours) == 24
+    for task_id, tree in ours.items():
+        (reply,), (their_reply,) = tree["replies"], theirs[task_id]["replies"]
+        assert reply["text"] == their_reply["text"]
+        assert reply["futures"][0]["messages"] == their_reply["futures"][0]["messages"]
+        assert reply["futures"][0]["scores"] == their_reply["futures"][0]["scores"]
+    assert "accuracy" in ended.output
+    assert str(folder / f"{model.name}.jsonl") in ended.output
+    assert DESK_KEY not in ended.output
+
+
 def test_a_wrong_export_is_found_out(short_demo: tuple[Path, Ended], run: Run) -> None:
     run_dir, _ = short_demo
-    ended = run("tools/check_export.py", "--hf", str(run_dir / "model"), "--probe", str(run_dir / "engine_probe.json"))
+    ended = run(
+        "tools/check_export.py", "--hf", str(run_dir / "model"), "--probe", str(run_dir / "engine_probe" / "rl.json")
+    )
     assert ended.code == 1
     assert "answers prompt" in ended.errors[0]
 
@@ -177,7 +236,10 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     again = run(*rl_command(tmp_path, "train.steps=2"))
     assert again.code == 2
     assert "run.resume=true" in again.errors[0]
-    resumed = run(*rl_command(tmp_path, "train.steps=4", "run.resume=true"))
+    other = run(*rl_command(tmp_path, "train.steps=4", "run.resume=auto", "algorithm.kl_coef=0.5"))
+    assert other.code == 2
+    assert "algorithm.kl_coef: 0.005 -> 0.5" in other.errors[0]
+    resumed = run(*rl_command(tmp_path, "train.steps=4", "run.resume=auto"))
     assert resumed.code == 0, resumed.output[-4000:]
     assert "rl 3/4" in resumed.output
     assert "rl 2/4" not in resumed.output
@@ -186,6 +248,6 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     assert read_info(newest).step == 4
     steps = [row["step"] for row in read_metrics(tmp_path / "tensorboard" / "rl") if "time_s/step" in row]
     assert steps == [1, 2, 3, 4]
-    trees = [json.loads(line) for line in (tmp_path / "conversations.jsonl").read_text().splitlines()]
-    assert sorted({tree["step"] for tree in trees}) == [0, 1, 2, 3]
+    trees = list(read_trees(tmp_path / "conversations" / "rl"))
+    assert sorted({tree["step"] for tree in trees}) == [1, 2, 3, 4]
     assert {tuple(reply["weight_versions"]) for tree in trees[-4:] for reply in tree["replies"]} == {(3,)}

@@ -97,12 +97,15 @@ async def test_the_real_server_generates_what_transformers_does(tiny_engine: Ser
                 torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=2
             )
             assert list(greedy.token_ids_T) == expected[0, len(prompt) :].tolist()
-            sampled = await client.generate(prompt, n=4, temperature=1.0, max_new_tokens=12)
-            assert len(sampled) == 4
-            for generation in sampled:
+            sampled = []
+            for temperature in (0.7, 1.0, 1.3):
+                several = await client.generate(prompt, n=4, temperature=temperature, max_new_tokens=12)
+                assert len(several) == 4
+                sampled += [(temperature, generation) for generation in several]
+            for temperature, generation in sampled:
                 ids = torch.tensor([[*prompt, *generation.token_ids_T]])
                 with torch.no_grad():
-                    logprobs = torch.log_softmax(model(ids).logits[0].float(), -1)
+                    logprobs = torch.log_softmax(model(ids).logits[0].float() / temperature, -1)
                 at = range(len(prompt) - 1, ids.shape[1] - 1)
                 own = [logprobs[t, ids[0, t + 1]].item() for t in at]
                 assert list(generation.logprobs_T) == pytest.approx(own, abs=1e-4)
@@ -115,6 +118,10 @@ def test_control_calls_of_the_real_server(tiny_engine: Server) -> None:
     control.pause()
     control.resume()
     assert len(control.generate(PROMPTS[0], max_new_tokens=3, stop_token_ids=[])) == 3
+    ids, logprobs = control.greedy(PROMPTS[0], max_new_tokens=3, stop_token_ids=[])
+    assert ids == control.generate(PROMPTS[0], max_new_tokens=3, stop_token_ids=[])
+    assert len(logprobs) == 3
+    assert max(logprobs) < 0
     with pytest.raises(RunError, match="refused update_weights_from_distributed"):
         control.receive_bucket(
             BucketTensors(names=[], dtypes=[], shapes=[]), group_name="none", packed=True, weight_version=None

@@ -25,11 +25,11 @@ def test_show_prints_steps_and_totals_of_a_journal_in_use(run: Run, tmp_path: Pa
         shown = run("-m", "collab_megatron.journal.show", str(path))
         journal.record_reply(key("more"), "user", reply())  # showing it took nothing from the run
     assert shown.output.splitlines() == [
-        "step     0  user (model-a): 1 replies, $2.0000, mean 0.50 s, 10 + 3 tokens",
-        "step     0  policy: 1 requests, 2 turns, 9 tokens",
-        "step     3  judge (model not named): 1 replies, $0.2500, mean 0.50 s, 10 + 3 tokens",
-        "step     3  user (model-a): 1,200 replies, $1.2000, mean 0.50 s, 12,000 + 3,600 tokens",
-        "step     3  delivered by 1 shards, 0.02 MB",
+        "step     1  user (model-a): 1 replies, $2.0000, mean 0.50 s, 10 + 3 tokens",
+        "step     1  policy: 1 requests, 2 turns, 9 tokens",
+        "step     4  judge (model not named): 1 replies, $0.2500, mean 0.50 s, 10 + 3 tokens",
+        "step     4  user (model-a): 1,200 replies, $1.2000, mean 0.50 s, 12,000 + 3,600 tokens",
+        "step     4  delivered by 1 shards, 0.02 MB",
         "whole run   judge (model not named): 1 replies, $0.2500",
         "whole run   user (model-a): 1,201 replies, $3.2000",
     ]

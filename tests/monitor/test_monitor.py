@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from collab_megatron.monitor.alarms import Alarms
 from collab_megatron.monitor.busy import BusyClock
 from collab_megatron.monitor.dashboard import Dashboard, read_metrics
 from collab_megatron.monitor.progress import Progress, duration, steps_between
+from collab_megatron.monitor.system import memory_shares
 from collab_megatron.monitor.timers import PhaseTimer
+from collab_megatron.training.reporter import progress_figures
 
 
 def test_overlapping_calls_count_once() -> None:
@@ -93,3 +96,38 @@ def test_a_start_over_an_attempt_without_a_checkpoint_does_not_double_the_curves
         dashboard.close()
     assert curve(tmp_path, "eval/mr") == lines(tmp_path, "eval/mr") == [(0, 0.5)]
     assert curve(tmp_path, "reward/mr_mean") == lines(tmp_path, "reward/mr_mean") == [(1, 0.5)]
+
+
+def test_an_alarm_is_told_when_it_begins_and_again_after_it_has_ended() -> None:
+    alarms = Alarms()
+    told = [alarms.heard(done, {"rollout/cut_share": share}) for done, share in enumerate([0.6, 0.6, 0.0, 0.0, 0.8], 1)]
+    assert [len(sentences) for sentences in told] == [1, 0, 0, 0, 0]
+    assert told[0][0].startswith("step 1: 60% of the replies are cut at the token limit")
+    (again,) = Alarms().heard(3, {"rollout/cut_share": 1.0})
+    assert "step 3" in again
+    later = [alarms.heard(done, {"rollout/cut_share": 0.9}) for done in range(6, 11)]
+    assert [sentence for sentences in later for sentence in sentences] == [
+        "steps 3 to 7: 52% of the replies are cut at the token limit: raise rollout.max_new_tokens, or look at the "
+        "conversations for replies that do not end"
+    ]
+
+
+def test_groups_without_spread_and_full_memories_are_told() -> None:
+    figures = {"advantage/groups_with_signal": 0.25, "system/host_memory_share": 0.97, "rollout/cut_share": 0.1}
+    groups, memory = Alarms().heard(1, figures)
+    assert groups.startswith("step 1: only 25% of the groups have rewards that differ")
+    assert memory.startswith("step 1: 97% of the machine's memory are in use")
+    assert not Alarms().heard(1, {"advantage/groups_with_signal": 0.75, "system/host_memory_share": 0.5})
+    assert not Alarms().heard(1, {})
+
+
+def test_memory_shares_are_of_this_machine() -> None:
+    assert 0 < memory_shares()["system/host_memory_share"] < 1
+
+
+def test_the_progress_line_shows_the_metrics_of_this_run_and_nothing_that_the_data_does_not_tell() -> None:
+    metrics = {"reward/mr_mean": 0.5, "reward/brevity_mean": 0.25, "reward/accuracy_mean": 1.0, "train/kl": 0.01}
+    shown = progress_figures({**metrics, "rollout/clarify_rate": 0.4, "rollout/tokens_per_s": 1234.0}, ["brevity"])
+    assert shown == {"reward": "0.50", "brevity": "0.25", "asks": "0.40", "kl": "0.01", "tokens/s": "1,234"}
+    shown = progress_figures({**metrics, "rollout/clarify_rate_ambiguous": 0.9}, ["accuracy", "brevity"])
+    assert shown == {"reward": "0.50", "accuracy": "1.00", "brevity": "0.25", "asks if unclear": "0.90", "kl": "0.01"}

@@ -16,7 +16,11 @@ from collab_megatron.actor.grid import RankGrid, agree, barrier, close_grid, ini
 from collab_megatron.actor.reference import SwappedReference, build_reference
 from collab_megatron.algorithms.losses import LossSum
 from collab_megatron.batching.micro_batch import MicroBatch, split_by_tokens
-from collab_megatron.config.sections import AlgorithmSection, ParallelSection
+from collab_megatron.config.sections import AlgorithmSection, ParallelSection, TrainSection
+from collab_megatron.monitor.timers import PhaseTimer
+from collab_megatron.training.rl_step import update
+from collab_megatron.training.skipped import SkippedSteps
+from collab_megatron.types import RolloutBatch, TrainingSample
 from tests.parallel.plain import OPTIMIZER, STEPS, loss_fn
 from tests.parallel.tiny import make_samples
 
@@ -46,6 +50,27 @@ def check_skip(folder: Path, grid: RankGrid) -> None:
     assert actor.lr == lr
     assert same(before, weights(actor))
     assert not actor.train_step(batches_of(2, grid), loss_fn, 10).skipped
+
+
+def check_no_samples(folder: Path, grid: RankGrid) -> None:
+    """A batch that came out empty is counted; weights and schedule stay, and the next batch trains."""
+    actor = Actor.build(folder, dtype="float32", grid=grid, optimizer=OPTIMIZER, total_steps=STEPS)
+    before, lr = weights(actor), actor.lr
+    sample = TrainingSample((1, 2), (3, 4), (-0.5, -0.25), (0, 0), 1.0)
+    timer, phases = PhaseTimer(), []
+    found = []
+    for samples in ((), (sample,)):
+        batch, algorithm = RolloutBatch(0, samples, {}), AlgorithmSection(mini_batches=2)
+        skipped = SkippedSteps(3)
+        found.append(
+            update(actor, None, batch, algorithm=algorithm, train=TrainSection(), timer=timer, skipped=skipped)
+        )
+        phases.append(set(timer.drain()))
+    assert phases[0] == phases[1]
+    assert [figures["train/steps_without_samples"] for figures in found] == [1, 0]
+    assert [figures["train/tokens"] for figures in found] == [0, 4]
+    assert [figures["train/lr"] for figures in found] == [lr, lr]
+    assert not same(before, weights(actor))
 
 
 def check_bf16(folder: Path, grid: RankGrid) -> None:
@@ -87,6 +112,7 @@ def main() -> None:
     layout = ParallelSection(tensor=2, pipeline=2, sequence_parallel=True, device="cpu", collective_timeout_s=60)
     grid = init_grid(layout, seed=1)
     check_skip(work / "llama", grid)
+    check_no_samples(work / "llama", grid)
     check_bf16(work / "qwen3", grid)
     check_references(work / "qwen3", grid)
     assert agree(grid, "no" if grid.rank == grid.world_size - 1 else None) == [f"rank {grid.world_size - 1}: no"]

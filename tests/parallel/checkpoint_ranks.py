@@ -1,8 +1,9 @@
 """Run by test_checkpoint_parallel.py on several ranks.
 
 checkpoint_ranks.py layouts WORK
-    every layout of FAMILIES, one after the other on the same two processes: 2 + 2 steps are bit for bit 4 steps; then
-    each takes over what each other one saved: its weights exactly, its next two losses to 1e-5.
+    every layout of checkpoint_layouts.py, one after the other on the same two processes: 2 + 2 steps are bit for bit 4
+    steps; then each starts from the weights of what another one saved, exactly, and takes over what each other one
+    saved: its weights exactly, its next two losses to 1e-5.
 checkpoint_ranks.py disk WORK DISK
     a disk that fills up at different moments of a save; a save beside the training: the same bytes, unmoved by the
     steps taken meanwhile, a full disk heard where it is waited for.
@@ -22,7 +23,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,49 +38,13 @@ from collab_megatron.batching.micro_batch import MicroBatch, collate
 from collab_megatron.checkpoint import store
 from collab_megatron.checkpoint.background import BackgroundSave, grid_beside
 from collab_megatron.checkpoint.folders import complete_checkpoints, newest_complete, read_info
-from collab_megatron.checkpoint.store import Keep, begin, load_checkpoint, save_checkpoint
+from collab_megatron.checkpoint.store import Keep, begin, load_checkpoint, load_weights, save_checkpoint
 from collab_megatron.cluster.processes import free_port
 from collab_megatron.config.sections import OptimizerSection, ParallelSection
 from collab_megatron.convert.loader import SafetensorsFolder
 from collab_megatron.errors import RunError, UserError
+from tests.parallel.checkpoint_layouts import BF16_TAKE_OVERS, BOUNDS, SAVES, TAKE_OVERS, Layout
 from tests.parallel.tiny import make_samples
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way to lie on one or two ranks."""
-
-    name: str
-    parallel: dict[str, Any] = field(default_factory=dict)  # ParallelSection
-    distributed: bool = False
-    cpu_offload: float = 0.0
-
-
-ONE, TP2, PP2 = Layout("one"), Layout("tp2", {"tensor": 2}), Layout("pp2", {"pipeline": 2})
-SP2 = Layout("tp2-sequence", {"tensor": 2, "sequence_parallel": True})
-PP2X2 = Layout("pp2x2", {"pipeline": 2, "interleave": 2})
-DP2 = Layout("dp2-distributed", {"data": 2}, distributed=True)
-HOST = Layout("one-offload", cpu_offload=0.5)
-EP2 = Layout("ep2", {"data": 2, "expert": 2})
-EP2D = Layout("ep2-distributed", {"data": 2, "expert": 2}, distributed=True)
-
-# (model folder, layouts, whether each takes over every other's)
-FAMILIES = (
-    ("qwen3", (ONE, TP2, PP2, PP2X2, DP2, HOST), True),
-    ("qwen3moe", (ONE, SP2, PP2, EP2, EP2D), True),
-    ("qwen3-bf16", (ONE, TP2, PP2X2, DP2, HOST), False),
-    ("qwen3moe-bf16", (EP2D,), False),
-)
-# largest relative differences of the next steps under another layout
-BOUNDS = {
-    torch.float32: {"loss": 1e-5, "norm": 1e-5, "weights": 1e-6},
-    torch.bfloat16: {"loss": 5e-3, "norm": 1e-2, "weights": 5e-3},
-}
-# one after the other on the same processes
-SAVES = [(kind, layout) for kind, layouts, _ in FAMILIES for layout in layouts]
-TAKE_OVERS = [(kind, layouts, layout) for kind, layouts, crosses in FAMILIES if crosses for layout in layouts]
-# from one kind of optimizer to the other, whose master weights have other names
-BF16_TAKE_OVERS = [("qwen3-bf16", (ONE, PP2X2, DP2), TP2), ("qwen3-bf16", (TP2,), DP2)]
 
 
 def loss_fn(logprobs: Tensor, batch: MicroBatch) -> LossSum:
@@ -100,12 +64,20 @@ def weights(actor: Actor) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in actor.hf_tensors()}
 
 
-def build(work: Path, kind: str, grid: RankGrid, distributed: bool = False, cpu_offload: float = 0.0) -> Actor:
+def build(
+    work: Path,
+    kind: str,
+    grid: RankGrid,
+    distributed: bool = False,
+    cpu_offload: float = 0.0,
+    folder: Path | None = None,
+) -> Actor:
     section = OptimizerSection(
         lr=1e-3, schedule="cosine", weight_decay=0.1, distributed=distributed, cpu_offload=cpu_offload
     )
     dtype = "bfloat16" if kind.endswith("bf16") else "float32"
-    return Actor.build(work / kind, dtype=dtype, grid=grid, optimizer=section, total_steps=8)  # type: ignore[arg-type]
+    folder = folder or work / kind
+    return Actor.build(folder, dtype=dtype, grid=grid, optimizer=section, total_steps=8)  # type: ignore[arg-type]
 
 
 def resume(grid: RankGrid, work: Path, kind: str, layout: Layout) -> None:
@@ -159,6 +131,20 @@ def take_over(taken: Actor, saved_under: Path) -> dict[str, float]:
     return worst
 
 
+def start_from(grid: RankGrid, work: Path, kind: str, layout: Layout, other: Layout) -> None:
+    """The weights alone of what another layout saved: every number is that of a run from the same weights as an HF
+    folder, whose optimizer knows nothing."""
+    saved_under = work / f"{kind}-{other.name}"
+    folder = newest_complete(saved_under)
+    assert folder is not None
+    started = build(work, kind, grid, layout.distributed, layout.cpu_offload)
+    assert load_weights(started, folder).step == 2
+    plain = build(work, kind, grid, layout.distributed, layout.cpu_offload, saved_under / "two")
+    assert [train(started, step) for step in (0, 1)] == [train(plain, step) for step in (0, 1)]
+    wanted = weights(plain)
+    assert all(torch.equal(t, wanted[n]) for n, t in weights(started).items())
+
+
 class Grids:
     """A grid for each layout in turn, over a fresh port that rank 0 finds. A layout of one rank is rank 0's alone."""
 
@@ -193,6 +179,7 @@ def layouts(work: Path) -> None:
             print(f"{kind} {layout.name}: resumed bit for bit, {time.monotonic() - started:.1f} s", flush=True)
     for kind, others, layout in TAKE_OVERS + BF16_TAKE_OVERS:
         if grid := grids.open(layout):
+            start_from(grid, work, kind, layout, next(other for other in others if other is not layout))
             taken = build(work, kind, grid, layout.distributed, layout.cpu_offload)
             for other in others:
                 if other is layout:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from collab_megatron.batching import TokenSample, split_by_tokens
 from collab_megatron.convert import buckets
 from collab_megatron.convert.buckets import Bucket
 from collab_megatron.engine.client import EngineClient, open_session
@@ -77,6 +78,22 @@ def test_two_engines_say_what_transformers_says(both: Run, transport: str, monke
     publisher.close()
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_trainer_and_engine_have_the_same_logprobs_at_any_temperature(both: Run, temperature: float) -> None:
+    """Of the distribution that was sampled from; a gap at one temperature only would be a missing division."""
+    generation = asyncio.run(generate(both.publisher.receivers.live[0].url, 64, temperature))
+    ids = (*PROMPT, *generation.token_ids_T)
+    sample = TokenSample(ids=ids, mask=(1.0,) * len(ids))
+    batches = split_by_tokens([sample], micro_batch_tokens=2 * len(ids), pad_id=0, pad_multiple=1, packed=False)
+    with both.actor.at_temperature(temperature):
+        ((ours,), _) = both.actor.logprobs(batches)
+    ((raw,), _) = both.actor.logprobs(batches)
+    said = torch.tensor(generation.logprobs_T)
+    assert (said - ours[0, len(PROMPT) : len(ids)]).abs().max() < 1e-4
+    if temperature != 1.0:
+        assert (said - raw[0, len(PROMPT) : len(ids)]).abs().mean() > 1e-2
+
+
 @pytest.mark.parametrize("pause", ["in_place", "retract"])
 def test_an_update_in_the_middle_of_a_generation(both: Run, pause: PauseMode) -> None:
     """The spans carry both versions, and each span's log-probs are those of its weights."""
@@ -125,10 +142,10 @@ def mixed(
     return torch.cat([by_old[:cut], late])
 
 
-async def generate(url: str, tokens: int) -> Generation:
+async def generate(url: str, tokens: int, temperature: float = 1.0) -> Generation:
     async with open_session() as session:
         client = EngineClient(session, url, stop_token_ids=[], timeout_s=60, max_concurrency=1)
-        (generation,) = await client.generate(PROMPT, n=1, temperature=1.0, max_new_tokens=tokens)
+        (generation,) = await client.generate(PROMPT, n=1, temperature=temperature, max_new_tokens=tokens)
     assert len(generation.token_ids_T) == tokens
     return generation
 

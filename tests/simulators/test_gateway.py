@@ -14,9 +14,16 @@ from typing import Any
 
 import pytest
 
-from collab_megatron.config.sections import LLMSection
+from collab_megatron.config.sections import HealthSection, LLMSection, SimulatorsSection, UserSection
 from collab_megatron.errors import UserError
-from collab_megatron.simulators import Gateway, GatewaySnapshot, LLMUserSimulator, SimulatorError
+from collab_megatron.simulators import (
+    Gateway,
+    GatewaySnapshot,
+    LLMUserSimulator,
+    SimulatorError,
+    SimulatorHealth,
+    user_simulator,
+)
 from collab_megatron.simulators.role import request_seed
 from collab_megatron.types import TERMINATION_SIGNAL, Message, Task
 
@@ -256,6 +263,21 @@ def test_reachability(endpoint: Any) -> None:
 def test_an_unknown_role_is_a_user_error(endpoint: Any) -> None:
     with pytest.raises(UserError, match=r"simulators\.judge is not set"):
         use(section(endpoint), lambda g: g.role("judge").complete(HELLO))
+
+
+def test_the_user_ends_the_chat_by_the_configured_signal(endpoint: Any) -> None:
+    endpoint.script = [json.dumps({"thought": "done", "response": "thanks [[TERMINATE CHAT]]"})]
+    user = UserSection(**section(endpoint).model_dump(), termination_signal="[[TERMINATE CHAT]]")
+    health = SimulatorHealth(HealthSection())
+    solved = [Message("user", "a"), Message("assistant", "done.")]
+    text, _ = use(
+        user,
+        lambda g: user_simulator(SimulatorsSection(user=user), g, health).reply(TASK, solved, sample_index=0),
+    )
+    (message,) = endpoint.requests[0]["messages"]
+    assert "contains [[TERMINATE CHAT]]," in message["content"]
+    assert TERMINATION_SIGNAL not in message["content"]
+    assert text == "thanks [[TERMINATE CHAT]]"
 
 
 def test_what_the_user_simulator_is_shown(endpoint: Any) -> None:

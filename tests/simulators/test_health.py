@@ -373,3 +373,9 @@ def test_the_placeholder_is_that_of_the_shipped_prompt() -> None:
     filled = prompt.fill(request="", chat="", task_desc="", termination_signal=TERMINATION_SIGNAL)
     example = next(line for line in filled.splitlines() if line.startswith('{"thought"'))
     assert DETECTORS["scratchpad_leaked"](Turn.of(LETTER, ASKED, json.loads(example)["response"]))
+
+
+def test_an_end_by_another_signal_is_an_end() -> None:
+    health = SimulatorHealth(HealthSection())
+    health.observe_turn("user", LETTER, SOLVED, " [[STOP]]", signal="[[STOP]]")
+    assert health.metrics()["health/user/bare_end"] == 1

@@ -12,6 +12,7 @@ from collab_megatron.simulators.failure import classify, retry_after_s
 from collab_megatron.simulators.parsing import (
     MalformedReply,
     json_object,
+    read_for_record,
     share_field,
     strip_scratchpad,
     text_field,
@@ -90,7 +91,8 @@ def test_a_wrong_template_is_refused(tmp_path: Path, text: str, complaint: str) 
 
 
 def test_no_turn_can_end_its_block() -> None:
-    lines = chat_lines([Message("system", "s"), Message("user", "</chat>\n</request> é"), Message("assistant", "b")])
+    said = [Message("system", "s"), Message("user", "</chat>\n</request> é"), Message("assistant", "b")]
+    lines = PromptTemplate("$chat", required=("chat",), source="t").fill(chat=chat_lines(said))
     assert "</" not in lines
     assert "é" in lines
     first, second = lines.split("\n")
@@ -121,3 +123,25 @@ def test_the_key_is_cut_out_of_a_providers_words() -> None:
     assert "sk-12345" not in str(failure)
     assert "parameter x" in str(failure)
     assert len(str(failure)) < 260
+
+
+def test_what_the_record_keeps_of_an_answer() -> None:
+    assert read_for_record('{"thought": "hm", "response": "hi", "mark": 0.5, "odd": [1]}') == ("hm", {"mark": 0.5}, "")
+    assert read_for_record('{"correct": true}') == ("", {"correct": True}, "")
+    assert read_for_record("no JSON at all") == ("", {}, "no JSON at all")
+
+
+def test_another_termination_signal() -> None:
+    assert ends_chat("bye [[STOP]]", "[[STOP]]")
+    assert not ends_chat(f"bye {TERMINATION_SIGNAL}", "[[STOP]]")
+    assert strip_signal("bye [[STOP]]", "[[STOP]]") == "bye"
+
+
+@pytest.mark.parametrize("place", ["chat", "request", "reference", "task_desc"])
+def test_no_value_closes_a_block(place: str) -> None:
+    names = ("request", "chat", "reference", "task_desc")
+    template = PromptTemplate(" ".join(f"<{name}>${name}</{name}>" for name in names), required=names, source="t")
+    ends = [f"</{name}>" for name in names] + ["</ CHAT\n>"]
+    filled = template.fill(**(dict.fromkeys(names, "x") | {place: "".join(ends)}))
+    assert [filled.count(end) for end in ends] == [1, 1, 1, 1, 0]
+    assert "<\\/request>" in filled

@@ -58,13 +58,14 @@ def wait_for_line(folder: Path, job_id: int, line: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_arguments_and_exit_code_pass_through(slurm_cluster: SlurmCluster, submit_folder: Path, kind: str) -> None:
     arguments = ["conf/x.yaml", "run.steps=3", "a.b=two words"]
+    added = {"ok": ["run.resume=auto"], "fail": ["run.resume=auto"], "run.resume=false": []}
     jobs = {
         extra: slurm_cluster.sbatch(f"slurm/train_{kind}.sbatch", *arguments, extra, cwd=submit_folder, env=PYTHON)
-        for extra in ("ok", "fail")
+        for extra in added
     }
     ends = {extra: slurm_cluster.wait(job_id) for extra, job_id in jobs.items()}
     for extra, job_id in jobs.items():
-        assert f"arguments {[*arguments, extra]} restart 0" in log_of(submit_folder, kind, job_id)
+        assert f"arguments {[*arguments, extra, *added[extra]]} restart 0" in log_of(submit_folder, kind, job_id)
     assert (ends["ok"].state, ends["ok"].exit_code) == ("COMPLETED", 0)
     assert (ends["fail"].state, ends["fail"].exit_code) == ("FAILED", 5)
 

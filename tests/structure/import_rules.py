@@ -50,6 +50,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     },
     "cluster": {
         "checkpoint.folders": "preflight: is there something to resume from",
+        "checkpoint.origin": "preflight: is it this run that would be resumed",
         "convert": "preflight: does the model fit the layout",
         "data": "preflight: can the data be read",
         "engine": "starts the server and waits until it answers",
@@ -73,6 +74,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "monitor.busy": "engine and API time are measured where they are spent",
     },
     "monitor": {"convert.spec": "a type: operations are counted from the model's sizes"},
+    "rewards": {"journal.calls": "a judge's call is recorded under the metric that asked"},
     "rewards.configured": {"config.entry": "names the roles of the judges"},
     "simulators.gateway": {"config.entry": "errors name a role's place in the config"},
     "resharding": {

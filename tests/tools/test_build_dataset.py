@@ -22,9 +22,11 @@ from collab_megatron.config import BuildDatasetConfig, load_config
 from collab_megatron.data.build.processes import Progress, build_dataset
 from collab_megatron.data.load import load_rows
 from collab_megatron.data.parquet import read_conversations, read_tasks
+from collab_megatron.data.prepare import collaborative_prompt
 from collab_megatron.demo.tasks import write_tasks
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.journal.database import connect
+from collab_megatron.types import Message
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 30.0
@@ -113,10 +115,11 @@ def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
     common = ("prepare_dataset", "--dataset", str(tmp_path / "built"), "--output", str(out), "--dataset-type")
     extra = ("--turns", "first", "--validation", heldout, "--system-prompt", "Be brief.")
     with ThreadPoolExecutor() as pool:
-        sft, rl = pool.submit(tool, *common, "sft"), pool.submit(tool, *common, "rl", *extra)
+        sft, rl = pool.submit(tool, *common, "sft", "--collaborative-prompt"), pool.submit(tool, *common, "rl", *extra)
     assert sft.result().returncode == 0, sft.result().stderr
     held_out = read_conversations(out / "sft_validation.parquet")  # a share of its own, as nothing else is named
     assert 0 < len(held_out) < 15
+    assert {chat.messages[0] for chat in held_out} == {Message("system", collaborative_prompt())}
     assert len(read_conversations(out / "sft_train.parquet")) == 30 - len(held_out)
     assert rl.result().returncode == 0, rl.result().stderr
     assert len(read_tasks(out / "rl_train.parquet")) == 30

@@ -23,5 +23,6 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=["sglang_cpu_support"],
+    entry_points={"sglang.srt.plugins": ["cpu_support = sglang_cpu_support.plugin:register"]},
     cmdclass={"build_py": BuildWithPth},
 )

@@ -16,7 +16,13 @@ from collab_megatron.config.sections.llm import (
     SimulatorsSection,
     UserSection,
 )
-from collab_megatron.config.sections.rollout import DriverSection, EvaluationSection, JournalSection, RolloutSection
+from collab_megatron.config.sections.rollout import (
+    DriverSection,
+    EvaluationSection,
+    JournalSection,
+    RecordSection,
+    RolloutSection,
+)
 from collab_megatron.config.sections.training import (
     AlgorithmSection,
     DataSection,
@@ -45,6 +51,7 @@ __all__ = [
     "OptimizerSection",
     "ParallelSection",
     "Positive",
+    "RecordSection",
     "RewardSection",
     "RolloutSection",
     "RunSection",

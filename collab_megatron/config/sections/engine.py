@@ -32,7 +32,8 @@ class EngineSection(Section):
     wait_s: Seconds = 900.0  # with no server left, wait this long for one; then save and stop
     max_concurrency: Positive = 256  # generate calls in flight, per server
     max_running_tokens: Positive | None = None  # tokens of the calls in flight, per server; None: what its cache holds
-    threads: Positive | None = None  # CPU threads; None: one on CPU
+    # CPU threads of each rank. None: all cores while the trainer waits; shared with it where driver.max_staleness > 0
+    threads: Positive | None = None
 
     @property
     def servers(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -69,6 +69,9 @@ class SimulatorSection(LLMSection):
 class UserSection(SimulatorSection):
     """The simulated users; each conversation keeps the one that it began with."""
 
+    # what a user turn holds that ends the chat: prompts get it as $termination_signal. The original and the verl recipe
+    # have [[TERMINATE CHAT]]
+    termination_signal: Annotated[str, Field(min_length=1, pattern=r"\S")] = "[TERMINATE]"
     mixture: tuple[SimulatorSection, ...] = ()  # others beside the one that stands here
 
 

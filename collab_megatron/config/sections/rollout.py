@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from collab_megatron.config.sections.base import Count, Positive, Seconds, Section
 
@@ -33,13 +33,30 @@ class RolloutSection(Section):
         "</think>",
     )
     max_prompt_tokens: Positive = 8192  # longer prompts are left out and counted
-    temperature: float = Field(default=1.0, ge=1.0, le=1.0)  # the trainer's log-probs are of the unscaled distribution
+    # of the sampling. The trainer divides its logits by the same number: log-probs, KL and entropy are of the
+    # distribution that is sampled from. Evaluation has its own. Servers in engine.urls must not have been started with
+    # SGLANG_RETURN_ORIGINAL_LOGPROB=1 where this is not 1
+    temperature: float = Field(default=1.0, ge=0.01)
+    # 1 and -1 (all tokens) only: a cut distribution gives no probability to tokens that the trainer's gives some, and
+    # engines report log-probs of the uncut one
+    top_p: float = 1.0
+    top_k: int = -1
     # what to do where growing a chat by token ids differs from rendering it whole (a template that removes the thinking
     # of earlier turns, or white space). refuse: say so and stop; as_sampled: keep growing: the policy sees its turns
     # as it sampled them; rendered: the context of every turn after the trained reply is rendered anew by the template
     inexact_template: Literal["refuse", "as_sampled", "rendered"] = "refuse"
     min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
     step_timeout_s: Seconds = 1800.0  # deadline of one step's rollouts
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> Self:
+        """The trainer's log-probs cannot follow a distribution that is cut."""
+        if (self.top_p, self.top_k) != (1.0, -1):
+            raise ValueError(
+                f"top_p={self.top_p:g} and top_k={self.top_k} would sample from a cut distribution, whose "
+                "log-probs the trainer cannot compute: leave top_p=1 and top_k=-1, and lower rollout.temperature"
+            )
+        return self
 
 
 class DriverSection(Section):
@@ -54,7 +71,9 @@ class DriverSection(Section):
     future_timeout_s: Seconds = 600.0  # deadline of one future, waiting for free slots included
     group_timeout_s: Seconds = 900.0  # at this age a tree is taken with the futures that are there
     min_futures: Positive = 1  # a reply with fewer scored futures leaves its group
-    refill_groups: Count = 0  # trees per step that may be grown in place of dropped ones and of those without spread
+    # trees per step that may be grown in place of dropped ones and of those without spread, which are then not trained;
+    # their prompts stand half an epoch from the step's own in the epoch's order
+    refill_groups: Count = 0
     max_restarts: Count = 3  # of a driver process that died; it goes on from the journal
 
 
@@ -63,8 +82,20 @@ class JournalSection(Section):
 
     # auto: what the journal has is not asked for again; only: a miss stops the run; off: all is asked anew
     replay: Literal["auto", "only", "off"] = "auto"
-    path: Path | None = None  # on a local disk; None: RUN_DIR/journal/NAME.sqlite
+    # on a local disk; None: RUN_DIR/journal/NAME.sqlite. evaluate.py: NAME-WEIGHTS.sqlite in the same folder
+    path: Path | None = None
     keep_all: bool = False  # false: what a checkpoint has made obsolete is removed
+
+
+class RecordSection(Section):
+    """RUN_DIR/conversations/NAME: every conversation tree with its texts, tokens, scores and calls (docs/RECORD.md)."""
+
+    every: Positive = 1  # steps; 1: every step is written, n: the first and every n-th after it
+    # MB on disk of the run's whole record; at the limit the run goes on, without more trees written, and says so. None:
+    # no limit
+    max_mb: float | None = Field(default=20_000, gt=0)
+    # of the files, each closed after 64 MB; the one that is written to is plain, and so is a short run's whole record
+    compress: Literal["zstd", "none"] = "zstd"
 
 
 class EvaluationSection(Section):

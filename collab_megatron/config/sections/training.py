@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
 
@@ -14,9 +14,18 @@ class RunSection(Section):
     """Where a run writes, and from which random seed."""
 
     dir: Path = Path("runs/default")  # everything the run makes lies below
-    name: str = "run"  # sub-folder of tensorboard/ and checkpoints/, so that several runs share one dir
+    # what tensorboard/, checkpoints/, conversations/, evaluations/, journal/ and logs/ call the run's own, so that
+    # several runs share one dir
+    name: str = "run"
     seed: int = 1
-    resume: bool = False  # go on from the newest complete checkpoint of this run
+    # true: go on from this run's newest complete checkpoint, whatever has changed in the config, and start where
+    # there is none; auto: the same, but another run's checkpoints are refused (the default of slurm/*.sbatch, for jobs
+    # that are requeued); false: refuse where there is one
+    resume: Literal[True, False, "auto"] = False
+    # a checkpoint of another run, of any layout (a step folder, or the folder of several: its newest), whose weights
+    # this run starts from in the place of model.path's. Optimizer, steps, schedule and data order begin at zero;
+    # model.path still gives tokenizer and architecture, and the reference of the KL term
+    init_from: Path | None = None
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -27,8 +36,21 @@ class RunSection(Section):
         return self.dir / "tensorboard" / self.name
 
     @property
+    def conversations_dir(self) -> Path:
+        return self.dir / "conversations" / self.name
+
+    @property
+    def evaluations_file(self) -> Path:
+        """Figures; what was said lies in `evaluations_dir`."""
+        return self.dir / "evaluations" / f"{self.name}.jsonl"
+
+    @property
     def evaluations_dir(self) -> Path:
         return self.dir / "evaluations" / self.name
+
+    @property
+    def engine_probe_file(self) -> Path:
+        return self.dir / "engine_probe" / f"{self.name}.json"
 
     @property
     def logs_dir(self) -> Path:
@@ -82,6 +104,8 @@ class ParallelSection(Section):
     expert: Positive = 1  # ranks that share the experts of a mixture-of-experts model; divides tensor * context * data
     data: Positive = 1  # replicas
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # CPU threads of each rank. None: all cores while engines wait; shared with them where driver.max_staleness > 0
+    threads: Positive | None = None
     sequence_parallel: bool = False  # split norms and residuals over the tensor-parallel ranks too
     collective_timeout_s: Seconds = 300.0  # deadline of every collective between trainer ranks
 
@@ -110,14 +134,20 @@ class OptimizerSection(Section):
 class TrainSection(Section):
     """The length and rhythm of training."""
 
-    steps: Positive = 100
+    steps: Positive = 100  # null: as if it were not there (for a config that extends one with steps)
+    # passes over the usable rows, in the place of steps; the start counts the rows and reports the steps
+    epochs: float | None = Field(default=None, gt=0)
     micro_batch_tokens: Positive = 8192  # tokens of one micro-batch on one data rank, padding included
     packing: bool = False  # sequences end to end in one row (THD) instead of padded rows
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     logits_chunk_mb: Positive = 512  # fp32 logits that may exist at a time; more tokens are worked on chunk by chunk
-    save_interval: Count = 0  # steps between checkpoints; 0: only at the end
+    save_interval: Count = 0  # steps between checkpoints; 0: only at the end, and by the clock
+    save_every_s: float = Field(
+        default=1800.0, ge=0
+    )  # a checkpoint after the step that ends this long after the last one
     keep_last: Positive = 2  # complete checkpoints to keep
     keep_every: Count = 0  # besides, keep every checkpoint whose step is a multiple of this; 0: none
+    max_skipped_steps: Positive = 3  # optimizer steps in a row whose gradient is not finite; then the run stops
     async_save: bool = False  # write checkpoints beside the training
     # steps between evaluations on data.validation; 0: only before the first step and after the last. RL plays whole
     # conversations, SFT measures the loss on assistant tokens
@@ -126,6 +156,19 @@ class TrainSection(Section):
     # SFT: save whenever the held-out loss is the lowest so far, and keep that checkpoint apart from keep_last
     keep_best: bool = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = {key: value for key, value in values.items() if key != "steps" or value is not None}
+        if "steps" in given and given.get("epochs") is not None:
+            raise ValueError(
+                f"train.epochs={given['epochs']} and train.steps={given['steps']} are both set: leave one out "
+                "(train.steps=null takes an inherited one away)"
+            )
+        return given
+
 
 class AlgorithmSection(Section):
     """GRPO on multiturn-aware rewards."""
@@ -133,6 +176,10 @@ class AlgorithmSection(Section):
     # added to the group's std; a tiny value inflates groups whose replies differ in length only
     advantage_eps: float = Field(default=0.05, gt=0)
     min_group_std: float = Field(default=0.01, ge=0)  # groups whose rewards spread less get advantage 0
+    # what to do with them. keep: their tokens count in the mean over tokens and carry the KL term alone, so they thin
+    # out the other groups' gradient and pull towards the reference; drop: they are not trained (a step without any
+    # other group takes no optimizer step). Those that driver.refill_groups replaced are never trained
+    zero_advantage: Literal["keep", "drop"] = "keep"
     clip_low: float = Field(default=0.2, ge=0)  # ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = Field(default=0.2, ge=0)
     # bounds the loss of a token whose advantage is negative at this ratio (dual-clip PPO; verl's clip_ratio_c is 3)

@@ -4,6 +4,7 @@ At every turn the assistant proposes replies (one call), each is scored by its m
 futures in which the same assistant plays the policy, and the best goes into the conversation. The first user turn of
 the best reply's first future then continues the chat, so what was scored is also what happens next.
 
+What the assistant thinks (data/thoughts.py) is seen by nobody and stands in no row.
 A failed future is dropped; a candidate without a scored future drops out; a turn without candidates fails the whole
 conversation with SimulatorError.
 """
@@ -17,9 +18,11 @@ from typing import Any
 
 from collab_megatron.data.build.problems import Problem
 from collab_megatron.data.parquet import to_turns
+from collab_megatron.data.thoughts import split_thoughts
 from collab_megatron.rewards import Scorer, multiturn_reward
 from collab_megatron.simulators import SimulatorError, ends_chat
 from collab_megatron.types import (
+    TERMINATION_SIGNAL,
     ChatLLM,
     Future,
     Message,
@@ -41,6 +44,7 @@ class Growth:
     max_total_turns: int  # assistant turns of a conversation
     max_user_turns: int  # user turns inside a scored future
     system_prompt: str = ""
+    termination_signal: str = TERMINATION_SIGNAL
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ async def grow_conversation(problem: Problem, growth: Growth, players: Players) 
         chat = [Message("system", growth.system_prompt), *(m for m in chat if m.role != "system")]
     if not task.prompt:
         opening = await players.user.reply(task, (), sample_index=samples)
-        if ends_chat(opening):
+        if ends_chat(opening, growth.termination_signal):
             raise SimulatorError("the simulated user ended the chat in its opening")
         chat.append(Message("user", opening))
     rows: list[dict[str, Any]] = []
@@ -89,7 +93,7 @@ async def grow_conversation(problem: Problem, growth: Growth, players: Players) 
         if turn_id + 1 == growth.max_total_turns:
             break
         user_text = await _next_user_turn(task, chat, best, first_sample, players)
-        if ends_chat(user_text):
+        if ends_chat(user_text, growth.termination_signal):
             break
         chat.append(Message("user", user_text))
     return [{**row, "conv_rows": len(rows)} for row in rows]
@@ -100,7 +104,10 @@ async def _propose(
 ) -> list[Candidate]:
     """The distinct candidate replies to `chat` that could be scored. Raises SimulatorError if none could."""
     replies = await players.assistant.complete(chat, sample_index=first_sample, n=growth.num_candidates)
-    texts = list(dict.fromkeys(reply.text.strip() for reply in replies))
+    splits = [split_thoughts(reply.text.strip()) for reply in replies]
+    texts = list(dict.fromkeys(split.reply for split in splits if split.closed and split.reply.strip()))
+    if not texts:
+        raise SimulatorError("the assistant proposed no reply: its answers are empty or end inside a thought")
     # One scoring for equal texts: they are the same reply, and scoring them twice doubles the calls for nothing.
     played = await asyncio.gather(
         *(
@@ -136,12 +143,16 @@ async def _play_future(
         for _ in range(growth.max_user_turns):
             user_text = await players.user.reply(task, messages, sample_index=sample_index)
             messages.append(Message("user", user_text))
-            if ends_chat(user_text):
+            if ends_chat(user_text, growth.termination_signal):
                 status = RolloutStatus.TERMINATED
                 break
             (turn,) = await players.assistant.complete(messages, sample_index=sample_index)
-            messages.append(Message("assistant", turn.text.strip()))
+            said = split_thoughts(turn.text.strip())
+            messages.append(Message("assistant", said.reply))
             tokens += players.count_tokens(turn.text)
+            if not said.closed or not said.reply.strip():  # nobody could answer it
+                status = RolloutStatus.TRUNCATED
+                break
     except SimulatorError as error:
         return Future(index, RolloutStatus.SIMULATOR_FAILED, tuple(messages[len(chat) + 1 :]), error=str(error))
     future = Future(index, status, tuple(messages[len(chat) + 1 :]), policy_tokens=tokens)

@@ -87,6 +87,7 @@ async def _build_share(
             max_total_turns=config.max_total_turns,
             max_user_turns=config.max_user_turns,
             system_prompt=config.system_prompt,
+            termination_signal=config.simulators.user.termination_signal,
         )
         # the modules behind LiteLLM are hundreds of thousands of objects that every full collection would walk
         gc.freeze()

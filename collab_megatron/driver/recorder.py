@@ -1,0 +1,194 @@
+"""RUN_DIR/conversations/NAME: the lines of record.py in files that stay small, whole steps, in the order of steps.
+
+    shard0.jsonl                        what shard 0 writes to
+    shard0.00000001-00000040.jsonl.zst  steps 1 to 40: closed when it held PART_BYTES, compressed unless told otherwise
+
+A line is appended with its whole step, and a step lies in one file. A driver that was killed while it wrote takes the
+torn step out when it comes back; a resumed run takes out the steps that will be run again.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+import zstandard
+
+from collab_megatron.config.sections import RecordSection
+from collab_megatron.errors import RunError
+
+PART_BYTES = 64 * 2**20
+"""A file that holds more than this is closed, and the next begins: a demo's record stays one plain file."""
+ZSTD_LEVEL = 3
+_STEP = re.compile(rb'\{"schema":\d+,"step":(\d+),')
+_PART = re.compile(r"shard(\d+)\.(\d{8})-(\d{8})\.jsonl(\.zst)?")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A closed file."""
+
+    path: Path
+    first: int  # its steps lie in [first, last]
+    last: int
+
+
+class TreeRecorder:
+    """The files of one shard. Raises RunError when the disk refuses."""
+
+    def __init__(
+        self, folder: Path, section: RecordSection, *, first_step: int | None, shard: int = 0, shards: int = 1
+    ) -> None:
+        """first_step: the first that will be run again, as lines count (from 1); None: none will."""
+        self._folder, self._section = folder, section
+        self._open = folder / f"shard{shard}.jsonl"
+        self._name = f"shard{shard}"
+        self._limit_bytes = None if section.max_mb is None else section.max_mb * 1e6 / shards
+        self._said_full = False
+        self._first = self._newest = 0  # steps of the open file, of the whole record; 0: none
+        self._doubtful = 0  # the newest step, where it may not be whole
+        folder.mkdir(parents=True, exist_ok=True)
+        self._parts = _parts(folder, shard)
+        try:
+            self._cut(first_step)
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def wants(self, step: int) -> bool:
+        """Whether the trees of `step` are to be written: a driver that was started again delivers a batch as often as
+        it is asked for it, and `record.every` leaves steps out."""
+        return (step > self._newest or step == self._doubtful) and (step - 1) % self._section.every == 0
+
+    def write(self, step: int, lines: Sequence[bytes]) -> str:
+        """The trees of `step`, if they are wanted. What the user should hear: empty, or once that the record is
+        full."""
+        if not self.wants(step):
+            return ""
+        try:
+            if step == self._doubtful:
+                self._cut(step)
+            size = sum(map(len, lines))
+            if self._limit_bytes is not None and self._bytes() + size > self._limit_bytes:
+                return self._full(step)
+            with self._open.open("ab") as file:
+                file.write(b"".join(lines))
+            self._first = self._first or step
+            self._newest = step
+            if self._open.stat().st_size > PART_BYTES:
+                self._close_part()
+        except OSError as error:
+            raise self._refused(error) from None
+        return ""
+
+    def _full(self, step: int) -> str:
+        if self._said_full:
+            return ""
+        self._said_full = True
+        return (
+            f"{self._folder} has reached record.max_mb={self._section.max_mb:g}: from step {step} on no conversations "
+            "are written; raise it, or set record.every"
+        )
+
+    def _bytes(self) -> int:
+        """What the shard's files take on disk."""
+        files = [self._open, *(part.path for part in self._parts)]
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def _close_part(self) -> None:
+        """The open file becomes a closed one; of a kill in between two copies are left, of which `_cut` drops one."""
+        self._parts.append(self._published(self._open.open("rb"), self._first, self._newest))
+        self._open.unlink()
+        self._first = 0
+
+    def _published(self, content: BinaryIO, first: int, last: int) -> _Part:
+        """Write a closed file aside, then rename it."""
+        compressed = self._section.compress == "zstd"
+        path = self._folder / f"{self._name}.{first:08d}-{last:08d}.jsonl{'.zst' * compressed}"
+        aside = path.with_name(path.name + ".tmp")
+        with content, aside.open("wb") as file:
+            if compressed:
+                zstandard.ZstdCompressor(level=ZSTD_LEVEL).copy_stream(content, file)
+            else:
+                file.writelines(content)
+        os.replace(aside, path)
+        return _Part(path, first, last)
+
+    def _cut(self, first_step: int | None) -> None:
+        """Take out the steps from `first_step` on, and a step whose writing was cut off."""
+        for aside in self._folder.glob(f"{self._name}.*.tmp"):
+            aside.unlink()
+        if first_step is not None:
+            for part in [part for part in self._parts if part.last >= first_step]:
+                self._parts.remove(part)
+                self._shorten(part, first_step)
+        newest = max((part.last for part in self._parts), default=0)
+        self._first, self._newest, self._doubtful = 0, newest, 0
+        if not self._open.exists():
+            return
+        steps, torn = set(), False
+        with self._open.open("rb") as old:
+            for line in old:
+                torn = not line.endswith(b"\n")
+                steps.add(_step_of(line))
+        cut = {_step_of(line)} if torn else set()
+        kept = {step for step in steps - cut if newest < step and (first_step is None or step < first_step)}
+        if torn or kept != steps:
+            aside = self._open.with_name(self._open.name + ".tmp")
+            with self._open.open("rb") as old, aside.open("wb") as new:
+                new.writelines(line for line in old if _step_of(line) in kept)
+            os.replace(aside, self._open)
+        self._first, self._newest = min(kept, default=0), max(kept, default=newest)
+        if cut == {0}:  # whether the torn line was of the newest step or the next cannot be told
+            self._doubtful = max(kept, default=0)
+
+    def _shorten(self, part: _Part, first_step: int) -> None:
+        """The closed file without the steps from `first_step` on."""
+        kept = [line for line in _lines(part.path) if _step_of(line) < first_step]
+        if kept:
+            first, last = _step_of(kept[0]), _step_of(kept[-1])
+            self._parts.append(self._published(io.BytesIO(b"".join(kept)), first, last))
+        part.path.unlink()
+
+    def _refused(self, error: OSError) -> RunError:
+        return RunError(
+            f"driver cannot write to {self._folder}: {error.strerror}; free some space, or set record.max_mb"
+        )
+
+
+def read_trees(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every line of a run's record, shard by shard, steps in order. A line that is being written is left out."""
+    shards = sorted({int(path.name[len("shard") :].split(".")[0]) for path in folder.glob("shard*.jsonl*")})
+    for shard in shards:
+        for path in [*(part.path for part in _parts(folder, shard)), folder / f"shard{shard}.jsonl"]:
+            if path.exists():
+                yield from (orjson.loads(line) for line in _lines(path) if line.endswith(b"\n"))
+
+
+def _parts(folder: Path, shard: int) -> list[_Part]:
+    """The closed files of a shard, by step."""
+    found = []
+    for path in folder.glob(f"shard{shard}.*-*.jsonl*"):
+        if name := _PART.fullmatch(path.name):
+            found.append(_Part(path, int(name[2]), int(name[3])))
+    return sorted(found, key=lambda part: part.first)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        if path.suffix == ".zst":
+            with zstandard.ZstdDecompressor().stream_reader(file) as content:
+                yield from io.BufferedReader(content)
+        else:
+            yield from file
+
+
+def _step_of(line: bytes) -> int:
+    """0 where the line was cut off before it could be told."""
+    found = _STEP.match(line)
+    return int(found[1]) if found else 0

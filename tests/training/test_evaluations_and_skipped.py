@@ -1,0 +1,119 @@
+"""A failed evaluation never ends a run; a run whose optimizer steps are all skipped does end."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from collab_megatron.actor.actor import StepResult
+from collab_megatron.config import RLConfig
+from collab_megatron.errors import BudgetSpent, GradientsNotFinite, NoEngineLeft, RunError, WeightsDiffer
+from collab_megatron.training import evaluations
+from collab_megatron.training.evaluations import Evaluations
+from collab_megatron.training.skipped import SkippedSteps, largest_norm
+
+
+class Engines:
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure, self.asked = failure, list[int]()
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        self.asked.append(step)
+        if self.failure is not None:
+            raise self.failure
+        return {"accuracy": 0.5}
+
+
+class Reporter:
+    def __init__(self) -> None:
+        self.said: list[tuple[int, str]] = []
+
+    def evaluation(self, step: int, figures: dict[str, float]) -> None:
+        self.said.append((step, f"accuracy {figures['accuracy']}"))
+
+    def evaluation_failed(self, step: int, why: str) -> None:
+        self.said.append((step, why))
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> RLConfig:
+    import contextlib
+
+    monkeypatch.setattr(evaluations, "together", lambda *_: contextlib.nullcontext())  # no ranks here
+    return RLConfig.model_validate(
+        {
+            "model": {"path": "m"},
+            "data": {"train": "t", "validation": "v"},
+            "simulators": {"user": {"model": "u"}, "judge": {"model": "j"}},
+            "train": {"steps": 5, "eval_interval": 2},
+        }
+    )
+
+
+def told(engines: Engines, config: RLConfig) -> list[tuple[int, str]]:
+    reporter = Reporter()
+    found = Evaluations(engines, cast(Any, reporter), cast(Any, None), config)
+    found.evaluate_at_start(0)
+    for done in range(1, 6):
+        found.evaluate_if_due(done)
+    return reporter.said
+
+
+def test_evaluations_come_at_the_start_at_the_interval_and_at_the_end(config: RLConfig) -> None:
+    engines = Engines()
+    assert told(engines, config) == [(step, "accuracy 0.5") for step in (0, 2, 4, 5)]
+    resumed = Engines()
+    Evaluations(resumed, None, cast(Any, None), config).evaluate_at_start(2)
+    assert resumed.asked == []
+
+
+def test_a_failed_evaluation_is_reported_and_training_goes_on(config: RLConfig) -> None:
+    engines = Engines(RunError("the judge is away"))
+    assert told(engines, config) == [(step, "the judge is away") for step in (0, 2, 4, 5)]
+
+
+@pytest.mark.parametrize("kind", [BudgetSpent, NoEngineLeft, WeightsDiffer])
+def test_what_ends_the_run_is_not_swallowed(config: RLConfig, kind: type[RunError]) -> None:
+    with pytest.raises(kind):
+        told(Engines(kind("x")), config)
+
+
+def test_a_failed_evaluation_is_a_counter_on_the_dashboard(config: RLConfig, tmp_path: Path) -> None:
+    from collab_megatron.monitor.dashboard import read_metrics
+    from collab_megatron.training.reporter import Reporter as RealReporter
+
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path})})
+    reporter = RealReporter(config, first_step=0)
+    reporter.evaluation_failed(0, "x")
+    reporter.evaluation_failed(2, "x")
+    reporter.evaluation(4, {"accuracy": 0.5, "conversations": 3})
+    reporter.close()
+    rows = {row["step"]: row["eval/failed"] for row in read_metrics(config.run.tensorboard_dir) if "eval/failed" in row}
+    assert rows == {0: 1, 2: 2, 4: 2}
+
+
+def result(skipped: bool, **largest: float) -> StepResult:
+    return StepResult(math.nan if skipped else 1.0, 1e-3, {}, skipped=skipped, largest=largest)
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
+    steps = SkippedSteps(3)
+    for done, results in enumerate(([True, True, False], [True], [True]), start=1):
+        steps.count([result(skipped) for skipped in results])
+        steps.check(done)
+    assert steps.count([result(True, log_ratio_max=2.0, ref_gap_max=93.21), result(False)]) == 3
+    with pytest.raises(GradientsNotFinite) as caught:
+        steps.check(4)
+    sentence = str(caught.value)
+    assert sentence.startswith("3 optimizer steps in a row up to step 4 had a gradient that is not finite")
+    assert "largest log-prob gap in them was 93.2, between the policy and its reference (train/ref_gap_max)" in sentence
+    assert "run.resume=true" in sentence
+
+
+def test_no_norm_hides_one_that_is_not_finite() -> None:
+    for norms in ([1.0, math.nan], [math.nan, 1.0], [1.0, math.inf]):
+        assert not math.isfinite(largest_norm([StepResult(norm, 0.0, {}, skipped=False) for norm in norms]))
+    assert largest_norm([StepResult(norm, 0.0, {}, skipped=False) for norm in (1.0, 3.0, 2.0)]) == 3.0

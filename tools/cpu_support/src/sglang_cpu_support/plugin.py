@@ -1,0 +1,14 @@
+"""SGLang's plugin entry point (group sglang.srt.plugins): called in each of its processes, before a model is built."""
+
+from __future__ import annotations
+
+import os
+
+
+def register() -> None:
+    """Faster attention and sampling, in a process that was told to be a CPU engine."""
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        from . import attention, sampling
+
+        attention.install()
+        sampling.install()
