@@ -69,7 +69,7 @@ class Generation:
     versions_T: tuple[int, ...]  # weight version that sampled each id
     finish_reason: str  # stop | length
     cached_tokens: int = 0  # prompt tokens served from the engine's prefix cache
-    replayed: bool = False  # it came from the journal: sampled before
+    replayed: bool = field(default=False, compare=False)  # it came from the journal: sampled before
 
 
 @dataclass(frozen=True)

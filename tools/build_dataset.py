@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print config and plan, check both, ask for nothing")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     set_up_logging("build")
     config = load_config(BuildDatasetConfig, args.config, args.overrides)
     if args.dry_run:

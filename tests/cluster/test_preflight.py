@@ -22,9 +22,9 @@ from collab_megatron.cluster.length import with_steps
 from collab_megatron.cluster.memory import fullest
 from collab_megatron.cluster.node import Node, parse_node
 from collab_megatron.cluster.plan import stages_of
-from collab_megatron.cluster.preflight import check_rl, check_sft
+from collab_megatron.cluster.preflight import check_evaluate, check_rl, check_sft
 from collab_megatron.cluster.processes import free_port
-from collab_megatron.config import RLConfig, SFTConfig, load_config
+from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, load_config
 from collab_megatron.convert.layout import read_hf_config
 from collab_megatron.convert.spec import model_spec
 from collab_megatron.data.parquet import Conversation, write_conversations, write_tasks
@@ -356,3 +356,19 @@ def test_weights_that_do_not_fit_the_config(load: Load, tiny_model: Path, tmp_pa
     assert "cannot be read" in refusal(load(f"model.path={broken}"))
     (broken / "model.safetensors").unlink()
     assert "has no *.safetensors" in refusal(load(f"model.path={broken}"))
+
+
+def test_an_evaluation_prints_its_calls_before_it_starts(
+    load: Load, tmp_path: Path, tiny_model: Path, desk: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load()  # the key and the data
+    overrides = [
+        *(f"run.dir={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.validation={tmp_path / 'tasks.parquet'}"),
+        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+    ]
+    config = load_config(EvaluateConfig, REPOSITORY / "conf" / "demo_evaluate.yaml", overrides)
+    check_evaluate(config, dry_run=True)
+    told = capsys.readouterr().out
+    assert "plays       1 of 1 held-out tasks, at most 3 policy turns of 24 tokens each, on cpu" in told
+    assert "calls       at most 2 calls of user to hosted_vllm/desk-user" in told
+    assert "for 1 evaluation" in told

@@ -34,6 +34,16 @@ def test_gpu_leaves_the_choice_to_sglang() -> None:
     assert "--enable-memory-saver" not in command.argv
 
 
+def test_threads_are_the_launchers_unless_the_config_says_otherwise() -> None:
+    def threads(section: EngineSection) -> str:
+        command = engine_command(section, model_path="m", dtype="float32", device="cpu", port=1, seed=1, threads=6)
+        assert command.env["OMP_WAIT_POLICY"] == "PASSIVE"
+        return command.env["OMP_NUM_THREADS"]
+
+    assert threads(EngineSection()) == "6"
+    assert threads(EngineSection(threads=3)) == "3"
+
+
 def test_ranks_on_cpu_get_cores_that_exist_and_others_for_every_server() -> None:
     def bound(number: int, cores: list[int], tensor: int = 2) -> str:
         section = EngineSection(tensor=tensor, count=3)

@@ -296,6 +296,19 @@ def test_mistakes_end_with_one_sentence(config: Path, tmp_path: Path) -> None:
         assert "Traceback" not in ran.stderr
 
 
+def test_a_dry_run_counts_calls_and_makes_nothing(config: Path, tmp_path: Path) -> None:
+    ran = tool("build_dataset", str(config), "--dry-run", f"output={tmp_path / 'none'}", "num_conversations=3")
+    assert ran.returncode == 0, ran.stderr
+    assert "num_conversations: 3" in ran.stdout
+    assert "grows       3 conversations of at most " in ran.stdout
+    assert " calls of assistant to " in ran.stdout
+    assert "for 1 build" in ran.stdout
+    assert not (tmp_path / "none").exists()
+    ran = tool("build_dataset", str(config), "--dry-run", "simulators.user.prompt_file=none.txt")
+    assert ran.returncode == 2
+    assert "none.txt" in ran.stderr
+
+
 def test_bad_problems_name_the_line(config: Path, tmp_path: Path) -> None:
     problems = tmp_path / "tasks" / "train.jsonl"
     for text, complaint in [
