@@ -49,5 +49,5 @@ def test_a_spent_budget_ends_with_three_and_a_higher_one_goes_on(
     spent = [row["budget/calls_to_date"] for row in rows]
     assert calls == spent[0] < spent[1] < spent[2]  # of both attempts together
     trees = list(read_trees(tmp_path / "conversations" / "rl"))
-    assert [tree["step"] for tree in trees] == [step for step in range(3) for _ in range(4)]
+    assert [tree["step"] for tree in trees] == [step for step in (1, 2, 3) for _ in range(4)]
     assert DESK_KEY not in ended.output + resumed.output

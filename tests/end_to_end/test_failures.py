@@ -97,7 +97,7 @@ def test_a_killed_driver_comes_again_and_the_run_ends_well(
     assert ended.code == 0, ended.output[-3000:]
     assert "rl 5/5" in ended.output
     trees = list(read_trees(tmp_path / "run" / "conversations" / "rl"))
-    assert Counter(tree["step"] for tree in trees) == dict.fromkeys(range(5), 4)
+    assert Counter(tree["step"] for tree in trees) == dict.fromkeys(range(1, 6), 4)
     assert len({tree["task_id"] for tree in trees}) == len(trees)
 
 
