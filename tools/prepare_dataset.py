@@ -15,18 +15,19 @@ from pathlib import Path
 
 from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, text_or_file
 from collab_megatron.data.splits import DEFAULT_SHARE
-from collab_megatron.errors import run_cli
+from collab_megatron.errors import UserError, run_cli
 
 
 def main() -> None:
     args = _arguments()
+    _refuse_ignored(args)
     system_prompt = text_or_file(args.system_prompt, "--system-prompt")
     shape = Shape(
         system_prompt=collaborative_prompt() if args.collaborative_prompt else system_prompt,
         first_turn_only=args.turns == "first",
         max_rows=args.max_rows,
         metric=args.metric,
-        threshold=args.threshold,
+        threshold=args.threshold or 0.0,
         task_desc=None if args.task_desc is None else text_or_file(args.task_desc, "--task-desc"),
     )
     for written in prepare(
@@ -75,8 +76,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--turns", choices=("all", "first"), default="all", help="rl: every history, or openings only")
     parser.add_argument("--max-rows", type=int, help="at most so many rows per file")
     parser.add_argument("--metric", help="sft: keep rows whose reward of this name reaches --threshold")
-    parser.add_argument("--threshold", type=float, default=0.0)
+    parser.add_argument("--threshold", type=float, help="with --metric (default 0)")
     return parser.parse_args()
+
+
+def _refuse_ignored(args: argparse.Namespace) -> None:
+    """Raises UserError for an option that would have no effect: the rows would not be those that were asked for."""
+    if args.dataset_type == "rl" and args.metric is not None:
+        raise UserError("--metric chooses among rows of --dataset-type sft: leave it out for rl")
+    if args.dataset_type == "sft" and args.turns == "first":
+        raise UserError("--turns first is for --dataset-type rl: leave it out for sft, which keeps whole conversations")
+    if args.threshold is not None and args.metric is None:
+        raise UserError("--threshold needs the name of a reward: add --metric, or leave --threshold out")
 
 
 if __name__ == "__main__":

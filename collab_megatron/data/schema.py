@@ -137,7 +137,10 @@ def _read_messages_row(row: Mapping[str, Any], number: int, where: str) -> Colla
 def _flatten(row: Mapping[str, Any], number: int, where: str) -> Iterator[Mapping[str, Any]]:
     shared = {name: value for name, value in row.items() if name != "turns"}
     shared.setdefault("conv_id", number)
-    for turn_id, turn in enumerate(_list(row["turns"], f"{where}: turns")):
+    turns = _list(row["turns"], f"{where}: turns")
+    if all(turn.get("responses") == [] for turn in turns):  # no row would come of it, and nobody would be told
+        raise UserError(f"{where}: turns hold no response: give at least one, or remove the row")
+    for turn_id, turn in enumerate(turns):
         for response in _list(turn.get("responses"), f"{where}: turns[{turn_id}].responses"):
             yield {**shared, "prompt": turn.get("prompt"), "turn_id": turn_id, "completion": None, **response}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -149,3 +151,33 @@ def test_the_rows_in_the_docs_can_be_read() -> None:
     ]
     for column in (*FLAT_COLUMNS, *NESTED_COLUMNS, *NEEDED, "messages"):
         assert f"| **{column}** |" in text
+
+
+def test_a_nested_row_without_a_response_is_refused_and_not_lost() -> None:
+    for turns in ([], [{"prompt": [{"role": "user", "content": "hello"}], "responses": []}]):
+        with pytest.raises(UserError, match="row 0: turns hold no response"):
+            read_rows([{"single_turn_prompt": "a task", "turns": turns}], "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("rl", ["--metric", "accuracy"], "--metric"),
+        ("sft", ["--turns", "first"], "--turns first"),
+        ("sft", ["--threshold", "0.5"], "--threshold"),
+    ],
+)
+def test_an_option_without_effect_is_refused(tmp_path: Path, kind: str, options: list[str], named: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("")
+    tool = [
+        sys.executable,
+        REPOSITORY / "tools" / "prepare_dataset.py",
+        "--dataset",
+        rows,
+        "--output",
+        tmp_path / "out",
+    ]
+    ended = subprocess.run([*tool, "--dataset-type", kind, *options], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {named} ")
