@@ -85,7 +85,6 @@ class LiteLLMApi:
         os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", MANY_CONNECTIONS)
         litellm = load_litellm()
         litellm.telemetry = False
-        litellm.suppress_debug_info = True
         litellm.drop_params = True  # providers without `seed` or `n` still serve the rest of the request
         litellm.num_retries = 0
         self._litellm = litellm

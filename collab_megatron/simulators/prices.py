@@ -86,4 +86,5 @@ def load_litellm() -> Any:
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     import litellm  # here because it takes seconds and only simulators need it
 
+    litellm.suppress_debug_info = True  # it prints a list of providers for every model that it does not know
     return litellm

@@ -16,7 +16,7 @@ from collab_megatron.data.parquet import write_tasks
 from collab_megatron.errors import UserError
 from collab_megatron.simulators import Gateway
 from collab_megatron.simulators.litellm_api import Endpoint, LiteLLMApi
-from collab_megatron.simulators.prices import Price, price
+from collab_megatron.simulators.prices import Price, listed_price, load_litellm, price
 from tests.conftest import DESK_KEY, REPOSITORY, Server
 from tests.driver.fakes import TASK
 
@@ -95,3 +95,10 @@ def test_the_check_before_a_run_knows_the_budget(
     check_rl(load_config(RLConfig, demo, overrides))
     with pytest.raises(UserError, match=r"simulators\.judge costs"):
         check_rl(load_config(RLConfig, demo, [*overrides, "simulators.judge.input_usd_per_mtoken=null"]))
+
+
+def test_a_model_that_nobody_knows_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    litellm = load_litellm()
+    litellm.suppress_debug_info = False  # as it is in a fresh process
+    assert listed_price("nobody/has-this-model") is None
+    assert capfd.readouterr().out == ""
