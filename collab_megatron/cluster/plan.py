@@ -37,7 +37,7 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
         *dollar_lines(calls),
         *_own_metrics(config.reward),
         *_driver_lines(config),
-        f"training    {config.train.steps} steps",
+        f"training    {_count(config.train.steps, 'step')}",
         *_not_here(node, "the disk, ports, engine.python, addresses of the LLM services"),
     ]
     return "\n".join(lines)
@@ -113,7 +113,7 @@ def _cap(usd: float | None, calls: int | None) -> str:
 def sft_plan(config: SFTConfig, spec: ModelSpec, *, node: Node) -> str:
     """Some lines of text."""
     lines = _training_lines(spec, config, node, samples=config.batch_size, longest=config.max_tokens)
-    lines.append(f"training    {config.train.steps} steps of {config.batch_size} conversations")
+    lines.append(f"training    {_count(config.train.steps, 'step')} of {_count(config.batch_size, 'conversation')}")
     return "\n".join([*lines, *_not_here(node, "the disk")])
 
 
@@ -151,11 +151,12 @@ def _training_lines(
     petaflop = train_flops(spec, [longest] * samples) / 1e15
     return [
         _model_line(spec, config.model.dtype),
-        f"trainer     {parallel.world_size} ranks on {node.chosen(parallel)}: {_layout(parallel)}",
+        f"trainer     {_count(parallel.world_size, 'rank')} on {node.chosen(parallel)}: {_layout(parallel)}",
         f"memory      per rank, a micro-batch of {tokens:,} tokens, recompute {train.recompute}",
         *_table(stages),
         *_room(stages, node.gpu_bytes if node.device(parallel) == "cuda" else None),
-        f"work        at most {micro_batches} micro-batches a data rank and {petaflop:,.2g} PFLOP of training per step",
+        f"work        at most {_count(micro_batches, 'micro-batch', 'es')} a data rank and {petaflop:,.2g} PFLOP of "
+        "training per step",
     ]
 
 
