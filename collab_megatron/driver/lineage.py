@@ -85,8 +85,7 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
 
 
 def _checkpoint_fingerprint(path: Path | None) -> Any:
-    """The weights' files of the checkpoint that `path` means. Its path where it is gone: a run that is resumed no longer
-    needs it."""
+    """The weights' files of the checkpoint that `path` means. The path where it is gone: a resume does not need it."""
     if path is None:
         return None
     try:

@@ -24,7 +24,7 @@ class RunSection(Section):
     resume: Literal[True, False, "auto"] = False
     # a checkpoint of another run, of any layout (a step folder, or the folder of several: its newest), whose weights
     # this run starts from in the place of model.path's. Optimizer, steps, schedule and data order begin at zero;
-    # model.path still gives tokenizer and architecture, and the reference of the KL term
+    # model.path still gives tokenizer and architecture, and the reference of the KL term. A resume does not look at it
     init_from: Path | None = None
 
     @property
