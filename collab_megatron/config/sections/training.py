@@ -14,8 +14,8 @@ class RunSection(Section):
     """Where a run writes, and from which random seed."""
 
     dir: Path = Path("runs/default")  # everything the run makes lies below
-    # what tensorboard/, checkpoints/, conversations/, evaluations/, journal/ and logs/ call the run's own, so that
-    # several runs share one dir
+    # what tensorboard/, checkpoints/, conversations/, evaluations/, journal/, weights/ and logs/ call the run's own, so
+    # that several runs share one dir
     name: str = "run"
     seed: int = 1
     # true: go on from this run's newest complete checkpoint, whatever has changed in the config, and start where
@@ -51,6 +51,11 @@ class RunSection(Section):
     @property
     def engine_probe_file(self) -> Path:
         return self.dir / "engine_probe" / f"{self.name}.json"
+
+    @property
+    def weights_dir(self) -> Path:
+        """Of the disk transport: a run removes what it finds there."""
+        return self.dir / "weights" / self.name
 
     @property
     def logs_dir(self) -> Path:
