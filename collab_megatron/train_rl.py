@@ -77,7 +77,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         engine=config.engine,
         sync=config.sync,
         probe_ids=probe_ids(config.model.path),
-        run_dir=config.run.dir,
+        weights_dir=config.run.weights_dir,
     )
     engines = Engines(publisher, inbox)
     reporter = Reporter(config, first_step=first_step) if grid.is_main else None

@@ -179,7 +179,7 @@ def make_publisher(
             max_probe_gap=1.0,  # random weights; the checksums are the proof here
         ),
         probe_ids=PROBE_IDS,
-        run_dir=folder,
+        weights_dir=folder / "weights",
     )
     publisher._delivery = TimedDelivery(publisher._delivery)  # only a benchmark wants that
     return publisher

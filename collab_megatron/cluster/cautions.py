@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from collab_megatron.cluster.memory import fullest
 from collab_megatron.cluster.node import Node
 from collab_megatron.cluster.plan import stages_of
-from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config import RLConfig, SFTConfig
+from collab_megatron.config.sections import SimulatorsSection
 from collab_megatron.convert.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -20,9 +21,13 @@ NEAR = 0.9
 
 def warn_of_config(config: RLConfig, spec: ModelSpec, node: Node) -> None:
     """All of them, as log lines."""
-    for sentence in prompt_warnings(config):
-        logger.warning("%s", sentence)
+    warn_of_prompts(config.simulators)
     warn_of_memory(config, spec, node)
+
+
+def warn_of_prompts(simulators: SimulatorsSection) -> None:
+    for sentence in prompt_warnings(simulators):
+        logger.warning("%s", sentence)
 
 
 def warn_of_memory(config: RLConfig | SFTConfig, spec: ModelSpec, node: Node) -> None:
@@ -30,9 +35,9 @@ def warn_of_memory(config: RLConfig | SFTConfig, spec: ModelSpec, node: Node) ->
         logger.warning("%s", sentence)
 
 
-def prompt_warnings(config: RLConfig | EvaluateConfig) -> Iterator[str]:
+def prompt_warnings(simulators: SimulatorsSection) -> Iterator[str]:
     """A user that cannot end the chat plays every future to its last turn."""
-    user = config.simulators.user
+    user = simulators.user
     places = {"simulators.user": user} | {
         f"simulators.user.mixture.{number}": part for number, part in enumerate(user.mixture)
     }

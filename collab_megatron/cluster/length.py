@@ -14,7 +14,8 @@ from collab_megatron.convert.layout import read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.fit import fitting_tasks
-from collab_megatron.data.parquet import read_conversation_files, read_task_files
+from collab_megatron.data.parquet import read_task_files
+from collab_megatron.data.sft_rows import read_sft_rows
 from collab_megatron.errors import UserError
 
 C = TypeVar("C", RLConfig, SFTConfig)
@@ -61,13 +62,5 @@ def _usable_prompts(config: RLConfig) -> int:
 
 
 def _usable_conversations(config: SFTConfig) -> int:
-    """As training.sft_data.SFTData keeps them, which also tells the user what is left out."""
     chat = ChatTemplate(load_tokenizer(resolve_model_folder(config.model.path, weights=False)))
-    usable = 0
-    for row in read_conversation_files(config.data.train_files)[0]:
-        try:
-            ids, mask = chat.sft_ids_and_mask(row.messages)
-        except ValueError:
-            continue  # SFTData names it and refuses
-        usable += len(ids) <= config.max_tokens and any(mask[1:])
-    return usable
+    return len(read_sft_rows(config.data.train_files, chat, config.max_tokens).kept)

@@ -12,7 +12,7 @@ from typing import Any
 
 from collab_megatron.checkpoint.folders import MARKER, named_checkpoint, newest_complete, read_info
 from collab_megatron.checkpoint.origin import decisive_differences
-from collab_megatron.cluster.cautions import warn_of_config, warn_of_memory
+from collab_megatron.cluster.cautions import warn_of_config, warn_of_memory, warn_of_prompts
 from collab_megatron.cluster.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
 from collab_megatron.cluster.node import Node, this_node
 from collab_megatron.cluster.plan import build_plan, evaluate_plan, rl_plan, sft_plan
@@ -29,7 +29,8 @@ from collab_megatron.data.build.problems import read_problems
 from collab_megatron.data.build.worker import make_players
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
 from collab_megatron.data.fit import fitting_tasks
-from collab_megatron.data.parquet import read_conversation_files, read_task_files
+from collab_megatron.data.parquet import read_task_files
+from collab_megatron.data.sft_rows import read_sft_rows
 from collab_megatron.data.splits import shared_tasks
 from collab_megatron.errors import UserError
 from collab_megatron.rewards import configured_scorer
@@ -100,8 +101,10 @@ def check_sft(
     here = node or this_node()
     # chats are rendered, none grows
     model = _check_model(config.model.path, config.parallel, "as_sampled", weights=not dry_run)
-    read_conversation_files(config.data.train_files)
-    read_conversation_files(config.data.validation_files)
+    for files in filter(None, (config.data.train_files, config.data.validation_files)):
+        rows = read_sft_rows(files, model.chat, config.max_tokens)
+        if dry_run:  # at a start the trainer tells
+            print(*rows.notices, sep="\n", end="\n" * bool(rows.notices), flush=True)
     report(sft_plan(config, model.spec, node=here))
     warn_of_memory(config, model.spec, here)
     _check_run(config)
@@ -120,15 +123,26 @@ def check_evaluate(
     here = node or this_node()
     one = ParallelSection(device=config.parallel.device)
     model = _check_model(config.model.path, one, config.rollout.inexact_template, weights=not dry_run)
-    tasks, _ = read_task_files(config.data.validation_files)
+    room = max_context_tokens(model.hf_config, config.engine)
+    fit = fitting_tasks(
+        read_task_files(config.data.validation_files)[0],
+        model.chat,
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_context_tokens=room,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    if fit.notice and dry_run:  # at a start the evaluation tells
+        print(fit.notice, flush=True)
+    tasks = fit.kept
     gateway = _check_players(config)
     calls = evaluation_calls(config, lengths_of(tasks), len(tasks))
     report(evaluate_plan(config, model.spec, node=here, tasks=len(tasks), calls=calls))
+    warn_of_prompts(config.simulators)
     _check_gpus(config.parallel, _started_ranks(config.engine), here)
     if here.here:
         _check_engine(config.engine)
     asyncio.run(_check_reachable(gateway, here))
-    return max_context_tokens(model.hf_config, config.engine)
+    return room
 
 
 def check_build(config: BuildDatasetConfig, *, report: Report = print_at_once) -> None:
@@ -137,6 +151,7 @@ def check_build(config: BuildDatasetConfig, *, report: Report = print_at_once) -
     gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed, budget=config.budget)
     make_players(config, gateway)
     report(build_plan(config, tasks, build_calls(config, tasks)))
+    warn_of_prompts(config.simulators)
     asyncio.run(_check_reachable(gateway, this_node()))
 
 
@@ -200,11 +215,6 @@ def _check_run(config: RLConfig | SFTConfig) -> int:
         raise UserError(
             f"{run.checkpoints_dir} holds checkpoints of an earlier run: set run.resume=true to go on from "
             f"{newest.name}, or choose another run.dir"
-        )
-    if run.init_from is not None and run.resume != "auto":  # auto: a requeued job comes with what it was started with
-        raise UserError(
-            f"run.init_from={run.init_from} is where a new run begins, but run.resume=true goes on from {newest}: "
-            "leave run.init_from out, or choose another run.dir or run.name"
         )
     info = read_info(newest)
     other = decisive_differences(info.extra, config.model_dump(mode="json")) if run.resume == "auto" else []

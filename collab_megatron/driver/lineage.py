@@ -2,7 +2,8 @@
 
 The journal gives turns and batches only to the lineage that made them. Two things go into the name:
 
-- contents, never paths: the training files, the model's files, the prompts (shipped ones too), the metric modules
+- contents, never paths: the training files, the files of the model and of run.init_from, the prompts (shipped ones
+  too), the metric modules
 - the config as a whole, less the settings listed below, which say where and how fast. So a new setting counts, until
   somebody lists it
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from collab_megatron import __version__
+from collab_megatron.checkpoint.folders import named_checkpoint
 from collab_megatron.config.entry import EvaluateConfig, RLConfig
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.errors import UserError
@@ -35,7 +37,7 @@ TEXTS = (".json", ".jinja", ".txt", ".model")  # config, index, tokenizer, chat 
 # sections that say where, when and how fast, or what is only looked at
 APART = ("engine", "sync", "journal", "budget", "parallel", "train", "record", "output")
 FREE: Mapping[str, frozenset[str]] = {
-    "run": frozenset({"dir", "name", "resume"}),
+    "run": frozenset({"dir", "name", "resume", "init_from"}),  # init_from by content
     "model": frozenset({"path"}),  # by content
     "data": frozenset({"train", "validation"}),  # by content; the held-out rows decide nothing
     "rollout": frozenset({"step_timeout_s"}),
@@ -64,6 +66,7 @@ def lineage_of(config: RLConfig | EvaluateConfig) -> str:
         decides.pop("evaluation")  # its conversations train nothing
         constant = config.optimizer.schedule == "constant"
         decides["schedule"] = None if constant else [config.train.steps, raw["train"].get("epochs")]
+        decides["init_from"] = _checkpoint_fingerprint(config.run.init_from)
         decides["data files"] = [contents(file) for file in config.data.train_files]
     decides["model files"] = model_fingerprint(resolve_model_folder(config.model.path))
     decides["shipped prompts"] = [contents(file) for file in shipped_prompts()]
@@ -79,6 +82,17 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     texts = {path.name: contents(path) for path in files if path.suffix in TEXTS}
     return texts | {path.name: _sampled(path) for path in files if path.suffix in WEIGHTS}
+
+
+def _checkpoint_fingerprint(path: Path | None) -> Any:
+    """The weights' files of the checkpoint that `path` means. The path where it is gone: a resume does not need it."""
+    if path is None:
+        return None
+    try:
+        folder = named_checkpoint(path).model_folder
+    except UserError:
+        return str(path)
+    return {file.name: _sampled(file) for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def _sampled(file: Path) -> str:

@@ -83,17 +83,17 @@ class Publisher:
         engine: EngineSection,
         sync: SyncSection,
         probe_ids: Sequence[int],
-        run_dir: Path,
+        weights_dir: Path,
     ) -> None:
         """`roster`: the launcher's folder (engine/roster.py). `probe_ids`: token ids of the probe prompt, at least 2.
-        Collective."""
+        `weights_dir`: of the disk transport, where sync.disk_dir names none. Collective."""
         grid = actor.grid
         self._actor, self._engine, self._sync, self._probe_ids = actor, engine, sync, tuple(probe_ids)
         # other ranks wait here while rank 0 waits for servers, so its deadline is above all of theirs
         longest = engine.wait_s + 10 * sync.timeout_s + MARGIN_S
         self._talk = dist.new_group(backend="gloo", timeout=timedelta(seconds=longest))
         self._board = Board(self._talk, grid.rank, timeout_s=sync.timeout_s)
-        self._delivery = self._make_delivery(run_dir)
+        self._delivery = self._make_delivery(weights_dir)
         self._receivers: Receivers | None = None
         if grid.is_main:
             self._receivers = Receivers(RosterFolder(roster), timeout_s=sync.timeout_s, wait_s=engine.wait_s)
@@ -101,12 +101,12 @@ class Publisher:
         self._seen: set[EngineEntry] = set()  # checked as a whole before
         self._released: set[EngineEntry] = set()  # hold no device memory for weights
 
-    def _make_delivery(self, run_dir: Path) -> Delivery:
+    def _make_delivery(self, weights_dir: Path) -> Delivery:
         grid, sync = self._actor.grid, self._sync
         bucket_bytes = int(sync.bucket_mb_on(grid.device.type) * 2**20)
         transport = sync.transport_for(self._engine.placement)
         if transport == "disk":
-            folder = sync.disk_dir or run_dir / "weights"
+            folder = sync.disk_dir or weights_dir
             return DiskDelivery(self._actor, self._board, folder, shard_bytes=bucket_bytes)
         if transport == "ipc":
             return BucketDelivery(self._actor, self._board, IpcTransport(grid, self._board), bucket_bytes)

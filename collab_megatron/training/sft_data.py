@@ -10,10 +10,8 @@ from collab_megatron.batching import MicroBatch, TokenSample
 from collab_megatron.config import SFTConfig
 from collab_megatron.convert.spec import ModelSpec
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
-from collab_megatron.data.fit import Fit, keep_fitting
 from collab_megatron.data.order import step_indices
-from collab_megatron.data.parquet import read_conversation_files
-from collab_megatron.errors import UserError
+from collab_megatron.data.sft_rows import SFTRows, read_sft_rows
 from collab_megatron.training.shares import Share, my_share
 
 
@@ -25,11 +23,10 @@ class SFTData:
         self._config, self._grid, self._spec = config, grid, spec
         chat = ChatTemplate(load_tokenizer(config.model.path))
         self.notices: list[str] = []  # what was left out and why; one line each
-        train = self._read(config.data.train_files, chat)
-        self._samples = train.kept
+        train, self._samples = self._read(config.data.train_files, chat)
         self.left_out, self.share_left_out = train.left_out, train.share_left_out
         files = config.data.validation_files
-        self._held_out = self._read(files, chat).kept if files else []
+        self._held_out = self._read(files, chat)[1] if files else []
         known = {tuple(sample.ids) for sample in self._samples} if files else set()
         if shared := sum(tuple(sample.ids) in known for sample in self._held_out):
             self.notices.append(f"warning: {shared:,} held-out conversations are trained on too: their loss is too low")
@@ -61,37 +58,10 @@ class SFTData:
             batch = self._held_out[first : first + self._config.batch_size]
             yield my_share(self._grid, self._spec, batch, self._config.train).micro_batches
 
-    def _read(self, files: Sequence[Path], chat: ChatTemplate) -> Fit[TokenSample]:
-        names = ", ".join(map(str, files))
-        conversations, repeated = read_conversation_files(files)
-        samples = []
-        for number, row in enumerate(conversations):
-            try:
-                ids, mask = chat.sft_ids_and_mask(row.messages)
-            except ValueError as error:
-                raise UserError(
-                    f"conversation {number} of {names}: {error}; use another chat template, or leave it out"
-                ) from None
-            samples.append(TokenSample(ids=ids, mask=[float(trained) for trained in mask]))
-        numbers = {id(sample): number for number, sample in enumerate(samples)}
-        fit = keep_fitting(
-            samples,
-            [len(sample.ids) for sample in samples],
-            self._config.max_tokens,
-            what=f"conversations of {names}",
-            name=lambda sample: f"number {numbers[id(sample)]}",
-            remedy="raise max_tokens",
-        )
-        kept = [sample for sample in fit.kept if any(sample.mask[1:])]
-        if not kept:
-            raise UserError(f"no conversation of {names} has an assistant turn to train on")
-        silent = len(fit.kept) - len(kept)
-        self.notices += [fit.notice] if fit.left_out else []
-        self.notices += [f"left out: {silent} conversations of {names} without an assistant turn"] if silent else []
-        self.notices += (
-            [f"left out: {repeated} conversations that an earlier file of {names} holds"] if repeated else []
-        )
-        return Fit(kept, fit.left_out + silent, "")
+    def _read(self, files: Sequence[Path], chat: ChatTemplate) -> tuple[SFTRows, list[TokenSample]]:
+        rows = read_sft_rows(files, chat, self._config.max_tokens)
+        self.notices += rows.notices
+        return rows, [TokenSample(ids=row.ids, mask=[float(trained) for trained in row.mask]) for row in rows.kept]
 
 
 def _trained_tokens(samples: Sequence[TokenSample]) -> int:

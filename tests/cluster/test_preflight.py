@@ -96,7 +96,8 @@ def test_checkpoints_of_this_run_and_of_another(load: Load, tmp_path: Path) -> N
     fresh = (f"run.init_from={folder.parent}", "run.name=fresh")
     assert check_rl(load(*fresh)).first_step == 0
     assert f"{tmp_path} is not a complete checkpoint" in refusal(load(f"run.init_from={tmp_path}", "run.name=fresh"))
-    assert "leave run.init_from out" in refusal(load(f"run.init_from={folder}", "run.resume=true"))
+    started_from = load(f"run.init_from={tmp_path / 'gone'}", "run.resume=true")
+    assert check_rl(started_from).first_step == 7
 
 
 def test_epochs_become_steps_of_the_rows_that_can_be_used(
@@ -372,3 +373,22 @@ def test_an_evaluation_prints_its_calls_before_it_starts(
     assert "plays       1 of 1 held-out tasks, at most 3 policy turns of 24 tokens each, on cpu" in told
     assert "calls       at most 2 calls of user to hosted_vllm/desk-user" in told
     assert "for 1 evaluation" in told
+
+
+def test_an_evaluation_is_told_and_refused_what_its_start_would_be(
+    load: Load, tmp_path: Path, tiny_model: Path, desk: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    load()  # the key and the data
+    prompt = tmp_path / "user.txt"
+    prompt.write_text("You want $request. $chat")
+    overrides = [
+        *(f"run.dir={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.validation={tmp_path / 'tasks.parquet'}"),
+        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+        f"simulators.user.prompt_file={prompt}",
+    ]
+    config = load_config(EvaluateConfig, REPOSITORY / "conf" / "demo_evaluate.yaml", overrides)
+    check_evaluate(config, dry_run=True)
+    assert f"simulators.user.prompt_file={prompt} holds no $termination_signal" in caplog.text
+    narrow = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_prompt_tokens": 1})})
+    with pytest.raises(UserError, match=r"1 of 1 prompts .* raise rollout.max_prompt_tokens"):
+        check_evaluate(narrow, dry_run=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from collab_megatron.checkpoint.folders import step_folder, write_marker
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.driver import lineage as lineage_module
 from collab_megatron.driver.cast import open_journal
@@ -29,6 +30,14 @@ def write_weights(path: Path, values: bytes, name: str = "w") -> None:
     path.write_bytes(struct.pack("<Q", len(header)) + header + values)
 
 
+def write_checkpoint(folder: Path, step: int, values: bytes) -> None:
+    model = step_folder(folder / "first", step) / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "metadata.json").write_text("{}")
+    (model / "__0_0.distcp").write_bytes(values)
+    write_marker(model.parent, step=step, layout={}, extra={})
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A config with everything that it names next to it."""
@@ -43,8 +52,9 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "user.txt").write_text("one $request $chat")
     (tmp_path / "accuracy.txt").write_text("one $request $reference $chat")
     (tmp_path / "my_metric.py").write_text(METRIC)
+    write_checkpoint(tmp_path, 3, bytes(200_000))
     raw = {
-        "run": {"dir": str(tmp_path / "run")},
+        "run": {"dir": str(tmp_path / "run"), "init_from": str(tmp_path / "first")},
         "model": {"path": str(tmp_path / "model")},
         "data": {
             "train": [str(tmp_path / "train.parquet"), str(tmp_path / "more.parquet")],
@@ -84,6 +94,8 @@ CONTENTS: dict[str, Callable[[Path], Any]] = {
     "second data file": lambda folder: (folder / "more.parquet").write_bytes(b"more rowS"),
     "weights of equal size": lambda folder: write_weights(folder / "model" / "model.safetensors", bytes([1]) * 200_000),
     "names of weights": lambda folder: write_weights(folder / "model" / "model.safetensors", bytes(200_000), "v"),
+    "weights of init_from": lambda folder: write_checkpoint(folder, 3, bytes([1]) * 200_000),
+    "a newer checkpoint in init_from": lambda folder: write_checkpoint(folder, 4, bytes([1]) * 200_000),
     "another weight file": lambda folder: write_weights(folder / "model" / "more.safetensors", b"0"),
     "model config": lambda folder: (folder / "model" / "config.json").write_text('{"a": 1}'),
     "tokenizer": lambda folder: (folder / "model" / "tokenizer.json").write_text('{"a": 1}'),

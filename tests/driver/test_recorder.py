@@ -123,6 +123,7 @@ def test_two_runs_in_one_folder_keep_their_files_whole(tmp_path: Path) -> None:
     evaluated = [[json.loads(row)["step"] for row in run.evaluations_file.read_text().splitlines()] for run in runs]
     assert evaluated == [[1], [1, 2, 3]]
     assert a.engine_probe_file != b.engine_probe_file
+    assert a.weights_dir != b.weights_dir
 
 
 def test_a_disk_that_refuses_ends_the_step_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

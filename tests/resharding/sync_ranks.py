@@ -43,7 +43,7 @@ def main(job_file: str) -> None:
         engine=EngineSection(wait_s=10, **job.get("engine", {})),
         sync=SyncSection(timeout_s=120, verify_every=4, **job["sync"]),
         probe_ids=list(range(5, 45)),
-        run_dir=out,
+        weights_dir=out / "weights",
     )
     said = []
     for version in range(max(ASKED) + 1):

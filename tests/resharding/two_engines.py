@@ -98,7 +98,7 @@ def make_publisher(actor: Actor, roster: Path, run_dir: Path, **sync: Any) -> Pu
         engine=ENGINE,
         sync=SyncSection(timeout_s=TIMEOUT_S, bucket_mb=0.03, verify_every=1, **sync),
         probe_ids=list(range(5, 45)),
-        run_dir=run_dir,
+        weights_dir=run_dir / "weights",
     )
 
 

@@ -236,6 +236,9 @@ SECRET = "sk-abcdefghijklmnopqrstuvwxyz0123456789"
         ({"user": SECRET}, "extra.user"),
         ({"extra_body": {"a": [1, SECRET]}}, "extra.extra_body.a.1"),
         ({"user": "Bearer abc"}, "extra.user"),
+        ({"user": f" token {SECRET}"}, "extra.user"),
+        ({"proxy": "http://me:hidden@proxy"}, "extra.proxy"),
+        ({"ACCESSTOKEN": "x"}, "extra.ACCESSTOKEN"),
         ({"user": "Zm9vYmFyMTIzNDU2Nzg5QUJDREVGR0hJSktM"}, "extra.user"),
     ],
 )

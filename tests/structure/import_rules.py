@@ -68,6 +68,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     "demo": {"cluster.processes": "the demo's road starts child processes"},
     "demo.summary": {"simulators.usage": "reads the file of API calls that a run left"},
     "driver": {
+        "checkpoint.folders": "the lineage reads the checkpoint that run.init_from names",
         "cluster.processes": "the driver ends with its parent",
         "config": "the driver's service is put together from the whole config",
         "convert.source": "the lineage reads the model's files",

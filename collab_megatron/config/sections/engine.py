@@ -53,7 +53,7 @@ class SyncSection(Section):
     # generations in flight go on with the cache they have (in_place) or one made anew (retract), or are lost (abort)
     pause: Literal["in_place", "retract", "abort"] = "in_place"
     timeout_s: Seconds = 300.0  # deadline of every call and every collective of a sync
-    disk_dir: Path | None = None  # where the disk transport writes; None: RUN_DIR/weights
+    disk_dir: Path | None = None  # where the disk transport writes; None: RUN_DIR/weights/NAME
     # checksums of all tensors at the first sync and at every n-th, of an n-th part at the others; 0: none at all
     verify_every: Count = 10
     max_probe_gap: float = Field(default=0.1, gt=0)  # mean |trainer - engine| log-prob of the probe that stops the run

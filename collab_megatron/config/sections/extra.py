@@ -36,12 +36,14 @@ OWN: Mapping[str, str] = {
 SECRET_WORDS = frozenset(
     {
         *("key", "keys", "apikey", "token", "secret", "secrets", "password", "passwd", "credential", "credentials"),
-        *("auth", "authorization", "bearer", "cookie", "header", "headers"),
+        *("auth", "authorization", "bearer", "cookie", "header", "headers", "pwd"),
+        *("accesskey", "secretkey", "accesstoken", "apitoken", "authtoken"),
     }
 )
 NO_SECRETS = frozenset({"prompt_cache_key"})  # names that hold such a word and are harmless
 KEY_LIKE = re.compile(
     r"(?i:bearer\s+\S|sk-|pk-|rk-|gsk_|xai-|hf_|gh[pousr]_|AKIA|AIza|eyJ[\w-]{8,}\.)"  # the providers' own marks
+    r"|\w+://[^/@\s]+:[^/@\s]+@"  # an address with a password
     r"|(?=[\w+/=.-]*[a-z])(?=[\w+/=.-]*[A-Z])(?=[\w+/=.-]*\d)[\w+/=.-]{32,}$"  # 32 mixed characters, none a space
 )
 
@@ -55,7 +57,7 @@ def check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
         for name in path.split(".")[1:]:
             if name not in NO_SECRETS and SECRET_WORDS & set(_words(name)):
                 raise ValueError(_secret(path))
-        if isinstance(value, str) and KEY_LIKE.match(value):
+        if isinstance(value, str) and any(map(KEY_LIKE.match, (value, *value.split()))):
             raise ValueError(_secret(path))
     try:
         json.dumps(extra, allow_nan=False)

@@ -14,8 +14,8 @@ class RunSection(Section):
     """Where a run writes, and from which random seed."""
 
     dir: Path = Path("runs/default")  # everything the run makes lies below
-    # what tensorboard/, checkpoints/, conversations/, evaluations/, journal/ and logs/ call the run's own, so that
-    # several runs share one dir
+    # what tensorboard/, checkpoints/, conversations/, evaluations/, journal/, weights/ and logs/ call the run's own, so
+    # that several runs share one dir
     name: str = "run"
     seed: int = 1
     # true: go on from this run's newest complete checkpoint, whatever has changed in the config, and start where
@@ -24,7 +24,7 @@ class RunSection(Section):
     resume: Literal[True, False, "auto"] = False
     # a checkpoint of another run, of any layout (a step folder, or the folder of several: its newest), whose weights
     # this run starts from in the place of model.path's. Optimizer, steps, schedule and data order begin at zero;
-    # model.path still gives tokenizer and architecture, and the reference of the KL term
+    # model.path still gives tokenizer and architecture, and the reference of the KL term. A resume does not look at it
     init_from: Path | None = None
 
     @property
@@ -51,6 +51,11 @@ class RunSection(Section):
     @property
     def engine_probe_file(self) -> Path:
         return self.dir / "engine_probe" / f"{self.name}.json"
+
+    @property
+    def weights_dir(self) -> Path:
+        """Of the disk transport: a run removes what it finds there."""
+        return self.dir / "weights" / self.name
 
     @property
     def logs_dir(self) -> Path:
