@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -23,13 +23,13 @@ def tree_line(step: int, group: Group, seat: TreeSeat, *, replaced: bool, traine
     given its replies.
     """
     head = {"schema": SCHEMA, "step": step, "begun_for_step": seat.step + 1, "slot": seat.slot}
-    return orjson.dumps({**head, "replaced": replaced, "trained": trained, **tree_record(group)}) + b"\n"
+    return _line({**head, "replaced": replaced, "trained": trained, **tree_record(group)})
 
 
 def held_out_line(step: int, group: Group) -> bytes:
     """A held-out conversation as a line: a tree of one reply and one future. `step` counts the optimizer steps that its
     weights have behind them."""
-    return orjson.dumps({"schema": SCHEMA, "step": step, **tree_record(group)}) + b"\n"
+    return _line({"schema": SCHEMA, "step": step, **tree_record(group)})
 
 
 def tree_record(group: Group) -> dict[str, Any]:
@@ -91,3 +91,23 @@ def _future(future: Future) -> dict[str, Any]:
 
 def _messages(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(values) + b"\n"
+    except TypeError:  # an LLM wrote what the record's JSON does not have
+        return orjson.dumps(_writable(values)) + b"\n"
+
+
+def _writable(value: Any) -> Any:
+    """Halves of surrogate pairs written out as backslash and number, integers above 64 bits as text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return str(value)
+    if isinstance(value, Mapping):
+        return {_writable(key): _writable(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_writable(each) for each in value]
+    return value

@@ -29,14 +29,17 @@ def write_transcripts(path: Path, step: int, groups: Sequence[Group]) -> None:
     publish_text(path, b"".join(held_out_line(step, group) for group in groups).decode())
 
 
-def keep_newest(folder: Path, keep: int, shard: int) -> None:
+def keep_newest(folder: Path, keep: int, shard: int, *, step: int) -> None:
     """Remove this shard's older files: the newest `keep` stay, and the first of all, the yardstick of the others.
 
-    Raises RunError when the disk refuses."""
+    Those of steps after `step`, the newest of this attempt, are of an earlier attempt of the run and go too: else
+    they would count as the newest. Raises RunError when the disk refuses."""
     own = f".shard{shard}" if shard else None
     files = sorted(file for file in folder.glob("step_*") if (name := _NAME.fullmatch(file.name)) and name[2] == own)
+    later = [file for file in files if int(file.name[len("step_") :][:8]) > step]
+    own_files = files[: len(files) - len(later)]
     try:
-        for file in files[1:-keep]:
+        for file in [*own_files[1:-keep], *later]:
             file.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"cannot remove old transcripts in {folder}: {error.strerror}") from None

@@ -85,7 +85,7 @@ class Work:
             spent=lambda: budget.exhausted,
         )
         write_transcripts(transcript_file(run.evaluations_dir, step, self.shard.index), step, played.groups)
-        keep_newest(run.evaluations_dir, section.keep_transcripts, self.shard.index)
+        keep_newest(run.evaluations_dir, section.keep_transcripts, self.shard.index, step=step)
         if played.stop:
             return Answer(error=played.stop, stop="budget")
         return Answer(figures=played.figures, tally=played.tally)

@@ -47,6 +47,10 @@ def json_object(text: str) -> dict[str, Any]:
         value = _repaired(text)
     if not isinstance(value, dict) or not value:
         raise MalformedReply("no JSON object in the reply")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # no tokenizer takes it
+        raise MalformedReply("half a surrogate pair in the reply") from None
     return value
 
 

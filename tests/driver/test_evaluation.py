@@ -193,10 +193,19 @@ def test_the_newest_transcripts_and_the_first_are_kept(tmp_path: Path) -> None:
     for step in range(0, 60, 10):
         for shard in (0, 1):
             write_transcripts(transcript_file(tmp_path, step, shard), step, [])
-    keep_newest(tmp_path, 2, 0)
+    keep_newest(tmp_path, 2, 0, step=50)
     kept = sorted(file.name for file in tmp_path.iterdir() if "shard" not in file.name)
     assert kept == ["step_00000000.jsonl", "step_00000040.jsonl", "step_00000050.jsonl"]
     assert len(list(tmp_path.glob("*.shard1.jsonl"))) == 6
+
+
+def test_transcripts_of_an_attempt_that_was_gone_back_behind_do_not_push_out_the_new_ones(tmp_path: Path) -> None:
+    for step in (0, 20, 30, 40):
+        write_transcripts(transcript_file(tmp_path, step, 0), step, [])
+    for step in (0, 10, 20):  # the run starts over
+        write_transcripts(transcript_file(tmp_path, step, 0), step, [])
+        keep_newest(tmp_path, 1, 0, step=step)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step_00000000.jsonl", "step_00000020.jsonl"]
 
 
 async def test_a_disk_that_refuses_is_a_run_error(tmp_path: Path) -> None:

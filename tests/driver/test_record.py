@@ -17,7 +17,7 @@ import pytest
 from collab_megatron.config.sections import LLMSection, SimulatorSection, SimulatorsSection, UserSection
 from collab_megatron.driver.deliveries import Deliveries
 from collab_megatron.driver.group import GroupRules, TreeSeat, grow_group, sample_replies
-from collab_megatron.driver.record import SCHEMA, tree_line
+from collab_megatron.driver.record import SCHEMA, held_out_line, tree_line
 from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.errors import RunError
 from collab_megatron.journal.store import Journal
@@ -26,6 +26,7 @@ from collab_megatron.rewards.interactivity import Interactivity
 from collab_megatron.rewards.token_amount import TokenAmount
 from collab_megatron.simulators import Gateway, user_simulator
 from collab_megatron.slots import Slots
+from collab_megatron.types import CallRecord, Future, Generation, Group, Message, PolicyTurn, Reply, RolloutStatus
 from tests.driver.fakes import LIMITS, TASK, ScriptedEngine, ScriptedUser, players
 from tests.simulators.misbehaving import MisbehavingEndpoint
 
@@ -164,3 +165,16 @@ def names(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from names(item)
+
+
+def test_what_json_does_not_have_is_written_out_and_ends_no_run() -> None:
+    call = CallRecord("judge", "m", 0.0, 1.0, thought="half \ud83d", marks={"id": 2**70, "clarity": 1, "\ud83d": 0.5})
+    messages = (Message("user", "so \ud83d"),)
+    future = Future(0, RolloutStatus.MAX_TURNS, messages, calls=(call,))
+    turn = PolicyTurn("", "yes", "yes", cut=False, generation=Generation((1,), (-0.5,), (0,), "stop"))
+    line = held_out_line(3, Group(TASK, (1,), (Reply(turn, (future,)),), kept=True))
+    assert line.startswith(b'{"schema":1,"step":3,')  # the recorder reads the step there
+    (told,) = json.loads(line)["replies"][0]["futures"]
+    assert told["messages"] == [{"role": "user", "content": r"so \ud83d"}]
+    (said,) = told["calls"]
+    assert (said["thought"], said["marks"]) == (r"half \ud83d", {"id": str(2**70), "clarity": 1, r"\ud83d": 0.5})

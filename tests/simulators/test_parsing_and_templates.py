@@ -46,6 +46,12 @@ def test_what_holds_no_object_is_malformed(text: str) -> None:
         json_object(text)
 
 
+def test_half_a_surrogate_pair_is_malformed_because_no_tokenizer_takes_it() -> None:
+    assert json_object(r'{"response": "fine \ud83d\ude00"}') == {"response": "fine \U0001f600"}
+    with pytest.raises(MalformedReply, match="surrogate"):
+        json_object(r'{"response": "cut off \ud83d"}')
+
+
 def test_fields() -> None:
     reply = {"t": " x ", "n": 0.5, "q": "1", "high": 1.5, "bool": True, "no": "False", "nan": float("nan"), "list": []}
     assert text_field(reply, "t") == "x"
