@@ -88,7 +88,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
 
     trained: RolloutBatch | None = None  # the newest that had samples
     with saving.before_any_end():
-        engines.publish(saving.done)
+        sync = engines.publish(saving.done)
         evaluations.evaluate_at_start(saving.done)
         while saving.done < total:
             with timer("step"):
@@ -107,7 +107,9 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                         skipped=skipped,
                     )
                 skipped.check(saving.done)
-                require_same_weights(metrics, config.sync.max_logprob_gap)
+                with together(grid, "the check of the engines' log-probs", config.run.dir):
+                    if grid.is_main and sync.flushed:  # else new replies may rest on a cache of older weights
+                        require_same_weights(metrics, config.sync.max_logprob_gap)
                 with timer("weight_sync"):
                     sync = engines.publish(saving.done)
             if saving.due():

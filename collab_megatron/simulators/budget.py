@@ -30,6 +30,7 @@ class Budget:
         self._journal = journal
         self._own = own  # this process's counters, where no journal sums up all
         self._costs: Costs = {}
+        self._own_at_read: tuple[int, float] = (0, 0.0)
         self._read_at = float("-inf")
         self._warned = False
 
@@ -38,6 +39,7 @@ class Budget:
         now = time.monotonic()
         if now - self._read_at >= FRESH_S:
             self._read_at = now
+            self._own_at_read = _sums(self._own())
             if self._journal is None:
                 self._costs = self._own()
             else:
@@ -99,5 +101,11 @@ class Budget:
         return named
 
     def _totals(self) -> tuple[int, float]:
-        costs = self.costs().values()
-        return sum(calls for calls, _ in costs), sum(usd for _, usd in costs)
+        """Calls and dollars: what stood there at the last reading, and what this process has spent since."""
+        calls, usd = _sums(self.costs())
+        own_calls, own_usd = _sums(self._own())
+        return calls + own_calls - self._own_at_read[0], usd + own_usd - self._own_at_read[1]
+
+
+def _sums(costs: Costs) -> tuple[int, float]:
+    return sum(calls for calls, _ in costs.values()), sum(usd for _, usd in costs.values())

@@ -199,11 +199,11 @@ def test_a_metric_that_nobody_registered(load: Load, tmp_path: Path, monkeypatch
     (tmp_path / "my_metrics.py").write_text(
         "from collab_megatron.rewards import register_metric\n"
         "from collab_megatron.rewards.token_amount import TokenAmount\n"
-        "class Brevity(TokenAmount):\n    name = 'brevity'\n"
-        "register_metric('brevity')(lambda context: Brevity())\n"
+        "class Brevity(TokenAmount):\n    name = 'shortness'\n"
+        "register_metric('shortness')(lambda context: Brevity())\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    check_rl(load("reward.metric_modules=[my_metrics]", "reward.metric_weights={brevity: 1}"))
+    check_rl(load("reward.metric_modules=[my_metrics]", "reward.metric_weights={shortness: 1}"))
 
 
 def test_a_port_in_use(load: Load) -> None:
