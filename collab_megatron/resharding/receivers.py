@@ -18,7 +18,7 @@ from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.resharding.background import in_background
 
 T = TypeVar("T")
-ANSWER_S = 5.0
+ANSWER_S = 10.0
 """A server whose HTTP side does not say who it is for so long hangs."""
 RELEASE_S = 20.0
 """How long a server that waited for a dead one may take to notice that it is dead."""

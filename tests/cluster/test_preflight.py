@@ -212,7 +212,8 @@ def test_a_port_in_use(load: Load) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert f"port {port} " in refusal(load(f"engine.port={port}"))
-        assert f"port {port} " in refusal(load(f"engine.port={port - 1}", "engine.count=2"))
+        before = refusal(load(f"engine.port={port - 1}", "engine.count=2"))
+        assert f"port {port} " in before or f"port {port - 1} " in before  # another process may hold that one
         check_rl(load("engine.urls=[http://127.0.0.1:1]", f"engine.port={port}"))  # nothing will be started
 
 
