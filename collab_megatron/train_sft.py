@@ -93,9 +93,12 @@ def train(config: SFTConfig) -> None:
                 data.num_held_out > 0 and _due(saving.done, config.train.eval_interval, total) and evaluate(saving.done)
             )
             keep = is_best and config.train.keep_best
-            if saving.due() or keep:
+            if keep:  # before due(), which ends the run at a signal: its last save would not be named the best
                 with timer("checkpoint"):
-                    saving.save(best_loss=lowest if keep else None)
+                    saving.save(best_loss=lowest)
+            if saving.due() and not keep:
+                with timer("checkpoint"):
+                    saving.save()
             if reporter:
                 reporter.step(saving.done, result, share, trained_tokens, timer.drain())
     checkpoints.wait()

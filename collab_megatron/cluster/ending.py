@@ -41,8 +41,14 @@ def saved(run: RunSection, steps: int) -> list[str]:
     newest = newest_complete(run.checkpoints_dir)
     if newest is None:
         return ["saved       no checkpoint yet: the same command starts from the beginning"]
+    step = read_info(newest).step
+    if step >= steps:  # a resume is refused: there is no step to take
+        return [
+            f"saved       {newest}, {step} of {steps} steps: training is done, what comes after it is not",
+            *_export(run, newest),
+        ]
     how = "the same command" if run.resume else "the same command with run.resume=true"
-    return [f"saved       {newest}, {read_info(newest).step} of {steps} steps: {how} goes on from it"]
+    return [f"saved       {newest}, {step} of {steps} steps: {how} goes on from it"]
 
 
 def summary(run: RunSection, steps: int, config: Path | None, *, exported: Path | None = None) -> list[str]:
@@ -59,14 +65,16 @@ def summary(run: RunSection, steps: int, config: Path | None, *, exported: Path 
     if exported is not None:
         lines.append(f"model       {exported}")
     elif newest is not None:
-        target = run.dir / f"{run.name}_hf"
-        lines.append(
-            f"export      python tools/convert_checkpoint.py megatron-to-hf --checkpoint {newest} --output {target}"
-        )
+        lines += _export(run, newest)
     if newest is not None and config is not None:
         lines.append(f"evaluate    python -m collab_megatron.evaluate {config} model.path={newest}")
     lines.append(f"curves      tensorboard --logdir {run.tensorboard_dir.parent}")
     return lines
+
+
+def _export(run: RunSection, newest: Path) -> list[str]:
+    target = run.dir / f"{run.name}_hf"
+    return [f"export      python tools/convert_checkpoint.py megatron-to-hf --checkpoint {newest} --output {target}"]
 
 
 def last_evaluation(metrics: Path) -> tuple[int, dict[str, float]] | None:

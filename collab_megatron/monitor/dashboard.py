@@ -62,5 +62,6 @@ def first_again(first_step: int) -> int:
 
 
 def _drop_steps(path: Path, first: int) -> None:
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first]
-    publish_text(path, "".join(line + "\n" for line in kept))
+    # a full disk or a kill leaves half a line at the end
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    publish_text(path, "".join(line for line in whole if json.loads(line)["step"] < first))

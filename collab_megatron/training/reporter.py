@@ -11,7 +11,7 @@ from collab_megatron.config import RLConfig, dump_config
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_text
 from collab_megatron.monitor.alarms import Alarms
-from collab_megatron.monitor.dashboard import Dashboard
+from collab_megatron.monitor.dashboard import Dashboard, first_again
 from collab_megatron.monitor.progress import Progress
 from collab_megatron.monitor.system import memory_shares
 from collab_megatron.resharding.publisher import SyncReport
@@ -24,7 +24,7 @@ class Reporter:
 
     def __init__(self, config: RLConfig, *, first_step: int) -> None:
         self._evaluations = config.run.evaluations_file
-        drop_evaluations(self._evaluations, after=first_step)
+        drop_evaluations(self._evaluations, first=first_again(first_step))
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
         self._dashboard.text("config", dump_config(config))
         self._progress = Progress(config.run.name, first_step=first_step, total_steps=config.train.steps)
@@ -99,11 +99,11 @@ def append_evaluation(file: Path, step: int, figures: Mapping[str, float]) -> No
         raise RunError(f"cannot write {file}: {error.strerror}") from None
 
 
-def drop_evaluations(file: Path, *, after: int) -> None:
-    """Take out what an earlier attempt of the run measured after step `after`, from which this one goes on."""
+def drop_evaluations(file: Path, *, first: int) -> None:
+    """Take out what an earlier attempt of the run measured from step `first` on, which this one measures again."""
     if not file.exists():
         return
     lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= after]
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
     if kept != lines:
         publish_text(file, "".join(kept))

@@ -72,6 +72,17 @@ def test_an_ended_run_tells_what_is_saved_and_how_to_go_on(
     assert not told.out
 
 
+def test_no_resume_is_promised_after_the_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would be refused: the last evaluation or the export failed, and training is done."""
+    run = run_with_checkpoint(tmp_path)
+    with pytest.raises(RunError), told_at_the_end(run, 20, CONFIG):
+        raise RunError("no engine is left")
+    told = capsys.readouterr().err
+    assert "goes on from it" not in told
+    assert "20 of 20 steps: training is done" in told
+    assert "convert_checkpoint.py megatron-to-hf" in told
+
+
 def test_nothing_is_promised_where_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunSection(dir=tmp_path, name="rl")
     with pytest.raises(KeyboardInterrupt), told_at_the_end(run, 40, CONFIG):

@@ -117,7 +117,7 @@ def test_two_runs_in_one_folder_keep_their_files_whole(tmp_path: Path) -> None:
             append_evaluation(run.evaluations_file, step, {"mr": 0.5})
     a, b = runs
     TreeRecorder(a.conversations_dir, PLAIN, first_step=2)
-    drop_evaluations(a.evaluations_file, after=1)
+    drop_evaluations(a.evaluations_file, first=2)
     assert steps(a.conversations_dir) == [1]
     assert [(tree["step"], tree["text"]) for tree in read_trees(b.conversations_dir)] == [(1, "b"), (2, "b"), (3, "b")]
     evaluated = [[json.loads(row)["step"] for row in run.evaluations_file.read_text().splitlines()] for run in runs]

@@ -98,6 +98,12 @@ def test_a_start_over_an_attempt_without_a_checkpoint_does_not_double_the_curves
     assert curve(tmp_path, "reward/mr_mean") == lines(tmp_path, "reward/mr_mean") == [(1, 0.5)]
 
 
+def test_a_line_cut_short_by_a_full_disk_does_not_stop_a_resume(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 0.5}\n{"step": 2, "a"')
+    Dashboard(tmp_path, first_step=2).close()
+    assert read_metrics(tmp_path) == [{"step": 1, "a": 0.5}]
+
+
 def test_an_alarm_is_told_when_it_begins_and_again_after_it_has_ended() -> None:
     alarms = Alarms()
     told = [alarms.heard(done, {"rollout/cut_share": share}) for done, share in enumerate([0.6, 0.6, 0.0, 0.0, 0.8], 1)]

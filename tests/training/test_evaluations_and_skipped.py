@@ -95,6 +95,20 @@ def test_a_failed_evaluation_is_a_counter_on_the_dashboard(config: RLConfig, tmp
     assert rows == {0: 1, 2: 2, 4: 2}
 
 
+def test_a_start_over_an_attempt_without_a_checkpoint_keeps_one_line_a_step(config: RLConfig, tmp_path: Path) -> None:
+    import json
+
+    from collab_megatron.training.reporter import Reporter as RealReporter
+
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path})})
+    for accuracy in (0.25, 0.5):
+        reporter = RealReporter(config, first_step=0)
+        reporter.evaluation(0, {"accuracy": accuracy, "conversations": 3})
+        reporter.close()
+    rows = [json.loads(line) for line in config.run.evaluations_file.read_text().splitlines()]
+    assert [(row["step"], row["accuracy"]) for row in rows] == [(0, 0.5)]
+
+
 def result(skipped: bool, **largest: float) -> StepResult:
     return StepResult(math.nan if skipped else 1.0, 1e-3, {}, skipped=skipped, largest=largest)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -133,7 +135,6 @@ def test_a_signal_ends_a_wait_and_is_kept_where_nothing_waits() -> None:
         with pytest.raises(Interrupted), interrupt.waiting():
             time.sleep(20)
         assert time.monotonic() - began < 10
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends the process
         later = Interrupt()
         later.install()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -142,6 +143,25 @@ def test_a_signal_ends_a_wait_and_is_kept_where_nothing_waits() -> None:
             pytest.fail("waits in spite of the signal")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+SAVES_AT_TERM = """
+import signal, sys, time
+from collab_megatron.training import interrupt
+later = float(sys.argv[1])
+asked = interrupt.Interrupt(clock=lambda: time.monotonic() + (later if asked.asked else 0.0))
+asked.install()
+signal.raise_signal(signal.SIGTERM)
+signal.raise_signal(signal.SIGTERM)
+print("saves")
+"""
+
+
+@pytest.mark.parametrize(("later_s", "code"), [(0.0, 0), (60.0, -signal.SIGTERM)])
+def test_a_signal_that_comes_twice_at_once_is_one_and_a_later_one_ends_the_process(later_s: float, code: int) -> None:
+    argv = [sys.executable, "-c", SAVES_AT_TERM, str(later_s)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (code, "" if code else "saves\n"), done.stderr
 
 
 @pytest.mark.parametrize(
