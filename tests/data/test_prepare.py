@@ -172,11 +172,11 @@ def test_an_option_without_effect_is_refused(tmp_path: Path, kind: str, options:
     rows.write_text("")
     tool = [
         sys.executable,
-        REPOSITORY / "tools" / "prepare_dataset.py",
+        str(REPOSITORY / "tools" / "prepare_dataset.py"),
         "--dataset",
-        rows,
+        str(rows),
         "--output",
-        tmp_path / "out",
+        str(tmp_path / "out"),
     ]
     ended = subprocess.run([*tool, "--dataset-type", kind, *options], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
