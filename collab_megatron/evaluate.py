@@ -144,7 +144,7 @@ def main() -> None:
 
 def report(model: str, result: Result, output: Path, metrics: Sequence[str]) -> None:
     """Figures and conversations to the disk, a table to the terminal."""
-    transcripts = output.with_suffix(".jsonl")
+    transcripts = output.with_name(output.name.removesuffix(".json") + ".jsonl")  # a model's name may hold a dot
     write_transcripts(transcripts, 0, result.played.groups)
     publish_json(output, dict(sorted(result.figures.items())))
     print(f"\nheld-out conversations with {model}\n")

@@ -130,7 +130,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
 
 
 def require_same_weights(metrics: Mapping[str, float], max_gap: float) -> None:
-    """Engine and trainer must agree on what the weights of now sampled; without such a token nothing can be said.
+    """Engine and trainer must agree on what the current weights sampled; without such a token nothing is checked.
 
     Raises RunError: training on would be silently off-policy."""
     gap = metrics.get("train/on_policy_gap", 0.0)
