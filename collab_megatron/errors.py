@@ -71,7 +71,7 @@ def run_cli(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER)
     except Interrupted:
-        sys.exit(EXIT_INTERRUPTED)  # whoever sent the signal tells the user
+        sys.exit(EXIT_INTERRUPTED)  # the process that sent the signal tells the user
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(exit_code(error))

@@ -107,8 +107,10 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                         skipped=skipped,
                     )
                 skipped.check(saving.done)
+                # what was in flight across the sync can have kept a prefix cache of older weights; rank 0 knows
+                comparable = sync.flushed or not config.driver.max_staleness
                 with together(grid, "the check of the engines' log-probs", config.run.dir):
-                    if grid.is_main and sync.flushed:  # else new replies may rest on a cache of older weights
+                    if grid.is_main and comparable:
                         require_same_weights(metrics, config.sync.max_logprob_gap)
                 with timer("weight_sync"):
                     sync = engines.publish(saving.done)

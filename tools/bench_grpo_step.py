@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -170,18 +170,15 @@ def run_ours(
         config.write_text(yaml.safe_dump(our_config(shape, model, data, Path(folder) / "run", steps)))
         argv = [sys.executable, "-m", "collab_megatron.train_rl", str(config)]
         argv += [f"simulators.{role}.api_base={api_base}" for role in ("user", "judge")]
-        done = subprocess.run(
-            [*argv, *overrides],
-            cwd=REPOSITORY,
-            env={**os.environ, "DESK_API_KEY": "unused"},
-            capture_output=True,
-            text=True,
-            timeout=RUN_S,
-            check=False,
-        )
-        if done.returncode:
-            raise RunError(f"our run failed: {(done.stdout + done.stderr).strip()[-1500:]}")
+        _run("our run", [*argv, *overrides], {**os.environ, "DESK_API_KEY": "unused"})
         return step_seconds(Path(folder) / "run" / "tensorboard" / "bench", steps)
+
+
+def _run(what: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
+    """Raises RunError with the end of its output where it fails."""
+    done = subprocess.run(argv, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=RUN_S, check=False)
+    if done.returncode:
+        raise RunError(f"{what} failed: {(done.stdout + done.stderr).strip()[-1500:]}")
 
 
 def step_seconds(events: Path, steps: int) -> list[float]:
@@ -222,16 +219,7 @@ def run_trl(
         hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
         env = {name: value for name, value in os.environ.items() if name not in hidden}
         env |= {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [str(python), str(script), str(settings), str(seconds)],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=RUN_S,
-            check=False,
-        )
-        if done.returncode:
-            raise RunError(f"TRL's run failed: {done.stderr.strip()[-1500:]}")
+        _run("TRL's run", [str(python), str(script), str(settings), str(seconds)], env)
         found: list[float] = json.loads(seconds.read_text())
     if len(found) != steps - 1:
         raise RunError(f"TRL timed {len(found)} steps of {steps - 1}")

@@ -24,7 +24,7 @@ from collab_megatron.errors import EXIT_BUDGET, EXIT_RUN, EXIT_USER, RunError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 10.0  # between TERM and KILL
-SAVE_GRACE_S = 60.0  # the same for those that save first; they come first, while whoever they speak to still answers
+SAVE_GRACE_S = 60.0  # the same for those that save first; they come first, while their peers still answer
 FIRST_PORT = 10240
 FREE_PORT_TRIES = 100
 TAIL_LINES = 12

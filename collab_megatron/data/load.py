@@ -90,7 +90,7 @@ def _read_folder(folder: Path, splits: Sequence[str], bad: BadRows) -> list[Mapp
         path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     files = next((same for suffix in SUFFIXES if (same := sorted(p for p in found if p.suffix == suffix))), [])
-    # Folders saved from the hub hold train-*.parquet beside test-*.parquet: never mix them unasked.
+    # Folders saved from the hub hold train-*.parquet next to test-*.parquet: never mix them unasked.
     if any(path.name.startswith(SPLIT_NAMES) for path in files):
         files = [path for split in splits or DEFAULT_SPLITS for path in _files_of(split, files, folder)]
     elif splits and files:

@@ -28,7 +28,7 @@ class Budget:
         self._go_on = go_on
         self._section = section
         self._journal = journal
-        self._own = own  # this process's counters, where no journal sums up all
+        self._own = own  # this process's counters: all there is without a journal, and newer than its totals
         self._costs: Costs = {}
         self._own_at_read: tuple[int, float] = (0, 0.0)
         self._read_at = float("-inf")
@@ -39,9 +39,10 @@ class Budget:
         now = time.monotonic()
         if now - self._read_at >= FRESH_S:
             self._read_at = now
-            self._own_at_read = _sums(self._own())
+            own = self._own()
+            self._own_at_read = _sums(own)
             if self._journal is None:
-                self._costs = self._own()
+                self._costs = own
             else:
                 self._costs = {name: (spent.calls, spent.cost_usd) for name, spent in self._journal.spent().items()}
         return self._costs

@@ -86,7 +86,8 @@ class Saving:
         """Whether to save after this step. Collective. Raises Interrupted on every rank where rank 0 is to end."""
         every_s = self._train.save_every_s
         # by rank 0's clock and signals: others' come at other times, and a save takes all ranks
-        told = torch.tensor([every_s and self._clock() - self._last_save >= every_s, self._interrupt.asked])
+        by_clock = every_s > 0 and self._clock() - self._last_save >= every_s
+        told = torch.tensor([by_clock, self._interrupt.asked])
         if self._grid.world_size > 1:
             dist.broadcast(told, src=0, group=self._grid.cpu_group)
         time_is_up, interrupted = told.tolist()
@@ -130,4 +131,5 @@ class Saving:
         if not saved:
             return "no checkpoint of this run is complete: it begins again at step 0"
         lost = "" if saved >= self.done else f", {self.done - saved} behind what was trained"
-        return f"step {saved} is saved{lost}: {step_folder(self._run.checkpoints_dir, saved)}; run.resume=true goes on"
+        go_on = "; run.resume=true goes on" if saved < self._train.steps else ""  # a resume needs a step to take
+        return f"step {saved} is saved{lost}: {step_folder(self._run.checkpoints_dir, saved)}{go_on}"

@@ -17,6 +17,7 @@ from collab_megatron.errors import RunError
 from collab_megatron.journal.store import Journal, Replay, ReplayMiss
 from collab_megatron.simulators import Gateway, SimulatorError
 from collab_megatron.simulators import budget as budget_module
+from collab_megatron.simulators.budget import Budget
 from collab_megatron.simulators.role import Role
 from collab_megatron.types import LLMReply
 from tests.simulators.calls import GOOD, HELLO, config_for, good, use_role
@@ -151,6 +152,15 @@ def test_a_cap_on_calls_counts_earlier_processes(tmp_path: Path) -> None:
             use_role(config_for(endpoint.url), five, journal=book)
         with journal(tmp_path) as book:
             assert "budget.hard_calls is 5" in (asyncio.run(exhausted(endpoint.url, book)) or "")
+
+
+def test_a_cap_counts_own_calls_between_two_readings_of_the_journal(tmp_path: Path) -> None:
+    own = {("user", "m"): (0, 0.0)}
+    with journal(tmp_path) as book:
+        budget = Budget(BudgetSection(hard_calls=5), book, lambda: own)
+        assert budget.exhausted is None
+        own[("user", "m")] = (5, 0.0)  # answered within FRESH_S of that reading
+        assert "budget.hard_calls is 5" in (budget.exhausted or "")
 
 
 @pytest.mark.parametrize("provider", ["hosted_vllm", "openai"])

@@ -1,4 +1,4 @@
-"""A failed evaluation never ends a run; a run whose optimizer steps are all skipped does end."""
+"""What ends a run and what does not: failed evaluations, skipped optimizer steps, engines with other weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from collab_megatron.actor.actor import StepResult
 from collab_megatron.config import RLConfig
 from collab_megatron.errors import BudgetSpent, GradientsNotFinite, NoEngineLeft, RunError, WeightsDiffer
+from collab_megatron.train_rl import require_same_weights
 from collab_megatron.training import evaluations
 from collab_megatron.training.evaluations import Evaluations
 from collab_megatron.training.skipped import SkippedSteps, largest_norm
@@ -131,3 +132,11 @@ def test_no_norm_hides_one_that_is_not_finite() -> None:
     for norms in ([1.0, math.nan], [math.nan, 1.0], [1.0, math.inf]):
         assert not math.isfinite(largest_norm([StepResult(norm, 0.0, {}, skipped=False) for norm in norms]))
     assert largest_norm([StepResult(norm, 0.0, {}, skipped=False) for norm in (1.0, 3.0, 2.0)]) == 3.0
+
+
+@pytest.mark.parametrize("gap", [0.51, float("nan")])
+def test_engines_that_sample_from_other_weights_stop_the_run(gap: float) -> None:
+    with pytest.raises(RunError, match=r"differ by .* \(sync\.max_logprob_gap is 0\.5\)"):
+        require_same_weights({"train/on_policy_gap": gap}, 0.5)
+    require_same_weights({"train/on_policy_gap": 0.5}, 0.5)
+    require_same_weights({}, 0.5)  # no token of the newest weights: nothing to compare

@@ -50,14 +50,16 @@ class SyncSection(Section):
     # weights travel in buckets of at most this size, larger tensors alone; two buckets exist at a time. None: 512 on
     # GPUs, 128 on CPU
     bucket_mb: Annotated[float, Field(gt=0)] | None = None
-    # generations in flight go on with the cache they have (in_place) or one made anew (retract), or are lost (abort)
+    # generations in flight go on with the cache they have (in_place) or one made again (retract), or are lost (abort)
     pause: Literal["in_place", "retract", "abort"] = "in_place"
     timeout_s: Seconds = 300.0  # deadline of every call and every collective of a sync
     disk_dir: Path | None = None  # where the disk transport writes; None: RUN_DIR/weights/NAME
     # checksums of all tensors at the first sync and at every n-th, of an n-th part at the others; 0: none at all
     verify_every: Count = 10
     max_probe_gap: float = Field(default=0.1, gt=0)  # mean |trainer - engine| log-prob of the probe that stops the run
-    max_logprob_gap: float = Field(default=0.5, gt=0)  # the same of a step's replies that the newest weights sampled
+    # the same of a step's replies that the newest weights sampled; with driver.max_staleness only of steps whose sync
+    # found no request in flight (sync/flushed on the dashboard): others may rest on a prefix cache of older weights
+    max_logprob_gap: float = Field(default=0.5, gt=0)
 
     def transport_for(self, placement: str) -> Literal["broadcast", "ipc", "disk"]:
         """What `auto` comes to for engines of that `placement`."""

@@ -72,7 +72,7 @@ class UserSection(SimulatorSection):
     # what a user turn holds that ends the chat: prompts get it as $termination_signal. The original and the verl recipe
     # have [[TERMINATE CHAT]]
     termination_signal: Annotated[str, Field(min_length=1, pattern=r"\S")] = "[TERMINATE]"
-    mixture: tuple[SimulatorSection, ...] = ()  # others beside the one that stands here
+    mixture: tuple[SimulatorSection, ...] = ()  # others next to the one that stands here
 
 
 class HealthSection(Section):

@@ -43,7 +43,7 @@ class RolloutSection(Section):
     top_k: int = -1
     # what to do where growing a chat by token ids differs from rendering it whole (a template that removes the thinking
     # of earlier turns, or white space). refuse: say so and stop; as_sampled: keep growing: the policy sees its turns
-    # as it sampled them; rendered: the context of every turn after the trained reply is rendered anew by the template
+    # as it sampled them; rendered: the context of every turn after the trained reply is rendered again by the template
     inexact_template: Literal["refuse", "as_sampled", "rendered"] = "refuse"
     min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
     step_timeout_s: Seconds = 1800.0  # deadline of one step's rollouts
@@ -62,7 +62,7 @@ class RolloutSection(Section):
 class DriverSection(Section):
     """How conversation trees are grown, and how far ahead of the trainer."""
 
-    shards: Positive = 1  # processes; the prompts of a step are dealt out to them
+    shards: Positive = 1  # processes; they share the prompts of a step
     max_staleness: Count = 0  # s: up to s + 1 batches are under way; 0: strictly on-policy
     # with max_staleness: trees under way beyond max_staleness batches, so that a step need not wait for its slowest;
     # what is unfinished goes on in the next step. 0: a whole batch
@@ -80,7 +80,7 @@ class DriverSection(Section):
 class JournalSection(Section):
     """Every policy turn and every paid reply, on disk before it is used (SQLite)."""
 
-    # auto: what the journal has is not asked for again; only: a miss stops the run; off: all is asked anew
+    # auto: what the journal has is not asked for again; only: a miss stops the run; off: all is asked again
     replay: Literal["auto", "only", "off"] = "auto"
     # on a local disk; None: RUN_DIR/journal/NAME.sqlite. evaluate.py: NAME-WEIGHTS.sqlite in the same folder
     path: Path | None = None

@@ -132,7 +132,7 @@ class OptimizerSection(Section):
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0)  # largest gradient norm; 0 turns clipping off
     distributed: bool = False  # megatron's DistributedOptimizer (optimizer state sharded over data ranks)
-    overlap: bool | None = None  # reduce gradients and gather parameters beside the computation; None: on GPUs
+    overlap: bool | None = None  # reduce gradients and gather parameters during the computation; None: on GPUs
     cpu_offload: Share = 0.0  # share of master weights and moments that lives on the host, with the step taken there
 
 
@@ -153,7 +153,7 @@ class TrainSection(Section):
     keep_last: Positive = 2  # complete checkpoints to keep
     keep_every: Count = 0  # besides, keep every checkpoint whose step is a multiple of this; 0: none
     max_skipped_steps: Positive = 3  # optimizer steps in a row whose gradient is not finite; then the run stops
-    async_save: bool = False  # write checkpoints beside the training
+    async_save: bool = False  # write checkpoints while training goes on
     # steps between evaluations on data.validation; 0: only before the first step and after the last. RL plays whole
     # conversations, SFT measures the loss on assistant tokens
     eval_interval: Count = 0
