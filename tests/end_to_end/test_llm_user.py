@@ -145,6 +145,6 @@ def test_a_poor_user_plays_and_is_seen(server: str, model: Path, tmp_path: Path,
     assert stop is None
     if json_schema:
         assert turns, "the server sees to it that the fields are there"
-    else:  # of 135 M parameters: hardly a reply has the fields
-        assert sum(counts[name] for name in CHECKS) > 0
-        assert warnings
+    # 135 M parameters: most replies are poor, but now and then one is well formed
+    poor = {name for name, check in CHECKS.items() if counts[name] and check.warn is not None}
+    assert {name for name in CHECKS if any(f"({name}:" in warning for warning in warnings)} == poor
