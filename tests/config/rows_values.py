@@ -1,0 +1,173 @@
+"""Rows of the table of bad inputs: values of the wrong type, out of range, or at odds with another."""
+
+from __future__ import annotations
+
+from tests.config.table import Row
+
+
+def rl(override: str | tuple[str, ...], *says: str, name: str = "") -> Row:
+    """Named after its first override; its key must be in the sentence."""
+    overrides = (override,) if isinstance(override, str) else override
+    key = overrides[0].split("=")[0]
+    return Row(name or overrides[0].replace("/", "|"), "train_rl", overrides, (key, *says))
+
+
+NO_NUMBERS = [
+    rl("optimizer.lr=yes", "number", "true", name="bool-lr"),
+    rl("optimizer.weight_decay=off", "number", "false"),
+    rl("rollout.temperature=true", "number", "true"),
+    rl("train.steps=yes", "number", "true"),
+    rl("rollout.num_replies=on", "number", "true"),
+    rl("engine.startup_timeout_s=true", "number"),
+    rl("engine.max_total_tokens=true", "number"),
+    rl("train.epochs=yes", "number"),
+    rl("run.seed=false", "number"),
+    rl("reward.metric_weights={accuracy: yes}", "accuracy", "number"),
+    rl("simulators.health.warn={question: yes}", "number"),
+    rl("simulators.user.mixture=[{model: a, weight: yes}]", "weight", "number"),
+    rl("train.steps=three", "integer", "three"),
+    rl("train.steps=1.5", "integer", "1.5"),
+    rl("train.steps=[3]", "integer", "list"),
+    rl("train.steps={a: 3}", "integer", "mapping"),
+    rl("optimizer.lr=fast", "number", "fast"),
+    rl("train.packing=maybe", "true"),
+    rl("train.packing=2", "true"),
+    rl("run.name=5", "string", "quote"),
+    rl("run.name=null", "string"),
+    rl("run.name=[a]", "string", "list"),
+    rl("model.path=5", "string"),
+    rl("run.dir=5", "path"),
+    rl("run.dir=null", "path"),
+    rl("data.train=5", "path"),
+    rl("data.train=[5]", "path"),
+    rl("data.train={a: b}", "path"),
+    rl("reward.metric_modules=my_metrics", "list"),
+    rl("engine.urls=http://127.0.0.1:1", "list"),
+    rl("engine.extra_args=--log-requests", "list"),
+    rl("engine.extra_args=[5]", "string"),
+    rl("rollout.thought_tags=[a]", "2"),
+    rl("rollout.thought_tags=['', b]", "1 character"),
+]
+
+NOT_FINITE = [
+    rl("optimizer.lr=.inf", "finite"),
+    rl("optimizer.lr=.nan", "finite"),
+    rl("optimizer.min_lr=.inf", "finite"),
+    rl("optimizer.eps=.nan", "finite"),
+    rl("optimizer.clip_grad=.inf", "finite"),
+    rl("rollout.temperature=.inf", "finite"),
+    rl("rollout.cut_penalty=.nan", "finite"),
+    rl("rollout.step_timeout_s=.inf", "finite"),
+    rl("engine.request_timeout_s=.inf", "finite"),
+    rl("algorithm.kl_coef=.nan", "finite"),
+    rl("algorithm.clip_low=.inf", "finite"),
+    rl("algorithm.advantage_eps=.nan", "finite"),
+    rl("sync.max_logprob_gap=.inf", "finite"),
+    rl("train.epochs=.inf", "finite"),
+    rl("budget.hard_usd=.nan", "finite"),
+    rl("budget.hard_usd=.inf", "finite"),
+    rl("simulators.user.temperature=.nan", "finite"),
+    rl("simulators.user.input_usd_per_mtoken=.inf", "finite"),
+    rl("reward.metric_weights={accuracy: .nan}", "accuracy", "finite"),
+    rl("reward.metric_weights={accuracy: .inf}", "accuracy", "finite"),
+]
+
+OUT_OF_RANGE = [
+    rl("train.steps=0", "greater than 0", "0"),
+    rl("train.steps=-3", "greater than 0", "-3"),
+    rl("train.steps=1" + "0" * 30, "less than", name="train.steps-huge"),
+    rl("train.epochs=0", "greater than 0"),
+    rl("train.save_interval=-1", "greater than or equal to 0"),
+    rl("train.micro_batch_tokens=0", "greater than 0"),
+    rl("optimizer.lr=0", "greater than 0"),
+    rl("optimizer.lr=-1", "greater than 0"),
+    rl("optimizer.beta1=1.5", "less than or equal to 1"),
+    rl("run.seed=-1", "greater than or equal to 0"),
+    rl("run.seed=100000000000000000000000", "less than", name="huge-seed"),
+    rl("run.seed=1" + "0" * 5000, "run.seed", name="seed-of-5000-digits"),
+    rl("parallel.data=0", "greater than 0"),
+    rl("parallel.data=-2", "greater than 0"),
+    rl("parallel.data=1000000", "lower"),
+    rl("parallel.tensor=1000000", "divide", "2"),
+    rl("parallel.pipeline=1000000", "divide", "2"),
+    rl("parallel.expert=1000000", "experts"),
+    rl("parallel.context=1000000", "transformer-engine"),
+    rl("engine.count=1000000", "lower"),
+    rl("engine.tensor=1000000", "lower"),
+    rl("rollout.prompts_per_step=1000000000000000", "less than", name="prompts-per-step-huge"),
+    rl("rollout.prompts_per_step=1000000000", "lower", name="prompts-per-step-large"),
+    rl("rollout.num_replies=1", "greater than or equal to 2"),
+    rl("rollout.temperature=0", "0.01"),
+    rl("rollout.temperature=-1", "0.01"),
+    rl("rollout.top_p=0.5", "leave top_p=1"),
+    rl("engine.port=99999", "65535"),
+    rl("engine.port=-1", "greater than or equal to 0"),
+    rl("engine.mem_fraction=1.5", "less than 1"),
+    rl("engine.mem_fraction=0", "greater than 0"),
+    rl("simulators.user.max_tokens=0", "greater than 0"),
+    rl("simulators.user.weight=0", "greater than 0"),
+    rl("simulators.user.temperature=-1", "greater than or equal to 0"),
+    rl("simulators.health.stop={question: 2}", "less than or equal to 1"),
+    rl("budget.hard_usd=0", "greater than 0"),
+    rl("budget.hard_calls=-5", "greater than 0"),
+    rl("evaluation.num_tasks=0", "greater than 0"),
+]
+
+CHOICES = [
+    rl("optimizer.schedule=cosin", "'cosine'"),
+    rl("model.dtype=float16", "'bfloat16'"),
+    rl("parallel.device=gpu", "'cuda'"),
+    rl("engine.placement=colocate", "'colocated'"),
+    rl("sync.transport=nccl", "'broadcast'"),
+    rl("sync.pause=yes", "'in_place'"),
+    rl("journal.replay=off", "quote", "'off'", name="yaml-reads-off-as-false"),
+    rl("journal.replay=never", "'auto'"),
+    rl("run.resume=maybe", "'auto'"),
+    rl("reward.accuracy_verifier=exactly", "'exact'"),
+    rl("record.compress=gzip", "'zstd'"),
+    rl("train.recompute=true", "'full'"),
+]
+
+AT_ODDS = [
+    rl("reward.metric_weights={}", "at least one"),
+    rl("reward.metric_weights={accuracy: 0, interactivity: 0}", "0"),
+    rl("reward.metric_weights={bleu: 1}", "'bleu'", "accuracy, interactivity", name="unknown-metric"),
+    rl("reward.settings={bleu: {a: 1}}", "'bleu'", "known"),
+    rl("reward.settings={accuracy: {a: 1}}", "no settings"),
+    rl(("simulators.judge=null", "reward.metric_weights={interactivity: 1}"), "reward.judges.interactivity"),
+    rl(("optimizer.warmup_steps=3", "optimizer.schedule=linear"), "lower it"),
+    rl("rollout.min_replies=3", "rollout.num_replies"),
+    rl("algorithm.mini_batches=5", "rollout.prompts_per_step"),
+    rl("driver.shards=5", "lower it"),
+    rl("driver.oversample_prompts=2", "driver.max_staleness"),
+    rl("driver.refill_groups=5", "lower it"),
+    rl("driver.min_futures=9", "rollout.num_repeat_rollouts"),
+    rl(("train.packing=true", "parallel.context=2"), "parallel.context"),
+    rl(("train.epochs=1",), "train.steps", "leave one out"),
+    rl(("engine.port=65535", "engine.count=2"), "engine.count=2"),
+    rl(("rollout.max_prompt_tokens=1",), "raise rollout.max_prompt_tokens"),
+    rl(("rollout.max_new_tokens=100000",), "lower rollout.max_new_tokens"),
+    rl(("engine.context_length=10",), "lower rollout.max_new_tokens"),
+    rl(("engine.context_length=100000",), "max_position_embeddings", "lower"),
+    rl(("train.eval_interval=1", "data.validation=null"), "data.validation"),
+]  # fmt: skip
+
+OTHERS = [
+    Row("sft-data-ranks", "train_sft", ("parallel.data=1000000",), ("parallel.data=1000000", "batch_size")),
+    Row("sft-batch-size", "train_sft", ("batch_size=0",), ("batch_size", "greater than 0")),
+    Row("sft-batch-size-huge", "train_sft", ("batch_size=1" + "0" * 20,), ("batch_size", "less than")),
+    Row("sft-max-tokens", "train_sft", ("max_tokens=1",), ("max_tokens", "raise")),
+    Row("sft-lr", "train_sft", ("optimizer.lr=yes",), ("optimizer.lr", "number")),
+    Row("sft-export-weights", "train_sft", ("export_weights=newest",), ("export_weights", "'best'")),
+    Row("evaluate-temperature", "evaluate", ("evaluation.temperature=.nan",), ("evaluation.temperature", "finite")),
+    Row("evaluate-without-held-out", "evaluate", ("data.validation=null",), ("data.validation", "parquet")),
+    Row("evaluate-empty-weights", "evaluate", ("reward.metric_weights={}",), ("reward.metric_weights", "at least one")),
+    Row("evaluate-tasks", "evaluate", ("evaluation.num_tasks=yes",), ("evaluation.num_tasks", "number")),
+    Row("build-seed", "build", ("seed=100000000000000000000",), ("seed", "less than")),
+    Row("build-processes", "build", ("processes=0",), ("processes", "greater than 0")),
+    Row("build-processes-huge", "build", ("processes=100000",), ("processes", "lower")),
+    Row("build-concurrency", "build", ("max_concurrency=yes",), ("max_concurrency", "number")),
+    Row("build-no-assistant", "build", ("simulators.assistant=null",), ("simulators.assistant", "name the model")),
+]
+
+ROWS = (*NO_NUMBERS, *NOT_FINITE, *OUT_OF_RANGE, *CHOICES, *AT_ODDS, *OTHERS)
