@@ -3,7 +3,7 @@
 A config file holds only what differs from the defaults here. Entry points combine the sections (config/entry.py).
 """
 
-from collab_megatron.config.sections.base import Count, Finite, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Count, Finite, Named, Positive, Seconds, Section, Seed, Share
 from collab_megatron.config.sections.engine import EngineSection, SyncSection
 from collab_megatron.config.sections.llm import (
     BudgetSection,
@@ -48,6 +48,7 @@ __all__ = [
     "JudgeSection",
     "LLMSection",
     "ModelSection",
+    "Named",
     "OptimizerSection",
     "ParallelSection",
     "Positive",
@@ -57,6 +58,7 @@ __all__ = [
     "RunSection",
     "Seconds",
     "Section",
+    "Seed",
     "Share",
     "SimulatorSection",
     "SimulatorsSection",

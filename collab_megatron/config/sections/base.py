@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from collab_megatron.errors import UserError
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+LIMIT = 2**31  # of counts: what libraries below keep in 32 bits stays in range
+
+Positive = Annotated[int, Field(gt=0, lt=LIMIT)]
+Count = Annotated[int, Field(ge=0, lt=LIMIT)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Named = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """Unknown keys are refused (load.py names the nearest known one); values cannot change after loading."""
+    """Unknown keys are refused (load.py names the nearest known one); values cannot change after loading. No number is
+    infinite, and none is true or false."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_it_was_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Values that pydantic would take for others. Raises ValueError."""
+        field = cls.model_fields[info.field_name or ""]
+        taken = frozenset(_kinds(field.annotation))
+        for part in _parts(value):
+            if isinstance(part, bool):
+                _refuse_bool(part, taken)
+            elif isinstance(part, str | Path):
+                _refuse_text(str(part), part, taken)
+        return value
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> Self:
@@ -34,3 +53,41 @@ class Section(BaseModel):
             raise UserError(
                 f"{place!r}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})"
             ) from None
+
+
+def _refuse_bool(value: bool, taken: frozenset[Any]) -> None:
+    if bool in taken or Any in taken:
+        return
+    given = "true" if value else "false"
+    if int in taken or float in taken:
+        raise ValueError(f"{given} is no number")
+    if choices := sorted(kind for kind in taken if isinstance(kind, str)):
+        named = ", ".join(map(repr, choices))
+        raise ValueError(f"{given} is none of {named}: YAML reads yes, no, on and off as true and false, so quote it")
+
+
+def _refuse_text(text: str, part: str | Path, taken: frozenset[Any]) -> None:
+    if "\0" in text:
+        raise ValueError("it holds a NUL character: remove it")
+    if part == "" and Path in taken and str not in taken:
+        raise ValueError("it is empty: name a file or folder, or leave it out")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """The value itself, or what a list or mapping holds."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of: types, and the values of a Literal with bool for true and false."""
+    if get_origin(annotation) is Annotated:
+        yield from _kinds(get_args(annotation)[0])
+    elif get_origin(annotation) is Literal:
+        yield from (bool if isinstance(choice, bool) else choice for choice in get_args(annotation))
+    elif inner := get_args(annotation):
+        for part in inner:
+            yield from _kinds(part)
+    else:
+        yield annotation

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Count, Named, Positive, Seconds, Section, Seed, Share
+
+LONGEST_NAME = 100  # bytes of a run's name; file names have 255, and the longest that are made of it add some 60
+_RUN_NAME = re.compile(r"\w[\w.+=@-]*")
 
 
 class RunSection(Section):
@@ -17,7 +21,7 @@ class RunSection(Section):
     # what tensorboard/, checkpoints/, conversations/, evaluations/, journal/, weights/ and logs/ call the run's own, so
     # that several runs share one dir
     name: str = "run"
-    seed: int = 1
+    seed: Seed = 1
     # true: go on from this run's newest complete checkpoint, whatever has changed in the config, and start where
     # there is none; auto: the same, but another run's checkpoints are refused (the default of slurm/*.sbatch, for jobs
     # that are requeued); false: refuse where there is one
@@ -26,6 +30,17 @@ class RunSection(Section):
     # this run starts from in the place of model.path's. Optimizer, steps, schedule and data order begin at zero;
     # model.path still gives tokenizer and architecture, and the reference of the KL term. A resume does not look at it
     init_from: Path | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        """Folders and files are called so: nothing that leads elsewhere, or that a shell takes for something else."""
+        if not _RUN_NAME.fullmatch(value) or len(value.encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"{value[:LONGEST_NAME]!r} names no folder: use letters, digits and . _ + = @ - after a letter or "
+                f"digit, {LONGEST_NAME} bytes at most"
+            )
+        return value
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -65,7 +80,7 @@ class RunSection(Section):
 class ModelSection(Section):
     """The model to train: a Hugging Face folder or hub name."""
 
-    path: str
+    path: Named
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
