@@ -55,6 +55,8 @@ def _sentence(kind: type[BaseModel], first: Any) -> str:
         return f"{dotted!r} is a list, not {shown(value)}: write its entries in [ ]"
     if reason == "string_type" and not isinstance(value, dict | list | tuple):
         return f"{dotted!r} should be a string (got {shown(value)}): quote it"
+    if reason == "string_too_short":
+        return f"{dotted!r} is empty: it needs a text, such as a name"
     if reason in ("bool_type", "bool_parsing"):
         return f"{dotted!r} should be true or false (got {shown(value)})"
     return f"{dotted!r}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {shown(value)})"

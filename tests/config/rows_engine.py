@@ -69,7 +69,7 @@ SERVICES = [
     rl("simulators.user.extra={temperature: 1}", "temperature", name="extra-own"),
     rl("simulators.user.extra={top_p: .nan}", "JSON", name="extra-nan"),
     rl("simulators.user.extra=5", "mapping", name="extra-number"),
-    rl('simulators.user.termination_signal=""', "1 character", name="signal-empty"),
+    rl('simulators.user.termination_signal=""', "empty", name="signal-empty"),
     rl('simulators.user.termination_signal="  "', "termination_signal", name="signal-blank"),
     rl("simulators.health.warn={no_such_check: 0.1}", "no_such_check", "known", name="health-unknown-check"),
     rl(("budget.hard_usd=3", "simulators.user.input_usd_per_mtoken=null"), "input_usd_per_mtoken", name="budget-without-price"),

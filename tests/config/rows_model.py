@@ -28,7 +28,7 @@ def config(name: str, changes: dict[str, Any], *says: str) -> Row:
         kept = {key: value for key, value in content.items() if value is not None}
         (folder / "config.json").write_text(json.dumps(kept))
 
-    return spoilt(f"config-json-{name}", change, "config.json", *says)
+    return spoilt(f"config-json-{name}", change, *says)
 
 
 def write(file: str, content: bytes) -> Callable[[Path], object]:
@@ -80,10 +80,18 @@ def _other_weights(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"x")
 
 
+def _architecture(name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**content, "architectures": [name]}))
+
+    return change
+
+
 PATHS = [
-    Row("model-path-missing", "train_rl", ("model.path=/no-such-model",), ("model.path", "/no-such-model", "folder")),
+    Row("model-path-missing", "train_rl", ("model.path=/no-such-model",), ("/no-such-model", "folder")),
     Row("model-path-empty", "train_rl", ("model.path=",), ("model.path", "string")),
-    Row("model-path-blank", "train_rl", ('model.path=""',), ("model.path", "folder")),
+    Row("model-path-blank", "train_rl", ('model.path=""',), ("model.path", "empty")),
     Row("model-path-nul", "train_rl", ('model.path="a\\0b"',), ("model.path", "NUL")),
     Row("model-path-is-a-file", "train_rl", ("model.path=WORLD/train.parquet",), ("train.parquet", "folder")),
     Row("model-path-is-empty", "train_rl", ("model.path=DIR/model",), ("config.json",), prepare=_empty_folder),
@@ -105,8 +113,8 @@ CONFIGS = [
     config("architectures-text", {"architectures": "LlamaForCausalLM"}, "architectures", "list", "LlamaForCausalLM"),
     config("architectures-number", {"architectures": 5}, "architectures", "list"),
     config("architectures-of-numbers", {"architectures": [5]}, "architectures", "list"),
-    config("architectures-empty", {"architectures": [], "model_type": None}, "architectures", "LlamaForCausalLM"),
-    config("architecture-unknown", {"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM", "supported"),
+    config("architectures-empty", {"architectures": [], "model_type": "gpt2"}, "gpt2", "LlamaForCausalLM"),
+    spoilt("architecture-unknown", _architecture("MambaForCausalLM"), "architecture", "MambaForCausalLM", "supported"),
     config("no-hidden-size", {"hidden_size": None}, "hidden_size"),
     config("hidden-size-text", {"hidden_size": "wide"}, "hidden_size", "wide", "number"),
     config("hidden-size-list", {"hidden_size": [256]}, "hidden_size", "number"),
@@ -139,8 +147,8 @@ CONFIGS = [
         "number",
     ),
     config("shapes", {"intermediate_size": 1024}, "shape"),
-    config("more-layers", {"num_hidden_layers": 4}, "missing"),
-    config("fewer-layers", {"num_hidden_layers": 1}, "does not have"),
+    config("more-layers", {"num_hidden_layers": 4}, "layers.2", "missing"),
+    config("fewer-layers", {"num_hidden_layers": 1}, "layers.1", "does not have"),
 ]
 
 WEIGHTS = [
