@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from collab_megatron.cluster.places import check_folder
 from collab_megatron.demo.road import RoadSettings, ablate, walk
 from collab_megatron.demo.summary import print_summary
 from collab_megatron.errors import run_cli
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few steps of everything; nothing is learned")
     args = parser.parse_args()
     run_dir = args.run_dir.absolute()
+    check_folder("--run-dir", run_dir)
     settings = short_settings(run_dir, args.seed) if args.short else RoadSettings(run_dir, args.seed)
     summary = ablate(settings, REPOSITORY) if args.ablation else walk(settings, REPOSITORY)
     print_summary(summary, args.run_dir)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from collab_megatron.cluster.places import check_folder
 from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, text_or_file
 from collab_megatron.data.splits import DEFAULT_SHARE
 from collab_megatron.errors import UserError, run_cli
@@ -21,6 +22,7 @@ from collab_megatron.errors import UserError, run_cli
 def main() -> None:
     args = _arguments()
     _refuse_ignored(args)
+    check_folder("--output", args.output)
     system_prompt = text_or_file(args.system_prompt, "--system-prompt")
     shape = Shape(
         system_prompt=collaborative_prompt() if args.collaborative_prompt else system_prompt,

@@ -166,7 +166,7 @@ WEIGHTS = [
     spoilt("weights-is-a-folder", partial(folder_in_place, MODEL), MODEL),
     spoilt("weights-missing", remove(MODEL), "safetensors", "convert"),
     spoilt("weights-of-torch", _other_weights, "safetensors", "convert"),
-    spoilt("weights-dtype", entry("dtype", "I64"), NORM, "I64", "convert"),
+    spoilt("weights-dtype", entry("dtype", "I32"), NORM, "I32", "convert"),
     spoilt("weights-dtype-unknown", entry("dtype", "F99"), NORM, "F99"),
     spoilt("weights-shape", entry("shape", [255]), NORM, "255"),
     spoilt("weights-shape-text", entry("shape", "wide"), MODEL),

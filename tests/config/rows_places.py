@@ -48,7 +48,7 @@ RUN = [
     place("run-name-slash", "run.name=a/b", "a/b", "letters"),
     place("run-name-dots", "run.name=..", "'..'", "letters"),
     place("run-name-dot", "run.name=.", "letters"),
-    place("run-name-nul", 'run.name="a\\0b"', "letters"),
+    place("run-name-nul", 'run.name="a\\0b"', "NUL"),
     place("run-name-newline", 'run.name="a\\nb"', "letters"),
     place("run-name-empty", 'run.name=""', "letters"),
     place("run-name-long", "run.name=" + "a" * 300, "100"),
@@ -75,24 +75,31 @@ JOURNAL = [
     place("build-journal-in-proc", "journal.path=/proc/x/j.sqlite", "cannot be made", program="build"),
 ]
 
+
+
+def data(name: str, override: str, *says: str, prepare: Prepare | None = None, program: str = "train_rl") -> Row:
+    """A file of rows: the sentence names the file."""
+    return Row(name, program, (override,), says, prepare=prepare)
+
+
 DATA = [
-    place("data-missing", "data.train=DIR/none.parquet", "none.parquet", "prepare_dataset"),
-    place("data-is-a-folder", "data.train=DIR", "no file", "prepare_dataset"),
-    place("data-no-parquet", "data.train=DIR/f", "parquet", prepare=file("f")),
+    data("data-missing", "data.train=DIR/none.parquet", "none.parquet", "prepare_dataset"),
+    data("data-is-a-folder", "data.train=DIR", "no file", "prepare_dataset"),
+    data("data-no-parquet", "data.train=DIR/f", "/f ", "parquet", prepare=file("f")),
     place("data-empty-list", "data.train=[]", "at least one"),
     place("data-twice", "data.train=[WORLD/train.parquet, WORLD/train.parquet]", "twice"),
     place("data-nul", 'data.train="a\\0b"', "NUL"),
     place("data-blank", 'data.train=""', "empty"),
-    place("data-of-sft", "data.train=WORLD/sft.parquet", "column", "prepare_dataset"),
-    place("validation-missing", "data.validation=DIR/none.parquet", "none.parquet", "prepare_dataset"),
-    place("sft-data-of-rl", "data.train=WORLD/train.parquet", "column", "prepare_dataset", program="train_sft"),
-    place("sft-data-missing", "data.train=DIR/none.parquet", "none.parquet", program="train_sft"),
+    data("data-of-sft", "data.train=WORLD/sft.parquet", "column", "prepare_dataset"),
+    data("validation-missing", "data.validation=DIR/none.parquet", "none.parquet", "prepare_dataset"),
+    data("sft-data-of-rl", "data.train=WORLD/train.parquet", "column", "prepare_dataset", program="train_sft"),
+    data("sft-data-missing", "data.train=DIR/none.parquet", "none.parquet", program="train_sft"),
     place("problems-missing", "problems=DIR/none.jsonl", "none.jsonl", program="build"),
-    place("problems-no-json", "problems=DIR/p.jsonl", "line 1", prepare=file("p.jsonl", b"{"), program="build"),
-    place("problems-list", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b"[1]\n"), program="build"),
-    place("problems-empty", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b""), program="build"),
-    place("problems-not-utf8", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b"\xff\n"), program="build"),
-    place("problems-deep", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b"[" * 99999), program="build"),
+    data("problems-no-json", "problems=DIR/p.jsonl", "line 1", prepare=file("p.jsonl", b"{"), program="build"),
+    data("problems-list", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b"[1]\n"), program="build"),
+    data("problems-empty", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b""), program="build"),
+    data("problems-not-utf8", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b"\xff\n"), program="build"),
+    data("problems-deep", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b"[" * 99999), program="build"),
     place("build-tokenizer-missing", "tokenizer=DIR/none", "tokenizer", program="build"),
     place("build-output-is-a-file", "output=DIR/f", "is a file", prepare=file("f"), program="build"),
 ]
@@ -103,7 +110,7 @@ OUTPUTS = [
     place("export-hf-not-empty", "export_hf=DIR/hf", "not empty", prepare=file("hf/a"), program="train_sft"),
     place("export-hf-in-proc", "export_hf=/proc/x/hf", "cannot be made", program="train_sft"),
     place("export-hf-nul", 'export_hf="a\\0b"', "NUL", program="train_sft"),
-    place("output-is-a-folder", "output=DIR/o", "folder", ".json", prepare=folder("o"), program="evaluate"),
+    place("output-is-a-folder", "output=DIR/o", "folder", "name one", prepare=folder("o"), program="evaluate"),
     place("output-below-a-file", "output=DIR/f/o.json", "is a file", prepare=file("f"), program="evaluate"),
     place("output-jsonl", "output=DIR/o.jsonl", ".json file", program="evaluate"),
     place("output-in-proc", "output=/proc/x/o.json", "cannot be made", program="evaluate"),
@@ -113,9 +120,9 @@ PROMPTS = [
     place("prompt-file-missing", "simulators.user.prompt_file=DIR/none.txt", "none.txt"),
     place("prompt-file-is-a-folder", "simulators.user.prompt_file=DIR", "cannot be read"),
     place("prompt-file-not-utf8", "simulators.user.prompt_file=DIR/p.txt", "utf-8", prepare=file("p.txt", b"\xff")),
-    place("prompt-file-empty", "simulators.user.prompt_file=DIR/p.txt", "$chat", prepare=file("p.txt", b"")),
-    place("prompt-file-lone-dollar", "simulators.user.prompt_file=DIR/p.txt", "$$", prepare=file("p.txt", b"5 $ $chat")),
-    place("prompt-file-unknown-name", "simulators.user.prompt_file=DIR/p.txt", "$qqq", prepare=file("p.txt", b"$chat $request $qqq")),
+    data("prompt-file-empty", "simulators.user.prompt_file=DIR/p.txt", "p.txt", "$chat", prepare=file("p.txt", b"")),
+    data("prompt-file-lone-dollar", "simulators.user.prompt_file=DIR/p.txt", "p.txt", "$$", prepare=file("p.txt", b"5 $ $chat")),
+    data("prompt-file-unknown-name", "simulators.user.prompt_file=DIR/p.txt", "p.txt", "$qqq", prepare=file("p.txt", b"$chat $request $qqq")),
     place("prompt-file-nul", 'simulators.user.prompt_file="a\\0b"', "NUL"),
     place("judge-prompt-file-missing", "simulators.judge.prompt_file=DIR/none.txt", "none.txt"),
     place("unused-prompt-file-missing", "reward.accuracy_prompt_file=DIR/none.txt", "none.txt"),
@@ -149,7 +156,7 @@ MODULES = [
     module("module-empty", "''", "name a module"),
     module("module-with-a-slash", "a/b", "a/b", "name a module"),
     module("module-two-dots", "a..b", "a..b", "name a module"),
-    module("module-nul", '"a\\0b"', "name a module"),
+    module("module-nul", '"a\\0b"', "NUL"),
     module("module-number", "5", "string"),
     module("module-missing", "no_such_module", "no_such_module", "name a module"),
     module("module-file-missing", "DIR/none.py", "none.py", "name a module"),

@@ -25,8 +25,15 @@ def _torn_checkpoint(own: Path, world: World) -> None:
     (own / "step_00000001" / "complete.json").write_text('{"format": 2}')
 
 
+def _whole_checkpoint(own: Path, world: World) -> None:
+    """As far as its marker."""
+    (own / "step_00000001").mkdir()
+    marker = {"format": 2, "step": 1, "extra": {}, "layout": {}}
+    (own / "step_00000001" / "complete.json").write_text(json.dumps(marker))
+
+
 COMMAND_LINE = [
-    row("gpus-without-dry-run", "show", "", "file"),
+    row("no-arguments", "show", "", "file"),
     Row("gpus-nonsense", "train_rl", ("--gpus", "lots"), ("--gpus lots", "8x80")),
     Row("gpus-zero", "train_rl", ("--gpus", "0x80"), ("--gpus 0x80", "8x80")),
     Row("gpus-huge", "train_rl", ("--gpus", "1" + "0" * 5000 + "x80"), ("--gpus",)),
@@ -62,7 +69,7 @@ PREPARE = [
     row("prepare-share-text", "prepare", "--dataset a --dataset-type rl --output DIR/o --validation-share x", "--validation-share"),
     row("prepare-rows-0", "prepare", "--dataset WORLD/problems.jsonl --dataset-type rl --output DIR/o --max-rows 0", "--max-rows"),
     row("prepare-type", "prepare", "--dataset a --dataset-type dpo --output DIR/o", "--dataset-type", "dpo"),
-    row("prepare-output-is-a-file", "prepare", "--dataset WORLD/problems.jsonl --dataset-type rl --output DIR/f", "f", prepare=file("f")),
+    row("prepare-output-is-a-file", "prepare", "--dataset WORLD/problems.jsonl --dataset-type rl --output DIR/f", "--output", "is a file", prepare=file("f")),
 ]  # fmt: skip
 
 CONVERT = [
@@ -78,7 +85,7 @@ CONVERT = [
     row("convert-file-as-checkpoint", "convert", "megatron-to-hf --checkpoint DIR/f --output DIR/o", "checkpoint", prepare=file("f")),
     row("convert-torn-checkpoint", "convert", "megatron-to-hf --checkpoint DIR/step_00000001 --output DIR/o", "complete", prepare=_torn_checkpoint),
     row("convert-no-best", "convert", "megatron-to-hf --checkpoint DIR --output DIR/o --best", "best.json", "--best"),
-    row("convert-shard-size", "convert", "megatron-to-hf --checkpoint DIR --output DIR/o --max-shard-size huge", "huge", "5GB"),
+    row("convert-shard-size", "convert", "megatron-to-hf --checkpoint DIR/step_00000001 --output DIR/o --max-shard-size huge", "huge", "5GB", prepare=_whole_checkpoint),
     row("convert-command", "convert", "hf-to-mars", "hf-to-mars"),
     row("to-hf-no-checkpoint", "to_hf", "DIR DIR/o", "complete"),
     row("to-hf-arguments", "to_hf", "DIR", "to_hf STEP_FOLDER OUTPUT"),

@@ -147,7 +147,7 @@ AT_ODDS = [
     rl(("engine.port=65535", "engine.count=2"), "engine.count=2"),
     rl(("rollout.max_prompt_tokens=1",), "raise rollout.max_prompt_tokens"),
     rl(("rollout.max_new_tokens=100000",), "lower rollout.max_new_tokens"),
-    rl(("engine.context_length=10",), "lower rollout.max_new_tokens"),
+    Row("context-length-10", "train_rl", ("engine.context_length=10",), ("engine.context_length", "lower rollout.max_new_tokens")),
     rl(("engine.context_length=100000",), "max_position_embeddings", "lower"),
     rl(("train.eval_interval=1", "data.validation=null"), "data.validation"),
 ]  # fmt: skip

@@ -33,6 +33,8 @@ class Section(BaseModel):
         """Values that pydantic would take for others. Raises ValueError."""
         field = cls.model_fields[info.field_name or ""]
         taken = frozenset(_kinds(field.annotation))
+        if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in taken):
+            return value  # it looks at its own values
         for part in _parts(value):
             if isinstance(part, bool):
                 _refuse_bool(part, taken)
