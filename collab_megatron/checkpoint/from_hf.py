@@ -27,8 +27,8 @@ from collab_megatron.checkpoint.pieces import Piece, memoryless_actor, pieces
 from collab_megatron.checkpoint.state import PROGRESS, layout_of
 from collab_megatron.checkpoint.together import together
 from collab_megatron.convert.disk import fsync_folder, is_disk_full
-from collab_megatron.convert.hf_folder import copy_companions
 from collab_megatron.convert.headers import StoredTensor, read_headers
+from collab_megatron.convert.hf_folder import copy_companions
 from collab_megatron.convert.inventory import check_names
 from collab_megatron.convert.layout import read_hf_config
 from collab_megatron.convert.loader import SafetensorsFolder

@@ -16,7 +16,7 @@ SHOWN = 60  # characters of a value
 
 
 def explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first error, and how many more there are. An unknown key goes first: what is missing may be its right name."""
+    """The first error, and the number of others. An unknown key goes first: its right name may be what is missing."""
     found = error.errors(include_url=False, include_input=True)
     found.sort(key=lambda one: one["type"] != "extra_forbidden")
     first, *more = found

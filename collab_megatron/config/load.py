@@ -105,7 +105,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node[parent] = {}
         node = node[parent]
         if isinstance(node, list):
-            raise UserError(f"override {_cut(override)!r}: {parent} holds a list: give the list as a whole, {parent}=[...]")
+            raise UserError(
+                f"override {_cut(override)!r}: {parent} holds a list: give the list as a whole, {parent}=[...]"
+            )
         if not isinstance(node, dict):
             raise UserError(f"override {_cut(override)!r}: {parent} is a value, not a section")
     try:

@@ -1,6 +1,6 @@
 """What safetensors files claim to hold, held against their sizes: a file cut short is found before a process starts.
 
-A file is a length, a JSON header, then the tensors' bytes one after the other. Pure: no torch, nothing but headers read.
+A file is a length, a JSON header, then the tensors' bytes one after the other. Pure: no torch, only headers are read.
 """
 
 from __future__ import annotations

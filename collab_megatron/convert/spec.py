@@ -178,8 +178,8 @@ def _rope(hf_config: Mapping[str, Any]) -> RopeSpec:
             whole(rope, "original_max_position_embeddings"),
         )
     raise UserError(
-        f"config.json of the model has rotary embeddings of type {kind!r}, which are not supported; supported are "
-        "default, linear, llama3"
+        f"config.json of the model: rotary embeddings of type {kind!r} are not supported; supported are default, "
+        "linear, llama3"
     )
 
 

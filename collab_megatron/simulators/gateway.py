@@ -95,7 +95,7 @@ class Gateway:
         for parts in self._parts.values():
             for _, where, section in parts:
                 for place, way in _deployment_ways(where, section):
-                    self._api.check_model(place, way.model)
+                    self._api.check_model(place, way.model, way.api_base, section.extra.get("custom_llm_provider"))
 
     def snapshot(self) -> GatewaySnapshot:
         """The counters as they stand; `after - before` is what happened in between."""

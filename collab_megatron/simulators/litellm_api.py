@@ -108,10 +108,10 @@ class LiteLLMApi:
         ):
             callbacks.clear()
 
-    def check_model(self, where: str, model: str) -> None:
-        """Raise UserError for a name whose provider LiteLLM does not know."""
+    def check_model(self, where: str, model: str, api_base: str | None, provider: str | None) -> None:
+        """Raise UserError for a name whose provider LiteLLM knows neither by name nor by address. provider: typed."""
         try:
-            self._litellm.get_llm_provider(model)
+            self._litellm.get_llm_provider(model, custom_llm_provider=provider, api_base=api_base)
         except Exception:  # noqa: BLE001 - whatever LiteLLM raises, it would refuse the first call with it too
             raise UserError(
                 f"{where}.model={model}: LiteLLM knows no provider of it; write PROVIDER/MODEL, such as "

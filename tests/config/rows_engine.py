@@ -21,7 +21,11 @@ def _not_executable(own: Path, world: World) -> None:
 
 ENGINES = [
     rl("engine.host=203.0.113.7", "not an address of this machine", name="host-of-another"),
-    rl(("engine.host=203.0.113.7", "engine.port=30000"), "not an address of this machine", name="host-and-port-of-another"),
+    rl(
+        ("engine.host=203.0.113.7", "engine.port=30000"),
+        "not an address of this machine",
+        name="host-and-port-of-another",
+    ),
     rl("engine.host=no-such-host.invalid", "address of this machine", name="host-unknown"),
     rl(f"engine.host={LONG_HOST}", "too long", name="host-over-long"),
     rl((f"engine.host={LONG_HOST}", "engine.port=30000"), "too long", name="host-over-long-and-port"),
@@ -31,7 +35,13 @@ ENGINES = [
     rl('engine.host="a\\0b"', "NUL", name="host-nul"),
     rl("engine.host=127.0.0.1:30000", "engine.port", name="host-with-a-port"),
     rl("engine.python=no/python", "executable"),
-    Row("engine-python-not-executable", "train_rl", ("engine.python=DIR/python",), ("engine.python", "executable"), prepare=_not_executable),
+    Row(
+        "engine-python-not-executable",
+        "train_rl",
+        ("engine.python=DIR/python",),
+        ("engine.python", "executable"),
+        prepare=_not_executable,
+    ),
     rl("engine.extra_args=[--no-such-flag]", "--no-such-flag", "SGLang", name="sglang-unknown-flag"),
     rl("engine.extra_args=[--port, '1']", "--port", "engine.port", name="sglang-own-flag"),
     rl("engine.extra_args=[--tp=2]", "--tp", "engine.tensor", name="sglang-own-flag-with-value"),
@@ -45,7 +55,7 @@ ENGINES = [
     rl(f"engine.urls=['http://{LONG_HOST}:1']", "http://HOST:PORT", name="engine-url-over-long"),
     rl("engine.urls=['http://a:1', 'http://a:1/']", "twice", name="engine-url-twice"),
     rl(("engine.urls=['http://a:1']", "engine.count=2"), "engine.count", name="engine-urls-and-count"),
-]  # fmt: skip
+]
 
 SERVICES = [
     rl('simulators.user.model=""', "name", name="llm-model-empty"),
@@ -61,7 +71,11 @@ SERVICES = [
     rl('simulators.user.api_base="http://a\\0b:1/v1"', "NUL", name="api-base-nul"),
     rl("simulators.user.api_key_env=NO_SUCH_KEY_IS_SET", "NO_SUCH_KEY_IS_SET", "set", name="api-key-not-set"),
     rl('simulators.user.api_key_env=""', "empty", name="api-key-env-empty"),
-    rl("simulators.judge.deployments=[{model: m, api_key_env: NO_SUCH_KEY_IS_SET}]", "NO_SUCH_KEY_IS_SET", name="api-key-of-a-deployment"),
+    rl(
+        "simulators.judge.deployments=[{model: m, api_key_env: NO_SUCH_KEY_IS_SET}]",
+        "NO_SUCH_KEY_IS_SET",
+        name="api-key-of-a-deployment",
+    ),
     rl("simulators.user.extra={api_key: abc}", "secret", "api_key_env", name="extra-secret"),
     rl("simulators.user.extra={temperature: 1}", "temperature", name="extra-own"),
     rl("simulators.user.extra={top_p: .nan}", "JSON", name="extra-nan"),
@@ -69,7 +83,11 @@ SERVICES = [
     rl('simulators.user.termination_signal=""', "empty", name="signal-empty"),
     rl('simulators.user.termination_signal="  "', "termination_signal", name="signal-blank"),
     rl("simulators.health.warn={no_such_check: 0.1}", "no_such_check", "known", name="health-unknown-check"),
-    rl(("budget.hard_usd=3", "simulators.user.input_usd_per_mtoken=null"), "input_usd_per_mtoken", name="budget-without-price"),
-]  # fmt: skip
+    rl(
+        ("budget.hard_usd=3", "simulators.user.input_usd_per_mtoken=null"),
+        "input_usd_per_mtoken",
+        name="budget-without-price",
+    ),
+]
 
 ROWS = (*ENGINES, *SERVICES)

@@ -1,4 +1,4 @@
-"""Rows of the table of bad inputs: model folders whose config, weights, tokenizer or template are not what they should be."""
+"""Rows of the table of bad inputs: config, weights, tokenizer and template of model folders."""
 
 from __future__ import annotations
 

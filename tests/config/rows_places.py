@@ -71,10 +71,11 @@ JOURNAL = [
     place("journal-empty", 'journal.path=""', "empty"),
     place("journal-only-without-one", "journal.replay=only", "no journal", "journal.path"),
     place("evaluate-journal-in-proc", "journal.path=/proc/x/j.sqlite", "cannot be made", program="evaluate"),
-    Row("journal-default-no-sqlite", "train_rl", (), ("SQLite", "journal.path"), prepare=file("run/journal/run.sqlite")),
+    Row(
+        "journal-default-no-sqlite", "train_rl", (), ("SQLite", "journal.path"), prepare=file("run/journal/run.sqlite")
+    ),
     place("build-journal-in-proc", "journal.path=/proc/x/j.sqlite", "cannot be made", program="build"),
 ]
-
 
 
 def data(name: str, override: str, *says: str, prepare: Prepare | None = None, program: str = "train_rl") -> Row:
@@ -105,7 +106,9 @@ DATA = [
 ]
 
 OUTPUTS = [
-    place("export-hf-is-a-file", "export_hf=DIR/f", "is a file", "choose another", prepare=file("f"), program="train_sft"),
+    place(
+        "export-hf-is-a-file", "export_hf=DIR/f", "is a file", "choose another", prepare=file("f"), program="train_sft"
+    ),
     place("export-hf-below-a-file", "export_hf=DIR/f/hf", "is a file", prepare=file("f"), program="train_sft"),
     place("export-hf-not-empty", "export_hf=DIR/hf", "not empty", prepare=file("hf/a"), program="train_sft"),
     place("export-hf-in-proc", "export_hf=/proc/x/hf", "cannot be made", program="train_sft"),
@@ -114,15 +117,27 @@ OUTPUTS = [
     place("output-below-a-file", "output=DIR/f/o.json", "is a file", prepare=file("f"), program="evaluate"),
     place("output-jsonl", "output=DIR/o.jsonl", ".json file", program="evaluate"),
     place("output-in-proc", "output=/proc/x/o.json", "cannot be made", program="evaluate"),
-]  # fmt: skip
+]
 
 PROMPTS = [
     place("prompt-file-missing", "simulators.user.prompt_file=DIR/none.txt", "none.txt"),
     place("prompt-file-is-a-folder", "simulators.user.prompt_file=DIR", "cannot be read"),
     place("prompt-file-not-utf8", "simulators.user.prompt_file=DIR/p.txt", "utf-8", prepare=file("p.txt", b"\xff")),
     data("prompt-file-empty", "simulators.user.prompt_file=DIR/p.txt", "p.txt", "$chat", prepare=file("p.txt", b"")),
-    data("prompt-file-lone-dollar", "simulators.user.prompt_file=DIR/p.txt", "p.txt", "$$", prepare=file("p.txt", b"5 $ $chat")),
-    data("prompt-file-unknown-name", "simulators.user.prompt_file=DIR/p.txt", "p.txt", "$qqq", prepare=file("p.txt", b"$chat $request $qqq")),
+    data(
+        "prompt-file-lone-dollar",
+        "simulators.user.prompt_file=DIR/p.txt",
+        "p.txt",
+        "$$",
+        prepare=file("p.txt", b"5 $ $chat"),
+    ),
+    data(
+        "prompt-file-unknown-name",
+        "simulators.user.prompt_file=DIR/p.txt",
+        "p.txt",
+        "$qqq",
+        prepare=file("p.txt", b"$chat $request $qqq"),
+    ),
     place("prompt-file-nul", 'simulators.user.prompt_file="a\\0b"', "NUL"),
     place("judge-prompt-file-missing", "simulators.judge.prompt_file=DIR/none.txt", "none.txt"),
     place("unused-prompt-file-missing", "reward.accuracy_prompt_file=DIR/none.txt", "none.txt"),
@@ -140,13 +155,17 @@ PROMPTS = [
     ),
     place("evaluate-prompt-file-missing", "simulators.user.prompt_file=DIR/none.txt", "none.txt", program="evaluate"),
     place("build-prompt-file-missing", "simulators.user.prompt_file=DIR/none.txt", "none.txt", program="build"),
-    place("assistant-prompt-file-missing", "simulators.assistant.prompt_file=DIR/none.txt", "none.txt", program="build"),
-]  # fmt: skip
+    place(
+        "assistant-prompt-file-missing", "simulators.assistant.prompt_file=DIR/none.txt", "none.txt", program="build"
+    ),
+]
 
 
 def module(name: str, entry: str, *says: str, content: bytes | None = None) -> Row:
     prepare = None if content is None else file("own_metric.py", content)
-    return Row(name, "train_rl", (f"reward.metric_modules=[{entry}]",), ("reward.metric_modules", *says), prepare=prepare)
+    return Row(
+        name, "train_rl", (f"reward.metric_modules=[{entry}]",), ("reward.metric_modules", *says), prepare=prepare
+    )
 
 
 OWN = "DIR/own_metric.py"
@@ -166,7 +185,13 @@ MODULES = [
     module("module-not-utf8", OWN, "own_metric.py", content=b"a = '\xff'\n"),
     module("module-nul-byte", OWN, "own_metric.py", content=b"a = '\0'\n"),
     module("module-imports-nothing", OWN, "own_metric.py", "no_such_thing", content=b"import no_such_thing\n"),
-    module("module-takes-a-name", OWN, "own_metric.py", "registered already", content=b"from collab_megatron.rewards import register_metric\nregister_metric('accuracy')(lambda context: None)\n"),
-]  # fmt: skip
+    module(
+        "module-takes-a-name",
+        OWN,
+        "own_metric.py",
+        "registered already",
+        content=b"from collab_megatron.rewards import register_metric as r\nr('accuracy')(lambda context: None)\n",
+    ),
+]
 
 ROWS = (*RUN, *JOURNAL, *DATA, *OUTPUTS, *PROMPTS, *MODULES)

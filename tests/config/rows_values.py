@@ -147,10 +147,15 @@ AT_ODDS = [
     rl(("engine.port=65535", "engine.count=2"), "engine.count=2"),
     rl(("rollout.max_prompt_tokens=1",), "raise rollout.max_prompt_tokens"),
     rl(("rollout.max_new_tokens=100000",), "lower rollout.max_new_tokens"),
-    Row("context-length-10", "train_rl", ("engine.context_length=10",), ("engine.context_length", "lower rollout.max_new_tokens")),
+    Row(
+        "context-length-10",
+        "train_rl",
+        ("engine.context_length=10",),
+        ("engine.context_length", "lower rollout.max_new_tokens"),
+    ),
     rl(("engine.context_length=100000",), "max_position_embeddings", "lower"),
     rl(("train.eval_interval=1", "data.validation=null"), "data.validation"),
-]  # fmt: skip
+]
 
 OTHERS = [
     Row("sft-data-ranks", "train_sft", ("parallel.data=1000000",), ("parallel.data=1000000", "batch_size")),

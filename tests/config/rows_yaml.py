@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.config.table import Row, World
 
-DEEP = 3000  # levels
+DEEP = 800  # levels
 
 
 def rl(name: str, *says: str, override: str | tuple[str, ...] = (), config: str | bytes | None = None) -> Row:
@@ -85,7 +85,12 @@ UNKNOWN = [
     rl("unknown-section", "'trian'", "train", config="extends: BASE\ntrian: {steps: 5}\n"),
     rl("unknown-key", "train.stepz", "'steps'", override="train.stepz=3"),
     rl("unknown-key-far-from-all", "train.qqq", "known keys", override="train.qqq=3"),
-    rl("unknown-key-of-deployment", "deployments.0.modle", "'model'", override="simulators.user.deployments=[{modle: a}]"),
+    rl(
+        "unknown-key-of-deployment",
+        "deployments.0.modle",
+        "'model'",
+        override="simulators.user.deployments=[{modle: a}]",
+    ),
     rl(
         "unknown-key-of-deployment-2",
         "simulators.judge.deployments.1.api_bse",
@@ -104,14 +109,24 @@ UNKNOWN = [
         "known keys",
         override="simulators.user.mixture=[{model: a, deployments: [{model: a, x: 1}]}]",
     ),
-    rl("unknown-key-of-metric-judge", "reward.judges.accuracy.modell", "'model'", override="reward.judges={accuracy: {modell: a}}"),
+    rl(
+        "unknown-key-of-metric-judge",
+        "reward.judges.accuracy.modell",
+        "'model'",
+        override="reward.judges={accuracy: {modell: a}}",
+    ),
     rl("unknown-key-of-health", "simulators.health.wran", "'warn'", override="simulators.health={wran: {}}"),
     rl("unknown-key-of-evaluation", "evaluation.nun_tasks", "'num_tasks'", override="evaluation.nun_tasks=3"),
     Row("unknown-key-sft", "train_sft", ("batch_sise=3",), ("'batch_sise'", "'batch_size'")),
     Row("unknown-key-evaluate", "evaluate", ("outputt=3",), ("'outputt'", "'output'")),
     Row("unknown-key-build", "build", ("proceses=3",), ("'proceses'", "'processes'")),
     rl("missing-model", "'model'", "not set", config="data: {train: a}\nsimulators: {user: {model: m}}\n"),
-    rl("missing-model-of-mixture", "simulators.user.mixture.0.model", "not set", override="simulators.user.mixture=[{}]"),
+    rl(
+        "missing-model-of-mixture",
+        "simulators.user.mixture.0.model",
+        "not set",
+        override="simulators.user.mixture=[{}]",
+    ),
     rl("section-of-sft-in-rl", "'batch_size'", "known keys", override="batch_size=3"),
 ]
 
@@ -123,12 +138,17 @@ OVERRIDES = [
     rl("override-ends-with-a-dot", "train.", "section.key=value", override="train.=3"),
     rl("override-space", "train. steps", "section.key=value", override="train. steps=3"),
     rl("override-below-a-value", "train.steps", "not a section", override="train.steps.x=3"),
-    rl("override-into-a-list", "deployments", "list", override=("simulators.user.deployments=[{model: a}]", "simulators.user.deployments.0.model=b")),
+    rl(
+        "override-into-a-list",
+        "deployments",
+        "list",
+        override=("simulators.user.deployments=[{model: a}]", "simulators.user.deployments.0.model=b"),
+    ),
     rl("override-bad-yaml", "train.steps=[", "not valid YAML", override="train.steps=["),
     rl("override-deep", "run.name", "nested", override="run.name=" + "[" * DEEP),
     rl("override-no-value", "optimizer.lr", "number", override="optimizer.lr="),
     rl("override-python-tag", "run.name", "not valid YAML", override="run.name=!!python/name:os.system"),
     Row("two-configs", "train_rl", ("BASE",), ("train_rl.yaml", "section.key=value")),
-]  # fmt: skip
+]
 
 ROWS = (*FILES, *EXTENDS, *SECTIONS, *UNKNOWN, *OVERRIDES)

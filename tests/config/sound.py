@@ -48,7 +48,10 @@ def write_world(folder: Path, model: Path, port: int) -> World:
         "train_rl": {**played, **cpu, "train": {"steps": 3}},
         "evaluate": {**played, **cpu},
         "train_sft": {
-            **{"model": named, "data": {"train": str(folder / "sft.parquet")}, "batch_size": 2, "max_tokens": 128},
+            "model": named,
+            "data": {"train": str(folder / "sft.parquet")},
+            "batch_size": 2,
+            "max_tokens": 128,
             **cpu,
             "train": {"steps": 3},
         },
