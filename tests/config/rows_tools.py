@@ -211,8 +211,6 @@ CONVERT = [
         prepare=_whole_checkpoint,
     ),
     row("convert-command", "convert", "hf-to-mars", "hf-to-mars"),
-    row("to-hf-no-checkpoint", "to_hf", "DIR DIR/o", "complete"),
-    row("to-hf-arguments", "to_hf", "DIR", "to_hf STEP_FOLDER OUTPUT"),
 ]
 
 REST = [

@@ -36,7 +36,6 @@ MODULES = {
     "plot": "tools.plot_curves",
     "demo": "tools.demo",
     "show": "collab_megatron.journal.show",
-    "to_hf": "collab_megatron.checkpoint.to_hf",
     "demo_model": "collab_megatron.demo.model",
     "demo_tasks": "collab_megatron.demo.tasks",
     "endpoint": "collab_megatron.demo.endpoint",
