@@ -299,6 +299,12 @@ def _check_trainer_devices(parallel: ParallelSection, engine: EngineSection | No
             f"{parallel.world_size:,} trainer ranks and {started:,} engine ranks are too many for the "
             f"{usable_cores()} cores of this machine: lower parallel.data, engine.count or engine.tensor"
         )
+    for key, threads in (
+        ("parallel.threads", parallel.threads),
+        ("engine.threads", None if engine is None else engine.threads),
+    ):
+        if node.here and threads is not None and threads > most:
+            raise UserError(f"{key}={threads} are too many for the {usable_cores()} cores of this machine: lower it")
     own = engine is not None and engine.placement == "disaggregated"
     _check_gpus(parallel, parallel.world_size + (started if own else 0), node)
 

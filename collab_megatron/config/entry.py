@@ -15,6 +15,7 @@ from collab_megatron.config.sections import (
     DriverSection,
     EngineSection,
     EvaluationSection,
+    FolderOrHubName,
     JournalSection,
     LLMSection,
     ModelSection,
@@ -240,7 +241,7 @@ class BuildDatasetConfig(Section):
 
     problems: Path  # JSONL: single_turn_prompt, single_turn_completion, [single_turn_metadata], [prompt]
     output: Path  # folder; conversations are appended, finished ones are never made twice
-    tokenizer: str | None = None  # HF folder that counts token_amount; None: whitespace words
+    tokenizer: FolderOrHubName | None = None  # HF folder that counts token_amount; None: whitespace words
     simulators: SimulatorsSection
     reward: RewardSection = RewardSection()
     seed: Seed = 1

@@ -48,7 +48,8 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no config file {path}: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"config file {path} cannot be read: {reason}") from None
     except NotYaml as error:
         raise UserError(f"config file {path}: {error}") from None
     raw = {} if raw is None else raw

@@ -95,7 +95,8 @@ PATHS = [
     Row("model-path-nul", "train_rl", ('model.path="a\\0b"',), ("model.path", "NUL")),
     Row("model-path-is-a-file", "train_rl", ("model.path=WORLD/train.parquet",), ("train.parquet", "folder")),
     Row("model-path-is-empty", "train_rl", ("model.path=DIR/model",), ("config.json",), prepare=_empty_folder),
-    Row("model-path-too-long", "train_rl", ("model.path=" + "a" * 5000,), ("model.path",)),
+    Row("model-path-too-long", "train_rl", ("model.path=" + "a" * 5000,), ("model.path", "too long")),
+    Row("evaluate-model-path-too-long", "evaluate", ("model.path=" + "a" * 300,), ("model.path", "too long")),
     Row("sft-model-path-missing", "train_sft", ("model.path=/no-such-model",), ("/no-such-model", "folder")),
     Row("evaluate-model-path-missing", "evaluate", ("model.path=/no-such-model",), ("/no-such-model", "folder")),
 ]

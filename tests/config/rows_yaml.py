@@ -65,6 +65,7 @@ EXTENDS = [
     rl("extends-missing", "none.yaml", "check the path", config="extends: none.yaml\n"),
     rl("extends-folder", "cannot be read", config="extends: ..\n"),
     rl("extends-nul", "extends", config='extends: "a\\0b"\n'),
+    rl("extends-over-long", "cannot be read", config="extends: " + "a" * 300 + "\n"),
     rl("extends-empty", "extends", "name", config='extends: ""\n'),
     Row("extends-circle", "train_rl", ("CONFIG=DIR/a.yaml",), ("extends", "circle"), prepare=_circle),
 ]

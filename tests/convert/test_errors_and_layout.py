@@ -205,5 +205,5 @@ def test_the_converters_module_wants_two_folders(monkeypatch: pytest.MonkeyPatch
     from collab_megatron.checkpoint import to_hf
 
     monkeypatch.setattr("sys.argv", ["to_hf", "one"])
-    with pytest.raises(UserError, match="name two folders: .* STEP_FOLDER OUTPUT"):
+    with pytest.raises(UserError, match=r"name two folders: .* STEP_FOLDER OUTPUT"):
         to_hf.main()

@@ -3,7 +3,17 @@
 A config file holds only what differs from the defaults here. Entry points combine the sections (config/entry.py).
 """
 
-from collab_megatron.config.sections.base import Count, Finite, Named, Positive, Seconds, Section, Seed, Share
+from collab_megatron.config.sections.base import (
+    Count,
+    Finite,
+    FolderOrHubName,
+    Named,
+    Positive,
+    Seconds,
+    Section,
+    Seed,
+    Share,
+)
 from collab_megatron.config.sections.engine import EngineSection, SyncSection
 from collab_megatron.config.sections.llm import (
     BudgetSection,
@@ -43,6 +53,7 @@ __all__ = [
     "EngineSection",
     "EvaluationSection",
     "Finite",
+    "FolderOrHubName",
     "HealthSection",
     "JournalSection",
     "JudgeSection",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from collab_megatron.errors import UserError
 
@@ -19,6 +19,8 @@ Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Named = Annotated[str, Field(min_length=1)]
+LONGEST_FILE, LONGEST_PATH = 255, 4095  # bytes; Linux's NAME_MAX and PATH_MAX
+FolderOrHubName = Annotated[str, Field(min_length=1), AfterValidator(lambda path: short_enough(path))]
 
 
 class Section(BaseModel):
@@ -71,8 +73,17 @@ def _refuse_bool(value: bool, taken: frozenset[Any]) -> None:
 def _refuse_text(text: str, part: str | Path, taken: frozenset[Any]) -> None:
     if "\0" in text:
         raise ValueError("it holds a NUL character: remove it")
-    if part == "" and Path in taken and str not in taken:
-        raise ValueError("it is empty: name a file or folder, or leave it out")
+    if Path in taken and str not in taken:
+        if part == "":
+            raise ValueError("it is empty: name a file or folder, or leave it out")
+        short_enough(text)
+
+
+def short_enough(path: str) -> str:
+    """`path` if a file system can have it. Raises ValueError."""
+    if len(path.encode()) > LONGEST_PATH or any(len(name.encode()) > LONGEST_FILE for name in path.split("/")):
+        raise ValueError(f"it is too long for a path: use names of at most {LONGEST_FILE} bytes, {LONGEST_PATH} in all")
+    return path
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from collab_megatron.config.sections.base import Count, Named, Positive, Seconds, Section, Seed, Share
+from collab_megatron.config.sections.base import Count, FolderOrHubName, Positive, Seconds, Section, Seed, Share
 
 LONGEST_NAME = 100  # bytes of a run's name; file names have 255, and the longest that are made of it add some 60
 _RUN_NAME = re.compile(r"\w[\w.+=@-]*")
@@ -80,7 +80,7 @@ class RunSection(Section):
 class ModelSection(Section):
     """The model to train: a Hugging Face folder or hub name."""
 
-    path: Named
+    path: FolderOrHubName
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
@@ -142,13 +142,19 @@ class OptimizerSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
     weight_decay: float = Field(default=0.0, ge=0)
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0)  # largest gradient norm; 0 turns clipping off
     distributed: bool = False  # megatron's DistributedOptimizer (optimizer state sharded over data ranks)
     overlap: bool | None = None  # reduce gradients and gather parameters during the computation; None: on GPUs
     cpu_offload: Share = 0.0  # share of master weights and moments that lives on the host, with the step taken there
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr={self.min_lr:g} is above optimizer.lr={self.lr:g}: lower it")
+        return self
 
 
 class TrainSection(Section):
