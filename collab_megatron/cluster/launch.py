@@ -6,7 +6,6 @@ If driver or trainer fails, all others are ended and its sentence becomes ours. 
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +31,8 @@ DRIVER_END_S = 60.0
 
 def launch_rl(config: RLConfig, start: RLStart) -> None:
     """Run engines, driver and trainers; returns when training is done. Raises RunError when a part fails."""
-    with (
-        Supervisor(config.run.logs_dir) as supervisor,
-        tempfile.TemporaryDirectory(prefix="collab_megatron_") as scratch,
-    ):
-        files = Path(scratch)
+    with Supervisor(config.run.logs_dir) as supervisor:
+        files = supervisor.scratch
         resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
         fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config))
         drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver")
