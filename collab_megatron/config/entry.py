@@ -30,6 +30,7 @@ from collab_megatron.config.sections import (
     SimulatorsSection,
     SyncSection,
     TrainSection,
+    Umask,
 )
 
 MAX_PORT = 65535
@@ -225,6 +226,7 @@ class BuildDatasetConfig(Section):
 
     problems: Path  # JSONL: single_turn_prompt, single_turn_completion, [single_turn_metadata], [prompt]
     output: Path  # folder; conversations are appended, finished ones are never made twice
+    umask: Umask = "077"  # whom that folder and its files are kept from, as run.umask
     tokenizer: str | None = None  # HF folder that counts token_amount; None: whitespace words
     simulators: SimulatorsSection
     reward: RewardSection = RewardSection()
