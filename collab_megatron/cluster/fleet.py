@@ -160,6 +160,7 @@ class Fleet:
             server.entry = replace(server.entry, ranks=_ranks_of(server.entry.url))
         else:
             server.child.essential = False  # from now on its death is mended
+            self._supervisor.note_shared_memory()
         server.ready = True
         word = "back" if server.entry.life else "ready"
         self._say(server, f"is {word} at {server.entry.url} after {time.monotonic() - server.began:.0f} s")
