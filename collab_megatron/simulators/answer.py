@@ -12,7 +12,7 @@ from collab_megatron.types import LLMReply
 
 
 class Observer(Protocol):
-    """Told of every fresh answer, for checks that go beyond one call."""
+    """Told of every answer, the journal's too, for checks that go beyond one call."""
 
     def provider(self, role: str, model: str, fingerprint: str, deployment: int = 0) -> None:
         """What the provider says that it was."""

@@ -16,7 +16,7 @@ from typing import Any
 from collab_megatron.text import joined
 
 SPACE = re.compile(r"(?:\s++|//[^\n]*+|/\*(?:[^*]|\*(?!/))*+(?:\*/|\Z))*+")
-CLOSERS = {'"': '"', "'": "'", "\u201c": "\u201d\"", "\u201d": "\u201d\"", "\u2018": "\u2019'"}
+CLOSERS = {'"': '"', "'": "'", "\u201c": '\u201d"', "\u201d": '\u201d"', "\u2018": "\u2019'"}
 """Opening quote -> what may close it."""
 NAME_AHEAD = r"[\"'\u201c\u201d\u2018]?[\w \-]{1,64}+[\"'\u201d\u2019]?\s*+:"
 AFTER_NAME = re.compile(r"\s*+:")
