@@ -44,7 +44,7 @@ FREE: Mapping[str, frozenset[str]] = {
     "reward": frozenset({"metric_modules"}),  # by content
     "optimizer": frozenset({"distributed", "overlap", "cpu_offload"}),
     "simulators": frozenset({"health", "assistant"}),  # limits of what is said; who builds data sets
-    "driver": frozenset({"shards", "future_timeout_s", "group_timeout_s", "max_restarts"}),
+    "driver": frozenset({"shards", "future_timeout_s", "group_timeout_s", "max_restarts", "max_unexpected_errors"}),
 }
 # of every LLM, wherever it stands: the way to it. Its model, temperature, lengths and prompts count
 LLM_FREE = frozenset(
