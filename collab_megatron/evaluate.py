@@ -25,7 +25,7 @@ from collab_megatron import __version__
 from collab_megatron.checkpoint.folders import read_info
 from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.cluster.converted import checkpoint_of, hf_folder_of
-from collab_megatron.cluster.launch import launch_engine_only
+from collab_megatron.cluster.launch import launch_engine_only, on_chosen_device
 from collab_megatron.cluster.preflight import check_evaluate
 from collab_megatron.cluster.processes import Supervisor
 from collab_megatron.config import EvaluateConfig, dump_config, load_config
@@ -130,6 +130,7 @@ def main() -> None:
         return
     if checkpoint is not None:
         config = with_model(given, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
+    config = on_chosen_device(config)
     output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
     with Supervisor(config.run.logs_dir) as supervisor:
         urls = launch_engine_only(supervisor, config)

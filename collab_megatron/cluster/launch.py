@@ -25,7 +25,7 @@ from collab_megatron.config.sections import ParallelSection
 from collab_megatron.engine.roster import RosterFolder
 from collab_megatron.engine.server_args import EngineCommand, engine_command
 
-C = TypeVar("C", RLConfig, SFTConfig)
+C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
 
 DRIVER_END_S = 60.0
 
@@ -33,7 +33,7 @@ DRIVER_END_S = 60.0
 def launch_rl(config: RLConfig, start: RLStart) -> None:
     """Run engines, driver and trainers; returns when training is done. Raises RunError when a part fails."""
     with (
-        Supervisor(config.run.logs_dir) as supervisor,
+        Supervisor(config.run.logs_dir, stopped_timeout_s=config.run.stopped_timeout_s) as supervisor,
         tempfile.TemporaryDirectory(prefix="collab_megatron_") as scratch,
     ):
         files = Path(scratch)
@@ -65,7 +65,7 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
 
 def launch_sft(config: SFTConfig) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
-    with Supervisor(config.run.logs_dir) as supervisor:
+    with Supervisor(config.run.logs_dir, stopped_timeout_s=config.run.stopped_timeout_s) as supervisor:
         resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(
