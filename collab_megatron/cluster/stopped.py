@@ -1,8 +1,8 @@
 """Finds processes that a signal has stopped (SIGSTOP, Ctrl-Z, a job manager's suspend): they hold everything, do
 nothing, and nobody hears of it: sockets stay open, and the kernel still accepts connections for them.
 
-The state stands in /proc, so that a look costs no more than a directory listing, whatever the process is: a server, one
-of its ranks, its detokenizer, a trainer rank, a driver. One that a debugger holds for a moment (state t) does not count.
+The state stands in /proc, so a look is cheap, whatever the process is: a server, one of its ranks, its detokenizer, a
+trainer rank, a driver. One that a debugger holds for a moment (state t) does not count.
 """
 
 from __future__ import annotations

@@ -117,9 +117,7 @@ def _of_engine(engine: EngineSection | None) -> Iterator[Rule]:
         yield Rule(wait, start, "a run without engines waits for one that is started again")
 
 
-def _of_processes(
-    run: RunSection | None, parallel: ParallelSection | None, sync: SyncSection | None
-) -> Iterator[Rule]:
+def _of_processes(run: RunSection | None, parallel: ParallelSection | None, sync: SyncSection | None) -> Iterator[Rule]:
     if run is None:
         return
     stopped = Deadline("run.stopped_timeout_s", run.stopped_timeout_s)

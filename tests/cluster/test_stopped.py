@@ -83,7 +83,9 @@ def stop_helper_of(pid: int) -> int:
 
 
 def test_a_stopped_rank_ends_everything_and_is_named(tmp_path: Path) -> None:
-    said = r"trainer-1 is given up: process \d+ \(.*\) has been stopped by a signal for \d s \(run.stopped_timeout_s=1\)"
+    said = (
+        r"trainer-1 is given up: process \d+ \(.*\) has been stopped by a signal for \d+ s \(run.stopped_timeout_s=1\)"
+    )
     # it would save: TERM reaches it though it is stopped
     saves = f"import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved'))); {SLEEP}"
     with pytest.raises(RunError, match=said), Supervisor(tmp_path, stopped_timeout_s=1) as supervisor:

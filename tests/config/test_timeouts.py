@@ -26,7 +26,10 @@ def empty(tmp_path: Path) -> Path:
         (["rollout.step_timeout_s=300"], "rollout.step_timeout_s=300 must be longer than driver.group_timeout_s=900"),
         (["rollout.step_timeout_s=950", "engine.request_timeout_s=950"], "longer than engine.request_timeout_s=950"),
         (["driver.group_timeout_s=599"], "driver.group_timeout_s=599 must be at least driver.future_timeout_s=600"),
-        (["engine.request_timeout_s=600"], "engine.request_timeout_s=600 must be longer than driver.future_timeout_s=6"),
+        (
+            ["engine.request_timeout_s=600"],
+            "engine.request_timeout_s=600 must be longer than driver.future_timeout_s=6",
+        ),
         (["simulators.user.deadline_s=600"], "driver.future_timeout_s=600 must be longer than simulators.user.deadl"),
         (["simulators.judge.timeout_s=241"], "simulators.judge.deadline_s=240 must be at least simulators.judge.time"),
         (["simulators.user.mixture=[{model: c, deadline_s: 700}]"], "longer than simulators.user.mixture.0.deadline_s"),
@@ -59,5 +62,7 @@ def test_the_other_entry_points_check_what_they_have(empty: Path) -> None:
     with pytest.raises(UserError, match=r"evaluation\.timeout_s=60 must be longer than simulators\.user\.deadline_s=2"):
         load_config(EvaluateConfig, empty, [*BASE, *LLMS, "evaluation.timeout_s=60"])
     build = ["problems=p", "output=o", "simulators.assistant={model: c, deadline_s: 5}"]
-    with pytest.raises(UserError, match=r"simulators\.assistant\.deadline_s=5 must be at least simulators\.assistant\.ti"):
+    with pytest.raises(
+        UserError, match=r"simulators\.assistant\.deadline_s=5 must be at least simulators\.assistant\.ti"
+    ):
         load_config(BuildDatasetConfig, empty, [*build, *LLMS])
