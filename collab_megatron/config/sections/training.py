@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,6 +29,10 @@ class RunSection(Section):
     # whom the files and folders that are made are kept from: "077" from all but their owner; "027" lets the group read,
     # "007" lets it write, "022" lets everybody read. Prompts, replies and the addresses of LLM servers are among them
     umask: Umask = "077"
+    # a process of the run that a signal has stopped (SIGSTOP) for so long is taken for hung: engines and drivers are
+    # killed and started again, a trainer rank ends the run, saved. At most 60: the trainer gives a silent driver up at
+    # 120
+    stopped_timeout_s: Annotated[float, Field(gt=0, le=60)] = 20.0
 
     @property
     def checkpoints_dir(self) -> Path:
