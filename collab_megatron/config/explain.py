@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from collab_megatron.errors import masked
+
 NEAR = 0.7
 """How alike two keys must be (difflib's ratio) for one to be taken for a slip of the other."""
 SHOWN = 60  # characters of a value
@@ -29,7 +31,12 @@ def shown(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict | list | tuple):
         return "a mapping" if isinstance(value, dict) else "a list"
-    text = repr(value)
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """Its beginning; masked first, because half of an address is not known as one."""
+    text = masked(text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from collab_megatron.config.explain import SHOWN, explain, shown
+from collab_megatron.config.explain import cut, explain, shown
 from collab_megatron.config.yaml_text import NotYaml, parse_yaml
-from collab_megatron.errors import UserError
+from collab_megatron.errors import UserError, masked
+
+WIDE = 2**16  # columns: no address is broken over two lines
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -35,8 +37,28 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved config as YAML. It holds no secret: keys are named by environment variable only."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved config as YAML, as other processes of the run read it. It holds no key: those are named by
+    environment variable only. An address may hold a password: what is shown or kept comes from the two below."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=WIDE)
+
+
+def show_config(config: BaseModel) -> str:
+    """The resolved config as YAML for people, passwords in addresses masked."""
+    return masked(dump_config(config))
+
+
+def kept_config(config: BaseModel) -> dict[str, Any]:
+    """The resolved config as JSON values for a checkpoint, passwords in addresses masked."""
+    kept: dict[str, Any] = _masked_values(config.model_dump(mode="json"))
+    return kept
+
+
+def _masked_values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _masked_values(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_masked_values(each) for each in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -99,7 +121,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
     *parents, last = dotted.split(".")
     if not separator or any(part.split() != [part] for part in (*parents, last)):
-        raise UserError(f"override {_cut(override)!r} is not of the form section.key=value")
+        raise UserError(f"override {cut(override)!r} is not of the form section.key=value")
     node = raw
     for parent in parents:
         if node.get(parent) is None:  # `section:` without keys
@@ -107,15 +129,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node = node[parent]
         if isinstance(node, list):
             raise UserError(
-                f"override {_cut(override)!r}: {parent} holds a list: give the list as a whole, {parent}=[...]"
+                f"override {cut(override)!r}: {parent} holds a list: give the list as a whole, {parent}=[...]"
             )
         if not isinstance(node, dict):
-            raise UserError(f"override {_cut(override)!r}: {parent} is a value, not a section")
+            raise UserError(f"override {cut(override)!r}: {parent} is a value, not a section")
     try:
         node[last] = parse_yaml(text)
     except NotYaml as error:
-        raise UserError(f"override {dotted}={text[:SHOWN]}: {error}") from None
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        raise UserError(f"override {dotted}={cut(text)}: {error}") from None

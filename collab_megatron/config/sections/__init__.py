@@ -4,6 +4,7 @@ A config file holds only what differs from the defaults here. Entry points combi
 """
 
 from collab_megatron.config.sections.base import (
+    UMASKS,
     Count,
     Finite,
     FolderOrHubName,
@@ -13,6 +14,7 @@ from collab_megatron.config.sections.base import (
     Section,
     Seed,
     Share,
+    Umask,
 )
 from collab_megatron.config.sections.engine import EngineSection, SyncSection
 from collab_megatron.config.sections.llm import (
@@ -44,6 +46,7 @@ from collab_megatron.config.sections.training import (
 )
 
 __all__ = [
+    "UMASKS",
     "AlgorithmSection",
     "BudgetSection",
     "Count",
@@ -75,5 +78,6 @@ __all__ = [
     "SimulatorsSection",
     "SyncSection",
     "TrainSection",
+    "Umask",
     "UserSection",
 ]

@@ -6,7 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from collab_megatron.errors import UserError
 
@@ -21,6 +30,19 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Named = Annotated[str, Field(min_length=1)]
 LONGEST_FILE, LONGEST_PATH = 255, 4095  # bytes; Linux's NAME_MAX and PATH_MAX
 FolderOrHubName = Annotated[str, Field(min_length=1), AfterValidator(lambda path: short_enough(path))]
+
+
+UMASKS = ("077", "027", "022", "007", "002", "000")
+"""No decimal number that was written by mistake has the digits of one of these."""
+
+
+def _octal_digits(value: object) -> object:
+    """YAML reads an unquoted 077 as a number in octal digits, and an unquoted 0o077 as text."""
+    digits = f"{value:03o}" if isinstance(value, int) else str(value).removeprefix("0o").rjust(3, "0")
+    return digits if digits in UMASKS else value
+
+
+Umask = Annotated[Literal["077", "027", "022", "007", "002", "000"], BeforeValidator(_octal_digits)]
 
 
 class Section(BaseModel):
