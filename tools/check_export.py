@@ -85,9 +85,9 @@ def check(hf_folder: Path, probe_file: Path) -> Agreement:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    probe = read_probe(probe_file)
     if not (hf_folder / "config.json").is_file():
         raise UserError(f"--hf {hf_folder} is no model folder: name the one that the run exported")
-    probe = read_probe(probe_file)
     dtype = getattr(torch, probe["dtype"])
     model: Any = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=dtype).eval()
     found: list[tuple[int, float]] = []

@@ -105,7 +105,7 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("engine={urls: [http://me:hidden@a:1], count: 2}", "set one of the two only"),
         ("run.umask=77", "input should be '077', '027', '022', '007', '002' or '000' (got 77)"),
         ("run.umask='777'", "(got '777')"),
-        ("run.umask=true", "(got True)"),
+        ("run.umask=true", "run.umask: true is none of '000', '002'"),
         ("engine={urls: [http://a:1], placement: colocated}", "http://a:1 is not a loopback address"),
     ],
 )
