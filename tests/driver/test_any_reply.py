@@ -45,6 +45,7 @@ from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway, SimulatorError, user_simulator
 from collab_megatron.types import Generation, Message, Task
 from tests.driver.any_reply import ONCE_DEADLY, WELL, replies
+from tests.driver.runs import forget_deliveries
 
 COUNT = 5200
 SLOWEST_S = 0.050
@@ -136,13 +137,13 @@ def config_for(folder: Path, model: Path) -> RLConfig:
 
 
 async def steps(config: RLConfig, feed: Feed, most: int) -> list[Answer]:
-    """Steps of the run until every text was said, at most `most`."""
+    """Steps of the run from its first until every text was said, at least one and at most `most`."""
     answers: list[Answer] = []
     with closing(open_journal(config)) as journal:
         async with assemble(config, engine_urls=(), max_context_tokens=4096, journal=journal) as cast:
             recorder = TreeRecorder(config.run.conversations_dir, config.record, first_step=1)
             service = Service(config, cast, recorder)
-            while feed.texts and len(answers) < most:
+            while len(answers) < most and (feed.texts or not answers):
                 step = len(answers)
                 while (answer := await service.answer(Request("step", step, step, (NO_ENGINE,)))).pending:
                     pass
@@ -208,15 +209,23 @@ def test_no_reply_ends_the_driver_or_holds_it_up(
     assert statuses["simulator_failed"] > 0
     assert statuses["max_turns"] + statuses["terminated"] > 0
 
+    forget_deliveries(config)  # a resume that makes the first batch again, of what the journal holds
+    with fed([]) as again:
+        (answer,) = asyncio.run(steps(config, again, most=1))
+    assert answer.error == ""
+    figures = values(answer.figures)
+    assert figures["simulator/user/replayed"] > figures["simulator/user/malformed"] > len(ONCE_DEADLY) // 2
+    assert figures["simulator/user/unreadable"] == figures["health/user/unreadable"] > 0
+
     slow = sorted(text for text, seconds in feed.seconds.items() if seconds > SLOWEST_S)
     for number, text in enumerate(slow):  # a collection of garbage, or a busy machine, or slow indeed
-        again = []
+        seconds = []
         for attempt in range(3):
             folder = tmp_path / f"again-{number}-{attempt}"
             with fed([text] * 4, "user") as feed:
                 asyncio.run(steps(config_for(folder, tiny_model), feed, most=1))
-            again.append(feed.seconds[text])
-        assert min(again) <= SLOWEST_S, f"{text[:40]!r} of {len(text):,} characters takes {min(again):.3f} s"
+            seconds.append(feed.seconds[text])
+        assert min(seconds) <= SLOWEST_S, f"{text[:40]!r} of {len(text):,} characters takes {min(seconds):.3f} s"
 
 
 def test_no_reply_ends_the_builder_of_data(tmp_path: Path, tiny_model: Path) -> None:
