@@ -89,7 +89,7 @@ class Feed:
 def fed(texts: Sequence[str], *to: str) -> Iterator[Feed]:
     """Every call of LiteLLM is answered by a Feed, every policy turn is made of any ids."""
     feed, rng = Feed(list(texts), to), random.Random(3)
-    run = asyncio.Handle._run  # type: ignore[attr-defined]
+    run = asyncio.Handle._run
 
     def timed(handle: asyncio.Handle) -> None:
         begin = time.thread_time()

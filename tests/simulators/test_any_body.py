@@ -45,7 +45,7 @@ class Mutating(MisbehavingEndpoint):
 def _odd_bodies() -> list[bytes]:
     """Values of other kinds than the API promises, each in its place."""
     asked = {"model": "m"}
-    values = [None, "half \ud800", 2**70, 1e400, [["x"]], {}]
+    values: list[Any] = [None, "half \ud800", 2**70, 1e400, [["x"]], {}]
     bodies: list[bytes] = []
     for path in PLACES:
         for value in values:
