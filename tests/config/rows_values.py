@@ -45,7 +45,7 @@ NO_NUMBERS = [
     rl("engine.urls=http://127.0.0.1:1", "list"),
     rl("engine.extra_args=--log-requests", "list"),
     rl("engine.extra_args=[5]", "string"),
-    rl("rollout.thought_tags=[a]", "2"),
+    rl("rollout.thought_tags=[a]", "thought_tags.1", "not set"),
     rl("rollout.thought_tags=['', b]", "empty"),
 ]
 
