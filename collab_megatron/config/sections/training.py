@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share, Umask
 
 
 class RunSection(Section):
@@ -26,6 +26,9 @@ class RunSection(Section):
     # this run starts from in the place of model.path's. Optimizer, steps, schedule and data order begin at zero;
     # model.path still gives tokenizer and architecture, and the reference of the KL term. A resume does not look at it
     init_from: Path | None = None
+    # whom the files and folders that are made are kept from: "077" from all but their owner; "027" lets the group read,
+    # "007" lets it write, "022" lets everybody read. Prompts, replies and the addresses of LLM servers are among them
+    umask: Umask = "077"
     # a process of the run that a signal has stopped (SIGSTOP) for so long is taken for hung: engines and drivers are
     # killed and started again, a trainer rank ends the run, saved. At most 60: the trainer gives a silent driver up at
     # 120
@@ -64,6 +67,11 @@ class RunSection(Section):
     @property
     def logs_dir(self) -> Path:
         return self.dir / "logs" / self.name
+
+    @property
+    def lock_file(self) -> Path:
+        """There while a process writes any of the above."""
+        return self.dir / "locks" / f"{self.name}.lock"
 
 
 class ModelSection(Section):
