@@ -1,5 +1,5 @@
-"""A hard cap ends a run with its own exit code and a checkpoint, one tree's calls over the cap at most; a higher one lets
-it go on to its end."""
+"""A hard cap ends a run with its own exit code and a checkpoint, within one tree's calls of the cap; a higher one
+lets it go on to its end."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def test_a_spent_budget_ends_with_three_and_a_higher_one_goes_on(
     spent = [row["budget/calls_to_date"] for row in rows]
     assert spent[saved - 1] <= calls < spent[-1]  # of both attempts together
     trees = list(read_trees(tmp_path / "conversations" / "rl"))
-    assert [tree["step"] for tree in trees] == [step for step in (1, 2, 3) for _ in range(4)]
+    assert sorted(tree["step"] for tree in trees) == [step for step in (1, 2, 3) for _ in range(4)]
     assert DESK_KEY not in ended.output + resumed.output
