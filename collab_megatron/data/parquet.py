@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from collab_megatron.data.columns import Columns
+from collab_megatron.data.schema import ROLES
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message, Task
 
 T = TypeVar("T")
-ROLES = ("system", "user", "assistant")
 MUST_END = "must end with a user turn: the policy answers it"
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -64,8 +64,8 @@ def write_tasks(path: Path, tasks: Iterable[Task]) -> int:
 
 
 def read_tasks(path: str | Path) -> list[Task]:
-    """RL tasks as prepare_dataset.py wrote them. Raises UserError naming the file and what is wrong with it, over all of
-    its rows and with the numbers of the first ones."""
+    """RL tasks as prepare_dataset.py wrote them. Raises UserError naming the file and what is wrong with it, over all
+    of its rows and with the numbers of the first ones."""
     return _read(Path(path), TASK_SCHEMA, "rl", _to_tasks)
 
 

@@ -186,13 +186,11 @@ class Forest:
             with reservation.spending():
                 group = await self._grow(tree)
             reservation.release()
+            tree.group, tree.ended = group, self._ended
+            self._ended += 1
+            self._refill(tree)
         except Exception as error:  # noqa: BLE001 - handed to whoever asks for a batch
             self.failure = self.failure or error
-            self._news.set()
-            return
-        tree.group, tree.ended = group, self._ended
-        self._ended += 1
-        self._refill(tree)
         self._news.set()
 
     def _refill(self, tree: Tree) -> None:
