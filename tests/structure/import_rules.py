@@ -13,14 +13,16 @@ from pathlib import Path
 
 PACKAGE = "collab_megatron"
 
-# the data contract, the two errors, writing aside and renaming, and the config sections that leaf functions take
-EVERYWHERE = ("types", "errors", "files", "log", "slots", "config.sections")
+# the data contract, the two errors, writing aside and renaming, text made fit for files and tokenizers, and the config
+# sections that leaf functions take
+EVERYWHERE = ("types", "errors", "files", "log", "slots", "text", "config.sections")
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
     "log": (),
+    "text": (),
     "config": (),
     "data": (),
     "journal": (),
@@ -60,6 +62,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     },
     "convert": {"actor.grid": "a type: the exporter is given the rank grid"},
     "data.build": {
+        "cluster.processes": "its processes end with their parent",
         "config.entry": "build_dataset has a config of its own",
         "journal": "an interrupted build asks for nothing twice",
         "rewards": "the branches of a grown conversation are scored",
