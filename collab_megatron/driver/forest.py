@@ -92,6 +92,7 @@ class Forest:
         self._trees: list[Tree] = []
         self._news = asyncio.Event()
         self.failure: Exception | None = None  # what a tree raised: the work is over
+        self.admitting = True  # False: no more trees begin, whatever the budget has room for
 
     @property
     def idle(self) -> bool:
@@ -171,8 +172,8 @@ class Forest:
         return seat.step in self._unknown or (seat.step, seat.slot) in self._delivered
 
     def _begin(self, seat: TreeSeat) -> bool:
-        """Begin a tree; False where the budget has no room for it."""
-        reservation = self._reserve()
+        """Begin a tree; False where the budget has no room for it, or none may begin."""
+        reservation = self._reserve() if self.admitting else None
         if reservation is None:
             return False
         tree = Tree(seat)
