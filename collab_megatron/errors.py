@@ -86,6 +86,10 @@ class GradientsNotFinite(RunStops):
     """Too many optimizer steps in a row had to be skipped: nothing is learned any more."""
 
 
+class WeightsNotFinite(RunError):
+    """An update left weights that are NaN or infinite: nothing may be made of them, no checkpoint either."""
+
+
 class Interrupted(RunStops):
     """A signal asked the process to end."""
 

@@ -17,6 +17,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -38,12 +39,14 @@ from collab_megatron.driver.figures import values
 from collab_megatron.driver.lineage import model_fingerprint
 from collab_megatron.driver.protocol import LOST_CONVERSATIONS, require_most
 from collab_megatron.driver.transcripts import write_transcripts
+from collab_megatron.driver.worth import evaluation_calls
 from collab_megatron.engine.served import served_weights
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.journal.store import Journal, open_journal
 from collab_megatron.log import set_up_logging
 from collab_megatron.monitor.evaluation_table import evaluation_table
+from collab_megatron.rewards.configured import judge_calls
 
 NAME = "evaluate"
 
@@ -67,13 +70,14 @@ async def play(
     ) as cast:
         tasks = usable_tasks(read_task_files(config.data.validation_files)[0], cast, config.rollout.max_prompt_tokens)
         budget = cast.gateway.budget
+        calls = evaluation_calls(config.evaluation, judge_calls(config.reward, config.simulators))
         played = await evaluate(
             tasks,
             evaluation=config.evaluation,
             weights=config.reward.metric_weights,
             limits=cast.limits,
             players=cast.players,
-            spent=lambda: budget.exhausted,
+            within=partial(budget.room, calls),
         )
         for warning in budget.warnings():
             print(warning, flush=True)

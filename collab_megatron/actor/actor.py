@@ -25,19 +25,20 @@ from torch import Tensor
 
 from collab_megatron.actor.grid import RankGrid, agree, phase
 from collab_megatron.actor.model import PolicyModel, Recompute, build_model
-from collab_megatron.actor.optimizer import build_optimizer, step_if_finite, wrap_for_training
+from collab_megatron.actor.optimizer import build_optimizer, parts, step_if_finite, wrap_for_training
 from collab_megatron.actor.schedule import forward, from_last_stage, run_schedule, token_aligned
 from collab_megatron.algorithms.losses import LossSum
 from collab_megatron.batching.micro_batch import MicroBatch
 from collab_megatron.config.sections import OptimizerSection
 from collab_megatron.convert.buckets import BucketStream, TensorInfo, bucket_plan, is_cut, tensor_plan
 from collab_megatron.convert.exporter import hf_tensors
+from collab_megatron.convert.finite import not_finite
 from collab_megatron.convert.hf_folder import write_hf_folder
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.loader import load_hf_weights
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.convert.spec import ModelSpec, model_spec
-from collab_megatron.errors import RunError, UserError
+from collab_megatron.errors import RunError, UserError, WeightsNotFinite
 
 LossFn = Callable[[Tensor, MicroBatch], LossSum]
 StepMetrics = tuple[dict[str, Tensor], dict[str, Tensor]]  # of a micro-batch: sums, and the largest values
@@ -169,7 +170,8 @@ class Actor:
         speaks of the token whose log-probability stands there (its columns are shifted by one, and under context
         parallelism are this rank's part): sums under the mask are all that it may form. `normalizer` is the number of
         trained tokens of the global batch. Collective over all ranks: every rank needs at least one micro-batch and the
-        same metric names; ranks that share a replica the same micro-batches.
+        same metric names; ranks that share a replica the same micro-batches. Raises WeightsNotFinite where the step
+        left weights that are no numbers; a step whose gradient is not finite is skipped before that.
         """
         if self.optimizer is None or self.scheduler is None or self.section is None:
             raise RuntimeError("train_step on a frozen actor")
@@ -184,8 +186,38 @@ class Actor:
             self._weights_scattered = stepped and self.wrapped[0].ddp_config.overlap_param_gather
             metrics, largest = self._reduce(sums, normalizer)
         if stepped:
+            if (name := self.not_finite()) is not None:
+                raise WeightsNotFinite(
+                    f"an optimizer step with lr {lr:.3g} and gradient norm {grad_norm:.3g} left weights that are NaN "
+                    f"or infinite ({name}): they are neither saved nor sent to an engine; lower optimizer.lr and go on "
+                    "from the newest checkpoint with run.resume=true"
+                )
             self.scheduler.step(increment=1)
         return StepResult(grad_norm, lr, metrics, skipped=not stepped, largest=largest)
+
+    @torch.no_grad()
+    def not_finite(self) -> str | None:
+        """The name of a weight that is NaN or infinite on some rank, alike on every rank; None where there is none.
+
+        What the optimizer holds is scanned: of weights that it shards over the data ranks each rank's own shard.
+        Collective.
+        """
+        held = (
+            [p for part in parts(self.optimizer) for p in part.get_parameters()] if self.optimizer else self._weights()
+        )
+        with phase(self.grid, "the check of the weights"):
+            found = torch.tensor(bool(not_finite(held)))
+            if self.grid.world_size > 1:
+                dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.grid.cpu_group)
+            if not found:
+                return None
+            self.gather_weights()
+            names = [name for chunk in self.chunks for name, _ in chunk.named_parameters()]
+            said = agree(self.grid, next((names[place] for place in not_finite(self._weights())), None))
+        return said[0] if said else "in the optimizer's copy"
+
+    def _weights(self) -> list[Tensor]:
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def _gradients(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float) -> list[StepMetrics]:
         """Fill the gradient buffers, summed over all ranks; on the last stage what each micro-batch measured."""

@@ -31,7 +31,7 @@ from collab_megatron.convert.headers import StoredTensor, read_headers
 from collab_megatron.convert.hf_folder import copy_companions
 from collab_megatron.convert.inventory import check_names
 from collab_megatron.convert.layout import read_hf_config
-from collab_megatron.convert.loader import SafetensorsFolder
+from collab_megatron.convert.loader import SafetensorsFolder, require_finite
 from collab_megatron.convert.progress import Advance, progress
 from collab_megatron.convert.reshape import join
 from collab_megatron.convert.safetensors_io import DTYPES, read_into
@@ -46,7 +46,8 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
     """Write directory/step_00000000 with the weights of `source` in their own dtype; returns the folder.
 
     Collective over the ranks of `grid`, which must not cut the model (data ranks only). Raises UserError, naming
-    tensor, shape and file, where the folder is not the model that its config.json describes or holds several dtypes;
+    tensor, shape and file, where the folder is not the model that its config.json describes, or holds several dtypes or
+    values that are no numbers;
     RunError where it cannot be written. Then nothing of the attempt is left.
     """
     doing = f"converting {source}"
@@ -146,10 +147,12 @@ class _Planner(upstream.MCoreSavePlanner):
             parts = [torch.empty(tensor.shape, dtype=dtype) for tensor in stored]
             for tensor, part in zip(stored, parts, strict=True):
                 read_into(tensor, part)
+                require_finite(tensor.name, tensor.file, part)
             return join(piece.row, parts, self._spec, 1)
         whole = torch.empty(piece.shape, dtype=dtype)
         count = stored[0].shape[0]
         read_into(stored[0], whole[:count])
+        require_finite(stored[0].name, stored[0].file, whole[:count])
         whole[count:].zero_()
         return whole
 

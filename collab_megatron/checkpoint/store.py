@@ -59,8 +59,8 @@ def save_checkpoint(
 def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
     """Fill the actor, under any layout, from a complete checkpoint; nothing that the files say is executed.
 
-    Raises UserError where the checkpoint is torn, hostile or of another model or dtype; RunError where
-    its files cannot be read.
+    Raises UserError where the checkpoint is torn, hostile or of another model or dtype, or where a weight is no number;
+    RunError where its files cannot be read.
     """
     info = read_info(folder)
     _check_fits(actor, info)
@@ -68,6 +68,7 @@ def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
         raise UserError(f"{folder} holds weights only: start from it with run.init_from={folder}")
     same = all(info.layout.get(key, 1) == value for key, value in grid_of(actor).items())
     _fill(actor, info, optimizer=True, random_states=same and actor.optimizer is not None)
+    _require_finite(actor, folder)
     return info
 
 
@@ -81,7 +82,17 @@ def load_weights(actor: Actor, folder: Path) -> CheckpointInfo:
     _fill(actor, info, optimizer=False, random_states=False)
     if actor.optimizer is not None:
         actor.optimizer.reload_model_params()
+    _require_finite(actor, folder)
     return info
+
+
+def _require_finite(actor: Actor, folder: Path) -> None:
+    name = actor.not_finite()
+    if name is not None:
+        raise UserError(
+            f"{folder} holds weights that are NaN or infinite ({name}): its files are damaged or its training "
+            "diverged; move it away and take an earlier checkpoint"
+        )
 
 
 def _fill(actor: Actor, info: CheckpointInfo, *, optimizer: bool, random_states: bool) -> None:

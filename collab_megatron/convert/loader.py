@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from collab_megatron.convert.finite import not_finite
 from collab_megatron.convert.inventory import check_names
 from collab_megatron.convert.place import local_parameters, local_rows
 from collab_megatron.convert.reshape import join
@@ -68,11 +69,11 @@ class SafetensorsFolder:
             found = tuple(view.get_shape())
             if found != shape:
                 raise UserError(f"tensor {name} in {path} has shape {list(found)}; config.json asks for {list(shape)}")
-            if cut is None:
-                return view[:]
-            return view[start:stop] if cut == 0 else view[:, start:stop]
+            part: Tensor = view[:] if cut is None else view[start:stop] if cut == 0 else view[:, start:stop]
         except SafetensorError as error:
             raise UserError(f"tensor {name} cannot be read from {path}: {error}") from error
+        require_finite(name, path, part)
+        return part
 
     def _open(self, path: Path) -> safe_open:
         if path not in self._files:
@@ -83,12 +84,24 @@ class SafetensorsFolder:
         return self._files[path]
 
 
+def require_finite(name: str, path: Path, values: Tensor) -> None:
+    """Of a tensor that was just read, while it is in memory. Raises UserError naming tensor and file where it holds NaN
+    or an infinity."""
+    if not_finite([values]):
+        bad = int((~values.isfinite()).sum())
+        raise UserError(
+            f"tensor {name} in {path} holds {bad:,} of {values.numel():,} values that are NaN or infinite: the file is "
+            "damaged or its training diverged; fetch it again, or take an earlier checkpoint"
+        )
+
+
 @torch.no_grad()
 def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, grid: RankGrid) -> None:
     """Fill every parameter of this rank's model chunks (any dtype and device) from the folder's safetensors.
 
     No communication. Raises UserError naming tensor, shape and file where the folder does not hold the model that
-    config.json describes; a wrong shape is only seen by the ranks that read the tensor.
+    config.json describes, or a value that is no number; a wrong shape or value is only seen by the ranks that
+    read the tensor.
     """
     parameters = local_parameters(chunks, spec, grid)
     with SafetensorsFolder(folder) as source:

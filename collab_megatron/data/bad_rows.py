@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from collab_megatron.errors import UserError
 
 SHOWN = 3
@@ -20,6 +22,14 @@ class BadRows:
         if not self.skip:
             raise UserError(reason)
         self.reasons.append(reason)
+
+    def found_all(self, reasons: Sequence[str]) -> None:
+        """Rows cannot be read, at least one. Raises UserError with how many, and the first ones, unless such rows are
+        skipped."""
+        if not self.skip:
+            more = f"; and {len(reasons) - SHOWN:,} more" if len(reasons) > SHOWN else ""
+            raise UserError(f"{'; '.join(reasons[:SHOWN])}{more}")
+        self.reasons += reasons
 
     def notice(self) -> str:
         """One line on what was left out; empty where nothing was."""

@@ -1,7 +1,7 @@
 """RL tasks and SFT conversations on disk: parquet written aside and renamed, read back as typed values.
 
 Chats are lists of {role, content}; metadata is one JSON string per row, since rows of one file may hold different keys.
-Nothing that is read is ever evaluated.
+Nothing that is read is ever evaluated. In messages rows count from 1, as lines do.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from collab_megatron.data.columns import Columns
+from collab_megatron.data.schema import ROLES
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message, Task
 
 T = TypeVar("T")
+MUST_END = "must end with a user turn: the policy answers it"
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 TASK_SCHEMA = pa.schema(
@@ -61,8 +64,9 @@ def write_tasks(path: Path, tasks: Iterable[Task]) -> int:
 
 
 def read_tasks(path: str | Path) -> list[Task]:
-    """RL tasks as prepare_dataset.py wrote them. Raises UserError naming the file and what is wrong with it."""
-    return _read(Path(path), TASK_SCHEMA, "rl", _to_task)
+    """RL tasks as prepare_dataset.py wrote them. Raises UserError naming the file and what is wrong with it, over all
+    of its rows and with the numbers of the first ones."""
+    return _read(Path(path), TASK_SCHEMA, "rl", _to_tasks)
 
 
 def read_task_files(files: Sequence[Path]) -> tuple[list[Task], int]:
@@ -84,7 +88,7 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> in
 
 def read_conversations(path: str | Path) -> list[Conversation]:
     """SFT conversations as prepare_dataset.py wrote them. Raises UserError naming the file and what is wrong."""
-    return _read(Path(path), CONVERSATION_SCHEMA, "sft", _to_conversation)
+    return _read(Path(path), CONVERSATION_SCHEMA, "sft", _to_conversations)
 
 
 def read_conversation_files(files: Sequence[Path]) -> tuple[list[Conversation], int]:
@@ -100,35 +104,34 @@ def to_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def _to_task(row: Mapping[str, Any]) -> Task:
-    metadata = json.loads(row["metadata_json"] or "{}")
-    if not isinstance(metadata, dict):
-        raise TypeError("metadata_json is JSON, but no mapping")
-    return Task(
-        task_id=_text(row, "task_id"),
-        prompt=_to_messages(row["prompt"]),
-        single_turn_prompt=_text(row, "single_turn_prompt"),
-        ground_truth=_text(row, "ground_truth"),
-        task_desc=row["task_desc"] or "",
-        metadata=metadata,
+def _to_tasks(columns: Columns) -> list[Task]:
+    """Rows that could not train what they are meant to are noted: a task with nothing to say or to answer, a chat in
+    which it is not the policy's turn, one id for two tasks."""
+    ids, wishes = columns.texts("task_id"), columns.texts("single_turn_prompt")
+    prompts = columns.chats("prompt")
+    for name, values in (("task_id", ids), ("single_turn_prompt", wishes)):
+        columns.note_where(name, values, lambda text: not text.strip(), "is empty")
+    columns.note_where(
+        "prompt",
+        prompts,
+        lambda chat: any(turn.role not in ROLES for turn in chat),
+        f"has a role that is none of {', '.join(ROLES)}",
     )
+    columns.note_where("prompt", prompts, lambda chat: bool(chat) and chat[-1].role != "user", MUST_END)
+    columns.note_where(
+        "prompt", prompts, lambda chat: bool(chat) and not (chat[-1].content or "x").strip(), "ends with an empty turn"
+    )
+    first: dict[str, int] = {}
+    for row, task_id in enumerate(ids):
+        held = first.setdefault(task_id, row)
+        if held != row and (prompts[held], wishes[held]) != (prompts[row], wishes[row]):
+            columns.note(row, f"task_id {task_id!r} is that of row {held + 1} too, which is a different task")
+    truths, tellings = columns.texts("ground_truth"), columns.texts("task_desc", required=False)
+    return list(map(Task, ids, prompts, wishes, truths, tellings, columns.mappings("metadata_json")))
 
 
-def _to_conversation(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(_text(row, "conv_id"), _to_messages(row["messages"]))
-
-
-def _to_messages(turns: Any) -> tuple[Message, ...]:
-    if not isinstance(turns, list) or not turns:
-        raise TypeError("a chat is a list of {role, content} with at least one entry")
-    return tuple(Message(_text(turn, "role"), _text(turn, "content")) for turn in turns)
-
-
-def _text(row: Mapping[str, Any], name: str) -> str:
-    value = row[name]
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be text, not {type(value).__name__}")
-    return value
+def _to_conversations(columns: Columns) -> list[Conversation]:
+    return list(map(Conversation, columns.texts("conv_id"), columns.chats("messages")))
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -141,7 +144,8 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> 
         aside.unlink(missing_ok=True)
 
 
-def _read(path: Path, schema: pa.Schema, kind: str, convert: Callable[[Mapping[str, Any]], T]) -> list[T]:
+def _read(path: Path, schema: pa.Schema, kind: str, convert: Callable[[Columns], list[T]]) -> list[T]:
+    """All rows; every row is looked at before any is refused."""
     if not path.is_file():
         raise UserError(f"no file {path}: write it with tools/prepare_dataset.py --dataset-type {kind}")
     try:
@@ -156,15 +160,9 @@ def _read(path: Path, schema: pa.Schema, kind: str, convert: Callable[[Mapping[s
             )
     if table.num_rows == 0:
         raise UserError(f"{path} holds no rows")
-    rows = []
-    for number, row in enumerate(table.select(schema.names).to_pylist()):
-        try:
-            rows.append(convert(row))
-        except (TypeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{path}: row {number} is not of the {kind} form: {error}; write the file with "
-                f"tools/prepare_dataset.py --dataset-type {kind}"
-            ) from None
+    columns = Columns(path, table.select(schema.names))
+    rows = convert(columns)
+    columns.refuse(kind)
     return rows
 
 

@@ -49,10 +49,10 @@ class CollabRow:
 
 
 def read_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | None = None) -> list[CollabRow]:
-    """Rows of any form. Rows count from 0.
+    """Rows of any form. In messages rows count from 1, as lines do.
 
-    Raises UserError naming source, row and column for what cannot be read, unless `bad` skips such rows; then where
-    nothing is left.
+    Raises UserError naming source, row and column for what cannot be read, over all rows, unless `bad` skips such rows;
+    then where nothing is left.
     """
     bad = bad or BadRows()
     listed = list(raw)
@@ -60,8 +60,9 @@ def read_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | None
     if lacking and (not bad.skip or len(lacking) == len(listed)):
         raise UserError(_lacks(lacking, listed, source))
     rows: list[CollabRow] = []
+    wrong: list[str] = []
     for number, row in enumerate(listed):
-        where = f"{source}: row {number}"
+        where = f"{source}: row {number + 1}"
         try:
             if not isinstance(row, Mapping):
                 raise UserError(f"{where} is a {type(row).__name__}, not a mapping of columns")
@@ -70,7 +71,9 @@ def read_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | None
             rows += _read_row_of_any_form(row, number, where)
             bad.read += 1
         except UserError as error:
-            bad.found(str(error))
+            wrong.append(str(error))
+    if wrong:
+        bad.found_all(wrong)
     if not rows:
         first = f" that can be read; the first: {bad.reasons[0]}" if bad.reasons else ""
         raise UserError(f"{source} holds no rows{first}")
@@ -98,7 +101,7 @@ def _lacks(lacking: Mapping[int, Sequence[str]], rows: Sequence[Any], source: st
     by_column: dict[str, list[int]] = {}
     for number, missing in lacking.items():
         for column in missing:
-            by_column.setdefault(column, []).append(number)
+            by_column.setdefault(column, []).append(number + 1)
     parts = []
     for column, numbers in by_column.items():
         if len(numbers) == len(rows):
@@ -149,15 +152,20 @@ def _read_row(row: Mapping[str, Any], where: str) -> CollabRow:
     prompt = _messages(row["prompt"], f"{where}: prompt")
     if prompt[-1].role != "user":
         raise UserError(f"{where}: prompt must end with a user turn, not with {prompt[-1].role!r}")
+    if not prompt[-1].content.strip():
+        raise UserError(f"{where}: prompt ends with an empty user turn")
     if row["conv_id"] is None:
         raise UserError(f"{where}: conv_id is empty")
+    wish = _text(row["single_turn_prompt"], f"{where}: single_turn_prompt")
+    if not wish.strip():
+        raise UserError(f"{where}: single_turn_prompt is empty: nobody could play its user")
     turn_id = _whole(row.get("turn_id"), f"{where}: turn_id")
     return CollabRow(
         prompt=prompt,
         completion=_text(row.get("completion"), f"{where}: completion"),
         conv_id=str(row["conv_id"]),
         turn_id=_user_turns(prompt) - 1 if turn_id is None else turn_id,
-        single_turn_prompt=_text(row["single_turn_prompt"], f"{where}: single_turn_prompt"),
+        single_turn_prompt=wish,
         single_turn_completion=_text(row.get("single_turn_completion") or "", f"{where}: single_turn_completion"),
         ground_truth=_text(row.get("ground_truth") or "", f"{where}: ground_truth"),
         task_desc=_text(row.get("task_desc") or "", f"{where}: task_desc"),

@@ -39,14 +39,14 @@ def read_sft_rows(files: Sequence[Path], chat: ChatTemplate, max_tokens: int) ->
     names = ", ".join(map(str, files))
     conversations, repeated = read_conversation_files(files)
     rows = []
-    for number, conversation in enumerate(conversations):
+    for number, conversation in enumerate(conversations, start=1):
         try:
             rows.append(TokenRow(*chat.sft_ids_and_mask(conversation.messages)))
         except ValueError as error:
             raise UserError(
                 f"conversation {number} of {names}: {error}; use another chat template, or leave it out"
             ) from None
-    numbers = {id(row): number for number, row in enumerate(rows)}
+    numbers = {id(row): number for number, row in enumerate(rows, start=1)}
     fit = keep_fitting(
         rows,
         [len(row.ids) for row in rows],

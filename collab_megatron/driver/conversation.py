@@ -15,7 +15,7 @@ from typing import Protocol
 
 from collab_megatron.config.sections.rollout import CutReply
 from collab_megatron.driver.unexpected import Unexpected
-from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError
 from collab_megatron.journal.calls import CALLS
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.journal.store import ReplayMiss
@@ -53,7 +53,7 @@ class ConversationScorer(Protocol):
     def reward(self, scores: dict[str, float]) -> float: ...
 
 
-STOPS_ALL = (NoEngineLeft, ReplayMiss)
+STOPS_ALL = (NoEngineLeft, ReplayMiss, BudgetSpent)
 """Say nothing of the conversation they were met in: they end the work, not one future of it."""
 
 NO_IDS = "the engine returned no token ids"

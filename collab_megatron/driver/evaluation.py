@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from collab_megatron.driver.group import TreeSeat, play_once
 from collab_megatron.driver.held_out import Numbered, has_both, sample_tasks, with_simulated_opening
 from collab_megatron.driver.metrics import evaluation_metrics
 from collab_megatron.driver.protocol import Tally
-from collab_megatron.errors import RunError
+from collab_megatron.errors import BudgetSpent, RunError
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.rewards.scorer import is_of_own_metric
 from collab_megatron.types import Future, Generation, Group, PolicyTurn, Reply, RolloutStatus, Task
@@ -47,12 +48,13 @@ async def evaluate(
     step: int = 0,
     shard: int = 0,
     shards: int = 1,
-    spent: Callable[[], str | None] = lambda: None,
+    within: Callable[[], AbstractAsyncContextManager[object]] = nullcontext,
 ) -> Evaluation:
     """Play this shard's share of the sampled tasks.
 
-    A conversation that fails, or that is under way at `evaluation.timeout_s`, is counted and in no mean. `spent` gives
-    a reason to begin no more; those under way are played to their end. A task has the same sample index at every step:
+    A conversation that fails, or that is under way at `evaluation.timeout_s`, is counted and in no mean. Each is played
+    `within` a room of the budget's, which is waited for; once there is BudgetSpent in its place no more are begun, and
+    those under way are played to their end. A task has the same sample index at every step:
     users and judges who are told the same answer the same, which the journal may know.
 
     Raises NoEngineLeft, ReplayMiss, and a bug of the user's own metric.
@@ -64,18 +66,23 @@ async def evaluate(
         max_user_turns=evaluation.max_assistant_turns,
         cut_reply="score" if limits.cut_reply == "penalty" else limits.cut_reply,  # measured, not punished
     )
+    simulated = evaluation.simulated_opening
     slots = asyncio.Semaphore(max(1, evaluation.max_concurrency // shards))
     stop = ""
 
     async def play(number: int, task: Task) -> Group | None:
         nonlocal stop
         async with slots:
-            stop = stop or spent() or ""
             if stop:
                 return None
             # in the journal an evaluation belongs to the step after which it is made: step - 1, counted from 0
             seat = TreeSeat(step - 1, number, f"eval/{step}/{number}", first_sample=-1 - number)
-            return await _play(task, seat, simulated=evaluation.simulated_opening, limits=limits, players=players)
+            try:
+                async with within():
+                    return await _play(task, seat, simulated=simulated, limits=limits, players=players)
+            except BudgetSpent as spent:
+                stop = stop or str(spent)
+                return None
 
     chosen = sample_tasks(tasks, evaluation.num_tasks, evaluation.seed, openings_only=evaluation.simulated_opening)
     mine = chosen[shard::shards]

@@ -19,6 +19,7 @@ from typing import Any
 
 from collab_megatron.driver.group import TreeSeat, has_spread
 from collab_megatron.driver.shard import Shard
+from collab_megatron.simulators.budget import Reservation
 from collab_megatron.types import Group
 
 
@@ -27,13 +28,13 @@ class ForestRules:
     """A shard's share of the driver section."""
 
     max_staleness: int
-    oversample: int  # trees beyond max_staleness batches; 0: a batch
+    oversample: int | None  # trees beyond max_staleness batches; None: a batch
     by_prompt: bool  # batch t has the trees of step t, no others
     refills: int  # per step
 
     def capacity(self, quota: int) -> int:
         """Trees that may be under way when a batch is asked for."""
-        beyond = min(self.oversample, quota) if self.oversample else quota
+        beyond = quota if self.oversample is None else min(self.oversample, quota)
         return quota * self.max_staleness + beyond
 
     @property
@@ -63,16 +64,20 @@ class Tree:
 Delivered = Mapping[tuple[int, int], bool]
 """(step, slot) of a tree -> whether another one was begun in its place."""
 Grow = Callable[[Tree], Coroutine[Any, Any, Group]]
+Reserve = Callable[[], Reservation | None]
+"""Room in the budget for one more tree; None where there is none."""
 
 
 class Forest:
     """The trees of one shard. `grow` sets the tree's version as soon as its replies are there. For one asyncio loop."""
 
-    def __init__(self, shard: Shard, rules: ForestRules, grow: Grow, *, step: int, delivered: Delivered) -> None:
+    def __init__(
+        self, shard: Shard, rules: ForestRules, grow: Grow, reserve: Reserve, *, step: int, delivered: Delivered
+    ) -> None:
         """`step`: the first batch that will be asked for. `delivered`: trees of earlier batches, as far back as
         `rules.lookback`, and of later ones that the journal holds; where it names none of a step before `step`, all of
         that step are taken for delivered."""
-        self._shard, self._rules, self._grow = shard, rules, grow
+        self._shard, self._rules, self._grow, self._reserve = shard, rules, grow, reserve
         self._step = step
         self._base = max(0, step - rules.lookback)
         self._delivered = delivered
@@ -83,10 +88,11 @@ class Forest:
         self._ended = 0
         self._refilled = Counter(of for (of, _), replaced in delivered.items() if replaced)
         self._owed = [shard.refill(of, number) for of, count in self._refilled.items() for number in range(count)]
+        self._next: TreeSeat | None = None  # whose turn it is to begin
         self._trees: list[Tree] = []
         self._news = asyncio.Event()
         self.failure: Exception | None = None  # what a tree raised: the work is over
-        self.admitting = True  # False: the trees under way are finished, no others are begun
+        self.admitting = True  # False: no more trees begin, whatever the budget has room for
 
     @property
     def idle(self) -> bool:
@@ -99,16 +105,16 @@ class Forest:
         return sum(tree.group is None for tree in self._trees)
 
     def advance(self, step: int) -> None:
-        """The trainer asks for batch `step`: as many trees may begin as that allows."""
+        """The trainer asks for batch `step`: as many trees begin as that and the budget allow. Called again, those for
+        which there was no room before."""
         self._step = max(self._step, step)
         allowed = self._shard.quota * (self._step - self._base) + self._rules.capacity(self._shard.quota)
-        while self.admitting and self._owed:
-            self._begin_unless_delivered(self._owed.pop(0))
-        while self.admitting and self._begun < allowed:
-            seat = next(self._seats)
-            self._begun += 1
-            if seat.step not in self._unknown:
-                self._begin_unless_delivered(seat)
+        while self._next is not None or self._owed or self._begun < allowed:
+            if self._next is None:
+                self._next = self._owed.pop(0) if self._owed else self._pass_seat()
+            if not self._delivered_before(self._next) and not self._begin(self._next):
+                return
+            self._next = None
 
     def take(self, step: int) -> list[Tree] | None:
         """The trees of batch `step`, in the order of their prompts; None as long as some are missing."""
@@ -158,25 +164,34 @@ class Forest:
             return None
         return chosen if sum(not tree.replaced for tree in chosen) >= self._shard.quota else None
 
-    def _begin_unless_delivered(self, seat: TreeSeat) -> None:
-        if (seat.step, seat.slot) not in self._delivered:
-            self._begin(seat)
+    def _pass_seat(self) -> TreeSeat:
+        self._begun += 1
+        return next(self._seats)
 
-    def _begin(self, seat: TreeSeat) -> None:
+    def _delivered_before(self, seat: TreeSeat) -> bool:
+        return seat.step in self._unknown or (seat.step, seat.slot) in self._delivered
+
+    def _begin(self, seat: TreeSeat) -> bool:
+        """Begin a tree; False where the budget has no room for it, or none may begin."""
+        reservation = self._reserve() if self.admitting else None
+        if reservation is None:
+            return False
         tree = Tree(seat)
-        tree.running = asyncio.create_task(self._run(tree), name=f"tree {seat}")
+        tree.running = asyncio.create_task(self._run(tree, reservation), name=f"tree {seat}")
+        tree.running.add_done_callback(lambda _: reservation.release())  # one that is cancelled may never have run
         self._trees.append(tree)
+        return True
 
-    async def _run(self, tree: Tree) -> None:
+    async def _run(self, tree: Tree, reservation: Reservation) -> None:
         try:
-            group = await self._grow(tree)
+            with reservation.spending():
+                group = await self._grow(tree)
+            reservation.release()
+            tree.group, tree.ended = group, self._ended
+            self._ended += 1
+            self._refill(tree)
         except Exception as error:  # noqa: BLE001 - handed to whoever asks for a batch
             self.failure = self.failure or error
-            self._news.set()
-            return
-        tree.group, tree.ended = group, self._ended
-        self._ended += 1
-        self._refill(tree)
         self._news.set()
 
     def _refill(self, tree: Tree) -> None:
@@ -184,8 +199,8 @@ class Forest:
         step = tree.seat.step
         number = self._refilled[step]
         assert tree.group is not None
-        if has_spread(tree.group) or number >= self._rules.refills or not self.admitting:
+        if has_spread(tree.group) or number >= self._rules.refills:
             return
-        self._refilled[step] = number + 1
-        tree.replaced = True
-        self._begin(self._shard.refill(step, number))
+        if self._begin(self._shard.refill(step, number)):
+            self._refilled[step] = number + 1
+            tree.replaced = True

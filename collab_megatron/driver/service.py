@@ -26,7 +26,7 @@ from collab_megatron.driver.protocol import POLL_S, Answer, Request, encode_answ
 from collab_megatron.driver.recorder import TreeRecorder
 from collab_megatron.driver.steps import Steps
 from collab_megatron.driver.work import Work
-from collab_megatron.errors import NoEngineLeft, RunError, run_cli
+from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, run_cli
 from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import API_USAGE_FILE
@@ -62,7 +62,11 @@ class Service:
         try:
             answer = await (self._step(request) if request.op == "step" else self._evaluate(request))
         except RunError as error:
-            answer = Answer(error=str(error), no_engine=isinstance(error, NoEngineLeft))
+            answer = Answer(
+                error=str(error),
+                no_engine=isinstance(error, NoEngineLeft),
+                stop="budget" if isinstance(error, BudgetSpent) else "",
+            )
         answer.lost = self._cast.engine.lost
         if answer.no_engine:
             self._engines, self._since = None, time.monotonic()

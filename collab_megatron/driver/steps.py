@@ -50,9 +50,10 @@ class Steps:
                 self._journal.prune(before_step=saved - rules.lookback)
         if self._forest is None:
             delivered, self._horizon = self._deliveries.trees_around(step, rules.lookback)
-            self._forest = Forest(self._work.shard, rules, self._work.grow, step=step, delivered=delivered)
+            self._forest = Forest(
+                self._work.shard, rules, self._work.grow, self._work.reserve, step=step, delivered=delivered
+            )
         await self.live(version)
-        self._forest.admitting = self._cast.gateway.budget.exhausted is None
         self._forest.advance(step)
         before = self._deliveries.get(step)
         if before is None:
@@ -64,7 +65,7 @@ class Steps:
         await self._cast.recorded.trainer_at(version, self._horizon)
 
     def take(self, step: int) -> Answer | None:
-        """The batch of `step`; None as long as trees are missing.
+        """The batch of `step`; None as long as trees are missing. Trees for which the budget has room by now begin.
 
         Raises RunError if groups hold tokens older than allowed; what the trees raise.
         """
@@ -76,10 +77,9 @@ class Steps:
         if trees is not None:
             return self._deliver(step, trees)
         spent = self._cast.gateway.budget.exhausted
-        if spent is not None:
-            self._forest.admitting = False
-            if self._forest.idle:
-                return Answer(error=spent, stop="budget")
+        if spent is not None and self._forest.idle:
+            return Answer(error=spent, stop="budget")
+        self._forest.advance(step)
         return None
 
     def state(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from collab_megatron.config import RLConfig
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.driver.cast import Cast, usable_tasks
@@ -12,7 +14,10 @@ from collab_megatron.driver.group import GroupRules, grow_group, sample_replies
 from collab_megatron.driver.protocol import Answer
 from collab_megatron.driver.shard import Shard
 from collab_megatron.driver.transcripts import keep_newest, transcript_file, write_transcripts
+from collab_megatron.driver.worth import evaluation_calls, tree_calls
 from collab_megatron.errors import RunError
+from collab_megatron.rewards.configured import judge_calls
+from collab_megatron.simulators.budget import Reservation
 from collab_megatron.types import Group, Task
 
 
@@ -22,7 +27,7 @@ class Work:
     def __init__(self, config: RLConfig, cast: Cast, index: int) -> None:
         self._config, self._cast = config, cast
         driver, rollout = config.driver, config.rollout
-        limit = rollout.max_prompt_tokens
+        limit, oversample = rollout.max_prompt_tokens, driver.oversample_prompts
         tasks, _ = read_task_files(config.data.train_files)
         usable = usable_tasks(tasks, cast, limit)
         self.left_out = len(tasks) - len(usable)  # training prompts that are too long
@@ -35,12 +40,16 @@ class Work:
             index=index,
             count=driver.shards,
         )
+        judges = judge_calls(config.reward, config.simulators)
+        self._tree_calls = tree_calls(rollout, judges)
+        self._evaluation_calls = evaluation_calls(config.evaluation, judges)
         self._validation: list[Task] = []
         if config.data.validation is not None:
             self._validation = usable_tasks(read_task_files(config.data.validation_files)[0], cast, limit)
         self.forest_rules = ForestRules(
             max_staleness=driver.max_staleness,
-            oversample=len(range(index, driver.oversample_prompts, driver.shards)),
+            # a shard's part may be 0 trees, where oversample_prompts=0 stands for a whole batch
+            oversample=len(range(index, oversample, driver.shards)) if oversample else None,
             by_prompt=driver.order == "prompt",
             refills=len(range(index, driver.refill_groups, driver.shards)),
         )
@@ -54,9 +63,13 @@ class Work:
             min_group_std=config.algorithm.min_group_std,
         )
 
+    def reserve(self) -> Reservation | None:
+        """Room for one more tree in the budget; None where there is none."""
+        return self._cast.gateway.budget.reserve(self._tree_calls)
+
     async def grow(self, tree: Tree) -> Group:
-        """The tree's group. One whose replies cannot be sampled is dropped, with the reason. Raised are NoEngineLeft,
-        ReplayMiss and a bug of the user's own metric."""
+        """The tree's group. One whose replies cannot be sampled is dropped, with the reason. Raised are STOPS_ALL and a
+        bug of the user's own metric."""
         task, players, limits = self.shard.task(tree.seat), self._cast.players, self._cast.limits
         rules = self._group_rules
         try:
@@ -85,7 +98,7 @@ class Work:
             step=step,
             shard=self.shard.index,
             shards=self.shard.count,
-            spent=lambda: budget.exhausted,
+            within=partial(budget.room, self._evaluation_calls),
         )
         write_transcripts(transcript_file(run.evaluations_dir, step, self.shard.index), step, played.groups)
         keep_newest(run.evaluations_dir, section.keep_transcripts, self.shard.index, step=step)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +28,7 @@ from collab_megatron.journal.housekeeping import Housekeeper
 from collab_megatron.journal.packing import pack_generations, pack_texts, unpack_generations, unpack_texts
 from collab_megatron.journal.place import PLACE
 from collab_megatron.journal.replies import RecordedReply
+from collab_megatron.journal.reserved import held_by_others, set_aside
 from collab_megatron.types import Generation
 
 Replay = Literal["auto", "only", "off"]
@@ -149,6 +151,20 @@ class Journal:
         """(role, model) -> what was paid for by all processes, over restarts; pruning takes nothing from it."""
         return {(role, model): Spent(calls, usd) for role, model, calls, usd in self._read("SELECT * FROM spend")}
 
+    def reserve(self, held: Spent, decide: Callable[[Spent, Spent], Spent | None]) -> Spent | None:
+        """What `decide` wants to set aside for new work, next to `held` for work under way; None: no new work.
+
+        `decide` is given what all processes have spent and what the others hold; none of them spends or reserves until
+        the answer is in the file, where the others see it.
+        """
+        with self._transaction():
+            rows = self._execute("SELECT calls, cost_usd FROM spend").fetchall()
+            spent = Spent(sum(calls for calls, _ in rows), sum(usd for _, usd in rows))
+            wanted = decide(spent, Spent(*held_by_others(self._connection)))
+            new = wanted or Spent(0, 0.0)
+            set_aside(self._connection, held.calls + new.calls, held.cost_usd + new.cost_usd)
+        return wanted
+
     def delivered(self, shard: int, step: int) -> bytes | None:
         """What `record_delivery` was given for it under this lineage; None as well with replay: off."""
         rows = self._read(FIND_DELIVERY, self._lineage, shard, step) if self._replay != "off" else []
@@ -213,12 +229,18 @@ class Journal:
 
     def _commit(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
         """All or nothing, and on disk's side of a kill -9 when it returns."""
+        with self._transaction():
+            for statement, values in statements:
+                self._execute(statement, values)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """The only writer of the file while it lasts."""
         if self._keeper.error is not None:
             raise self._keeper.error
         try:
             self._execute("BEGIN IMMEDIATE")
-            for statement, values in statements:
-                self._execute(statement, values)
+            yield
             self._execute("COMMIT")
         except sqlite3.Error as error:
             raise explain(error, self._path) from None

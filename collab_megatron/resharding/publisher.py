@@ -7,6 +7,7 @@ the driver is told of nothing else: no server goes from dead to healthy without 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,12 +157,18 @@ class Publisher:
     def publish(self, version: int) -> SyncReport:
         """Send all weights, prove them and make them `version`. Collective: every trainer rank calls it.
 
-        Raises on every rank: NoEngineLeft if no server came within `engine.wait_s`; RunError naming rank, bucket, call
-        and server where something else fails; WeightsDiffer naming tensor and server where the proof does: the servers
+        Raises on every rank: RunError before anything is sent where the weights make log-probs that are no numbers;
+        NoEngineLeft if no server came within `engine.wait_s`; RunError naming rank, bucket, call and server where
+        something else fails; WeightsDiffer naming tensor and server where the proof does: the servers
         stay paused then, since they must not serve weights that nobody vouches for.
         """
         start = time.monotonic()
         probe = trainer_logprobs(self._actor, self._probe_ids)
+        if not all(map(math.isfinite, probe)):  # alike on every rank; the weights themselves are looked at elsewhere
+            raise RunError(
+                f"the trainer's own log-probs of the probe prompt are not finite at version {version}: nothing was "
+                "sent to the engines; lower optimizer.lr, then go on from an earlier checkpoint"
+            )
         for attempt in range(1, MAX_ATTEMPTS + 1):
             members = self._from_main(self._find)
             self._board.next_attempt()

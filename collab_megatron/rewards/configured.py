@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collab_megatron.config.entry import judge_role
+from collab_megatron.config.entry import judge_role, shipped_judges
 from collab_megatron.config.sections import RewardSection, SimulatorsSection
 from collab_megatron.rewards.registry import make_scorer
 from collab_megatron.rewards.scorer import Scorer
 from collab_megatron.simulators import Gateway
+
+ASK_NOBODY = ("accuracy", "token_amount")
+"""Shipped metrics that ask no LLM; `accuracy` with a judge is among shipped_judges."""
+
+
+def judge_calls(reward: RewardSection, simulators: SimulatorsSection) -> int:
+    """Requests to the judges of one conversation, where none has to be repeated. What metrics of the user's own ask is
+    not known and counted as one request each; the budget learns better from the first conversations."""
+    judged = shipped_judges(reward, simulators)
+    return len(judged) + sum(name not in judged and name not in ASK_NOBODY for name in reward.metric_weights)
 
 
 def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gateway: Gateway) -> Scorer:

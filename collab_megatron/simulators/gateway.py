@@ -71,6 +71,7 @@ class Gateway:
                 self._api,
                 recorded=None if journal is None else Recorded(journal, part, section.model),
                 observer=observer,
+                require_room=self._require_room,
                 shards=shards,
             )
             for parts in self._parts.values()
@@ -114,6 +115,9 @@ class Gateway:
     async def close(self) -> None:
         """Close the connections. Calls in flight fail."""
         await self._api.close()
+
+    def _require_room(self) -> None:
+        self.budget.require_room(sum(role.usage.in_flight for role in self._roles.values()))
 
     def _costs(self) -> Costs:
         return {

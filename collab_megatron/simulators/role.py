@@ -21,6 +21,7 @@ from typing import Any
 from collab_megatron.config.sections import LLMSection
 from collab_megatron.journal.calls import METRIC, keep_call
 from collab_megatron.simulators.answer import Answer, Observer, find_problem, share_out
+from collab_megatron.simulators.budget import note_answer
 from collab_megatron.simulators.deployments import Deployment, Deployments, NoTurn
 from collab_megatron.simulators.failure import Failure, SimulatorError, address_of, classify, timed_out
 from collab_megatron.simulators.litellm_api import ApiReply, LiteLLMApi, Request
@@ -59,8 +60,10 @@ class Role:
         *,
         recorded: Recorded | None = None,
         observer: Observer | None = None,
+        require_room: Callable[[], None] = lambda: None,
         shards: int = 1,
     ) -> None:
+        """`require_room` is asked before every request that would be paid for; it raises BudgetSpent."""
         self.name = name
         self.section = section
         self.usage = RoleUsage()
@@ -70,6 +73,7 @@ class Role:
         self._api = api
         self._recorded = recorded
         self._observer = observer
+        self._require_room = require_room
         self._jitter = random.Random(f"{seed}/{name}")
 
     def counters(self) -> RoleUsage:
@@ -91,7 +95,7 @@ class Role:
 
         Waits for a slot, then for the provider, at most `deadline_s` in all attempts. Raises SimulatorError when the
         attempts or the deadline are spent, or at once when asking again cannot help; ReplayMiss where nothing may be
-        asked and the journal lacks the answer.
+        asked and the journal lacks the answer, BudgetSpent where no more may be paid for.
         """
         section, usage = self.section, self.usage
         wire = [{"role": message.role, "content": message.content} for message in messages]
@@ -109,6 +113,7 @@ class Role:
             key = None if self._recorded is None else self._recorded.key(request, sample_index)
             result: Answer | Failed | None = self._replay(key)
             if result is None:
+                self._require_room()
                 usage.calls += sent == 0
                 usage.retries += attempt + replayed > 1
                 sent += 1
@@ -259,6 +264,7 @@ class Role:
         usage.prompt_tokens += reply.prompt_tokens
         usage.completion_tokens += reply.completion_tokens
         usage.cost_usd += reply.cost_usd
+        note_answer(reply.cost_usd)
         self.slots.succeeded(latency_s=latency_s)
         self._observe(reply, deployment)
 

@@ -151,6 +151,13 @@ def _as(name: str, **how: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def _ruined(name: str) -> Callable[[dict[str, Any]], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[name][5] = torch.nan
+
+    return change
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "words", "start"),
@@ -158,8 +165,9 @@ def _as(name: str, **how: Any) -> Callable[[dict[str, Any]], None]:
         (_without("model.norm.weight"), ["model.norm.weight", "[64]", "missing"], launch),
         (_as("model.norm.weight"), ["model.norm.weight", "[63]", "[64]", "model.safetensors"], None),
         (_as("model.norm.weight", dtype=torch.bfloat16), ["model.norm.weight", "BF16", "F32", "one dtype"], None),
+        (_ruined("model.norm.weight"), ["model.norm.weight", "model.safetensors", "1 of 64 values", "NaN"], None),
     ],
-    ids=["missing", "shape", "dtype"],
+    ids=["missing", "shape", "dtype", "nan"],
 )
 def test_a_wrong_tensor_of_a_folder_names_itself(
     tmp_path: Path, spoil: Callable[[dict[str, Any]], None], words: list[str], start: Callable[..., Ran] | None

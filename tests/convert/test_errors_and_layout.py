@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from collab_megatron.config.sections import ParallelSection
+from collab_megatron.convert.finite import not_finite
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.loader import load_hf_weights
 from collab_megatron.convert.source import resolve_model_folder
@@ -153,6 +154,8 @@ def test_config_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("unknown", r"does not have: \['model\.layers\.0\.self_attn\.q_proj\.bias'\]"),
         ("torn", r"model\.safetensors is missing or not a safetensors file"),
         ("none", r"has no \*\.safetensors"),
+        ("nan", r"tensor model\.norm\.weight in .*model\.safetensors holds 1 of 64 values that are NaN or infinite"),
+        ("inf", r"tensor model\.layers\.1\.mlp\.up_proj\.weight in .*safetensors holds 2 of .* NaN or infinite"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: str, message: str) -> None:
@@ -165,6 +168,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: str, message:
         tensors["model.norm.weight"] = torch.ones(32)
     elif change == "unknown":
         tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
+    elif change == "nan":
+        tensors["model.norm.weight"][7] = torch.nan
+    elif change == "inf":  # their sum is not infinite
+        tensors["model.layers.1.mlp.up_proj.weight"][3, :2] = torch.tensor([torch.inf, -torch.inf])
     save_file(tensors, file)
     if change == "torn":
         file.write_bytes(file.read_bytes()[:1000])
@@ -174,6 +181,17 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: str, message:
     rank = one_rank(spec)
     with pytest.raises(UserError, match=message):
         load_hf_weights(rank.chunks, spec, folder, rank.grid)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_only_values_that_are_no_numbers_are_found(dtype: torch.dtype) -> None:
+    largest = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)  # finite, and their sum is not
+    ruined = [torch.zeros(3, 1000, dtype=dtype) for _ in range(3)]
+    for tensor, value in zip(ruined, (torch.nan, torch.inf, -torch.inf), strict=True):
+        tensor[1, 500] = value
+    fine, empty = torch.ones(4, dtype=dtype), torch.zeros(0, dtype=dtype)
+    assert not_finite([]) == []
+    assert not_finite([largest, ruined[0], fine, *ruined[1:], empty]) == [1, 3, 4]
 
 
 def test_a_missing_tensor_is_seen_by_ranks_that_do_not_read_it(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_all_missing_columns_are_named_at_once() -> None:
         del row["completion"]
     with pytest.raises(
         UserError,
-        match=r"no columns 'conv_id', 'completion' in 7 of 8 rows \(1, 2, 3, 4, 5, \.\.\.\); its columns are prompt, ",
+        match=r"no columns 'conv_id', 'completion' in 7 of 8 rows \(2, 3, 4, 5, 6, \.\.\.\); its columns are prompt, ",
     ):
         read_rows(rows, "rows")
 
@@ -164,7 +164,7 @@ def test_plain_messages_are_conversations() -> None:
     ]
     assert [row.single_turn_prompt for row in found] == ["a table", "a table"]
     for bad, complaint in [(LONGER, "must end with a user turn and the assistant"), ([], "at least one entry")]:
-        with pytest.raises(UserError, match=f"rows: row 0: messages.*{complaint}"):
+        with pytest.raises(UserError, match=f"rows: row 1: messages.*{complaint}"):
             read_rows([{"messages": bad}], "rows")
 
 
@@ -177,7 +177,7 @@ def test_rows_that_cannot_be_read_may_be_skipped(tmp_path: Path) -> None:
     assert len(load_rows(str(path), (), bad)) == 2
     notice = bad.notice()
     assert notice.startswith("skipped 4 of 6 rows: ")
-    for part in ("line 2 is not valid JSON", "row 1: score must be a number", "row 2 has no prompt", "and 1 more"):
+    for part in ("line 2 is not valid JSON", "row 2: score must be a number", "row 3 has no prompt", "and 1 more"):
         assert part in notice
     path.write_text("{")
     with pytest.raises(UserError, match=r"holds no rows that can be read; the first: .*line 1 is not valid JSON"):
@@ -209,11 +209,13 @@ def test_conversations_with_one_number_stay_apart() -> None:
         ({"turn_id": 1.5}, "turn_id must be a whole number"),
         ({"score": float("inf")}, "score must be a finite number"),
         ({"conv_id": None}, "conv_id is empty"),
+        ({"prompt": [turn("user", " ")]}, "prompt ends with an empty user turn"),
+        ({"single_turn_prompt": ""}, "single_turn_prompt is empty"),
         ({"rewards": {"accuracy": "good"}}, "rewards.accuracy must be a number"),
     ],
 )
 def test_a_bad_cell_is_named(changes: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(UserError, match=f"rows: row 1: .*{complaint}|rows: row 1: {complaint}"):
+    with pytest.raises(UserError, match=f"rows: row 2: .*{complaint}|rows: row 2: {complaint}"):
         read_rows([flat(0, 0, "a", 1.0), {**flat(0, 0, "a", 1.0), **changes}], "rows")
 
 
@@ -298,23 +300,12 @@ def test_parquet_brings_back_what_was_written(tmp_path: Path) -> None:
         read_tasks(tmp_path / "x.parquet")
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "complaint"),
-    [
-        ("single_turn_prompt", None, "single_turn_prompt must be text, not NoneType"),
-        ("prompt", None, "a chat is a list"),
-        ("prompt", [{"role": "user", "content": None}], "content must be text"),
-        ("metadata_json", "[1]", "metadata_json is JSON, but no mapping"),
-        ("metadata_json", "{", "Expecting property name"),
-    ],
-)
-def test_a_bad_cell_of_a_training_file_is_named(tmp_path: Path, column: str, value: Any, complaint: str) -> None:
-    write_tasks(tmp_path / "t.parquet", [Task("a", (Message("user", "x"),), "task", "truth")] * 2)
-    rows = pq.read_table(tmp_path / "t.parquet").to_pylist()
-    rows[1][column] = value
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match=f"row 1 is not of the rl form: {complaint}.*--dataset-type rl"):
-        read_tasks(tmp_path / "t.parquet")
+def test_all_rows_that_cannot_be_read_are_told_of() -> None:
+    rows = [flat(0, 0, "a", 1.0) for _ in range(6)]
+    for row in (1, 2, 4, 5):
+        rows[row]["score"] = "high"
+    with pytest.raises(UserError, match=r"rows: row 2: score .*; rows: row 3: .*; rows: row 5: .*; and 1 more"):
+        read_rows(rows, "rows")
 
 
 def test_rows_of_several_files_follow_each_other(tmp_path: Path) -> None:

@@ -106,10 +106,10 @@ def test_nothing_is_held_out_where_the_share_is_zero(tmp_path: Path) -> None:
 def test_bad_rows_stop_or_are_counted(tmp_path: Path) -> None:
     rows = [*rows_of(range(2)), {**flat(3, 0, "x", 1.0), "prompt": "text"}]
     source, told = write(tmp_path / "rows.jsonl", rows), list[str]()
-    with pytest.raises(UserError, match="row 8: prompt must be a list"):
+    with pytest.raises(UserError, match="row 9: prompt must be a list"):
         prepare("rl", source, tmp_path, validation_share=0)
     prepare("rl", source, tmp_path, validation_share=0, skip_bad_rows=True, tell=told.append)
-    assert told == [f"skipped 1 of 9 rows: {source}: row 8: prompt must be a list of mappings"]
+    assert told == [f"skipped 1 of 9 rows: {source}: row 9: prompt must be a list of mappings"]
 
 
 def test_plain_messages_train_sft_alone(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_the_rows_in_the_docs_can_be_read() -> None:
 
 def test_a_nested_row_without_a_response_is_refused_and_not_lost() -> None:
     for turns in ([], [{"prompt": [{"role": "user", "content": "hello"}], "responses": []}]):
-        with pytest.raises(UserError, match="row 0: turns hold no response"):
+        with pytest.raises(UserError, match="row 1: turns hold no response"):
             read_rows([{"single_turn_prompt": "a task", "turns": turns}], "rows.jsonl")
 
 

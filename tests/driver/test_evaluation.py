@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from collab_megatron.driver.figures import merged, values
 from collab_megatron.driver.held_out import sample_tasks
 from collab_megatron.driver.protocol import LOST_CONVERSATIONS, Tally, require_most
 from collab_megatron.driver.transcripts import keep_newest, transcript_file, write_transcripts
-from collab_megatron.errors import EvaluationFailed, NoEngineLeft, RunError
+from collab_megatron.errors import BudgetSpent, EvaluationFailed, NoEngineLeft, RunError
 from collab_megatron.types import Message, RolloutStatus, Task
 from tests.driver.fakes import LIMITS, LengthScorer, ScriptedEngine, ScriptedUser, players
 
@@ -48,9 +49,9 @@ def opens_then_ends(chat: Sequence[Message], sample_index: int) -> str:
 
 
 async def play(held_out: list[Task], cast: Players, *, shard: int = 0, shards: int = 1, **rest: Any) -> Evaluation:
-    spent = rest.pop("spent", lambda: None)
+    within = rest.pop("within", nullcontext)
     section = EvaluationSection(**rest)
-    given = {"weights": WEIGHTS, "limits": LIMITS, "players": cast, "shard": shard, "shards": shards, "spent": spent}
+    given = {"weights": WEIGHTS, "limits": LIMITS, "players": cast, "shard": shard, "shards": shards, "within": within}
     return await evaluate(held_out, evaluation=section, **given)
 
 
@@ -174,12 +175,14 @@ async def test_what_is_under_way_at_the_deadline_is_counted_as_failed() -> None:
 
 async def test_a_spent_budget_begins_no_more_and_keeps_what_is_there() -> None:
     user = ScriptedUser(ends)
-    played = await play(
-        tasks(5),
-        players(ScriptedEngine(["a?"]), user),
-        max_concurrency=1,
-        spent=lambda: "too dear" if len(user.asked) >= 2 else None,
-    )
+
+    @asynccontextmanager
+    async def room() -> AsyncIterator[None]:
+        if len(user.asked) >= 2:
+            raise BudgetSpent("too dear")
+        yield
+
+    played = await play(tasks(5), players(ScriptedEngine(["a?"]), user), max_concurrency=1, within=room)
     assert (played.stop, played.wanted, len(played.groups)) == ("too dear", 5, 2)
     assert values(played.figures)["conversations"] == 2
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from collab_megatron.config.sections import BudgetSection
 from collab_megatron.driver.forest import Forest, ForestRules, Tree
 from collab_megatron.driver.shard import Shard
 from collab_megatron.errors import RunError
+from collab_megatron.simulators.budget import Budget
 from collab_megatron.types import Group, Reply
 from tests.driver.fakes import TASK, policy_turn
 
-SYNC = ForestRules(max_staleness=0, oversample=0, by_prompt=False, refills=0)
+SYNC = ForestRules(max_staleness=0, oversample=None, by_prompt=False, refills=0)
 
 
 def shard(quota: int = 4, index: int = 0, count: int = 1) -> Shard:
@@ -55,9 +57,12 @@ async def settle() -> None:
 
 
 @asynccontextmanager
-async def planted(rules: ForestRules, *, of: Shard | None = None, step: int = 0, delivered=None):
-    garden = Garden()
-    forest = Forest(of or shard(), rules, garden.grow, step=step, delivered=delivered or {})
+async def planted(
+    rules: ForestRules, *, of: Shard | None = None, step: int = 0, delivered=None, budget: Budget | None = None
+):
+    """`budget` takes two calls for a tree."""
+    garden, budget = Garden(), budget or Budget(BudgetSection(), None, dict)
+    forest = Forest(of or shard(), rules, garden.grow, lambda: budget.reserve(2), step=step, delivered=delivered or {})
     yield forest, garden
     await forest.close()
 
@@ -82,7 +87,7 @@ async def test_on_policy_one_batch_is_under_way_and_leaves_as_a_whole() -> None:
 
 
 async def test_with_staleness_groups_leave_as_they_end_and_the_oldest_are_waited_for() -> None:
-    async with planted(ForestRules(1, 0, by_prompt=False, refills=0)) as (forest, garden):
+    async with planted(ForestRules(1, None, by_prompt=False, refills=0)) as (forest, garden):
         forest.advance(0)
         await settle()
         assert len(garden.begun) == 8
@@ -100,7 +105,7 @@ async def test_with_staleness_groups_leave_as_they_end_and_the_oldest_are_waited
 
 
 async def test_by_prompt_a_batch_is_that_of_its_step() -> None:
-    async with planted(ForestRules(1, 0, by_prompt=True, refills=0)) as (forest, garden):
+    async with planted(ForestRules(1, None, by_prompt=True, refills=0)) as (forest, garden):
         forest.advance(0)
         await settle()
         await garden.end((1, 0), (1, 1), (1, 2), (1, 3), (0, 0), (0, 1), (0, 2))
@@ -127,7 +132,7 @@ async def test_oversampled_trees_are_carried_over_and_never_thrown_away() -> Non
 
 
 async def test_groups_that_teach_nothing_are_replaced_bounded_and_delivered_beside() -> None:
-    async with planted(ForestRules(0, 0, by_prompt=False, refills=2)) as (forest, garden):
+    async with planted(ForestRules(0, None, by_prompt=False, refills=2)) as (forest, garden):
         forest.advance(0)
         await settle()
         await garden.end((0, 0), grown=lambda: group(0.0, 0.0))
@@ -153,11 +158,13 @@ async def test_what_a_tree_raises_reaches_who_asks_for_a_batch() -> None:
             forest.take(0)
 
 
-async def test_without_admission_the_trees_under_way_are_finished() -> None:
-    async with planted(ForestRules(1, 0, by_prompt=False, refills=2)) as (forest, garden):
+async def test_without_room_in_the_budget_the_trees_under_way_are_finished() -> None:
+    answered = {("user", "m"): (0, 0.0)}
+    budget = Budget(BudgetSection(hard_calls=16), None, lambda: answered)
+    async with planted(ForestRules(1, None, by_prompt=False, refills=2), budget=budget) as (forest, garden):
         forest.advance(0)
         await settle()
-        forest.admitting = False
+        answered["user", "m"] = (16, 0.0)
         forest.advance(1)
         await garden.end((0, 0), grown=lambda: group(0.0, 0.0))
         assert len(garden.begun) == 8
@@ -167,17 +174,45 @@ async def test_without_admission_the_trees_under_way_are_finished() -> None:
         assert len(forest.take(0) or []) == 4
 
 
+async def test_a_tree_begins_when_those_under_way_leave_room_for_it_in_their_order() -> None:
+    answered = {("user", "m"): (0, 0.0)}
+    budget = Budget(BudgetSection(hard_calls=5), None, lambda: answered)
+    async with planted(ForestRules(0, None, by_prompt=False, refills=1), budget=budget) as (forest, garden):
+        forest.advance(0)
+        await settle()
+        assert garden.begun == [(0, 0), (0, 1), (0, 2)]  # with 0, 2 and 4 calls set aside, under a cap of 5
+        await garden.end((0, 1), grown=lambda: group(0.0, 0.0))
+        assert garden.begun[3:] == [(0, 4)]  # it ended without a call: there is room for the one in its place
+        forest.advance(0)
+        await settle()
+        assert len(garden.begun) == 4
+        await garden.end((0, 4))
+        forest.advance(0)
+        await settle()
+        assert garden.begun[4:] == [(0, 3)]
+        await garden.end((0, 0), (0, 2), (0, 3))
+        assert names(forest.take(0)) == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4)]
+
+
+def test_a_shard_whose_part_of_the_oversampled_trees_is_none_begins_none() -> None:
+    rules = [ForestRules(1, part, by_prompt=False, refills=0) for part in (None, 0, 1, 9)]
+    assert [each.capacity(4) for each in rules] == [8, 4, 5, 8]
+
+
 async def test_a_restart_begins_what_was_not_delivered_and_nothing_else() -> None:
     """Batch 0 took four trees of two steps, one of them with another in its place; the driver dies at step 1."""
     delivered = {(0, 1): False, (0, 3): False, (1, 0): False, (1, 2): False, (0, 2): True}
-    async with planted(ForestRules(1, 0, by_prompt=False, refills=1), step=1, delivered=delivered) as (forest, garden):
+    async with planted(ForestRules(1, None, by_prompt=False, refills=1), step=1, delivered=delivered) as (
+        forest,
+        garden,
+    ):
         forest.advance(1)
         await settle()
         assert sorted(garden.begun) == [(0, 0), (0, 4), (1, 1), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)]
 
 
 async def test_a_resume_without_a_journal_begins_with_the_step() -> None:
-    async with planted(ForestRules(2, 0, by_prompt=False, refills=0), step=5) as (forest, garden):
+    async with planted(ForestRules(2, None, by_prompt=False, refills=0), step=5) as (forest, garden):
         forest.advance(5)
         await settle()
         assert min(garden.begun) == (5, 0)
@@ -189,7 +224,7 @@ async def test_no_token_is_older_than_the_bound_and_every_tree_leaves_once(seed:
     """Random trees of random length, any staleness, oversampling, refills: what is promised holds."""
     rng = random.Random(seed)
     quota, staleness, steps = rng.randint(1, 5), rng.randint(0, 3), 12
-    oversample = rng.randint(0, quota) if staleness else 0
+    oversample = rng.randint(0, quota) if staleness else None
     rules = ForestRules(staleness, oversample, by_prompt=False, refills=rng.randint(0, quota))
     taken: list[tuple[int, int]] = []
     async with planted(rules, of=shard(quota)) as (forest, garden):

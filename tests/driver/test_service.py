@@ -280,13 +280,13 @@ async def test_a_server_that_a_tree_needs_comes_back_and_the_tree_goes_on(tmp_pa
 async def test_a_spent_budget_ends_what_is_under_way_and_begins_nothing(tmp_path: Path) -> None:
     server = FakeServer(version="0")
     async with service(tmp_path, server) as driver:
-        driver._cast.gateway.budget._own = lambda: {("user", "none"): (3, 1.5)}
+        driver._cast.gateway.budget._own = lambda: {("user", "none"): (4, 1.5)}  # as many as a tree takes
         driver._cast.gateway.budget._section = BudgetSection(hard_usd=1.0)
         stopped = await answered(driver, Request("step", 0, 0, (server.url,)))
         assert stopped.stop == "budget"
         assert "raise budget.hard_usd" in stopped.error
         assert server.bodies == []
-        driver._cast.gateway.budget._section = BudgetSection(hard_usd=2.0)
+        driver._cast.gateway.budget._section = BudgetSection(hard_usd=4.0)
         asked = asyncio.create_task(driver.answer(Request("step", 0, 0, (server.url,))))
         await until(lambda: server.bodies)
         driver._cast.gateway.budget._section = BudgetSection(hard_usd=1.0)

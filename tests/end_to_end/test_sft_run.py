@@ -53,6 +53,15 @@ def test_the_best_checkpoint_is_kept_resumed_with_and_exported(run: Run, tiny_mo
     assert [path.name for path in complete_checkpoints(folder)] == [best.folder.name, "step_00000008"]
     assert plain_loss(tmp_path / "best", held_out) == pytest.approx(best.loss, rel=1e-5)
 
+    # a step that leaves infinite weights ends the run, and what is saved is the step before it
+    ruined = sft(10, "run.resume=true", "optimizer.lr=1e37", "optimizer.weight_decay=100")
+    assert ruined.code == 1, ruined.output[-4000:]
+    (error,) = ruined.errors
+    assert "lr 1e+37" in error
+    assert "left weights that are NaN or infinite" in error
+    assert "step 8 is saved" in ruined.output
+    assert [path.name for path in complete_checkpoints(folder)] == [best.folder.name, "step_00000008"]
+
     # resumed, the run remembers which was the best; what it writes beside the training protects it too
     again = sft(10, "run.resume=true", "train.async_save=true", "export_weights=last", f"export_hf={tmp_path / 'last'}")
     assert again.code == 0, again.output[-4000:]

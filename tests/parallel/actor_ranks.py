@@ -8,7 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from collab_megatron.actor.actor import Actor
@@ -17,6 +19,7 @@ from collab_megatron.actor.reference import SwappedReference, build_reference
 from collab_megatron.algorithms.losses import LossSum
 from collab_megatron.batching.micro_batch import MicroBatch, split_by_tokens
 from collab_megatron.config.sections import AlgorithmSection, ParallelSection, TrainSection
+from collab_megatron.errors import WeightsNotFinite
 from collab_megatron.monitor.timers import PhaseTimer
 from collab_megatron.training.rl_step import update
 from collab_megatron.training.skipped import SkippedSteps
@@ -50,6 +53,24 @@ def check_skip(folder: Path, grid: RankGrid) -> None:
     assert actor.lr == lr
     assert same(before, weights(actor))
     assert not actor.train_step(batches_of(2, grid), loss_fn, 10).skipped
+
+
+def check_ruined(folder: Path, grid: RankGrid) -> None:
+    """Weights that an optimizer step makes infinite are refused on every rank; a NaN on one rank is known to all."""
+    actor = Actor.build(folder, dtype="float32", grid=grid, optimizer=OPTIMIZER, total_steps=STEPS)
+    assert actor.not_finite() is None
+    if grid.rank == grid.world_size - 1:
+        list(actor.chunks[-1].parameters())[-1].data.view(-1)[-1] = torch.nan
+    said: list[str | None] = [None] * grid.world_size
+    dist.all_gather_object(said, actor.not_finite(), group=grid.cpu_group)
+    assert len(set(said)) == 1
+    assert said[0] is not None
+    actor = Actor.build(folder, dtype="float32", grid=grid, optimizer=OPTIMIZER, total_steps=STEPS)
+    assert actor.optimizer is not None
+    for group in actor.optimizer.param_groups:
+        group.update(lr=1e37, weight_decay=100.0)
+    with pytest.raises(WeightsNotFinite, match="lr 1e\\+37"):
+        actor.train_step(batches_of(2, grid), loss_fn, 10)
 
 
 def check_no_samples(folder: Path, grid: RankGrid) -> None:
@@ -112,6 +133,7 @@ def main() -> None:
     layout = ParallelSection(tensor=2, pipeline=2, sequence_parallel=True, device="cpu", collective_timeout_s=60)
     grid = init_grid(layout, seed=1)
     check_skip(work / "llama", grid)
+    check_ruined(work / "llama", grid)
     check_no_samples(work / "llama", grid)
     check_bf16(work / "qwen3", grid)
     check_references(work / "qwen3", grid)

@@ -105,6 +105,10 @@ def check_variants(folder: Path, grid: RankGrid, dtype: Any, distributed: bool) 
             check_equal(outcome(actor), plain, what)
         if "cpu_offload" in changes:
             check_offloaded(actor, float(changes["cpu_offload"]), what)
+        assert actor.not_finite() is None, what
+        if grid.rank == 1:  # wherever a rank's masters are
+            parts(actor.optimizer)[0].get_parameters()[-1].data.view(-1)[-1] = torch.inf
+        assert actor.not_finite() is not None, what
 
 
 def check_offloaded(actor: Actor, share: float, what: str) -> None:

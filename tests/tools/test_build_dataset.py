@@ -331,7 +331,8 @@ def test_a_dry_run_counts_calls_and_makes_nothing(config: Path, tmp_path: Path) 
 def test_bad_problems_name_the_line(config: Path, tmp_path: Path) -> None:
     problems = tmp_path / "tasks" / "train.jsonl"
     for text, complaint in [
-        ('{"single_turn_prompt": "x"}', "problem 0 has no text 'single_turn_completion'"),
+        ('{"single_turn_prompt": "x"}', "problem 1 has no text 'single_turn_completion'"),
+        ('{"single_turn_prompt": " ", "single_turn_completion": "y"}', "problem 1: single_turn_prompt is empty"),
         (
             '{"single_turn_prompt": "x", "single_turn_completion": "y", "prompt": [{"role": "system"}]}',
             "prompt must be",

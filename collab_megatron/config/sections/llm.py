@@ -131,9 +131,12 @@ class RewardSection(Section):
 
 
 class BudgetSection(Section):
-    """What the LLM APIs may cost over the whole run, resumes included. At a soft cap the run says so; at a hard cap it
-    finishes the conversations under way, saves a checkpoint and ends with exit code 3. A cap in dollars needs a known
-    price of every model: LiteLLM's, or a typed one."""
+    """What the LLM APIs may cost over the whole run, resumes included, over all its processes. At a soft cap the run
+    reports it. A hard cap is kept by what begins: a conversation tree (in an evaluation and in the data engine a
+    conversation) begins only while what was spent, and what all that are under way may still cost, is below the cap. So
+    the run ends within one tree's cost above the cap, after saving a checkpoint, with exit code 3; trees that do not
+    make a whole batch are in the journal, and a resumed run does not pay for them again. A cap in dollars needs a known
+    price of every model: LiteLLM's, or a typed one; the first tree then runs alone, until its price is known."""
 
     soft_usd: float | None = Field(default=None, gt=0)
     hard_usd: float | None = Field(default=None, gt=0)

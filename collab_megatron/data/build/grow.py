@@ -46,6 +46,12 @@ class Growth:
     system_prompt: str = ""
     termination_signal: str = TERMINATION_SIGNAL
 
+    def calls_at_most(self, judges: int, *, opening: bool) -> int:
+        """LLM requests of one conversation, where none has to be repeated; `judges`: those of one scored future."""
+        future = 2 * self.max_user_turns + judges  # a user turn and the answer to it
+        turn = self.num_candidates * (1 + self.num_futures * future) + 1  # some providers give a reply a request
+        return int(opening) + self.max_total_turns * turn
+
 
 @dataclass(frozen=True)
 class Players:

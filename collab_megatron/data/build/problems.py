@@ -23,14 +23,14 @@ class Problem:
 
 
 def read_problems(path: Path, limit: int | None) -> list[Problem]:
-    """The first `limit` problems of a JSONL file. Raises UserError naming file, line and column."""
+    """The first `limit` problems of a JSONL file. Raises UserError naming file, problem (counted from 1) and column."""
     if not path.is_file():
         raise UserError(f"no problems file {path}: check `problems` in the config")
     problems = []
     for index, row in enumerate(read_json_lines(path)):
         if limit is not None and index >= limit:
             break
-        problems.append(_read_problem(index, row, f"{path}, problem {index}"))
+        problems.append(_read_problem(index, row, f"{path}, problem {index + 1}"))
     if not problems:
         raise UserError(f"{path} holds no problems")
     return problems
@@ -42,6 +42,8 @@ def _read_problem(index: int, row: Mapping[str, Any], where: str) -> Problem:
     for column in NEEDED:
         if not isinstance(row.get(column), str):
             raise UserError(f"{where} has no text {column!r}; its keys are {', '.join(row)}")
+    if not row["single_turn_prompt"].strip():
+        raise UserError(f"{where}: single_turn_prompt is empty: nobody could play its user")
     metadata = row.get("single_turn_metadata") or {}
     if not isinstance(metadata, Mapping):
         raise UserError(f"{where}: single_turn_metadata must be a mapping")
@@ -63,9 +65,11 @@ def _opening(value: Any, where: str) -> tuple[Message, ...]:
     if isinstance(value, str):
         return (Message("user", value),)
     try:
-        messages = tuple(Message(str(turn["role"]), str(turn["content"])) for turn in value)
+        messages = tuple(Message(turn["role"], turn["content"]) for turn in value)
     except (TypeError, KeyError):
         raise UserError(f"{where}: prompt must be text or a list of {{role, content}}") from None
-    if messages[-1].role != "user":
-        raise UserError(f"{where}: prompt must end with a user turn")
+    if not all(isinstance(part, str) for turn in messages for part in (turn.role, turn.content)):
+        raise UserError(f"{where}: prompt has a turn whose role or content is not text")
+    if messages[-1].role != "user" or not messages[-1].content.strip():
+        raise UserError(f"{where}: prompt must end with a user turn that says something")
     return messages

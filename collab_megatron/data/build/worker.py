@@ -15,9 +15,10 @@ from collab_megatron.config.entry import BuildDatasetConfig, llm_roles
 from collab_megatron.data.build.grow import Growth, Players, grow_conversation
 from collab_megatron.data.build.problems import Problem
 from collab_megatron.data.build.shards import append_conversation, shard_path
-from collab_megatron.errors import RunError
+from collab_megatron.errors import BudgetSpent, RunError
 from collab_megatron.journal.store import Journal, open_journal
 from collab_megatron.rewards import configured_scorer
+from collab_megatron.rewards.configured import judge_calls
 from collab_megatron.rewards.scorer import first_error
 from collab_megatron.simulators import Gateway, SimulatorError, user_simulator
 from collab_megatron.simulators.budget import Budget
@@ -49,9 +50,9 @@ async def build_share(
 ) -> Tally:
     """Grow a conversation from each problem, at most max_concurrency at a time; `report` is called about every second.
 
-    What the journal has is not asked for again. Once the budget is spent no conversation is begun, and those under way
-    are finished. A conversation that fails is counted and left out. Raises UserError if a role cannot be reached at
-    all, RunError if HOPELESS_FAILURES conversations fail in a row or the disk is full.
+    What the journal has is not asked for again. A conversation is begun as long as the budget has room for all under
+    way; those are finished. A conversation that fails is counted and left out. Raises UserError if a role cannot be
+    reached at all, RunError if HOPELESS_FAILURES conversations fail in a row or the disk is full.
     """
     with closing(open_journal(config.journal, journal_path(config), LINEAGE)) as journal:
         return await _build_share(config, problems, worker, report, journal)
@@ -89,13 +90,14 @@ async def _build_share(
             system_prompt=config.system_prompt,
             termination_signal=config.simulators.user.termination_signal,
         )
+        judges = judge_calls(config.reward, config.simulators)
         # the modules behind LiteLLM are hundreds of thousands of objects that every full collection would walk
         gc.freeze()
         queue = iter(problems)
         async with asyncio.TaskGroup() as group:
             reporter = group.create_task(_report_often(tally, gateway, report))
             growers = [
-                group.create_task(_grow_from(queue, growth, players, shard, tally, gateway.budget))
+                group.create_task(_grow_from(queue, growth, players, shard, tally, gateway.budget, judges))
                 for _ in range(min(config.max_concurrency, len(problems)))
             ]
             await asyncio.gather(*growers)
@@ -137,16 +139,25 @@ def token_counter(tokenizer: str | None) -> Callable[[str], int]:
 
 
 async def _grow_from(
-    queue: Iterator[Problem], growth: Growth, players: Players, shard: int, tally: Tally, budget: Budget
+    queue: Iterator[Problem],
+    growth: Growth,
+    players: Players,
+    shard: int,
+    tally: Tally,
+    budget: Budget,
+    judges: int,
 ) -> None:
-    """Take problems until there are none left or the budget is spent. Raises RunError if too many fail in a row."""
+    """Take problems until there are none left or the budget is spent; `judges`: requests to them a future.
+
+    Raises RunError if too many fail in a row.
+    """
     for problem in queue:
-        spent = budget.exhausted
-        if spent is not None:
-            tally.spent = spent
-            return
         try:
-            rows = await grow_conversation(problem, growth, players)
+            async with budget.room(growth.calls_at_most(judges, opening=not problem.task.prompt)):
+                rows = await grow_conversation(problem, growth, players)
+        except BudgetSpent as spent:
+            tally.spent = str(spent)
+            return
         except SimulatorError as error:
             tally.failed += 1
             tally.failed_in_a_row += 1
