@@ -13,13 +13,14 @@ from pathlib import Path
 
 PACKAGE = "collab_megatron"
 
-# the data contract, the two errors, writing aside and renaming, and the config sections that leaf functions take
-EVERYWHERE = ("types", "errors", "files", "log", "slots", "config.sections")
+# the data contract, the two errors, writing aside and renaming, records, and the config sections that leaf functions take
+EVERYWHERE = ("types", "errors", "files", "json_lines", "log", "slots", "config.sections")
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
+    "json_lines": (),
     "log": (),
     "config": (),
     "data": (),
@@ -102,6 +103,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
+    "json_lines": (),
     "log": (),
     "config": ("pydantic", "yaml"),
     "algorithms": ("torch",),
