@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from collab_megatron.config import RLConfig, dump_config
 from collab_megatron.errors import RunError
-from collab_megatron.files import publish_text
+from collab_megatron.json_lines import append_rows, keep_rows, read_rows, to_disk
 from collab_megatron.monitor.alarms import Alarms
 from collab_megatron.monitor.dashboard import Dashboard, first_again
 from collab_megatron.monitor.progress import Progress
@@ -93,17 +92,18 @@ def append_evaluation(file: Path, step: int, figures: Mapping[str, float]) -> No
     """One JSON line {"step", ...figures}. Raises RunError when the disk refuses."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as lines:
-            lines.write(json.dumps({"step": step, **figures}) + "\n")
+        append_rows(file, [{"step": step, **figures}])
+        to_disk(file)  # an evaluation takes minutes and money
     except OSError as error:
         raise RunError(f"cannot write {file}: {error.strerror}") from None
 
 
 def drop_evaluations(file: Path, *, first: int) -> None:
-    """Take out what an earlier attempt of the run measured from step `first` on, which this one measures again."""
-    if not file.exists():
-        return
-    lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
-    if kept != lines:
-        publish_text(file, "".join(kept))
+    """Take out what an earlier attempt of the run measured from step `first` on, which this one measures again.
+
+    Raises UserError for a damaged line, RunError when the disk refuses.
+    """
+    try:
+        keep_rows(file, lambda row: row["step"] < first, numbers=("step",))
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror}") from None

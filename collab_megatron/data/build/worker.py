@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -77,7 +76,7 @@ async def _build_share(
         go_on="give the same command again",
     )
     tally = Tally()
-    shard = os.open(shard_path(config.output, worker), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    shard = shard_path(config.output, worker)
     try:
         await gateway.check_reachable()
         players = make_players(config, gateway)
@@ -103,7 +102,6 @@ async def _build_share(
     except ExceptionGroup as errors:
         raise first_error(errors) from None
     finally:
-        os.close(shard)
         await gateway.close()
     _note_costs(tally, gateway)
     report(tally)
@@ -137,7 +135,7 @@ def token_counter(tokenizer: str | None) -> Callable[[str], int]:
 
 
 async def _grow_from(
-    queue: Iterator[Problem], growth: Growth, players: Players, shard: int, tally: Tally, budget: Budget
+    queue: Iterator[Problem], growth: Growth, players: Players, shard: Path, tally: Tally, budget: Budget
 ) -> None:
     """Take problems until there are none left or the budget is spent. Raises RunError if too many fail in a row."""
     for problem in queue:
