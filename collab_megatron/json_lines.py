@@ -1,4 +1,4 @@
-"""Records on disk as JSON lines: one object a line, whole lines alone. Every record that grows is written and read here.
+"""Records on disk as JSON lines, one object a line: every record that grows is written and read here.
 
 One process writes a file, each time whole lines in one write, so a kill or a full disk can leave half a line at its end
 and nowhere else. A reader leaves such an end out and counts it; the next append cuts it off first. A line in the middle

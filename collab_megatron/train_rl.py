@@ -16,7 +16,6 @@ from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, dump_config, load_config
 from collab_megatron.errors import RunError, run_cli
 from collab_megatron.log import set_up_logging
-from collab_megatron.types import RolloutBatch
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -37,7 +36,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.training.interrupt import Interrupt
     from collab_megatron.training.reporter import Reporter
     from collab_megatron.training.rl_step import update
-    from collab_megatron.training.saving import Saving
+    from collab_megatron.training.saving import Saving, no_record
     from collab_megatron.training.skipped import SkippedSteps
 
     grid = init_grid(config.parallel, config.run.seed)
@@ -63,7 +62,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     first_step = checkpoints.resume()
 
     arguments.wait_for_engine(config.engine.startup_timeout_s)
-    interrupt = Interrupt()
+    interrupt = Interrupt(config.train.save_grace_s)
     inbox = Inbox(
         grid,
         driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
@@ -83,18 +82,18 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     reporter = Reporter(config, first_step=first_step) if grid.is_main else None
     timer = PhaseTimer()
     evaluations = Evaluations(engines, reporter, grid, config)
-    saving = Saving(checkpoints, grid, config.run, config.train, interrupt)
+    record = reporter.to_disk if reporter else no_record
+    saving = Saving(checkpoints, grid, config.run, config.train, interrupt, record)
     skipped = SkippedSteps(config.train.max_skipped_steps)
 
-    trained: RolloutBatch | None = None  # the newest that had samples
     with saving.before_any_end():
         sync = engines.publish(saving.done)
         evaluations.evaluate_at_start(saving.done)
+        evaluations.evaluate_missing(first_step)
         while saving.done < total:
             with timer("step"):
                 with timer("wait_for_rollout"):
                     batch = engines.next_batch(saving.done, checkpoints.saved)
-                trained = batch if batch.samples else trained
                 engines.make_room()
                 with saving.step():
                     metrics = update(
@@ -106,6 +105,8 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                         timer=timer,
                         skipped=skipped,
                     )
+                if reporter:
+                    reporter.trained(saving.done, batch.metrics, metrics)
                 skipped.check(saving.done)
                 # what was in flight across the sync can have kept a prefix cache of older weights; rank 0 knows
                 comparable = sync.flushed or not config.driver.max_staleness
@@ -114,17 +115,21 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                         require_same_weights(metrics, config.sync.max_logprob_gap)
                 with timer("weight_sync"):
                     sync = engines.publish(saving.done)
-            if saving.due():
-                with timer("checkpoint"):
-                    saving.save()
+            # before the checkpoint: one that has been written is gone on from, and its step is not run again
             with together(grid, "reporting", config.run.dir):
                 if reporter:
                     reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain())
+            if saving.due():
+                with timer("checkpoint"):
+                    saving.save()
+                with together(grid, "reporting", config.run.dir):
+                    if reporter:
+                        reporter.saved(saving.done, timer.drain())
             evaluations.evaluate_if_due(saving.done)
+        saving.go_on()
     checkpoints.wait()
     if reporter:
-        if trained is not None:
-            write_engine_probe(config, publisher.control, trained)
+        write_engine_probe(config, publisher.control)
         reporter.close()
     inbox.close()
     publisher.close()
@@ -162,7 +167,8 @@ def main() -> None:
     if arguments.dry_run:
         return
     with told_at_the_end(config.run, config.train.steps, arguments.config):
-        launch_rl(config, start)
+        if not start.is_done:
+            launch_rl(config, start)
 
 
 if __name__ == "__main__":

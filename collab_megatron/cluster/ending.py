@@ -42,12 +42,9 @@ def saved(run: RunSection, steps: int) -> list[str]:
     if newest is None:
         return ["saved       no checkpoint yet: the same command starts from the beginning"]
     step = read_info(newest).step
-    if step >= steps:  # a resume is refused: there is no step to take
-        return [
-            f"saved       {newest}, {step} of {steps} steps: training is done, what comes after it is not",
-            *_export(run, newest),
-        ]
     how = "the same command" if run.resume else "the same command with run.resume=true"
+    if step >= steps:
+        return [f"saved       {newest}, {step} of {steps} steps: training is done, {how} finishes what comes after it"]
     return [f"saved       {newest}, {step} of {steps} steps: {how} goes on from it"]
 
 

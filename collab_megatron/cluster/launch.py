@@ -31,9 +31,9 @@ DRIVER_END_S = 60.0
 
 
 def launch_rl(config: RLConfig, start: RLStart) -> None:
-    """Run engines, driver and trainers; returns when training is done. Raises RunError when a part fails."""
+    """Run engines, driver and trainers; returns when the run is done. Raises RunError when a part fails."""
     with (
-        Supervisor(config.run.logs_dir) as supervisor,
+        Supervisor(config.run.logs_dir, save_grace_s=config.train.save_grace_s) as supervisor,
         tempfile.TemporaryDirectory(prefix="collab_megatron_") as scratch,
     ):
         files = Path(scratch)
@@ -65,7 +65,7 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
 
 def launch_sft(config: SFTConfig) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
-    with Supervisor(config.run.logs_dir) as supervisor:
+    with Supervisor(config.run.logs_dir, save_grace_s=config.train.save_grace_s) as supervisor:
         resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(

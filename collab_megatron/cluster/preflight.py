@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from collab_megatron.checkpoint.folders import MARKER, named_checkpoint, newest_complete, read_info
 from collab_megatron.checkpoint.origin import decisive_differences
@@ -17,6 +17,7 @@ from collab_megatron.cluster.cost import build_calls, evaluation_calls, evaluati
 from collab_megatron.cluster.node import Node, this_node
 from collab_megatron.cluster.plan import build_plan, evaluate_plan, rl_plan, sft_plan
 from collab_megatron.cluster.processes import port_in_use
+from collab_megatron.cluster.unfinished import METRICS_FILE, is_exported, rl_lacks, sft_lacks
 from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
 from collab_megatron.config.entry import llm_roles
 from collab_megatron.config.sections import EngineSection, ParallelSection
@@ -28,11 +29,12 @@ from collab_megatron.convert.tables import parameter_count
 from collab_megatron.data.build.problems import read_problems
 from collab_megatron.data.build.worker import make_players
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
-from collab_megatron.data.fit import fitting_tasks
+from collab_megatron.data.fit import fitting_tasks, max_context_tokens
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.data.sft_rows import read_sft_rows
 from collab_megatron.data.splits import shared_tasks
 from collab_megatron.errors import UserError
+from collab_megatron.json_lines import read_rows
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway, user_simulator
 from collab_megatron.types import Task
@@ -42,6 +44,7 @@ CHECKPOINT_COPIES = 2
 """Room that saving needs: the checkpoint being written beside the one it replaces."""
 
 Report = Callable[[str], None]
+C = TypeVar("C", RLConfig, SFTConfig)
 
 
 def print_at_once(text: str) -> None:
@@ -49,10 +52,22 @@ def print_at_once(text: str) -> None:
 
 
 @dataclass(frozen=True)
-class RLStart:
+class Start:
     """What the checks found out on the way."""
 
     first_step: int
+    lacks: tuple[str, ...] | None  # what is missing after the last step; None: there are steps to take
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to start processes for."""
+        return self.lacks == ()
+
+
+@dataclass(frozen=True)
+class RLStart(Start):
+    """Of a run with engines and a driver."""
+
     max_context_tokens: int
     usable_prompts: int  # training tasks whose prompt fits
 
@@ -87,16 +102,18 @@ def check_rl(
     )
     report(rl_plan(config, model.spec, node=here, calls=calls))
     warn_of_config(config, model.spec, here)
-    first_step = _check_run(config)
+    start = RLStart(*_check_run(config, rl_lacks), max_context_tokens=room, usable_prompts=len(train))
+    if start.is_done:
+        return start
     _check_trainer_devices(config.parallel, config.engine, here)
     _check_machine(config, model.hf_config, here)
     asyncio.run(_check_reachable(gateway, here))
-    return RLStart(first_step=first_step, max_context_tokens=room, usable_prompts=len(train))
+    return start
 
 
 def check_sft(
     config: SFTConfig, *, dry_run: bool = False, node: Node | None = None, report: Report = print_at_once
-) -> None:
+) -> Start:
     """All checks of train_sft, as `check_rl`. Raises UserError."""
     here = node or this_node()
     # chats are rendered, none grows
@@ -107,13 +124,17 @@ def check_sft(
             print(*rows.notices, sep="\n", end="\n" * bool(rows.notices), flush=True)
     report(sft_plan(config, model.spec, node=here))
     warn_of_memory(config, model.spec, here)
-    _check_run(config)
+    start = Start(*_check_run(config, sft_lacks))
+    if start.is_done:
+        return start
     _check_trainer_devices(config.parallel, None, here)
     if here.here:
         _check_disk(config.run.dir, model.hf_config, config.model.dtype)
     target = config.export_hf
-    if target is not None and target.exists() and any(target.iterdir()):
+    own = start.lacks is not None and is_exported(config)
+    if target is not None and not own and target.exists() and any(target.iterdir()):
         raise UserError(f"export_hf {target} exists and is not empty: choose another folder or remove it")
+    return start
 
 
 def check_evaluate(
@@ -184,12 +205,6 @@ def _check_prompts(config: RLConfig, chat: ChatTemplate, max_context_tokens: int
     return train, held_out
 
 
-def max_context_tokens(hf_config: dict[str, Any], engine: EngineSection) -> int:
-    """Tokens that prompt and reply may take together in the engine."""
-    limits = [limit for limit in (engine.context_length, hf_config.get("max_position_embeddings")) if limit]
-    return min(limits) if limits else 2**31 - 1
-
-
 def _check_model(path: str, parallel: ParallelSection, inexact_template: InexactTemplate, *, weights: bool) -> _Model:
     folder = resolve_model_folder(path, weights=weights)
     hf_config = read_hf_config(folder)
@@ -203,14 +218,17 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     return _Model(folder, hf_config, spec, chat)
 
 
-def _check_run(config: RLConfig | SFTConfig) -> int:
-    """The first step to run. A fresh run must not write over an earlier one's checkpoints, nor go on with another's."""
+def _check_run(config: C, lacks: Callable[[C], Sequence[str]]) -> tuple[int, tuple[str, ...] | None]:
+    """The first step to run; where all are done, what is missing after them, and a line that says so.
+
+    A fresh run must not write over an earlier one's checkpoints, nor go on with another's. `lacks` looks for what is
+    missing. Raises UserError for a damaged record too."""
     run, steps = config.run, config.train.steps
     newest = newest_complete(run.checkpoints_dir)
     if newest is None:
         if run.init_from is not None:
             named_checkpoint(run.init_from)
-        return 0
+        return 0, None
     if not run.resume:
         raise UserError(
             f"{run.checkpoints_dir} holds checkpoints of an earlier run: set run.resume=true to go on from "
@@ -224,9 +242,16 @@ def _check_run(config: RLConfig | SFTConfig) -> int:
             f"{run.checkpoints_dir} holds checkpoints of another config ({other[0]}{more}), and run.resume=auto goes "
             "on with the same only: choose another run.dir or run.name, or set run.resume=true to go on with this one"
         )
-    if info.step >= steps:
+    if info.step > steps:
         raise UserError(f"{newest} has already done {info.step} of {steps} steps: raise train.steps to go on")
-    return info.step
+    for record in (run.tensorboard_dir / METRICS_FILE, run.evaluations_file):
+        read_rows(record, numbers=("step",))
+    if info.step < steps:
+        return info.step, None
+    missing = tuple(lacks(config))
+    what = f"what is missing is made: {', '.join(missing)}" if missing else "nothing is left to do"
+    print(f"all {steps} steps are done; {what}", flush=True)
+    return info.step, missing
 
 
 def check_placement(config: RLConfig, device: str) -> None:

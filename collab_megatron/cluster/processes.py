@@ -20,11 +20,14 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from collab_megatron.errors import EXIT_BUDGET, EXIT_RUN, EXIT_USER, RunError
+from collab_megatron.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_RUN, EXIT_USER, RunError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 10.0  # between TERM and KILL
-SAVE_GRACE_S = 60.0  # the same for those that save first; they come first, while their peers still answer
+SAY_S = 5.0  # for those that save, on top of their grace time: they end themselves, and tell the user
+SAME_S = 10.0
+"""Signals within this time are one request: Slurm's proctrack/linuxproc, systemd and a shutdown signal every process of
+a job, and the launcher, signalled too, passes its own signal on."""
 FIRST_PORT = 10240
 FREE_PORT_TRIES = 100
 TAIL_LINES = 12
@@ -93,14 +96,14 @@ class Child:
 class Supervisor:
     """Starts children and ends all of them, whatever happens. Use as a context manager."""
 
-    def __init__(self, logs_dir: Path) -> None:
-        self._logs_dir = logs_dir
+    def __init__(self, logs_dir: Path, *, save_grace_s: float = 0.0) -> None:
+        """save_grace_s: between TERM and KILL for children that save (train.save_grace_s)."""
+        self._logs_dir, self._save_grace_s = logs_dir, save_grace_s
         self._children: list[Child] = []
 
     def __enter__(self) -> Supervisor:
         self._logs_dir.mkdir(parents=True, exist_ok=True)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _raise_interrupt)
+        end_at_signals()
         return self
 
     def __exit__(
@@ -192,15 +195,25 @@ class Supervisor:
         return True
 
     def end_all(self) -> None:
-        """TERM to every child's group, KILL after GRACE_S; returns when none is left.
+        """TERM to every child's group, KILL after GRACE_S, or at once when we are signalled again; returns when none is
+        left.
 
-        Those that save come first and get SAVE_GRACE_S, unless one of them has ended: the others cannot save without.
+        Those that save come first, while their peers still answer, and get their grace time, unless one of them has
+        ended: the others cannot save without.
         """
         saving = [child for child in self._children if child.saves]
-        if saving and all(child.process.poll() is None for child in saving):
-            self._end(saving, SAVE_GRACE_S)
-        self._end([child for child in self._children if child not in saving or child.process.poll() is None], GRACE_S)
-        self._children.clear()
+        try:
+            if saving and all(child.process.poll() is None for child in saving):
+                self._end(saving, self._save_grace_s + SAY_S)
+            others = [child for child in self._children if child not in saving or child.process.poll() is None]
+            self._end(others, GRACE_S)
+        except KeyboardInterrupt:
+            for child in self._children:
+                _signal_group(child, signal.SIGKILL)
+                child.process.wait()
+            raise
+        finally:
+            self._children.clear()
 
     def _end(self, children: Sequence[Child], grace_s: float) -> None:
         for child in children:
@@ -227,6 +240,10 @@ class Supervisor:
             self.end_all()
             sys.exit(EXIT_USER)
         if code in (EXIT_RUN, EXIT_BUDGET) and child.log is None:  # it has told the user itself
+            self.end_all()
+            sys.exit(code)
+        if code == EXIT_INTERRUPTED and child.saves:  # somebody has signalled it, and not us; it has saved
+            print(f"{child.name} was interrupted", file=sys.stderr, flush=True)
             self.end_all()
             sys.exit(code)
         if sentence is None and told:
@@ -258,5 +275,17 @@ def _tail(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
 
 
-def _raise_interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def end_at_signals() -> None:
+    """From now on SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, once in SAME_S."""
+    last = -SAME_S
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < SAME_S:
+            return
+        last = now
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from collab_megatron.cluster.unfinished import is_evaluated
 from collab_megatron.config import RLConfig, dump_config
 from collab_megatron.errors import RunError
-from collab_megatron.json_lines import append_rows, keep_rows, read_rows, to_disk
+from collab_megatron.json_lines import append_rows, keep_rows, to_disk
 from collab_megatron.monitor.alarms import Alarms
 from collab_megatron.monitor.dashboard import Dashboard, first_again
 from collab_megatron.monitor.progress import Progress
@@ -30,6 +31,28 @@ class Reporter:
         self._alarms = Alarms()
         self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]
         self._failed_evaluations = 0
+        self._unfinished: tuple[int, dict[str, float]] | None = None  # the step that `step` has not told yet
+
+    def trained(self, done: int, rollout: Mapping[str, float], update: Mapping[str, float]) -> None:
+        """A step has just been trained: what is known of it before the engines have its weights."""
+        self._unfinished = done, {**rollout, **update}
+
+    def to_disk(self) -> None:
+        """Before a checkpoint that holds the newest step: its figures, whole or not, and all earlier ones are on the
+        disk. Raises RunError when the disk refuses."""
+        if self._unfinished is not None:
+            done, metrics = self._unfinished
+            self._unfinished = None
+            self._dashboard.log(done, metrics)
+        self._dashboard.to_disk()
+
+    def saved(self, done: int, seconds: Mapping[str, float]) -> None:
+        """A checkpoint of `done` steps has been written, or is being written beside the training."""
+        self._dashboard.log(done, seconds)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the weights after `step` steps have held-out figures."""
+        return is_evaluated(self._evaluations, step)
 
     def step(
         self,
@@ -44,6 +67,7 @@ class Reporter:
         metrics |= sync.metrics()
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
         metrics |= memory_shares()
+        self._unfinished = None
         self._dashboard.log(done, metrics)
         self._progress.step(done, progress_figures(metrics, self._weighted))
         for sentence in self._alarms.heard(done, metrics):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = "collab_megatron"
 
-# the data contract, the two errors, writing aside and renaming, records, and the config sections that leaf functions take
+# the data contract, the two errors, files and records, and the config sections that leaf functions take
 EVERYWHERE = ("types", "errors", "files", "json_lines", "log", "slots", "config.sections")
 
 ROOMS: Mapping[str, tuple[str, ...]] = {

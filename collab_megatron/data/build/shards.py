@@ -1,7 +1,8 @@
 """Finished conversations on disk: JSONL shards that are only ever appended to, and survive a kill.
 
-A conversation is appended to its shard as a whole (json_lines.py). Every row carries `conv_rows`, the number of rows of its conversation,
-so a conversation that a crash cut off is recognised wherever the cut fell, and dropped when the build goes on.
+A conversation is appended to its shard as a whole (json_lines.py). Every row carries `conv_rows`, the number of rows of
+its conversation, so a conversation that a crash cut off is recognised wherever the cut fell, and dropped when the build
+goes on.
 """
 
 from __future__ import annotations
