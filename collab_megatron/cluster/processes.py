@@ -276,7 +276,8 @@ def _tail(log: Path) -> list[str]:
 
 
 def end_at_signals() -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, once in SAME_S."""
+    """From now on SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, once in SAME_S; one that is
+    ignored (nohup, a shell's background job) stays so."""
     last = -SAME_S
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -288,4 +289,5 @@ def end_at_signals() -> None:
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
