@@ -103,7 +103,8 @@ class Supervisor:
 
     def __enter__(self) -> Supervisor:
         self._logs_dir.mkdir(parents=True, exist_ok=True)
-        end_at_signals()
+        # Ctrl-C as well where a second one would cut a save short; asyncio, which an evaluation runs, has its own way
+        end_at_signals(*((signal.SIGINT,) if self._save_grace_s else ()))
         return self
 
     def __exit__(
@@ -275,8 +276,8 @@ def _tail(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
 
 
-def end_at_signals() -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, once in SAME_S; one that is
+def end_at_signals(*numbers: signal.Signals) -> None:
+    """From now on SIGTERM, SIGHUP and `numbers` raise KeyboardInterrupt in the main thread, once in SAME_S; one that is
     ignored (nohup, a shell's background job) stays so."""
     last = -SAME_S
 
@@ -288,6 +289,6 @@ def end_at_signals() -> None:
         last = now
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGHUP, *numbers):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)

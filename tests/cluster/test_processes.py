@@ -192,6 +192,76 @@ def test_those_that_save_come_first_and_get_time(
     assert engine.ended() == "signal SIGTERM"
 
 
+def test_a_rank_that_was_signalled_alone_ends_the_run_as_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, Supervisor(tmp_path) as supervisor:
+        ranks = [
+            supervisor.start(f"trainer-{rank}", python("raise SystemExit(130)"), {}, saves=True) for rank in range(2)
+        ]
+        supervisor.wait_for(ranks)
+    assert ended.value.code == 130
+    assert "was interrupted" in capsys.readouterr().err
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from collab_megatron.cluster import processes
+from collab_megatron.errors import run_cli
+
+processes.SAME_S = float(sys.argv[2])
+
+def main():
+    with processes.Supervisor(Path(sys.argv[1]), save_grace_s=30) as supervisor:
+        code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: print('told', flush=True))"
+        code += "; print('ready', flush=True); [time.sleep(0.1) for _ in iter(int, 1)]"
+        child = supervisor.start("trainer", [sys.executable, "-c", code], {}, saves=True)
+        print(child.process.pid, flush=True)
+        supervisor.wait_for([child])
+
+run_cli(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_ends_a_save_at_once_and_one_that_comes_with_the_first_does_not(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    log = tmp_path / "trainer.log"
+
+    def wait_for(said: str) -> None:
+        deadline = time.monotonic() + 30
+        while not log.exists() or said not in log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def ends(same_s: float) -> tuple[subprocess.Popen[str], int]:
+        log.unlink(missing_ok=True)
+        argv = python(LAUNCHER)
+        launcher = subprocess.Popen([*argv, str(tmp_path), str(same_s)], stdout=subprocess.PIPE, text=True)
+        assert launcher.stdout is not None
+        child = int(launcher.stdout.readline())
+        launcher.stdout.close()
+        wait_for("ready")
+        launcher.send_signal(number)
+        wait_for("told")
+        launcher.send_signal(number)
+        return launcher, child
+
+    launcher, child = ends(0.0)
+    assert launcher.wait(20) == 130
+    assert gone(child)
+    if number == signal.SIGTERM:  # one request: the child is still waited for
+        launcher, child = ends(1000.0)
+        with pytest.raises(subprocess.TimeoutExpired):
+            launcher.wait(1)
+        assert not gone(child, within_s=0.1)
+        launcher.kill()
+        launcher.wait(20)
+        os.killpg(child, signal.SIGKILL)
+
+
 def test_the_environment_is_ours_with_additions_and_without_what_is_unset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
