@@ -205,6 +205,8 @@ class Supervisor:
         saving = [child for child in self._children if child.saves]
         try:
             if saving and all(child.process.poll() is None for child in saving):
+                names = ", ".join(child.name for child in saving)
+                print(f"{names} may take {self._save_grace_s:g} s to save", file=sys.stderr, flush=True)
                 self._end(saving, self._save_grace_s + SAY_S)
             others = [child for child in self._children if child not in saving or child.process.poll() is None]
             self._end(others, GRACE_S)

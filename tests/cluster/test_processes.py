@@ -169,11 +169,11 @@ time.sleep(60)
 
 @pytest.mark.parametrize("all_there", [True, False])
 def test_those_that_save_come_first_and_get_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_there: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], all_there: bool
 ) -> None:
     """While the others still run; but none waits for a save that cannot be, because one of its ranks has ended."""
     monkeypatch.setattr(processes, "GRACE_S", 0.3)
-    with Supervisor(tmp_path / "logs") as supervisor:
+    with Supervisor(tmp_path / "logs", save_grace_s=60) as supervisor:
         engine = supervisor.start("engine", python("import time; time.sleep(60)"), {})
         files = [tmp_path / f"rank{rank}" for rank in range(2)]
         ranks = [
@@ -190,6 +190,23 @@ def test_those_that_save_come_first_and_get_time(
         supervisor.end_all()
     assert [file.exists() for file in files] == [all_there, all_there]
     assert engine.ended() == "signal SIGTERM"
+    assert ("trainer-0, trainer-1 may take 60 s to save" in capsys.readouterr().err) == all_there
+
+
+def test_the_grace_time_of_those_that_save_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "SAY_S", 0.1)
+    with Supervisor(tmp_path, save_grace_s=0.2) as supervisor:
+        stuck = supervisor.start(
+            "trainer-0",
+            python("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); time.sleep(60)"),
+            {"PYTHONUNBUFFERED": "1"},
+            saves=True,
+        )
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "trainer-0.log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert stuck.ended() == "signal SIGKILL"
 
 
 def test_a_rank_that_was_signalled_alone_ends_the_run_as_interrupted(
