@@ -25,10 +25,11 @@ from collab_megatron import __version__
 from collab_megatron.checkpoint.folders import read_info
 from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.cluster.converted import checkpoint_of, hf_folder_of
-from collab_megatron.cluster.launch import launch_engine_only
+from collab_megatron.cluster.launch import launch_engine_only, on_chosen_device
+from collab_megatron.cluster.lock import run_lock
 from collab_megatron.cluster.preflight import check_evaluate
 from collab_megatron.cluster.processes import Supervisor
-from collab_megatron.config import EvaluateConfig, dump_config, load_config
+from collab_megatron.config import EvaluateConfig, load_config, show_config
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.driver.cast import assemble, usable_tasks
@@ -39,7 +40,7 @@ from collab_megatron.driver.protocol import LOST_CONVERSATIONS, require_most
 from collab_megatron.driver.transcripts import write_transcripts
 from collab_megatron.engine.served import served_weights
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
-from collab_megatron.files import publish_json
+from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.journal.store import Journal, open_journal
 from collab_megatron.log import set_up_logging
 from collab_megatron.monitor.evaluation_table import evaluation_table
@@ -120,22 +121,26 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     set_up_logging("evaluate")
     given = own_name(load_config(EvaluateConfig, arguments.config, arguments.overrides))
+    keep_from_others(given.run.umask)
     if arguments.dry_run:
-        print(dump_config(given), flush=True)
+        print(show_config(given), flush=True)
     checkpoint = checkpoint_of(given.model.path)
     # every other mistake is found before the conversion: config and tokenizer lie in the checkpoint as they are
     config = given if checkpoint is None else with_model(given, read_info(checkpoint).hf_folder)
-    max_context_tokens = check_evaluate(config, dry_run=arguments.dry_run, node=arguments.node)
     if arguments.dry_run:
+        check_evaluate(config, dry_run=True, node=arguments.node)
         return
-    if checkpoint is not None:
-        config = with_model(given, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
-    output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
-    with Supervisor(config.run.logs_dir) as supervisor:
-        urls = launch_engine_only(supervisor, config)
-        with closing(own_journal(config, weights_name(config, urls))) as journal:
-            result = uvloop.run(play(config, urls, max_context_tokens, journal))
-    report(given.model.path, result, output, list(config.reward.metric_weights))
+    with run_lock(config.run) as lock:
+        max_context_tokens = check_evaluate(config, node=arguments.node)
+        if checkpoint is not None:
+            config = with_model(given, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
+        config = on_chosen_device(config)
+        output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
+        with Supervisor(config.run.logs_dir, held=lock.held) as supervisor:
+            urls = launch_engine_only(supervisor, config)
+            with closing(own_journal(config, weights_name(config, urls))) as journal:
+                result = uvloop.run(play(config, urls, max_context_tokens, journal))
+        report(given.model.path, result, output, list(config.reward.metric_weights))
     if result.played.stop:
         done, wanted = len(result.played.groups), result.played.wanted
         raise BudgetSpent(f"{done} of {wanted} held-out conversations were played: {result.played.stop}")

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
-from collab_megatron.config import RLConfig, dump_config, load_config
+from collab_megatron.config import RLConfig, kept_config, load_config, show_config
 from collab_megatron.errors import RunError, run_cli
+from collab_megatron.files import keep_from_others
 from collab_megatron.log import set_up_logging
 
 
@@ -56,7 +57,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         actor,
         config.run,
         config.train,
-        config=config.model_dump(mode="json"),
+        config=kept_config(config),
         rows_per_step=config.rollout.prompts_per_step,
     )
     first_step = checkpoints.resume()
@@ -152,23 +153,26 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     set_up_logging(arguments.who)
     config = load_config(RLConfig, arguments.config, arguments.overrides)
+    keep_from_others(config.run.umask)
     if arguments.trainer is not None:
         train(config, arguments.trainer)
         return
     from collab_megatron.cluster.ending import told_at_the_end
     from collab_megatron.cluster.launch import launch_rl
     from collab_megatron.cluster.length import with_steps
+    from collab_megatron.cluster.lock import run_lock
     from collab_megatron.cluster.preflight import check_rl
 
     config = with_steps(config)
     if arguments.dry_run:
-        print(dump_config(config), flush=True)
-    start = check_rl(config, dry_run=arguments.dry_run, node=arguments.node)
-    if arguments.dry_run:
+        print(show_config(config), flush=True)
+        check_rl(config, dry_run=True, node=arguments.node)
         return
-    with told_at_the_end(config.run, config.train.steps, arguments.config):
-        if not start.is_done:
-            launch_rl(config, start)
+    with run_lock(config.run) as lock:  # before the checks: they look for checkpoints
+        start = check_rl(config, node=arguments.node)
+        with told_at_the_end(config.run, config.train.steps, arguments.config):
+            if not start.is_done:
+                launch_rl(config, start, lock)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,16 @@ import sys
 import time
 from pathlib import Path
 
+from collab_megatron.cluster.lock import locked
 from collab_megatron.cluster.preflight import check_build
-from collab_megatron.config import BuildDatasetConfig, dump_config, load_config
+from collab_megatron.config import BuildDatasetConfig, load_config, show_config
 from collab_megatron.data.build.processes import Progress, build_dataset
 from collab_megatron.errors import BudgetSpent, RunError, run_cli
-from collab_megatron.files import publish_json
+from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import API_USAGE_FILE, GatewaySnapshot
 
+LOCK_FILE = "build.lock"
 QUIET_S = 10.0  # between progress lines where the output is a file
 
 
@@ -68,15 +70,17 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     set_up_logging("build")
     config = load_config(BuildDatasetConfig, args.config, args.overrides)
+    keep_from_others(config.umask)
     if args.dry_run:
-        print(dump_config(config), flush=True)
+        print(show_config(config), flush=True)
     check_build(config)
     if args.dry_run:
         return
     display = Display()
-    progress = build_dataset(config, display.show)
-    display.finish(progress)
-    publish_json(config.output / API_USAGE_FILE, GatewaySnapshot(progress.tally.usage).metrics())
+    with locked(config.output / LOCK_FILE, f"output={config.output}", "choose another output folder"):
+        progress = build_dataset(config, display.show)
+        display.finish(progress)
+        publish_json(config.output / API_USAGE_FILE, GatewaySnapshot(progress.tally.usage).metrics())
     if progress.tally.spent and not progress.complete:
         raise BudgetSpent(progress.tally.spent)
     if progress.tally.done == 0 and progress.before < progress.total:

@@ -6,7 +6,6 @@ If driver or trainer fails, all others are ended and its sentence becomes ours. 
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,28 +15,33 @@ from pydantic import BaseModel
 
 from collab_megatron.cluster.drivers import Drivers
 from collab_megatron.cluster.fleet import Fleet
+from collab_megatron.cluster.lock import RunLock
 from collab_megatron.cluster.node import device_of, visible_gpus
 from collab_megatron.cluster.preflight import RLStart
 from collab_megatron.cluster.processes import Child, Supervisor, free_port
 from collab_megatron.cluster.threads import Threads, share_threads, usable_cores
-from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config
+from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, show_config
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.engine.roster import RosterFolder
 from collab_megatron.engine.server_args import EngineCommand, engine_command
+from collab_megatron.files import publish_text
 
-C = TypeVar("C", RLConfig, SFTConfig)
+C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
 
 DRIVER_END_S = 60.0
+RESOLVED = "resolved.yaml"
 
 
-def launch_rl(config: RLConfig, start: RLStart) -> None:
+def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
     """Run engines, driver and trainers; returns when the run is done. Raises RunError when a part fails."""
-    with (
-        Supervisor(config.run.logs_dir, save_grace_s=config.train.save_grace_s) as supervisor,
-        tempfile.TemporaryDirectory(prefix="collab_megatron_") as scratch,
-    ):
-        files = Path(scratch)
-        resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
+    with Supervisor(
+        config.run.logs_dir,
+        held=lock.held,
+        stopped_timeout_s=config.run.stopped_timeout_s,
+        save_grace_s=config.train.save_grace_s,
+    ) as supervisor:
+        files = supervisor.scratch
+        resolved = write_resolved(on_chosen_device(config), files, config.run.logs_dir)
         fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config))
         drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver")
         drivers.start(start.first_step)
@@ -63,10 +67,15 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
         supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # the trainer told them to stop
 
 
-def launch_sft(config: SFTConfig) -> None:
+def launch_sft(config: SFTConfig, lock: RunLock) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
-    with Supervisor(config.run.logs_dir, save_grace_s=config.train.save_grace_s) as supervisor:
-        resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
+    with Supervisor(
+        config.run.logs_dir,
+        held=lock.held,
+        stopped_timeout_s=config.run.stopped_timeout_s,
+        save_grace_s=config.train.save_grace_s,
+    ) as supervisor:
+        resolved = write_resolved(on_chosen_device(config), supervisor.scratch, config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(
                 supervisor, "collab_megatron.train_sft", resolved, config.parallel, threads_of(config).trainer, []
@@ -165,12 +174,12 @@ def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> Threads:
     )
 
 
-def write_resolved(config: BaseModel, folder: Path) -> Path:
-    """The config as every process of this attempt reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "resolved.yaml"
-    path.write_text(dump_config(config))
-    return path
+def write_resolved(config: BaseModel, scratch: Path, logs_dir: Path) -> Path:
+    """The config as every process of this attempt reads it, in a folder that goes with the run; what stays in the logs
+    is masked. Raises RunError when the disk refuses."""
+    publish_text(logs_dir / RESOLVED, show_config(config))
+    publish_text(scratch / RESOLVED, dump_config(config))
+    return scratch / RESOLVED
 
 
 def launch_engine_only(supervisor: Supervisor, config: EvaluateConfig) -> list[str]:

@@ -1,7 +1,7 @@
 """Child processes that never outlive us: own process group each, death signal, one supervisor that ends them all.
 
 An essential child's failure ends everything; of the others (servers that are started again) whoever started them takes
-care.
+care. A child that a signal has stopped counts as failed after a while (stopped.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
+from collab_megatron.cluster.scratch import Scratch
+from collab_megatron.cluster.stopped import StoppedWatch, all_processes
 from collab_megatron.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_RUN, EXIT_USER, RunError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -84,6 +86,7 @@ class Child:
     essential: bool = True  # its failure ends everything
     restarted: bool = False  # one that a signal ended is started again by whoever started it
     saves: bool = False  # at TERM it saves together with the others that do, and ends
+    hung: str | None = None  # why it must be killed though it runs; whoever starts it again looks here
 
     def ended(self) -> str | None:
         """How the process itself ended ("exit code 1", "signal SIGKILL"); None while it runs."""
@@ -94,15 +97,35 @@ class Child:
 
 
 class Supervisor:
-    """Starts children and ends all of them, whatever happens. Use as a context manager."""
+    """Starts children and ends all of them, whatever happens. Use as a context manager.
 
-    def __init__(self, logs_dir: Path, *, save_grace_s: float = 0.0) -> None:
-        """save_grace_s: between TERM and KILL for children that save (train.save_grace_s)."""
-        self._logs_dir, self._save_grace_s = logs_dir, save_grace_s
+    It gives them a temporary folder (scratch.py), which goes when it ends, and with it the logs where no `logs_dir` is
+    given. `held`: open files that every child inherits, whose locks (flock) thereby last as long as one of them runs.
+    `stopped_timeout_s`: a child that is stopped for so long has failed; None: nobody looks.
+    `save_grace_s`: between TERM and KILL for children that save (train.save_grace_s).
+    """
+
+    def __init__(
+        self,
+        logs_dir: Path | None = None,
+        held: Sequence[int] = (),
+        *,
+        stopped_timeout_s: float | None = None,
+        save_grace_s: float = 0.0,
+    ) -> None:
+        self._logs_dir = logs_dir or Path()
+        self._keeps_logs = logs_dir is not None
+        self._held = tuple(held)
+        self._save_grace_s = save_grace_s
+        self._scratch: Scratch | None = None
         self._children: list[Child] = []
+        self._stopped = None if stopped_timeout_s is None else StoppedWatch(stopped_timeout_s)
 
     def __enter__(self) -> Supervisor:
         self._logs_dir.mkdir(parents=True, exist_ok=True)
+        self._scratch = Scratch.create()
+        if not self._keeps_logs:
+            self._logs_dir = self._scratch.folder
         # Ctrl-C as well where a second one would cut a save short; asyncio, which an evaluation runs, has its own way
         end_at_signals(*((signal.SIGINT,) if self._save_grace_s else ()))
         return self
@@ -110,7 +133,24 @@ class Supervisor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.end_all()
+        self.note_shared_memory()
+        try:
+            self.end_all()
+        finally:  # a second signal ends the children at once, and raises
+            if self._scratch is not None:
+                self._scratch.remove()
+                self._scratch = None
+
+    @property
+    def scratch(self) -> Path:
+        """The temporary folder of this run, mode 0700; TMPDIR of every child."""
+        assert self._scratch is not None, "entered, and not left yet"
+        return self._scratch.folder
+
+    def note_shared_memory(self) -> None:
+        """Write down what the children have in /dev/shm, for the case of a kill -9 of everything."""
+        if self._scratch is not None:
+            self._scratch.note_shared_memory({child.process.pid for child in self._children})
 
     def start(
         self,
@@ -127,10 +167,16 @@ class Supervisor:
         """Start `argv` with `env` on top of ours without `unset`; output to LOGS/name.log, or to our own if `show`."""
         log = None if show else self._logs_dir / f"{name}.log"
         sink = None if log is None else log.open("ab")
+        ours = {key: value for key, value in os.environ.items() if key not in unset}
+        scratch, held = self._scratch, self._held
+        if scratch is not None:
+            ours |= {"TMPDIR": str(scratch.folder)} | _lasting_caches()
+            held = (*held, scratch.held)
         try:
             process = subprocess.Popen(
                 list(argv),
-                env={**{key: value for key, value in os.environ.items() if key not in unset}, **env},
+                env={**ours, **env},
+                pass_fds=held,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink and subprocess.STDOUT,
@@ -145,11 +191,24 @@ class Supervisor:
         return child
 
     def check(self) -> None:
-        """Raise RunError (or exit with 2 for a user's mistake) if an essential child has ended with an error."""
+        """Raise RunError (or exit with 2 for a user's mistake) if an essential child has ended with an error, or has
+        been stopped for too long."""
+        self._look_for_stopped()
         for child in self._children:
             code = child.process.poll()
             if child.essential and code and not (code < 0 and child.restarted):
                 self.fail(child)
+
+    def _look_for_stopped(self) -> None:
+        """Those that are started again are only marked, and killed by whoever does so."""
+        if self._stopped is None:
+            return
+        running = {child.process.pid: child for child in self._children if child.process.poll() is None}
+        for group, why in self._stopped.over(running).items():
+            child = running[group]
+            if child.essential and not child.restarted:
+                raise RunError(f"{child.name} is given up: {why}")
+            child.hung = why
 
     def wait_for(
         self,
@@ -255,6 +314,14 @@ class Supervisor:
         raise RunError(f"{child.name} ended with {how}{': ' + sentence if sentence else ''}{where}")
 
 
+def _lasting_caches() -> dict[str, str]:
+    """Caches that lie in TMPDIR unless told otherwise, and are worth more than one run."""
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return {}
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return {"TORCHINDUCTOR_CACHE_DIR": str(caches / "torchinductor")}
+
+
 def _signal_group(child: Child, number: signal.Signals) -> None:
     try:
         os.killpg(child.process.pid, number)
@@ -264,14 +331,7 @@ def _signal_group(child: Child, number: signal.Signals) -> None:
 
 def _group_runs(group: int) -> bool:
     """Whether a process of the group still runs; zombies do not: whoever inherited them may never collect them."""
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue  # it ended while we looked
-        if int(its_group) == group and state not in "ZX":
-            return True
-    return False
+    return any(process.group == group and process.state not in "ZX" for process in all_processes())
 
 
 def _tail(log: Path) -> list[str]:

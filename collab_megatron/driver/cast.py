@@ -13,6 +13,7 @@ from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.lineage import lineage_of
 from collab_megatron.driver.recorded_engine import RecordedEngine
+from collab_megatron.driver.unexpected import Unexpected
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.journal import store
 from collab_megatron.journal.store import Journal
@@ -83,6 +84,7 @@ async def assemble(
         stop_token_ids=chat.end_ids,
         request_timeout_s=config.engine.request_timeout_s,
         health_timeout_s=config.engine.health_timeout_s,
+        work_timeout_s=config.engine.work_timeout_on("cuda" if config.parallel.device == "cuda" else "cpu"),
         max_concurrency=max(1, config.engine.max_concurrency // shards),
         max_running_tokens=config.engine.max_running_tokens,
         share=1 / shards,
@@ -105,6 +107,7 @@ async def assemble(
                     engine_clock=BusyClock(),
                     user_clock=BusyClock(),
                     judge_clock=BusyClock(),
+                    unexpected=Unexpected(driver.max_unexpected_errors) if driver else Unexpected(),
                 ),
                 limits=Limits(
                     max_user_turns=rollout.max_user_turns,

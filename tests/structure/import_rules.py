@@ -13,8 +13,9 @@ from pathlib import Path
 
 PACKAGE = "collab_megatron"
 
-# the data contract, the two errors, files and records, and the config sections that leaf functions take
-EVERYWHERE = ("types", "errors", "files", "json_lines", "log", "slots", "config.sections")
+# the data contract, the two errors, files and records, text made fit for files and tokenizers, and the config sections
+# that leaf functions take
+EVERYWHERE = ("types", "errors", "files", "json_lines", "log", "slots", "text", "config.sections")
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
@@ -22,6 +23,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "files": (),
     "json_lines": (),
     "log": (),
+    "text": (),
     "config": (),
     "data": (),
     "journal": (),
@@ -61,6 +63,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     },
     "convert": {"actor.grid": "a type: the exporter is given the rank grid"},
     "data.build": {
+        "cluster.processes": "its processes end with their parent",
         "config.entry": "build_dataset has a config of its own",
         "journal": "an interrupted build asks for nothing twice",
         "rewards": "the branches of a grown conversation are scored",

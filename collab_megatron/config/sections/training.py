@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share, Umask
 
 
 class RunSection(Section):
@@ -26,6 +26,13 @@ class RunSection(Section):
     # this run starts from in the place of model.path's. Optimizer, steps, schedule and data order begin at zero;
     # model.path still gives tokenizer and architecture, and the reference of the KL term. A resume does not look at it
     init_from: Path | None = None
+    # whom the files and folders that are made are kept from: "077" from all but their owner; "027" lets the group read,
+    # "007" lets it write, "022" lets everybody read. Prompts, replies and the addresses of LLM servers are among them
+    umask: Umask = "077"
+    # a process of the run that a signal has stopped (SIGSTOP) for so long is taken for hung: engines and drivers are
+    # killed and started again, a trainer rank ends the run, saved. At most 60: the trainer gives a silent driver up at
+    # 120
+    stopped_timeout_s: Annotated[float, Field(gt=0, le=60)] = 20.0
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -60,6 +67,11 @@ class RunSection(Section):
     @property
     def logs_dir(self) -> Path:
         return self.dir / "logs" / self.name
+
+    @property
+    def lock_file(self) -> Path:
+        """There while a process writes any of the above."""
+        return self.dir / "locks" / f"{self.name}.lock"
 
 
 class ModelSection(Section):
@@ -144,6 +156,9 @@ class TrainSection(Section):
     epochs: float | None = Field(default=None, gt=0)
     micro_batch_tokens: Positive = 8192  # tokens of one micro-batch on one data rank, padding included
     packing: bool = False  # sequences end to end in one row (THD) instead of padded rows
+    # RL: the replies of a group stand in one packed row behind their prompt, which is computed once. Where it cannot be
+    # (parallel.context > 1, transformer-engine's attention) every reply is computed with a prompt of its own
+    share_prompts: bool = True
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     logits_chunk_mb: Positive = 512  # fp32 logits that may exist at a time; more tokens are worked on chunk by chunk
     save_interval: Count = 0  # steps between checkpoints; 0: only at the end, and by the clock

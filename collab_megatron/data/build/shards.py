@@ -22,11 +22,12 @@ from collab_megatron.files import contents
 from collab_megatron.json_lines import append_lines, object_of, replace_lines
 from collab_megatron.rewards.modules import module_sources
 from collab_megatron.simulators.templates import prompts_by_content, shipped_prompts
+from collab_megatron.text import on_one_line
 
 SETTINGS_FILE = "build.json"
 # What may differ between the runs that fill one folder: where and how fast, but nothing that shapes a conversation.
 FREE_SETTINGS = frozenset(
-    {"output", "problems", "num_conversations", "max_concurrency", "processes", "budget", "journal"}
+    {"output", "problems", "num_conversations", "max_concurrency", "processes", "budget", "journal", "umask"}
 )
 BY_CONTENT = frozenset({"judges", "metric_modules"})  # of the reward: what is compared otherwise
 SHAPING_LLM_SETTINGS = (
@@ -72,7 +73,7 @@ def claim_output(config: BuildDatasetConfig) -> set[int]:
 
 def append_conversation(shard: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append the rows of one conversation, all or none of them. Raises RunError on a full disk."""
-    data = b"".join(json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n" for row in rows)
+    data = b"".join(on_one_line(json.dumps(row, ensure_ascii=False).encode(errors="replace")) + b"\n" for row in rows)
     try:
         append_lines(shard, data)
     except OSError as error:
