@@ -149,7 +149,7 @@ async def steps(config: RLConfig, feed: Feed, most: int) -> list[Answer]:
     return answers
 
 
-async def built(config: RLConfig, count: int, shard: int) -> int:
+async def built(config: RLConfig, count: int, shard: Path) -> int:
     """Conversations of the data builder, of `count` that were begun, that came to an end; their rows are written."""
     simulators = config.simulators
     assert simulators.assistant is not None
