@@ -65,7 +65,7 @@ def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def config(desk: str, tmp_path: Path) -> Path:
     write_tasks(tmp_path / "tasks", train=40, heldout=10, seed=1)
-    role = {"api_base": desk, "api_key_env": None, "deadline_s": 20.0}
+    role = {"api_base": desk, "api_key_env": None, "deadline_s": 20.0, "timeout_s": 20.0}
     raw: dict[str, Any] = {
         "problems": str(tmp_path / "tasks" / "train.jsonl"),
         "output": str(tmp_path / "built"),
