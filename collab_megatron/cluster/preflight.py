@@ -219,7 +219,7 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
 
 
 def _check_run(config: C, lacks: Callable[[C], Sequence[str]]) -> tuple[int, tuple[str, ...] | None]:
-    """The first step to run; where all are done, what is missing after them, and a line that says so.
+    """The first step to run; where all are done, what is missing after them (printed in a line).
 
     A fresh run must not write over an earlier one's checkpoints, nor go on with another's. `lacks` looks for what is
     missing. Raises UserError for a damaged record too."""

@@ -79,5 +79,5 @@ def is_exported(config: SFTConfig) -> bool:
 
 
 def export_label(config: SFTConfig, step: int) -> dict[str, str]:
-    """What an export says of itself in the header of every file."""
+    """The label of an export, in the header of every file."""
     return {"run": str(config.run.dir), "name": config.run.name, "step": str(step)}

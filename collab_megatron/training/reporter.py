@@ -47,7 +47,7 @@ class Reporter:
         self._dashboard.to_disk()
 
     def saved(self, done: int, seconds: Mapping[str, float]) -> None:
-        """A checkpoint of `done` steps has been written, or is being written beside the training."""
+        """A checkpoint of `done` steps has been written, or is being written while training goes on."""
         self._dashboard.log(done, seconds)
 
     def has_evaluation(self, step: int) -> bool:

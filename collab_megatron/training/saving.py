@@ -146,7 +146,7 @@ class Saving:
             print(self.newest(), flush=True)
 
     def _finish_earlier(self) -> None:
-        """Wait for a save beside the training; its failure is not that of the state to save now."""
+        """Wait for a save that runs while training goes on; its failure is not that of the state to save now."""
         try:
             self._checkpoints.wait()
         except RunError as failure:

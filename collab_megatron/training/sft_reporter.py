@@ -59,7 +59,7 @@ class SFTReporter:
         return held_out_loss(self._metrics, step) is not None
 
     def saved(self, done: int, seconds: Mapping[str, float]) -> None:
-        """A checkpoint of `done` steps has been written, or is being written beside the training."""
+        """A checkpoint of `done` steps has been written, or is being written while training goes on."""
         self._dashboard.log(done, seconds)
 
     def evaluation(self, step: int, found: HeldOut, *, best: bool, seconds: float) -> None:

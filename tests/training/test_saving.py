@@ -27,15 +27,15 @@ RANKS = Path(__file__).with_name("saving_ranks.py")
 class Saves:
     """The checkpoints of a run, by their steps."""
 
-    def __init__(self, saved: int = 0, *, broken: bool = False, beside: bool = False) -> None:
+    def __init__(self, saved: int = 0, *, broken: bool = False, asynchronous: bool = False) -> None:
         self.saved, self.tries, self._broken = saved, list[int](), broken
-        self._beside, self._running = beside, 0
+        self._asynchronous, self._running = asynchronous, 0
 
     def save(self, step: int, *, best_loss: float | None = None) -> None:
         self.wait()
         self.tries.append(step)
         self._running = step
-        if not self._beside:
+        if not self._asynchronous:
             self.wait()
 
     def wait(self) -> None:
@@ -113,10 +113,10 @@ def test_a_save_that_fails_is_not_tried_again_and_hides_no_failure(caplog: pytes
 
 
 @pytest.mark.parametrize("noticed", ["at the next save", "at the end"])
-def test_a_state_is_saved_though_the_save_before_it_failed_beside_the_training(
+def test_a_state_is_saved_though_the_asynchronous_save_before_it_failed(
     noticed: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saves = Saves(broken=True, beside=True)
+    saves = Saves(broken=True, asynchronous=True)
     saving = saving_of(saves, save_interval=2)
     with pytest.raises(RunError, match=r"disk full|away"), saving.before_any_end():
         take(saving, 3)
@@ -126,7 +126,7 @@ def test_a_state_is_saved_though_the_save_before_it_failed_beside_the_training(
         take(saving, 1)
     assert saves.tries == [saving.done]
     assert f"the state after step {saving.done} could not be saved" in caplog.text
-    saves = Saves(beside=True)
+    saves = Saves(asynchronous=True)
     saving = saving_of(saves, save_interval=2)
     with pytest.raises(RunError, match="away"), saving.before_any_end():
         take(saving, 3)
