@@ -168,7 +168,7 @@ def main() -> None:
         print(show_config(config), flush=True)
         check_rl(config, dry_run=True, node=arguments.node)
         return
-    with run_lock(config.run) as lock:  # before the checks: they look for checkpoints
+    with run_lock(config.run, config.train.save_grace_s) as lock:  # before the checks: they look for checkpoints
         start = check_rl(config, node=arguments.node)
         with told_at_the_end(config.run, config.train.steps, arguments.config):
             if not start.is_done:

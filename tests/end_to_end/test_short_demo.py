@@ -268,9 +268,9 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     assert finished.code == 0, finished.output[-4000:]
     assert "what is missing is made: the held-out evaluation after step 3, the engine probe" in finished.output
     assert "rl 3/3" not in finished.output
-    again = read_rows(evaluations)
-    assert again.torn_bytes == 0
-    assert [(row["step"], row["mr"], row["accuracy"]) for row in again.rows] == [
+    made = read_rows(evaluations)
+    assert made.torn_bytes == 0
+    assert [(row["step"], row["mr"], row["accuracy"]) for row in made.rows] == [
         (row["step"], row["mr"], row["accuracy"])
         for row in evaluated  # the same conversations
     ]
@@ -278,7 +278,7 @@ def test_resume_goes_on_from_the_newest_checkpoint(
         json.loads(line)["step"] for line in lines.splitlines()
     ]
     assert json.loads((tmp_path / "engine_probe" / "rl.json").read_text())["weight_version"] == "3"
-    assert f"held out    after step 3: mr {again.rows[-1]['mr']:.3g}" in finished.output
+    assert f"held out    after step 3: mr {made.rows[-1]['mr']:.3g}" in finished.output
     done = run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
     assert done.code == 0, done.output[-4000:]
     assert "all 3 steps are done; nothing is left to do" in done.output
