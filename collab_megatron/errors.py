@@ -95,6 +95,11 @@ def exit_code(error: RunError) -> int:
     return EXIT_BUDGET if isinstance(error, BudgetSpent) else EXIT_RUN
 
 
+def _one_line(error: Exception) -> str:
+    """The message, whatever line ends a value or another library's text brought into it."""
+    return " ".join(filter(None, map(str.strip, str(error).splitlines())))
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point and leave the process with 0, 1 (RunError), 2 (UserError), 3 (BudgetSpent) or 130 (a signal).
 
@@ -104,12 +109,12 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER)
     except Interrupted:
         sys.exit(EXIT_INTERRUPTED)  # the process that sent the signal tells the user
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(exit_code(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -86,6 +86,8 @@ def check(hf_folder: Path, probe_file: Path) -> Agreement:
 
     disable_progress_bar()
     probe = read_probe(probe_file)
+    if not (hf_folder / "config.json").is_file():
+        raise UserError(f"--hf {hf_folder} is no model folder: name the one that the run exported")
     dtype = getattr(torch, probe["dtype"])
     model: Any = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=dtype).eval()
     found: list[tuple[int, float]] = []
@@ -106,8 +108,11 @@ def read_probe(file: Path) -> dict[str, Any]:
     """The probe. Raises UserError where there is none, or one without log-probs."""
     if not file.exists():
         raise UserError(f"no {file}: train_rl writes it when a run ends")
-    probe: dict[str, Any] = json.loads(file.read_text())
-    rows: Sequence[dict[str, Any]] = probe["rows"]
+    try:
+        probe: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        rows: Sequence[dict[str, Any]] = probe["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no probe of a run ({error}): train_rl writes it when a run ends") from None
     if probe.get("dtype") not in TOLERANCES or not rows or any("logprobs" not in row for row in rows):
         raise UserError(f"{file} holds no log-probs: an older version wrote it; run one more step of the run")
     return probe

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from collab_megatron.cluster.places import check_folder
 from collab_megatron.config.sections import UMASKS
 from collab_megatron.demo.road import RoadSettings, ablate, walk
 from collab_megatron.demo.summary import print_summary
@@ -53,6 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_from_others(UMASKS[0])
     run_dir = args.run_dir.absolute()
+    check_folder("--run-dir", run_dir)
     settings = short_settings(run_dir, args.seed) if args.short else RoadSettings(run_dir, args.seed)
     summary = ablate(settings, REPOSITORY) if args.ablation else walk(settings, REPOSITORY)
     print_summary(summary, args.run_dir)

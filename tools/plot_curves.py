@@ -30,14 +30,14 @@ HELD_OUT = {
 
 def draw(run_dir: Path, output: Path) -> None:
     """Write `output`; lines are training rollouts, dots held-out conversations. Raises UserError without a run."""
-    import matplotlib as mpl
+    folder = run_dir / "tensorboard" / "rl"
+    if not (folder / "metrics.jsonl").exists():
+        raise UserError(f"no {folder / 'metrics.jsonl'}: run `make demo` first")
+    import matplotlib as mpl  # only here: mistakes should not wait for it
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder = run_dir / "tensorboard" / "rl"
-    if not (folder / "metrics.jsonl").exists():
-        raise UserError(f"no {folder / 'metrics.jsonl'}: run `make demo` first")
     rows = read_metrics(folder)
     figure, axes = plt.subplots(1, len(PANELS), figsize=(10, 3.4), constrained_layout=True)
     for axis, (title, lines) in zip(axes, PANELS, strict=True):

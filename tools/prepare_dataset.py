@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from collab_megatron.cluster.places import check_folder
 from collab_megatron.config.sections import UMASKS
 from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, text_or_file
 from collab_megatron.data.splits import DEFAULT_SHARE
@@ -24,6 +25,7 @@ def main() -> None:
     args = _arguments()
     keep_from_others(args.umask)
     _refuse_ignored(args)
+    check_folder("--output", args.output)
     system_prompt = text_or_file(args.system_prompt, "--system-prompt")
     shape = Shape(
         system_prompt=collaborative_prompt() if args.collaborative_prompt else system_prompt,

@@ -27,13 +27,14 @@ from collab_megatron.checkpoint.pieces import Piece, memoryless_actor, pieces
 from collab_megatron.checkpoint.state import PROGRESS, layout_of
 from collab_megatron.checkpoint.together import together
 from collab_megatron.convert.disk import fsync_folder, is_disk_full
+from collab_megatron.convert.headers import StoredTensor, read_headers
 from collab_megatron.convert.hf_folder import copy_companions
 from collab_megatron.convert.inventory import check_names
 from collab_megatron.convert.layout import read_hf_config
 from collab_megatron.convert.loader import SafetensorsFolder
 from collab_megatron.convert.progress import Advance, progress
 from collab_megatron.convert.reshape import join
-from collab_megatron.convert.safetensors_io import DTYPES, StoredTensor, read_headers, read_into
+from collab_megatron.convert.safetensors_io import DTYPES, read_into
 from collab_megatron.convert.spec import ModelSpec, model_spec
 from collab_megatron.convert.tables import rows
 from collab_megatron.errors import RunError, UserError

@@ -171,6 +171,8 @@ def _folder_of_all(output: Path, grid: RankGrid, doing: str) -> Iterator[Path]:
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        raise UserError("name two folders: python -m collab_megatron.checkpoint.to_hf STEP_FOLDER OUTPUT")
     checkpoint, output = map(Path, sys.argv[1:])
     info = read_info(checkpoint)
     try:

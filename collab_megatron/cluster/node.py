@@ -41,9 +41,9 @@ class Node:
 
 def parse_node(text: str) -> Node:
     """`8x80`: 8 GPUs of 80 GB each. Raises UserError."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
     if match is None:
-        raise UserError(f"--gpus {text} is not of the form COUNTxGB: write 8x80 for 8 GPUs of 80 GB each")
+        raise UserError(f"--gpus {text[:40]} is not of the form COUNTxGB: write 8x80 for 8 GPUs of 80 GB each")
     return Node(int(match[1]), int(match[2]) * 2**30, None, here=False)
 
 

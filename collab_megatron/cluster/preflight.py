@@ -14,10 +14,18 @@ from collab_megatron.checkpoint.folders import MARKER, named_checkpoint, newest_
 from collab_megatron.checkpoint.origin import decisive_differences
 from collab_megatron.cluster.cautions import warn_of_config, warn_of_memory, warn_of_prompts
 from collab_megatron.cluster.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
+from collab_megatron.cluster.engine_checks import check_context_length, check_engine, check_flags
 from collab_megatron.cluster.node import Node, this_node
+from collab_megatron.cluster.places import (
+    check_file,
+    check_folder,
+    check_journal_file,
+    check_prompt_files,
+    check_run,
+)
 from collab_megatron.cluster.plan import build_plan, evaluate_plan, rl_plan, sft_plan
-from collab_megatron.cluster.processes import port_in_use
-from collab_megatron.cluster.unfinished import METRICS_FILE, is_exported, rl_lacks, sft_lacks
+from collab_megatron.cluster.threads import usable_cores
+from collab_megatron.cluster.unfinished import METRICS_FILE, Start, is_exported, rl_lacks, sft_lacks
 from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
 from collab_megatron.config.entry import llm_roles
 from collab_megatron.config.sections import EngineSection, ParallelSection
@@ -33,13 +41,18 @@ from collab_megatron.data.fit import fitting_tasks, max_context_tokens
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.data.sft_rows import read_sft_rows
 from collab_megatron.data.splits import shared_tasks
+from collab_megatron.engine.server_args import engine_command
 from collab_megatron.errors import UserError, masked
 from collab_megatron.json_lines import read_rows
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway, user_simulator
+from collab_megatron.simulators.health import SimulatorHealth
 from collab_megatron.types import Task
 
 REACH_TIMEOUT_S = 5.0
+DEFAULT_PORT = 30000  # SGLang's; stands for the free one that is found at the start
+RANKS_PER_CORE = 32
+"""More ranks on one core would not come to the end of a step."""
 CHECKPOINT_COPIES = 2
 """Room that saving needs: the checkpoint being written beside the one it replaces."""
 
@@ -49,19 +62,6 @@ C = TypeVar("C", RLConfig, SFTConfig)
 
 def print_at_once(text: str) -> None:
     print(masked(text), flush=True)
-
-
-@dataclass(frozen=True)
-class Start:
-    """What the checks found out on the way."""
-
-    first_step: int
-    lacks: tuple[str, ...] | None  # what is missing after the last step; None: there are steps to take
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing is left to start processes for."""
-        return self.lacks == ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def check_rl(
     """
     here = node or this_node()
     model = _check_model(config.model.path, config.parallel, config.rollout.inexact_template, weights=not dry_run)
+    check_context_length(config.engine, model.spec)
     room = max_context_tokens(model.hf_config, config.engine)
     train, held_out = _check_prompts(config, model.chat, room)
     gateway = _check_players(config)
@@ -102,9 +103,11 @@ def check_rl(
     )
     report(rl_plan(config, model.spec, node=here, calls=calls))
     warn_of_config(config, model.spec, here)
-    start = RLStart(*_check_run(config, rl_lacks), max_context_tokens=room, usable_prompts=len(train))
+    start = RLStart(*_check_run(config, rl_lacks, here), max_context_tokens=room, usable_prompts=len(train))
     if start.is_done:
         return start
+    if here.here:
+        check_journal_file(config.journal, config.run.dir / "journal" / f"{config.run.name}.sqlite")
     _check_trainer_devices(config.parallel, config.engine, here)
     _check_machine(config, model.hf_config, here)
     asyncio.run(_check_reachable(gateway, here))
@@ -124,7 +127,7 @@ def check_sft(
             print(*rows.notices, sep="\n", end="\n" * bool(rows.notices), flush=True)
     report(sft_plan(config, model.spec, node=here))
     warn_of_memory(config, model.spec, here)
-    start = Start(*_check_run(config, sft_lacks))
+    start = Start(*_check_run(config, sft_lacks, here))
     if start.is_done:
         return start
     _check_trainer_devices(config.parallel, None, here)
@@ -132,8 +135,10 @@ def check_sft(
         _check_disk(config.run.dir, model.hf_config, config.model.dtype)
     target = config.export_hf
     own = start.lacks is not None and is_exported(config)
-    if target is not None and not own and target.exists() and any(target.iterdir()):
-        raise UserError(f"export_hf {target} exists and is not empty: choose another folder or remove it")
+    if target is not None and here.here:
+        check_folder("export_hf", target)
+        if not own and target.exists() and any(target.iterdir()):
+            raise UserError(f"export_hf {target} exists and is not empty: choose another folder or remove it")
     return start
 
 
@@ -144,6 +149,7 @@ def check_evaluate(
     here = node or this_node()
     one = ParallelSection(device=config.parallel.device)
     model = _check_model(config.model.path, one, config.rollout.inexact_template, weights=not dry_run)
+    check_context_length(config.engine, model.spec)
     room = max_context_tokens(model.hf_config, config.engine)
     fit = fitting_tasks(
         read_task_files(config.data.validation_files)[0],
@@ -161,15 +167,27 @@ def check_evaluate(
     warn_of_prompts(config.simulators)
     _check_gpus(config.parallel, _started_ranks(config.engine), here)
     if here.here:
-        _check_engine(config.engine)
+        check_run(config.run)
+        output = config.output or config.run.evaluations_dir / "model.json"
+        check_file("output", output)
+        journal = config.journal.path
+        check_folder("journal.path", config.run.dir / "journal" if journal is None else journal.parent)
+        check_engine(config.engine)
+        _check_flags(config, here)
     asyncio.run(_check_reachable(gateway, here))
     return room
 
 
 def check_build(config: BuildDatasetConfig, *, report: Report = print_at_once) -> None:
     """All checks of tools/build_dataset.py, as `check_rl`, but for those of its output folder. Raises UserError."""
+    check_folder("output", config.output)
+    check_journal_file(config.journal, config.output / "journal.sqlite")
+    check_prompt_files(config)
+    if config.processes > RANKS_PER_CORE * usable_cores():
+        raise UserError(f"processes={config.processes} are too many for {usable_cores()} cores: lower it")
     tasks = [problem.task for problem in read_problems(config.problems, config.num_conversations)]
     gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed, budget=config.budget)
+    gateway.check_models()
     make_players(config, gateway)
     report(build_plan(config, tasks, build_calls(config, tasks)))
     warn_of_prompts(config.simulators)
@@ -218,16 +236,21 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     return _Model(folder, hf_config, spec, chat)
 
 
-def _check_run(config: C, lacks: Callable[[C], Sequence[str]]) -> tuple[int, tuple[str, ...] | None]:
+def _check_run(config: C, lacks: Callable[[C], Sequence[str]], node: Node) -> tuple[int, tuple[str, ...] | None]:
     """The first step to run; where all are done, what is missing after them (printed in a line).
 
     A fresh run must not write over an earlier one's checkpoints, nor go on with another's. `lacks` looks for what is
     missing. Raises UserError for a damaged record too."""
     run, steps = config.run, config.train.steps
+    if node.here:
+        check_run(run)
     newest = newest_complete(run.checkpoints_dir)
     if newest is None:
         if run.init_from is not None:
-            named_checkpoint(run.init_from)
+            try:
+                named_checkpoint(run.init_from)
+            except UserError as error:
+                raise UserError(f"run.init_from: {error}") from None
         return 0, None
     if not run.resume:
         raise UserError(
@@ -281,9 +304,21 @@ def _check_trainer_devices(parallel: ParallelSection, engine: EngineSection | No
             f"parallel.context={parallel.context} needs transformer-engine, whose attention alone shares a sequence "
             "between ranks: install it on a machine with GPUs, or set parallel.context=1"
         )
+    started = 0 if engine is None else _started_ranks(engine)
+    most = RANKS_PER_CORE * usable_cores()
+    if node.here and node.device(parallel) == "cpu" and max(parallel.world_size, started) > most:
+        raise UserError(
+            f"{parallel.world_size:,} trainer ranks and {started:,} engine ranks are too many for the "
+            f"{usable_cores()} cores of this machine: lower parallel.data, engine.count or engine.tensor"
+        )
+    for key, threads in (
+        ("parallel.threads", parallel.threads),
+        ("engine.threads", None if engine is None else engine.threads),
+    ):
+        if node.here and threads is not None and threads > most:
+            raise UserError(f"{key}={threads} are too many for the {usable_cores()} cores of this machine: lower it")
     own = engine is not None and engine.placement == "disaggregated"
-    started = _started_ranks(engine) if engine is not None and own else 0
-    _check_gpus(parallel, parallel.world_size + started, node)
+    _check_gpus(parallel, parallel.world_size + (started if own else 0), node)
 
 
 def _started_ranks(engine: EngineSection) -> int:
@@ -302,28 +337,33 @@ def _check_gpus(parallel: ParallelSection, needed: int, node: Node) -> None:
 
 def _check_machine(config: RLConfig, hf_config: dict[str, Any], node: Node) -> None:
     if node.here:
-        _check_engine(config.engine)
+        check_engine(config.engine)
+        if config.sync.disk_dir is not None:
+            check_folder("sync.disk_dir", config.sync.disk_dir)
         _check_disk(config.run.dir, hf_config, config.model.dtype)
+        _check_flags(config, node)
 
 
-def _check_engine(engine: EngineSection) -> None:
-    if engine.urls:
-        return
-    if engine.python is not None and shutil.which(engine.python) is None:
-        raise UserError(
-            f"engine.python={engine.python} is not an executable file: name the bin/python of the engines' "
-            "environment, or leave it out to use ours"
+def _check_flags(config: RLConfig | EvaluateConfig, node: Node) -> None:
+    """Last of the engine's checks: it imports SGLang, some seconds, where there is a flag that only SGLang knows."""
+    if config.engine.extra_args and not config.engine.urls:
+        command = engine_command(
+            config.engine,
+            model_path=config.model.path,
+            dtype=config.model.dtype,
+            device=node.device(config.parallel),
+            port=config.engine.port or DEFAULT_PORT,
+            seed=config.run.seed,
         )
-    for port in range(engine.port, engine.port + engine.count) if engine.port else ():
-        if port_in_use(engine.host, port):
-            raise UserError(
-                f"port {port} on {engine.host} is in use: end what listens there, or set engine.port=0 for free ones"
-            )
+        check_flags(command)
 
 
 def _check_players(config: RLConfig | EvaluateConfig) -> Gateway:
     """Metrics, their modules, prompt files, keys and prices; nobody is asked anything."""
+    check_prompt_files(config)
+    SimulatorHealth(config.simulators.health)
     gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=config.budget)
+    gateway.check_models()
     configured_scorer(config.reward, config.simulators, gateway)
     user_simulator(config.simulators, gateway)
     return gateway

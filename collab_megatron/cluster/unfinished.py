@@ -6,6 +6,7 @@ The launcher asks before it starts anything; the ranks of a resumed run make wha
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from collab_megatron.checkpoint.folders import read_best
@@ -14,6 +15,19 @@ from collab_megatron.convert.inventory import writer_said
 from collab_megatron.json_lines import read_rows
 
 METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the checks found out on the way."""
+
+    first_step: int
+    lacks: tuple[str, ...] | None  # what is missing after the last step; None: there are steps to take
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to start processes for."""
+        return self.lacks == ()
 
 
 def rl_lacks(config: RLConfig) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -16,6 +15,7 @@ from collab_megatron.config.sections import (
     DriverSection,
     EngineSection,
     EvaluationSection,
+    FolderOrHubName,
     JournalSection,
     LLMSection,
     ModelSection,
@@ -27,16 +27,19 @@ from collab_megatron.config.sections import (
     RolloutSection,
     RunSection,
     Section,
+    Seed,
     SimulatorsSection,
     SyncSection,
     TrainSection,
     Umask,
     UserSection,
 )
+from collab_megatron.config.sections.addresses import host_and_port
 from collab_megatron.config.sections.extra import shown_address
 from collab_megatron.config.timeouts import check_timeouts
 
 MAX_PORT = 65535
+MOST_SAMPLES = 2**20  # of a step: the plan and the trainer hold them all at once
 JUDGE_OF = "judge-"  # begins the role of a metric's own judge
 
 
@@ -49,6 +52,17 @@ def _check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None
         raise ValueError(
             "reward.accuracy_prompt_file and reward.judges.accuracy.prompt_file name two prompts for one judge: remove "
             "one of them"
+        )
+
+
+def _check_ranks(parallel: ParallelSection, samples: int, what: str) -> None:
+    """Work for all, in numbers that one step can hold. `what`: where `samples` stand in the config."""
+    if samples > MOST_SAMPLES:
+        raise ValueError(f"{what} makes {samples:,} samples in a step, more than {MOST_SAMPLES:,}: lower it")
+    if parallel.data > samples:
+        raise ValueError(
+            f"parallel.data={parallel.data} leaves data ranks without any of the {samples:,} samples of a step "
+            f"({what}): lower it"
         )
 
 
@@ -112,11 +126,8 @@ def _check_transport(engine: EngineSection, sync: SyncSection) -> None:
 
 def _host(url: str) -> str:
     """Empty where there is none."""
-    try:
-        parts = urlsplit(url)
-        return (parts.hostname or "") if parts.scheme in ("http", "https") and parts.port != 0 else ""
-    except ValueError:  # a port that is no number
-        return ""
+    found = host_and_port(url)
+    return found[0] if found else ""
 
 
 def _is_loopback(host: str) -> bool:
@@ -150,6 +161,10 @@ class RLConfig(Section):
         if self.train.epochs is None:
             _check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
         _check_packing(self.parallel, self.train)
+        samples = self.rollout.prompts_per_step * self.rollout.num_replies
+        _check_ranks(self.parallel, samples, "rollout.prompts_per_step x num_replies")
+        if not any(self.reward.metric_weights.values()):
+            raise ValueError("reward.metric_weights are all 0: no reply could be better than another; raise one")
         _check_engine(self.engine)
         _check_transport(self.engine, self.sync)
         _check_driver(self.driver, self.rollout, self.engine, self.sync)
@@ -192,6 +207,7 @@ class SFTConfig(Section):
         if self.train.epochs is None:
             _check_schedule(self.optimizer, self.train.steps)
         _check_packing(self.parallel, self.train)
+        _check_ranks(self.parallel, self.batch_size, "batch_size")
         check_timeouts(run=self.run, parallel=self.parallel)
         if self.train.eval_interval and self.data.validation is None:
             raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
@@ -246,10 +262,10 @@ class BuildDatasetConfig(Section):
     problems: Path  # JSONL: single_turn_prompt, single_turn_completion, [single_turn_metadata], [prompt]
     output: Path  # folder; conversations are appended, finished ones are never made twice
     umask: Umask = "077"  # whom that folder and its files are kept from, as run.umask
-    tokenizer: str | None = None  # HF folder that counts token_amount; None: whitespace words
+    tokenizer: FolderOrHubName | None = None  # HF folder that counts token_amount; None: whitespace words
     simulators: SimulatorsSection
     reward: RewardSection = RewardSection()
-    seed: int = 1
+    seed: Seed = 1
     num_conversations: Positive | None = None  # None: all problems
     num_candidate_responses: Positive = 2
     num_repeat_rollouts: Annotated[int, Field(ge=1)] = 1  # futures per candidate

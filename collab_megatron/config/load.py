@@ -5,9 +5,6 @@ config = load_config(RLConfig, Path("conf/demo_rl.yaml"), ["train.steps=3", "run
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +12,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from collab_megatron.config.explain import cut, explain, shown
+from collab_megatron.config.yaml_text import NotYaml, parse_yaml
 from collab_megatron.errors import UserError, masked
 
 WIDE = 2**16  # columns: no address is broken over two lines
-NEAR = 0.7
-"""How alike two keys must be (difflib's ratio) for one to be taken for a slip of the other."""
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -36,7 +33,7 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(kind, error)}") from None
+        raise UserError(f"{path}: {explain(kind, error)}") from None
 
 
 def dump_config(config: BaseModel) -> str:
@@ -69,13 +66,14 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: `extends` goes in a circle")
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = parse_yaml(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"no config file {path}: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"config file {path} cannot be read: {reason}") from None
+    except NotYaml as error:
+        raise UserError(f"config file {path}: {error}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of sections, not a {type(raw).__name__}")
@@ -84,7 +82,9 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if parents is None:
         return raw
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents if isinstance(parents, list) else [parents]:
+        if not isinstance(parent, str) or not parent or "\0" in parent:
+            raise UserError(f"{path}: `extends` names a config file, or a list of some, not {shown(parent)}")
         merged = _merge(merged, _read_with_extends(path.parent / parent, (*seen, path)))
     return _merge(merged, raw)
 
@@ -119,46 +119,21 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, separator, text = override.partition("=")
-    if not separator or not dotted:
-        raise UserError(f"override {override!r} is not of the form section.key=value")
     *parents, last = dotted.split(".")
+    if not separator or any(part.split() != [part] for part in (*parents, last)):
+        raise UserError(f"override {cut(override)!r} is not of the form section.key=value")
     node = raw
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # `section:` without keys
+            node[parent] = {}
+        node = node[parent]
+        if isinstance(node, list):
+            raise UserError(
+                f"override {cut(override)!r}: {parent} holds a list: give the list as a whole, {parent}=[...]"
+            )
         if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {parent} is a value, not a section")
+            raise UserError(f"override {cut(override)!r}: {parent} is a value, not a section")
     try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from None
-
-
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first error as one sentence, and how many more there are."""
-    first, *more = error.errors(include_url=False, include_input=True)
-    dotted = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(kind, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=NEAR)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
-        sentence = f"unknown key {dotted!r}; {hint}"
-    elif first["type"] == "missing":
-        sentence = f"{dotted!r} is not set and has no default"
-    elif first["type"] == "value_error":
-        sentence = f"{dotted}: {first['ctx']['error']}" if dotted else str(first["ctx"]["error"])
-    else:
-        sentence = f"{dotted!r}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})"
-    return sentence + (f" (and {len(more)} more)" if more else "")
-
-
-def _keys_at(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    node: Any = kind
-    for part in loc:
-        if typing.get_origin(node) in (dict, tuple):  # {name: section} or (section, ...)
-            node = next(a for a in reversed(typing.get_args(node)) if a is not Ellipsis)
-            continue
-        annotation = node.model_fields[part].annotation
-        if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-            annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-        node = annotation
-    return list(node.model_fields)
+        node[last] = parse_yaml(text)
+    except NotYaml as error:
+        raise UserError(f"override {dotted}={cut(text)}: {error}") from None

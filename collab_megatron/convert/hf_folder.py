@@ -45,7 +45,10 @@ def parse_size(size: str | int) -> int:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError if `output` is there and holds anything."""
+    """Raise UserError if `output` is there and holds anything, or lies below a file."""
+    nearest = next(place for place in output.absolute().parents if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{output} cannot be made, because {nearest} is a file: name another output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already; remove it or name another output")
 

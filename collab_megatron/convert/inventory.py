@@ -6,14 +6,15 @@ not in the cache nothing else is fetched. Pure: no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from collab_megatron.convert.headers import read_headers
 from collab_megatron.convert.spec import ModelSpec
 from collab_megatron.convert.tables import rows
 from collab_megatron.errors import UserError
 
+_DTYPES = ("F32", "BF16", "F16", "F64")
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -44,7 +45,8 @@ def check_inventory(shapes: Shapes, spec: ModelSpec, where: str | Path) -> None:
     for name, wanted in _expected(spec).items():
         if shapes[name] != wanted:
             raise UserError(
-                f"tensor {name} of {where} has shape {list(shapes[name])}; config.json asks for {list(wanted)}"
+                f"tensor {name} of {where} has shape {list(shapes[name])}; config.json asks for {list(wanted)}: take "
+                "weights and config.json of one model"
             )
 
 
@@ -70,21 +72,16 @@ def _expected(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _local(folder: Path) -> Shapes:
-    from huggingface_hub import parse_local_safetensors_file_metadata
-    from huggingface_hub.errors import SafetensorsParsingError
-
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-        else:
-            files = set(folder.glob("*.safetensors"))
-        headers = [parse_local_safetensors_file_metadata(file) for file in sorted(files)]
-    except (OSError, KeyError, ValueError, SafetensorsParsingError) as error:
-        raise UserError(f"the weights in {folder} cannot be read: {_line(error)}") from None
-    if not headers:
+    stored = read_headers(folder)
+    if not stored:
         raise UserError(f"{folder} has no *.safetensors; convert the model's weights to safetensors first")
-    return {name: tuple(tensor.shape) for header in headers for name, tensor in header.tensors.items()}
+    for name, tensor in stored.items():
+        if tensor.dtype not in _DTYPES and not name.endswith(_IGNORED_ENDINGS):
+            raise UserError(
+                f"tensor {name} of {tensor.file} is of {tensor.dtype}, and weights are read of {', '.join(_DTYPES)}: "
+                "convert it to one of them"
+            )
+    return {name: tensor.shape for name, tensor in stored.items()}
 
 
 def _on_hub(path: str) -> Shapes:
@@ -105,12 +102,6 @@ def _on_hub(path: str) -> Shapes:
         for header in headers.files_metadata.values()
         for name, tensor in header.tensors.items()
     }
-
-
-def _unreadable(folder: Path, error: Exception) -> UserError:
-    return (
-        error if isinstance(error, UserError) else UserError(f"the weights in {folder} cannot be read: {_line(error)}")
-    )
 
 
 def _line(error: Exception) -> str:

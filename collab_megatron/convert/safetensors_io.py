@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,64 +16,11 @@ import torch
 from torch import Tensor
 
 from collab_megatron.convert.buckets import TensorInfo
-from collab_megatron.errors import UserError
+from collab_megatron.convert.headers import LENGTH_BYTES, StoredTensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LENGTH_BYTES = 8
-_LARGEST_HEADER = 100_000_000  # what safetensors itself accepts
 _ALIGNMENT = 8
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a file, as its header describes it."""
-
-    name: str
-    file: Path
-    dtype: str  # F32, BF16 ...
-    shape: tuple[int, ...]
-    start: int  # first byte in the file
-    num_bytes: int
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """What `file` holds. Raises UserError when it cannot be read, is no safetensors file, or was cut short."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-            if not 0 < length <= min(size, _LARGEST_HEADER):
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
-        found = {
-            name: _stored(name, file, entry, first_byte=_LENGTH_BYTES + length)
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is missing or not a safetensors file: {error}") from error
-    for tensor in found.values():
-        if tensor.start + tensor.num_bytes > size:
-            raise UserError(
-                f"tensor {tensor.name} goes beyond the end of {file}: the file was cut short; fetch it again"
-            )
-    return found
-
-
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model folder, by name. Raises UserError where a file is damaged or differs from the index."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return {
-            name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in read_header(file).items()
-        }
-    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    headers = {file: read_header(folder / file) for file in sorted(set(weight_map.values()))}
-    for name, file in weight_map.items():
-        if name not in headers[file]:
-            raise UserError(f"tensor {name} is missing in {folder / file}, where {index.name} has it")
-    return {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def read_into(stored: StoredTensor, target: Tensor) -> None:
@@ -107,11 +53,6 @@ def write_file(
             stream.write(_bytes_of(here))
 
 
-def _stored(name: str, file: Path, entry: Mapping[str, list[int]], *, first_byte: int) -> StoredTensor:
-    start, end = entry["data_offsets"]
-    return StoredTensor(name, file, str(entry["dtype"]), tuple(entry["shape"]), first_byte + start, end - start)
-
-
 def _write_header(stream: BinaryIO, plan: Sequence[TensorInfo], metadata: dict[str, str]) -> None:
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -120,7 +61,7 @@ def _write_header(stream: BinaryIO, plan: Sequence[TensorInfo], metadata: dict[s
         header[info.name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    stream.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+    stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -18,10 +18,13 @@ def resolve_model_folder(path: str | Path, *, weights: bool = True) -> Path:
     Raises UserError when `path` is neither a folder nor a hub name that can be fetched (or is in the cache already).
     """
     folder = Path(path)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # a name that is too long
+        raise UserError(f"model.path {str(path)[:80]} cannot be used: {error.strerror}") from None
     if not _HUB_NAME.fullmatch(str(path)):
-        raise UserError(f"there is no model folder {path}")
+        raise UserError(f"there is no model folder {path}: name a folder, or a model of the hub as owner/name")
     from huggingface_hub import snapshot_download  # only here: most runs name a folder
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from collab_megatron.convert.hf_values import flag, mapping, names, real, whole
 from collab_megatron.errors import UserError
 
 
@@ -98,43 +99,47 @@ class ModelSpec:
 def model_spec(hf_config: Mapping[str, Any]) -> ModelSpec:
     """Read the contents of a config.json.
 
-    Raises UserError for an unsupported architecture (naming those supported), a missing key, or a feature that is not
-    implemented.
+    Raises UserError for an unsupported architecture (naming those supported), a key that is missing or of the wrong
+    kind, or a feature that is not implemented.
     """
-    name = next(iter(hf_config.get("architectures") or []), str(hf_config.get("model_type")))
+    name = next(iter(names(hf_config, "architectures")), None) or str(hf_config.get("model_type"))
     if name not in ARCHITECTURES:
         raise UserError(f"the model's architecture is {name}; supported are {', '.join(ARCHITECTURES)}")
     traits = ARCHITECTURES[name]
     _refuse_unsupported(name, hf_config)
-    try:
-        heads, hidden = int(hf_config["num_attention_heads"]), int(hf_config["hidden_size"])
-        return ModelSpec(
-            architecture=name,
-            hidden=hidden,
-            layers=int(hf_config["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(hf_config.get("num_key_value_heads") or heads),
-            head_dim=int(hf_config.get("head_dim") or hidden // heads),
-            ffn=int(hf_config["intermediate_size"]),
-            vocab=int(hf_config["vocab_size"]),
-            max_positions=int(hf_config.get("max_position_embeddings", 2048)),
-            norm_eps=float(hf_config.get("rms_norm_eps", 1e-6)),
-            tied=bool(hf_config.get("tie_word_embeddings", False)),
-            qkv_bias=traits.qkv_bias,
-            qk_norm=traits.qk_norm,
-            rope=_rope(hf_config),
-            sliding_window=hf_config.get("sliding_window") if traits.sliding_window else None,
-            init_std=float(hf_config.get("initializer_range", 0.02)),
-            **(_experts(name, hf_config) if traits.experts else {}),
+    heads, hidden = whole(hf_config, "num_attention_heads"), whole(hf_config, "hidden_size")
+    kv_heads = whole(hf_config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"config.json of the model has num_key_value_heads={kv_heads}, which does not divide its "
+            f"num_attention_heads={heads}: take the model's own file"
         )
-    except KeyError as error:
-        raise UserError(f"config.json of the model has no {error.args[0]!r}") from error
+    windowed = traits.sliding_window and hf_config.get("sliding_window") is not None
+    return ModelSpec(
+        architecture=name,
+        hidden=hidden,
+        layers=whole(hf_config, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=whole(hf_config, "head_dim", hidden // heads),
+        ffn=whole(hf_config, "intermediate_size"),
+        vocab=whole(hf_config, "vocab_size"),
+        max_positions=whole(hf_config, "max_position_embeddings", 2048),
+        norm_eps=real(hf_config, "rms_norm_eps", 1e-6),
+        tied=flag(hf_config, "tie_word_embeddings"),
+        qkv_bias=traits.qkv_bias,
+        qk_norm=traits.qk_norm,
+        rope=_rope(hf_config),
+        sliding_window=whole(hf_config, "sliding_window") if windowed else None,
+        init_std=real(hf_config, "initializer_range", 0.02),
+        **(_experts(name, hf_config) if traits.experts else {}),
+    )
 
 
 def _experts(name: str, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     # transformers 5 writes `num_local_experts`; earlier versions, and the hub's files, `num_experts`
-    experts = int(hf_config["num_local_experts" if "num_local_experts" in hf_config else "num_experts"])
-    per_token, normalised = int(hf_config["num_experts_per_tok"]), bool(hf_config.get("norm_topk_prob", False))
+    experts = whole(hf_config, "num_local_experts" if "num_local_experts" in hf_config else "num_experts")
+    per_token, normalised = whole(hf_config, "num_experts_per_tok", least=0), flag(hf_config, "norm_topk_prob")
     if hf_config.get("mlp_only_layers") or hf_config.get("decoder_sparse_step", 1) != 1:
         raise UserError(f"{name} with dense layers among those of experts is not supported; use a model without them")
     if hf_config.get("shared_expert_intermediate_size") or hf_config.get("n_shared_experts"):
@@ -147,37 +152,40 @@ def _experts(name: str, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "experts": experts,
         "experts_per_token": per_token,
-        "expert_ffn": int(hf_config["moe_intermediate_size"]),
+        "expert_ffn": whole(hf_config, "moe_intermediate_size"),
         "norm_topk": normalised,
     }
 
 
 def _rope(hf_config: Mapping[str, Any]) -> RopeSpec:
     # transformers 5 writes `rope_parameters`; earlier versions `rope_theta` beside an optional `rope_scaling`
-    rope = {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta") or hf_config.get("rope_theta") or 10000.0)
+    rope = {**mapping(hf_config, "rope_scaling"), **mapping(hf_config, "rope_parameters")}
+    theta = real(rope, "rope_theta", real(hf_config, "rope_theta", 10000.0))
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     if (share := rope.get("partial_rotary_factor") or hf_config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UserError(f"partial_rotary_factor={share} is not supported; use a model that rotates whole heads")
     if kind == "default":
         return RopeSpec(theta)
     if kind == "linear":
-        return RopeSpec(theta, kind, float(rope["factor"]))
+        return RopeSpec(theta, kind, real(rope, "factor"))
     if kind == "llama3":
         return RopeSpec(
             theta,
             kind,
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
+            real(rope, "factor"),
+            real(rope, "low_freq_factor"),
+            real(rope, "high_freq_factor"),
+            whole(rope, "original_max_position_embeddings"),
         )
-    raise UserError(f"rotary embeddings of type {kind!r} are not supported; supported are default, linear, llama3")
+    raise UserError(
+        f"config.json of the model: rotary embeddings of type {kind!r} are not supported; supported are default, "
+        "linear, llama3"
+    )
 
 
 def _refuse_unsupported(name: str, hf_config: Mapping[str, Any]) -> None:
     if (act := hf_config.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"hidden_act {act!r} of {name} is not supported (only silu)")
+        raise UserError(f"config.json of the model has hidden_act {act!r}; of {name} only silu is supported")
     for key in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
         if hf_config.get(key):
             raise UserError(f"{key} of {name} is not supported; use a model without it")

@@ -65,9 +65,11 @@ def load_tokenizer(path: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - a broken tokenizer file raises anything
         first_line = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise UserError(f"no tokenizer could be loaded from {path}: {first_line}") from None
+        raise UserError(
+            f"no tokenizer could be loaded from {path}: {first_line}; copy the model's tokenizer files there again"
+        ) from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {path} has no chat template: use a chat model, or add chat_template.jinja")
     return tokenizer

@@ -64,6 +64,11 @@ def fitting_tasks(
 ) -> Fit[Task]:
     """The tasks whose prompt leaves room for a reply. Raises UserError where more than half do not."""
     room = min(max_prompt_tokens, max_context_tokens - max_new_tokens)
+    if room < 1:
+        raise UserError(
+            f"rollout.max_new_tokens={max_new_tokens} leaves nothing of {max_context_tokens:,} tokens of context for a "
+            "prompt: lower rollout.max_new_tokens, or raise engine.context_length where it is set"
+        )
     if room == max_prompt_tokens:
         remedy = "raise rollout.max_prompt_tokens"
     else:

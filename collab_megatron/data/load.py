@@ -54,7 +54,7 @@ def _read_file(path: Path, bad: BadRows) -> list[Mapping[str, Any]]:
             if not isinstance(value, list):
                 raise UserError(f"{path} must hold a list of rows, not a {type(value).__name__}")
             return value
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # or nested too deeply
         raise UserError(f"{path} is not valid JSON: {error}") from None
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
@@ -74,7 +74,7 @@ def read_json_lines(path: Path, bad: BadRows | None = None) -> Iterable[Mapping[
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:  # or nested too deeply
                     bad.found(f"{path}, line {number} is not valid JSON: {error}")
                     continue
                 yield row

@@ -62,6 +62,8 @@ def prepare(
     """
     if validation is not None and validation_share is not None:
         raise UserError("give --validation or --validation-share, not both")
+    if validation_share is not None and not 0 <= validation_share < 1:  # also for NaN
+        raise UserError(f"--validation-share {validation_share:g}: it takes a share from 0 up to, not including, 1")
     if shape.max_rows is not None and shape.max_rows < 1:
         raise UserError(f"--max-rows {shape.max_rows}: it takes at least 1")
     rows = _load(kind, dataset, splits, skip_bad_rows, tell)

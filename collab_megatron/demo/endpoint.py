@@ -117,9 +117,11 @@ async def serve(host: str, port: int, ready_file: Path | None, api_key: str | No
     try:
         try:
             await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"cannot listen on {host}:{port} ({reason}): choose another --port, or 0") from error
+        except (OSError, OverflowError, UnicodeError) as error:  # OverflowError: no port; UnicodeError: no host name
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"cannot listen on {host}:{port} ({reason}): choose another --port, or 0, or another --host"
+            ) from error
         bound = runner.addresses[0][1]
         if ready_file is not None:
             _publish(ready_file, f"{host}:{bound}")

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from collab_megatron.demo.tokenizer import VOCAB_SIZE, build_tokenizer
 from collab_megatron.errors import UserError, run_cli
 
+MOST_SEEDS = 2**32  # as run.seed
 MAX_POSITIONS = 512  # tokens of a whole chat; the longest of the world has about 100
 
 
@@ -64,6 +65,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    if not 0 <= args.seed < MOST_SEEDS:
+        raise UserError(f"--seed {args.seed}: it is a number from 0 to {MOST_SEEDS - 1}")
     torch.set_num_threads(1)
     print(f"wrote {args.output}: {write_model(args.output, args.seed):,} parameters", flush=True)
 

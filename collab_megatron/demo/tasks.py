@@ -66,7 +66,12 @@ def conversation_row(task: DeskTask, conv_id: int) -> dict[str, Any]:
 
 def write_tasks(output: Path, train: int, heldout: int, seed: int) -> None:
     """Write both files into the folder `output`, each aside and then renamed."""
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"--output {output} is a file: name a folder") from None
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be made ({error.strerror}): name another folder") from None
     train_tasks = draw_tasks(random.Random(f"{seed} train"), "train", train)
     heldout_tasks = draw_tasks(random.Random(f"{seed} heldout"), "heldout", heldout)
     _write_jsonl(output / "train.jsonl", map(problem_row, train_tasks))

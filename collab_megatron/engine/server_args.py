@@ -8,9 +8,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from collab_megatron.config.sections import EngineSection
+from collab_megatron.errors import UserError
 
 # where an interpreter looks for packages: ours must not reach one of another environment
 PYTHON_PLACES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+
+OWN_FLAGS: Mapping[str, str] = {
+    "--model-path": "model.path",
+    "--model": "model.path",
+    "--dtype": "model.dtype",
+    "--host": "engine.host",
+    "--port": "engine.port",
+    "--tp-size": "engine.tensor",
+    "--tp": "engine.tensor",
+    "--tensor-parallel-size": "engine.tensor",
+    "--random-seed": "run.seed",
+    "--device": "parallel.device",
+    "--mem-fraction-static": "engine.mem_fraction",
+    "--max-total-tokens": "engine.max_total_tokens",
+    "--max-running-requests": "engine.max_running_requests",
+    "--context-length": "engine.context_length",
+    "--config": "the keys of engine: SGLang's file would go over them",
+}
+"""Flags that the config sets with keys of its own: given again in engine.extra_args they would win unseen."""
+
+
+def check_own_flags(extra_args: Sequence[str]) -> None:
+    """Raise UserError for a flag among engine.extra_args that a key sets."""
+    for flag in extra_args:
+        key = OWN_FLAGS.get(flag.partition("=")[0])
+        if key is not None:
+            raise UserError(f"engine.extra_args holds {flag}, which is set elsewhere: use {key}")
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.file.exists():
         raise UserError(f"there is no journal {args.file}: it lies in RUN_DIR/journal, or where journal.path says")
+    if args.file.is_dir():
+        raise UserError(f"{args.file} is a folder: name a journal, a file such as RUN_DIR/journal/NAME.sqlite")
     with closing(connect(args.file, read_only=True)) as connection:
         try:
             for line in lines(connection):

@@ -63,6 +63,14 @@ def open_journal(section: JournalSection, default: Path, lineage: str) -> Journa
     return Journal(section.path or default, replay=section.replay, lineage=lineage)
 
 
+def check_journal(path: Path, replay: Replay) -> None:
+    """Raise UserError unless `path` is a journal, or is not there and may be made; RunError for a damaged one."""
+    if path.exists():
+        connect(path, read_only=True).close()
+    elif replay == "only":
+        raise UserError(f"journal.replay is only, and there is no journal {path}: set journal.path to the run's")
+
+
 class ReplayMiss(RunError):
     """With replay: only, the journal lacks what the run needs."""
 
@@ -82,8 +90,8 @@ class Journal:
     def __init__(self, path: Path, *, replay: Replay, lineage: str) -> None:
         """Makes the file where there is none. `lineage` says what decides the weights: policy turns and deliveries are
         found under the lineage only that they were recorded with, replies under any."""
-        if replay == "only" and not path.exists():
-            raise UserError(f"journal.replay is only, and there is no journal {path}: set journal.path to the run's")
+        if replay == "only":
+            check_journal(path, replay)
         create(path)
         self._connection = connect(path)
         self._execute = self._connection.execute

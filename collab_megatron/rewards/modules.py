@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +21,33 @@ from collab_megatron.errors import UserError
 
 def import_metric_module(name: str) -> ModuleType:
     """Run the module, once. Raises UserError where it cannot be found or imported."""
+    if not is_file(name) and not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(
+            f"reward.metric_modules: {name!r} is no module: name a module that Python finds, such as my_metrics or "
+            "package.metrics, or a .py file"
+        )
     try:
         return _import_file(Path(name)) if is_file(name) else importlib.import_module(name)
-    except (ImportError, FileNotFoundError, SyntaxError) as error:
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a module that the user wrote raises anything
         raise UserError(
-            f"reward.metric_modules: {name} cannot be imported ({error}); name a module that Python finds, or a file "
-            "next to the config"
+            f"reward.metric_modules: {name} cannot be imported ({_told(error)}); name a module that Python finds, or a "
+            "file next to the config, and see that it imports by itself"
         ) from None
+
+
+def _told(error: BaseException) -> str:
+    """The kind of an exception, its text, and the line of the user's file that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(__file__).parent)
+    last = next((frame for frame in reversed(frames) if _is_users(frame.filename, ours)), None)
+    where = "" if last is None or isinstance(error, SyntaxError) else f", line {last.lineno} of {last.filename}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+
+
+def _is_users(file: str, ours: str) -> bool:
+    return not file.startswith((ours, "<")) and "importlib" not in file
 
 
 def module_sources(name: str) -> Iterator[Path]:

@@ -16,10 +16,10 @@ import asyncio
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from urllib.parse import urlsplit
 
 from collab_megatron.config.entry import role_place
 from collab_megatron.config.sections import BudgetSection, DeploymentSection, LLMSection, SimulatorSection, UserSection
+from collab_megatron.config.sections.addresses import host_and_port
 from collab_megatron.errors import UserError
 from collab_megatron.journal.store import Journal
 from collab_megatron.simulators.budget import Budget, Costs
@@ -35,8 +35,6 @@ from collab_megatron.simulators.usage import GatewaySnapshot
 from collab_megatron.types import ChatLLM
 
 __all__ = ["Gateway", "SimulatorError"]
-
-DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class Gateway:
@@ -91,6 +89,13 @@ class Gateway:
         """Which simulator of a mixture plays this sample: 0 is the section itself, then its `mixture` in order."""
         weights = [getattr(section, "weight", 1.0) for _, _, section in self._parts[name]]
         return draw_part(weights, self._seed, name, sample_index)
+
+    def check_models(self) -> None:
+        """Raise UserError naming a model of which LiteLLM does not know the provider: every call would fail."""
+        for parts in self._parts.values():
+            for _, where, section in parts:
+                for place, way in _deployment_ways(where, section):
+                    self._api.check_model(place, way.model, way.api_base, section.extra.get("custom_llm_provider"))
 
     def snapshot(self) -> GatewaySnapshot:
         """The counters as they stand; `after - before` is what happened in between."""
@@ -170,16 +175,13 @@ def _read_key(where: str, way: LLMSection | DeploymentSection) -> str | None:
 
 async def _connect_once(where: str, api_base: str, timeout_s: float) -> None:
     place = f"{where}.api_base {api_base}"
-    try:
-        parts = urlsplit(api_base)
-        port = parts.port or DEFAULT_PORTS.get(parts.scheme)
-    except ValueError:
-        raise UserError(f"{place} is not a URL") from None
-    if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
+    found = host_and_port(api_base)
+    if found is None:
         raise UserError(f"{place} is not a URL: it must look like http://host:port/v1")
+    host, port = found
     try:
         async with asyncio.timeout(timeout_s):
-            _, writer = await asyncio.open_connection(parts.hostname, port)
+            _, writer = await asyncio.open_connection(host, port)
     except (OSError, TimeoutError) as error:
         how = why_not_connected(error, address_of(api_base))
         raise UserError(f"{place}: nothing answers there ({how}); start that server or fix the address") from None

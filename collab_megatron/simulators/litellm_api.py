@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from collab_megatron.errors import UserError
 from collab_megatron.simulators.prices import Price, listed_price, load_litellm
 from collab_megatron.text import whole_text
 
@@ -109,6 +110,16 @@ class LiteLLMApi:
             self._litellm._async_failure_callback,
         ):
             callbacks.clear()
+
+    def check_model(self, where: str, model: str, api_base: str | None, provider: str | None) -> None:
+        """Raise UserError for a name whose provider LiteLLM knows neither by name nor by address. provider: typed."""
+        try:
+            self._litellm.get_llm_provider(model, custom_llm_provider=provider, api_base=api_base)
+        except Exception:  # noqa: BLE001 - whatever LiteLLM raises, it would refuse the first call with it too
+            raise UserError(
+                f"{where}.model={model}: LiteLLM knows no provider of it; write PROVIDER/MODEL, such as "
+                "openai/gpt-4o-mini, or openai/NAME with api_base for a compatible server"
+            ) from None
 
     def know_price(self, where: str, endpoint: Endpoint) -> None:
         """Where LiteLLM has no price, spare it the search on every call; where nobody has one, warn once."""

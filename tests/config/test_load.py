@@ -105,7 +105,7 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("engine={urls: [http://me:hidden@a:1], count: 2}", "set one of the two only"),
         ("run.umask=77", "input should be '077', '027', '022', '007', '002' or '000' (got 77)"),
         ("run.umask='777'", "(got '777')"),
-        ("run.umask=true", "(got True)"),
+        ("run.umask=true", "run.umask: true is none of '000', '002'"),
         ("engine={urls: [http://a:1], placement: colocated}", "http://a:1 is not a loopback address"),
     ],
 )
@@ -165,6 +165,37 @@ def test_an_interval_without_held_out_data_is_refused_for_sft_too(tmp_path: Path
     with pytest.raises(UserError, match=r"data\.validation is not: name a validation parquet"):
         load_config(SFTConfig, tmp_path / "s.yaml")
     assert load_config(SFTConfig, tmp_path / "s.yaml", ["data.validation=v"]).export_weights == "best"
+
+
+def test_a_section_without_keys_takes_overrides(tmp_path: Path, rl_file: Path) -> None:
+    """`train:` alone is null to YAML; so is a judge that another file takes away."""
+    (tmp_path / "empty.yaml").write_text("extends: rl.yaml\ntrain:\nsimulators: {judge: null}\n")
+    given = ["train.steps=7", "simulators.judge.model=gpt-4o"]
+    config = load_config(RLConfig, tmp_path / "empty.yaml", given)
+    assert config.train.steps == 7
+    assert config.simulators.judge is not None
+    assert config.simulators.judge.model == "gpt-4o"
+    with pytest.raises(UserError, match="'train' is empty: remove the line, or write its keys below it"):
+        load_config(RLConfig, tmp_path / "empty.yaml", given[1:])
+
+
+def test_what_a_mapping_merges_in_may_be_set_again(tmp_path: Path, rl_file: Path) -> None:
+    """YAML's `<<`: the key stands twice in what results, once in what was written."""
+    (tmp_path / "merged.yaml").write_text(
+        "extends: rl.yaml\ntrain: &t {steps: 5, keep_last: 3}\nevaluation: {num_tasks: 7}\n"
+        "simulators: {user: {deployments: [&d {model: a, api_key_env: null}, {<<: *d, model: b}]}}\n"
+    )
+    config = load_config(RLConfig, tmp_path / "merged.yaml")
+    assert [each.model for each in config.simulators.user.deployments] == ["a", "b"]
+    assert config.simulators.user.deployments[1].api_key_env is None
+
+
+def test_numbers_and_switches_in_their_usual_forms(rl_file: Path) -> None:
+    """What pydantic reads from a command line stays: text that is a number, 3.0 for 3, null for no value."""
+    usual = ["optimizer.lr=1e-5", "train.steps=3.0", "run.resume=yes", "train.packing=off", "engine.threads=null"]
+    config = load_config(RLConfig, rl_file, [*usual, "run.name=v1.2_lr=3e-4@night", "run.seed=4294967295"])
+    assert (config.optimizer.lr, config.train.steps, config.run.resume, config.train.packing) == (1e-5, 3, True, False)
+    assert config.run.seed == 2**32 - 1
 
 
 def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:

@@ -199,3 +199,11 @@ def test_the_layout_check_needs_neither_torch_nor_megatron(tmp_path: Path) -> No
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_converters_module_wants_two_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    from collab_megatron.checkpoint import to_hf
+
+    monkeypatch.setattr("sys.argv", ["to_hf", "one"])
+    with pytest.raises(UserError, match=r"name two folders: .* STEP_FOLDER OUTPUT"):
+        to_hf.main()

@@ -57,6 +57,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "convert": "preflight: does the model fit the layout",
         "data": "preflight: can the data be read",
         "engine": "starts the server and waits until it answers",
+        "journal.store": "preflight: can the journal be opened",
         "monitor.flops": "the plan counts a step's operations",
         "rewards": "preflight: does the config name metrics that exist",
         "simulators": "preflight: do the LLM services answer",

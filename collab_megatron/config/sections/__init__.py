@@ -3,7 +3,19 @@
 A config file holds only what differs from the defaults here. Entry points combine the sections (config/entry.py).
 """
 
-from collab_megatron.config.sections.base import UMASKS, Count, Finite, Positive, Seconds, Section, Share, Umask
+from collab_megatron.config.sections.base import (
+    UMASKS,
+    Count,
+    Finite,
+    FolderOrHubName,
+    Named,
+    Positive,
+    Seconds,
+    Section,
+    Seed,
+    Share,
+    Umask,
+)
 from collab_megatron.config.sections.engine import EngineSection, SyncSection
 from collab_megatron.config.sections.llm import (
     BudgetSection,
@@ -44,11 +56,13 @@ __all__ = [
     "EngineSection",
     "EvaluationSection",
     "Finite",
+    "FolderOrHubName",
     "HealthSection",
     "JournalSection",
     "JudgeSection",
     "LLMSection",
     "ModelSection",
+    "Named",
     "OptimizerSection",
     "ParallelSection",
     "Positive",
@@ -58,6 +72,7 @@ __all__ = [
     "RunSection",
     "Seconds",
     "Section",
+    "Seed",
     "Share",
     "SimulatorSection",
     "SimulatorsSection",

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from collab_megatron.errors import UserError
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+LIMIT = 2**31  # of counts: what libraries below keep in 32 bits stays in range
+
+Positive = Annotated[int, Field(gt=0, lt=LIMIT)]
+Count = Annotated[int, Field(ge=0, lt=LIMIT)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Named = Annotated[str, Field(min_length=1)]
+LONGEST_FILE, LONGEST_PATH = 255, 4095  # bytes; Linux's NAME_MAX and PATH_MAX
+FolderOrHubName = Annotated[str, Field(min_length=1), AfterValidator(lambda path: short_enough(path))]
 
 
 UMASKS = ("077", "027", "022", "007", "002", "000")
@@ -30,9 +46,25 @@ Umask = Annotated[Literal["077", "027", "022", "007", "002", "000"], BeforeValid
 
 
 class Section(BaseModel):
-    """Unknown keys are refused (load.py names the nearest known one); values cannot change after loading."""
+    """Unknown keys are refused (load.py names the nearest known one); values cannot change after loading. No number is
+    infinite, and none is true or false."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_it_was_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Values that pydantic would take for others. Raises ValueError."""
+        field = cls.model_fields[info.field_name or ""]
+        taken = frozenset(_kinds(field.annotation))
+        if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in taken):
+            return value  # it looks at its own values
+        for part in _parts(value):
+            if isinstance(part, bool):
+                _refuse_bool(part, taken)
+            elif isinstance(part, str | Path):
+                _refuse_text(str(part), part, taken)
+        return value
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> Self:
@@ -47,3 +79,50 @@ class Section(BaseModel):
             raise UserError(
                 f"{place!r}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {first['input']!r})"
             ) from None
+
+
+def _refuse_bool(value: bool, taken: frozenset[Any]) -> None:
+    if bool in taken or Any in taken:
+        return
+    given = "true" if value else "false"
+    if int in taken or float in taken:
+        raise ValueError(f"{given} is no number")
+    if choices := sorted(kind for kind in taken if isinstance(kind, str)):
+        named = ", ".join(map(repr, choices))
+        raise ValueError(f"{given} is none of {named}: YAML reads yes, no, on and off as true and false, so quote it")
+
+
+def _refuse_text(text: str, part: str | Path, taken: frozenset[Any]) -> None:
+    if "\0" in text:
+        raise ValueError("it holds a NUL character: remove it")
+    if Path in taken and str not in taken:
+        if part == "":
+            raise ValueError("it is empty: name a file or folder, or leave it out")
+        short_enough(text)
+
+
+def short_enough(path: str) -> str:
+    """`path` if a file system can have it. Raises ValueError."""
+    if len(path.encode()) > LONGEST_PATH or any(len(name.encode()) > LONGEST_FILE for name in path.split("/")):
+        raise ValueError(f"it is too long for a path: use names of at most {LONGEST_FILE} bytes, {LONGEST_PATH} in all")
+    return path
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """The value itself, or what a list or mapping holds."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of: types, and the values of a Literal with bool for true and false."""
+    if get_origin(annotation) is Annotated:
+        yield from _kinds(get_args(annotation)[0])
+    elif get_origin(annotation) is Literal:
+        yield from (bool if isinstance(choice, bool) else choice for choice in get_args(annotation))
+    elif inner := get_args(annotation):
+        for part in inner:
+            yield from _kinds(part)
+    else:
+        yield annotation

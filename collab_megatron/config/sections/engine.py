@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section
+from collab_megatron.config.sections.addresses import check_host
+from collab_megatron.config.sections.base import Count, Named, Positive, Seconds, Section
 
 
 class EngineSection(Section):
@@ -17,14 +18,15 @@ class EngineSection(Section):
     urls: tuple[str, ...] = ()  # SGLang servers that run already; empty: start `count` of them
     placement: Literal["disaggregated", "colocated"] = "disaggregated"  # on GPUs of their own, or on the trainer's
     python: str | None = None  # interpreter of the engines' own environment; None: ours
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # address of this machine that the servers listen on
     port: Annotated[int, Field(ge=0, le=65535)] = 0  # of the first server, the others follow; 0: free ones
     tensor: Positive = 1  # tensor-parallel ranks of each server
     max_total_tokens: Positive | None = None  # KV-cache tokens; None: SGLang decides
     max_running_requests: Positive | None = None
     mem_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     context_length: Positive | None = None
-    extra_args: tuple[str, ...] = ()
+    # further flags of sglang.launch_server; not those that keys of this config set
+    extra_args: tuple[Named, ...] = ()
     startup_timeout_s: Seconds = 300.0
     request_timeout_s: Seconds = 900.0  # deadline of one generate call
     health_timeout_s: Seconds = 20.0  # a server that was silent for so long is given up
@@ -37,6 +39,11 @@ class EngineSection(Section):
     max_running_tokens: Positive | None = None  # tokens of the calls in flight, per server; None: what its cache holds
     # CPU threads of each rank. None: all cores while the trainer waits; shared with it where driver.max_staleness > 0
     threads: Positive | None = None
+
+    @field_validator("host")
+    @classmethod
+    def _host(cls, value: str) -> str:
+        return check_host(value)
 
     @property
     def servers(self) -> int:

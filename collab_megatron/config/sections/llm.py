@@ -7,18 +7,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from collab_megatron.config.sections.base import Finite, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Finite, Named, Positive, Seconds, Section, Share
 from collab_megatron.config.sections.extra import check_address, check_extra
 
-Address = Annotated[str, AfterValidator(check_address)]
+Address = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
 
 
 class DeploymentSection(Section):
     """Another way to the same model: a second server, account or provider. LiteLLM's Router spreads calls over all."""
 
-    model: str  # in LiteLLM's terms
+    model: Named  # in LiteLLM's terms
     api_base: Address | None = None
-    api_key_env: str | None = "OPENAI_API_KEY"
+    api_key_env: Named | None = "OPENAI_API_KEY"
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
     input_usd_per_mtoken: float | None = Field(default=None, ge=0)
@@ -28,9 +28,9 @@ class DeploymentSection(Section):
 class LLMSection(Section):
     """One role behind an LLM API, in LiteLLM's terms."""
 
-    model: str  # e.g. gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
+    model: Named  # e.g. gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
     api_base: Address | None = None  # URL of a compatible server; None: the provider's own
-    api_key_env: str | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
+    api_key_env: Named | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
     temperature: float = Field(default=1.0, ge=0)
     max_tokens: Positive = 1024
     timeout_s: Seconds = 60.0  # deadline of one attempt
@@ -121,6 +121,13 @@ class RewardSection(Section):
     metric_modules: tuple[str, ...] = ()
     judges: dict[str, JudgeSection] = Field(default={})  # by metric: an LLM of its own, in place of simulators.judge
     settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: what it is made with (docs/METRICS.md)
+
+    @field_validator("metric_weights")
+    @classmethod
+    def _some_metric(cls, value: dict[str, float]) -> dict[str, float]:
+        if not value:
+            raise ValueError("it is empty: name at least one metric with its weight, such as {accuracy: 1.0}")
+        return value
 
 
 class BudgetSection(Section):

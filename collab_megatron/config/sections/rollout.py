@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section
+from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Seed
 
 CutReply = Literal["score", "play", "penalty"]
 
@@ -105,7 +105,7 @@ class EvaluationSection(Section):
     """Whole conversations on held-out tasks."""
 
     num_tasks: Positive = 1000  # at most; fewer if the file has fewer
-    seed: int = 1  # which num_tasks of the file: the same at every step; a larger num_tasks adds to a smaller one
+    seed: Seed = 1  # which num_tasks of the file: the same at every step; a larger num_tasks adds to a smaller one
     # true: the simulated user writes the opening from the whole request, in place of the dataset's prompt (its system
     # message stays); of a file that has openings only those tasks are played
     simulated_opening: bool = False

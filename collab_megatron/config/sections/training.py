@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share, Umask
+from collab_megatron.config.sections.base import (
+    Count,
+    FolderOrHubName,
+    Positive,
+    Seconds,
+    Section,
+    Seed,
+    Share,
+    Umask,
+)
+
+LONGEST_NAME = 100  # bytes of a run's name; file names have 255, and the longest that are made of it add some 60
+_RUN_NAME = re.compile(r"\w[\w.+=@-]*")
 
 
 class RunSection(Section):
@@ -17,7 +30,7 @@ class RunSection(Section):
     # what tensorboard/, checkpoints/, conversations/, evaluations/, journal/, weights/ and logs/ call the run's own, so
     # that several runs share one dir
     name: str = "run"
-    seed: int = 1
+    seed: Seed = 1
     # true: go on from this run's newest complete checkpoint, whatever has changed in the config, and start where
     # there is none; auto: the same, but another run's checkpoints are refused (the default of slurm/*.sbatch, for jobs
     # that are requeued); false: refuse where there is one
@@ -33,6 +46,17 @@ class RunSection(Section):
     # killed and started again, a trainer rank ends the run, saved. At most 60: the trainer gives a silent driver up at
     # 120
     stopped_timeout_s: Annotated[float, Field(gt=0, le=60)] = 20.0
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, value: str) -> str:
+        """Folders and files are called so: nothing that leads elsewhere, or that a shell takes for something else."""
+        if not _RUN_NAME.fullmatch(value) or len(value.encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"{value[:LONGEST_NAME]!r} names no folder: use letters, digits and . _ + = @ - after a letter or "
+                f"digit, {LONGEST_NAME} bytes at most"
+            )
+        return value
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -77,7 +101,7 @@ class RunSection(Section):
 class ModelSection(Section):
     """The model to train: a Hugging Face folder or hub name."""
 
-    path: str
+    path: FolderOrHubName
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
@@ -139,13 +163,19 @@ class OptimizerSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
     weight_decay: float = Field(default=0.0, ge=0)
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0)  # largest gradient norm; 0 turns clipping off
     distributed: bool = False  # megatron's DistributedOptimizer (optimizer state sharded over data ranks)
     overlap: bool | None = None  # reduce gradients and gather parameters during the computation; None: on GPUs
     cpu_offload: Share = 0.0  # share of master weights and moments that lives on the host, with the step taken there
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr={self.min_lr:g} is above optimizer.lr={self.lr:g}: lower it")
+        return self
 
 
 class TrainSection(Section):

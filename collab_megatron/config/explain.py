@@ -1,0 +1,83 @@
+"""What pydantic found wrong with a config, as one sentence that names the key, the value and what to write."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from collab_megatron.errors import masked
+
+NEAR = 0.7
+"""How alike two keys must be (difflib's ratio) for one to be taken for a slip of the other."""
+SHOWN = 60  # characters of a value
+
+
+def explain(kind: type[BaseModel], error: ValidationError) -> str:
+    """The first error, and the number of others. An unknown key goes first: its right name may be what is missing."""
+    found = error.errors(include_url=False, include_input=True)
+    found.sort(key=lambda one: one["type"] != "extra_forbidden")
+    first, *more = found
+    return _sentence(kind, first) + (f" (and {len(more)} more)" if more else "")
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it, cut to some length; of a list or mapping the kind alone."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict | list | tuple):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    """Its beginning; masked first, because half of an address is not known as one."""
+    text = masked(text)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _sentence(kind: type[BaseModel], first: Any) -> str:
+    loc, value, reason = first["loc"], first["input"], first["type"]
+    dotted = ".".join(str(part) for part in loc)
+    if reason == "extra_forbidden":
+        known = _keys_at(kind, loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=NEAR)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
+        return f"unknown key {dotted!r}; {hint}"
+    if reason == "missing":
+        return f"{dotted!r} is not set and has no default"
+    if reason == "value_error":
+        return f"{dotted}: {first['ctx']['error']}" if dotted else str(first["ctx"]["error"])
+    if reason == "invalid_key":
+        return f"a key in {'.'.join(map(str, loc[:-1])) or 'the config'!r} is {shown(value)}: keys are text, quote it"
+    if reason in ("model_type", "model_attributes_type", "dict_type"):
+        if value is None:
+            return f"{dotted!r} is empty: remove the line, or write its keys below it"
+        return f"{dotted!r} is a section, a mapping of keys, not {shown(value)}: write its keys below it"
+    if reason in ("tuple_type", "list_type"):
+        return f"{dotted!r} is a list, not {shown(value)}: write its entries in [ ]"
+    if reason == "string_type" and not isinstance(value, dict | list | tuple):
+        return f"{dotted!r} should be a string (got {shown(value)}): quote it"
+    if reason == "string_too_short":
+        return f"{dotted!r} is empty: it needs a text, such as a name"
+    if reason in ("bool_type", "bool_parsing"):
+        return f"{dotted!r} should be true or false (got {shown(value)})"
+    return f"{dotted!r}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {shown(value)})"
+
+
+def _keys_at(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """The keys of the section at `loc`; empty where there is none."""
+    node: Any = kind
+    for part in loc:
+        if typing.get_origin(node) in (dict, tuple):  # {name: section} or (section, ...)
+            node = next(a for a in reversed(typing.get_args(node)) if a is not Ellipsis)
+            continue
+        annotation = node.model_fields[part].annotation
+        if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+            annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+        node = annotation
+    return list(node.model_fields)
