@@ -1,7 +1,8 @@
 """The two kinds of ending that are not success, and the one place that turns them into an exit code.
 
 UserError: something the user can mend (config, data, key, layout, server address). Exit code 2.
-RunError: something broke while running (a server died, a disk filled up). Exit code 1; 3 where the budget is spent.
+RunError: something broke while running (a server died, a disk filled up). Exit code 1; 3 where the budget is spent, 130
+where a signal asked for the end.
 Both carry one sentence that says what happened and what to do; entry points print it without a traceback. Whatever
 quotes a URL is masked before it can reach a terminal, a log or a record.
 """
@@ -104,7 +105,7 @@ def _one_line(error: Exception) -> str:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry point and leave the process with 0, 1 (RunError), 2 (UserError) or 3 (BudgetSpent).
+    """Run an entry point and leave the process with 0, 1 (RunError), 2 (UserError), 3 (BudgetSpent) or 130 (a signal).
 
     Any other exception keeps its traceback, masked: it is a bug of ours, not news for the user.
     """

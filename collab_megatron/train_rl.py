@@ -17,7 +17,6 @@ from collab_megatron.config import RLConfig, kept_config, load_config, show_conf
 from collab_megatron.errors import RunError, run_cli
 from collab_megatron.files import keep_from_others
 from collab_megatron.log import set_up_logging
-from collab_megatron.types import RolloutBatch
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
@@ -38,7 +37,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.training.interrupt import Interrupt
     from collab_megatron.training.reporter import Reporter
     from collab_megatron.training.rl_step import update
-    from collab_megatron.training.saving import Saving
+    from collab_megatron.training.saving import Saving, no_record
     from collab_megatron.training.skipped import SkippedSteps
 
     grid = init_grid(config.parallel, config.run.seed)
@@ -64,7 +63,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     first_step = checkpoints.resume()
 
     arguments.wait_for_engine(config.engine.startup_timeout_s)
-    interrupt = Interrupt()
+    interrupt = Interrupt(config.train.save_grace_s)
     inbox = Inbox(
         grid,
         driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
@@ -84,18 +83,18 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     reporter = Reporter(config, first_step=first_step) if grid.is_main else None
     timer = PhaseTimer()
     evaluations = Evaluations(engines, reporter, grid, config)
-    saving = Saving(checkpoints, grid, config.run, config.train, interrupt)
+    record = reporter.to_disk if reporter else no_record
+    saving = Saving(checkpoints, grid, config.run, config.train, interrupt, record)
     skipped = SkippedSteps(config.train.max_skipped_steps)
 
-    trained: RolloutBatch | None = None  # the newest that had samples
     with saving.before_any_end():
         sync = engines.publish(saving.done)
         evaluations.evaluate_at_start(saving.done)
+        evaluations.evaluate_missing(first_step)
         while saving.done < total:
             with timer("step"):
                 with timer("wait_for_rollout"):
                     batch = engines.next_batch(saving.done, checkpoints.saved)
-                trained = batch if batch.samples else trained
                 engines.make_room()
                 with saving.step():
                     metrics = update(
@@ -107,6 +106,8 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                         timer=timer,
                         skipped=skipped,
                     )
+                if reporter:
+                    reporter.trained(saving.done, batch.metrics, metrics)
                 skipped.check(saving.done)
                 # what was in flight across the sync can have kept a prefix cache of older weights; rank 0 knows
                 comparable = sync.flushed or not config.driver.max_staleness
@@ -115,17 +116,21 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                         require_same_weights(metrics, config.sync.max_logprob_gap)
                 with timer("weight_sync"):
                     sync = engines.publish(saving.done)
-            if saving.due():
-                with timer("checkpoint"):
-                    saving.save()
+            # before the checkpoint: one that has been written is gone on from, and its step is not run again
             with together(grid, "reporting", config.run.dir):
                 if reporter:
                     reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain())
+            if saving.due():
+                with timer("checkpoint"):
+                    saving.save()
+                with together(grid, "reporting", config.run.dir):
+                    if reporter:
+                        reporter.saved(saving.done, timer.drain())
             evaluations.evaluate_if_due(saving.done)
+        saving.go_on()
     checkpoints.wait()
     if reporter:
-        if trained is not None:
-            write_engine_probe(config, publisher.control, trained)
+        write_engine_probe(config, publisher.control)
         reporter.close()
     inbox.close()
     publisher.close()
@@ -163,10 +168,11 @@ def main() -> None:
         print(show_config(config), flush=True)
         check_rl(config, dry_run=True, node=arguments.node)
         return
-    with run_lock(config.run) as lock:  # before the checks: they look for checkpoints
+    with run_lock(config.run, config.train.save_grace_s) as lock:  # before the checks: they look for checkpoints
         start = check_rl(config, node=arguments.node)
         with told_at_the_end(config.run, config.train.steps, arguments.config):
-            launch_rl(config, start, lock)
+            if not start.is_done:
+                launch_rl(config, start, lock)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,17 @@ def train(config: SFTConfig) -> None:
     """The loop of one trainer rank."""
     # heavy and megatron-bound: the launcher, which shares this file, must start without them
     from collab_megatron.actor.actor import Actor
-    from collab_megatron.actor.grid import close_grid, init_grid
+    from collab_megatron.actor.grid import close_grid, from_rank_zero, init_grid
     from collab_megatron.algorithms.losses import LossSum, sft_loss
     from collab_megatron.batching import MicroBatch
-    from collab_megatron.checkpoint.folders import read_best
+    from collab_megatron.checkpoint.folders import read_best, step_folder
     from collab_megatron.checkpoint.run import Checkpoints
     from collab_megatron.checkpoint.store import load_checkpoint
+    from collab_megatron.cluster.unfinished import export_label, exported_step, is_exported
     from collab_megatron.monitor.timers import PhaseTimer
     from collab_megatron.training.held_out import HeldOut, mean_loss
     from collab_megatron.training.interrupt import Interrupt
-    from collab_megatron.training.saving import Saving
+    from collab_megatron.training.saving import Saving, no_record
     from collab_megatron.training.sft_data import SFTData
     from collab_megatron.training.sft_reporter import SFTReporter
     from collab_megatron.training.skipped import SkippedSteps
@@ -78,39 +79,50 @@ def train(config: SFTConfig) -> None:
             reporter.evaluation(done, found, best=best, seconds=time.monotonic() - begin)
         return best
 
-    saving = Saving(checkpoints, grid, config.run, config.train, Interrupt())
+    def is_due(done: int) -> bool:
+        """Whether the held-out loss is measured after so many steps."""
+        return data.num_held_out > 0 and _due(done, config.train.eval_interval, total)
+
+    def save(best_loss: float | None = None) -> None:
+        with timer("checkpoint"):
+            saving.save(best_loss=best_loss)
+        if reporter:
+            reporter.saved(saving.done, timer.drain())
+
+    interrupt = Interrupt(config.train.save_grace_s)
+    record = reporter.to_disk if reporter else no_record
+    saving = Saving(checkpoints, grid, config.run, config.train, interrupt, record)
     skipped = SkippedSteps(config.train.max_skipped_steps)
     with saving.before_any_end():
         if data.num_held_out and config.train.eval_at_start and first_step == 0:
             evaluate(0)
+        lacks = reporter is not None and first_step > 0 and not reporter.has_evaluation(first_step)
+        if from_rank_zero(grid, lacks) and is_due(first_step) and evaluate(first_step) and config.train.keep_best:
+            save(lowest)  # once more, by the name of the best
         while saving.done < total:
             with timer("data"):
                 share, trained_tokens = data.step(saving.done)
             with timer("update"), saving.step():
                 result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
-            skipped.count([result])
-            skipped.check(saving.done)
-            is_best = (
-                data.num_held_out > 0 and _due(saving.done, config.train.eval_interval, total) and evaluate(saving.done)
-            )
-            keep = is_best and config.train.keep_best
-            if keep:  # before due(), which ends the run at a signal: its last save would not be named the best
-                with timer("checkpoint"):
-                    saving.save(best_loss=lowest)
-            if saving.due() and not keep:
-                with timer("checkpoint"):
-                    saving.save()
+            # before the checkpoint: one that has been written is gone on from, and its step is not run again
             if reporter:
                 reporter.step(saving.done, result, share, trained_tokens, timer.drain())
+            skipped.count([result])
+            skipped.check(saving.done)
+            keep = is_due(saving.done) and evaluate(saving.done) and config.train.keep_best
+            if keep:  # before due(), which ends the run at a signal: its last save would not be named the best
+                save(lowest)
+            if saving.due() and not keep:
+                save()
+        saving.go_on()
     checkpoints.wait()
     if config.export_hf is not None:
-        exported = total
-        best = read_best(config.run.checkpoints_dir) if data.num_held_out and config.train.keep_best else None
-        if config.export_weights == "best" and best is not None and best.step != total:
-            load_checkpoint(actor, best.folder)
-            exported = best.step
-        metadata = {"run": str(config.run.dir), "name": config.run.name, "step": str(exported)}
-        actor.save_hf(config.export_hf, metadata=metadata)
+        exported = exported_step(config)
+        # what is exported already was there before this attempt: an earlier one ended after it
+        if from_rank_zero(grid, grid.is_main and not is_exported(config)):
+            if exported != total:
+                load_checkpoint(actor, step_folder(config.run.checkpoints_dir, exported))
+            actor.save_hf(config.export_hf, metadata=export_label(config, exported))
         if reporter:
             reporter.exported(exported, config.export_hf)
     if reporter:
@@ -142,10 +154,11 @@ def main() -> None:
         print(show_config(config), flush=True)
         check_sft(config, dry_run=True, node=arguments.node)
         return
-    with run_lock(config.run) as lock:  # before the checks: they look for checkpoints
-        check_sft(config, node=arguments.node)
+    with run_lock(config.run, config.train.save_grace_s) as lock:  # before the checks: they look for checkpoints
+        start = check_sft(config, node=arguments.node)
         with told_at_the_end(config.run, config.train.steps, None, exported=config.export_hf):
-            launch_sft(config, lock)
+            if not start.is_done:
+                launch_sft(config, lock)
 
 
 if __name__ == "__main__":

@@ -218,6 +218,14 @@ def agree(rank_grid: RankGrid, failure: str | None) -> list[str]:
     return [f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None]
 
 
+def from_rank_zero(rank_grid: RankGrid, value: bool) -> bool:
+    """Rank 0's `value` on every rank. Collective."""
+    told = torch.tensor([value], dtype=torch.int32)
+    if rank_grid.world_size > 1:
+        dist.broadcast(told, src=0, group=rank_grid.cpu_group)
+    return bool(told.item())
+
+
 @contextlib.contextmanager
 def phase(rank_grid: RankGrid, name: str) -> Iterator[None]:
     """Name the phase and this rank where a collective fails because a peer died or missed the deadline.

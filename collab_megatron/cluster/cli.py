@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collab_megatron.cluster.node import Node, parse_node
+from collab_megatron.cluster.processes import end_at_signals
 from collab_megatron.errors import RunError, UserError
 
 
@@ -78,6 +79,8 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     trainer = None
     if args.trainer_rank:
         trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file)
+    else:
+        end_at_signals()  # before the first process is started too; a rank that waits in a collective ends at once
     return Arguments(
         config=args.config,
         overrides=args.overrides,

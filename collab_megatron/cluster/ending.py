@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from collab_megatron.checkpoint.folders import newest_complete, read_info
 from collab_megatron.config.sections import RunSection
 from collab_megatron.errors import EXIT_USER, RunError
+from collab_megatron.json_lines import read_rows
 
 SHOWN_FIGURES = 6  # of an evaluation
 
@@ -42,12 +42,9 @@ def saved(run: RunSection, steps: int) -> list[str]:
     if newest is None:
         return ["saved       no checkpoint yet: the same command starts from the beginning"]
     step = read_info(newest).step
-    if step >= steps:  # a resume is refused: there is no step to take
-        return [
-            f"saved       {newest}, {step} of {steps} steps: training is done, what comes after it is not",
-            *_export(run, newest),
-        ]
     how = "the same command" if run.resume else "the same command with run.resume=true"
+    if step >= steps:
+        return [f"saved       {newest}, {step} of {steps} steps: training is done, {how} finishes what comes after it"]
     return [f"saved       {newest}, {step} of {steps} steps: {how} goes on from it"]
 
 
@@ -78,11 +75,10 @@ def _export(run: RunSection, newest: Path) -> list[str]:
 
 
 def last_evaluation(metrics: Path) -> tuple[int, dict[str, float]] | None:
-    """(step, figures) of the newest line of metrics.jsonl that holds held-out figures; None where there is none."""
-    if not metrics.exists():
-        return None
-    for line in reversed(metrics.read_text().splitlines()):
-        row = json.loads(line)
+    """(step, figures) of the newest line of metrics.jsonl that holds held-out figures; None where there is none.
+
+    Raises UserError for a damaged line."""
+    for row in reversed(read_rows(metrics, numbers=("step",)).rows):
         found = {
             name.removeprefix("eval/"): value
             for name, value in row.items()

@@ -33,8 +33,13 @@ RESOLVED = "resolved.yaml"
 
 
 def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
-    """Run engines, driver and trainers; returns when training is done. Raises RunError when a part fails."""
-    with Supervisor(config.run.logs_dir, held=lock.held, stopped_timeout_s=config.run.stopped_timeout_s) as supervisor:
+    """Run engines, driver and trainers; returns when the run is done. Raises RunError when a part fails."""
+    with Supervisor(
+        config.run.logs_dir,
+        held=lock.held,
+        stopped_timeout_s=config.run.stopped_timeout_s,
+        save_grace_s=config.train.save_grace_s,
+    ) as supervisor:
         files = supervisor.scratch
         resolved = write_resolved(on_chosen_device(config), files, config.run.logs_dir)
         fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config))
@@ -64,7 +69,12 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
 
 def launch_sft(config: SFTConfig, lock: RunLock) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
-    with Supervisor(config.run.logs_dir, held=lock.held, stopped_timeout_s=config.run.stopped_timeout_s) as supervisor:
+    with Supervisor(
+        config.run.logs_dir,
+        held=lock.held,
+        stopped_timeout_s=config.run.stopped_timeout_s,
+        save_grace_s=config.train.save_grace_s,
+    ) as supervisor:
         resolved = write_resolved(on_chosen_device(config), supervisor.scratch, config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(

@@ -33,7 +33,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from collab_megatron.cluster.processes import SAVE_GRACE_S
 from collab_megatron.config.sections import RunSection
 from collab_megatron.errors import RunError, UserError
 
@@ -112,7 +111,7 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def run_lock(run: RunSection, save_grace_s: float = SAVE_GRACE_S) -> Iterator[RunLock]:
+def run_lock(run: RunSection, save_grace_s: float = 0.0) -> Iterator[RunLock]:
     """The lock of `run.dir` and `run.name`. save_grace_s: what a killed launcher left may take for its last save.
 
     Raises UserError where another process has it.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from collab_megatron.checkpoint.folders import MARKER, named_checkpoint, newest_complete, read_info
 from collab_megatron.checkpoint.origin import decisive_differences
@@ -25,6 +25,7 @@ from collab_megatron.cluster.places import (
 )
 from collab_megatron.cluster.plan import build_plan, evaluate_plan, rl_plan, sft_plan
 from collab_megatron.cluster.threads import usable_cores
+from collab_megatron.cluster.unfinished import METRICS_FILE, Start, is_exported, rl_lacks, sft_lacks
 from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
 from collab_megatron.config.entry import llm_roles
 from collab_megatron.config.sections import EngineSection, ParallelSection
@@ -36,12 +37,13 @@ from collab_megatron.convert.tables import parameter_count
 from collab_megatron.data.build.problems import read_problems
 from collab_megatron.data.build.worker import make_players
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
-from collab_megatron.data.fit import fitting_tasks
+from collab_megatron.data.fit import fitting_tasks, max_context_tokens
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.data.sft_rows import read_sft_rows
 from collab_megatron.data.splits import shared_tasks
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.errors import UserError, masked
+from collab_megatron.json_lines import read_rows
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway, user_simulator
 from collab_megatron.simulators.health import SimulatorHealth
@@ -55,6 +57,7 @@ CHECKPOINT_COPIES = 2
 """Room that saving needs: the checkpoint being written beside the one it replaces."""
 
 Report = Callable[[str], None]
+C = TypeVar("C", RLConfig, SFTConfig)
 
 
 def print_at_once(text: str) -> None:
@@ -62,10 +65,9 @@ def print_at_once(text: str) -> None:
 
 
 @dataclass(frozen=True)
-class RLStart:
-    """What the checks found out on the way."""
+class RLStart(Start):
+    """Of a run with engines and a driver."""
 
-    first_step: int
     max_context_tokens: int
     usable_prompts: int  # training tasks whose prompt fits
 
@@ -101,18 +103,20 @@ def check_rl(
     )
     report(rl_plan(config, model.spec, node=here, calls=calls))
     warn_of_config(config, model.spec, here)
-    first_step = _check_run(config, here)
+    start = RLStart(*_check_run(config, rl_lacks, here), max_context_tokens=room, usable_prompts=len(train))
+    if start.is_done:
+        return start
     if here.here:
         check_journal_file(config.journal, config.run.dir / "journal" / f"{config.run.name}.sqlite")
     _check_trainer_devices(config.parallel, config.engine, here)
     _check_machine(config, model.hf_config, here)
     asyncio.run(_check_reachable(gateway, here))
-    return RLStart(first_step=first_step, max_context_tokens=room, usable_prompts=len(train))
+    return start
 
 
 def check_sft(
     config: SFTConfig, *, dry_run: bool = False, node: Node | None = None, report: Report = print_at_once
-) -> None:
+) -> Start:
     """All checks of train_sft, as `check_rl`. Raises UserError."""
     here = node or this_node()
     # chats are rendered, none grows
@@ -123,15 +127,19 @@ def check_sft(
             print(*rows.notices, sep="\n", end="\n" * bool(rows.notices), flush=True)
     report(sft_plan(config, model.spec, node=here))
     warn_of_memory(config, model.spec, here)
-    _check_run(config, here)
+    start = Start(*_check_run(config, sft_lacks, here))
+    if start.is_done:
+        return start
     _check_trainer_devices(config.parallel, None, here)
     if here.here:
         _check_disk(config.run.dir, model.hf_config, config.model.dtype)
     target = config.export_hf
+    own = start.lacks is not None and is_exported(config)
     if target is not None and here.here:
         check_folder("export_hf", target)
-        if target.exists() and any(target.iterdir()):
+        if not own and target.exists() and any(target.iterdir()):
             raise UserError(f"export_hf {target} exists and is not empty: choose another folder or remove it")
+    return start
 
 
 def check_evaluate(
@@ -215,12 +223,6 @@ def _check_prompts(config: RLConfig, chat: ChatTemplate, max_context_tokens: int
     return train, held_out
 
 
-def max_context_tokens(hf_config: dict[str, Any], engine: EngineSection) -> int:
-    """Tokens that prompt and reply may take together in the engine."""
-    limits = [limit for limit in (engine.context_length, hf_config.get("max_position_embeddings")) if limit]
-    return min(limits) if limits else 2**31 - 1
-
-
 def _check_model(path: str, parallel: ParallelSection, inexact_template: InexactTemplate, *, weights: bool) -> _Model:
     folder = resolve_model_folder(path, weights=weights)
     hf_config = read_hf_config(folder)
@@ -234,8 +236,11 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     return _Model(folder, hf_config, spec, chat)
 
 
-def _check_run(config: RLConfig | SFTConfig, node: Node) -> int:
-    """The first step to run. A fresh run must not write over an earlier one's checkpoints, nor go on with another's."""
+def _check_run(config: C, lacks: Callable[[C], Sequence[str]], node: Node) -> tuple[int, tuple[str, ...] | None]:
+    """The first step to run; where all are done, what is missing after them (printed in a line).
+
+    A fresh run must not write over an earlier one's checkpoints, nor go on with another's. `lacks` looks for what is
+    missing. Raises UserError for a damaged record too."""
     run, steps = config.run, config.train.steps
     if node.here:
         check_run(run)
@@ -246,7 +251,7 @@ def _check_run(config: RLConfig | SFTConfig, node: Node) -> int:
                 named_checkpoint(run.init_from)
             except UserError as error:
                 raise UserError(f"run.init_from: {error}") from None
-        return 0
+        return 0, None
     if not run.resume:
         raise UserError(
             f"{run.checkpoints_dir} holds checkpoints of an earlier run: set run.resume=true to go on from "
@@ -260,9 +265,16 @@ def _check_run(config: RLConfig | SFTConfig, node: Node) -> int:
             f"{run.checkpoints_dir} holds checkpoints of another config ({other[0]}{more}), and run.resume=auto goes "
             "on with the same only: choose another run.dir or run.name, or set run.resume=true to go on with this one"
         )
-    if info.step >= steps:
+    if info.step > steps:
         raise UserError(f"{newest} has already done {info.step} of {steps} steps: raise train.steps to go on")
-    return info.step
+    for record in (run.tensorboard_dir / METRICS_FILE, run.evaluations_file):
+        read_rows(record, numbers=("step",))
+    if info.step < steps:
+        return info.step, None
+    missing = tuple(lacks(config))
+    what = f"what is missing is made: {', '.join(missing)}" if missing else "nothing is left to do"
+    print(f"all {steps} steps are done; {what}", flush=True)
+    return info.step, missing
 
 
 def check_placement(config: RLConfig, device: str) -> None:

@@ -22,11 +22,14 @@ from typing import NoReturn
 
 from collab_megatron.cluster.scratch import Scratch
 from collab_megatron.cluster.stopped import StoppedWatch, all_processes
-from collab_megatron.errors import EXIT_BUDGET, EXIT_RUN, EXIT_USER, RunError
+from collab_megatron.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_RUN, EXIT_USER, RunError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 10.0  # between TERM and KILL
-SAVE_GRACE_S = 60.0  # the same for those that save first; they come first, while their peers still answer
+SAY_S = 5.0  # for those that save, on top of their grace time: they end themselves, and tell the user
+SAME_S = 10.0
+"""Signals within this time are one request: Slurm's proctrack/linuxproc, systemd and a shutdown signal every process of
+a job, and the launcher, signalled too, passes its own signal on."""
 FIRST_PORT = 10240
 FREE_PORT_TRIES = 100
 TAIL_LINES = 12
@@ -99,14 +102,21 @@ class Supervisor:
     It gives them a temporary folder (scratch.py), which goes when it ends, and with it the logs where no `logs_dir` is
     given. `held`: open files that every child inherits, whose locks (flock) thereby last as long as one of them runs.
     `stopped_timeout_s`: a child that is stopped for so long has failed; None: nobody looks.
+    `save_grace_s`: between TERM and KILL for children that save (train.save_grace_s).
     """
 
     def __init__(
-        self, logs_dir: Path | None = None, held: Sequence[int] = (), *, stopped_timeout_s: float | None = None
+        self,
+        logs_dir: Path | None = None,
+        held: Sequence[int] = (),
+        *,
+        stopped_timeout_s: float | None = None,
+        save_grace_s: float = 0.0,
     ) -> None:
         self._logs_dir = logs_dir or Path()
         self._keeps_logs = logs_dir is not None
         self._held = tuple(held)
+        self._save_grace_s = save_grace_s
         self._scratch: Scratch | None = None
         self._children: list[Child] = []
         self._stopped = None if stopped_timeout_s is None else StoppedWatch(stopped_timeout_s)
@@ -116,18 +126,20 @@ class Supervisor:
         self._scratch = Scratch.create()
         if not self._keeps_logs:
             self._logs_dir = self._scratch.folder
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _raise_interrupt)
+        # Ctrl-C as well where a second one would cut a save short; asyncio, which an evaluation runs, has its own way
+        end_at_signals(*((signal.SIGINT,) if self._save_grace_s else ()))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.note_shared_memory()
-        self.end_all()
-        if self._scratch is not None:
-            self._scratch.remove()
-            self._scratch = None
+        try:
+            self.end_all()
+        finally:  # a second signal ends the children at once, and raises
+            if self._scratch is not None:
+                self._scratch.remove()
+                self._scratch = None
 
     @property
     def scratch(self) -> Path:
@@ -243,15 +255,27 @@ class Supervisor:
         return True
 
     def end_all(self) -> None:
-        """TERM to every child's group, KILL after GRACE_S; returns when none is left.
+        """TERM to every child's group, KILL after GRACE_S, or at once when we are signalled again; returns when none is
+        left.
 
-        Those that save come first and get SAVE_GRACE_S, unless one of them has ended: the others cannot save without.
+        Those that save come first, while their peers still answer, and get their grace time, unless one of them has
+        ended: the others cannot save without.
         """
         saving = [child for child in self._children if child.saves]
-        if saving and all(child.process.poll() is None for child in saving):
-            self._end(saving, SAVE_GRACE_S)
-        self._end([child for child in self._children if child not in saving or child.process.poll() is None], GRACE_S)
-        self._children.clear()
+        try:
+            if saving and all(child.process.poll() is None for child in saving):
+                names = ", ".join(child.name for child in saving)
+                print(f"{names} may take {self._save_grace_s:g} s to save", file=sys.stderr, flush=True)
+                self._end(saving, self._save_grace_s + SAY_S)
+            others = [child for child in self._children if child not in saving or child.process.poll() is None]
+            self._end(others, GRACE_S)
+        except KeyboardInterrupt:
+            for child in self._children:
+                _signal_group(child, signal.SIGKILL)
+                child.process.wait()
+            raise
+        finally:
+            self._children.clear()
 
     def _end(self, children: Sequence[Child], grace_s: float) -> None:
         for child in children:
@@ -278,6 +302,10 @@ class Supervisor:
             self.end_all()
             sys.exit(EXIT_USER)
         if code in (EXIT_RUN, EXIT_BUDGET) and child.log is None:  # it has told the user itself
+            self.end_all()
+            sys.exit(code)
+        if code == EXIT_INTERRUPTED and child.saves:  # somebody has signalled it, and not us; it has saved
+            print(f"{child.name} was interrupted", file=sys.stderr, flush=True)
             self.end_all()
             sys.exit(code)
         if sentence is None and told:
@@ -310,5 +338,19 @@ def _tail(log: Path) -> list[str]:
     return log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
 
 
-def _raise_interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def end_at_signals(*numbers: signal.Signals) -> None:
+    """From now on SIGTERM, SIGHUP and `numbers` raise KeyboardInterrupt in the main thread, once in SAME_S; one that is
+    ignored (nohup, a shell's background job) stays so."""
+    last = -SAME_S
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < SAME_S:
+            return
+        last = now
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP, *numbers):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)

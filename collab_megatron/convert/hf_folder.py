@@ -74,6 +74,9 @@ def whole_or_absent(output: Path) -> Iterator[Path]:
     check_output(output)
     aside = output.parent / f".{output.name}.tmp-{os.getpid()}"
     try:
+        for left in output.parent.glob(f".{output.name}.tmp-*"):
+            if not _runs(left.name.rpartition("-")[2]):  # a process that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
         fsync_folder(aside)
@@ -87,6 +90,16 @@ def whole_or_absent(output: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_hf_folder(

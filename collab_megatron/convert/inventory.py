@@ -28,6 +28,17 @@ def tensor_shapes(path: str, folder: Path) -> Shapes:
     return _local(folder) if Path(path).is_dir() or any(folder.glob("*.safetensors")) else _on_hub(path)
 
 
+def writer_said(file: Path) -> Mapping[str, str]:
+    """What the writer of a safetensors file noted in its header; empty where it cannot be read."""
+    from huggingface_hub import parse_local_safetensors_file_metadata
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        return parse_local_safetensors_file_metadata(file).metadata
+    except (OSError, ValueError, KeyError, SafetensorsParsingError):
+        return {}
+
+
 def check_inventory(shapes: Shapes, spec: ModelSpec, where: str | Path) -> None:
     """Raise UserError naming a tensor that is missing, that nobody knows, or that has another shape."""
     check_names(shapes, spec, where)

@@ -5,10 +5,11 @@ Past MOST_LEFT_OUT of them the run is refused: what is left is another dataset t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from collab_megatron.config.sections import EngineSection
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message, Task
 
@@ -80,3 +81,21 @@ def fitting_tasks(
         name=lambda task: f"task {task.task_id}",
         remedy=f"{remedy}, or keep openings only (tools/prepare_dataset.py --turns first)",
     )
+
+
+def max_context_tokens(hf_config: Mapping[str, Any], engine: EngineSection) -> int:
+    """Tokens that prompt and reply may take together in the engine."""
+    limits = [limit for limit in (engine.context_length, hf_config.get("max_position_embeddings")) if limit]
+    return min(limits) if limits else 2**31 - 1
+
+
+def first_prompts(tasks: Sequence[Task], chat: PromptEncoder, count: int, *, room: int) -> list[tuple[int, ...]]:
+    """Ids of the first `count` different prompts of at most `room` tokens, in the order of the tasks."""
+    found: dict[tuple[int, ...], None] = {}
+    for task in tasks:
+        ids = tuple(chat.prompt_ids(task.prompt))
+        if len(ids) <= room:
+            found[ids] = None
+        if len(found) == count:
+            break
+    return list(found)

@@ -22,6 +22,7 @@ from collab_megatron.cluster.processes import Child, Supervisor
 from collab_megatron.errors import UserError
 
 ENDPOINT_START_S = 30.0
+STAGE_END_S = 120.0  # for a stage that is interrupted: train.save_grace_s, and what its servers take to end
 KEY_VARIABLE = "DESK_API_KEY"
 
 
@@ -66,9 +67,7 @@ class Road:
         """Run one command to its end, its output on our terminal; exits with its code if it fails."""
         print(f"\n== {name}: python {' '.join(argv)}", flush=True)
         start = time.monotonic()
-        code = subprocess.call(
-            [sys.executable, *argv], cwd=self._repository, env={**os.environ, KEY_VARIABLE: self._key}
-        )
+        code = _call([sys.executable, *argv], self._repository, {**os.environ, KEY_VARIABLE: self._key})
         self.wall_s[name] = self.wall_s.get(name, 0.0) + time.monotonic() - start
         if code:
             sys.exit(code)
@@ -142,6 +141,20 @@ class Road:
 
     def _steps(self, steps: int | None) -> list[str]:
         return [] if steps is None else [f"train.steps={steps}"]
+
+
+def _call(argv: Sequence[str], folder: Path, env: Mapping[str, str]) -> int:
+    """The exit code of a command. Where we are interrupted it is too, and gets time to save what it has."""
+    with subprocess.Popen(argv, cwd=folder, env=env) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # Ctrl-C has reached it already, a signal to us alone has not
+            try:
+                process.wait(STAGE_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def refuse_used_folder(run_dir: Path) -> None:

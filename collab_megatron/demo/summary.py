@@ -12,6 +12,7 @@ from rich.table import Table
 
 from collab_megatron.errors import UserError
 from collab_megatron.files import publish_json
+from collab_megatron.json_lines import read_rows
 from collab_megatron.simulators.usage import API_USAGE_FILE
 
 HELD_OUT = ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr")
@@ -82,8 +83,7 @@ def _evaluations(run_dir: Path) -> dict[str, dict[str, float]]:
 
 
 def _by_step(path: Path) -> dict[int, dict[str, float]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {int(row["step"]): row for row in rows}
+    return {int(row["step"]): row for row in read_rows(path, numbers=("step",)).rows}
 
 
 def _api_calls(run_dir: Path) -> dict[str, int]:

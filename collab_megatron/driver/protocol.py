@@ -7,6 +7,7 @@ again listens at the same address and is asked anew; the same request may be ask
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ LOST_SHARE_LIMIT = 0.5
 nothing."""
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Request(msgspec.Struct):
@@ -126,8 +129,7 @@ class DriverClient:
         try:
             require_most([answer.tally for answer in answers], f"groups of step {step + 1} had to be dropped")
         except RunError:
-            # the journal would hand the same batch to every attempt to resume
-            self._ask_all(Request("discard", step), f"the removal of the refused batch of step {step + 1}", SILENT_S)
+            self._discard(step)
             raise
         samples = tuple(sample for answer in answers for sample in answer.samples)
         delivery = _delivery(RolloutBatch(step, samples, _values(answers)), answers)
@@ -137,6 +139,14 @@ class DriverClient:
             f"step {step + 1}: no group has spread and algorithm.zero_advantage is drop, so no optimizer step is taken"
         )
         return replace(delivery, notes=(*delivery.notes, note))
+
+    def _discard(self, step: int) -> None:
+        """Have the refused batch of `step` made again: the journal would hand it to every attempt to resume. Raises
+        nothing: why it was refused is the news."""
+        try:
+            self._ask_all(Request("discard", step), f"the removal of the refused batch of step {step + 1}", SILENT_S)
+        except RunError as failure:
+            logger.warning("the refused batch of step %d stays in the journal: %s", step + 1, failure)
 
     def evaluate(
         self, step: int, version: int, engines: Sequence[str], *, timeout_s: float

@@ -10,18 +10,17 @@ torn step out when it comes back; a resumed run takes out the steps that will be
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import orjson
 import zstandard
 
 from collab_megatron.config.sections import RecordSection
 from collab_megatron.errors import RunError
+from collab_megatron.json_lines import append_lines, replace_lines, row_of
 
 PART_BYTES = 64 * 2**20
 """A file that holds more than this is closed, and the next begins: a demo's record stays one plain file."""
@@ -54,8 +53,10 @@ class TreeRecorder:
         self._first = self._newest = 0  # steps of the open file, of the whole record; 0: none
         self._doubtful = 0  # the newest step, where it may not be whole
         folder.mkdir(parents=True, exist_ok=True)
-        self._parts = _parts(folder, shard)
+        self._parts, twice = _parts(folder, shard)
         try:
+            for path in twice:
+                path.unlink()
             self._cut(first_step)
         except OSError as error:
             raise self._refused(error) from None
@@ -76,8 +77,7 @@ class TreeRecorder:
             size = sum(map(len, lines))
             if self._limit_bytes is not None and self._bytes() + size > self._limit_bytes:
                 return self._full(step)
-            with self._open.open("ab") as file:
-                file.write(b"".join(lines))
+            append_lines(self._open, b"".join(lines))
             self._first = self._first or step
             self._newest = step
             if self._open.stat().st_size > PART_BYTES:
@@ -110,13 +110,11 @@ class TreeRecorder:
         """Write a closed file aside, then rename it."""
         compressed = self._section.compress == "zstd"
         path = self._folder / f"{self._name}.{first:08d}-{last:08d}.jsonl{'.zst' * compressed}"
-        aside = path.with_name(path.name + ".tmp")
-        with content, aside.open("wb") as file:
+        with content:
             if compressed:
-                zstandard.ZstdCompressor(level=ZSTD_LEVEL).copy_stream(content, file)
+                replace_lines(path, zstandard.ZstdCompressor(level=ZSTD_LEVEL).read_to_iter(content))
             else:
-                file.writelines(content)
-        os.replace(aside, path)
+                replace_lines(path, content)
         return _Part(path, first, last)
 
     def _cut(self, first_step: int | None) -> None:
@@ -139,16 +137,14 @@ class TreeRecorder:
         cut = {_step_of(line)} if torn else set()
         kept = {step for step in steps - cut if newest < step and (first_step is None or step < first_step)}
         if torn or kept != steps:
-            aside = self._open.with_name(self._open.name + ".tmp")
-            with self._open.open("rb") as old, aside.open("wb") as new:
-                new.writelines(line for line in old if _step_of(line) in kept)
-            os.replace(aside, self._open)
+            with self._open.open("rb") as old:
+                replace_lines(self._open, (line for line in old if _step_of(line) in kept))
         self._first, self._newest = min(kept, default=0), max(kept, default=newest)
         if cut == {0}:  # whether the torn line was of the newest step or the next cannot be told
             self._doubtful = max(kept, default=0)
 
     def _shorten(self, part: _Part, first_step: int) -> None:
-        """The closed file without the steps from `first_step` on."""
+        """The closed file without the steps from `first_step` on; a kill in between leaves both, see `_parts`."""
         kept = [line for line in _lines(part.path) if _step_of(line) < first_step]
         if kept:
             first, last = _step_of(kept[0]), _step_of(kept[-1])
@@ -162,21 +158,32 @@ class TreeRecorder:
 
 
 def read_trees(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every line of a run's record, shard by shard, steps in order. A line that is being written is left out."""
+    """Every line of a run's record, shard by shard, steps in order. A line that is being written is left out.
+
+    Raises UserError for a damaged line."""
     shards = sorted({int(path.name[len("shard") :].split(".")[0]) for path in folder.glob("shard*.jsonl*")})
     for shard in shards:
-        for path in [*(part.path for part in _parts(folder, shard)), folder / f"shard{shard}.jsonl"]:
+        for path in [*(part.path for part in _parts(folder, shard)[0]), folder / f"shard{shard}.jsonl"]:
             if path.exists():
-                yield from (orjson.loads(line) for line in _lines(path) if line.endswith(b"\n"))
+                for number, line in enumerate(_lines(path), start=1):
+                    if line.endswith(b"\n"):
+                        yield row_of(line, path, number)
 
 
-def _parts(folder: Path, shard: int) -> list[_Part]:
-    """The closed files of a shard, by step."""
-    found = []
+def _parts(folder: Path, shard: int) -> tuple[list[_Part], list[Path]]:
+    """The closed files of a shard, by step, and those that hold steps of theirs a second time: what a kill in
+    `_shorten` left. Of two that begin at the same step the shorter one is the newer."""
+    found: dict[int, _Part] = {}
+    twice = []
     for path in folder.glob(f"shard{shard}.*-*.jsonl*"):
         if name := _PART.fullmatch(path.name):
-            found.append(_Part(path, int(name[2]), int(name[3])))
-    return sorted(found, key=lambda part: part.first)
+            part = _Part(path, int(name[2]), int(name[3]))
+            other = found.get(part.first)
+            if other is not None:
+                part, longer = sorted((part, other), key=lambda part: part.last)
+                twice.append(longer.path)
+            found[part.first] = part
+    return [found[first] for first in sorted(found)], twice
 
 
 def _lines(path: Path) -> Iterator[bytes]:

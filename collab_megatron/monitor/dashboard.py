@@ -5,7 +5,6 @@ Each attempt (a start, a resume) gets an event file of its own; steps that are r
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,20 +12,28 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from collab_megatron.errors import RunError
-from collab_megatron.files import publish_text
+from collab_megatron.json_lines import append_rows, keep_rows, read_rows, to_disk
+
+FILE = "metrics.jsonl"
 
 
 class Dashboard:
     """For one process (the trainer's rank 0)."""
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        """first_step: steps that are done, which this attempt does not run again; 0 where it begins from the start."""
+        """first_step: steps that are done, which this attempt does not run again; 0 where it begins from the start.
+
+        Raises UserError where metrics.jsonl holds a line that is none of ours.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        self._jsonl = folder / "metrics.jsonl"
-        if self._jsonl.exists():
-            _drop_steps(self._jsonl, first_again(first_step))
+        self._jsonl = folder / FILE
+        first = first_again(first_step)
+        try:
+            keep_rows(self._jsonl, lambda row: row["step"] < first, numbers=("step",))
+        except OSError as error:
+            raise self._refused(error) from None
         # always given: a start over an earlier attempt's events would double its curves
-        self._writer = SummaryWriter(str(folder), purge_step=first_again(first_step))
+        self._writer = SummaryWriter(str(folder), purge_step=first)
 
     def text(self, name: str, text: str) -> None:
         """A page of text, such as the resolved config."""
@@ -39,18 +46,29 @@ class Dashboard:
             self._writer.add_scalar(name, value, step)
         try:
             self._writer.flush()
-            with self._jsonl.open("a") as file:
-                file.write(json.dumps({"step": step, **finite}) + "\n")
+            append_rows(self._jsonl, [{"step": step, **finite}])
         except OSError as error:
-            raise RunError(f"cannot write the dashboard to {self._jsonl.parent}: {error.strerror}") from None
+            raise self._refused(error) from None
+
+    def to_disk(self) -> None:
+        """Return once the lines of metrics.jsonl outlive the machine's power. Raises RunError when the disk refuses."""
+        try:
+            to_disk(self._jsonl)
+        except FileNotFoundError:
+            return  # no line yet
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> RunError:
+        return RunError(f"cannot write the dashboard to {self._jsonl.parent}: {error.strerror}")
 
     def close(self) -> None:
         self._writer.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, in order."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, in order; none where there is no file. Raises UserError for a damaged line."""
+    return read_rows(folder / FILE, numbers=("step",)).rows
 
 
 def first_again(first_step: int) -> int:
@@ -59,9 +77,3 @@ def first_again(first_step: int) -> int:
     The checkpoint's own step has its points already. A start from 0 evaluates before its first step again.
     """
     return first_step + 1 if first_step else 0
-
-
-def _drop_steps(path: Path, first: int) -> None:
-    # a full disk or a kill leaves half a line at the end
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    publish_text(path, "".join(line for line in whole if json.loads(line)["step"] < first))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from collab_megatron.actor.grid import RankGrid
+from collab_megatron.actor.grid import RankGrid, from_rank_zero
 from collab_megatron.checkpoint.together import together
 from collab_megatron.config import RLConfig
 from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer
@@ -40,6 +40,13 @@ class Evaluations:
         train = self._config.train
         if done == train.steps or (train.eval_interval and done % train.eval_interval == 0):
             self._evaluate(done)
+
+    def evaluate_missing(self, done: int) -> None:
+        """On a resume after `done` steps: what was due and an earlier attempt did not get to, or could not measure.
+        Collective. Raises as `evaluate_if_due` does."""
+        lacks = done > 0 and self._reporter is not None and not self._reporter.has_evaluation(done)
+        if from_rank_zero(self._grid, lacks):
+            self.evaluate_if_due(done)
 
     def _evaluate(self, done: int) -> None:
         if self._config.data.validation is None:

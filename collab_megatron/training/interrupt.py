@@ -1,7 +1,8 @@
-"""SIGTERM to a trainer (Ctrl-C at the launcher, scancel, a time limit): it saves and ends.
+"""SIGTERM or SIGINT to a trainer (Ctrl-C at the launcher, scancel, a time limit): it saves and ends in a grace time.
 
-Rank 0 decides, at two places that all ranks pass: while it waits for the driver, and after a step. The other ranks are
-told there. A later signal ends the process at once; one within SAME_S is the same request.
+Any rank's signal counts: rank 0 ends its wait for the driver, and all ranks agree after a step (saving.py). A later
+signal ends the process at once; one within SAME_S is the same request. So does the end of the grace time
+(train.save_grace_s): the newest checkpoint is then the one before.
 """
 
 from __future__ import annotations
@@ -9,30 +10,33 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from collab_megatron.errors import Interrupted
+from collab_megatron.cluster.processes import SAME_S
+from collab_megatron.errors import EXIT_INTERRUPTED, Interrupted
 
-SAME_S = 10.0
-"""Slurm's proctrack/linuxproc, systemd and a shutdown signal every process of a job, and the launcher, signalled too,
-passes its own signal on: a trainer that ended at the second one would lose what it is saving."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupt:
-    """Of every rank. Until `install` the signal ends the process at once: there is nothing to save."""
+    """Of every rank. Until `install` a signal ends the process at once: there is nothing to save."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, grace_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """grace_s: between the signal and the end of the process, at most."""
         self.asked = False
         self._waiting = self._installed = False
-        self._clock, self._first = clock, 0.0  # when the signal came
+        self._grace_s, self._clock, self._first = grace_s, clock, 0.0  # when the signal came
 
     def install(self) -> None:
         """In the main thread; any number of times."""
         if not self._installed:
             self._installed = True
-            signal.signal(signal.SIGTERM, self._heard)
+            for number in SIGNALS:
+                signal.signal(number, self._heard)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -48,10 +52,23 @@ class Interrupt:
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             if self._clock() - self._first > SAME_S:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
         self.asked, self._first = True, self._clock()
+        timer = threading.Timer(self._grace_s, self._too_late)
+        timer.daemon = True  # a process that has saved does not wait for it
+        timer.start()
         if self._waiting:
             self._waiting = False
             raise Interrupted("interrupted")
+
+    def _too_late(self) -> None:
+        """On a thread: the main one may be in a collective that no signal ends."""
+        print(
+            f"interrupted: nothing more was saved within {self._grace_s:g} s; raise train.save_grace_s to give a save "
+            "more time",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_INTERRUPTED)

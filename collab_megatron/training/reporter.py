@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from collab_megatron.cluster.unfinished import is_evaluated
 from collab_megatron.config import RLConfig, show_config
 from collab_megatron.errors import RunError
-from collab_megatron.files import publish_text
+from collab_megatron.json_lines import append_rows, keep_rows, to_disk
 from collab_megatron.monitor.alarms import Alarms
 from collab_megatron.monitor.dashboard import Dashboard, first_again
 from collab_megatron.monitor.progress import Progress
@@ -31,6 +31,28 @@ class Reporter:
         self._alarms = Alarms()
         self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]
         self._failed_evaluations = 0
+        self._unfinished: tuple[int, dict[str, float]] | None = None  # the step that `step` has not told yet
+
+    def trained(self, done: int, rollout: Mapping[str, float], update: Mapping[str, float]) -> None:
+        """A step has just been trained: what is known of it before the engines have its weights."""
+        self._unfinished = done, {**rollout, **update}
+
+    def to_disk(self) -> None:
+        """Before a checkpoint that holds the newest step: its figures, whole or not, and all earlier ones are on the
+        disk. Raises RunError when the disk refuses."""
+        if self._unfinished is not None:
+            done, metrics = self._unfinished
+            self._unfinished = None
+            self._dashboard.log(done, metrics)
+        self._dashboard.to_disk()
+
+    def saved(self, done: int, seconds: Mapping[str, float]) -> None:
+        """A checkpoint of `done` steps has been written, or is being written while training goes on."""
+        self._dashboard.log(done, seconds)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the weights after `step` steps have held-out figures."""
+        return is_evaluated(self._evaluations, step)
 
     def step(
         self,
@@ -45,6 +67,7 @@ class Reporter:
         metrics |= sync.metrics()
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
         metrics |= memory_shares()
+        self._unfinished = None
         self._dashboard.log(done, metrics)
         self._progress.step(done, progress_figures(metrics, self._weighted))
         for sentence in self._alarms.heard(done, metrics):
@@ -93,17 +116,18 @@ def append_evaluation(file: Path, step: int, figures: Mapping[str, float]) -> No
     """One JSON line {"step", ...figures}. Raises RunError when the disk refuses."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as lines:
-            lines.write(json.dumps({"step": step, **figures}) + "\n")
+        append_rows(file, [{"step": step, **figures}])
+        to_disk(file)  # an evaluation takes minutes and money
     except OSError as error:
         raise RunError(f"cannot write {file}: {error.strerror}") from None
 
 
 def drop_evaluations(file: Path, *, first: int) -> None:
-    """Take out what an earlier attempt of the run measured from step `first` on, which this one measures again."""
-    if not file.exists():
-        return
-    lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
-    if kept != lines:
-        publish_text(file, "".join(kept))
+    """Take out what an earlier attempt of the run measured from step `first` on, which this one measures again.
+
+    Raises UserError for a damaged line, RunError when the disk refuses.
+    """
+    try:
+        keep_rows(file, lambda row: row["step"] < first, numbers=("step",))
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror}") from None

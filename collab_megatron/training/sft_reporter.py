@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from collab_megatron.actor.actor import StepResult
+from collab_megatron.cluster.unfinished import METRICS_FILE, held_out_loss
 from collab_megatron.config import SFTConfig, show_config
 from collab_megatron.monitor.dashboard import Dashboard
 from collab_megatron.monitor.progress import Progress, steps_between
@@ -20,6 +21,7 @@ class SFTReporter:
     """For the trainer's rank 0."""
 
     def __init__(self, config: SFTConfig, *, first_step: int, data: SFTData) -> None:
+        self._metrics = config.run.tensorboard_dir / METRICS_FILE
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
         self._dashboard.text("config", show_config(config))
         self._name, self._data = config.run.name, data
@@ -47,6 +49,18 @@ class SFTReporter:
             metrics["data/conversations_left_out_share"] = self._data.share_left_out
             self._dashboard.log(done, {**metrics, **seconds})
         self._progress.step(done, {"loss": f"{result.metrics['loss']:.3f}", "trained tokens/s": f"{tokens_per_s:,.0f}"})
+
+    def to_disk(self) -> None:
+        """Before a checkpoint: the figures of its steps are on the disk. Raises RunError when the disk refuses."""
+        self._dashboard.to_disk()
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the held-out loss of the weights after `step` steps was measured."""
+        return held_out_loss(self._metrics, step) is not None
+
+    def saved(self, done: int, seconds: Mapping[str, float]) -> None:
+        """A checkpoint of `done` steps has been written, or is being written while training goes on."""
+        self._dashboard.log(done, seconds)
 
     def evaluation(self, step: int, found: HeldOut, *, best: bool, seconds: float) -> None:
         """Held-out figures of the weights after `step` steps; `best`: the lowest loss so far."""

@@ -72,15 +72,14 @@ def test_an_ended_run_tells_what_is_saved_and_how_to_go_on(
     assert not told.out
 
 
-def test_no_resume_is_promised_after_the_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It would be refused: the last evaluation or the export failed, and training is done."""
+def test_after_the_last_step_a_resume_finishes_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last evaluation or the export failed, and training is done."""
     run = run_with_checkpoint(tmp_path)
     with pytest.raises(RunError), told_at_the_end(run, 20, CONFIG):
         raise RunError("no engine is left")
     told = capsys.readouterr().err
     assert "goes on from it" not in told
-    assert "20 of 20 steps: training is done" in told
-    assert "convert_checkpoint.py megatron-to-hf" in told
+    assert "20 of 20 steps: training is done, the same command with run.resume=true finishes what comes after" in told
 
 
 def test_nothing_is_promised_where_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,4 +106,7 @@ def test_the_last_evaluation_is_read_from_the_dashboards_lines(tmp_path: Path) -
     assert last_evaluation(file) is None
     many = {f"eval/m{number}": float(number) for number in range(9)} | {"eval/loss": 0.5, "eval/conversations": 8.0}
     file.write_text(json.dumps({"step": 4, **many}) + "\n")
-    assert last_evaluation(file) == (4, {"loss": 0.5, "m0": 0.0, "m1": 1.0, "m2": 2.0, "m3": 3.0, "m4": 4.0})
+    newest = (4, {"loss": 0.5, "m0": 0.0, "m1": 1.0, "m2": 2.0, "m3": 3.0, "m4": 4.0})
+    assert last_evaluation(file) == newest
+    file.write_text(file.read_text() + '{"step": 5, "eval/mr"')  # a run that was killed since
+    assert last_evaluation(file) == newest

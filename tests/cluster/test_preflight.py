@@ -93,6 +93,9 @@ def test_checkpoints_of_this_run_and_of_another(load: Load, tmp_path: Path) -> N
     assert sentence.endswith("choose another run.dir or run.name, or set run.resume=true to go on with this one")
     assert check_rl(load("run.resume=true", *changed)).first_step == 7
     assert check_rl(load("run.resume=auto", "train.steps=99", "engine.count=2", "parallel.tensor=1")).first_step == 7
+    end = ("run.resume=true", "optimizer.warmup_steps=1")
+    assert check_rl(load(*end, "train.steps=7")).lacks == ("the held-out evaluation after step 7", "the engine probe")
+    assert "has already done 7 of 6 steps: raise train.steps" in refusal(load(*end, "train.steps=6"))
     fresh = (f"run.init_from={folder.parent}", "run.name=fresh")
     assert check_rl(load(*fresh)).first_step == 0
     assert f"{tmp_path} is not a complete checkpoint" in refusal(load(f"run.init_from={tmp_path}", "run.name=fresh"))

@@ -169,11 +169,11 @@ time.sleep(60)
 
 @pytest.mark.parametrize("all_there", [True, False])
 def test_those_that_save_come_first_and_get_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_there: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], all_there: bool
 ) -> None:
     """While the others still run; but none waits for a save that cannot be, because one of its ranks has ended."""
     monkeypatch.setattr(processes, "GRACE_S", 0.3)
-    with Supervisor(tmp_path / "logs") as supervisor:
+    with Supervisor(tmp_path / "logs", save_grace_s=60) as supervisor:
         engine = supervisor.start("engine", python("import time; time.sleep(60)"), {})
         files = [tmp_path / f"rank{rank}" for rank in range(2)]
         ranks = [
@@ -190,6 +190,93 @@ def test_those_that_save_come_first_and_get_time(
         supervisor.end_all()
     assert [file.exists() for file in files] == [all_there, all_there]
     assert engine.ended() == "signal SIGTERM"
+    assert ("trainer-0, trainer-1 may take 60 s to save" in capsys.readouterr().err) == all_there
+
+
+def test_the_grace_time_of_those_that_save_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "SAY_S", 0.1)
+    with Supervisor(tmp_path, save_grace_s=0.2) as supervisor:
+        stuck = supervisor.start(
+            "trainer-0",
+            python("import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); time.sleep(60)"),
+            {"PYTHONUNBUFFERED": "1"},
+            saves=True,
+        )
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "trainer-0.log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert stuck.ended() == "signal SIGKILL"
+
+
+def test_a_rank_that_was_signalled_alone_ends_the_run_as_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, Supervisor(tmp_path) as supervisor:
+        ranks = [
+            supervisor.start(f"trainer-{rank}", python("raise SystemExit(130)"), {}, saves=True) for rank in range(2)
+        ]
+        supervisor.wait_for(ranks)
+    assert ended.value.code == 130
+    assert "was interrupted" in capsys.readouterr().err
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from collab_megatron.cluster import processes
+from collab_megatron.errors import run_cli
+
+processes.SAME_S = float(sys.argv[2])
+
+def main():
+    with processes.Supervisor(Path(sys.argv[1]), save_grace_s=30) as supervisor:
+        code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: print('told', flush=True))"
+        code += "; print('ready', flush=True); [time.sleep(0.1) for _ in iter(int, 1)]"
+        child = supervisor.start("trainer", [sys.executable, "-c", code], {}, saves=True)
+        print(child.process.pid, flush=True)
+        supervisor.wait_for([child])
+
+run_cli(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_ends_a_save_at_once_and_one_that_comes_with_the_first_does_not(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    log = tmp_path / "trainer.log"
+
+    def wait_for(said: str) -> None:
+        deadline = time.monotonic() + 30
+        while not log.exists() or said not in log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def ends(same_s: float) -> tuple[subprocess.Popen[str], int]:
+        log.unlink(missing_ok=True)
+        argv = python(LAUNCHER)
+        launcher = subprocess.Popen([*argv, str(tmp_path), str(same_s)], stdout=subprocess.PIPE, text=True)
+        assert launcher.stdout is not None
+        child = int(launcher.stdout.readline())
+        launcher.stdout.close()
+        wait_for("ready")
+        launcher.send_signal(number)
+        wait_for("told")
+        launcher.send_signal(number)
+        return launcher, child
+
+    launcher, child = ends(0.0)
+    assert launcher.wait(20) == 130
+    assert gone(child)
+    if number == signal.SIGTERM:  # one request: the child is still waited for
+        launcher, child = ends(1000.0)
+        with pytest.raises(subprocess.TimeoutExpired):
+            launcher.wait(1)
+        assert not gone(child, within_s=0.1)
+        launcher.kill()
+        launcher.wait(20)
+        os.killpg(child, signal.SIGKILL)
 
 
 def test_the_environment_is_ours_with_additions_and_without_what_is_unset(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +66,18 @@ def test_nothing_half_written_remains(tmp_path: Path, source: Path, error: BaseE
     with pytest.raises(raised):
         write_hf_folder(broken(), source, tmp_path / "output", max_shard_size="10KB")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path, source: Path) -> None:
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    dead, running = (tmp_path / f".out.tmp-{pid}" for pid in (int(gone.stdout), os.getppid()))
+    for folder in (dead, running):
+        folder.mkdir()
+        (folder / "shard-0").touch()
+    write_hf_folder(stream(source), source, tmp_path / "out")
+    assert (dead.exists(), running.exists()) == (False, True)
 
 
 def test_an_output_that_holds_something_is_refused(tmp_path: Path, source: Path) -> None:

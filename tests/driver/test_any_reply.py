@@ -153,7 +153,7 @@ async def steps(config: RLConfig, feed: Feed, most: int) -> list[Answer]:
     return answers
 
 
-async def built(config: RLConfig, feed: Feed, most: int, shard: int) -> int:
+async def built(config: RLConfig, feed: Feed, most: int, shard: Path) -> int:
     """Conversations of the data builder until every text was said, at most `most`; how many came to an end, their rows
     written."""
     simulators = config.simulators
@@ -233,8 +233,8 @@ def test_no_reply_ends_the_builder_of_data(tmp_path: Path, tiny_model: Path) -> 
     texts = replies(1000, seed=2)
     config = config_for(tmp_path, tiny_model)
     file = tmp_path / "rows.jsonl"
-    with fed(texts, "assistant") as feed, file.open("ab") as rows:
-        ended = asyncio.run(built(config, feed, 1000, rows.fileno()))
+    with fed(texts, "assistant") as feed:
+        ended = asyncio.run(built(config, feed, 1000, file))
     assert not feed.texts, "the conversations ended before every reply was said"
     assert ended > 100
     for line in file.read_text().splitlines():

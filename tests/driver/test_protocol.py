@@ -80,6 +80,17 @@ def test_every_poll_names_the_engines_that_may_be_asked() -> None:
     assert request_decoder()(msgspec.msgpack.encode(request)) == request
 
 
+def test_why_a_batch_was_refused_is_told_though_it_cannot_be_removed(
+    served: Callable[[list[Answer]], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = Answer(tally=Tally(of=4, lost=3, why="the judge is away"))
+    client = DriverClient([served([refused, Answer(error="driver: the disk is full")])])
+    with pytest.raises(RunError, match="3 of 4 groups of step 8 had to be dropped; the judge is away"):
+        client.next_batch(7, 6, [], timeout_s=30)
+    assert "the refused batch of step 8 stays in the journal: driver: the disk is full" in caplog.text
+    client.close()
+
+
 @pytest.mark.parametrize("ask", ["next_batch", "evaluate"])
 def test_a_driver_without_engines_can_be_told_from_one_that_failed(
     served: Callable[[list[Answer]], str], ask: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from collab_megatron.config.sections import RecordSection, RunSection
 from collab_megatron.driver import recorder
 from collab_megatron.driver.recorder import TreeRecorder, read_trees
-from collab_megatron.errors import RunError
+from collab_megatron.errors import RunError, UserError
 from collab_megatron.training.reporter import append_evaluation, drop_evaluations
 
 PLAIN = RecordSection()
@@ -94,6 +95,43 @@ def test_a_kill_while_a_file_is_closed_leaves_each_step_once(tmp_path: Path, mon
     assert list(tmp_path.glob("*.tmp")) == []
 
 
+@pytest.mark.parametrize("compress", ["zstd", "none"])
+def test_a_kill_while_a_closed_file_is_cut_leaves_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: str
+) -> None:
+    """Between the shorter file's name and the longer one's end both hold the same steps."""
+    section = RecordSection.model_validate({"compress": compress})
+    monkeypatch.setattr(recorder, "PART_BYTES", 100)
+    first = TreeRecorder(tmp_path, section, first_step=1)
+    for step in (1, 2):
+        first.write(step, [line(step, "x" * 50)])
+    monkeypatch.undo()
+    assert not (tmp_path / "shard0.jsonl").exists()
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", kill)
+        with pytest.raises(Killed):
+            TreeRecorder(tmp_path, section, first_step=2)
+    assert len(list(tmp_path.glob("*-*.jsonl*"))) == 2
+    assert steps(tmp_path) == [1]  # a reader too
+    later = TreeRecorder(tmp_path, section, first_step=9)  # not the step that was to be cut
+    later.write(2, [line(2, "another")])
+    assert [(tree["step"], tree["text"][:1]) for tree in read_trees(tmp_path)] == [(1, "x"), (2, "a")]
+    assert len(list(tmp_path.glob("*-*.jsonl*"))) == 1
+
+
+def test_a_damaged_line_of_the_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shard0.jsonl").write_bytes(line(1) + b"half\n" + line(2) + line(3)[:9])
+    with pytest.raises(UserError, match=r"shard0\.jsonl: line 2 is not a JSON object"):
+        steps(tmp_path)
+
+
 def test_every_other_step_and_an_end_to_the_size(tmp_path: Path) -> None:
     thin = TreeRecorder(tmp_path / "thin", RecordSection(every=3), first_step=1)
     assert [step for step in range(1, 9) if thin.wants(step)] == [1, 4, 7]
@@ -132,6 +170,6 @@ def test_a_disk_that_refuses_ends_the_step_with_a_sentence(tmp_path: Path, monke
     def refuse(*_: object, **__: object) -> object:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "write", refuse)
     with pytest.raises(RunError, match="No space left on device"):
         full.write(1, [line(1)])

@@ -17,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from collab_megatron.checkpoint.folders import newest_complete
+from collab_megatron.checkpoint.folders import newest_complete, read_info
 from collab_megatron.cluster.processes import free_port
 from collab_megatron.driver.recorder import read_trees
+from collab_megatron.monitor.dashboard import read_metrics
 from tests.conftest import DESK_KEY, REPOSITORY, Ended, Run, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -95,6 +96,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
         shutil.rmtree(running.temporary)
 
 
+def require_figures_of_saved_steps(run_dir: Path) -> Path:
+    """The newest checkpoint, once every step that it holds has its one line: none of them is run again."""
+    newest = newest_complete(run_dir / "checkpoints" / "rl")
+    assert newest is not None
+    steps = [row["step"] for row in read_metrics(run_dir / "tensorboard" / "rl") if "train/tokens" in row]
+    assert steps == list(range(1, read_info(newest).step + 1))
+    return newest
+
+
 @pytest.mark.timeout(600)  # a server starts twice
 def test_a_stopped_scheduler_comes_again_and_the_last_engine_killed_ends_the_run(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
@@ -119,7 +129,7 @@ def test_a_stopped_scheduler_comes_again_and_the_last_engine_killed_ends_the_run
     assert ended.code == 1
     assert any("engine" in error for error in ended.errors), ended.output[-3000:]
     assert "Traceback" not in ended.output
-    assert newest_complete(tmp_path / "run" / "checkpoints" / "rl") is not None
+    require_figures_of_saved_steps(tmp_path / "run")
     assert DESK_KEY not in ended.output
 
 
@@ -174,8 +184,7 @@ def test_a_term_signal_ends_everything(
     assert not [path for path in written if path.stat().st_mode & 0o077], "run.umask"
     assert not (tmp_path / "run" / "locks" / "rl.lock").exists()
     assert ended.code == 130
-    newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
-    assert newest is not None, ended.output[-3000:]
+    newest = require_figures_of_saved_steps(tmp_path / "run")
     assert f"is saved: {newest}; run.resume=true goes on" in ended.output
     assert " of 500 steps: the same command with run.resume=true goes on from it" in ended.output
     assert "never awaited" not in ended.output

@@ -14,6 +14,7 @@ from collab_megatron.checkpoint.folders import newest_complete, read_best, read_
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_conversations
 from collab_megatron.driver.recorder import read_trees
+from collab_megatron.json_lines import read_rows
 from collab_megatron.monitor.dashboard import read_metrics
 from tests.conftest import DESK_KEY, Ended, Run, Server
 
@@ -242,18 +243,50 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     again = run(*rl_command(tmp_path, "train.steps=2"))
     assert again.code == 2
     assert "run.resume=true" in again.errors[0]
-    other = run(*rl_command(tmp_path, "train.steps=4", "run.resume=auto", "algorithm.kl_coef=0.5"))
-    assert other.code == 2
-    assert "algorithm.kl_coef: 0.005 -> 0.5" in other.errors[0]
-    resumed = run(*rl_command(tmp_path, "train.steps=4", "run.resume=auto"))
+    evaluations, metrics = tmp_path / "evaluations" / "rl.jsonl", tmp_path / "tensorboard" / "rl" / "metrics.jsonl"
+    tear(evaluations)
+    tear(metrics)
+    resumed = run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
     assert resumed.code == 0, resumed.output[-4000:]
-    assert "rl 3/4" in resumed.output
-    assert "rl 2/4" not in resumed.output
+    assert "rl 3/3" in resumed.output
+    assert "rl 2/3" not in resumed.output
     newest = newest_complete(tmp_path / "checkpoints" / "rl")
     assert newest is not None
-    assert read_info(newest).step == 4
-    steps = [row["step"] for row in read_metrics(tmp_path / "tensorboard" / "rl") if "time_s/step" in row]
-    assert steps == [1, 2, 3, 4]
+    assert read_info(newest).step == 3
+    assert [row["step"] for row in read_metrics(metrics.parent) if "time_s/step" in row] == [1, 2, 3]
     trees = list(read_trees(tmp_path / "conversations" / "rl"))
-    assert sorted({tree["step"] for tree in trees}) == [1, 2, 3, 4]
-    assert {tuple(reply["weight_versions"]) for tree in trees[-4:] for reply in tree["replies"]} == {(3,)}
+    assert sorted({tree["step"] for tree in trees}) == [1, 2, 3]
+    assert {tuple(reply["weight_versions"]) for tree in trees[-4:] for reply in tree["replies"]} == {(2,)}
+
+    # as after a kill in the last evaluation: what follows the last step is made, and nothing is trained again
+    evaluated, lines = read_rows(evaluations).rows, metrics.read_bytes()
+    assert [row["step"] for row in evaluated] == [3]  # that of step 2 was torn, and is not due in a run of 3 steps
+    tear(evaluations)
+    tear(metrics)
+    (tmp_path / "engine_probe" / "rl.json").unlink()
+    finished = run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
+    assert finished.code == 0, finished.output[-4000:]
+    assert "what is missing is made: the held-out evaluation after step 3, the engine probe" in finished.output
+    assert "rl 3/3" not in finished.output
+    made = read_rows(evaluations)
+    assert made.torn_bytes == 0
+    assert [(row["step"], row["mr"], row["accuracy"]) for row in made.rows] == [
+        (row["step"], row["mr"], row["accuracy"])
+        for row in evaluated  # the same conversations
+    ]
+    assert [row["step"] for row in read_metrics(metrics.parent)] == [
+        json.loads(line)["step"] for line in lines.splitlines()
+    ]
+    assert json.loads((tmp_path / "engine_probe" / "rl.json").read_text())["weight_version"] == "3"
+    assert f"held out    after step 3: mr {made.rows[-1]['mr']:.3g}" in finished.output
+    done = run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
+    assert done.code == 0, done.output[-4000:]
+    assert "all 3 steps are done; nothing is left to do" in done.output
+    assert "done        3 steps of rl" in done.output
+    assert "trainer-0" not in done.output  # nothing was started
+
+
+def tear(record: Path) -> None:
+    """What a kill leaves that falls into the writing of the last line."""
+    *whole, last = record.read_bytes().splitlines(keepends=True)
+    record.write_bytes(b"".join(whole) + last[: len(last) // 2])

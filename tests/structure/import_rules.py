@@ -13,14 +13,15 @@ from pathlib import Path
 
 PACKAGE = "collab_megatron"
 
-# the data contract, the two errors, writing aside and renaming, text made fit for files and tokenizers, and the config
-# sections that leaf functions take
-EVERYWHERE = ("types", "errors", "files", "log", "slots", "text", "config.sections")
+# the data contract, the two errors, files and records, text made fit for files and tokenizers, and the config sections
+# that leaf functions take
+EVERYWHERE = ("types", "errors", "files", "json_lines", "log", "slots", "text", "config.sections")
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
+    "json_lines": (),
     "log": (),
     "text": (),
     "config": (),
@@ -106,6 +107,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
+    "json_lines": (),
     "log": (),
     "config": ("pydantic", "yaml"),
     "algorithms": ("torch",),

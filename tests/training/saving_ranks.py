@@ -1,7 +1,7 @@
 """What is saved when a run ends, on two ranks.
 
 saving_ranks.py CASE, with CASE one of: alike (every rank fails alike), alone (rank 1 fails, rank 0 waits elsewhere),
-clock (only rank 0's clock runs), interrupted (rank 0 has had a signal)
+clock (only rank 0's clock runs), interrupted (rank 1 has had a signal)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     now = [0.0]
     saves = Saves()
     train = TrainSection(save_every_s=100)
-    asked = SimpleNamespace(asked=case == "interrupted" and rank == 0, install=lambda: None)
+    asked = SimpleNamespace(asked=case == "interrupted" and rank == 1, install=lambda: None)
     saving = Saving(saves, grid, RunSection(dir=Path("run")), train, asked, clock=lambda: now[0])
     if case == "clock":
         for _ in range(3):

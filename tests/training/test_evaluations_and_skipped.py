@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from collab_megatron.actor.actor import StepResult
 from collab_megatron.config import RLConfig
 from collab_megatron.errors import BudgetSpent, GradientsNotFinite, NoEngineLeft, RunError, WeightsDiffer
+from collab_megatron.json_lines import read_rows
 from collab_megatron.train_rl import require_same_weights
 from collab_megatron.training import evaluations
 from collab_megatron.training.evaluations import Evaluations
@@ -25,7 +27,7 @@ class Engines:
         self.asked.append(step)
         if self.failure is not None:
             raise self.failure
-        return {"accuracy": 0.5}
+        return {"accuracy": 0.5, "conversations": 3.0}
 
 
 class Reporter:
@@ -69,6 +71,51 @@ def test_evaluations_come_at_the_start_at_the_interval_and_at_the_end(config: RL
     resumed = Engines()
     Evaluations(resumed, None, cast(Any, None), config).evaluate_at_start(2)
     assert resumed.asked == []
+
+
+def test_a_resume_evaluates_what_an_earlier_attempt_did_not_get_to(config: RLConfig, tmp_path: Path) -> None:
+    """After a step that an evaluation was due at, and only where its line is missing or torn."""
+    from collab_megatron.training.reporter import Reporter as RealReporter
+    from collab_megatron.training.reporter import append_evaluation
+
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path})})
+    alone = cast(Any, SimpleNamespace(world_size=1))
+
+    def asked(done: int) -> list[int]:
+        engines, reporter = Engines(), RealReporter(config, first_step=done)
+        Evaluations(engines, reporter, alone, config).evaluate_missing(done)
+        reporter.close()
+        return engines.asked
+
+    assert [asked(done) for done in (0, 1, 2, 5)] == [[], [], [2], [5]]
+    assert [asked(done) for done in (2, 5)] == [[], [5]]  # a resume from step 2 runs step 5 again
+    assert asked(5) == []
+    with config.run.evaluations_file.open("rb+") as file:
+        file.truncate(config.run.evaluations_file.stat().st_size - 9)
+    assert asked(5) == [5]
+    append_evaluation(config.run.evaluations_file, 6, {"accuracy": 0.5})
+    rows = read_rows(config.run.evaluations_file)
+    assert ([row["step"] for row in rows.rows], rows.torn_bytes) == ([2, 5, 6], 0)
+
+
+def test_the_figures_of_a_step_that_was_cut_short_are_written_once(config: RLConfig, tmp_path: Path) -> None:
+    """By the end of the run, which saves the step, where the weights did not reach the engines any more."""
+    from collab_megatron.monitor.dashboard import read_metrics
+    from collab_megatron.training.reporter import Reporter as RealReporter
+
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path})})
+    reporter = RealReporter(config, first_step=0)
+    reporter.to_disk()
+    reporter.trained(1, {"reward/mr_mean": 0.5}, {"train/tokens": 3.0})
+    sync = cast(Any, SimpleNamespace(metrics=lambda: {"sync/engines": 1.0}))
+    reporter.step(1, {"reward/mr_mean": 0.5}, {"train/tokens": 3.0}, sync, {"time_s/update": 1.0})
+    reporter.to_disk()
+    reporter.trained(2, {"reward/mr_mean": 0.25}, {"train/tokens": 4.0})
+    for _ in range(2):
+        reporter.to_disk()
+    reporter.close()
+    rows = read_metrics(config.run.tensorboard_dir)
+    assert [(row["step"], row["train/tokens"], "sync/engines" in row) for row in rows] == [(1, 3, True), (2, 4, False)]
 
 
 def test_a_failed_evaluation_is_reported_and_training_goes_on(config: RLConfig) -> None:

@@ -195,6 +195,9 @@ class TrainSection(Section):
     save_every_s: float = Field(
         default=1800.0, ge=0
     )  # a checkpoint after the step that ends this long after the last one
+    # how long an interrupted run (Ctrl-C, scancel, a time limit) may take to end its step and save; then its processes
+    # are killed, and the newest checkpoint is the one before
+    save_grace_s: Seconds = 60.0
     keep_last: Positive = 2  # complete checkpoints to keep
     keep_every: Count = 0  # besides, keep every checkpoint whose step is a multiple of this; 0: none
     max_skipped_steps: Positive = 3  # optimizer steps in a row whose gradient is not finite; then the run stops

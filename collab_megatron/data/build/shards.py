@@ -1,14 +1,15 @@
 """Finished conversations on disk: JSONL shards that are only ever appended to, and survive a kill.
 
-A conversation goes into its shard in one write. Every row carries `conv_rows`, the number of rows of its conversation,
-so a conversation that a crash cut off is recognised wherever the cut fell, and dropped when the build goes on.
+A conversation is appended to its shard as a whole (json_lines.py). Every row carries `conv_rows`, the number of rows of
+its conversation, so a conversation that a crash cut off is recognised wherever the cut fell, and dropped when the build
+goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from collab_megatron.config.entry import BuildDatasetConfig, llm_roles, role_pla
 from collab_megatron.config.sections import UserSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.files import contents
+from collab_megatron.json_lines import append_lines, object_of, replace_lines
 from collab_megatron.rewards.modules import module_sources
 from collab_megatron.simulators.templates import prompts_by_content, shipped_prompts
 from collab_megatron.text import on_one_line
@@ -39,6 +41,8 @@ SHAPING_LLM_SETTINGS = (
     "weight",
 )
 
+logger = logging.getLogger(__name__)
+
 
 def shard_path(output: Path, worker: int) -> Path:
     return output / f"conversations-{worker:03d}.jsonl"
@@ -54,12 +58,12 @@ def claim_output(config: BuildDatasetConfig) -> set[int]:
         output.mkdir(parents=True, exist_ok=True)
         done: set[int] = set()
         for shard in sorted(output.glob("conversations-*.jsonl")):
-            done |= _mend_shard(shard)
+            done |= _whole_conversations(shard)
         path, settings = output / SETTINGS_FILE, _settings(config)
         if done and path.exists():
             _compare_settings(json.loads(path.read_text()), settings, output)
         else:
-            _replace(path, [json.dumps(settings, indent=1).encode()])
+            replace_lines(path, [json.dumps(settings, indent=1).encode() + b"\n"])
     except json.JSONDecodeError:
         raise UserError(f"{output / SETTINGS_FILE} is damaged: choose another output folder") from None
     except OSError as error:
@@ -67,12 +71,11 @@ def claim_output(config: BuildDatasetConfig) -> set[int]:
     return done
 
 
-def append_conversation(shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append the rows of one conversation to an open file descriptor. Raises RunError on a full disk."""
+def append_conversation(shard: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append the rows of one conversation, all or none of them. Raises RunError on a full disk."""
     data = b"".join(on_one_line(json.dumps(row, ensure_ascii=False).encode(errors="replace")) + b"\n" for row in rows)
     try:
-        while data:
-            data = data[os.write(shard, data) :]
+        append_lines(shard, data)
     except OSError as error:
         raise RunError(f"conversations cannot be written: {error}; finished ones are kept") from None
 
@@ -106,29 +109,26 @@ def _compare_settings(old: Mapping[str, Any], new: Mapping[str, Any], output: Pa
         )
 
 
-def _mend_shard(shard: Path) -> set[int]:
-    """Drop what a crash cut off; the conv_ids that are whole."""
-    whole: list[tuple[int, bytes]] = []
+def _whole_conversations(shard: Path) -> set[int]:
+    """Take out of the shard what a crash cut off; the conv_ids that are whole."""
+    rows: list[tuple[int, bytes]] = []
     expected: dict[int, int] = {}
-    lines = shard.read_bytes().splitlines(keepends=True)
+    lines = [line for line in shard.read_bytes().split(b"\n") if line]
     for line in lines:
-        try:
-            row = json.loads(line)
-            conv_id, expected_rows = int(row["conv_id"]), int(row["conv_rows"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        if line.endswith(b"\n"):
+        row = object_of(line) or {}
+        conv_id, expected_rows = row.get("conv_id"), row.get("conv_rows")
+        if isinstance(conv_id, int) and isinstance(expected_rows, int):
             expected[conv_id] = expected_rows
-            whole.append((conv_id, line))
-    counts = Counter(conv_id for conv_id, _ in whole)
+            rows.append((conv_id, line))
+    counts = Counter(conv_id for conv_id, _ in rows)
     done = {conv_id for conv_id, count in counts.items() if count == expected[conv_id]}
-    kept = [line for conv_id, line in whole if conv_id in done]
+    kept = [line for conv_id, line in rows if conv_id in done]
     if len(kept) != len(lines):
-        _replace(shard, kept)
+        logger.warning(
+            "%s: %d of %d lines belong to no finished conversation: taken out, their conversations are grown again",
+            shard,
+            len(lines) - len(kept),
+            len(lines),
+        )
+        replace_lines(shard, (line + b"\n" for line in kept))
     return done
-
-
-def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(b"".join(lines))
-    aside.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -78,7 +77,7 @@ async def _build_share(
         go_on="give the same command again",
     )
     tally = Tally()
-    shard = os.open(shard_path(config.output, worker), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    shard = shard_path(config.output, worker)
     try:
         await gateway.check_reachable()
         players = make_players(config, gateway)
@@ -105,7 +104,6 @@ async def _build_share(
     except ExceptionGroup as errors:
         raise first_error(errors) from None
     finally:
-        os.close(shard)
         await gateway.close()
     _note_costs(tally, gateway)
     report(tally)
@@ -142,7 +140,7 @@ async def _grow_from(
     queue: Iterator[Problem],
     growth: Growth,
     players: Players,
-    shard: int,
+    shard: Path,
     tally: Tally,
     budget: Budget,
     judges: int,

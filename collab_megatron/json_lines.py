@@ -1,0 +1,153 @@
+"""Records on disk as JSON lines, one object a line: every record that grows is written and read here.
+
+One process writes a file, each time whole lines in one write, so a kill or a full disk can leave half a line at its end
+and nowhere else. A reader leaves such an end out and counts it; the next append cuts it off first. A line in the middle
+that is no object was damaged by something else, and is told by its file and number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from collab_megatron.errors import UserError
+
+BLOCK_BYTES = 2**16
+SHOWN_BYTES = 40  # of a bad line
+
+Row = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a file holds."""
+
+    rows: list[Row]
+    torn_bytes: int = 0  # at the end, of a line that was not finished; 0: none
+
+
+def read_rows(path: Path, *, numbers: Sequence[str] = ()) -> Rows:
+    """The objects of a file, in order; none where there is no file. Raises UserError for a line that is no object.
+
+    numbers: keys under which every object must have a number.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return Rows([])
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    *whole, end = content.split(b"\n")
+    if end and object_of(end) is None:
+        torn_bytes = len(end)
+    else:
+        torn_bytes, whole = 0, [*whole, end]
+    rows = [row_of(line, path, number, numbers=numbers) for number, line in enumerate(whole, start=1) if line.strip()]
+    return Rows(rows, torn_bytes)
+
+
+def row_of(line: bytes, path: Path, number: int, *, numbers: Sequence[str] = ()) -> Row:
+    """The object of line `number` (from 1) of `path`. Raises UserError where it is none."""
+    row = object_of(line)
+    lacks = None if row is None else next((key for key in numbers if not _is_number(row.get(key))), None)
+    if row is None or lacks is not None:
+        shown = line[:SHOWN_BYTES].decode(errors="replace") + ("..." if len(line) > SHOWN_BYTES else "")
+        what = "is not a JSON object" if lacks is None else f"has no number {lacks!r}"
+        raise UserError(f"{path}: line {number} {what} ({shown!r}): remove that line, or move the file away")
+    return row
+
+
+def object_of(line: bytes) -> Row | None:
+    """The JSON object in `line`; None where it is none."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append objects, as `append_lines` does."""
+    append_lines(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def append_lines(path: Path, lines: bytes) -> None:
+    """Append whole lines to `path`, all of them or none; a torn end that is there is cut off first.
+
+    For a file's only writer. Raises OSError where the disk refuses.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        end = _without_torn_end(descriptor, path)
+        try:
+            left = memoryview(lines)
+            while left:
+                left = left[os.write(descriptor, left) :]
+        except OSError:
+            os.ftruncate(descriptor, end)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def keep_rows(path: Path, keep: Callable[[Row], bool], *, numbers: Sequence[str] = ()) -> None:
+    """Take out a torn end and the objects that are not to be kept. Raises as `read_rows`, and OSError."""
+    found = read_rows(path, numbers=numbers)
+    kept = [row for row in found.rows if keep(row)]
+    if found.torn_bytes or len(kept) < len(found.rows):
+        if found.torn_bytes:
+            _tell(path, found.torn_bytes)
+        replace_lines(path, (json.dumps(row).encode() + b"\n" for row in kept))
+
+
+def replace_lines(path: Path, lines: Iterable[bytes]) -> None:
+    """Publish `lines` in the place of what `path` holds: written aside, on the disk, then renamed. Raises OSError."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def to_disk(path: Path) -> None:
+    """Return once what was appended outlives the machine's power. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _without_torn_end(descriptor: int, path: Path) -> int:
+    """Cut a torn end off; an object that lacks its line's end alone gets it. The file's size then."""
+    size = os.fstat(descriptor).st_size
+    tail = b""
+    begin = size
+    while begin and b"\n" not in tail:
+        step = min(BLOCK_BYTES, begin)
+        begin -= step
+        tail = os.pread(descriptor, step, begin) + tail
+    torn = tail[tail.rfind(b"\n") + 1 :]
+    if not torn:
+        return size
+    if object_of(torn) is not None:
+        return size + os.write(descriptor, b"\n")
+    _tell(path, len(torn))
+    os.ftruncate(descriptor, size - len(torn))
+    return size - len(torn)
+
+
+def _tell(path: Path, torn_bytes: int) -> None:
+    logger.warning("%s: cut off %d bytes at its end, of a line that was not finished", path, torn_bytes)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
