@@ -26,6 +26,7 @@ from collab_megatron.checkpoint.folders import read_info
 from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.cluster.converted import checkpoint_of, hf_folder_of
 from collab_megatron.cluster.launch import launch_engine_only
+from collab_megatron.cluster.lock import run_lock
 from collab_megatron.cluster.preflight import check_evaluate
 from collab_megatron.cluster.processes import Supervisor
 from collab_megatron.config import EvaluateConfig, dump_config, load_config
@@ -125,17 +126,19 @@ def main() -> None:
     checkpoint = checkpoint_of(given.model.path)
     # every other mistake is found before the conversion: config and tokenizer lie in the checkpoint as they are
     config = given if checkpoint is None else with_model(given, read_info(checkpoint).hf_folder)
-    max_context_tokens = check_evaluate(config, dry_run=arguments.dry_run, node=arguments.node)
     if arguments.dry_run:
+        check_evaluate(config, dry_run=True, node=arguments.node)
         return
-    if checkpoint is not None:
-        config = with_model(given, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
-    output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
-    with Supervisor(config.run.logs_dir) as supervisor:
-        urls = launch_engine_only(supervisor, config)
-        with closing(own_journal(config, weights_name(config, urls))) as journal:
-            result = uvloop.run(play(config, urls, max_context_tokens, journal))
-    report(given.model.path, result, output, list(config.reward.metric_weights))
+    with run_lock(config.run) as lock:
+        max_context_tokens = check_evaluate(config, node=arguments.node)
+        if checkpoint is not None:
+            config = with_model(given, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
+        output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
+        with Supervisor(config.run.logs_dir, held=lock.held) as supervisor:
+            urls = launch_engine_only(supervisor, config)
+            with closing(own_journal(config, weights_name(config, urls))) as journal:
+                result = uvloop.run(play(config, urls, max_context_tokens, journal))
+        report(given.model.path, result, output, list(config.reward.metric_weights))
     if result.played.stop:
         done, wanted = len(result.played.groups), result.played.wanted
         raise BudgetSpent(f"{done} of {wanted} held-out conversations were played: {result.played.stop}")

@@ -153,16 +153,18 @@ def main() -> None:
     from collab_megatron.cluster.ending import told_at_the_end
     from collab_megatron.cluster.launch import launch_rl
     from collab_megatron.cluster.length import with_steps
+    from collab_megatron.cluster.lock import run_lock
     from collab_megatron.cluster.preflight import check_rl
 
     config = with_steps(config)
     if arguments.dry_run:
         print(dump_config(config), flush=True)
-    start = check_rl(config, dry_run=arguments.dry_run, node=arguments.node)
-    if arguments.dry_run:
+        check_rl(config, dry_run=True, node=arguments.node)
         return
-    with told_at_the_end(config.run, config.train.steps, arguments.config):
-        launch_rl(config, start)
+    with run_lock(config.run) as lock:  # before the checks: they look for checkpoints
+        start = check_rl(config, node=arguments.node)
+        with told_at_the_end(config.run, config.train.steps, arguments.config):
+            launch_rl(config, start, lock)
 
 
 if __name__ == "__main__":

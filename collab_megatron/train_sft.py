@@ -132,16 +132,18 @@ def main() -> None:
     from collab_megatron.cluster.ending import told_at_the_end
     from collab_megatron.cluster.launch import launch_sft
     from collab_megatron.cluster.length import with_steps
+    from collab_megatron.cluster.lock import run_lock
     from collab_megatron.cluster.preflight import check_sft
 
     config = with_steps(config)
     if arguments.dry_run:
         print(dump_config(config), flush=True)
-    check_sft(config, dry_run=arguments.dry_run, node=arguments.node)
-    if arguments.dry_run:
+        check_sft(config, dry_run=True, node=arguments.node)
         return
-    with told_at_the_end(config.run, config.train.steps, None, exported=config.export_hf):
-        launch_sft(config)
+    with run_lock(config.run) as lock:  # before the checks: they look for checkpoints
+        check_sft(config, node=arguments.node)
+        with told_at_the_end(config.run, config.train.steps, None, exported=config.export_hf):
+            launch_sft(config, lock)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from collab_megatron.cluster.lock import locked
 from collab_megatron.cluster.preflight import check_build
 from collab_megatron.config import BuildDatasetConfig, dump_config, load_config
 from collab_megatron.data.build.processes import Progress, build_dataset
@@ -23,6 +24,7 @@ from collab_megatron.files import publish_json
 from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import API_USAGE_FILE, GatewaySnapshot
 
+LOCK_FILE = "build.lock"
 QUIET_S = 10.0  # between progress lines where the output is a file
 
 
@@ -74,9 +76,10 @@ def main() -> None:
     if args.dry_run:
         return
     display = Display()
-    progress = build_dataset(config, display.show)
-    display.finish(progress)
-    publish_json(config.output / API_USAGE_FILE, GatewaySnapshot(progress.tally.usage).metrics())
+    with locked(config.output / LOCK_FILE, f"output={config.output}", "choose another output folder"):
+        progress = build_dataset(config, display.show)
+        display.finish(progress)
+        publish_json(config.output / API_USAGE_FILE, GatewaySnapshot(progress.tally.usage).metrics())
     if progress.tally.spent and not progress.complete:
         raise BudgetSpent(progress.tally.spent)
     if progress.tally.done == 0 and progress.before < progress.total:

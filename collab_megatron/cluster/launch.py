@@ -6,7 +6,6 @@ If driver or trainer fails, all others are ended and its sentence becomes ours. 
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 
 from collab_megatron.cluster.drivers import Drivers
 from collab_megatron.cluster.fleet import Fleet
+from collab_megatron.cluster.lock import RunLock
 from collab_megatron.cluster.node import device_of, visible_gpus
 from collab_megatron.cluster.preflight import RLStart
 from collab_megatron.cluster.processes import Child, Supervisor, free_port
@@ -30,13 +30,10 @@ C = TypeVar("C", RLConfig, SFTConfig)
 DRIVER_END_S = 60.0
 
 
-def launch_rl(config: RLConfig, start: RLStart) -> None:
+def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
     """Run engines, driver and trainers; returns when training is done. Raises RunError when a part fails."""
-    with (
-        Supervisor(config.run.logs_dir) as supervisor,
-        tempfile.TemporaryDirectory(prefix="collab_megatron_") as scratch,
-    ):
-        files = Path(scratch)
+    with Supervisor(config.run.logs_dir, held=lock.held) as supervisor:
+        files = supervisor.scratch
         resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
         fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config))
         drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver")
@@ -63,9 +60,9 @@ def launch_rl(config: RLConfig, start: RLStart) -> None:
         supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # the trainer told them to stop
 
 
-def launch_sft(config: SFTConfig) -> None:
+def launch_sft(config: SFTConfig, lock: RunLock) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
-    with Supervisor(config.run.logs_dir) as supervisor:
+    with Supervisor(config.run.logs_dir, held=lock.held) as supervisor:
         resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(

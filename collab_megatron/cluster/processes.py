@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
+from collab_megatron.cluster.scratch import Scratch
 from collab_megatron.errors import EXIT_BUDGET, EXIT_RUN, EXIT_USER, RunError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -91,14 +92,21 @@ class Child:
 
 
 class Supervisor:
-    """Starts children and ends all of them, whatever happens. Use as a context manager."""
+    """Starts children and ends all of them, whatever happens. Use as a context manager.
 
-    def __init__(self, logs_dir: Path) -> None:
+    It gives them a temporary folder (scratch.py), which goes when it ends. `held`: open files that every child
+    inherits, whose locks (flock) thereby last as long as one of them runs.
+    """
+
+    def __init__(self, logs_dir: Path, held: Sequence[int] = ()) -> None:
         self._logs_dir = logs_dir
+        self._held = tuple(held)
+        self._scratch: Scratch | None = None
         self._children: list[Child] = []
 
     def __enter__(self) -> Supervisor:
         self._logs_dir.mkdir(parents=True, exist_ok=True)
+        self._scratch = Scratch.create()
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _raise_interrupt)
         return self
@@ -106,7 +114,22 @@ class Supervisor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.note_shared_memory()
         self.end_all()
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
+
+    @property
+    def scratch(self) -> Path:
+        """The temporary folder of this run, mode 0700; TMPDIR of every child."""
+        assert self._scratch is not None, "entered, and not left yet"
+        return self._scratch.folder
+
+    def note_shared_memory(self) -> None:
+        """Write down what the children have in /dev/shm, for the case of a kill -9 of everything."""
+        if self._scratch is not None:
+            self._scratch.note_shared_memory({child.process.pid for child in self._children})
 
     def start(
         self,
@@ -123,10 +146,16 @@ class Supervisor:
         """Start `argv` with `env` on top of ours without `unset`; output to LOGS/name.log, or to our own if `show`."""
         log = None if show else self._logs_dir / f"{name}.log"
         sink = None if log is None else log.open("ab")
+        ours = {key: value for key, value in os.environ.items() if key not in unset}
+        scratch, held = self._scratch, self._held
+        if scratch is not None:
+            ours |= {"TMPDIR": str(scratch.folder)} | _lasting_caches()
+            held = (*held, scratch.held)
         try:
             process = subprocess.Popen(
                 list(argv),
-                env={**{key: value for key, value in os.environ.items() if key not in unset}, **env},
+                env={**ours, **env},
+                pass_fds=held,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink and subprocess.STDOUT,
@@ -233,6 +262,14 @@ class Supervisor:
             print("\n".join(f"  {child.name}| {line}" for line in told), file=sys.stderr, flush=True)
         where = f"; see {child.log}" if child.log is not None else ""
         raise RunError(f"{child.name} ended with {how}{': ' + sentence if sentence else ''}{where}")
+
+
+def _lasting_caches() -> dict[str, str]:
+    """Caches that lie in TMPDIR unless told otherwise, and are worth more than one run."""
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return {}
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return {"TORCHINDUCTOR_CACHE_DIR": str(caches / "torchinductor")}
 
 
 def _signal_group(child: Child, number: signal.Signals) -> None:

@@ -60,6 +60,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     },
     "convert": {"actor.grid": "a type: the exporter is given the rank grid"},
     "data.build": {
+        "cluster.processes": "its processes end with their parent",
         "config.entry": "build_dataset has a config of its own",
         "journal": "an interrupted build asks for nothing twice",
         "rewards": "the branches of a grown conversation are scored",

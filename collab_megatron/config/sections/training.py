@@ -61,6 +61,11 @@ class RunSection(Section):
     def logs_dir(self) -> Path:
         return self.dir / "logs" / self.name
 
+    @property
+    def lock_file(self) -> Path:
+        """There while a process writes any of the above."""
+        return self.dir / "locks" / f"{self.name}.lock"
+
 
 class ModelSection(Section):
     """The model to train: a Hugging Face folder or hub name."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from collab_megatron.cluster.processes import die_with_parent
 from collab_megatron.config.entry import BuildDatasetConfig
 from collab_megatron.data.build.problems import Problem, read_problems
 from collab_megatron.data.build.shards import claim_output
@@ -159,6 +160,7 @@ def _run_workers(config: BuildDatasetConfig, shares: list[list[Problem]], board:
 
 def _work(config: BuildDatasetConfig, share: list[Problem], worker: int, news: Any) -> None:
     """A worker process: its tallies and its end go through `news`."""
+    die_with_parent()  # after a kill -9 of it the same command goes on with this share
     set_up_logging(f"build-{worker}")
     try:
         asyncio.run(build_share(config, share, worker, lambda tally: news.put((worker, "tally", tally))))
