@@ -38,6 +38,12 @@ class TrainerArguments:
         files = [shard_file(self.driver_ready_file, shard) for shard in range(shards)]
         return [_wait_for_file(file, f"driver {shard}", timeout_s) for shard, file in enumerate(files)]
 
+    def driver_token(self) -> bytes:
+        """What every request to a driver must carry."""
+        if self.driver_ready_file is None:
+            raise RuntimeError("this run has no driver")
+        return token_file(self.driver_ready_file).read_bytes()
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -89,6 +95,11 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
 
 def shard_file(ready_file: Path, shard: int) -> Path:
     return ready_file.with_name(f"{ready_file.name}.{shard}")
+
+
+def token_file(ready_file: Path) -> Path:
+    """Next to the drivers' ready files; mode 600."""
+    return ready_file.with_name(f"{ready_file.name}.token")
 
 
 def _wait_for_file(path: Path, what: str, timeout_s: float) -> str:

@@ -9,7 +9,6 @@ because it must answer a message before it can take the next one.
 from __future__ import annotations
 
 import hmac
-import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -22,8 +21,6 @@ from collab_megatron.errors import UserError
 
 MAX_REQUEST_BYTES = 2**20
 """A request is a few URLs; ZeroMQ itself closes a connection that sends more."""
-MAX_SOCKET_PATH_BYTES = 107
-"""sun_path of <sys/un.h>, 108 with its final zero."""
 
 
 class Asked(NamedTuple):
@@ -45,7 +42,6 @@ class Listener:
         self._socket.maxmsgsize = MAX_REQUEST_BYTES
         self.dropped: Counter[str] = Counter()  # messages, by what was wrong with them
         self._tell_at = 1
-        require_short(address)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -91,13 +87,3 @@ class Listener:
         except (msgspec.DecodeError, ValueError):  # a UnicodeDecodeError is the latter
             self.dropped["unknown"] += 1
             return None
-
-
-def require_short(address: str) -> None:
-    """Raises UserError for a Unix-domain socket whose path the kernel would not take."""
-    path = address.removeprefix("ipc://")
-    if path != address and len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-        raise UserError(
-            f"{path} is too long for a socket ({len(os.fsencode(path))} bytes, {MAX_SOCKET_PATH_BYTES} at most): "
-            "set TMPDIR to a shorter folder"
-        )

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from collab_megatron.driver import service
+from collab_megatron.driver import listener, service
 from collab_megatron.driver.deliveries import Deliveries
 from collab_megatron.driver.forest import Tree
 from collab_megatron.driver.protocol import Answer
@@ -26,7 +26,7 @@ SPOTS = 4
 
 def main() -> None:
     folder = Path(sys.argv.pop(1))
-    put, write, encode = Deliveries.put, TreeRecorder.write, service.encode_answer
+    put, write, encode = Deliveries.put, TreeRecorder.write, listener.encode_answer
     newest = -1
 
     def die_at(step: int) -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
     Deliveries.put = weak_put  # type: ignore[method-assign]
     TreeRecorder.write = weak_write  # type: ignore[method-assign]
-    service.encode_answer = weak_encode
+    listener.encode_answer = weak_encode
     service.main()
 
 
