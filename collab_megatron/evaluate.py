@@ -25,7 +25,7 @@ from collab_megatron import __version__
 from collab_megatron.checkpoint.folders import read_info
 from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.cluster.converted import checkpoint_of, hf_folder_of
-from collab_megatron.cluster.launch import launch_engine_only
+from collab_megatron.cluster.launch import launch_engine_only, on_chosen_device
 from collab_megatron.cluster.lock import run_lock
 from collab_megatron.cluster.preflight import check_evaluate
 from collab_megatron.cluster.processes import Supervisor
@@ -133,6 +133,7 @@ def main() -> None:
         max_context_tokens = check_evaluate(config, node=arguments.node)
         if checkpoint is not None:
             config = with_model(given, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
+        config = on_chosen_device(config)
         output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
         with Supervisor(config.run.logs_dir, held=lock.held) as supervisor:
             urls = launch_engine_only(supervisor, config)

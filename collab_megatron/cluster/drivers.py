@@ -20,9 +20,9 @@ from collab_megatron.files import publish_secret
 
 class Drivers:
     """Those of one run on this node. A driver that ends by itself with an error ends the run; one that a signal (the
-    kernel's, when memory is short) or an exception that nobody expected ended is started again at the same address. One
-    that was killed before it was ready is told the attempt's first step again: it may not have seen to the lines of an
-    earlier attempt yet."""
+    kernel's, when memory is short) or an exception that nobody expected ended is started again at the same address, and
+    so is one that hangs, after it is killed. One that was killed before it was ready is told the attempt's first step
+    again: it may not have seen to the lines of an earlier attempt yet."""
 
     def __init__(
         self, supervisor: Supervisor, section: DriverSection, resolved: Path, max_context_tokens: int, ready_file: Path
@@ -41,8 +41,13 @@ class Drivers:
         self.children = [self._start(shard, self._first_step) for shard in range(self._section.shards)]
 
     def poll(self) -> None:
-        """Start those again that were killed. Raises RunError when one was killed too often."""
+        """Kill those that hang, and start those again that were killed. Raises RunError when one was killed too
+        often."""
         for shard, child in enumerate(self.children):
+            if child.hung and child.process.poll() is None:
+                print(f"{child.name} is killed: {child.hung}", flush=True)
+                self._supervisor.kill(child)
+                child.hung = None  # the next look finds it dead
             if not child.comes_again():  # runs, is done, or has failed: the supervisor sees to that
                 continue
             if self._restarts[shard] >= self._section.max_restarts:

@@ -115,6 +115,8 @@ class Fleet:
             return f"died ({how})"
         if reason := self._folder.condemned(server.entry):
             return f"was given up ({' '.join(reason.split())})"
+        if child.hung:
+            return f"was given up ({child.hung})"
         limit = self._settings.startup_timeout_s
         if not server.ready and time.monotonic() - server.began > limit:
             return f"was not ready within {limit:g} s"

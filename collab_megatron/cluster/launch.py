@@ -25,14 +25,14 @@ from collab_megatron.config.sections import ParallelSection
 from collab_megatron.engine.roster import RosterFolder
 from collab_megatron.engine.server_args import EngineCommand, engine_command
 
-C = TypeVar("C", RLConfig, SFTConfig)
+C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
 
 DRIVER_END_S = 60.0
 
 
 def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
     """Run engines, driver and trainers; returns when training is done. Raises RunError when a part fails."""
-    with Supervisor(config.run.logs_dir, held=lock.held) as supervisor:
+    with Supervisor(config.run.logs_dir, held=lock.held, stopped_timeout_s=config.run.stopped_timeout_s) as supervisor:
         files = supervisor.scratch
         resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
         fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config))
@@ -62,7 +62,7 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
 
 def launch_sft(config: SFTConfig, lock: RunLock) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
-    with Supervisor(config.run.logs_dir, held=lock.held) as supervisor:
+    with Supervisor(config.run.logs_dir, held=lock.held, stopped_timeout_s=config.run.stopped_timeout_s) as supervisor:
         resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(

@@ -1,7 +1,7 @@
 """Child processes that never outlive us: own process group each, death signal, one supervisor that ends them all.
 
 An essential child's failure ends everything; of the others (servers that are started again) whoever started them takes
-care.
+care. A child that a signal has stopped counts as failed after a while (stopped.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from collab_megatron.cluster.scratch import Scratch
+from collab_megatron.cluster.stopped import StoppedWatch, all_processes
 from collab_megatron.errors import EXIT_BUDGET, EXIT_DEFECT, EXIT_RUN, EXIT_USER, RunError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -82,6 +83,7 @@ class Child:
     essential: bool = True  # its failure ends everything
     restarted: bool = False  # one that a signal or a defect ended is started again by whoever started it
     saves: bool = False  # at TERM it saves together with the others that do, and ends
+    hung: str | None = None  # why it must be killed though it runs; whoever starts it again looks here
 
     def ended(self) -> str | None:
         """How the process itself ended ("exit code 1", "signal SIGKILL"); None while it runs."""
@@ -100,14 +102,16 @@ class Supervisor:
     """Starts children and ends all of them, whatever happens. Use as a context manager.
 
     It gives them a temporary folder (scratch.py), which goes when it ends. `held`: open files that every child
-    inherits, whose locks (flock) thereby last as long as one of them runs.
+    inherits, whose locks (flock) thereby last as long as one of them runs. `stopped_timeout_s`: a child that is stopped
+    for so long has failed; None: nobody looks.
     """
 
-    def __init__(self, logs_dir: Path, held: Sequence[int] = ()) -> None:
+    def __init__(self, logs_dir: Path, *, held: Sequence[int] = (), stopped_timeout_s: float | None = None) -> None:
         self._logs_dir = logs_dir
         self._held = tuple(held)
         self._scratch: Scratch | None = None
         self._children: list[Child] = []
+        self._stopped = None if stopped_timeout_s is None else StoppedWatch(stopped_timeout_s)
 
     def __enter__(self) -> Supervisor:
         self._logs_dir.mkdir(parents=True, exist_ok=True)
@@ -175,11 +179,24 @@ class Supervisor:
         return child
 
     def check(self) -> None:
-        """Raise RunError (or exit with 2 for a user's mistake) if an essential child has ended with an error."""
+        """Raise RunError (or exit with 2 for a user's mistake) if an essential child has ended with an error, or has
+        been stopped for too long."""
+        self._look_for_stopped()
         for child in self._children:
             code = child.process.poll()
             if child.essential and code and not child.comes_again():
                 self.fail(child)
+
+    def _look_for_stopped(self) -> None:
+        """Those that are started again are only marked, and killed by whoever does so."""
+        if self._stopped is None:
+            return
+        running = {child.process.pid: child for child in self._children if child.process.poll() is None}
+        for group, why in self._stopped.over(running).items():
+            child = running[group]
+            if child.essential and not child.restarted:
+                raise RunError(f"{child.name} is given up: {why}")
+            child.hung = why
 
     def wait_for(
         self,
@@ -286,14 +303,7 @@ def _signal_group(child: Child, number: signal.Signals) -> None:
 
 def _group_runs(group: int) -> bool:
     """Whether a process of the group still runs; zombies do not: whoever inherited them may never collect them."""
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue  # it ended while we looked
-        if int(its_group) == group and state not in "ZX":
-            return True
-    return False
+    return any(process.group == group and process.state not in "ZX" for process in all_processes())
 
 
 def _tail(log: Path) -> list[str]:

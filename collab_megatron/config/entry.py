@@ -30,7 +30,9 @@ from collab_megatron.config.sections import (
     SimulatorsSection,
     SyncSection,
     TrainSection,
+    UserSection,
 )
+from collab_megatron.config.timeouts import check_timeouts
 
 MAX_PORT = 65535
 JUDGE_OF = "judge-"  # begins the role of a metric's own judge
@@ -149,6 +151,16 @@ class RLConfig(Section):
         _check_engine(self.engine)
         _check_transport(self.engine, self.sync)
         _check_driver(self.driver, self.rollout, self.engine, self.sync)
+        check_timeouts(
+            run=self.run,
+            parallel=self.parallel,
+            sync=self.sync,
+            rollout=self.rollout,
+            driver=self.driver,
+            engine=self.engine,
+            evaluation=self.evaluation if self.data.validation is not None else None,
+            llms=_llms_of_conversations(self.simulators, self.reward),
+        )
         if self.rollout.min_replies > self.rollout.num_replies:
             raise ValueError("rollout.min_replies is larger than rollout.num_replies: no group could ever be kept")
         if self.algorithm.mini_batches > self.rollout.prompts_per_step:
@@ -178,6 +190,7 @@ class SFTConfig(Section):
         if self.train.epochs is None:
             _check_schedule(self.optimizer, self.train.steps)
         _check_packing(self.parallel, self.train)
+        check_timeouts(run=self.run, parallel=self.parallel)
         if self.train.eval_interval and self.data.validation is None:
             raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
         return self
@@ -213,6 +226,11 @@ class EvaluateConfig(Section):
     def _cross_checks(self) -> Self:
         _check_metrics(self.reward, self.simulators)
         _check_engine(self.engine)
+        check_timeouts(
+            engine=self.engine,
+            evaluation=self.evaluation,
+            llms=_llms_of_conversations(self.simulators, self.reward),
+        )
         if self.data.validation is None:
             raise ValueError("data.validation is not set: name the held-out parquet")
         if self.output is not None and self.output.suffix == ".jsonl":
@@ -245,6 +263,7 @@ class BuildDatasetConfig(Section):
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         _check_metrics(self.reward, self.simulators)
+        check_timeouts(llms={role_place(role): llm for role, llm in llm_roles(self.simulators, self.reward).items()})
         if self.simulators.assistant is None:
             raise ValueError("simulators.assistant is not set: name the model that proposes the replies")
         return self
@@ -256,6 +275,18 @@ def llm_roles(simulators: SimulatorsSection, reward: RewardSection) -> dict[str,
     roles = {role: section for role, section in named.items() if section is not None}
     own = {judge_role(metric): judge for metric, judge in reward.judges.items() if metric in reward.metric_weights}
     return roles | own
+
+
+def _llms_of_conversations(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
+    """Place in the config -> an LLM that a conversation of the policy waits for."""
+    found: dict[str, LLMSection] = {}
+    for role, section in llm_roles(simulators, reward).items():
+        if role == "assistant":
+            continue
+        found[role_place(role)] = section
+        if isinstance(section, UserSection):
+            found |= {f"{role_place(role)}.mixture.{i}": other for i, other in enumerate(section.mixture)}
+    return found
 
 
 def judge_role(metric: str) -> str:

@@ -83,6 +83,7 @@ async def assemble(
         stop_token_ids=chat.end_ids,
         request_timeout_s=config.engine.request_timeout_s,
         health_timeout_s=config.engine.health_timeout_s,
+        work_timeout_s=config.engine.work_timeout_on("cuda" if config.parallel.device == "cuda" else "cpu"),
         max_concurrency=max(1, config.engine.max_concurrency // shards),
         max_running_tokens=config.engine.max_running_tokens,
         share=1 / shards,

@@ -35,6 +35,7 @@ class ServerLoad:
 
     capacity_tokens: int  # of its KV cache; 0: it does not say
     waiting_requests: int  # in its queue
+    stamps: tuple[float, ...] = ()  # of each scheduler: when it last finished a batch, by its own clock
 
 
 def open_session() -> aiohttp.ClientSession:
@@ -104,25 +105,46 @@ class EngineClient:
         return ServerLoad(
             capacity_tokens=sum(int(load.get("max_total_num_tokens", 0)) for load in loads),
             waiting_requests=sum(int(load.get("num_waiting_reqs", 0)) for load in loads),
+            stamps=tuple(float(load.get("timestamp", 0.0)) for load in loads),
         )
 
+    async def paused(self, *, timeout_s: float) -> bool:
+        """Whether it was told to pause, as in every weight sync. SGLang says so between two lines: a paused server is
+        not ready but well. Raises as `generate` does, plain RunError where the server does not know the question."""
+        if await self._is_up("ready", timeout_s):
+            return False
+        return await self._is_up("ping", timeout_s)
+
+    async def _is_up(self, call: str, timeout_s: float) -> bool:
+        """200 or 503, from a flag of the server's HTTP side. Raises RunError for anything else."""
+        status, _ = await self._send("GET", call, timeout_s)
+        if status not in (200, 503):
+            raise RunError(f"engine {self.url} refused {call} ({status})")
+        return status == 200
+
     async def _call(self, method: str, call: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
-        try:
-            async with self._session.request(
-                method, f"{self.url}/{call}", json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
-            ) as response:
-                payload = await response.read()
-        except TimeoutError:
-            raise EngineSilent(f"engine {self.url} did not answer {call} within {timeout_s:g} s") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise EngineGone(f"engine {self.url} is gone during {call} ({type(error).__name__}: {error})") from None
-        if response.status != 200:
+        status, payload = await self._send(method, call, timeout_s, body)
+        if status != 200:
             text = payload[:300].decode(errors="replace")
-            raise RunError(f"engine {self.url} refused {call} ({response.status}): {text}")
+            raise RunError(f"engine {self.url} refused {call} ({status}): {text}")
         try:
             return orjson.loads(payload)
         except orjson.JSONDecodeError as error:
             raise RunError(f"engine {self.url} answered {call} with something else than JSON ({error})") from None
+
+    async def _send(
+        self, method: str, call: str, timeout_s: float, body: dict[str, Any] | None = None
+    ) -> tuple[int, bytes]:
+        """Status and contents of the answer."""
+        try:
+            async with self._session.request(
+                method, f"{self.url}/{call}", json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
+            ) as response:
+                return response.status, await response.read()
+        except TimeoutError:
+            raise EngineSilent(f"engine {self.url} did not answer {call} within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineGone(f"engine {self.url} is gone during {call} ({type(error).__name__}: {error})") from None
 
 
 def parse_generation(item: dict[str, Any]) -> Generation:

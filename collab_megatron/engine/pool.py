@@ -4,7 +4,10 @@ Which servers are live, and under which weight version, is told by `use`: nothin
 so none comes back by itself. A server is lost for good, until `use` names it again, when
 
 - a connection to it breaks and it does not answer a ping either (one broken connection of many condemns nobody),
-- it is silent for `health_timeout_s` while it owes answers, or ends no request at all for `request_timeout_s`,
+- it is silent for `health_timeout_s` while it owes answers,
+- its HTTP side answers, but its scheduler finishes no batch for `work_timeout_s` while it owes answers and was not told
+  to pause,
+- it ends no request at all for `request_timeout_s`,
 - it serves other weights than it should: somebody restarted it.
 
 Where sampling goes on while the trainer updates (`ahead`), a server may serve newer weights than were named last: the
@@ -48,6 +51,8 @@ class _Server:
     capacity: float | None = None  # tokens that its cache holds, once it has said so
     sequences: int = 0  # that it was asked for and has not answered yet
     heard: float = 0.0  # monotonic s of its last sign of life; of the request, where it was idle before
+    worked: float = 0.0  # the same of its last sign of work: a batch finished, or told to pause
+    stamps: tuple[float, ...] = ()  # of the batch that was last seen
     finished: float = 0.0  # monotonic s of the last generate call that it answered
     check: asyncio.Task[None] | None = None  # the ping after a broken connection
     first_look: asyncio.Task[None] | None = None  # at what it holds
@@ -67,18 +72,21 @@ class EnginePool:
         request_timeout_s: float,
         health_timeout_s: float,
         max_concurrency: int,
+        work_timeout_s: float | None = None,
         slots: Slots | None = None,
         max_running_tokens: int | None = None,
         share: float = 1.0,
         ahead: bool = False,
         wait_for_engines: bool = False,
     ) -> None:
-        """`max_concurrency` is per server, and so is `max_running_tokens` (None: what its cache holds); `share` of the
+        """`work_timeout_s`: longer than the longest batch takes; None: four times `health_timeout_s`.
+        `max_concurrency` is per server, and so is `max_running_tokens` (None: what its cache holds); `share` of the
         latter is ours. The pool keeps the ceiling of `slots`, which others take, and cuts it where a server queues.
         With `wait_for_engines` a request waits for the next `use` where no server is left."""
         self._stop_token_ids = stop_token_ids
         self._request_timeout_s = request_timeout_s
         self._health_timeout_s = health_timeout_s
+        self._work_timeout_s = 4 * health_timeout_s if work_timeout_s is None else work_timeout_s
         self._max_concurrency = max_concurrency
         self._ping_deadline_s = min(PING_DEADLINE_S, health_timeout_s / 2)
         self._slots, self._max_running_tokens, self._share = slots, max_running_tokens, share
@@ -193,7 +201,7 @@ class EnginePool:
     ) -> list[Generation] | None:
         """One request to one server; None as soon as the server is lost."""
         if not server.sequences:
-            server.heard = time.monotonic()
+            server.heard = server.worked = time.monotonic()
         server.sequences += n
         asked_of = server.version
         call = asyncio.ensure_future(
@@ -215,7 +223,7 @@ class EnginePool:
         finally:
             server.sequences -= n
             call.cancel()
-        server.heard = server.finished = time.monotonic()
+        server.heard = server.worked = server.finished = time.monotonic()
         if not all(
             self._serves(server, version, asked_of)
             for version in {version for generation in generations for version in generation.versions_T}
@@ -264,7 +272,7 @@ class EnginePool:
     async def _watch(self) -> None:
         """Ping the servers that owe an answer, until cancelled."""
         while True:
-            await asyncio.sleep(min(PING_EVERY_S, self._health_timeout_s / 4))
+            await asyncio.sleep(min(PING_EVERY_S, self._health_timeout_s / 4, self._work_timeout_s / 4))
             await asyncio.gather(*(self._watch_one(server) for server in self._live if server.sequences))
 
     async def _watch_one(self, server: _Server) -> None:
@@ -283,9 +291,8 @@ class EnginePool:
                 await self._look_at_load(server)
 
     async def _look_at_load(self, server: _Server) -> None:
-        """What its cache holds, and whether requests wait in its own queue, where ours would be better placed."""
-        if self._slots is None:
-            return
+        """What its cache holds, whether requests wait in its own queue, where ours would be better placed, and whether
+        it works at all."""
         try:
             load = await server.client.load(timeout_s=self._ping_deadline_s)
         except RunError:
@@ -293,8 +300,23 @@ class EnginePool:
         if load.capacity_tokens and server.capacity is None:
             server.capacity = load.capacity_tokens
             self._note_capacity()
-        if load.waiting_requests:
+        if load.waiting_requests and self._slots is not None:
             self._slots.overloaded()
+        if server.sequences:
+            await self._look_at_work(server, load.stamps)
+
+    async def _look_at_work(self, server: _Server, stamps: tuple[float, ...]) -> None:
+        """Lose a server that owes answers and stands still."""
+        try:
+            works = stamps != server.stamps or await server.client.paused(timeout_s=self._ping_deadline_s)
+        except RunError:
+            return  # it does not tell whether it is paused
+        if works:
+            server.stamps, server.worked = stamps, time.monotonic()
+            return
+        idle_s = time.monotonic() - server.worked
+        if server.sequences and idle_s >= self._work_timeout_s:
+            self._lose(server, f"it finished no batch for {idle_s:.0f} s, {server.sequences} sequences under way")
 
     def _note_capacity(self) -> None:
         """The ceiling of the slots: our share of what the live servers hold."""

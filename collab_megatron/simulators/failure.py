@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import email.utils
+import errno
+import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from collab_megatron.errors import RunError
 
@@ -20,8 +23,14 @@ REQUEST_STATUSES = frozenset({400, 413, 415, 422})
 
 OVERLOAD_STATUSES = frozenset({429, 503, 529})
 
+NOBODY_ANSWERED = frozenset({"timeouts", "connection_errors"})
+"""Counters of what no server answered: the client's class and status for it are inventions."""
+
+UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN})
+NOT_HTTP = frozenset({"BadStatusLine", "BadHttpMessage"})
 DETAIL_CHARS = 200
 LONGEST_CHAIN = 16  # causes of an exception that are looked at
+PROVIDER = "the provider"  # where the address is not known
 
 
 class SimulatorError(RunError):
@@ -40,7 +49,7 @@ class Failure:
     status: int | None  # HTTP status where there was one
     fatal: bool
     retry_after_s: float | None  # what the server asked for
-    detail: str = ""  # the provider's words, shortened, without the key
+    detail: str = ""  # the provider's words, shortened, without the key; of a broken connection, what happened to it
     counter: str = ""  # the field of RoleUsage that counts it
 
     @property
@@ -54,19 +63,27 @@ class Failure:
         return self.status not in REQUEST_STATUSES
 
     def __str__(self) -> str:
+        if self.counter in NOBODY_ANSWERED:
+            return self.detail
         status = f" (status {self.status})" if self.status is not None else ""
         return f"{self.kind}{status}" + (f": {self.detail}" if self.detail else "")
 
 
-def timed_out(timeout_s: float) -> Failure:
-    """No whole answer within the attempt's own deadline."""
-    return Failure("Timeout", None, False, None, f"no answer within {timeout_s:.1f} s", counter="timeouts")
+def timed_out(timeout_s: float, address: str = "") -> Failure:
+    """No whole answer of `address` (HOST:PORT) within the attempt's own deadline."""
+    detail = f"no answer from {address or PROVIDER} within {timeout_s:.1f} s (Timeout)"
+    return Failure("Timeout", None, False, None, detail, counter="timeouts")
 
 
-def classify(error: BaseException, secrets: Iterable[str]) -> Failure:
-    """Read an API client's exception; the secrets are cut out of whatever text is kept."""
+def classify(error: BaseException, secrets: Iterable[str], address: str = "") -> Failure:
+    """Read an API client's exception about a request to `address` (HOST:PORT; empty: the provider's own). The secrets
+    are cut out of whatever text is kept."""
     status = getattr(error, "status_code", None)
     status = status if isinstance(status, int) else None
+    counter = _counter(error, status)
+    if counter in NOBODY_ANSWERED:
+        links = list(_chain(error))
+        return Failure(type(links[-1]).__name__, None, False, None, _what_broke(links, counter, address), counter)
     text = str(error)
     # A spent account answers 429 like a busy one, but no waiting fills it.
     fatal = status in FATAL_STATUSES or (status == 429 and "insufficient_quota" in text)
@@ -77,15 +94,64 @@ def classify(error: BaseException, secrets: Iterable[str]) -> Failure:
             detail = detail.replace(secret, "***")
         detail = detail[:DETAIL_CHARS]
     asked_s = retry_after_s(_headers(error), time.time())
-    return Failure(type(error).__name__, status, fatal, asked_s, detail, _counter(error, status))
+    return Failure(type(error).__name__, status, fatal, asked_s, detail, counter)
+
+
+def address_of(api_base: str | None) -> str:
+    """HOST:PORT of a URL, for messages: never a user name, password or path. Empty where there is no URL."""
+    try:
+        parts = urlsplit(api_base or "")
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:  # a port that is no number
+        return ""
+    return _host_and_port(parts.hostname, port) if parts.hostname else ""
+
+
+def _host_and_port(host: object, port: object) -> str:
+    name = f"[{host}]" if ":" in str(host) else str(host)
+    return name if port is None else f"{name}:{port}"
+
+
+def _what_broke(links: Sequence[BaseException], counter: str, address: str) -> str:
+    """The connection's failure in plain words, of an exception and its causes. Only the system's own words are quoted:
+    the client's hold whole URLs."""
+    classes = _classes(links)
+    for link in links:  # the one that tried to connect knows where; through a proxy that is another place
+        if getattr(link, "host", None) and hasattr(link, "port"):
+            address = _host_and_port(link.host, link.port)  # type: ignore[attr-defined]
+    where = address or PROVIDER
+    number, said = next(
+        ((link.errno, link.strerror) for link in reversed(links) if isinstance(link, OSError) and link.errno), (0, "")
+    )
+    if counter == "timeouts":
+        connecting = classes & {"ConnectTimeout", "ConnectionTimeoutError", "PoolTimeout"}
+        return f"no {'connection to' if connecting else 'answer from'} {where} in time (Timeout)"
+    if classes & {"gaierror", "ClientConnectorDNSError"}:
+        host = where.rpartition(":")[0] or where
+        return f"no address is known for {host} (DNS: {said or 'no answer'})"
+    if classes & {"SSLError", "ClientSSLError", "CertificateError"}:
+        named = (getattr(link, name, None) for link in reversed(links) for name in ("verify_message", "reason"))
+        why = next(filter(None, named), "no reason is given")
+        return f"no TLS connection with {where} ({str(why).replace('_', ' ').lower()})"
+    if number == errno.ECONNREFUSED:
+        return f"connection refused by {where}"
+    if number in UNREACHABLE:
+        return f"{where} cannot be reached ({os.strerror(number)})"
+    if "ClientHttpProxyError" in classes:
+        return f"the HTTP proxy gives no connection to {where}"
+    if classes & NOT_HTTP:
+        return f"{where} answers with something else than HTTP"
+    return f"connection broken by {where} ({type(links[-1]).__name__})"
+
+
+def _classes(links: Iterable[BaseException]) -> set[str]:
+    """The HTTP client's classes are known by name here, so that reading a failure imports no client."""
+    return {kind.__name__ for link in links for kind in type(link).__mro__}
 
 
 def _counter(error: BaseException, status: int | None) -> str:
-    """LiteLLM gives a status of its own to whatever went wrong, mostly 500; the chain of causes says what it was.
-
-    The HTTP client's classes are known by name here, so that reading a failure imports no client.
-    """
-    classes = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
+    """LiteLLM gives a status of its own to whatever went wrong, mostly 500; the chain of causes says what it was."""
+    classes = _classes(_chain(error))
     if "HTTPStatusError" not in classes:
         if classes & {"TimeoutException", "TimeoutError"}:
             return "timeouts"

@@ -22,7 +22,7 @@ from collab_megatron.config.sections import LLMSection
 from collab_megatron.journal.calls import METRIC, keep_call
 from collab_megatron.simulators.answer import Answer, Observer, find_problem, share_out
 from collab_megatron.simulators.deployments import Deployment, Deployments, NoTurn
-from collab_megatron.simulators.failure import Failure, SimulatorError, classify, timed_out
+from collab_megatron.simulators.failure import Failure, SimulatorError, address_of, classify, timed_out
 from collab_megatron.simulators.litellm_api import ApiReply, LiteLLMApi, Request
 from collab_megatron.simulators.parsing import read_for_record
 from collab_megatron.simulators.recorded import Recorded
@@ -225,12 +225,13 @@ class Role:
                 async with asyncio.timeout(timeout_s):
                     result = await self._api.chat(turn.deployment.endpoint, request, timeout_s)
             except TimeoutError:
-                result = timed_out(timeout_s)
+                result = timed_out(timeout_s, address_of(turn.deployment.endpoint.api_base))
             except asyncio.CancelledError:
                 usage.cancelled += 1
                 raise
             except Exception as error:  # noqa: BLE001 - LiteLLM raises many kinds; every one becomes a status
-                result = classify(error, self._deployments.keys)
+                address = address_of(turn.deployment.endpoint.api_base)
+                result = classify(error, self._deployments.keys, address)
                 logger.debug("simulators.%s: attempt failed: %s", self.name, result)
             finally:
                 usage.in_flight -= 1

@@ -125,7 +125,9 @@ def test_simulators_that_go_away_end_the_run(
         time.sleep(2)
         base = f"http://127.0.0.1:{port}/v1"
         overrides = [
-            f"simulators.{role}.{key}" for role in ("user", "judge") for key in (f"api_base={base}", "deadline_s=2")
+            f"simulators.{role}.{key}"
+            for role in ("user", "judge")
+            for key in (f"api_base={base}", "deadline_s=2", "timeout_s=2")
         ]
         running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", *overrides))
         running.wait_until("rl 1/500")

@@ -20,6 +20,9 @@ class FakeServer:
     version: str = "1"
     answer: Answer | None = None
     silent: bool = False  # accepts connections, answers nothing
+    tells_work: bool = False  # has the calls that tell of the scheduler behind the HTTP side
+    batches: int = 0  # that the scheduler has finished
+    paused: bool = False
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     answered: int = 0
@@ -35,6 +38,10 @@ class FakeServer:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
         app.router.add_get("/model_info", self._model_info)
+        if self.tells_work:
+            app.router.add_get("/v1/loads", self._loads)
+            app.router.add_get("/ready", self._ready)
+            app.router.add_get("/ping", self._ping)
         self.transports: set[asyncio.Transport] = set()
         self.runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self.runner.setup()
@@ -62,6 +69,15 @@ class FakeServer:
         if self.silent:
             await asyncio.sleep(3600)
         return web.json_response({"weight_version": self.version})
+
+    async def _loads(self, request: web.Request) -> web.Response:
+        return web.json_response({"loads": [{"timestamp": float(self.batches)}]})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        return web.Response(status=503 if self.paused else 200)
+
+    async def _ping(self, request: web.Request) -> web.Response:
+        return web.Response()
 
 
 def slowly(seconds: float) -> Answer:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from collab_megatron.cluster.processes import Supervisor, free_port
@@ -52,8 +53,24 @@ def name_weights(url: str, version: int = VERSION) -> None:
     assert reply.json()["success"], reply.text
 
 
-def engine_pool(health_timeout_s: float) -> EnginePool:
-    return EnginePool(stop_token_ids=[], request_timeout_s=120, health_timeout_s=health_timeout_s, max_concurrency=16)
+def engine_pool(health_timeout_s: float, work_timeout_s: float = 60) -> EnginePool:
+    return EnginePool(
+        stop_token_ids=[],
+        request_timeout_s=120,
+        health_timeout_s=health_timeout_s,
+        work_timeout_s=work_timeout_s,
+        max_concurrency=16,
+    )
+
+
+def scheduler_of(server: Server) -> psutil.Process:
+    """The process behind its HTTP side that runs the model, by the name that SGLang gives it."""
+    (found,) = [
+        child
+        for child in psutil.Process(server.pid).children(recursive=True)
+        if "scheduler" in " ".join(child.cmdline())
+    ]
+    return found
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -63,8 +80,8 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def generate_while(pool: EnginePool, doomed: Server, number: signal.Signals) -> None:
-    """64 calls of 64 tokens at most, all of them answered, though `doomed` gets a signal once it is at work."""
+async def generate_while(pool: EnginePool, doomed: Server, happens: Callable[[], None]) -> None:
+    """64 calls of 64 tokens at most, all of them answered, though something happens to `doomed` once it is at work."""
 
     async def ask(i: int) -> None:
         (generation,) = await pool.generate(
@@ -74,7 +91,7 @@ async def generate_while(pool: EnginePool, doomed: Server, number: signal.Signal
 
     calls = [asyncio.create_task(ask(i)) for i in range(64)]
     await until(lambda: pool.usage.generated_by.get(doomed.url, 0) >= 3 * 64)
-    os.killpg(doomed.pid, number)
+    happens()
     assert sum(not call.done() for call in calls) > 8
     await asyncio.wait_for(asyncio.gather(*calls), timeout=120)
 
@@ -86,12 +103,43 @@ async def test_a_stopped_server_is_given_up_and_all_its_calls_end_elsewhere(surv
     async with engine_pool(health_timeout_s=3) as pool:
         pool.use([survivor.url, doomed.url], VERSION)
         start = time.monotonic()
-        await generate_while(pool, doomed, signal.SIGSTOP)
+        await generate_while(pool, doomed, lambda: os.killpg(doomed.pid, signal.SIGSTOP))
         print(f"stopped: {time.monotonic() - start:.1f} s for 64 calls, {pool.usage.retried} asked again, {pool.lost}")
         assert list(pool.lost) == [doomed.url]
         assert "silent for" in pool.lost[doomed.url]
         assert pool.usage.requests == 64
         os.killpg(doomed.pid, signal.SIGCONT)
+
+
+async def test_a_stopped_scheduler_is_given_up_though_its_http_side_is_well(survivor: Server, doomed: Server) -> None:
+    """And a pause of the same length, as for every weight sync, is not taken for it."""
+    scheduler = scheduler_of(doomed)
+    async with engine_pool(health_timeout_s=60, work_timeout_s=4) as pool:
+        pool.use([doomed.url], VERSION)
+        control = EngineControl(doomed.url, timeout_s=30)
+        asked = [
+            asyncio.create_task(pool.generate([3, 40 + i, 2, 4], n=4, temperature=1.0, max_new_tokens=400))
+            for i in range(8)
+        ]
+        await until(lambda: httpx.get(f"{doomed.url}/v1/loads", trust_env=False).json()["loads"][0]["num_running_reqs"])
+        await asyncio.to_thread(control.pause)
+        await asyncio.sleep(8)
+        assert not any(call.done() for call in asked)
+        assert pool.lost == {}
+        await asyncio.to_thread(control.resume)
+        await asyncio.gather(*asked)
+        assert pool.lost == {}
+
+        pool.use([survivor.url, doomed.url], VERSION)
+        start = time.monotonic()
+        await generate_while(pool, doomed, scheduler.suspend)
+        print(f"scheduler stopped: {time.monotonic() - start:.1f} s for 64 calls, {pool.usage.retried} asked again")
+        assert list(pool.lost) == [doomed.url]
+        assert pool.lost[doomed.url].startswith("it finished no batch for ")
+        assert control.answers(timeout_s=30)
+        assert pool.usage.requests == 8 + 64
+        scheduler.resume()
+        control.close()
 
 
 async def test_a_killed_server_is_lost_at_once_and_all_its_calls_end_elsewhere(
@@ -100,7 +148,7 @@ async def test_a_killed_server_is_lost_at_once_and_all_its_calls_end_elsewhere(
     async with engine_pool(health_timeout_s=60) as pool:
         pool.use([survivor.url, doomed.url], VERSION)
         start = time.monotonic()
-        await generate_while(pool, doomed, signal.SIGKILL)
+        await generate_while(pool, doomed, lambda: os.killpg(doomed.pid, signal.SIGKILL))
         print(f"killed: {time.monotonic() - start:.1f} s for 64 calls, {pool.usage.retried} asked again, {pool.lost}")
         assert list(pool.lost) == [doomed.url]
         assert "gone during generate" in pool.lost[doomed.url]

@@ -19,7 +19,11 @@ from tests.engine.servers import FakeServer, reply, servers, slowly
 
 @asynccontextmanager
 async def pool(
-    *fakes: FakeServer, health_timeout_s: float = 30, request_timeout_s: float = 30, ahead: bool = False
+    *fakes: FakeServer,
+    health_timeout_s: float = 30,
+    request_timeout_s: float = 30,
+    work_timeout_s: float | None = None,
+    ahead: bool = False,
 ) -> AsyncIterator[Any]:
     """A pool that uses all of `fakes` at version 1."""
     async with (
@@ -28,6 +32,7 @@ async def pool(
             stop_token_ids=[2],
             request_timeout_s=request_timeout_s,
             health_timeout_s=health_timeout_s,
+            work_timeout_s=work_timeout_s,
             max_concurrency=64,
             ahead=ahead,
         ) as engines,
@@ -136,6 +141,31 @@ async def test_a_long_generation_is_not_silence() -> None:
     async with pool(fake, health_timeout_s=1) as engines:
         await ask(engines)
         assert engines.lost == {}
+
+
+async def test_a_server_whose_scheduler_stands_still_is_given_up() -> None:
+    fakes = FakeServer(answer=slowly(60), tells_work=True), FakeServer(tells_work=True)
+    async with pool(*fakes, work_timeout_s=0.4) as engines:
+        await ask_many(engines, 40)
+        assert list(engines.lost) == [fakes[0].url]
+        assert engines.lost[fakes[0].url].startswith("it finished no batch for ")
+        assert engines.usage.requests == 40
+
+
+async def test_work_a_pause_and_silence_about_it_are_no_standstill() -> None:
+    works, pauses, old = fakes = (
+        FakeServer(answer=slowly(2.5), tells_work=True),
+        FakeServer(answer=slowly(2.5), tells_work=True, paused=True),
+        FakeServer(answer=slowly(2.5)),
+    )
+    async with pool(*fakes, work_timeout_s=1) as engines:
+        asked = asyncio.create_task(ask_many(engines, 30))
+        while not asked.done():
+            works.batches += 1
+            await asyncio.sleep(0.02)
+        await asked
+        assert engines.lost == {}
+        assert min(works.answered, pauses.answered, old.answered) > 0
 
 
 async def test_a_server_that_ends_no_request_is_lost_though_it_answers_pings() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,6 +26,10 @@ class RunSection(Section):
     # this run starts from in the place of model.path's. Optimizer, steps, schedule and data order begin at zero;
     # model.path still gives tokenizer and architecture, and the reference of the KL term. A resume does not look at it
     init_from: Path | None = None
+    # a process of the run that a signal has stopped (SIGSTOP) for so long is taken for hung: engines and drivers are
+    # killed and started again, a trainer rank ends the run, saved. At most 60: the trainer gives a silent driver up at
+    # 120
+    stopped_timeout_s: Annotated[float, Field(gt=0, le=60)] = 20.0
 
     @property
     def checkpoints_dir(self) -> Path:

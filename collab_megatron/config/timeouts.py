@@ -1,0 +1,129 @@
+"""Deadlines that lie inside each other. Where an inner one is the longer, the outer one ends what could have gone on:
+a hung engine that would be noticed after 10 minutes ends the run whose step may take 5.
+
+    rollout.step_timeout_s > driver.group_timeout_s >= driver.future_timeout_s > an LLM's deadline_s >= its timeout_s
+    rollout.step_timeout_s > engine.request_timeout_s > driver.future_timeout_s > engine.health_ and work_timeout_s
+    evaluation.timeout_s   > an LLM's deadline_s, engine.health_ and work_timeout_s
+    engine.wait_s          > engine.startup_timeout_s
+    sync.timeout_s, parallel.collective_timeout_s > run.stopped_timeout_s
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from collab_megatron.config.sections import (
+    DriverSection,
+    EngineSection,
+    EvaluationSection,
+    LLMSection,
+    ParallelSection,
+    RolloutSection,
+    RunSection,
+    SyncSection,
+)
+
+
+class Deadline(NamedTuple):
+    """One key of the config."""
+
+    key: str
+    seconds: float
+
+
+class Rule(NamedTuple):
+    """`outer` is the longer one."""
+
+    outer: Deadline
+    inner: Deadline
+    why: str
+    may_be_equal: bool = False
+
+
+def check_timeouts(
+    *,
+    run: RunSection | None = None,
+    parallel: ParallelSection | None = None,
+    sync: SyncSection | None = None,
+    rollout: RolloutSection | None = None,
+    driver: DriverSection | None = None,
+    engine: EngineSection | None = None,
+    evaluation: EvaluationSection | None = None,
+    llms: Mapping[str, LLMSection] | None = None,
+) -> None:
+    """Raises ValueError, naming both keys and values, for the first pair of the sections that is the wrong way round.
+
+    llms: place in the config -> an LLM that conversations wait for.
+    """
+    rules = [*_of_processes(run, parallel, sync), *_of_engine(engine), *_of_llms(driver, evaluation, llms or {})]
+    if engine is not None:
+        rules += _of_standstill(driver, evaluation, engine)
+    if driver is not None and rollout is not None and engine is not None:
+        rules += _of_steps(rollout, driver, engine)
+    for outer, inner, why, may_be_equal in rules:
+        if inner.seconds > outer.seconds or (inner.seconds == outer.seconds and not may_be_equal):
+            raise ValueError(
+                f"{outer.key}={outer.seconds:g} must be {'at least' if may_be_equal else 'longer than'} "
+                f"{inner.key}={inner.seconds:g}, since {why}: raise the first or lower the second"
+            )
+
+
+def _of_steps(rollout: RolloutSection, driver: DriverSection, engine: EngineSection) -> Iterator[Rule]:
+    step = Deadline("rollout.step_timeout_s", rollout.step_timeout_s)
+    group = Deadline("driver.group_timeout_s", driver.group_timeout_s)
+    request = Deadline("engine.request_timeout_s", engine.request_timeout_s)
+    future = Deadline("driver.future_timeout_s", driver.future_timeout_s)
+    yield Rule(step, group, "a step waits for its trees, and one that is over ends the run")
+    yield Rule(step, request, "a step waits for its replies, and one that is over ends the run")
+    yield Rule(group, future, "a tree waits for its futures", may_be_equal=True)
+    yield Rule(request, future, "a slow turn is to end its future, and not to count as an engine that failed")
+
+
+def _of_llms(
+    driver: DriverSection | None, evaluation: EvaluationSection | None, llms: Mapping[str, LLMSection]
+) -> Iterator[Rule]:
+    for place, section in llms.items():
+        call = Deadline(f"{place}.deadline_s", section.deadline_s)
+        attempt = Deadline(f"{place}.timeout_s", section.timeout_s)
+        yield Rule(call, attempt, "a call is made of attempts", may_be_equal=True)
+        if driver is not None:
+            future = Deadline("driver.future_timeout_s", driver.future_timeout_s)
+            yield Rule(future, call, "a future waits for several calls")
+        if evaluation is not None:
+            whole = Deadline("evaluation.timeout_s", evaluation.timeout_s)
+            yield Rule(whole, call, "an evaluation waits for many calls")
+
+
+def _of_standstill(
+    driver: DriverSection | None, evaluation: EvaluationSection | None, engine: EngineSection
+) -> Iterator[Rule]:
+    noticed = [Deadline("engine.health_timeout_s", engine.health_timeout_s)]
+    if engine.work_timeout_s is not None:
+        noticed.append(Deadline("engine.work_timeout_s", engine.work_timeout_s))
+    for inner in noticed:
+        if driver is not None:
+            future = Deadline("driver.future_timeout_s", driver.future_timeout_s)
+            yield Rule(future, inner, "a hung engine is to be noticed before its futures are over")
+        if evaluation is not None:
+            whole = Deadline("evaluation.timeout_s", evaluation.timeout_s)
+            yield Rule(whole, inner, "a hung engine is to be noticed before the evaluation is over")
+
+
+def _of_engine(engine: EngineSection | None) -> Iterator[Rule]:
+    if engine is not None and not engine.urls and engine.max_restarts:
+        wait = Deadline("engine.wait_s", engine.wait_s)
+        start = Deadline("engine.startup_timeout_s", engine.startup_timeout_s)
+        yield Rule(wait, start, "a run without engines waits for one that is started again")
+
+
+def _of_processes(run: RunSection | None, parallel: ParallelSection | None, sync: SyncSection | None) -> Iterator[Rule]:
+    if run is None:
+        return
+    stopped = Deadline("run.stopped_timeout_s", run.stopped_timeout_s)
+    if parallel is not None:
+        collective = Deadline("parallel.collective_timeout_s", parallel.collective_timeout_s)
+        yield Rule(collective, stopped, "the peers of a stopped rank are to hear who it is")
+    if sync is not None:
+        whole = Deadline("sync.timeout_s", sync.timeout_s)
+        yield Rule(whole, stopped, "a stopped engine is to be found before its sync is over")
