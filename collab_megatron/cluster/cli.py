@@ -19,6 +19,7 @@ class TrainerArguments:
     roster: Path | None = None  # folder that says which engines are up (engine/roster.py)
     engine_ready_file: Path | None = None  # appears once all engines have answered
     driver_ready_file: Path | None = None  # with .0, .1, ...: each appears once that shard listens; holds its address
+    engine_keys: Path | None = None  # the file of engine/keys.py; None: the engines ask for none
 
     def wait_for_engine(self, timeout_s: float) -> None:
         """Raises RunError at the deadline."""
@@ -78,12 +79,13 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     internal.add_argument("--roster", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--engine-ready-file", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--driver-ready-file", type=Path, help=argparse.SUPPRESS)
+    internal.add_argument("--engine-keys", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     if args.gpus is not None and not args.dry_run:
         raise UserError("--gpus plans for a node that is not this machine: add --dry-run, or leave --gpus out")
     trainer = None
     if args.trainer_rank:
-        trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file)
+        trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys)
     return Arguments(
         config=args.config,
         overrides=args.overrides,

@@ -1,7 +1,7 @@
 """The driver processes of a run: one a shard, started again where one is killed; it goes on from the journal.
 
-They listen on Unix-domain sockets in a folder that only this user may enter, and answer only requests that carry a token
-made here, once a run.
+They listen on Unix-domain sockets in a folder that only this user may enter, and answer only requests that carry a
+token made here, once a run.
 """
 
 from __future__ import annotations
@@ -25,11 +25,19 @@ class Drivers:
     again: it may not have seen to the lines of an earlier attempt yet."""
 
     def __init__(
-        self, supervisor: Supervisor, section: DriverSection, resolved: Path, max_context_tokens: int, ready_file: Path
+        self,
+        supervisor: Supervisor,
+        section: DriverSection,
+        resolved: Path,
+        max_context_tokens: int,
+        ready_file: Path,
+        engine_keys: Path | None = None,
     ) -> None:
-        """`ready_file`: in a folder with a short name and mode 0700; sockets and token lie there, too."""
+        """`ready_file`: in a folder with a short name and mode 0700; sockets and token lie there, too. `engine_keys`:
+        file of engine/keys.py, where the engines ask for keys."""
         self._supervisor, self._section, self._ready_file = supervisor, section, ready_file
         self._argv = driver_command(resolved, max_context_tokens)
+        self._keys = ["--engine-keys", str(engine_keys)] if engine_keys else []
         publish_secret(token_file(ready_file), secrets.token_hex(32))
         self._restarts = [0] * section.shards
         self._first_step: list[str] = []
@@ -66,7 +74,7 @@ class Drivers:
         file = shard_file(self._ready_file, shard)
         where = ["--shard", str(shard), "--address", f"ipc://{file}.socket"]
         ready = ["--ready-file", str(file), "--token-file", str(token_file(self._ready_file))]
-        return self._supervisor.start(name, [*self._argv, *where, *ready, *more], {}, restarted=True)
+        return self._supervisor.start(name, [*self._argv, *where, *ready, *self._keys, *more], {}, restarted=True)
 
 
 def driver_command(resolved: Path, max_context_tokens: int) -> list[str]:

@@ -1,9 +1,9 @@
 """The driver's end of the line to the trainer: only requests that carry the run's token get in.
 
-A ZeroMQ ROUTER socket, on a Unix-domain socket in a folder of the run's own or, where the trainer is on another node, on
-TCP. Whatever else arrives there (a stranger's raw connection that ZeroMQ takes for a message, another program's request,
-a request that does not decode) is counted and dropped: nothing is answered, and nothing ends. A REP socket would not do,
-because it must answer a message before it can take the next one.
+A ZeroMQ ROUTER socket, on a Unix-domain socket in a folder of the run's own or, where the trainer is on another node,
+on TCP. Whatever else arrives there (a stranger's raw connection that ZeroMQ takes for a message, another program's
+request, one that does not decode) is counted and dropped: nothing is answered, and nothing ends. A REP socket would not
+do, because it must answer a message before it can take the next one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What trainer and driver say to each other: msgpack over ZeroMQ, a socket for each shard (listener.py is its other end).
+"""What trainer and driver say to each other: msgpack over ZeroMQ, a socket for each shard (its other end: listener.py).
 
 Every request carries the run's token, which stands in a file that only this user can read: a request without it is not
 answered.

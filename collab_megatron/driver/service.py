@@ -1,11 +1,11 @@
 """A driver process: grows its shard of the conversation trees and answers the trainer's requests.
 
     python -m collab_megatron.driver.service RESOLVED.yaml --max-context-tokens N --ready-file FILE
-        --address ADDRESS --token-file FILE [--first-step N] [--shard N]
+        --address ADDRESS --token-file FILE [--engine-keys FILE] [--first-step N] [--shard N]
 
-It listens at ADDRESS (ipc://FILE, tcp://HOST:PORT) and writes it to the ready file; requests must carry the token of the
-other file. Which engines it may ask stands in every request. Killed, or ended by an exception that nobody expected, and
-started again it goes on from the journal.
+It listens at ADDRESS (ipc://FILE, tcp://HOST:PORT) and writes it to the ready file; requests must carry the token of
+the token file. Which engines it may ask stands in every request. Killed, or ended by an exception that nobody
+expected, and started again it goes on from the journal.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from collab_megatron.driver.protocol import POLL_S, Answer, Request
 from collab_megatron.driver.recorder import TreeRecorder
 from collab_megatron.driver.steps import Steps
 from collab_megatron.driver.work import Work
+from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import EXIT_DEFECT, NoEngineLeft, RunError, UserError, run_cli
 from collab_megatron.files import publish_json, publish_text
 from collab_megatron.log import set_up_logging
@@ -132,6 +133,7 @@ async def serve(
     shard: int,
     address: str,
     token: bytes,
+    engine_keys: EngineKeys | None,
 ) -> None:
     """Answer the requests that carry `token` until told to stop. Raises what nobody expected."""
     recorder = TreeRecorder(
@@ -144,7 +146,9 @@ async def serve(
     context = zmq.asyncio.Context()
     listener = Listener(context, address, token)
     journal = open_journal(config)
-    async with assemble(config, engine_urls=(), max_context_tokens=max_context_tokens, journal=journal) as cast:
+    async with assemble(
+        config, engine_urls=(), max_context_tokens=max_context_tokens, journal=journal, engine_keys=engine_keys
+    ) as cast:
         service = Service(config, cast, recorder, shard=shard)
         publish_text(ready_file, listener.address)
         running = True
@@ -179,6 +183,7 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=0, help="which of driver.shards this process is")
     parser.add_argument("--address", required=True, help="where to listen: ipc://FILE or tcp://HOST:PORT")
     parser.add_argument("--token-file", type=Path, required=True)
+    parser.add_argument("--engine-keys", type=Path, help="file; not given where the engines ask for none")
     args = parser.parse_args()
     die_with_parent()
     set_up_logging(f"driver-{args.shard}")
@@ -193,6 +198,7 @@ def main() -> None:
                 shard=args.shard,
                 address=args.address,
                 token=args.token_file.read_bytes(),
+                engine_keys=EngineKeys.read(args.engine_keys) if args.engine_keys else None,
             )
         )
 
@@ -203,7 +209,7 @@ def main_or_defect() -> None:
         main()
     except (RunError, UserError):
         raise
-    except Exception:
+    except Exception:  # noqa: BLE001  (whatever it is, the launcher must be able to tell it)
         traceback.print_exc()
         sys.stderr.flush()
         sys.exit(EXIT_DEFECT)

@@ -1,4 +1,5 @@
-"""Driver processes that are killed or break come again at their address; real processes, with a small script for the driver."""
+"""Driver processes that are killed or break come again at their address; real processes, with a small script for the
+driver."""
 
 from __future__ import annotations
 

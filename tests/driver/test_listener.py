@@ -116,9 +116,10 @@ async def test_ten_thousand_random_messages_have_no_effect_on_the_service(
             batch = await asyncio.to_thread(lambda: client.next_batch(0, 0, [server.url], timeout_s=60).content)
             assert len(batch.samples) == 4
             await until(lambda: listener.dropped.total() >= MESSAGES)
-        with contextlib.closing(DriverClient([listener.address], b"guessed")) as stranger:
-            with pytest.raises(RunError, match="waited over"):  # nobody answers it
-                await asyncio.to_thread(lambda: stranger._ask_all(Request("stop"), "no", 0.0))
+        stranger = DriverClient([listener.address], b"guessed")
+        with pytest.raises(RunError, match="waited over"):  # nobody answers it
+            await asyncio.to_thread(lambda: stranger._ask_all(Request("stop"), "no", 0.0))
+        stranger.close()
         assert not serving.done()
         await asyncio.to_thread(client.stop)
         await asyncio.wait_for(serving, timeout=10)
