@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from collab_megatron.config.sections.base import Count, Positive, Seconds, Section
 
@@ -37,6 +37,17 @@ class EngineSection(Section):
     max_running_tokens: Positive | None = None  # tokens of the calls in flight, per server; None: what its cache holds
     # CPU threads of each rank. None: all cores while the trainer waits; shared with it where driver.max_staleness > 0
     threads: Positive | None = None
+
+    @field_validator("extra_args")
+    @classmethod
+    def _not_ours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """The run makes keys of its own, hands them over in a file, and sends them."""
+        for flag in (word.partition("=")[0] for word in value):
+            if flag in ("--api-key", "--admin-api-key", "--config"):
+                raise ValueError(
+                    f"{flag} is what every run sets itself: leave it out, and write the flags of a file here"
+                )
+        return value
 
     @property
     def servers(self) -> int:
