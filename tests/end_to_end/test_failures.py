@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
@@ -12,15 +14,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
+import msgspec
 import psutil
 import pytest
+import zmq
 
 from collab_megatron.checkpoint.folders import newest_complete
 from collab_megatron.cluster.processes import free_port
 from collab_megatron.driver.recorder import read_trees
+from collab_megatron.engine.keys import EngineKeys
 from tests.conftest import DESK_KEY, REPOSITORY, Ended, Run, environment
+from tests.listening import listening, open_to_others
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+STRANGERS_TRY = (
+    *(("GET", path) for path in ("/model_info", "/server_info", "/v1/loads", "/get_weights_by_name")),
+    *(("POST", path) for path in ("/generate", "/pause_generation", "/flush_cache", "/update_weights_from_disk")),
+    *(("POST", path) for path in ("/init_weights_update_group", "/release_memory_occupation", "/abort_request")),
+)
 
 
 class Running:
@@ -76,6 +89,7 @@ def test_the_last_engine_killed_ends_the_run_and_keeps_the_checkpoint(
 ) -> None:
     running = start(rl_command(tmp_path / "run", "train.steps=500", "engine.urls=[]", "engine.max_restarts=0"))
     running.wait_until("rl 2/500")
+    require_closed_to_strangers(running)
     os.kill(running.child("sglang.launch_server").pid, signal.SIGKILL)
     ended = running.end()
     assert ended.code == 1
@@ -90,6 +104,8 @@ def test_a_killed_driver_comes_again_and_the_run_ends_well(
 ) -> None:
     running = start(rl_command(tmp_path / "run", "train.steps=5", "driver.max_staleness=1"))
     running.wait_until("rl 2/5")
+    knock_at_the_driver(running)
+    running.wait_until("messages at ipc://")
     os.kill(running.child("collab_megatron.driver.service").pid, signal.SIGKILL)
     running.wait_until("driver ended with signal SIGKILL: it is started again")
     running.wait_until("rl 3/5")  # the family anew
@@ -99,6 +115,51 @@ def test_a_killed_driver_comes_again_and_the_run_ends_well(
     trees = list(read_trees(tmp_path / "run" / "conversations" / "rl"))
     assert Counter(tree["step"] for tree in trees) == dict.fromkeys(range(1, 6), 4)
     assert len({tree["task_id"] for tree in trees}) == len(trees)
+
+
+def require_closed_to_strangers(running: Running) -> None:
+    """Nothing that the run's processes listen at can be reached from another machine; the engine wants its keys, which
+    stand on no command line."""
+    listeners = {p.pid: listening(p.pid) for p in running.family if p.is_running()}
+    assert sum(map(bool, listeners.values())) >= 4, listeners  # both trainer ranks, the server and its scheduler
+    assert open_to_others(listeners) == {}
+    server = running.child("sglang.launch_server").cmdline()
+    keys_file = Path(server[server.index("--config") + 1])
+    keys = EngineKeys.read(keys_file)
+    assert stat.S_IMODE(keys_file.parent.stat().st_mode) == 0o700
+    told = [str((p.cmdline(), p.environ())) for p in running.family if p.is_running()]
+    assert not any(key in text for text in told for key in (keys.api, keys.admin))
+    url = f"http://127.0.0.1:{server[server.index('--port') + 1]}"
+    with httpx.Client(base_url=url, timeout=30, trust_env=False) as stranger:
+        refused = {
+            stranger.request(method, path, headers=headers).status_code
+            for headers in ({}, {"Authorization": "Bearer guessed"})
+            for method, path in STRANGERS_TRY
+        }
+        assert refused == {401}
+        # the key for questions opens nothing that changes the server
+        asking = dict(keys.header("generate"))
+        assert stranger.get("/model_info", headers=asking).status_code == 200
+        assert stranger.post("/pause_generation", json={}, headers=asking).status_code == 401
+
+
+def knock_at_the_driver(running: Running) -> None:
+    """With messages of all kinds, and raw connections that stay open."""
+    driver = running.child("collab_megatron.driver.service").cmdline()
+    address = driver[driver.index("--address") + 1]
+    path = Path(address.removeprefix("ipc://"))
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert open_to_others(p.pid for p in running.family) == {}
+    for number in range(30):
+        raw = socket.socket(socket.AF_UNIX)
+        raw.connect(str(path))
+        raw.sendall(b"\x01\x00\x01\x01\x06\x00hello" if number % 2 else b"\x00" * 64)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.connect(address)
+        for payload in (b"", b"\xc1", msgspec.msgpack.encode({"op": "stop"})):
+            for token in (b"", b"guessed"):
+                stranger.send_multipart([b"", token, payload])
+                stranger.send_multipart([b"", payload])
 
 
 def test_a_term_signal_ends_everything(
