@@ -3,7 +3,8 @@
     python -m tests.driver.weak_spots FOLDER RESOLVED.yaml ...
 
 Batch 0 dies before the journal has it, batch 1 after that, batch 2 halfway through its lines of the record, all by
-SIGKILL; batch 3 by an exception that nobody expected, before the answer is sent. A file in FOLDER for each tells the next life that it happened.
+SIGKILL; batch 3 by an exception that nobody expected, before the answer is sent. A file in FOLDER for each tells the
+next life that it happened.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -89,7 +90,7 @@ def test_the_last_engine_killed_ends_the_run_and_keeps_the_checkpoint(
 ) -> None:
     running = start(rl_command(tmp_path / "run", "train.steps=500", "engine.urls=[]", "engine.max_restarts=0"))
     running.wait_until("rl 2/500")
-    require_closed_to_strangers(running)
+    require_closed_to_strangers(running, tmp_path / "run")
     os.kill(running.child("sglang.launch_server").pid, signal.SIGKILL)
     ended = running.end()
     assert ended.code == 1
@@ -105,7 +106,6 @@ def test_a_killed_driver_comes_again_and_the_run_ends_well(
     running = start(rl_command(tmp_path / "run", "train.steps=5", "driver.max_staleness=1"))
     running.wait_until("rl 2/5")
     knock_at_the_driver(running)
-    running.wait_until("messages at ipc://")
     os.kill(running.child("collab_megatron.driver.service").pid, signal.SIGKILL)
     running.wait_until("driver ended with signal SIGKILL: it is started again")
     running.wait_until("rl 3/5")  # the family anew
@@ -117,9 +117,9 @@ def test_a_killed_driver_comes_again_and_the_run_ends_well(
     assert len({tree["task_id"] for tree in trees}) == len(trees)
 
 
-def require_closed_to_strangers(running: Running) -> None:
+def require_closed_to_strangers(running: Running, folder: Path) -> None:
     """Nothing that the run's processes listen at can be reached from another machine; the engine wants its keys, which
-    stand on no command line."""
+    stand on no command line and in no file of the run."""
     listeners = {p.pid: listening(p.pid) for p in running.family if p.is_running()}
     assert sum(map(bool, listeners.values())) >= 4, listeners  # both trainer ranks, the server and its scheduler
     assert open_to_others(listeners) == {}
@@ -129,6 +129,9 @@ def require_closed_to_strangers(running: Running) -> None:
     assert stat.S_IMODE(keys_file.parent.stat().st_mode) == 0o700
     told = [str((p.cmdline(), p.environ())) for p in running.family if p.is_running()]
     assert not any(key in text for text in told for key in (keys.api, keys.admin))
+    written = [file.read_bytes() for file in folder.rglob("*") if file.suffix in (".log", ".yaml", ".json", ".jsonl")]
+    assert len(written) > 3
+    assert not any(key.encode() in text for text in written for key in (keys.api, keys.admin))
     url = f"http://127.0.0.1:{server[server.index('--port') + 1]}"
     with httpx.Client(base_url=url, timeout=30, trust_env=False) as stranger:
         refused = {
@@ -144,22 +147,25 @@ def require_closed_to_strangers(running: Running) -> None:
 
 
 def knock_at_the_driver(running: Running) -> None:
-    """With messages of all kinds, and raw connections that stay open."""
+    """With messages of all kinds, and raw connections that stay open until it has told of them."""
     driver = running.child("collab_megatron.driver.service").cmdline()
     address = driver[driver.index("--address") + 1]
     path = Path(address.removeprefix("ipc://"))
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert open_to_others(p.pid for p in running.family) == {}
-    for number in range(30):
-        raw = socket.socket(socket.AF_UNIX)
-        raw.connect(str(path))
-        raw.sendall(b"\x01\x00\x01\x01\x06\x00hello" if number % 2 else b"\x00" * 64)
-    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+    with contextlib.ExitStack() as stack:
+        for number in range(30):
+            raw = stack.enter_context(socket.socket(socket.AF_UNIX))
+            raw.connect(str(path))
+            raw.sendall(b"\x01\x00\x01\x01\x06\x00hello" if number % 2 else b"\x00" * 64)
+        context = stack.enter_context(zmq.Context())
+        stranger = stack.enter_context(context.socket(zmq.DEALER))
         stranger.connect(address)
         for payload in (b"", b"\xc1", msgspec.msgpack.encode({"op": "stop"})):
             for token in (b"", b"guessed"):
                 stranger.send_multipart([b"", token, payload])
                 stranger.send_multipart([b"", payload])
+        running.wait_until("messages at ipc://")
 
 
 def test_a_term_signal_ends_everything(
