@@ -157,9 +157,9 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
         # scores rounded to bf16 would be wrong by up to 1/256 of themselves, which the exponential shows
-        wide, length = _wide(q.dtype), k.shape[2]
+        wide = _wide(q.dtype)
         scores = torch.matmul(q.to(wide) * scale, k.to(wide).transpose(-1, -2))
-        scores.view(*q.shape[:2], -1, length, length).add_(hidden)
+        scores.view(*q.shape[:2], -1, *hidden.shape).add_(hidden)
         weights = torch.softmax(scores, dim=-1).to(q.dtype)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
@@ -176,14 +176,16 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Causal attention by way of the whole square of scores: q [b, h, s, d], k and v [b, g, s, d] -> [b, h, s, d].
+    """Causal attention by way of all scores: q [b, h, s, d], k and v [b, g, p + s, d] -> [b, h, s, d]; the first p keys
+    come before all queries.
 
     Scores and softmax in fp32, as in torch's CPU kernel, but the products of the backward pass are large enough for the
     bf16 units: with up to some hundred tokens two to three times faster there. Longer squares leave the cache.
     """
     batch, heads, length, size = q.shape
     groups = k.shape[1]
-    hidden = torch.full((length, length), -math.inf, dtype=_wide(q.dtype), device=q.device).triu_(1)
+    keys = k.shape[2]
+    hidden = torch.full((length, keys), -math.inf, dtype=_wide(q.dtype), device=q.device).triu_(1 + keys - length)
     rows = q.reshape(batch, groups, heads // groups * length, size)  # the queries that share a key are one matrix
     out: Tensor = _ShortAttention.apply(rows, k, v, hidden, size**-0.5 if scale is None else scale)
     return out.view(batch, heads, length, size)

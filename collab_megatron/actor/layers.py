@@ -8,6 +8,7 @@ h heads of this rank, d head size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from collab_megatron.actor.backend import Backend
 from collab_megatron.actor.kernels import linear, rms_norm, rope, short_attention, swiglu
+from collab_megatron.batching.micro_batch import Group
 
 SHORT = 256  # tokens up to which short_attention trains faster than torch's CPU kernel
 
@@ -37,26 +39,29 @@ SHORT = 256  # tokens up to which short_attention trains faster than torch's CPU
 class Packing(PackedSeqParams):
     """How a packed row is divided; the lengths also as numbers, so that nothing waits for a device to read them."""
 
-    lengths: tuple[int, ...] = ()
+    groups: tuple[Group, ...] = ()
 
     @classmethod
-    def of(cls, lengths: tuple[int, ...], device: torch.device) -> Packing:
+    def of(cls, groups: tuple[Group, ...], device: torch.device) -> Packing:
+        """The boundaries that transformer-engine reads know no shared prefix: with it, nothing may be shared."""
+        lengths = tuple(length for prefix, own in groups for length in ((prefix, *own) if prefix else own))
         ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        longest = max(group.prefix + max(group.own) for group in groups)
         return cls(
             qkv_format="thd",
             cu_seqlens_q=ends,
             cu_seqlens_kv=ends,
-            max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
-            lengths=lengths,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            groups=groups,
         )
 
 
 class SdpaAttention(MegatronModule):
     """Causal core attention through torch's scaled_dot_product_attention.
 
-    Padding is on the right, where a causal mask already hides it from every real token. The sequences of a packed row
-    are attended to one by one: each at its own length, so packing also saves the work on padding.
+    Padding is on the right, where a causal mask already hides it from every real token. A packed row is attended to
+    group by group, so packing also saves the work on padding; the replies to one prompt in one call.
     """
 
     def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any) -> None:
@@ -80,31 +85,60 @@ class SdpaAttention(MegatronModule):
             out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
             return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
         assert isinstance(packed_seq_params, Packing)
-        sequences = zip(*(x.split(packed_seq_params.lengths) for x in (query, key, value)), strict=True)
-        outs = [self._attend(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1) for qkv in sequences]
+        groups = packed_seq_params.groups
+        parts = zip(*(x.split([g.prefix + sum(g.own) for g in groups]) for x in (query, key, value)), strict=True)
+        outs = [out for group, qkv in zip(groups, parts, strict=True) for out in self._group(group, *qkv)]
         return torch.cat(outs).reshape(query.shape[0], -1)
 
+    def _group(self, group: Group, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
+        """query [t, h, d], key and value [t, kv_h, d] of one group -> the same t tokens as parts [.., h, d], in order."""
+        prefix, own = group
+        if prefix:
+            yield self._attend(*(x[:prefix].transpose(0, 1)[None] for x in (query, key, value)))[0].transpose(0, 1)
+        elif len(set(own)) > 1:  # nothing shared: each at its own length, no padding
+            for qkv in zip(*(x.split(own) for x in (query, key, value)), strict=True):
+                yield self._attend(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
+            return
+        q, k, v = (_stack(x[prefix:], own) for x in (query, key, value))
+        if prefix:
+            k, v = (torch.cat((x[:prefix].expand(len(own), -1, -1, -1), y), 1) for x, y in ((key, k), (value, v)))
+        out = self._attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        yield from (out.flatten(0, 1),) if len(set(own)) == 1 else (x[:n] for x, n in zip(out, own, strict=True))
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[b, h, s, d], [b, kv_h, s, d] twice -> [b, h, s, d]."""
-        length = q.shape[2]
-        unwindowed = self.window is None or length <= self.window
+        """[b, h, s, d], [b, kv_h, s, d] twice -> [b, h, s, d]. More keys than queries: those in front come before all
+        queries."""
+        queries, keys = q.shape[2], k.shape[2]
+        unwindowed = self.window is None or keys <= self.window
         in_training = q.requires_grad and torch.is_grad_enabled()
-        if in_training and unwindowed and length <= SHORT and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        if in_training and unwindowed and keys <= SHORT and q.dtype == torch.bfloat16 and q.device.type == "cpu":
             return short_attention(q, k, v, self.scale)
         grouped = q.shape[1] != k.shape[1]
-        if unwindowed:
+        if unwindowed and queries == keys:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
-        assert self.window is not None
-        seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - self.window)
+        before = keys - queries
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(before)
+        if not unwindowed:
+            assert self.window is not None
+            seen = seen.triu(before + 1 - self.window)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale, enable_gqa=grouped)
 
 
+def _stack(tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """[t, h, d] -> [sequences, longest, h, d], zeros behind shorter ones; without a copy where all are of one length."""
+    if len(set(lengths)) == 1:
+        return tokens.unflatten(0, (len(lengths), lengths[0]))
+    return nn.utils.rnn.pad_sequence(tokens.split(lengths), batch_first=True)
+
+
 @functools.lru_cache(maxsize=8)  # all layers and micro-batches of one length ask for the same
-def _cos_sin(angles: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """angles [s, 1, 1, d], both halves alike -> two [s, 1, 1, d/2]; packed: positions begin anew in each sequence."""
+def _cos_sin(angles: Tensor, groups: tuple[Group, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """angles [s, 1, 1, d], both halves alike -> two [s, 1, 1, d/2]; packed: positions begin again in each group, and
+    behind its prefix in each sequence."""
     half = angles[..., : angles.shape[-1] // 2]
-    if lengths:
-        half = torch.cat([half[:length] for length in lengths])
+    if groups:
+        spans = [span for p, own in groups for span in ((0, p), *((p, p + length) for length in own))]
+        half = torch.cat([half[start:stop] for start, stop in spans])
     return half.cos().to(dtype), half.sin().to(dtype)
 
 
@@ -122,10 +156,10 @@ class CausalSelfAttention(SelfAttention):
         """hidden_states [s, b, hidden], a part of s under sequence parallelism; rotary_pos_emb [s, 1, 1, d]."""
         assert not self.checkpoint_core_attention
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        lengths = packed_seq_params.lengths if isinstance(packed_seq_params, Packing) else ()
-        cos, sin = _cos_sin(rotary_pos_emb, lengths, query.dtype)
+        groups = packed_seq_params.groups if isinstance(packed_seq_params, Packing) else ()
+        cos, sin = _cos_sin(rotary_pos_emb, groups, query.dtype)
         query, key = rope(query, cos, sin), rope(key, cos, sin)
-        if lengths:
+        if groups:
             query, key, value = (x.squeeze(1) for x in (query, key, value))
         out = self.core_attention(query, key, value, packed_seq_params=packed_seq_params)
         result: tuple[Tensor, Tensor | None] = self.linear_proj(out.view(-1, hidden_states.shape[1], out.shape[-1]))

@@ -82,10 +82,7 @@ def token_aligned(output: Tensor, batch: MicroBatch, grid: RankGrid) -> Tensor:
         dist.all_gather(parts, output.contiguous(), group=grid.cp_group)
         output = from_context_parts(parts)
     aligned = output.roll(1, dims=-1)
-    for row, columns in batch.spans():
-        aligned[:, row, columns.start] = 0.0
-    if not batch.packed:
-        aligned[..., 0] = 0.0
+    aligned[..., batch.first_columns] = 0.0
     return aligned.cpu()
 
 

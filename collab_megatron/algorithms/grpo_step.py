@@ -28,6 +28,7 @@ def token_sample(sample: TrainingSample, version: int) -> TokenSample:
             "rollout_logprobs": [0.0] * before + list(sample.rollout_logprobs_T),
             "on_policy": [0.0] * before + [on_policy] * reply,
         },
+        shareable=max(0, before - 1),
     )
 
 

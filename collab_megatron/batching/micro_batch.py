@@ -4,12 +4,18 @@ Legend: B rows, S row length, T tokens of one sample. Every per-token tensor is 
 [b, t] speaks of token [b, t] (its log-probability given the tokens before it); a sample's first token is never trained.
 A packed micro-batch has one row (B = 1) in which samples stand end to end; whatever sums over [B, S] under the mask,
 as every loss does, need not know which of the two it is given.
+
+In a packed row the replies to one prompt can share it: the prompt's tokens stand there once, behind them each reply
+with the prompt's last token in front, for that token predicts another first token in each of them. Attention lets every
+reply see the prompt and itself (actor/layers.py), so that numbers are those of whole samples, for fewer tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +28,19 @@ class TokenSample:
     ids: Sequence[int]  # T tokens
     mask: Sequence[float]  # T; 1.0 where the token is trained
     values: Mapping[str, Sequence[float]] = field(default_factory=dict)  # name -> T numbers (advantages, log-probs...)
+    shareable: int = 0  # leading tokens that may stand in a row once for several samples; neither they nor the token
+    # behind them are trained
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        return tuple(self.ids[: self.shareable])
+
+
+class Group(NamedTuple):
+    """Neighbours in a packed row."""
+
+    prefix: int  # tokens that they share, in front of them; 0: none, each is a sequence of its own
+    own: tuple[int, ...]  # tokens of each, the prefix left out
 
 
 @dataclass(frozen=True)
@@ -32,8 +51,9 @@ class MicroBatch:
     mask: Tensor  # [B, S] float32; 1.0 where the token is trained
     values: dict[str, Tensor]  # name -> [B, S] float32, zero on padding
     sample_indices: tuple[int, ...]  # where each sample came from in the list that was split
-    lengths: tuple[int, ...]  # tokens of each sample, in the order of sample_indices
+    lengths: tuple[int, ...]  # tokens of each sample, in the order of sample_indices; a shared prefix among them
     packed: bool = False
+    groups: tuple[Group, ...] = ()  # packed: what stands in the row, in order, without the padding
 
     @property
     def num_trained_tokens(self) -> int:
@@ -41,25 +61,54 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens; padding left out."""
-        return sum(self.lengths)
+        """Real tokens that are computed; padding left out, a shared prefix counted once."""
+        return sum(group.prefix + sum(group.own) for group in self.groups) if self.packed else sum(self.lengths)
 
     @property
-    def segments(self) -> tuple[int, ...]:
-        """Packed: lengths of the sequences that attention keeps apart; the padding at the end is one of them."""
+    def segments(self) -> tuple[Group, ...]:
+        """Packed: what attention keeps apart; the padding at the end is a sequence too."""
         tail = self.ids.shape[1] - self.num_tokens
-        return (*self.lengths, tail) if tail else self.lengths
+        return (*self.groups, Group(0, (tail,))) if tail else self.groups
 
     def spans(self) -> Iterator[tuple[int, slice]]:
-        """(row, columns) of each sample, in the order of sample_indices: the flat view that hides the layout."""
+        """(row, columns) of each sample's own tokens, in the order of sample_indices: the flat view that hides the
+        layout."""
+        if not self.packed:
+            yield from ((row, slice(0, length)) for row, length in enumerate(self.lengths))
+            return
         start = 0
-        for row, length in enumerate(self.lengths):
-            yield (0, slice(start, start + length)) if self.packed else (row, slice(0, length))
-            start += length
+        for group in self.groups:
+            start += group.prefix
+            for length in group.own:
+                yield 0, slice(start, start + length)
+                start += length
+
+    @property
+    def first_columns(self) -> list[int]:
+        """Where a sequence, a shared prefix or what follows it begins: entries there speak of a token that the one
+        before it does not predict. The same columns in every row."""
+        if not self.packed:
+            return [0]
+        lengths = (length for prefix, own in self.groups for length in ((prefix, *own) if prefix else own))
+        return list(itertools.accumulate(lengths, initial=0))[:-1] or [0]
 
     def per_sample(self, values: Tensor) -> list[Tensor]:
-        """values [B, S] -> a [T] tensor for each sample, padding left out."""
-        return [values[row, columns] for row, columns in self.spans()]
+        """values [B, S] -> a [T] tensor for each sample, padding left out, a shared prefix in front."""
+        found = []
+        for length, (row, columns), prefix in zip(self.lengths, self.spans(), self._prefixes(), strict=True):
+            own = values[row, columns]
+            found.append(own if len(own) == length else torch.cat([values[row, prefix], own]))
+        return found
+
+    def _prefixes(self) -> Iterator[slice]:
+        """Columns of the prefix of each sample; empty where it shares none."""
+        if not self.packed:
+            yield from [slice(0, 0)] * len(self.lengths)
+            return
+        start = 0
+        for group in self.groups:
+            yield from [slice(start, start + group.prefix)] * len(group.own)
+            start += group.prefix + sum(group.own)
 
     def to(self, device: torch.device) -> MicroBatch:
         if self.ids.device == device:
@@ -91,14 +140,18 @@ def split_by_tokens(
     pad_id: int,
     pad_multiple: int = 1,
     packed: bool = False,
+    share: bool = False,
 ) -> list[MicroBatch]:
     """Cut into micro-batches of at most `micro_batch_tokens` tokens, padding included (one sample may exceed it alone).
 
-    Sorted by length. `pad_multiple`: row lengths are multiples of it (RankGrid.pad_multiple).
-    Raises ValueError for an empty list.
+    Sorted by length. `pad_multiple`: row lengths are multiples of it (RankGrid.pad_multiple). share: packed rows in
+    which samples with equal prefixes stand together and have them once. Raises ValueError for an empty list.
     """
     if not samples:
         raise ValueError("no samples to batch")
+    if share:
+        parts = _with_shared_prefixes(samples, micro_batch_tokens, pad_multiple)
+        return [collate([samples[i] for i in part], tuple(part), pad_id, pad_multiple, True, True) for part in parts]
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].ids), i))
     batches: list[list[int]] = []
     rows: list[int] = []
@@ -116,12 +169,50 @@ def split_by_tokens(
     return [collate([samples[i] for i in rows], tuple(rows), pad_id, pad_multiple, packed) for rows in batches]
 
 
+def _with_shared_prefixes(samples: Sequence[TokenSample], micro_batch_tokens: int, pad_multiple: int) -> list[list[int]]:
+    """Indices of each row. A group that does not fit a row is cut, each part with its prefix; small groups first."""
+    room = micro_batch_tokens // pad_multiple * pad_multiple
+    by_prefix: dict[tuple[int, ...], list[int]] = {}
+    for i, sample in enumerate(samples):
+        by_prefix.setdefault(sample.prefix, []).append(i)
+    parts: list[tuple[int, list[int]]] = []  # (tokens, samples)
+    for prefix, members in by_prefix.items():
+        tokens, part = len(prefix), list[int]()
+        for i in sorted(members, key=lambda i: (len(samples[i].ids), i)):
+            own = len(samples[i].ids) - len(prefix)
+            if part and tokens + own > room:
+                parts.append((tokens, part))
+                tokens, part = len(prefix), []
+            tokens, part = tokens + own, [*part, i]
+        parts.append((tokens, part))
+    rows: list[list[int]] = []
+    total = 0
+    for tokens, part in sorted(parts, key=lambda found: (found[0], found[1])):
+        if not rows or total + tokens > room:
+            rows.append([])
+            total = 0
+        rows[-1] += part
+        total += tokens
+    return rows
+
+
 def collate(
-    samples: Sequence[TokenSample], indices: tuple[int, ...], pad_id: int, pad_multiple: int, packed: bool
+    samples: Sequence[TokenSample],
+    indices: tuple[int, ...],
+    pad_id: int,
+    pad_multiple: int,
+    packed: bool,
+    share: bool = False,
 ) -> MicroBatch:
-    """All `samples` as one micro-batch."""
+    """All `samples` as one micro-batch. share (packed only): neighbours with equal prefixes have them once.
+
+    Raises ValueError where a token is trained that stands once for several samples, or that nothing predicts.
+    """
+    groups = tuple(_groups(samples, share)) if packed else ()
     lengths = tuple(len(sample.ids) for sample in samples)
-    rows, longest = (1, sum(lengths)) if packed else (len(samples), max(lengths))
+    rows, longest = (len(samples), max(lengths))
+    if packed:
+        rows, longest = 1, sum(group.prefix + sum(group.own) for group in groups)
     shape = (rows, _round_up(longest, pad_multiple))
     batch = MicroBatch(
         ids=torch.full(shape, pad_id, dtype=torch.int64),
@@ -130,14 +221,28 @@ def collate(
         sample_indices=indices,
         lengths=lengths,
         packed=packed,
+        groups=groups,
     )
-    for sample, (row, columns) in zip(samples, batch.spans(), strict=True):
-        batch.ids[row, columns] = torch.tensor(sample.ids, dtype=torch.int64)
-        batch.mask[row, columns] = torch.tensor(sample.mask, dtype=torch.float32)
+    for sample, (row, columns), prefix in zip(samples, batch.spans(), batch._prefixes(), strict=True):
+        shared = prefix.stop - prefix.start
+        if shared and any(sample.mask[: shared + 1]):
+            raise ValueError(f"a token among the first {shared + 1} of a sample is trained, which others share")
+        batch.ids[row, prefix] = torch.tensor(sample.ids[:shared], dtype=torch.int64)
+        batch.ids[row, columns] = torch.tensor(sample.ids[shared:], dtype=torch.int64)
+        batch.mask[row, columns] = torch.tensor(sample.mask[shared:], dtype=torch.float32)
         batch.mask[row, columns.start] = 0.0  # nothing comes before the first token
         for name, target in batch.values.items():
-            target[row, columns] = torch.tensor(sample.values[name], dtype=torch.float32)
+            target[row, columns] = torch.tensor(sample.values[name][shared:], dtype=torch.float32)
     return batch
+
+
+def _groups(samples: Sequence[TokenSample], share: bool) -> Iterator[Group]:
+    if not share:
+        yield from (Group(0, (len(sample.ids),)) for sample in samples)
+        return
+    for prefix, members in itertools.groupby(samples, key=lambda sample: sample.prefix):
+        own = tuple(len(sample.ids) - len(prefix) for sample in members)
+        yield Group(len(prefix), own) if len(own) > 1 else Group(0, (len(prefix) + own[0],))
 
 
 def idle_like(batch: MicroBatch, pad_multiple: int) -> MicroBatch:

@@ -29,6 +29,47 @@ def test_every_sample_once_within_the_token_budget(lengths: list[int], budget: i
             assert batch.values["x"][row, lengths[i] :].sum() == 0
 
 
+replies = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=20)  # (prompt, reply tokens)
+
+
+def reply(prompt: int, length: int) -> TokenSample:
+    before = [1, 4, 6, 11][prompt]
+    ids = [prompt] * before + list(range(100, 100 + length))
+    mask = [0.0] * before + [1.0] * length
+    return TokenSample(ids, mask, {"x": [float(i) for i in ids]}, shareable=before - 1)
+
+
+@given(replies, st.integers(24, 80), st.sampled_from([1, 4]))
+@settings(max_examples=60, deadline=None)
+def test_replies_share_their_prompt_and_lose_nothing(
+    found: list[tuple[int, int]], budget: int, multiple: int
+) -> None:
+    samples = [reply(*each) for each in found]
+    batches = split_by_tokens(samples, micro_batch_tokens=budget, pad_id=0, pad_multiple=multiple, share=True)
+    assert sorted(i for batch in batches for i in batch.sample_indices) == list(range(len(samples)))
+    for batch in batches:
+        assert batch.ids.shape[1] % multiple == 0
+        assert batch.ids.shape[1] <= budget
+        mine = [samples[i] for i in batch.sample_indices]
+        for sample, ids, mask, x in zip(
+            mine, *(batch.per_sample(v) for v in (batch.ids, batch.mask, batch.values["x"])), strict=True
+        ):
+            assert ids.tolist() == sample.ids
+            assert mask.tolist() == sample.mask
+            assert (x * mask).tolist() == [i * m for i, m in zip(sample.values["x"], sample.mask, strict=True)]
+        assert batch.num_trained_tokens == sum(sum(sample.mask) for sample in mine)
+        # what a row saves: every prompt but one of each group
+        groups = {sample.prefix: sum(sample.prefix == other.prefix for other in mine) for sample in mine}
+        saved = sum((count - 1) * len(prefix) for prefix, count in groups.items())
+        assert batch.num_tokens == sum(len(sample.ids) for sample in mine) - saved
+
+
+def test_a_shared_token_cannot_be_trained() -> None:
+    wrong = TokenSample([1, 2, 3], [0.0, 1.0, 1.0], shareable=1)
+    with pytest.raises(ValueError, match="trained, which others share"):
+        split_by_tokens([wrong, wrong], micro_batch_tokens=9, pad_id=0, share=True)
+
+
 def test_an_empty_batch_trains_nothing() -> None:
     (batch,) = split_by_tokens([sample(3)], micro_batch_tokens=8, pad_id=0)
     assert idle_like(batch, 1).num_trained_tokens == 0

@@ -39,11 +39,15 @@ def micro_batches(case: Case, grid: RankGrid) -> list[MicroBatch]:
     """This data rank's samples, `rows` at a time. Unequal shares, so that an average over data ranks would show."""
     mine = list(range(len(SAMPLES))) if grid.dp_size == 1 else ([0, 1, 2], [3, 4, 5, 6, 7])[grid.dp_rank]
     parts = [mine[i : i + case.rows] for i in range(0, len(mine), case.rows)]
-    return [collate([SAMPLES[i] for i in part], tuple(part), 0, grid.pad_multiple, case.packed) for part in parts]
+    packed, share = case.packed or case.share, case.share
+    return [collate([SAMPLES[i] for i in part], tuple(part), 0, grid.pad_multiple, packed, share) for part in parts]
 
 
 def compare_statistics(actor: Actor, batches: list[MicroBatch], wanted: dict[str, list[Tensor]]) -> float:
-    """Log-probs (and entropies where `wanted` has them) of every sample; the largest relative difference."""
+    """Log-probs (and entropies where `wanted` has them) of every sample; the largest relative difference.
+
+    With shared prompts of the trained tokens: the first token behind a prompt of several has one place for each.
+    """
     worst = 0.0
     for name, found in zip(("logprobs", "entropies"), actor.logprobs(batches), strict=True):
         if name not in wanted:
@@ -53,7 +57,8 @@ def compare_statistics(actor: Actor, batches: list[MicroBatch], wanted: dict[str
             assert values.dtype == torch.float32
             for sample, found_T in zip(batch.sample_indices, batch.per_sample(values), strict=True):
                 assert found_T[0] == 0
-                worst = max(worst, relative(found_T, wanted[name][sample]))
+                mask_T = torch.tensor(SAMPLES[sample].mask) if any(g.prefix for g in batch.groups) else 1.0
+                worst = max(worst, relative(found_T * mask_T, wanted[name][sample] * mask_T))
     assert worst < TOLERANCE, f"{'/'.join(wanted)} differ by {worst}"
     return worst
 

@@ -14,6 +14,7 @@ class Case:
     parallel: dict[str, Any]  # ParallelSection
     rows: int = 4  # samples of a micro-batch
     packed: bool = False
+    share: bool = False  # packed, prompts computed once
     optimizer: dict[str, Any] | None = None  # changes of plain.OPTIMIZER
     recompute: str = "none"
     logits_chunk_bytes: int = 2**29
@@ -21,7 +22,7 @@ class Case:
     @property
     def name(self) -> str:
         parts = [self.kind, *(f"{key}{value}" for key, value in self.parallel.items())]
-        parts += [f"rows{self.rows}", "packed" if self.packed else "padded"]
+        parts += [f"rows{self.rows}", "shared" if self.share else "packed" if self.packed else "padded"]
         parts += [key for key, value in (self.optimizer or {}).items() if value]
         if self.recompute != "none":
             parts.append(f"recompute-{self.recompute}")
@@ -43,6 +44,10 @@ ONE = [
     Case("qwen3", {}, optimizer=SHARDED),
     Case("mistral", {}, packed=True),
     Case("llama3", {}),
+    Case("llama", {}, 8, share=True),
+    Case("qwen3", {}, 3, share=True, recompute="full"),
+    Case("mistral", {}, 8, share=True),  # the window ends inside the prompt
+    Case("qwen3moe", {}, 8, share=True),
     Case("qwen3moe", {}),
     Case("qwen3moe", {}, packed=True, recompute="selective"),
 ]
@@ -57,6 +62,9 @@ TWO = [
     Case("qwen3", DP2, 1, packed=True, optimizer=SHARDED),
     Case("mistral", SP2, packed=True, recompute="full"),
     Case("llama3", PP2),
+    Case("llama", SP2, 8, share=True),
+    Case("qwen2", PP2, share=True),
+    Case("qwen3", DP2, 8, share=True, optimizer=SHARDED),
     Case("qwen3moe", {"data": 2, "expert": 2}, 2),
     Case("qwen3moe", {"data": 2, "expert": 2}, 2, packed=True, optimizer=SHARDED),
     Case("qwen3moe", DP2),

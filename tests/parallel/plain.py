@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from collab_megatron.algorithms.losses import LossSum, grpo_loss
-from collab_megatron.batching.micro_batch import MicroBatch, collate
+from collab_megatron.batching.micro_batch import MicroBatch, TokenSample, collate
 from collab_megatron.config.sections import OptimizerSection
 from tests.parallel.tiny import make_samples
 
@@ -23,7 +23,28 @@ OPTIMIZER = OptimizerSection(
 )
 STEPS = 3
 LEARNING_RATES = (1e-3, 1e-3, 1e-4 + 0.5 * 9e-4)  # one step of warm-up, which has the full rate; then linear decay
-SAMPLES = make_samples(8, seed=3)
+
+
+def _with_prompt_of(leader: TokenSample, sample: TokenSample) -> TokenSample:
+    """The reply of `sample` behind the prompt of `leader`; they can share that prompt in a row."""
+    prompt, reply = leader.mask.index(1.0), int(sum(sample.mask))
+    return TokenSample(
+        ids=[*leader.ids[:prompt], *sample.ids[-reply:]],
+        mask=[0.0] * prompt + [1.0] * reply,
+        values={name: [0.0] * prompt + list(values[-reply:]) for name, values in sample.values.items()},
+        shareable=prompt - 1,
+    )
+
+
+def _samples() -> list[TokenSample]:
+    """Ragged; 0 and 1 have one prompt, and so have 3 to 6, of which 3 and 4 are of one length."""
+    made = make_samples(8, seed=3)
+    leader = {0: 0, 1: 0, 3: 5, 4: 5, 5: 5, 6: 5}
+    made[4] = made[3]
+    return [_with_prompt_of(made[leader[i]], sample) if i in leader else sample for i, sample in enumerate(made)]
+
+
+SAMPLES = _samples()
 
 
 def loss_fn(logprobs: Tensor, batch: MicroBatch) -> LossSum:
