@@ -169,7 +169,9 @@ def split_by_tokens(
     return [collate([samples[i] for i in rows], tuple(rows), pad_id, pad_multiple, packed) for rows in batches]
 
 
-def _with_shared_prefixes(samples: Sequence[TokenSample], micro_batch_tokens: int, pad_multiple: int) -> list[list[int]]:
+def _with_shared_prefixes(
+    samples: Sequence[TokenSample], micro_batch_tokens: int, pad_multiple: int
+) -> list[list[int]]:
     """Indices of each row. A group that does not fit a row is cut, each part with its prefix; small groups first."""
     room = micro_batch_tokens // pad_multiple * pad_multiple
     by_prefix: dict[tuple[int, ...], list[int]] = {}

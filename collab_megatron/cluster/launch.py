@@ -162,7 +162,7 @@ def start_trainers(
     ]
 
 
-def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here: bool) -> Mapping[str, str]:
+def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here: bool = True) -> Mapping[str, str]:
     env = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

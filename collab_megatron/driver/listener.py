@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hmac
 from collections import Counter
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import msgspec
 import zmq
@@ -46,7 +46,7 @@ class Listener:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             raise UserError(f"the driver cannot listen at {address}: {error.strerror}") from None
-        self.address = self._socket.last_endpoint.rstrip(b"\0").decode()
+        self.address = cast(bytes, self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
     async def next(self) -> Asked:
         """Waits for a request that carries the token."""

@@ -41,9 +41,7 @@ def reply(prompt: int, length: int) -> TokenSample:
 
 @given(replies, st.integers(24, 80), st.sampled_from([1, 4]))
 @settings(max_examples=60, deadline=None)
-def test_replies_share_their_prompt_and_lose_nothing(
-    found: list[tuple[int, int]], budget: int, multiple: int
-) -> None:
+def test_replies_share_their_prompt_and_lose_nothing(found: list[tuple[int, int]], budget: int, multiple: int) -> None:
     samples = [reply(*each) for each in found]
     batches = split_by_tokens(samples, micro_batch_tokens=budget, pad_id=0, pad_multiple=multiple, share=True)
     assert sorted(i for batch in batches for i in batch.sample_indices) == list(range(len(samples)))
