@@ -17,12 +17,15 @@ import torch.distributed as dist
 def listening_store(
     host: str, port: int, *, timeout: timedelta, world_size: int | None = None, wait_for_workers: bool = False
 ) -> dist.TCPStore:
-    """The store's server, on the interface of `host` alone; `port` 0: a free one, see `.port`. With `wait_for_workers`
-    it returns once all `world_size` users are connected. Raises OSError where the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as listener:
-        port = listener.getsockname()[1]
-        descriptor = listener.detach()  # the store closes it
+    """The store's server, on the interface of the address `host` alone; `port` 0: a free one, see `.port`. With
+    `wait_for_workers` it returns once all `world_size` users are connected. Raises OSError where the address cannot be
+    had. A host's name may mean another interface to others than to itself: there torch's server listens on all."""
+    descriptor = None
+    if _is_address(host):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family) as listener:
+            port = listener.getsockname()[1]
+            descriptor = listener.detach()  # the store closes it
     return dist.TCPStore(
         host,
         port,
@@ -48,8 +51,13 @@ def local_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | 
     return dist.TCPStore(host, port, world_size, is_master=False, timeout=timeout)
 
 
-def _is_loopback(host: str) -> bool:
+def _is_address(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    return _is_address(host) and (host == "localhost" or ipaddress.ip_address(host).is_loopback)
