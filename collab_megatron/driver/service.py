@@ -18,6 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
+import msgspec
 import uvloop
 import zmq.asyncio
 
@@ -156,8 +157,8 @@ async def serve(
             asked = await listener.next()
             request, start = asked.request, time.monotonic()
             answer = await service.answer(request)
-            if news := listener.news():
-                answer.notes = (*answer.notes, news)
+            if not answer.pending and (news := listener.news()):  # the trainer looks at no notes before the last answer
+                answer = msgspec.structs.replace(answer, notes=(*answer.notes, news))
             await listener.answer(asked, answer)
             what = f"evaluation after step {request.step}" if request.op == "evaluate" else f"step {request.step + 1}"
             if answer.error:
