@@ -2,13 +2,17 @@
 
 UserError: something the user can mend (config, data, key, layout, server address). Exit code 2.
 RunError: something broke while running (a server died, a disk filled up). Exit code 1; 3 where the budget is spent.
-Both carry one sentence that says what happened and what to do; entry points print it without a traceback.
+Both carry one sentence that says what happened and what to do; entry points print it without a traceback. Whatever
+quotes a URL is masked before it can reach a terminal, a log or a record.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 
 EXIT_RUN = 1
 EXIT_USER = 2
@@ -17,12 +21,38 @@ EXIT_DEFECT = 70  # of a process that is started again: an exception that nobody
 EXIT_INTERRUPTED = 130
 
 
+MASK = "***"
+_IN_URL = re.compile(
+    r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)"
+    r"(?:[^\s/?#]*"  # name and password before the host, as URLs are read: up to the last @
+    r"|[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*)@"  # a password that holds / ? or #, which should have been %2F and so on
+)
+_IN_QUERY = re.compile(
+    r"(?P<name>[?&;](?:[a-z0-9_.-]*[_.-])?(?:key|apikey|token|secret|password|passwd|pwd|sig|signature|credential)=)"
+    r"[^\s&#'\"]+",
+    re.IGNORECASE,
+)
+
+
+def masked(text: str) -> str:
+    """The text without the passwords (and names) of the URLs in it, nor the keys in their queries."""
+    if "://" not in text:
+        return text
+    return _IN_QUERY.sub(rf"\g<name>{MASK}", _IN_URL.sub(rf"\g<scheme>{MASK}@", text))
+
+
 class UserError(ValueError):
-    """A mistake of the user; the message says how to mend it."""
+    """A mistake of the user; the message, which is masked, says how to mend it."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(masked(message))
 
 
 class RunError(RuntimeError):
-    """A failure of the run; the message names rank, phase and peer where there are any."""
+    """A failure of the run; the message, which is masked, names rank, phase and peer where there are any."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(masked(message))
 
 
 class NoEngineLeft(RunError):
@@ -64,8 +94,9 @@ def exit_code(error: RunError) -> int:
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point and leave the process with 0, 1 (RunError), 2 (UserError) or 3 (BudgetSpent).
 
-    Any other exception keeps its traceback: it is a defect of ours, not news for the user.
+    Any other exception keeps its traceback, masked: it is a bug of ours, not news for the user.
     """
+    sys.excepthook = _print_masked
     try:
         main()
     except UserError as error:
@@ -79,3 +110,7 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _print_masked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)

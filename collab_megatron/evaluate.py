@@ -29,7 +29,7 @@ from collab_megatron.cluster.launch import launch_engine_only, on_chosen_device
 from collab_megatron.cluster.lock import run_lock
 from collab_megatron.cluster.preflight import check_evaluate
 from collab_megatron.cluster.processes import Supervisor
-from collab_megatron.config import EvaluateConfig, dump_config, load_config
+from collab_megatron.config import EvaluateConfig, load_config, show_config
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.driver.cast import assemble, usable_tasks
@@ -41,7 +41,7 @@ from collab_megatron.driver.transcripts import write_transcripts
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.served import served_weights
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
-from collab_megatron.files import publish_json
+from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.journal.store import Journal, open_journal
 from collab_megatron.log import set_up_logging
 from collab_megatron.monitor.evaluation_table import evaluation_table
@@ -130,8 +130,9 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     set_up_logging("evaluate")
     given = own_name(load_config(EvaluateConfig, arguments.config, arguments.overrides))
+    keep_from_others(given.run.umask)
     if arguments.dry_run:
-        print(dump_config(given), flush=True)
+        print(show_config(given), flush=True)
     checkpoint = checkpoint_of(given.model.path)
     # every other mistake is found before the conversion: config and tokenizer lie in the checkpoint as they are
     config = given if checkpoint is None else with_model(given, read_info(checkpoint).hf_folder)

@@ -15,6 +15,11 @@ CHUNK_BYTES = 16 * 2**20
 MOST_THREADS = 8
 
 
+def keep_from_others(umask: str) -> None:
+    """Give what this process and its children make from now on no more rights than `umask` leaves (octal digits)."""
+    os.umask(int(umask, 8))
+
+
 def publish_text(path: Path, text: str) -> None:
     """Replace `path` by `text`, making its folder. Raises RunError when the disk refuses."""
     aside = path.with_name(path.name + ".tmp")

@@ -13,6 +13,8 @@ import os
 import sys
 from typing import TextIO
 
+from collab_megatron.errors import masked
+
 PACKAGE = "collab_megatron"
 
 # httpx and its like log whole URLs, and some carry a key; the others report what this project counts and reports itself
@@ -63,6 +65,9 @@ class _Formatter(logging.Formatter):
     def __init__(self, who: str) -> None:
         super().__init__(datefmt="%H:%M:%S")
         self._who = who
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))  # with the traceback, where it has one
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         where = record.name.removeprefix(f"{PACKAGE}.")

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
-from collab_megatron.config import RLConfig, dump_config, load_config
+from collab_megatron.config import RLConfig, kept_config, load_config, show_config
 from collab_megatron.errors import RunError, run_cli
+from collab_megatron.files import keep_from_others
 from collab_megatron.log import set_up_logging
 from collab_megatron.types import RolloutBatch
 
@@ -58,7 +59,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         actor,
         config.run,
         config.train,
-        config=config.model_dump(mode="json"),
+        config=kept_config(config),
         rows_per_step=config.rollout.prompts_per_step,
     )
     first_step = checkpoints.resume()
@@ -150,6 +151,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     set_up_logging(arguments.who)
     config = load_config(RLConfig, arguments.config, arguments.overrides)
+    keep_from_others(config.run.umask)
     if arguments.trainer is not None:
         train(config, arguments.trainer)
         return
@@ -161,7 +163,7 @@ def main() -> None:
 
     config = with_steps(config)
     if arguments.dry_run:
-        print(dump_config(config), flush=True)
+        print(show_config(config), flush=True)
         check_rl(config, dry_run=True, node=arguments.node)
         return
     with run_lock(config.run) as lock:  # before the checks: they look for checkpoints

@@ -14,8 +14,9 @@ import time
 from typing import TYPE_CHECKING
 
 from collab_megatron.cluster.cli import parse_arguments
-from collab_megatron.config import SFTConfig, dump_config, load_config
+from collab_megatron.config import SFTConfig, kept_config, load_config, show_config
 from collab_megatron.errors import run_cli
+from collab_megatron.files import keep_from_others
 from collab_megatron.log import set_up_logging
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def train(config: SFTConfig) -> None:
     )
     data = SFTData(config, grid, actor.spec)
     checkpoints = Checkpoints(
-        actor, config.run, config.train, config=config.model_dump(mode="json"), rows_per_step=config.batch_size
+        actor, config.run, config.train, config=kept_config(config), rows_per_step=config.batch_size
     )
     first_step = checkpoints.resume()
     held = read_best(config.run.checkpoints_dir) if first_step else None
@@ -126,6 +127,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     set_up_logging(arguments.who)
     config = load_config(SFTConfig, arguments.config, arguments.overrides)
+    keep_from_others(config.run.umask)
     if arguments.trainer is not None:
         train(config)
         return
@@ -137,7 +139,7 @@ def main() -> None:
 
     config = with_steps(config)
     if arguments.dry_run:
-        print(dump_config(config), flush=True)
+        print(show_config(config), flush=True)
         check_sft(config, dry_run=True, node=arguments.node)
         return
     with run_lock(config.run) as lock:  # before the checks: they look for checkpoints

@@ -52,6 +52,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "DESK_API_KEY": DESK_KEY, "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """A command's main() that a test calls changes that of this process."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture(scope="session")
 def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
     """Ends every process that a session's fixture started."""

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from collab_megatron.cluster.lock import locked
 from collab_megatron.cluster.preflight import check_build
-from collab_megatron.config import BuildDatasetConfig, dump_config, load_config
+from collab_megatron.config import BuildDatasetConfig, load_config, show_config
 from collab_megatron.data.build.processes import Progress, build_dataset
 from collab_megatron.errors import BudgetSpent, RunError, run_cli
-from collab_megatron.files import publish_json
+from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import API_USAGE_FILE, GatewaySnapshot
 
@@ -70,8 +70,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     set_up_logging("build")
     config = load_config(BuildDatasetConfig, args.config, args.overrides)
+    keep_from_others(config.umask)
     if args.dry_run:
-        print(dump_config(config), flush=True)
+        print(show_config(config), flush=True)
     check_build(config)
     if args.dry_run:
         return

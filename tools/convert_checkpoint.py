@@ -25,7 +25,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,12 +33,13 @@ from typing import TYPE_CHECKING
 
 from collab_megatron.checkpoint.folders import BEST, MARKER, CheckpointInfo, newest_complete, read_best, read_info
 from collab_megatron.cluster.processes import Supervisor, free_port
-from collab_megatron.config.sections import ParallelSection
+from collab_megatron.config.sections import UMASKS, ParallelSection
 from collab_megatron.convert.hf_folder import check_output, parse_size
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.engine.server_args import ON_LOOPBACK
 from collab_megatron.errors import EXIT_RUN, EXIT_USER, RunError, UserError, run_cli
+from collab_megatron.files import keep_from_others
 
 if TYPE_CHECKING:
     from collab_megatron.actor.grid import RankGrid
@@ -51,6 +51,7 @@ _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
 
 def main() -> None:
     args = _arguments()
+    keep_from_others(args.umask)
     signal.signal(signal.SIGTERM, _interrupt)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed; before torch looks for devices
     if args.command == "hf-to-megatron":
@@ -104,6 +105,7 @@ def _arguments() -> argparse.Namespace:
     to_hf.add_argument("--output", required=True, type=Path, help="new folder")
     to_hf.add_argument("--max-shard-size", default="5GB", help="largest safetensors file, e.g. 5GB")
     for command in (to_megatron, to_hf):
+        command.add_argument("--umask", choices=UMASKS, default=UMASKS[0], help=f"of the files (default {UMASKS[0]})")
         command.add_argument("--processes", type=int, help="start so many on this machine (default: see above, or 1)")
     args = parser.parse_args()
     if args.processes is not None and args.processes < 1:
@@ -152,7 +154,7 @@ def _start(argv: Sequence[str], count: int) -> None:
     del argv[at : at + (1 if "=" in argv[at] else 2)]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **ON_LOOPBACK}
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, **meeting}
-    with tempfile.TemporaryDirectory() as logs, Supervisor(Path(logs)) as supervisor:
+    with Supervisor() as supervisor:
         children = [
             supervisor.start(
                 f"process {rank} of {count}",

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from collab_megatron.config.sections import UMASKS
 from collab_megatron.demo.road import RoadSettings, ablate, walk
 from collab_megatron.demo.summary import print_summary
 from collab_megatron.errors import run_cli
+from collab_megatron.files import keep_from_others
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--ablation", action="store_true", help="two more RL runs from an earlier demo's SFT model")
     parser.add_argument("--short", action="store_true", help="a few steps of everything; nothing is learned")
     args = parser.parse_args()
+    keep_from_others(UMASKS[0])
     run_dir = args.run_dir.absolute()
     settings = short_settings(run_dir, args.seed) if args.short else RoadSettings(run_dir, args.seed)
     summary = ablate(settings, REPOSITORY) if args.ablation else walk(settings, REPOSITORY)

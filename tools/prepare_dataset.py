@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from collab_megatron.config.sections import UMASKS
 from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, text_or_file
 from collab_megatron.data.splits import DEFAULT_SHARE
 from collab_megatron.errors import UserError, run_cli
+from collab_megatron.files import keep_from_others
 
 
 def main() -> None:
     args = _arguments()
+    keep_from_others(args.umask)
     _refuse_ignored(args)
     system_prompt = text_or_file(args.system_prompt, "--system-prompt")
     shape = Shape(
@@ -77,6 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-rows", type=int, help="at most so many rows per file")
     parser.add_argument("--metric", help="sft: keep rows whose reward of this name reaches --threshold")
     parser.add_argument("--threshold", type=float, help="with --metric (default 0)")
+    parser.add_argument("--umask", choices=UMASKS, default=UMASKS[0], help=f"of the files (default {UMASKS[0]})")
     return parser.parse_args()
 
 

@@ -21,6 +21,7 @@ from collab_megatron.checkpoint.folders import named_checkpoint, newest_complete
 from collab_megatron.checkpoint.origin import data_position, differences
 from collab_megatron.checkpoint.store import Keep, begin, load_checkpoint, load_weights
 from collab_megatron.config.sections import RunSection, TrainSection
+from collab_megatron.errors import masked
 
 
 class Checkpoints:
@@ -52,7 +53,7 @@ class Checkpoints:
         if self._actor.grid.is_main:
             lines = differences(info.extra, self._config, info.versions, self._rows_per_step, info.step)
             how = "with these differences from the run that saved it:" if lines else "under the same config"
-            print("\n  ".join([f"going on from {folder} {how}", *lines]), flush=True)
+            print(masked("\n  ".join([f"going on from {folder} {how}", *lines])), flush=True)
         self.saved = info.step
         return info.step
 

@@ -21,7 +21,7 @@ from collab_megatron.cluster.readiness import Readiness
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.roster import EngineEntry, RosterFolder
 from collab_megatron.engine.server_args import EngineCommand
-from collab_megatron.errors import RunError, UserError
+from collab_megatron.errors import RunError, UserError, masked
 
 POLL_S = 0.1
 ASK_S = 1.0  # between two questions to a server that starts beside a training run
@@ -162,6 +162,7 @@ class Fleet:
             server.entry = replace(server.entry, ranks=_ranks_of(server.entry.url))
         else:
             server.child.essential = False  # from now on its death is mended
+            self._supervisor.note_shared_memory()
         server.ready = True
         word = "back" if server.entry.life else "ready"
         self._say(server, f"is {word} at {server.entry.url} after {time.monotonic() - server.began:.0f} s")
@@ -169,7 +170,7 @@ class Fleet:
 
     def _leave_out(self, silent: list[_Server]) -> None:
         """The given servers that did not answer."""
-        urls = ", ".join(server.entry.url for server in silent)
+        urls = masked(", ".join(server.entry.url for server in silent))
         limit = f"{self._settings.startup_timeout_s:g} s"
         if len(silent) == len(self._servers):
             raise UserError(f"none of engine.urls answered within {limit} ({urls}): start them, or mend the addresses")
@@ -190,7 +191,7 @@ class Fleet:
         self._folder.publish(ready, sum(server.coming for server in self._servers))
 
     def _say(self, server: _Server, what: str) -> None:
-        print(f"{server.entry.name} {what}", flush=True)
+        print(masked(f"{server.entry.name} {what}"), flush=True)
 
 
 def _ranks_of(url: str) -> int:

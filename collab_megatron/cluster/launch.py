@@ -21,22 +21,24 @@ from collab_megatron.cluster.node import device_of, visible_gpus
 from collab_megatron.cluster.preflight import RLStart
 from collab_megatron.cluster.processes import Child, Supervisor, free_port
 from collab_megatron.cluster.threads import Threads, share_threads, usable_cores
-from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config
+from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, show_config
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.roster import RosterFolder
 from collab_megatron.engine.server_args import ON_LOOPBACK, EngineCommand, engine_command
+from collab_megatron.files import publish_text
 
 C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
 
 DRIVER_END_S = 60.0
+RESOLVED = "resolved.yaml"
 
 
 def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
     """Run engines, driver and trainers; returns when training is done. Raises RunError when a part fails."""
     with Supervisor(config.run.logs_dir, held=lock.held, stopped_timeout_s=config.run.stopped_timeout_s) as supervisor:
         files = supervisor.scratch
-        resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
+        resolved = write_resolved(on_chosen_device(config), files, config.run.logs_dir)
         keys_file = make_keys(supervisor, config)
         fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config), keys_file)
         drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver", keys_file)
@@ -68,7 +70,7 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
 def launch_sft(config: SFTConfig, lock: RunLock) -> None:
     """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
     with Supervisor(config.run.logs_dir, held=lock.held, stopped_timeout_s=config.run.stopped_timeout_s) as supervisor:
-        resolved = write_resolved(on_chosen_device(config), config.run.logs_dir)
+        resolved = write_resolved(on_chosen_device(config), supervisor.scratch, config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(
                 supervisor, "collab_megatron.train_sft", resolved, config.parallel, threads_of(config).trainer, []
@@ -200,12 +202,12 @@ def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> Threads:
     )
 
 
-def write_resolved(config: BaseModel, folder: Path) -> Path:
-    """The config as every process of this attempt reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "resolved.yaml"
-    path.write_text(dump_config(config))
-    return path
+def write_resolved(config: BaseModel, scratch: Path, logs_dir: Path) -> Path:
+    """The config as every process of this attempt reads it, in a folder that goes with the run; what stays in the logs
+    is masked. Raises RunError when the disk refuses."""
+    publish_text(logs_dir / RESOLVED, show_config(config))
+    publish_text(scratch / RESOLVED, dump_config(config))
+    return scratch / RESOLVED
 
 
 def launch_engine_only(supervisor: Supervisor, config: EvaluateConfig) -> tuple[list[str], EngineKeys | None]:

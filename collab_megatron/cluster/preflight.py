@@ -32,7 +32,7 @@ from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.data.sft_rows import read_sft_rows
 from collab_megatron.data.splits import shared_tasks
-from collab_megatron.errors import UserError
+from collab_megatron.errors import UserError, masked
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway, user_simulator
 from collab_megatron.types import Task
@@ -45,7 +45,7 @@ Report = Callable[[str], None]
 
 
 def print_at_once(text: str) -> None:
-    print(text, flush=True)
+    print(masked(text), flush=True)
 
 
 @dataclass(frozen=True)

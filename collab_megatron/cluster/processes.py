@@ -101,13 +101,16 @@ class Child:
 class Supervisor:
     """Starts children and ends all of them, whatever happens. Use as a context manager.
 
-    It gives them a temporary folder (scratch.py), which goes when it ends. `held`: open files that every child
-    inherits, whose locks (flock) thereby last as long as one of them runs. `stopped_timeout_s`: a child that is stopped
-    for so long has failed; None: nobody looks.
+    It gives them a temporary folder (scratch.py), which goes when it ends, and with it the logs where no `logs_dir` is
+    given. `held`: open files that every child inherits, whose locks (flock) thereby last as long as one of them runs.
+    `stopped_timeout_s`: a child that is stopped for so long has failed; None: nobody looks.
     """
 
-    def __init__(self, logs_dir: Path, *, held: Sequence[int] = (), stopped_timeout_s: float | None = None) -> None:
-        self._logs_dir = logs_dir
+    def __init__(
+        self, logs_dir: Path | None = None, *, held: Sequence[int] = (), stopped_timeout_s: float | None = None
+    ) -> None:
+        self._logs_dir = logs_dir or Path()
+        self._keeps_logs = logs_dir is not None
         self._held = tuple(held)
         self._scratch: Scratch | None = None
         self._children: list[Child] = []
@@ -116,6 +119,8 @@ class Supervisor:
     def __enter__(self) -> Supervisor:
         self._logs_dir.mkdir(parents=True, exist_ok=True)
         self._scratch = Scratch.create()
+        if not self._keeps_logs:
+            self._logs_dir = self._scratch.folder
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _raise_interrupt)
         return self

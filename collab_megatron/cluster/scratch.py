@@ -7,7 +7,8 @@ Who owns a folder is told by a lock of the kernel's (flock) on its `owner` file.
 its children (`held`), so the folder stays as long as one of them runs, and no number of a process that is long gone can
 be mistaken for another. A folder whose lock is free has nobody left.
 
-What the processes have in /dev/shm has no folder of its own: `note_shared_memory` writes down what they have mapped.
+What the processes have in /dev/shm (semaphores and load counters of SGLang, which it leaves at every end) has random
+names and no folder of its own: `note_shared_memory` writes down what they have mapped.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ NEW_S = 60.0  # one without a lock that is older was left by a kill in the middl
 OWNER = "owner"
 NOTED = "shared_memory"
 SHARED_MEMORY = Path("/dev/shm")
-ENGINE_LOADS = "sglang_loads_"  # SGLang names them after a socket in its TMPDIR
 LONGEST_PATH = 60  # bytes; a Unix socket's address has 107, and other programs' names follow
 
 
@@ -149,9 +149,6 @@ def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for line in noted.read_text().splitlines() if noted.exists() else ():
             _unlink_shared(Path(line))
-        for path in SHARED_MEMORY.glob(f"{ENGINE_LOADS}*"):
-            if (folder / path.name.removeprefix(ENGINE_LOADS).rpartition("_")[0]).exists():
-                _unlink_shared(path)
     for entry in list(os.scandir(folder)):
         if entry.name == OWNER:
             continue

@@ -30,8 +30,10 @@ from collab_megatron.config.sections import (
     SimulatorsSection,
     SyncSection,
     TrainSection,
+    Umask,
     UserSection,
 )
+from collab_megatron.config.sections.extra import shown_address
 from collab_megatron.config.timeouts import check_timeouts
 
 MAX_PORT = 65535
@@ -70,7 +72,7 @@ def _check_engine(engine: EngineSection) -> None:
         raise ValueError(f"engine.port={engine.port} leaves no ports for engine.count={engine.count} servers: lower it")
     for url in engine.urls:
         if not _host(url):
-            raise ValueError(f"engine.urls: {url!r} is no address of the form http://HOST:PORT")
+            raise ValueError(f"engine.urls: {shown_address(url)!r} is no address of the form http://HOST:PORT")
     if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
         raise ValueError("engine.urls names a server twice: name each once")
 
@@ -243,6 +245,7 @@ class BuildDatasetConfig(Section):
 
     problems: Path  # JSONL: single_turn_prompt, single_turn_completion, [single_turn_metadata], [prompt]
     output: Path  # folder; conversations are appended, finished ones are never made twice
+    umask: Umask = "077"  # whom that folder and its files are kept from, as run.umask
     tokenizer: str | None = None  # HF folder that counts token_amount; None: whitespace words
     simulators: SimulatorsSection
     reward: RewardSection = RewardSection()

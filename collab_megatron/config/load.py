@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from collab_megatron.errors import UserError
+from collab_megatron.errors import UserError, masked
 
+WIDE = 2**16  # columns: no address is broken over two lines
 NEAR = 0.7
 """How alike two keys must be (difflib's ratio) for one to be taken for a slip of the other."""
 
@@ -39,8 +40,28 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved config as YAML. It holds no secret: keys are named by environment variable only."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved config as YAML, as other processes of the run read it. It holds no key: those are named by
+    environment variable only. An address may hold a password: what is shown or kept comes from the two below."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=WIDE)
+
+
+def show_config(config: BaseModel) -> str:
+    """The resolved config as YAML for people, passwords in addresses masked."""
+    return masked(dump_config(config))
+
+
+def kept_config(config: BaseModel) -> dict[str, Any]:
+    """The resolved config as JSON values for a checkpoint, passwords in addresses masked."""
+    kept: dict[str, Any] = _masked_values(config.model_dump(mode="json"))
+    return kept
+
+
+def _masked_values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _masked_values(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_masked_values(each) for each in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ TEXTS = (".json", ".jinja", ".txt", ".model")  # config, index, tokenizer, chat 
 # sections that say where, when and how fast, or what is only looked at
 APART = ("engine", "sync", "journal", "budget", "parallel", "train", "record", "output")
 FREE: Mapping[str, frozenset[str]] = {
-    "run": frozenset({"dir", "name", "resume", "init_from", "stopped_timeout_s"}),  # init_from by content
+    "run": frozenset({"dir", "name", "resume", "init_from", "stopped_timeout_s", "umask"}),  # init_from by content
     "model": frozenset({"path"}),  # by content
     "data": frozenset({"train", "validation"}),  # by content; the held-out rows decide nothing
     "rollout": frozenset({"step_timeout_s"}),

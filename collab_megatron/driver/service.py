@@ -32,7 +32,7 @@ from collab_megatron.driver.steps import Steps
 from collab_megatron.driver.work import Work
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import EXIT_DEFECT, NoEngineLeft, RunError, UserError, run_cli
-from collab_megatron.files import publish_json, publish_text
+from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import API_USAGE_FILE
 
@@ -189,6 +189,7 @@ def main() -> None:
     die_with_parent()
     set_up_logging(f"driver-{args.shard}")
     config = load_config(RLConfig, args.config)
+    keep_from_others(config.run.umask)
     with contextlib.suppress(KeyboardInterrupt):
         uvloop.run(
             serve(

@@ -30,7 +30,7 @@ from typing import Any
 from collab_megatron.engine.client import EngineClient, EngineGone, EngineSilent, open_session
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.usage import PoolUsage
-from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.errors import NoEngineLeft, RunError, masked
 from collab_megatron.slots import Slots
 from collab_megatron.types import Generation
 
@@ -245,7 +245,7 @@ class EnginePool:
             self.lost[server.url] = reason
             if not self._live:
                 self._came.clear()
-            print(f"engine {server.url} is lost: {reason}", flush=True)
+            print(masked(f"engine {server.url} is lost: {reason}"), flush=True)
 
     def _serves(self, server: _Server, version: int, asked_of: int | None) -> bool:
         """Whether that is the version the server must serve; if not, it is lost. `asked_of`: the one that was named

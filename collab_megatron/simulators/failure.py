@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from collab_megatron.errors import RunError
+from collab_megatron.errors import RunError, masked
 
 FATAL_STATUSES = frozenset({400, 401, 402, 403, 404, 405, 413, 415, 422})
 """Asking again there cannot help: a wrong key, model, address or request."""
@@ -89,7 +89,7 @@ def classify(error: BaseException, secrets: Iterable[str], address: str = "") ->
     fatal = status in FATAL_STATUSES or (status == 429 and "insufficient_quota" in text)
     detail = ""
     if status in EXPLAINED_STATUSES:
-        detail = " ".join(text.split())
+        detail = masked(" ".join(text.split()))  # before it is cut: half an address is not known as one
         for secret in secrets:
             detail = detail.replace(secret, "***")
         detail = detail[:DETAIL_CHARS]

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from collab_megatron.config import RLConfig, dump_config
+from collab_megatron.config import RLConfig, show_config
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_text
 from collab_megatron.monitor.alarms import Alarms
@@ -26,7 +26,7 @@ class Reporter:
         self._evaluations = config.run.evaluations_file
         drop_evaluations(self._evaluations, first=first_again(first_step))
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
-        self._dashboard.text("config", dump_config(config))
+        self._dashboard.text("config", show_config(config))
         self._progress = Progress(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._alarms = Alarms()
         self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]

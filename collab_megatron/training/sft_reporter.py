@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from collab_megatron.actor.actor import StepResult
-from collab_megatron.config import SFTConfig, dump_config
+from collab_megatron.config import SFTConfig, show_config
 from collab_megatron.monitor.dashboard import Dashboard
 from collab_megatron.monitor.progress import Progress, steps_between
 from collab_megatron.training.held_out import HeldOut
@@ -21,7 +21,7 @@ class SFTReporter:
 
     def __init__(self, config: SFTConfig, *, first_step: int, data: SFTData) -> None:
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
-        self._dashboard.text("config", dump_config(config))
+        self._dashboard.text("config", show_config(config))
         self._name, self._data = config.run.name, data
         total = config.train.steps
         self._progress = Progress(

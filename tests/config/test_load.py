@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, load_config
+from collab_megatron.config import (
+    EvaluateConfig,
+    RLConfig,
+    SFTConfig,
+    dump_config,
+    kept_config,
+    load_config,
+    show_config,
+)
 from collab_megatron.errors import UserError
 
 RL = """
@@ -87,6 +95,17 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("engine.urls=[localhost:1]", "'localhost:1' is no address of the form http://HOST:PORT"),
         ("engine.urls=[http://a:x]", "is no address"),
         ("engine.urls=[http://a:1, http://a:1/]", "names a server twice"),
+        (
+            "simulators.user.api_base=http://me:hidden@a:1/v1",
+            "simulators.user.api_base: http://***@a:1/v1 holds a name",
+        ),
+        ("simulators.user.deployments=[{model: m, api_base: http://hidden@a:1}]", "http://***@a:1 holds a name"),
+        ("simulators.user.api_base=me:hidden@a:1/v1", "simulators.user.api_base: ***@a:1/v1 holds a name"),
+        ("engine.urls=[me:hidden@a:1]", "'***@a:1' is no address"),
+        ("engine={urls: [http://me:hidden@a:1], count: 2}", "set one of the two only"),
+        ("run.umask=77", "input should be '077', '027', '022', '007', '002' or '000' (got 77)"),
+        ("run.umask='777'", "(got '777')"),
+        ("run.umask=true", "(got True)"),
         ("engine={urls: [http://a:1], placement: colocated}", "http://a:1 is not a loopback address"),
     ],
 )
@@ -95,6 +114,24 @@ def test_mistakes_are_one_sentence(rl_file: Path, override: str, sentence: str) 
         load_config(RLConfig, rl_file, [override])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("written", ["077", "0o077", "'077'", "'77'", "63"])
+def test_a_umask_is_written_as_the_shell_or_python_do(tmp_path: Path, rl_file: Path, written: str) -> None:
+    config = load_config(RLConfig, rl_file, [f"run.umask={written}"])
+    assert config.run.umask == load_config(RLConfig, rl_file).run.umask == "077"
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(RLConfig, tmp_path / "dumped.yaml") == config
+    assert load_config(RLConfig, rl_file, ["run.umask=0"]).run.umask == "000"
+
+
+def test_what_is_shown_or_kept_of_a_config_holds_no_password(rl_file: Path) -> None:
+    config = load_config(RLConfig, rl_file, ["engine.urls=[http://me:hidden@127.0.0.1:1]"])
+    assert "http://me:hidden@127.0.0.1:1" in dump_config(config)
+    assert "http://***@127.0.0.1:1" in show_config(config)
+    for text in (show_config(config), str(kept_config(config))):
+        assert "hidden" not in text
 
 
 def test_memory_is_handed_over_on_one_machine_only(rl_file: Path) -> None:

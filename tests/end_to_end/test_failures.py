@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,15 +39,28 @@ STRANGERS_TRY = (
 
 
 class Running:
-    """A launcher under way, with everything it has started."""
+    """A launcher under way, with everything it has started, and a temporary folder of its own."""
 
     def __init__(self, argv: list[str], log: Path) -> None:
         self._log = log
+        self.temporary = Path(tempfile.mkdtemp(prefix="test_failures_"))  # short: sockets lie in it
+        env = {**environment(), "TMPDIR": str(self.temporary)}
         with log.open("wb") as sink:
             self._process = subprocess.Popen(
-                [sys.executable, *argv], cwd=REPOSITORY, env=environment(), stdout=sink, stderr=subprocess.STDOUT
+                [sys.executable, *argv], cwd=REPOSITORY, env=env, stdout=sink, stderr=subprocess.STDOUT
             )
         self.family: list[psutil.Process] = []
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def shared_memory(self) -> set[Path]:
+        """The files of /dev/shm that its processes have mapped."""
+        maps = [line for p in self.family for line in Path(f"/proc/{p.pid}/maps").read_text().splitlines()]
+        return {
+            Path(line[line.index("/dev/shm/") :]) for line in maps if "/dev/shm/" in line and "(deleted)" not in line
+        }
 
     def wait_until(self, said: str, timeout_s: float = 150) -> None:
         deadline = time.monotonic() + timeout_s
@@ -83,6 +97,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     for running in started:
         running.send(signal.SIGTERM)
         running._process.wait(30)
+        shutil.rmtree(running.temporary)
 
 
 def test_the_last_engine_killed_ends_the_run_and_keeps_the_checkpoint(
@@ -91,8 +106,13 @@ def test_the_last_engine_killed_ends_the_run_and_keeps_the_checkpoint(
     running = start(rl_command(tmp_path / "run", "train.steps=500", "engine.urls=[]", "engine.max_restarts=0"))
     running.wait_until("rl 2/500")
     require_closed_to_strangers(running, tmp_path / "run")
+    shared = running.shared_memory()
+    assert any(path.name.startswith("sglang_loads_") for path in shared)
+    assert any(running.temporary.glob("*/tmp*")), "what SGLang makes lies in the run's own folder"
     os.kill(running.child("sglang.launch_server").pid, signal.SIGKILL)
     ended = running.end()
+    assert list(running.temporary.iterdir()) == []
+    assert not [path for path in shared if path.exists()]
     assert ended.code == 1
     assert any("engine" in error for error in ended.errors), ended.output[-3000:]
     assert "Traceback" not in ended.output
@@ -169,12 +189,21 @@ def knock_at_the_driver(running: Running) -> None:
 
 
 def test_a_term_signal_ends_everything(
-    rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
+    rl_command: Callable[..., list[str]], start: Callable[..., Running], run: Run, tmp_path: Path
 ) -> None:
-    running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0"))
+    command = rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0")
+    running = start(command)
     running.wait_until("rl 1/500")
+    second = run(*command)
+    assert second.code == 2
+    (sentence,) = second.output.splitlines()
+    assert f"run.name=rl in run.dir={tmp_path / 'run'} is in use: process {running.pid} on " in sentence
     running.send(signal.SIGTERM)
     ended = running.end()
+    assert list(running.temporary.iterdir()) == []
+    written = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
+    assert not [path for path in written if path.stat().st_mode & 0o077], "run.umask"
+    assert not (tmp_path / "run" / "locks" / "rl.lock").exists()
     assert ended.code == 130
     newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
     assert newest is not None, ended.output[-3000:]

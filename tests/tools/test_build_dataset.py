@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -126,6 +127,12 @@ def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
     validation = read_tasks(out / "rl_validation.parquet")
     assert len(validation) == 10
     assert {task.prompt[0].content for task in validation} == {"Be brief."}
+    assert open_to_others(tmp_path / "built") == open_to_others(out) == []
+
+
+def open_to_others(folder: Path) -> list[Path]:
+    """What anybody but its owner may read, write or enter."""
+    return [path for path in (folder, *folder.rglob("*")) if path.stat().st_mode & 0o077]
 
 
 def test_an_interrupted_build_goes_on(config: Path, tmp_path: Path) -> None:
@@ -163,22 +170,33 @@ def spent_calls(config: Path) -> int:
         return sum(calls for (calls,) in connection.execute("SELECT calls FROM spend"))
 
 
-def test_a_killed_build_asks_for_nothing_twice(config: Path, tmp_path: Path) -> None:
-    """Killed, it goes on with what was paid for, and makes the rows of a build that was left alone."""
+def test_a_killed_build_asks_for_nothing_twice(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed, it goes on with what was paid for, and makes the rows of a build that was left alone. No second one
+    writes to its folder, and its workers do not outlive it."""
     overrides = ("num_conversations=30", "journal.keep_all=true")
     whole = build(config, f"output={tmp_path / 'whole'}", *overrides)
     rows = sorted(line for shard in (tmp_path / "whole").glob("*.jsonl") for line in shard.read_text().splitlines())
     command = [sys.executable, str(ROOT / "tools" / "build_dataset.py"), str(config), *overrides]
-    killed = subprocess.Popen(
-        [*command, "processes=2", "max_concurrency=1"], stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    killed = subprocess.Popen([*command, "processes=2", "max_concurrency=1"], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + TOOL_S
     while spent_calls(config) < 40:
         assert killed.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
+    workers = psutil.Process(killed.pid).children(recursive=True)
+    for process in (killed, *workers):
+        process.send_signal(signal.SIGSTOP)  # the second one finds a first that is not done
+    monkeypatch.setattr(sys, "argv", command[1:])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(command[1], run_name="__main__")
+    assert f"is in use: process {killed.pid} on " in capsys.readouterr().err
+    killed.kill()
     killed.wait(READY_S)
+    for process in workers:
+        process.send_signal(signal.SIGCONT)
+    assert not psutil.wait_procs(workers, timeout=READY_S)[1]
     paid = spent_calls(config)
     assert 40 <= paid < whole.calls
     again = build(config, *overrides)

@@ -3,7 +3,7 @@
 A config file holds only what differs from the defaults here. Entry points combine the sections (config/entry.py).
 """
 
-from collab_megatron.config.sections.base import Count, Finite, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import UMASKS, Count, Finite, Positive, Seconds, Section, Share, Umask
 from collab_megatron.config.sections.engine import EngineSection, SyncSection
 from collab_megatron.config.sections.llm import (
     BudgetSection,
@@ -34,6 +34,7 @@ from collab_megatron.config.sections.training import (
 )
 
 __all__ = [
+    "UMASKS",
     "AlgorithmSection",
     "BudgetSection",
     "Count",
@@ -62,5 +63,6 @@ __all__ = [
     "SimulatorsSection",
     "SyncSection",
     "TrainSection",
+    "Umask",
     "UserSection",
 ]

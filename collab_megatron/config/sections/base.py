@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from collab_megatron.errors import UserError
 
@@ -14,6 +14,19 @@ Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+UMASKS = ("077", "027", "022", "007", "002", "000")
+"""No decimal number that was written by mistake has the digits of one of these."""
+
+
+def _octal_digits(value: object) -> object:
+    """YAML reads an unquoted 077 as a number in octal digits, and an unquoted 0o077 as text."""
+    digits = f"{value:03o}" if isinstance(value, int) else str(value).removeprefix("0o").rjust(3, "0")
+    return digits if digits in UMASKS else value
+
+
+Umask = Annotated[Literal["077", "027", "022", "007", "002", "000"], BeforeValidator(_octal_digits)]
 
 
 class Section(BaseModel):

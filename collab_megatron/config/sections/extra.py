@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from collab_megatron.errors import MASK, masked
+
 # argument -> where it is set
 OWN: Mapping[str, str] = {
     "model": "model",
@@ -64,6 +66,23 @@ def check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError):
         raise ValueError("extra holds a value that JSON does not have: use text, numbers, lists and mappings") from None
     return dict(extra)
+
+
+def check_address(address: str) -> str:
+    """`address` if it holds no name or password. Raises ValueError with one sentence, in which they are masked."""
+    if f"{MASK}@" in shown_address(address):
+        raise ValueError(
+            f"{shown_address(address)} holds a name or a password, which cannot be sent together with a key: put the "
+            "key into an environment variable and name that in api_key_env"
+        )
+    return address
+
+
+def shown_address(address: str) -> str:
+    """As `masked`, for what should be a URL and may lack its scheme."""
+    if "://" in address or "@" not in address:
+        return masked(address)
+    return f"{MASK}@{address.rpartition('@')[2]}"
 
 
 def _secret(path: str) -> str:

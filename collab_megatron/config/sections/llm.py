@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from collab_megatron.config.sections.base import Finite, Positive, Seconds, Section, Share
-from collab_megatron.config.sections.extra import check_extra
+from collab_megatron.config.sections.extra import check_address, check_extra
+
+Address = Annotated[str, AfterValidator(check_address)]
 
 
 class DeploymentSection(Section):
     """Another way to the same model: a second server, account or provider. LiteLLM's Router spreads calls over all."""
 
     model: str  # in LiteLLM's terms
-    api_base: str | None = None
+    api_base: Address | None = None
     api_key_env: str | None = "OPENAI_API_KEY"
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
@@ -27,7 +29,7 @@ class LLMSection(Section):
     """One role behind an LLM API, in LiteLLM's terms."""
 
     model: str  # e.g. gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
-    api_base: str | None = None  # URL of a compatible server; None: the provider's own
+    api_base: Address | None = None  # URL of a compatible server; None: the provider's own
     api_key_env: str | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
     temperature: float = Field(default=1.0, ge=0)
     max_tokens: Positive = 1024

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share
+from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Share, Umask
 
 
 class RunSection(Section):
@@ -30,6 +30,9 @@ class RunSection(Section):
     # killed and started again, a trainer rank ends the run, saved. At most 60: the trainer gives a silent driver up at
     # 120
     stopped_timeout_s: Annotated[float, Field(gt=0, le=60)] = 20.0
+    # whom the files and folders that are made are kept from: "077" from all but their owner; "027" lets the group read,
+    # "007" lets it write, "022" lets everybody read. Prompts, replies and the addresses of LLM servers are among them
+    umask: Umask = "077"
 
     @property
     def checkpoints_dir(self) -> Path:

@@ -24,7 +24,7 @@ from collab_megatron.simulators.templates import prompts_by_content, shipped_pro
 SETTINGS_FILE = "build.json"
 # What may differ between the runs that fill one folder: where and how fast, but nothing that shapes a conversation.
 FREE_SETTINGS = frozenset(
-    {"output", "problems", "num_conversations", "max_concurrency", "processes", "budget", "journal"}
+    {"output", "problems", "num_conversations", "max_concurrency", "processes", "budget", "journal", "umask"}
 )
 BY_CONTENT = frozenset({"judges", "metric_modules"})  # of the reward: what is compared otherwise
 SHAPING_LLM_SETTINGS = (

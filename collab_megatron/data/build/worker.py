@@ -77,7 +77,7 @@ async def _build_share(
         go_on="give the same command again",
     )
     tally = Tally()
-    shard = os.open(shard_path(config.output, worker), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    shard = os.open(shard_path(config.output, worker), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         await gateway.check_reachable()
         players = make_players(config, gateway)
