@@ -12,9 +12,9 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def listening(pid: int) -> set[tuple[Address, int]]:
-    """(address, port) of every listening socket that the process holds."""
+    """(address, port) of every listening socket that the process holds; none of one that has ended."""
     inodes = set()
-    for file in Path(f"/proc/{pid}/fd").iterdir():
+    for file in _entries(Path(f"/proc/{pid}/fd")):
         try:
             target = os.readlink(file)
         except OSError:
@@ -23,7 +23,7 @@ def listening(pid: int) -> set[tuple[Address, int]]:
             inodes.add(target[len("socket:[") : -1])
     found = set()
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             _, local, _, state, *_, inode = line.split()[:10]
             if state == LISTENS and inode in inodes:
                 address, port = local.split(":")
@@ -35,13 +35,17 @@ def open_to_others(pids: Iterable[int]) -> dict[int, set[tuple[Address, int]]]:
     """Of each process, the listening sockets that another machine could reach; processes without any are left out."""
     found = {}
     for pid in pids:
-        try:
-            reachable = {(address, port) for address, port in listening(pid) if not address.is_loopback}
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
+        reachable = {(address, port) for address, port in listening(pid) if not address.is_loopback}
         if reachable:
             found[pid] = reachable
     return found
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _address(text: str) -> Address:

@@ -73,7 +73,7 @@ class EnginePool:
         request_timeout_s: float,
         health_timeout_s: float,
         max_concurrency: int,
-        work_timeout_s: float | None = None,
+        work_timeout_s: float = 120.0,
         slots: Slots | None = None,
         max_running_tokens: int | None = None,
         share: float = 1.0,
@@ -81,14 +81,14 @@ class EnginePool:
         wait_for_engines: bool = False,
         keys: EngineKeys | None = None,
     ) -> None:
-        """`work_timeout_s`: longer than the longest batch takes; None: four times `health_timeout_s`.
+        """`work_timeout_s`: longer than the longest batch takes.
         `max_concurrency` is per server, and so is `max_running_tokens` (None: what its cache holds); `share` of the
         latter is ours. The pool keeps the ceiling of `slots`, which others take, and cuts it where a server queues.
         With `wait_for_engines` a request waits for the next `use` where no server is left."""
         self._stop_token_ids = stop_token_ids
         self._request_timeout_s = request_timeout_s
         self._health_timeout_s = health_timeout_s
-        self._work_timeout_s = 4 * health_timeout_s if work_timeout_s is None else work_timeout_s
+        self._work_timeout_s = work_timeout_s
         self._max_concurrency = max_concurrency
         self._ping_deadline_s = min(PING_DEADLINE_S, health_timeout_s / 2)
         self._slots, self._max_running_tokens, self._share = slots, max_running_tokens, share

@@ -107,6 +107,13 @@ def address_of(api_base: str | None) -> str:
     return _host_and_port(parts.hostname, port) if parts.hostname else ""
 
 
+def why_not_connected(error: BaseException, address: str) -> str:
+    """In plain words, why there is no connection to `address` (HOST:PORT)."""
+    if isinstance(error, TimeoutError):
+        return f"no connection to {address} in time"
+    return _what_broke([error], "connection_errors", address)
+
+
 def _host_and_port(host: object, port: object) -> str:
     name = f"[{host}]" if ":" in str(host) else str(host)
     return name if port is None else f"{name}:{port}"

@@ -24,7 +24,7 @@ from collab_megatron.errors import UserError
 from collab_megatron.journal.store import Journal
 from collab_megatron.simulators.budget import Budget, Costs
 from collab_megatron.simulators.deployments import Deployment, Deployments
-from collab_megatron.simulators.failure import SimulatorError
+from collab_megatron.simulators.failure import SimulatorError, address_of, why_not_connected
 from collab_megatron.simulators.litellm_api import Endpoint, LiteLLMApi
 from collab_megatron.simulators.mixture import Mixture, draw_part
 from collab_megatron.simulators.pacing import Bucket
@@ -180,6 +180,7 @@ async def _connect_once(where: str, api_base: str, timeout_s: float) -> None:
     try:
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(parts.hostname, port)
-    except (OSError, TimeoutError):
-        raise UserError(f"{place}: nothing answers there; start that server or mend the address") from None
+    except (OSError, TimeoutError) as error:
+        how = why_not_connected(error, address_of(api_base))
+        raise UserError(f"{place}: nothing answers there ({how}); start that server or fix the address") from None
     writer.close()

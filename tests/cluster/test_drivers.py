@@ -114,6 +114,18 @@ def test_one_that_an_unexpected_exception_ended_comes_again_a_few_times(stage: S
     assert len(lives) == 3
 
 
+def test_a_stopped_driver_is_killed_and_comes_again(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    drivers = stage.drivers()
+    stage.wait_for_lives(1, ready=1)
+    (old,) = drivers.children
+    old.hung = "it is stopped"  # by the supervisor: tests/cluster/test_stopped.py
+    os.kill(old.process.pid, signal.SIGSTOP)
+    wait_until(lambda: drivers.poll() or drivers.children[0] is not old)  # type: ignore[func-returns-value]
+    assert len(stage.wait_for_lives(2)) == 2
+    told = capsys.readouterr().out
+    assert told == "driver is killed: it is stopped\ndriver ended with signal SIGKILL: it is started again\n"
+
+
 def test_one_killed_before_it_was_ready_is_told_the_first_step_again(stage: Stage) -> None:
     """It may not have taken the lines of an earlier attempt out yet."""
     drivers = stage.drivers(ready=False)

@@ -152,6 +152,28 @@ def test_a_server_that_hangs_is_killed_once_it_is_given_up(stage: Stage, capsys:
     assert stage.names() == ["engine-0.1"]
 
 
+def test_a_server_with_a_stopped_process_is_killed_and_comes_again(
+    stage: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when SGLang's scheduler or detokenizer is stopped: its HTTP side goes on."""
+    with Supervisor(tmp_path / "logs", stopped_timeout_s=1) as stage.supervisor:
+        fleet = stage.fleet()
+        fleet.wait_until_ready()
+        (entry,) = stage.ready()
+        (helper,) = psutil.Process(stage.pid(entry)).children()
+        helper.suspend()
+        assert httpx.get(entry.url, timeout=30, trust_env=False).status_code == 200
+
+        def again() -> bool:
+            stage.supervisor.check()
+            return stage.names() == ["engine-0.1"]
+
+        stage.poll_until(fleet, again, within_s=30.0)
+    said = f"engine-0 was given up (process {helper.pid} (python"
+    assert said in (told := capsys.readouterr().out)
+    assert "(run.stopped_timeout_s=1)): starting it again (1 of 3)\n" in told
+
+
 def test_restarts_have_a_limit(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     first = iter([True])
     fleet = stage.fleet(

@@ -22,7 +22,7 @@ async def pool(
     *fakes: FakeServer,
     health_timeout_s: float = 30,
     request_timeout_s: float = 30,
-    work_timeout_s: float | None = None,
+    work_timeout_s: float = 60,
     ahead: bool = False,
 ) -> AsyncIterator[Any]:
     """A pool that uses all of `fakes` at version 1."""

@@ -255,8 +255,13 @@ def test_reachability(endpoint: Any) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
-        for base in (address, "127.0.0.1:80", "http://host:notaport/"):
-            with pytest.raises(UserError, match=r"simulators\.user\.api_base"):
+        refused = rf"api_base {address}: nothing answers there \(connection refused by 127\.0\.0\.1:\d+\); start that"
+        for base, said in (
+            (address, refused),
+            ("127.0.0.1:80", r"simulators\.user\.api_base"),
+            ("http://host:notaport/", r"simulators\.user\.api_base"),
+        ):
+            with pytest.raises(UserError, match=said):
                 use(section(endpoint, api_base=base), lambda g: g.check_reachable(2.0))
 
 

@@ -57,7 +57,9 @@ def failing(url: str, **settings: Any) -> tuple[str, RoleUsage]:
         assert not caught.value.fatal
         return str(caught.value)
 
-    said, usage = use_role(config_for(url, max_attempts=1, **settings), body)
+    # far above what a busy machine needs for the client's imports
+    patient = {"timeout_s": 60.0, "deadline_s": 60.0, "max_attempts": 1, **settings}
+    said, usage = use_role(config_for(url, **patient), body, limit_s=90.0)
     assert "status" not in said
     assert "://" not in said
     return said.partition("; last: ")[2], usage
@@ -109,10 +111,8 @@ def test_a_connection_that_breaks_and_one_that_is_no_http() -> None:
 def test_a_server_that_does_not_answer() -> None:
     with listening("hang") as address:
         said, usage = failing(f"http://{address}/v1", timeout_s=0.5)
-        assert said in (
-            f"no answer from {address} within 0.5 s (Timeout)",
-            f"no answer from {address} in time (Timeout)",
-        )
+        # by our own clock or the client's, which runs as long
+        assert said in [f"no answer from {address} {when} (Timeout)" for when in ("within 0.5 s", "in time")]
         assert usage.timeouts == 1
 
 

@@ -27,9 +27,9 @@ class EngineSection(Section):
     extra_args: tuple[str, ...] = ()
     startup_timeout_s: Seconds = 300.0
     request_timeout_s: Seconds = 900.0  # deadline of one generate call
-    health_timeout_s: Seconds = 30.0  # a server that was silent for so long is given up
+    health_timeout_s: Seconds = 20.0  # a server that was silent for so long is given up
     # so is one that answers, but owes replies, was not told to pause and finished no batch for so long; above what its
-    # longest batch takes. None: health_timeout_s on GPUs; on CPU, where one prefill can take a minute, 4 times that
+    # longest batch takes. None: health_timeout_s on GPUs; on CPU, where one prefill can take a minute, 6 times that
     work_timeout_s: Seconds | None = None
     max_restarts: Count = 3  # of each server that we started; then it stays away
     wait_s: Seconds = 900.0  # with no server left, wait this long for one; then save and stop
@@ -56,7 +56,7 @@ class EngineSection(Section):
 
     def work_timeout_on(self, device: str) -> float:
         """Seconds of `work_timeout_s` where the engines run on `device` (cpu | cuda)."""
-        return self.work_timeout_s or {"cuda": 1.0, "cpu": 4.0}[device] * self.health_timeout_s
+        return self.work_timeout_s or {"cuda": 1.0, "cpu": 6.0}[device] * self.health_timeout_s
 
 
 class SyncSection(Section):
