@@ -79,6 +79,10 @@ class SimulatorSick(RunStops):
     """Too many of a simulator's replies are odd: what it says would teach the wrong thing."""
 
 
+class TooManyErrors(RunStops):
+    """More futures of a step met an exception that nobody foresaw than the config allows: a bug, not bad luck."""
+
+
 class GradientsNotFinite(RunStops):
     """Too many optimizer steps in a row had to be skipped: nothing is learned any more."""
 

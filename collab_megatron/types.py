@@ -29,6 +29,7 @@ class RolloutStatus(StrEnum):
     ENGINE_FAILED = "engine_failed"
     TIMED_OUT = "timed_out"  # it reached its own deadline
     LATE = "late"  # its group reached its deadline and was taken without it
+    UNEXPECTED_ERROR = "unexpected_error"  # an exception that nobody foresaw; its traceback stands in the driver's log
 
     @property
     def scored(self) -> bool:

@@ -91,7 +91,7 @@ class SdpaAttention(MegatronModule):
         return torch.cat(outs).reshape(query.shape[0], -1)
 
     def _group(self, group: Group, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
-        """query [t, h, d], key and value [t, kv_h, d] of one group -> the same t tokens as parts [.., h, d], in order."""
+        """query [t, h, d], key and value [t, kv_h, d] of one group -> the t tokens as parts [.., h, d], in order."""
         prefix, own = group
         if prefix:
             yield self._attend(*(x[:prefix].transpose(0, 1)[None] for x in (query, key, value)))[0].transpose(0, 1)
@@ -125,7 +125,7 @@ class SdpaAttention(MegatronModule):
 
 
 def _stack(tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """[t, h, d] -> [sequences, longest, h, d], zeros behind shorter ones; without a copy where all are of one length."""
+    """[t, h, d] -> [sequences, longest, h, d], zeros behind shorter ones; no copy where all are of one length."""
     if len(set(lengths)) == 1:
         return tokens.unflatten(0, (len(lengths), lengths[0]))
     return nn.utils.rnn.pad_sequence(tokens.split(lengths), batch_first=True)

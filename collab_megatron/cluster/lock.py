@@ -33,13 +33,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from collab_megatron.cluster.processes import SAVE_GRACE_S
 from collab_megatron.config.sections import RunSection
 from collab_megatron.errors import RunError, UserError
 
 BEAT_S = 10.0
 SILENT_S = 120.0  # well above a network file system's own hiccups; Slurm takes longer to give up a node
 LONG_AGO_S = 3600.0  # untouched for so long by our own clock: nothing to watch for
-LEFT_S = 90.0  # what a killed launcher left may take to save and end
+LEFT_S = 30.0  # what a killed launcher left may take to end, next to saving
 POLL_S = 0.2
 TRIES = 1000  # others take and release the lock while we look: it never comes to so many
 
@@ -111,22 +112,25 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def run_lock(run: RunSection) -> Iterator[RunLock]:
-    """The lock of `run.dir` and `run.name`. Raises UserError where another process has it."""
+def run_lock(run: RunSection, save_grace_s: float = SAVE_GRACE_S) -> Iterator[RunLock]:
+    """The lock of `run.dir` and `run.name`. save_grace_s: what a killed launcher left may take for its last save.
+
+    Raises UserError where another process has it.
+    """
     what = f"run.name={run.name} in run.dir={run.dir}"
-    with locked(run.lock_file, what, "choose another run.name or run.dir") as lock:
+    with locked(run.lock_file, what, "choose another run.name or run.dir", save_grace_s) as lock:
         yield lock
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str, way_out: str) -> Iterator[RunLock]:
+def locked(path: Path, what: str, way_out: str, save_grace_s: float = 0.0) -> Iterator[RunLock]:
     """`path` made and held for the length of the block; `what` it protects and the `way_out` stand in the message.
 
     Raises UserError where another process has it or the file cannot be made, RunError at the end of a block in which it
     was lost.
     """
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    file = _acquire(path, what, way_out)
+    file = _acquire(path, what, way_out, LEFT_S + save_grace_s)
     before = signal.getsignal(signal.SIGTERM)
     if before is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _interrupt)  # a lost lock ends us by it
@@ -143,9 +147,9 @@ def locked(path: Path, what: str, way_out: str) -> Iterator[RunLock]:
             raise RunError(lock.lost)
 
 
-def _acquire(path: Path, what: str, way_out: str) -> int:
+def _acquire(path: Path, what: str, way_out: str, left_s: float) -> int:
     """The open lock file. Raises UserError."""
-    watch = _Watch(path, what, way_out)
+    watch = _Watch(path, what, way_out, left_s)
     for _ in range(TRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,8 +189,8 @@ def _unusable(path: Path, error: OSError, way_out: str) -> UserError:
 class _Watch:
     """Looks at a lock that is there, and removes it when its holder is dead."""
 
-    def __init__(self, path: Path, what: str, way_out: str) -> None:
-        self._path, self._what, self._way_out = path, what, way_out
+    def __init__(self, path: Path, what: str, way_out: str, left_s: float) -> None:
+        self._path, self._what, self._way_out, self._left_s = path, what, way_out, left_s
         self._told = False
 
     def clear(self) -> None:
@@ -232,7 +236,7 @@ class _Watch:
                 self._refuse(str(holder))
             if free is not False:
                 return True
-            if waited_s > LEFT_S:
+            if waited_s > self._left_s:
                 left = ", ".join(map(str, _open_in(file))) or "?"
                 self._refuse(f"{holder}; it was killed, and what it started still runs (processes {left}): end that")
             self._tell(f"process {holder.pid} was killed: waiting until what it started has ended")

@@ -107,7 +107,7 @@ class Supervisor:
     """
 
     def __init__(
-        self, logs_dir: Path | None = None, *, held: Sequence[int] = (), stopped_timeout_s: float | None = None
+        self, logs_dir: Path | None = None, held: Sequence[int] = (), *, stopped_timeout_s: float | None = None
     ) -> None:
         self._logs_dir = logs_dir or Path()
         self._keeps_logs = logs_dir is not None

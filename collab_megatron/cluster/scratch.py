@@ -36,6 +36,8 @@ NEW_S = 60.0  # one without a lock that is older was left by a kill in the middl
 OWNER = "owner"
 NOTED = "shared_memory"
 SHARED_MEMORY = Path("/dev/shm")
+MADE_BY_LIBRARIES = ("sem.mp-", "psm_", "sglang_", "sgl_", "torch_", "nccl-", "cuda.shm.")
+"""Of multiprocessing, SGLang, torch, NCCL and CUDA. A data set that somebody keeps in /dev/shm is mapped too."""
 LONGEST_PATH = 60  # bytes; a Unix socket's address has 107, and other programs' names follow
 
 
@@ -167,7 +169,7 @@ def _unlink_shared(path: Path) -> None:
 
 
 def _mapped(groups: Collection[int]) -> Iterator[Path]:
-    """Files of /dev/shm that processes of these groups have mapped."""
+    """What libraries made in /dev/shm, as far as processes of these groups have it mapped."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             group = int((process / "stat").read_text().rpartition(")")[2].split()[2])
@@ -176,5 +178,6 @@ def _mapped(groups: Collection[int]) -> Iterator[Path]:
             continue  # it ended while we looked
         for line in lines:
             at = line.find(f"{SHARED_MEMORY}/")
-            if at >= 0 and not line.endswith("(deleted)"):
-                yield Path(line[at:])
+            path = Path(line[at:])
+            if at >= 0 and not line.endswith("(deleted)") and path.name.startswith(MADE_BY_LIBRARIES):
+                yield path

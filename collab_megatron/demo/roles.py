@@ -156,7 +156,7 @@ def _read_prompt(turns: Sequence[Turn]) -> tuple[str, dict[str, str], list[Turn]
     """(intent, slots, chat) of the prompt that a simulator or judge is shown."""
     prompt = turns[-1][1]
     intent, slots = world.read_request(_block(prompt, "request"))
-    lines = [line for line in _block(prompt, "chat").splitlines() if line.strip()]
+    lines = [line for line in _block(prompt, "chat").split("\n") if line.strip()]  # JSON may hold other line ends
     try:
         chat = [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:

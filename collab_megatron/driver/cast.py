@@ -13,6 +13,7 @@ from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.lineage import lineage_of
 from collab_megatron.driver.recorded_engine import RecordedEngine
+from collab_megatron.driver.unexpected import Unexpected
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.journal import store
@@ -110,6 +111,7 @@ async def assemble(
                     engine_clock=BusyClock(),
                     user_clock=BusyClock(),
                     judge_clock=BusyClock(),
+                    unexpected=Unexpected(driver.max_unexpected_errors) if driver else Unexpected(),
                 ),
                 limits=Limits(
                     max_user_turns=rollout.max_user_turns,

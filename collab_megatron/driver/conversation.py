@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from collab_megatron.config.sections.rollout import CutReply
+from collab_megatron.driver.unexpected import Unexpected
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.journal.calls import CALLS
 from collab_megatron.journal.place import PLACE, Place
 from collab_megatron.journal.store import ReplayMiss
 from collab_megatron.monitor.busy import BusyClock
+from collab_megatron.rewards.scorer import is_of_own_metric
 from collab_megatron.types import (
     TERMINATION_SIGNAL,
     CallRecord,
@@ -96,6 +98,7 @@ class Players:
     engine_clock: BusyClock
     user_clock: BusyClock
     judge_clock: BusyClock
+    unexpected: Unexpected = field(default_factory=Unexpected)
 
 
 @dataclass
@@ -138,8 +141,8 @@ async def play_future(
     limits: Limits,
     players: Players,
 ) -> Future:
-    """Play and score future `index` of a reply. A failed call becomes its status, and so does its deadline; only
-    NoEngineLeft and ReplayMiss are raised.
+    """Play and score future `index` of a reply. A failed call becomes its status, and so do its deadline and an
+    exception that nobody foresaw. Raised are only NoEngineLeft, ReplayMiss and a bug of the user's own metric.
 
     With `simulate` False (K = 0) the reply is scored as it stands. A conversation that broke off under
     `cut_reply: penalty` has a reward and no scores. Waits for the engine, the user simulator and the
@@ -151,6 +154,13 @@ async def play_future(
     before = CALLS.set(calls)
     try:
         played = await _play(task, state, index, seat, simulate=simulate, limits=limits, players=players)
+    except STOPS_ALL:
+        raise
+    except Exception as error:
+        if is_of_own_metric(error):
+            raise
+        words = players.unexpected.note(error, f"future {seat.name} of task {task.task_id}")
+        played = _future(task, state, index, RolloutStatus.UNEXPECTED_ERROR, words)
     finally:
         CALLS.reset(before)
     return replace(played, calls=tuple(calls))

@@ -17,6 +17,7 @@ from collab_megatron.driver.metrics import evaluation_metrics
 from collab_megatron.driver.protocol import Tally
 from collab_megatron.errors import RunError
 from collab_megatron.journal.place import PLACE, Place
+from collab_megatron.rewards.scorer import is_of_own_metric
 from collab_megatron.types import Future, Generation, Group, PolicyTurn, Reply, RolloutStatus, Task
 
 
@@ -54,7 +55,7 @@ async def evaluate(
     a reason to begin no more; those under way are played to their end. A task has the same sample index at every step:
     users and judges who are told the same answer the same, which the journal may know.
 
-    Raises NoEngineLeft and ReplayMiss.
+    Raises NoEngineLeft, ReplayMiss, and a bug of the user's own metric.
     """
     limits = replace(
         limits,
@@ -92,7 +93,7 @@ async def evaluate(
 
 
 async def _play(task: Task, seat: TreeSeat, *, simulated: bool, limits: Limits, players: Players) -> Group:
-    """One conversation. Raises STOPS_ALL alone."""
+    """One conversation. Raises STOPS_ALL and a bug of the user's own metric alone."""
     PLACE.set(Place(seat.step))
     status = RolloutStatus.SIMULATOR_FAILED
     try:
@@ -107,6 +108,11 @@ async def _play(task: Task, seat: TreeSeat, *, simulated: bool, limits: Limits, 
         raise
     except RunError as error:
         return _failed(task, status, str(error))
+    except Exception as error:
+        if is_of_own_metric(error):
+            raise
+        words = players.unexpected.note(error, f"the conversation {seat} of task {task.task_id}")
+        return _failed(task, RolloutStatus.UNEXPECTED_ERROR, words)
     prompt_ids = tuple(players.chat.prompt_ids(task.prompt))
     return Group(task, prompt_ids, (reply,), kept=reply.mr is not None, error=reply.futures_K[0].error)
 

@@ -56,7 +56,7 @@ async def grow_group(
     The K futures of a reply that nobody can answer (`limits.cut_reply`) are one and the same conversation: it is judged
     once, and all K carry its scores, so that counts and `min_futures` mean what they mean elsewhere.
 
-    Raises only NoEngineLeft and ReplayMiss; failed, late and cancelled futures are statuses.
+    Raises only what play_future raises; failed, late and cancelled futures are statuses.
     """
     count = max(rules.num_futures, 1)
     playing = {

@@ -37,14 +37,14 @@ TEXTS = (".json", ".jinja", ".txt", ".model")  # config, index, tokenizer, chat 
 # sections that say where, when and how fast, or what is only looked at
 APART = ("engine", "sync", "journal", "budget", "parallel", "train", "record", "output")
 FREE: Mapping[str, frozenset[str]] = {
-    "run": frozenset({"dir", "name", "resume", "init_from", "stopped_timeout_s", "umask"}),  # init_from by content
+    "run": frozenset({"dir", "name", "resume", "init_from", "umask", "stopped_timeout_s"}),  # init_from by content
     "model": frozenset({"path"}),  # by content
     "data": frozenset({"train", "validation"}),  # by content; the held-out rows decide nothing
     "rollout": frozenset({"step_timeout_s"}),
     "reward": frozenset({"metric_modules"}),  # by content
     "optimizer": frozenset({"distributed", "overlap", "cpu_offload"}),
     "simulators": frozenset({"health", "assistant"}),  # limits of what is said; who builds data sets
-    "driver": frozenset({"shards", "future_timeout_s", "group_timeout_s", "max_restarts"}),
+    "driver": frozenset({"shards", "future_timeout_s", "group_timeout_s", "max_restarts", "max_unexpected_errors"}),
 }
 # of every LLM, wherever it stands: the way to it. Its model, temperature, lengths and prompts count
 LLM_FREE = frozenset(

@@ -17,9 +17,18 @@ from typing import Generic, Literal, TypeVar
 
 import msgspec
 import zmq
+from msgspec import structs
 
 from collab_megatron.driver.figures import Figure, merged, values
-from collab_megatron.errors import BudgetSpent, EvaluationFailed, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.errors import (
+    BudgetSpent,
+    EvaluationFailed,
+    NoEngineLeft,
+    RunError,
+    SimulatorSick,
+    TooManyErrors,
+)
+from collab_megatron.text import whole_text
 from collab_megatron.types import RolloutBatch, TrainingSample
 
 POLL_S = 2.0
@@ -28,7 +37,7 @@ ASK_AGAIN_S = 15.0
 """After so much silence the request was lost: far above POLL_S, since the driver's loop may be busy."""
 SILENT_S = 120.0
 """How long the trainer asks a driver that does not answer: it may be being started again."""
-WHY_STOP = {"budget": BudgetSpent, "health": SimulatorSick}
+WHY_STOP = {"budget": BudgetSpent, "health": SimulatorSick, "errors": TooManyErrors}
 LOST_CONVERSATIONS = "held-out conversations failed"
 LOST_SHARE_LIMIT = 0.5
 """A step or evaluation that lost more than this share of its work, over all shards, fails: its figures would mean
@@ -54,6 +63,9 @@ class Tally(msgspec.Struct, frozen=True):
     lost: int = 0  # of them, those that were dropped or failed
     why: str = ""  # what went wrong with one of them
 
+    def __post_init__(self) -> None:
+        structs.force_setattr(self, "why", whole_text(self.why))  # a provider's words may stand in it
+
 
 class Answer(msgspec.Struct):
     """Given by the driver: pending, an error, or figures, for a step with its samples."""
@@ -63,10 +75,15 @@ class Answer(msgspec.Struct):
     figures: dict[str, Figure] = {}
     error: str = ""
     no_engine: bool = False  # the error is that no engine is left: the same may be asked again, with others
-    stop: Literal["", "budget", "health"] = ""  # the error is that the run must not go on
+    stop: Literal["", "budget", "health", "errors"] = ""  # the error is that the run must not go on
     notes: tuple[str, ...] = ()  # for the terminal
     lost: dict[str, str] = {}  # engines that were given up while this was worked on: URL -> reason
     tally: Tally = Tally()
+
+    def __post_init__(self) -> None:
+        """Providers and LLMs have a say in the texts: half a surrogate pair of theirs could not be sent."""
+        self.error, self.notes = whole_text(self.error), tuple(map(whole_text, self.notes))
+        self.lost = {url: whole_text(why) for url, why in self.lost.items()}
 
 
 @dataclass(frozen=True)
@@ -104,8 +121,8 @@ class DriverClient:
         """The finished groups of `step`, sampled by `engines`, all of which hold `version`.
 
         Raises RunError at the deadline, with the driver's own error, or when the shards together had to drop over half
-        of the groups; DriverHasNoEngine when all engines were given up; BudgetSpent or SimulatorSick where the run must
-        stop.
+        of the groups; DriverHasNoEngine when all engines were given up; BudgetSpent, SimulatorSick or TooManyErrors
+        where the run must stop.
         """
         request = Request("step", step, version, tuple(engines), saved)
         answers = self._ask_all(request, f"the rollouts of step {step + 1}", timeout_s)

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from collab_megatron.driver.group import TreeSeat
+from collab_megatron.text import on_one_line
 from collab_megatron.types import Future, Group, Message, PolicyTurn, Reply
 
 SCHEMA = 1
@@ -95,9 +96,10 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 def _line(values: dict[str, Any]) -> bytes:
     try:
-        return orjson.dumps(values) + b"\n"
+        line = orjson.dumps(values)
     except TypeError:  # an LLM wrote what the record's JSON does not have
-        return orjson.dumps(_writable(values)) + b"\n"
+        line = orjson.dumps(_writable(values))
+    return on_one_line(line) + b"\n"
 
 
 def _writable(value: Any) -> Any:

@@ -69,6 +69,9 @@ class Steps:
         Raises RunError if groups hold tokens older than allowed; what the trees raise.
         """
         assert self._forest is not None, "begin comes first"
+        if (stop := self._cast.players.unexpected.verdict()) is not None:
+            self._forest.admitting = False  # what the trees under way have cost is in the journal
+            return Answer(error=stop, stop="errors")
         trees = self._forest.take(step)
         if trees is not None:
             return self._deliver(step, trees)
@@ -116,6 +119,7 @@ class Steps:
         figures = self._figures(step, trees, groups)
         figures["rollout/samples"] = Figure.of("sum", [len(samples)])
         answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
+        self._cast.players.unexpected.begin()
         wanted = self._recorder.wants(step + 1)
         lines = [self._line(step, tree, tree.group) for tree in trees if wanted and tree.group is not None]
         self._deliveries.put(step, trees, answer, lines)

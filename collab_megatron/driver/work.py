@@ -55,8 +55,8 @@ class Work:
         )
 
     async def grow(self, tree: Tree) -> Group:
-        """The tree's group. One whose replies cannot be sampled is dropped, with the reason; NoEngineLeft and
-        ReplayMiss are raised."""
+        """The tree's group. One whose replies cannot be sampled is dropped, with the reason. Raised are NoEngineLeft,
+        ReplayMiss and a bug of the user's own metric."""
         task, players, limits = self.shard.task(tree.seat), self._cast.players, self._cast.limits
         rules = self._group_rules
         try:
@@ -65,6 +65,9 @@ class Work:
             raise
         except RunError as error:
             return Group(task, (), (), kept=False, error=str(error))
+        except Exception as error:  # noqa: BLE001 - logged there; too many of them stop the run
+            words = players.unexpected.note(error, f"the replies of tree {tree.seat}, task {task.task_id},")
+            return Group(task, (), (), kept=False, error=words)
         tree.version = min((v for turn in turns_G for v in turn.generation.versions_T), default=None)
         return await grow_group(task, prompt_ids, turns_G, tree.seat, rules=rules, limits=limits, players=players)
 
@@ -88,4 +91,8 @@ class Work:
         keep_newest(run.evaluations_dir, section.keep_transcripts, self.shard.index, step=step)
         if played.stop:
             return Answer(error=played.stop, stop="budget")
+        unexpected = self._cast.players.unexpected
+        if (stop := unexpected.verdict()) is not None:
+            return Answer(error=stop, stop="errors")
+        unexpected.begin()
         return Answer(figures=played.figures, tally=played.tally)

@@ -57,6 +57,8 @@ def engine_command(
     env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"} | ON_LOOPBACK  # a server's ranks are all on this node
     if device == "cpu":
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+        # there is no device whose work the scheduler's own could hide behind: it only costs (docs/BENCHMARKS.md)
+        argv.append("--disable-overlap-schedule")
         # spinning OpenMP threads starve the trainer that shares these cores
         env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         env["OMP_NUM_THREADS"] = str(settings.threads or threads)

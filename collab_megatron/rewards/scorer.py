@@ -18,6 +18,10 @@ from collab_megatron.simulators import SimulatorError
 from collab_megatron.types import Metric, ScoredConversation
 
 SHORT_CHARS = 60  # of a wrong value in a sentence
+OURS = f"{__name__.partition('.')[0]}."
+"""Modules of this package; a metric of another one is the user's own."""
+OWN_METRIC = "_own_metric"
+"""Attribute of an exception that the user's own metric raised."""
 
 
 class Scorer:
@@ -57,8 +61,14 @@ async def _score(metric: Metric, conversation: ScoredConversation) -> float:
             value = await value
     except Exception as error:
         error.add_note(f"in metric {metric.name}")
+        setattr(error, OWN_METRIC, not type(metric).__module__.startswith(OURS))
         raise
     return finite_score(metric.name, value)
+
+
+def is_of_own_metric(error: Exception) -> bool:
+    """Whether it is a bug in a metric of the user's own, which ends the run (docs/METRICS.md)."""
+    return getattr(error, OWN_METRIC, False)
 
 
 def finite_score(metric: str, value: object) -> float:

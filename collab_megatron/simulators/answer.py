@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from collab_megatron.simulators.litellm_api import ApiReply
+from collab_megatron.text import has_half
 from collab_megatron.types import LLMReply
 
 
 class Observer(Protocol):
-    """Told of every fresh answer, for checks that go beyond one call."""
+    """Told of every answer, the journal's too, for checks that go beyond one call."""
 
     def provider(self, role: str, model: str, fingerprint: str, deployment: int = 0) -> None:
         """What the provider says that it was."""
@@ -38,10 +39,16 @@ def find_problem(reply: ApiReply, check: Callable[[str], object] | None) -> tupl
     for text in reply.texts:
         if not text.strip():
             return "empty", "the reply is empty"
+        if has_half(text):  # of a journal that an older version wrote; what comes now is made whole (litellm_api.py)
+            return "unreadable", "half a surrogate pair in the reply"
         if check is not None:
             try:
                 check(text)
-            except ValueError as error:
+            except (
+                ValueError,
+                RecursionError,
+                OverflowError,
+            ) as error:  # `json.loads` raises the second, `int` the third
                 return "unreadable", str(error)
     return None
 

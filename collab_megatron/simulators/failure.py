@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import errno
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from collab_megatron.errors import RunError, masked
+from collab_megatron.text import whole_text
 
 FATAL_STATUSES = frozenset({400, 401, 402, 403, 404, 405, 413, 415, 422})
 """Asking again there cannot help: a wrong key, model, address or request."""
@@ -92,7 +94,7 @@ def classify(error: BaseException, secrets: Iterable[str], address: str = "") ->
         detail = masked(" ".join(text.split()))  # before it is cut: half an address is not known as one
         for secret in secrets:
             detail = detail.replace(secret, "***")
-        detail = detail[:DETAIL_CHARS]
+        detail = whole_text(detail[:DETAIL_CHARS])
     asked_s = retry_after_s(_headers(error), time.time())
     return Failure(type(error).__name__, status, fatal, asked_s, detail, counter)
 
@@ -183,17 +185,19 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds that `Retry-After` (a number or a date; `retry-after-ms` too) asks to wait; None if it does not."""
     lower = {name.lower(): value for name, value in headers.items()}
+    value = lower.get("retry-after")
     try:
         if "retry-after-ms" in lower:
-            return max(0.0, float(lower["retry-after-ms"]) / 1000)
-        value = lower.get("retry-after")
-        if value is None:
+            asked_s = float(lower["retry-after-ms"]) / 1000
+        elif value is None:
             return None
-        if value.replace(".", "", 1).strip().isdigit():
-            return float(value)
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
-    except ValueError:
+        elif value.replace(".", "", 1).strip().isdigit():
+            asked_s = float(value)
+        else:
+            asked_s = email.utils.parsedate_to_datetime(value).timestamp() - now
+    except (ValueError, OverflowError):
         return None  # a header that nobody can read asks for nothing
+    return max(0.0, asked_s) if math.isfinite(asked_s) else None
 
 
 def _headers(error: BaseException) -> Mapping[str, str]:

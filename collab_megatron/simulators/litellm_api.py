@@ -12,6 +12,7 @@ Choices, with the CPU time of one call measured against a trivial local server:
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from collab_megatron.simulators.prices import Price, listed_price, load_litellm
+from collab_megatron.text import whole_text
 
 logger = logging.getLogger(__name__)
 
 NO_KEY = "no-key"  # servers without authentication still want the header filled
 LEAST_LIMIT_CHARS = 65_536
+MOST_TOKENS = 2**31  # of one answer: a larger count is no count, and SQLite has none beyond 2**63
 CHARS_PER_TOKEN = 16  # more than any real text has: an answer above it is not what was asked for
 
 
@@ -146,7 +149,8 @@ class LiteLLMApi:
         return made
 
     async def chat(self, endpoint: Endpoint, request: Request, timeout_s: float) -> ApiReply:
-        """One request, no retry. Raises whatever the client raises; failure.classify reads it."""
+        """One request, no retry; the texts are valid UTF-8, whatever came. Raises whatever the client raises, and
+        ValueError for an answer whose parts are not of their kind; failure.classify reads it."""
         options: dict[str, Any] = {**request.extra, **({"n": request.n} if request.n > 1 else {})}
         if request.json_reply and request.schema is not None and endpoint.json_schema:
             wanted = {"name": "reply", "strict": True, "schema": dict(request.schema)}
@@ -167,9 +171,9 @@ class LiteLLMApi:
             **options,
         )
         usage = getattr(response, "usage", None)
-        prompt_tokens = int(getattr(usage, "prompt_tokens", 0) or 0)
-        completion_tokens = int(getattr(usage, "completion_tokens", 0) or 0)
-        texts = tuple(choice.message.content or "" for choice in response.choices)
+        prompt_tokens = _token_count(usage, "prompt_tokens")
+        completion_tokens = _token_count(usage, "completion_tokens")
+        texts = tuple(_content(choice.message.content) for choice in response.choices)
         problem = ""
         if any(choice.message.role != "assistant" for choice in response.choices):
             problem = "wrong_role"
@@ -180,8 +184,8 @@ class LiteLLMApi:
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             cost_usd=self._cost_usd(endpoint, response, prompt_tokens, completion_tokens),
-            model=str(response.model or ""),
-            fingerprint=str(getattr(response, "system_fingerprint", None) or ""),
+            model=whole_text(str(response.model or "")),
+            fingerprint=whole_text(str(getattr(response, "system_fingerprint", None) or "")),
             problem=problem,
         )
 
@@ -193,10 +197,25 @@ class LiteLLMApi:
         if price.source == "litellm":
             # LiteLLM's own figure knows about cached and tiered tokens, which a product of two numbers does not
             counted = getattr(response, "_hidden_params", {}).get("response_cost")
-            if counted:
+            if counted and math.isfinite(counted):
                 return float(counted)
         return price.cost_usd(prompt_tokens, completion_tokens)
 
     async def close(self) -> None:
         """Close the HTTP connections that LiteLLM keeps."""
         await self._litellm.close_litellm_async_clients()
+
+
+def _content(content: object) -> str:
+    """A choice's text, where the API gave none an empty one. Raises ValueError for what is no text."""
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"the content of a choice is no text but {type(content).__name__}")
+    return whole_text(content or "")
+
+
+def _token_count(usage: object, name: str) -> int:
+    """A count of the answer's `usage`, 0 where it has none. Raises ValueError for what counts no tokens."""
+    count = getattr(usage, name, 0) or 0
+    if not isinstance(count, (int, float)) or not 0 <= count < MOST_TOKENS:
+        raise ValueError(f"usage.{name} is no number of tokens")
+    return int(count)

@@ -29,13 +29,19 @@ class Recorded:
             parameters["extra"] = dict(request.extra)
         return reply_key(self._model, request.messages, parameters, sample_index)
 
-    def look_up(self, key: bytes) -> tuple[ApiReply, float] | None:
-        """What was answered, now free of charge, and how long it took. Raises ReplayMiss if nothing may be asked."""
+    @property
+    def may_ask(self) -> bool:
+        """Whether what the journal lacks, or has in a form that cannot be used, is asked for."""
+        return self._journal.replay != "only"
+
+    def look_up(self, key: bytes) -> tuple[ApiReply, float, int] | None:
+        """What was answered, now free of charge; how long it took; the deployment. Raises ReplayMiss if nothing may be
+        asked."""
         found = self._journal.reply(key, what=f"an answer of {self._role} ({self._model})")
         if found is None:
             return None
         reply = ApiReply(found.texts, found.prompt_tokens, found.completion_tokens, 0.0, found.model, found.fingerprint)
-        return reply, found.latency_s
+        return reply, found.latency_s, found.deployment
 
     def keep(self, key: bytes, reply: ApiReply, latency_s: float, deployment: int) -> None:
         """On disk before anyone uses it; texts that no caller may see (ApiReply.problem) are not in it."""

@@ -96,7 +96,7 @@ class Role:
         section, usage = self.section, self.usage
         wire = [{"role": message.role, "content": message.content} for message in messages]
         failure = Failure("NoAttempt", None, False, None)
-        spent_s, attempt, sent, malformed = 0.0, 0, 0, 0
+        spent_s, attempt, sent, malformed, replayed = 0.0, 0, 0, 0, 0
         replies: list[LLMReply] = []
         answers: list[Answer] = []
         begin_s = time.time()
@@ -110,7 +110,7 @@ class Role:
             result: Answer | Failed | None = self._replay(key)
             if result is None:
                 usage.calls += sent == 0
-                usage.retries += attempt > 1
+                usage.retries += attempt + replayed > 1
                 sent += 1
                 try:
                     result, seconds = await self._attempt(request, key, refused, section.deadline_s - spent_s)
@@ -130,7 +130,10 @@ class Role:
                     continue
                 # Other words may come of another seed, and the provider is well: ask again without a pause.
                 malformed += 1
-                self._note_malformed(problem[0], result)
+                if result.replayed and self._recorded is not None and self._recorded.may_ask:
+                    attempt -= 1  # else a call that failed once would fail at every resume, without a request
+                    replayed += 1
+                self._note_malformed(problem[0])
                 failure = Failure("MalformedReply", None, False, None, problem[1])
                 continue
             failure = result.failure
@@ -145,7 +148,7 @@ class Role:
         usage.failures += 1
         spent = SimulatorError(
             f"{self.name} ({section.model}) gave no usable reply after {attempt} attempt{'s' * (attempt > 1)} "
-            f"in {spent_s:.1f} s; last: {failure}",
+            f"in {spent_s:.1f} s{f', and {replayed} of the journal' * (replayed > 0)}; last: {failure}",
             fatal=failure.fatal,
         )
         keep_call(self._call(begin_s, sent, answers, error=str(spent)))
@@ -201,8 +204,10 @@ class Role:
         found = self._recorded.look_up(key)
         if found is None:
             return None
+        reply, latency_s, deployment = found
         self.usage.replayed += 1
-        return Answer(*found, replayed=True)
+        self._observe(reply, deployment)
+        return Answer(reply, latency_s, replayed=True)
 
     async def _attempt(
         self, request: Request, key: bytes | None, refused: AbstractSet[int], left_s: float
@@ -255,6 +260,10 @@ class Role:
         usage.completion_tokens += reply.completion_tokens
         usage.cost_usd += reply.cost_usd
         self.slots.succeeded(latency_s=latency_s)
+        self._observe(reply, deployment)
+
+    def _observe(self, reply: ApiReply, deployment: int) -> None:
+        """What the journal gives counts like what comes: a share of malformed replies is of all that were looked at."""
         if self._observer is not None:
             self._observer.provider(self.name, reply.model, reply.fingerprint, deployment)
 
@@ -265,9 +274,7 @@ class Role:
         if failure.ill:
             self.usage.cooldowns += self._deployments.cool(deployment, failure.kind, failure.retry_after_s)
 
-    def _note_malformed(self, kind: str, answer: Answer) -> None:
-        if answer.replayed:
-            return  # it was counted when it came
+    def _note_malformed(self, kind: str) -> None:
         self.usage.add(kind)
         if self._observer is not None:
             self._observer.malformed(self.name, kind)

@@ -30,7 +30,7 @@ class RoleUsage:
     connection_errors: int = 0  # refused, reset, hung up
     bad_bodies: int = 0  # status 200 with half a JSON, HTML, or something that is no completion
     cancelled: int = 0  # attempts that nobody waits for any more: a future's deadline came, or another metric failed
-    malformed: int = 0  # answers that came but could not be used: the sum of the next four
+    malformed: int = 0  # answers, the journal's too, that could not be used: the sum of the next four
     empty: int = 0
     wrong_role: int = 0  # a choice that the assistant did not say
     too_long: int = 0  # never parsed, never stored

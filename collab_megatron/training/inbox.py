@@ -23,6 +23,7 @@ from collab_megatron.errors import (
     NoEngineLeft,
     RunError,
     SimulatorSick,
+    TooManyErrors,
 )
 from collab_megatron.training.interrupt import Interrupt
 from collab_megatron.types import RolloutBatch
@@ -38,6 +39,7 @@ KINDS: dict[bytes, type[RunError]] = {
     b"\x03": SimulatorSick,
     b"\x04": Interrupted,
     b"\x05": EvaluationFailed,
+    b"\x06": TooManyErrors,
     FAILED: RunError,
 }
 """What rank 0 met, for the others to raise; the first that fits."""
@@ -73,8 +75,8 @@ class Inbox:
         complete checkpoint holds `saved` steps.
 
         Rank 0's arguments count. Raises NoEngineLeft on every rank if the driver had to give all engines up: the same
-        step can be asked for again. Raises BudgetSpent or SimulatorSick where the run must stop, RunError if the driver
-        could not deliver.
+        step can be asked for again. Raises BudgetSpent, SimulatorSick or TooManyErrors where the run must stop,
+        RunError if the driver could not deliver.
         """
         driver = self._driver
         return self._shared(
@@ -120,7 +122,7 @@ class Inbox:
             except Exception as error:  # noqa: BLE001  (raised below, once the others have heard of it)
                 failure = error
                 kind = next((code for code, known in KINDS.items() if isinstance(error, known)), FAILED)
-                payload = kind + str(error).encode()
+                payload = kind + str(error).encode("utf-8", "replace")
                 if isinstance(error, DriverHasNoEngine):
                     self._lost |= error.lost
         size = torch.tensor([len(payload)], dtype=torch.int64)

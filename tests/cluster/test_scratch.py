@@ -111,19 +111,26 @@ def test_folders_of_others_stay(temporary: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_shared_memory_of_killed_processes_goes_too(temporary: Path, tmp_path: Path) -> None:
-    code = "import mmap, sys, time\nwith open(sys.argv[1], 'r+b') as f: m = mmap.mmap(f.fileno(), 0)\ntime.sleep(60)"
-    mine, others = (SHARED_MEMORY / f"collab_test_{os.getpid()}_{name}" for name in ("mine", "others"))
+    code = """if True:
+        import mmap, sys, time
+        files = [open(name, "r+b") for name in sys.argv[1:]]
+        maps = [mmap.mmap(file.fileno(), 0) for file in files]
+        print(len(maps), flush=True)
+        time.sleep(60)
+    """
+    mine, data, others = (SHARED_MEMORY / f"{name}_{os.getpid()}" for name in ("psm_mine", "dataset", "psm_others"))
     try:
-        for file in (mine, others):
+        for file in (mine, data, others):
             file.write_bytes(bytes(64))
         with Supervisor(tmp_path) as supervisor:
-            child = supervisor.start("child", [sys.executable, "-c", code, str(mine)], {})
+            supervisor.start("child", [sys.executable, "-c", code, str(mine), str(data)], {})
             deadline = time.monotonic() + DEADLINE_S
-            while str(mine) not in Path(f"/proc/{child.process.pid}/maps").read_text():
+            while (tmp_path / "child.log").read_text() != "2\n":
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
         assert not mine.exists()
-        assert others.exists()
+        assert data.exists(), "it is mapped, but no library made it"
+        assert others.exists(), "no process of ours has it mapped"
     finally:
-        for file in (mine, others):
+        for file in (mine, data, others):
             file.unlink(missing_ok=True)

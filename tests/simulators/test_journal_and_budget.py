@@ -64,12 +64,43 @@ def test_a_replay_walks_the_same_path_and_asks_nobody(tmp_path: Path, faults: di
     assert all(reply.replayed and reply.cost_usd == 0 for reply in again)
     assert (again[0].model, again[0].fingerprint) == ("m", "fp-1")
     assert before.answers == after.replayed == asked
-    assert (after.calls, after.attempts, after.answers, after.cost_usd, after.malformed) == (0, 0, 0, 0.0, 0)
+    assert (after.calls, after.attempts, after.answers, after.cost_usd) == (0, 0, 0, 0.0)
     assert sum(item.calls for item in spent.values()) == asked
     assert sum(item.cost_usd for item in spent.values()) == pytest.approx(0.002 * asked)
-    assert observer.providers == [("user", "m", "fp-1")] * asked
-    assert len(observer.kinds) == before.malformed == asked - 5
+    assert observer.providers == [("user", "m", "fp-1")] * asked * 2  # what is replayed counts like what came
+    assert after.malformed == before.malformed == asked - 5
+    assert len(observer.kinds) == 2 * (asked - 5)
     assert (before.malformed > 0) == bool(faults)
+
+
+def test_malformed_replies_of_the_journal_are_asked_again(tmp_path: Path) -> None:
+    """A call that failed for its replies would else fail at every resume, without a single request."""
+
+    async def call(role: Role) -> LLMReply:
+        return (await role.complete(HELLO, check=json.loads))[0]
+
+    async def refused(role: Role) -> str:
+        with pytest.raises(SimulatorError) as caught:
+            await call(role)
+        return str(caught.value)
+
+    said = ["[" * 1500, "no JSON", "{"]
+    with MisbehavingEndpoint(lambda body: said.pop() if said else "{}") as endpoint:
+        config = config_for(endpoint.url, max_attempts=3)
+        with journal(tmp_path) as book:
+            words, before = use_role(config, refused, journal=book)
+        assert "after 3 attempts" in words
+        with journal(tmp_path, "only") as book:
+            words, replayed = use_role(config, refused, journal=book)
+        assert "after 3 attempts" in words
+        with journal(tmp_path) as book:
+            reply, after = use_role(config, call, journal=book)
+        assert endpoint.counts["good"] == 4
+    assert reply.text == "{}"
+    assert not reply.replayed
+    assert (before.malformed, replayed.malformed, after.malformed) == (3, 3, 3)
+    assert (before.answers, replayed.answers, after.answers) == (3, 0, 1)
+    assert (after.replayed, after.calls, after.failures) == (3, 1, 0)
 
 
 def test_what_the_journal_lacks_ends_a_run_that_may_ask_nothing(tmp_path: Path) -> None:

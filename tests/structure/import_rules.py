@@ -13,14 +13,16 @@ from pathlib import Path
 
 PACKAGE = "collab_megatron"
 
-# the data contract, the two errors, writing aside and renaming, and the config sections that leaf functions take
-EVERYWHERE = ("types", "errors", "files", "log", "slots", "config.sections")
+# the data contract, the two errors, writing aside and renaming, text made fit for files and tokenizers, and the config
+# sections that leaf functions take
+EVERYWHERE = ("types", "errors", "files", "log", "slots", "text", "config.sections")
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
     "log": (),
+    "text": (),
     "config": (),
     "data": (),
     "journal": (),

@@ -65,7 +65,7 @@ def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def config(desk: str, tmp_path: Path) -> Path:
     write_tasks(tmp_path / "tasks", train=40, heldout=10, seed=1)
-    role = {"api_base": desk, "api_key_env": None, "deadline_s": 20.0}
+    role = {"api_base": desk, "api_key_env": None, "deadline_s": 20.0, "timeout_s": 20.0}
     raw: dict[str, Any] = {
         "problems": str(tmp_path / "tasks" / "train.jsonl"),
         "output": str(tmp_path / "built"),
@@ -186,8 +186,9 @@ def test_a_killed_build_asks_for_nothing_twice(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     workers = psutil.Process(killed.pid).children(recursive=True)
-    for process in (killed, *workers):
-        process.send_signal(signal.SIGSTOP)  # the second one finds a first that is not done
+    killed.send_signal(signal.SIGSTOP)  # the second one finds a first that is not done
+    for process in workers:
+        process.send_signal(signal.SIGSTOP)
     monkeypatch.setattr(sys, "argv", command[1:])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(command[1], run_name="__main__")

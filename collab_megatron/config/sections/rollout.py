@@ -70,6 +70,9 @@ class DriverSection(Section):
     order: Literal["completion", "prompt"] = "completion"  # which trees make a batch: the first that end, or by prompt
     future_timeout_s: Seconds = 600.0  # deadline of one future, waiting for free slots included
     group_timeout_s: Seconds = 900.0  # at this age a tree is taken with the futures that are there
+    # futures of a step (of an evaluation) that may end with an exception that nobody foresaw, each logged with its
+    # traceback, in one driver process; one more saves the run and stops it
+    max_unexpected_errors: Count = 3
     min_futures: Positive = 1  # a reply with fewer scored futures leaves its group
     # trees per step that may be grown in place of dropped ones and of those without spread, which are then not trained;
     # their prompts stand half an epoch from the step's own in the epoch's order

@@ -26,13 +26,13 @@ class RunSection(Section):
     # this run starts from in the place of model.path's. Optimizer, steps, schedule and data order begin at zero;
     # model.path still gives tokenizer and architecture, and the reference of the KL term. A resume does not look at it
     init_from: Path | None = None
+    # whom the files and folders that are made are kept from: "077" from all but their owner; "027" lets the group read,
+    # "007" lets it write, "022" lets everybody read. Prompts, replies and the addresses of LLM servers are among them
+    umask: Umask = "077"
     # a process of the run that a signal has stopped (SIGSTOP) for so long is taken for hung: engines and drivers are
     # killed and started again, a trainer rank ends the run, saved. At most 60: the trainer gives a silent driver up at
     # 120
     stopped_timeout_s: Annotated[float, Field(gt=0, le=60)] = 20.0
-    # whom the files and folders that are made are kept from: "077" from all but their owner; "027" lets the group read,
-    # "007" lets it write, "022" lets everybody read. Prompts, replies and the addresses of LLM servers are among them
-    umask: Umask = "077"
 
     @property
     def checkpoints_dir(self) -> Path:

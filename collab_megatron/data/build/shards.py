@@ -20,6 +20,7 @@ from collab_megatron.errors import RunError, UserError
 from collab_megatron.files import contents
 from collab_megatron.rewards.modules import module_sources
 from collab_megatron.simulators.templates import prompts_by_content, shipped_prompts
+from collab_megatron.text import on_one_line
 
 SETTINGS_FILE = "build.json"
 # What may differ between the runs that fill one folder: where and how fast, but nothing that shapes a conversation.
@@ -68,7 +69,7 @@ def claim_output(config: BuildDatasetConfig) -> set[int]:
 
 def append_conversation(shard: int, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append the rows of one conversation to an open file descriptor. Raises RunError on a full disk."""
-    data = b"".join(json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n" for row in rows)
+    data = b"".join(on_one_line(json.dumps(row, ensure_ascii=False).encode(errors="replace")) + b"\n" for row in rows)
     try:
         while data:
             data = data[os.write(shard, data) :]
