@@ -189,17 +189,8 @@ def test_no_reply_ends_the_driver_or_holds_it_up(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     lines = (config.run.conversations_dir / "shard0.jsonl").read_text()
     assert len(lines.splitlines()) == len(lines.split("\n")) - 1, "one line a row, to every reader"
-    statuses = Counter(
-        f["status"] for t in read_trees(config.run.conversations_dir) for r in t["replies"] for f in r["futures"]
-    )
-    assert set(statuses) <= {
-        "terminated",
-        "max_turns",
-        "truncated",
-        "simulator_failed",
-        "judge_failed",
-        "engine_failed",
-    }
+    statuses = Counter(f["status"] for t in read_trees(config.run.conversations_dir) for r in t["replies"] for f in r["futures"])
+    assert set(statuses) <= {"terminated", "max_turns", "truncated", "simulator_failed", "judge_failed", "engine_failed"}
     assert statuses["simulator_failed"] > 0
     assert statuses["max_turns"] + statuses["terminated"] > 0
 
