@@ -169,15 +169,18 @@ def _unlink_shared(path: Path) -> None:
 
 
 def _mapped(groups: Collection[int]) -> Iterator[Path]:
-    """What libraries made in /dev/shm, as far as processes of these groups have it mapped."""
+    """What libraries made in /dev/shm, as far as processes of these groups have it mapped.
+
+    By number, not by name: a semaphore is mapped under another name than the one that stays.
+    """
+    numbers: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             group = int((process / "stat").read_text().rpartition(")")[2].split()[2])
             lines = (process / "maps").read_text().splitlines() if group in groups else []
         except (OSError, IndexError):
             continue  # it ended while we looked
-        for line in lines:
-            at = line.find(f"{SHARED_MEMORY}/")
-            path = Path(line[at:])
-            if at >= 0 and not line.endswith("(deleted)") and path.name.startswith(MADE_BY_LIBRARIES):
-                yield path
+        numbers |= {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
+    for entry in os.scandir(SHARED_MEMORY) if numbers else ():
+        if entry.name.startswith(MADE_BY_LIBRARIES) and entry.inode() in numbers:
+            yield Path(entry.path)

@@ -44,11 +44,7 @@ def find_problem(reply: ApiReply, check: Callable[[str], object] | None) -> tupl
         if check is not None:
             try:
                 check(text)
-            except (
-                ValueError,
-                RecursionError,
-                OverflowError,
-            ) as error:  # `json.loads` raises the second, `int` the third
+            except (ValueError, RecursionError, OverflowError) as error:  # of `json.loads`, of `int`
                 return "unreadable", str(error)
     return None
 

@@ -112,7 +112,9 @@ def test_folders_of_others_stay(temporary: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_shared_memory_of_killed_processes_goes_too(temporary: Path, tmp_path: Path) -> None:
     code = """if True:
-        import mmap, sys, time
+        import mmap, multiprocessing, sys, time
+        lock = multiprocessing.get_context("spawn").Lock()
+        print(lock._semlock.name.strip("/"), flush=True)
         files = [open(name, "r+b") for name in sys.argv[1:]]
         maps = [mmap.mmap(file.fileno(), 0) for file in files]
         print(len(maps), flush=True)
@@ -125,9 +127,15 @@ def test_shared_memory_of_killed_processes_goes_too(temporary: Path, tmp_path: P
         with Supervisor(tmp_path) as supervisor:
             supervisor.start("child", [sys.executable, "-c", code, str(mine), str(data)], {})
             deadline = time.monotonic() + DEADLINE_S
-            while (tmp_path / "child.log").read_text() != "2\n":
+            while not (said := (tmp_path / "child.log").read_text()).endswith("\n2\n"):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
+            semaphore = SHARED_MEMORY / f"sem.{said.split()[0]}"
+            assert semaphore.exists()
+            supervisor.note_shared_memory()
+            for child in supervisor._children:
+                supervisor.kill(child)  # -9: nobody clears up
+        assert not semaphore.exists()
         assert not mine.exists()
         assert data.exists(), "it is mapped, but no library made it"
         assert others.exists(), "no process of ours has it mapped"

@@ -57,6 +57,14 @@ def test_user_ends_the_chat_after_a_command():
     assert user([("user", TASK.opening), ("assistant", wrong)]) == "that is not right [TERMINATE]"
 
 
+def test_a_turn_may_hold_any_line_end():
+    chat = [{"role": "user", "content": f"{TASK.opening}\u2028now"}, {"role": "assistant", "content": TASK.command}]
+    lines = "\n".join(json.dumps(turn, ensure_ascii=False) for turn in chat)
+    text = f"<request>\n{TASK.request}\n</request>\n<chat>\n{lines}\n</chat>"
+    (said,) = ask("desk-user", [{"role": "user", "content": text}])
+    assert json.loads(said)["response"] == "that is right [TERMINATE]"
+
+
 def test_user_gives_up_after_the_second_fruitless_turn():
     chat = [("user", TASK.opening), ("assistant", "well well")]
     first = user(chat)

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+WELL = (
+    '{"thought": "all well", "response": "for two", "understanding": 1, "clarification": 0.5, "suggestion": 0,'
+    ' "correct": true}'
+)
+"""What a user and each judge can use."""
 GOOD = [
+    WELL,
     '{"thought": "as the request says", "response": "for two, please"}',
     '{"thought": "done", "response": "thanks [TERMINATE]"}',
     '{"thought": "it asked", "understanding": 1, "clarification": 0.5, "suggestion": 0, "correct": true}',
@@ -21,15 +27,15 @@ PIECES = [
     *("true", "null", "\u201c", "\u201d", "\u2028", "\u0085", "\ufdd0", "\x00", "\ud800", "\udfff", "9" * 50),
     *("<think>", "</think>", "<reasoning>", "</chat>", "<|im_end|>", "[TERMINATE]", "assistant: ", '"response": "'),
 ]
-LONG = 60_000
-"""Characters; the gateway throws away what has more than 65,536."""
+LONG = 16_000
+"""Characters; the gateway throws away what has more than 16,384."""
 
 ONCE_DEADLY = [
     "[" * 1500,
     "[" * LONG,
     "{" * 1500,
     "{" * LONG,
-    '{"response":' * 5000,
+    '{"response":' * 1300,
     '{"response": ' + "[" * 1500 + "]" * 1500 + "}",
     '{"response": "half \\ud800"}',
     '{"response": "half \ud800"}',
@@ -40,19 +46,21 @@ ONCE_DEADLY = [
     '{"understanding": ' + "9" * 4000 + ', "clarification": 1e999, "suggestion": 0, "response": "x", "correct": 1}',
     '{"response": "x", "correct": ' + "[" * 30 + "]" * 30 + "}",
     '"' * LONG,
-    '{"a"' + '"' * 16_000,
-    '{"a": ' + "'" * 16_000,
-    "{" + "\\" * 16_000,
-    '{"a": "' + '\\"' * 8000,
+    '{"a"' + '"' * LONG,
+    '{"a": ' + "'" * LONG,
+    "{" + "\\" * LONG,
+    '{"a": "' + '\\"' * 7900,
     '{"a": ' + '{"b": ' * 2600,
-    "{" + "/*" * 8000,
-    "{ " + " " * 16_000 + '"a"',
-    '{"a": "' + '" ' * 8000,
-    "<think>" * 8000,
-    "<think></thinking>" * 3000,
+    "{" + "/*" * 7900,
+    "{ " + " " * LONG + '"a"',
+    '{"a": "' + '" ' * 7900,
+    "<think>" * 2200,
+    "<think></thinking>" * 800,
     "```" + "\n" * LONG,
-    "```json\n" * 7000,
+    "```json\n" * 2000,
     "{}" * (LONG // 2),
+    "{" * 65_000,
+    "[" * 1_000_000,
     json.dumps({"response": "word " * (LONG // 5)}),
     json.dumps({"response": "x" * LONG}),
     json.dumps({"response": '" \\' * (LONG // 8)}),
@@ -61,9 +69,9 @@ ONCE_DEADLY = [
     json.dumps({"response": "</chat>" * (LONG // 7)}),
     json.dumps({"response": "</" * (LONG // 2)}),
     json.dumps({"response": "\n\t " * (LONG // 6)}),
-    json.dumps({"response": "thoughts " + " " * LONG + "let me know if you have any " * 200}),
-    json.dumps({"thought": "<think>" * 5000, "response": "(" * LONG}),
-    json.dumps({"thought": ["x"] * 5000, "response": "fine", "correct": {"a": ["b"] * 5000}}),
+    json.dumps({"response": "thoughts " + " " * 10_000 + "let me know if you have any " * 200}),
+    json.dumps({"thought": "<think>" * 1000, "response": "(" * 9000}),
+    json.dumps({"thought": ["x"] * 1500, "response": "fine", "correct": {"a": ["b"] * 1500}}),
 ]
 
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from collab_megatron.data.build.grow import Growth, grow_conversation
 from collab_megatron.data.build.grow import Players as Builders
 from collab_megatron.data.build.problems import Problem
 from collab_megatron.data.build.shards import append_conversation
+from collab_megatron.data.chat import ChatTemplate
 from collab_megatron.data.parquet import write_tasks
-from collab_megatron.driver.cast import Cast, assemble, open_journal
+from collab_megatron.driver.cast import assemble, open_journal
+from collab_megatron.driver.figures import values
 from collab_megatron.driver.protocol import Answer, Request, encode_answer
 from collab_megatron.driver.recorder import TreeRecorder, read_trees
 from collab_megatron.driver.service import Service
@@ -42,7 +44,8 @@ from collab_megatron.engine.pool import EnginePool
 from collab_megatron.rewards import configured_scorer
 from collab_megatron.simulators import Gateway, SimulatorError, user_simulator
 from collab_megatron.types import Generation, Message, Task
-from tests.driver.any_reply import GOOD, ONCE_DEADLY, replies
+from tests.driver.any_reply import ONCE_DEADLY, WELL, replies
+from tests.driver.runs import forget_deliveries
 
 COUNT = 5200
 SLOWEST_S = 0.050
@@ -53,19 +56,21 @@ NEW_TOKENS = 48
 
 @dataclass
 class Feed:
-    """Stands for every LLM: the next of `texts`, then good ones. Times what the driver does with each."""
+    """Stands for every LLM: the next of `texts` for those that are named in `to`, else a good one. Times what the
+    driver does with each."""
 
     texts: list[str]
+    to: tuple[str, ...]
     served: Counter[str] = field(default_factory=Counter)  # by model
     seconds: dict[str, float] = field(default_factory=dict)  # most processor time of a reply
     _now: str | None = None
 
     async def acompletion(self, *, model: str, **asked: Any) -> litellm.ModelResponse:
         await asyncio.sleep(0)  # what comes next is a step of the event loop of its own
-        if self.texts:
+        if self.texts and model.endswith(self.to):
             self._now = self.texts.pop()
             self.served[model] += 1
-        text = self._now or GOOD[0]
+        text = WELL if self._now is None else self._now
         choices = [
             {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
             for i in range(asked.get("n", 1))
@@ -81,10 +86,10 @@ class Feed:
 
 
 @contextmanager
-def fed(texts: Sequence[str]) -> Iterator[Feed]:
-    """Every call of LiteLLM is answered from `texts`, every policy turn is made of pieces of them."""
-    feed, rng = Feed(list(texts)), random.Random(3)
-    run = asyncio.Handle._run  # type: ignore[attr-defined]
+def fed(texts: Sequence[str], *to: str) -> Iterator[Feed]:
+    """Every call of LiteLLM is answered by a Feed, every policy turn is made of any ids."""
+    feed, rng = Feed(list(texts), to), random.Random(3)
+    run = asyncio.Handle._run
 
     def timed(handle: asyncio.Handle) -> None:
         begin = time.thread_time()
@@ -93,7 +98,7 @@ def fed(texts: Sequence[str]) -> Iterator[Feed]:
 
     async def generate(self: EnginePool, input_ids: Sequence[int], *, n: int, **asked: Any) -> list[Generation]:
         await asyncio.sleep(0)
-        return [_turn(rng) for _ in range(n)]
+        return [_turn(rng, self._live[0].version or 0) for _ in range(n)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(litellm, "acompletion", feed.acompletion)
@@ -102,10 +107,10 @@ def fed(texts: Sequence[str]) -> Iterator[Feed]:
         yield feed
 
 
-def _turn(rng: random.Random) -> Generation:
+def _turn(rng: random.Random, version: int) -> Generation:
     """Any ids, special ones and ones beyond the vocabulary too."""
     ids = tuple(rng.randrange(600) if rng.random() < 0.98 else 100_000 for _ in range(rng.randint(0, NEW_TOKENS)))
-    return Generation(ids, (-1.0,) * len(ids), (0,) * len(ids), "stop")
+    return Generation(ids, (-1.0,) * len(ids), (version,) * len(ids), "stop")
 
 
 def config_for(folder: Path, model: Path) -> RLConfig:
@@ -132,16 +137,15 @@ def config_for(folder: Path, model: Path) -> RLConfig:
 
 
 async def steps(config: RLConfig, feed: Feed, most: int) -> list[Answer]:
-    """Steps of the run until every text was said, at most `most`."""
+    """Steps of the run from its first until every text was said, at least one and at most `most`."""
     answers: list[Answer] = []
     with closing(open_journal(config)) as journal:
         async with assemble(config, engine_urls=(), max_context_tokens=4096, journal=journal) as cast:
-            cast = replace(cast, players=replace(cast.players))
             recorder = TreeRecorder(config.run.conversations_dir, config.record, first_step=1)
             service = Service(config, cast, recorder)
-            while feed.texts and len(answers) < most:
+            while len(answers) < most and (feed.texts or not answers):
                 step = len(answers)
-                while (answer := await service.answer(Request("step", step, 0, (NO_ENGINE,)))).pending:
+                while (answer := await service.answer(Request("step", step, step, (NO_ENGINE,)))).pending:
                     pass
                 encode_answer(answer)
                 answers.append(answer)
@@ -149,8 +153,9 @@ async def steps(config: RLConfig, feed: Feed, most: int) -> list[Answer]:
     return answers
 
 
-async def built(config: RLConfig, count: int, shard: int) -> int:
-    """Conversations of the data builder, of `count` that were begun, that came to an end; their rows are written."""
+async def built(config: RLConfig, feed: Feed, most: int, shard: int) -> int:
+    """Conversations of the data builder until every text was said, at most `most`; how many came to an end, their rows
+    written."""
     simulators = config.simulators
     assert simulators.assistant is not None
     assert simulators.judge is not None
@@ -161,9 +166,10 @@ async def built(config: RLConfig, count: int, shard: int) -> int:
         configured_scorer(config.reward, simulators, gateway),
         lambda text: len(text.split()),
     )
-    growth = Growth(num_candidates=2, num_futures=2, max_total_turns=2, max_user_turns=1)
-    ended = 0
-    for index in range(count):
+    growth = Growth(num_candidates=2, num_futures=1, max_total_turns=2, max_user_turns=1)
+    ended = index = 0
+    while feed.texts and index < most:
+        index += 1
         problem = Problem(index, Task(f"p{index}", (Message("user", "hi"),), "a table", "BOOK"))
         try:
             rows = await grow_conversation(problem, growth, builders)
@@ -180,7 +186,7 @@ def test_no_reply_ends_the_driver_or_holds_it_up(
 ) -> None:
     texts = [*replies(COUNT), *ONCE_DEADLY]  # the last are said first, to the user; among the others to anybody
     config = config_for(tmp_path, tiny_model)
-    with fed(texts) as feed:
+    with fed(texts, "user", "judge") as feed:
         answers = asyncio.run(steps(config, feed, most=60))
     assert not feed.texts, "the steps ended before every reply was said"
     assert {answer.error for answer in answers} == {""}
@@ -189,17 +195,93 @@ def test_no_reply_ends_the_driver_or_holds_it_up(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     lines = (config.run.conversations_dir / "shard0.jsonl").read_text()
     assert len(lines.splitlines()) == len(lines.split("\n")) - 1, "one line a row, to every reader"
-    statuses = Counter(f["status"] for t in read_trees(config.run.conversations_dir) for r in t["replies"] for f in r["futures"])
-    assert set(statuses) <= {"terminated", "max_turns", "truncated", "simulator_failed", "judge_failed", "engine_failed"}
+    statuses = Counter(
+        f["status"] for t in read_trees(config.run.conversations_dir) for r in t["replies"] for f in r["futures"]
+    )
+    assert set(statuses) <= {
+        "terminated",
+        "max_turns",
+        "truncated",
+        "simulator_failed",
+        "judge_failed",
+        "engine_failed",
+    }
     assert statuses["simulator_failed"] > 0
     assert statuses["max_turns"] + statuses["terminated"] > 0
 
+    forget_deliveries(config)  # a resume that makes the first batch again, of what the journal holds
+    with fed([]) as again:
+        (answer,) = asyncio.run(steps(config, again, most=1))
+    assert answer.error == ""
+    figures = values(answer.figures)
+    assert figures["simulator/user/replayed"] > figures["simulator/user/malformed"] > len(ONCE_DEADLY) // 2
+    assert figures["simulator/user/unreadable"] == figures["health/user/unreadable"] > 0
+
     slow = sorted(text for text, seconds in feed.seconds.items() if seconds > SLOWEST_S)
     for number, text in enumerate(slow):  # a collection of garbage, or a busy machine, or slow indeed
-        again = []
+        seconds = []
         for attempt in range(3):
             folder = tmp_path / f"again-{number}-{attempt}"
-            with fed([text] * 4) as feed:
+            with fed([text] * 4, "user") as feed:
                 asyncio.run(steps(config_for(folder, tiny_model), feed, most=1))
-            again.append(feed.seconds[text])
-        assert min(again) <= SLOWEST_S, f"{text[:40]!r} of {len(text):,} characters takes {min(again):.3f} s"
+            seconds.append(feed.seconds[text])
+        assert min(seconds) <= SLOWEST_S, f"{text[:40]!r} of {len(text):,} characters takes {min(seconds):.3f} s"
+
+
+def test_no_reply_ends_the_builder_of_data(tmp_path: Path, tiny_model: Path) -> None:
+    """The assistant's role: a reply goes into the rows as it comes, without JSON around it."""
+    texts = replies(1000, seed=2)
+    config = config_for(tmp_path, tiny_model)
+    file = tmp_path / "rows.jsonl"
+    with fed(texts, "assistant") as feed, file.open("ab") as rows:
+        ended = asyncio.run(built(config, feed, 1000, rows.fileno()))
+    assert not feed.texts, "the conversations ended before every reply was said"
+    assert ended > 100
+    for line in file.read_text().splitlines():
+        assert json.loads(line)["completion"]
+
+
+async def test_an_unforeseen_exception_costs_its_future_and_too_many_stop_the_run(
+    tmp_path: Path, tiny_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the real driver: the chat template breaks at three user turns of a step, then at four."""
+    config = config_for(tmp_path, tiny_model)
+    config = config.model_copy(update={"driver": DriverSection(max_unexpected_errors=3)})
+    left = 0
+
+    def grow(self: ChatTemplate, *chat: Any) -> list[int]:
+        nonlocal left
+        if left:
+            left -= 1
+            raise ZeroDivisionError("half \ud800 of a turn")
+        return kept(self, *chat)
+
+    kept = ChatTemplate.grow
+    monkeypatch.setattr(ChatTemplate, "grow", grow)
+    answers: list[Answer] = []
+    with fed([]), closing(open_journal(config)) as journal:
+        async with assemble(config, engine_urls=(), max_context_tokens=4096, journal=journal) as cast:
+            service = Service(config, cast, TreeRecorder(config.run.conversations_dir, config.record, first_step=1))
+            for step, breaks in enumerate((3, 3, 4)):  # counted for each step
+                left = breaks
+                while (answer := await service.answer(Request("step", step, step, (NO_ENGINE,)))).pending:
+                    pass
+                answers.append(answer)
+            await service.close()
+    for answer in answers[:2]:
+        assert answer.error == ""
+        assert values(answer.figures)["rollout/futures_unexpected_error"] == 3
+    stop = answers[2]
+    assert (stop.stop, stop.samples) == ("errors", ())
+    assert "driver.max_unexpected_errors=3" in stop.error
+    assert "ZeroDivisionError: half \ufffd of a turn" in stop.error
+    encode_answer(stop)
+    logged = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(logged) == 10
+    assert all(record.exc_info is not None for record in logged), "each with its traceback"
+    futures = [f for t in read_trees(config.run.conversations_dir) for r in t["replies"] for f in r["futures"]]
+    broken = [future for future in futures if future["status"] == "unexpected_error"]
+    assert len(broken) == 6
+    assert {(future["reward"], future["error"]) for future in broken} == {
+        (None, "ZeroDivisionError: half \ufffd of a turn")
+    }

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,6 +14,7 @@ from collab_megatron.config.sections.rollout import CutReply
 from collab_megatron.driver.conversation import Limits, Seat, play_future
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.journal.place import PLACE, Place
+from collab_megatron.rewards import Scorer
 from collab_megatron.types import Future, Generation, Message, PolicyTurn, RolloutStatus, ScoredConversation
 from tests.driver.fakes import (
     END,
@@ -230,6 +231,33 @@ async def test_failures_are_statuses_without_scores() -> None:
         assert failed.reward is None
         assert not failed.scores
         assert "gone" in failed.error
+
+
+async def test_an_unforeseen_exception_is_a_status_and_a_bug_in_the_users_metric_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*_: object) -> str:
+        raise ZeroDivisionError("half \ud800")
+
+    class Broken:
+        name = "accuracy"
+
+        def score(self, conversation: ScoredConversation) -> float:
+            return float(broken())
+
+    ours, own = Scorer([Broken()], {"accuracy": 1.0}), Scorer([Broken()], {"accuracy": 1.0})
+    reply = policy_turn("a")
+    for user, scorer in ((broken, LengthScorer()), (noon, cast(Any, ours))):
+        if scorer is ours:
+            Broken.__module__ = "collab_megatron.rewards.accuracy"  # a shipped metric
+        future = await play(reply, engine=ScriptedEngine(["b"]), user=ScriptedUser(user), scorer=scorer)
+        assert (future.status, future.reward) == (RolloutStatus.UNEXPECTED_ERROR, None)
+        assert future.error == "ZeroDivisionError: half \ufffd"
+    assert [record.exc_info is not None for record in caplog.records] == [True, True]
+    Broken.__module__ = "my_metrics"
+    with pytest.raises(ZeroDivisionError) as caught:
+        await play(reply, engine=ScriptedEngine(["b"]), user=ScriptedUser(noon), scorer=cast(Any, own))
+    assert caught.value.__notes__ == ["in metric accuracy"]
 
 
 async def test_without_engines_there_is_no_future_rather_than_a_failed_one() -> None:

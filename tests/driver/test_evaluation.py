@@ -15,7 +15,7 @@ from collab_megatron.driver.conversation import Players
 from collab_megatron.driver.evaluation import Evaluation, evaluate
 from collab_megatron.driver.figures import merged, values
 from collab_megatron.driver.held_out import sample_tasks
-from collab_megatron.driver.protocol import LOST_CONVERSATIONS, require_most
+from collab_megatron.driver.protocol import LOST_CONVERSATIONS, Tally, require_most
 from collab_megatron.driver.transcripts import keep_newest, transcript_file, write_transcripts
 from collab_megatron.errors import EvaluationFailed, NoEngineLeft, RunError
 from collab_megatron.types import Message, RolloutStatus, Task
@@ -135,6 +135,20 @@ async def test_a_reply_that_cannot_be_sampled_fails_its_conversation_alone() -> 
     assert statuses[3:] == [RolloutStatus.ENGINE_FAILED] * 2
     with pytest.raises(EvaluationFailed, match="5 of 5 held-out conversations failed; engine is gone"):
         require(await play(tasks(5), players(ScriptedEngine(["a?"], fail_after=0), ScriptedUser(ends))))
+
+
+async def test_an_unforeseen_exception_fails_its_conversation_alone() -> None:
+    def unruly(chat: Sequence[Message], sample_index: int) -> str:
+        if sample_index == -1:
+            raise KeyError(sample_index)
+        return opens_then_ends(chat, sample_index)
+
+    cast = players(ScriptedEngine(["a"]), ScriptedUser(unruly))
+    for simulated in (True, False):  # in the opening; in the future of its reply
+        played = await play(tasks(3), cast, simulated_opening=simulated)
+        assert played.tally == Tally(3, 1, "KeyError: -1")
+        assert played.groups[0].replies_G[0].futures_K[0].status is RolloutStatus.UNEXPECTED_ERROR
+    assert cast.unexpected.count == 2
 
 
 async def test_an_engine_that_is_gone_ends_the_evaluation() -> None:

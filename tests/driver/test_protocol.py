@@ -24,7 +24,7 @@ from collab_megatron.driver.protocol import (
     encode_answer,
     request_decoder,
 )
-from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick
+from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick, TooManyErrors
 from collab_megatron.types import RolloutBatch, TrainingSample
 
 SAMPLE = TrainingSample((1, 2), (3, 4), (-0.5, -0.25), (6, 6), 1.5)
@@ -155,13 +155,26 @@ def test_a_batch_without_samples_is_explained(served: Callable[[list[Answer]], s
     client.close()
 
 
-@pytest.mark.parametrize(("stop", "kind"), [("budget", BudgetSpent), ("health", SimulatorSick)])
+@pytest.mark.parametrize(
+    ("stop", "kind"), [("budget", BudgetSpent), ("health", SimulatorSick), ("errors", TooManyErrors)]
+)
 def test_a_run_that_must_stop_is_told_why(
-    served: Callable[[list[Answer]], str], stop: Literal["budget", "health"], kind: type[RunError]
+    served: Callable[[list[Answer]], str], stop: Literal["budget", "health", "errors"], kind: type[RunError]
 ) -> None:
     client = DriverClient([served([Answer(error="no more", stop=stop)])], TOKEN)
     with pytest.raises(kind, match="no more"):
         client.next_batch(0, 0, [], timeout_s=30)
+    client.close()
+
+
+def test_half_a_surrogate_pair_of_a_provider_can_be_sent(served: Callable[[list[Answer]], str]) -> None:
+    lost = {"http://a": "half \ud800"}
+    client = DriverClient(
+        [served([Answer(notes=("half \ud83d", "\ud83d\ude00"), lost=lost, tally=Tally(1, 0, "\udfff"))])]
+    )
+    delivery = client.next_batch(7, 6, [], timeout_s=30)
+    assert delivery.notes[:2] == ("half \ufffd", "\U0001f600")
+    assert delivery.lost == {"http://a": "half \ufffd"}
     client.close()
 
 

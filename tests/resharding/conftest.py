@@ -70,14 +70,13 @@ class Servers:
             port=free_port(),
             seed=1,
         )
-        supervisor = Supervisor(self._folder / "logs")
-        (self._folder / "logs").mkdir(exist_ok=True)
+        supervisor = Supervisor(self._folder / "logs").__enter__()  # left in end_at_once
         child = supervisor.start(name, command.argv, command.env)
         control = EngineControl(command.url, timeout_s=120)
         try:
             control.wait_until_ready(timeout_s=START_S, alive=lambda: child.process.poll() is None)
         except BaseException:
-            supervisor.end_all()
+            end_at_once(supervisor)
             raise
         finally:
             control.close()
@@ -86,9 +85,10 @@ class Servers:
 
 def end_at_once(supervisor: Supervisor) -> None:
     """A graceful end takes a server six seconds, and nothing of it is kept."""
+    supervisor.note_shared_memory()  # while they have it mapped
     for child in supervisor._children:
         supervisor.kill(child)
-    supervisor.end_all()
+    supervisor.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from collab_megatron.errors import UserError
+from collab_megatron.rewards.accuracy import read_verdict
+from collab_megatron.rewards.interactivity import read_marks
 from collab_megatron.simulators.failure import classify, retry_after_s
 from collab_megatron.simulators.parsing import (
     MalformedReply,
@@ -19,8 +23,9 @@ from collab_megatron.simulators.parsing import (
     verdict_field,
 )
 from collab_megatron.simulators.templates import PromptTemplate, chat_lines, load_template
-from collab_megatron.simulators.user import ends_chat, strip_signal
+from collab_megatron.simulators.user import ends_chat, read_user_turn, strip_signal
 from collab_megatron.types import TERMINATION_SIGNAL, Message
+from tests.driver.any_reply import ONCE_DEADLY
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,49 @@ def test_half_a_surrogate_pair_is_malformed_because_no_tokenizer_takes_it() -> N
     assert json_object(r'{"response": "fine \ud83d\ude00"}') == {"response": "fine \U0001f600"}
     with pytest.raises(MalformedReply, match="surrogate"):
         json_object(r'{"response": "cut off \ud83d"}')
+
+
+# what the repair makes of it, as json_repair did
+REPAIRED = [
+    ('{"a": "she said "hi" to me"}', {"a": 'she said "hi" to me'}),
+    ('{"a": "he said "yes", then left", "b": 1}', {"a": 'he said "yes", then left', "b": 1}),
+    ('{"a": "x" "b": "y"}', {"a": "x", "b": "y"}),
+    ('{"a": "x",, "b": "y"}', {"a": "x", "b": "y"}),
+    ('{"a": "x", // why\n "b": 2, /* so */}', {"a": "x", "b": 2}),
+    ("{a: true, b: False, c: None, 'd': 'it's'}", {"a": True, "b": False, "c": None, "d": "it's"}),
+    ("{'a': 'it is 'his' one', \"b\": .5, 'c': 1.}", {"a": "it is 'his' one", "b": 0.5, "c": 1.0}),
+    ("{\u201ca\u201d: \u201cx\u201d}", {"a": "x"}),
+    ('{"a": "line\nline \\n C:\\dir \\ud83d\\ude00",}', {"a": "line\nline \n C:\\dir \U0001f600"}),
+    ('{"a": "cut off at th', {"a": "cut off at th"}),
+    ('{"a": [1, {"b": [2,]}], "c": {"d": ', {"a": [1, {"b": [2]}], "c": {"d": ""}}),
+    ('{{"a": 1}}', {"a": 1}),
+    ('{"a": 1} or rather {"a": 2} for {that} reason', {"a": 2}),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), REPAIRED)
+def test_nearly_json_is_repaired(text: str, value: dict[str, Any]) -> None:
+    assert json_object(text) == value
+
+
+def test_whatever_stands_in_a_reply_it_is_read_or_malformed() -> None:
+    for text in [*ONCE_DEADLY, "<think>" * 140_000, '{"a' + '"' * 999_000, "[" * 2_000_000]:
+        for read in (read_user_turn, read_marks, read_verdict):
+            with contextlib.suppress(MalformedReply):  # nothing else may be raised
+                read(text)
+        assert read_for_record(text)[2] in ("", text)
+
+
+def test_length_and_nesting_are_bounded() -> None:
+    assert json_object('{"a": ' + "[" * 31 + "]" * 31 + ', "b": "' + "[" * 99 + '"}')["b"] == "[" * 99
+    for text, words in [
+        ('{"a": ' + "[" * 32 + "]" * 32 + "}", "nested more than 32 deep"),
+        ('{"a": "' + "x" * 1_000_000 + '"}', "1,000,009 characters"),
+        ('{"a": "' + "x" * 16_384, "too long to be repaired"),
+        ('{"a": ' + "9" * 5000 + "}", "cannot be parsed"),
+    ]:
+        with pytest.raises(MalformedReply, match=words):
+            json_object(text)
 
 
 def test_fields() -> None:
@@ -118,6 +166,9 @@ def test_retry_after_forms() -> None:
     assert retry_after_s({"Retry-After": "Thu, 01 Jan 1970 00:01:00 GMT"}, 30.0) == 30.0
     assert retry_after_s({"Retry-After": "soon"}, 0) is None
     assert retry_after_s({}, 0) is None
+    for never in ("9" * 400, "inf", "nan"):
+        assert retry_after_s({"Retry-After": never}, 0) is None
+        assert retry_after_s({"retry-after-ms": never}, 0) is None
 
 
 def test_the_key_is_cut_out_of_a_providers_words() -> None:
