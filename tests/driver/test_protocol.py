@@ -170,7 +170,7 @@ def test_a_run_that_must_stop_is_told_why(
 def test_half_a_surrogate_pair_of_a_provider_can_be_sent(served: Callable[[list[Answer]], str]) -> None:
     lost = {"http://a": "half \ud800"}
     client = DriverClient(
-        [served([Answer(notes=("half \ud83d", "\ud83d\ude00"), lost=lost, tally=Tally(1, 0, "\udfff"))])]
+        [served([Answer(notes=("half \ud83d", "\ud83d\ude00"), lost=lost, tally=Tally(1, 0, "\udfff"))])], TOKEN
     )
     delivery = client.next_batch(7, 6, [], timeout_s=30)
     assert delivery.notes[:2] == ("half \ufffd", "\U0001f600")
