@@ -18,6 +18,7 @@ from types import TracebackType
 EXIT_RUN = 1
 EXIT_USER = 2
 EXIT_BUDGET = 3
+EXIT_DEFECT = 70  # of a process that is started again: an exception that nobody expected (EX_SOFTWARE of sysexits.h)
 EXIT_INTERRUPTED = 130
 
 

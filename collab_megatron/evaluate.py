@@ -40,6 +40,7 @@ from collab_megatron.driver.lineage import model_fingerprint
 from collab_megatron.driver.protocol import LOST_CONVERSATIONS, require_most
 from collab_megatron.driver.transcripts import write_transcripts
 from collab_megatron.driver.worth import evaluation_calls
+from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.served import served_weights
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_json
@@ -60,13 +61,21 @@ class Result:
 
 
 async def play(
-    config: EvaluateConfig, engine_urls: Sequence[str], max_context_tokens: int, journal: Journal | None = None
+    config: EvaluateConfig,
+    engine_urls: Sequence[str],
+    max_context_tokens: int,
+    journal: Journal | None = None,
+    engine_keys: EngineKeys | None = None,
 ) -> Result:
     """The held-out conversations, and the API calls made for them."""
     if config.data.validation is None:
         raise UserError("data.validation is not set: name the held-out parquet")
     async with assemble(
-        config, engine_urls=engine_urls, max_context_tokens=max_context_tokens, journal=journal
+        config,
+        engine_urls=engine_urls,
+        max_context_tokens=max_context_tokens,
+        journal=journal,
+        engine_keys=engine_keys,
     ) as cast:
         tasks = usable_tasks(read_task_files(config.data.validation_files)[0], cast, config.rollout.max_prompt_tokens)
         budget = cast.gateway.budget
@@ -141,9 +150,9 @@ def main() -> None:
         config = on_chosen_device(config)
         output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
         with Supervisor(config.run.logs_dir, held=lock.held) as supervisor:
-            urls = launch_engine_only(supervisor, config)
+            urls, keys = launch_engine_only(supervisor, config)
             with closing(own_journal(config, weights_name(config, urls))) as journal:
-                result = uvloop.run(play(config, urls, max_context_tokens, journal))
+                result = uvloop.run(play(config, urls, max_context_tokens, journal, keys))
         report(given.model.path, result, output, list(config.reward.metric_weights))
     if result.played.stop:
         done, wanted = len(result.played.groups), result.played.wanted

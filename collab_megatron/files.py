@@ -36,6 +36,19 @@ def publish_json(path: Path, value: object) -> None:
     publish_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def publish_secret(path: Path, text: str) -> None:
+    """As `publish_text`, for this user's eyes alone: mode 600 from the first moment, whatever the umask is."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+        os.replace(aside, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+
 def contents(file: Path) -> str:
     """A hash of a whole file, read in chunks on several threads. Raises UserError if it cannot be read."""
     try:

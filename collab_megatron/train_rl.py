@@ -27,6 +27,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.actor.reference import build_reference
     from collab_megatron.checkpoint.run import Checkpoints
     from collab_megatron.checkpoint.together import together
+    from collab_megatron.engine.keys import EngineKeys
     from collab_megatron.monitor.timers import PhaseTimer
     from collab_megatron.resharding.probe import probe_ids
     from collab_megatron.resharding.publisher import Publisher
@@ -67,6 +68,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     inbox = Inbox(
         grid,
         driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
+        driver_token=arguments.driver_token(),
         step_timeout_s=config.rollout.step_timeout_s,
         eval_timeout_s=config.evaluation.timeout_s,
         interrupt=interrupt,
@@ -78,6 +80,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         sync=config.sync,
         probe_ids=probe_ids(config.model.path),
         weights_dir=config.run.weights_dir,
+        engine_keys=EngineKeys.read(arguments.engine_keys) if arguments.engine_keys else None,
     )
     engines = Engines(publisher, inbox)
     reporter = Reporter(config, first_step=first_step) if grid.is_main else None

@@ -5,6 +5,7 @@ Everything that the benchmark knows of the driver's interface stands here.
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from collab_megatron.cluster.processes import Child, Supervisor
 from collab_megatron.config import RLConfig, dump_config
 from collab_megatron.driver.protocol import DriverClient
 from collab_megatron.errors import RunError
-from collab_megatron.files import publish_text
+from collab_megatron.files import publish_secret, publish_text
 from collab_megatron.types import RolloutBatch
 
 MAX_CONTEXT_TOKENS = 4096
@@ -64,10 +65,14 @@ class Driver:
         resolved = folder / "resolved.yaml"
         publish_text(resolved, dump_config(self.config))
         addresses = []
+        token_file = self.supervisor.scratch / f"{folder.name}.token"
+        publish_secret(token_file, secrets.token_hex(32))
         for shard in range(self.config.driver.shards):
             ready = folder / f"driver-{shard}.address"
             argv = [sys.executable, "-m", "collab_megatron.driver.service", str(resolved), "--first-step", "0"]
             argv += ["--max-context-tokens", str(MAX_CONTEXT_TOKENS), "--ready-file", str(ready)]
+            socket = self.supervisor.scratch / f"{folder.name}-{shard}.socket"
+            argv += ["--address", f"ipc://{socket}", "--token-file", str(token_file)]
             if self.config.driver.shards > 1:
                 argv += ["--shard", str(shard)]
             name = f"{folder.name}-driver-{shard}"
@@ -75,7 +80,8 @@ class Driver:
             self.children.append(child)
             addresses.append((ready, child))
         self._client = DriverClient(
-            [self.supervisor.wait_for_file(ready, child, timeout_s=READY_S).strip() for ready, child in addresses]
+            [self.supervisor.wait_for_file(ready, child, timeout_s=READY_S).strip() for ready, child in addresses],
+            token_file.read_bytes(),
         )
         self.stand_ins.begin({})
         self._client.evaluate(0, 0, self._engines, timeout_s=STEP_S)

@@ -35,7 +35,7 @@ from collab_megatron.cluster.processes import Supervisor, free_port
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.roster import EngineEntry, RosterFolder
-from collab_megatron.engine.server_args import engine_command
+from collab_megatron.engine.server_args import ON_LOOPBACK, engine_command
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_json
 
@@ -222,7 +222,7 @@ def run_job(
 def rank_env(rank: int, world_size: int, port: int) -> Mapping[str, str]:
     """As the launcher has it on CPU: one thread each, and none that spins."""
     torchs = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **ON_LOOPBACK}
     return {**torchs, **meeting, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 

@@ -268,9 +268,9 @@ def timed(action: Callable[[], None]) -> Callable[[], float]:
 
 def broadcast_floor(source: Tensor, first_gpu: int, receivers: int) -> Callable[[], None]:
     """Starts the receivers, which end with us."""
-    import torch.distributed as dist
+    from collab_megatron.actor.rendezvous import listening_store
 
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=RENDEZVOUS)
+    store = listening_store("127.0.0.1", 0, timeout=RENDEZVOUS)
     world_size = receivers + 1
     for rank in range(1, world_size):
         gpu = first_gpu + rank - 1 if source.is_cuda else None

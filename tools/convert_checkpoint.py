@@ -37,6 +37,7 @@ from collab_megatron.config.sections import UMASKS, ParallelSection
 from collab_megatron.convert.hf_folder import check_output, parse_size
 from collab_megatron.convert.layout import check_layout, read_hf_config
 from collab_megatron.convert.source import resolve_model_folder
+from collab_megatron.engine.server_args import ON_LOOPBACK
 from collab_megatron.errors import EXIT_RUN, EXIT_USER, RunError, UserError, run_cli
 from collab_megatron.files import keep_from_others
 
@@ -151,7 +152,8 @@ def _start(argv: Sequence[str], count: int) -> None:
     argv = list(argv)
     at = next(i for i, word in enumerate(argv) if word.startswith("--processes"))
     del argv[at : at + (1 if "=" in argv[at] else 2)]
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **ON_LOOPBACK}
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, **meeting}
     with Supervisor() as supervisor:
         children = [
             supervisor.start(

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from collab_megatron.actor.backend import Backend, choose_backend
+from collab_megatron.actor.rendezvous import local_store
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import RunError, UserError
 
@@ -165,12 +166,10 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
 
 
 def _join_world(backend: Backend, rank: int, world_size: int, timeout: timedelta) -> None:
-    where: dict[str, Any] = {"rank": rank, "world_size": world_size}
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        where["store"] = dist.HashStore()  # no port to fight over
     try:
-        dist.init_process_group(backend.process_group, timeout=timeout, **where)
-    except (dist.DistError, RuntimeError, ValueError) as error:
+        store = local_store(rank, world_size, timeout)
+        dist.init_process_group(backend.process_group, timeout=timeout, rank=rank, world_size=world_size, store=store)
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(f"rank {rank} of {world_size} could not join the others at {address}: {error}") from error
 

@@ -20,6 +20,7 @@ class TrainerArguments:
     roster: Path | None = None  # folder that says which engines are up (engine/roster.py)
     engine_ready_file: Path | None = None  # appears once all engines have answered
     driver_ready_file: Path | None = None  # with .0, .1, ...: each appears once that shard listens; holds its address
+    engine_keys: Path | None = None  # the file of engine/keys.py; None: the engines ask for none
 
     def wait_for_engine(self, timeout_s: float) -> None:
         """Raises RunError at the deadline."""
@@ -38,6 +39,12 @@ class TrainerArguments:
             raise RuntimeError("this run has no driver")
         files = [shard_file(self.driver_ready_file, shard) for shard in range(shards)]
         return [_wait_for_file(file, f"driver {shard}", timeout_s) for shard, file in enumerate(files)]
+
+    def driver_token(self) -> bytes:
+        """What every request to a driver must carry."""
+        if self.driver_ready_file is None:
+            raise RuntimeError("this run has no driver")
+        return token_file(self.driver_ready_file).read_bytes()
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,13 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     internal.add_argument("--roster", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--engine-ready-file", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--driver-ready-file", type=Path, help=argparse.SUPPRESS)
+    internal.add_argument("--engine-keys", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     if args.gpus is not None and not args.dry_run:
         raise UserError("--gpus plans for a node that is not this machine: add --dry-run, or leave --gpus out")
     trainer = None
     if args.trainer_rank:
-        trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file)
+        trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys)
     else:
         end_at_signals()  # before the first process is started too; a rank that waits in a collective ends at once
     return Arguments(
@@ -92,6 +100,11 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
 
 def shard_file(ready_file: Path, shard: int) -> Path:
     return ready_file.with_name(f"{ready_file.name}.{shard}")
+
+
+def token_file(ready_file: Path) -> Path:
+    """Next to the drivers' ready files; mode 600."""
+    return ready_file.with_name(f"{ready_file.name}.token")
 
 
 def _wait_for_file(path: Path, what: str, timeout_s: float) -> str:

@@ -1,29 +1,44 @@
-"""The driver processes of a run: one a shard, started again where one is killed; it goes on from the journal."""
+"""The driver processes of a run: one a shard, started again where one is killed; it goes on from the journal.
+
+They listen on Unix-domain sockets in a folder that only this user may enter, and answer only requests that carry a
+token made here, once a run.
+"""
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from collab_megatron.cluster.cli import shard_file
-from collab_megatron.cluster.processes import Child, Supervisor, free_port
+from collab_megatron.cluster.cli import shard_file, token_file
+from collab_megatron.cluster.processes import Child, Supervisor
 from collab_megatron.config.sections import DriverSection
 from collab_megatron.errors import RunError
+from collab_megatron.files import publish_secret
 
 
 class Drivers:
-    """Those of one run on this node. A driver that ends by itself with an error ends the run; one that a signal ended
-    (the kernel's, when memory is short) is started again at the same address, and so is one that hangs, after it is
-    killed. One that was killed before it was ready is told the attempt's first step again: it may not have seen to the
-    lines of an earlier attempt yet."""
+    """Those of one run on this node. A driver that ends by itself with an error ends the run; one that a signal (the
+    kernel's, when memory is short) or an exception that nobody expected ended is started again at the same address, and
+    so is one that hangs, after it is killed. One that was killed before it was ready is told the attempt's first step
+    again: it may not have seen to the lines of an earlier attempt yet."""
 
     def __init__(
-        self, supervisor: Supervisor, section: DriverSection, resolved: Path, max_context_tokens: int, ready_file: Path
+        self,
+        supervisor: Supervisor,
+        section: DriverSection,
+        resolved: Path,
+        max_context_tokens: int,
+        ready_file: Path,
+        engine_keys: Path | None = None,
     ) -> None:
+        """`ready_file`: in a folder with a short name and mode 0700; sockets and token lie there, too. `engine_keys`:
+        file of engine/keys.py, where the engines ask for keys."""
         self._supervisor, self._section, self._ready_file = supervisor, section, ready_file
         self._argv = driver_command(resolved, max_context_tokens)
-        self._ports = [free_port() for _ in range(section.shards)]
+        self._keys = ["--engine-keys", str(engine_keys)] if engine_keys else []
+        publish_secret(token_file(ready_file), secrets.token_hex(32))
         self._restarts = [0] * section.shards
         self._first_step: list[str] = []
         self.children: list[Child] = []
@@ -41,12 +56,12 @@ class Drivers:
                 print(f"{child.name} is killed: {child.hung}", flush=True)
                 self._supervisor.kill(child)
                 child.hung = None  # the next look finds it dead
-            if (child.process.poll() or 0) >= 0:  # runs, is done, or has failed: the supervisor sees to that
+            if not child.comes_again():  # runs, is done, or has failed: the supervisor sees to that
                 continue
             if self._restarts[shard] >= self._section.max_restarts:
                 raise RunError(
                     f"{child.name} ended with {child.ended()} and was started again {self._restarts[shard]} times "
-                    "already (driver.max_restarts)"
+                    f"already (driver.max_restarts); see {child.log}"
                 )
             if self._supervisor.is_gone(child):
                 self._restarts[shard] += 1
@@ -56,9 +71,10 @@ class Drivers:
 
     def _start(self, shard: int, more: Sequence[str]) -> Child:
         name = "driver" if self._section.shards == 1 else f"driver-{shard}"
-        where = ["--shard", str(shard), "--port", str(self._ports[shard])]
-        ready = ["--ready-file", str(shard_file(self._ready_file, shard))]
-        return self._supervisor.start(name, [*self._argv, *where, *ready, *more], {}, restarted=True)
+        file = shard_file(self._ready_file, shard)
+        where = ["--shard", str(shard), "--address", f"ipc://{file}.socket"]
+        ready = ["--ready-file", str(file), "--token-file", str(token_file(self._ready_file))]
+        return self._supervisor.start(name, [*self._argv, *where, *ready, *self._keys, *more], {}, restarted=True)
 
 
 def driver_command(resolved: Path, max_context_tokens: int) -> list[str]:

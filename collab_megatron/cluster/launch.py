@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
@@ -21,9 +22,10 @@ from collab_megatron.cluster.preflight import RLStart
 from collab_megatron.cluster.processes import Child, Supervisor, free_port
 from collab_megatron.cluster.threads import Threads, share_threads, usable_cores
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, show_config
-from collab_megatron.config.sections import ParallelSection
+from collab_megatron.config.sections import EngineSection, ParallelSection
+from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.roster import RosterFolder
-from collab_megatron.engine.server_args import EngineCommand, engine_command
+from collab_megatron.engine.server_args import ON_LOOPBACK, EngineCommand, engine_command
 from collab_megatron.files import publish_text
 
 C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
@@ -42,8 +44,9 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
     ) as supervisor:
         files = supervisor.scratch
         resolved = write_resolved(on_chosen_device(config), files, config.run.logs_dir)
-        fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config))
-        drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver")
+        keys_file = make_keys(supervisor, config)
+        fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config), keys_file)
+        drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver", keys_file)
         drivers.start(start.first_step)
         trainers = start_trainers(
             supervisor,
@@ -54,7 +57,9 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
             [
                 *("--roster", str(roster_folder(config)), "--engine-ready-file", str(files / "engine")),
                 *("--driver-ready-file", str(files / "driver")),
+                *(("--engine-keys", str(keys_file)) if keys_file else ()),
             ],
+            here=engines_are_here(config.engine),
         )
         fleet.wait_until_ready()
         (files / "engine").write_text("ready")
@@ -83,10 +88,25 @@ def launch_sft(config: SFTConfig, lock: RunLock) -> None:
         )
 
 
+def make_keys(supervisor: Supervisor, config: RLConfig | EvaluateConfig) -> Path | None:
+    """The file of the keys that our servers will ask for; None where the servers were given: ours are no business of
+    theirs."""
+    if config.engine.urls:
+        return None
+    file = supervisor.scratch / "engine_keys.yaml"
+    EngineKeys.make(file)
+    return file
+
+
 def start_fleet(
-    supervisor: Supervisor, config: RLConfig | EvaluateConfig, device: str, gpus: Sequence[str] | None
+    supervisor: Supervisor,
+    config: RLConfig | EvaluateConfig,
+    device: str,
+    gpus: Sequence[str] | None,
+    keys_file: Path | None,
 ) -> Fleet:
-    """The servers of a run, started. gpus: the ids of those that they may use, in order; None: all of this node."""
+    """The servers of a run, started. gpus: the ids of those that they may use, in order; None: all of this node.
+    keys_file: as `make_keys` gives it."""
     engine = config.engine
 
     def build(number: int, port: int) -> EngineCommand:
@@ -99,6 +119,8 @@ def start_fleet(
             seed=config.run.seed,
             number=number,
             threads=threads_of(config).engine,
+            keys_file=keys_file,
+            scratch=supervisor.scratch,
         )
         if gpus is None:
             return command
@@ -108,6 +130,12 @@ def start_fleet(
     fleet = Fleet(supervisor, engine, RosterFolder(roster_folder(config)), build)
     fleet.start()
     return fleet
+
+
+def engines_are_here(engine: EngineSection) -> bool:
+    """Whether all servers are on this node, which those that we start are; else what sends them weights must be reached
+    from outside."""
+    return all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in engine.urls)
 
 
 def roster_folder(config: RLConfig | EvaluateConfig) -> Path:
@@ -123,22 +151,30 @@ def engine_gpus(config: RLConfig) -> list[str] | None:
 
 
 def start_trainers(
-    supervisor: Supervisor, module: str, resolved: Path, parallel: ParallelSection, threads: int, extra: list[str]
+    supervisor: Supervisor,
+    module: str,
+    resolved: Path,
+    parallel: ParallelSection,
+    threads: int,
+    extra: list[str],
+    *,
+    here: bool = True,
 ) -> list[Child]:
-    """One process per rank; rank 0 speaks on our terminal, the others into their logs. threads: of each, on CPU."""
+    """One process per rank; rank 0 speaks on our terminal, the others into their logs. threads: of each, on CPU. here:
+    all that they exchange tensors with is on this node."""
     port = free_port()
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
     device = device_of(parallel)
     return [
         supervisor.start(
-            f"trainer-{rank}", argv, _rank_env(rank, world, port, device, threads), show=rank == 0, saves=True
+            f"trainer-{rank}", argv, _rank_env(rank, world, port, device, threads, here), show=rank == 0, saves=True
         )
         for rank in range(world)
     ]
 
 
-def _rank_env(rank: int, world: int, port: int, device: str, threads: int) -> Mapping[str, str]:
+def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here: bool = True) -> Mapping[str, str]:
     env = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -147,6 +183,8 @@ def _rank_env(rank: int, world: int, port: int, device: str, threads: int) -> Ma
         "MASTER_PORT": str(port),
         "PYTHONUNBUFFERED": "1",
     }
+    if here:
+        env |= ON_LOOPBACK
     if device == "cpu":  # none spins: a thread that waits leaves its core to the engines
         env |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return env
@@ -182,9 +220,10 @@ def write_resolved(config: BaseModel, scratch: Path, logs_dir: Path) -> Path:
     return scratch / RESOLVED
 
 
-def launch_engine_only(supervisor: Supervisor, config: EvaluateConfig) -> list[str]:
-    """Start and await the engines of an evaluation, which has the node for itself; their URLs."""
+def launch_engine_only(supervisor: Supervisor, config: EvaluateConfig) -> tuple[list[str], EngineKeys | None]:
+    """Start and await the engines of an evaluation, which has the node for itself; their URLs and what they ask for."""
     device = device_of(config.parallel)
-    fleet = start_fleet(supervisor, config, device, visible_gpus() if device == "cuda" else None)
+    keys_file = make_keys(supervisor, config)
+    fleet = start_fleet(supervisor, config, device, visible_gpus() if device == "cuda" else None, keys_file)
     fleet.wait_until_ready()
-    return fleet.urls
+    return fleet.urls, EngineKeys.read(keys_file) if keys_file else None

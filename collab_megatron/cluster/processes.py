@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from collab_megatron.cluster.scratch import Scratch
 from collab_megatron.cluster.stopped import StoppedWatch, all_processes
-from collab_megatron.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_RUN, EXIT_USER, RunError
+from collab_megatron.errors import EXIT_BUDGET, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_RUN, EXIT_USER, RunError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_S = 10.0  # between TERM and KILL
@@ -84,7 +84,7 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path | None  # None: its output goes to ours
     essential: bool = True  # its failure ends everything
-    restarted: bool = False  # one that a signal ended is started again by whoever started it
+    restarted: bool = False  # one that a signal or a defect ended is started again by whoever started it
     saves: bool = False  # at TERM it saves together with the others that do, and ends
     hung: str | None = None  # why it must be killed though it runs; whoever starts it again looks here
 
@@ -94,6 +94,11 @@ class Child:
         if code is None:
             return None
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def comes_again(self) -> bool:
+        """Whether it ended in a way after which whoever started it starts it again."""
+        code = self.process.poll() or 0
+        return self.restarted and (code < 0 or code == EXIT_DEFECT)
 
 
 class Supervisor:
@@ -196,7 +201,7 @@ class Supervisor:
         self._look_for_stopped()
         for child in self._children:
             code = child.process.poll()
-            if child.essential and code and not (code < 0 and child.restarted):
+            if child.essential and code and not child.comes_again():
                 self.fail(child)
 
     def _look_for_stopped(self) -> None:

@@ -14,6 +14,7 @@ from collab_megatron.driver.conversation import Limits, Players
 from collab_megatron.driver.lineage import lineage_of
 from collab_megatron.driver.recorded_engine import RecordedEngine
 from collab_megatron.driver.unexpected import Unexpected
+from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.journal import store
 from collab_megatron.journal.store import Journal
@@ -55,8 +56,10 @@ async def assemble(
     engine_urls: Sequence[str],
     max_context_tokens: int,
     journal: Journal | None = None,
+    engine_keys: EngineKeys | None = None,
 ) -> AsyncIterator[Cast]:
-    """Clients that live as long as the block. Raises UserError for a missing key or an inexact chat template.
+    """Clients that live as long as the block; `engine_keys` are those of engines that ask for some. Raises
+    UserError for a missing key or an inexact chat template.
 
     The engines serve whatever weights they have; none are needed where `cast.engine.use` names them later. Without a
     journal nothing is kept.
@@ -91,6 +94,7 @@ async def assemble(
         slots=slots,
         ahead=staleness > 0,
         wait_for_engines=driver is not None,
+        keys=engine_keys,
     ) as engine:
         engine.use(engine_urls, None)
         recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness if driver else None)

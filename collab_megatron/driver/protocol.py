@@ -1,8 +1,11 @@
-"""What trainer and driver say to each other: msgpack over ZeroMQ REQ/REP sockets on this node, one for each shard.
+"""What trainer and driver say to each other: msgpack over ZeroMQ, a socket for each shard (its other end: listener.py).
+
+Every request carries the run's token, which stands in a file that only this user can read: a request without it is not
+answered.
 
 A request for work is asked again every POLL_S until it is done, so that neither side ever waits in silence: the trainer
 notices a dead driver within seconds, and a deadline names what was being waited for. A driver that died and was started
-again listens at the same address and is asked anew; the same request may be asked any number of times.
+again listens at the same address and is asked again; the same request may be asked any number of times.
 """
 
 from __future__ import annotations
@@ -106,9 +109,9 @@ class DriverHasNoEngine(NoEngineLeft):
 class DriverClient:
     """The trainer's end: every shard is asked, and what they answer becomes one. Not for threads."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(self, addresses: Sequence[str], token: bytes) -> None:
         self._context = zmq.Context()
-        self._lines = [_Line(self._context, address) for address in addresses]
+        self._lines = [_Line(self._context, address, token) for address in addresses]
 
     def close(self) -> None:
         for line in self._lines:
@@ -195,8 +198,8 @@ class DriverClient:
 class _Line:
     """The socket to one shard."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
-        self._context, self._address = context, address
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, token: bytes) -> None:
+        self._context, self._address, self._token = context, address, token
         self._decoder = msgspec.msgpack.Decoder(Answer)
         self._asked = self._heard = time.monotonic()
         self._owed = False  # an answer is under way
@@ -210,7 +213,7 @@ class _Line:
     def ask(self, payload: bytes) -> None:
         if self._owed:  # another shard's answer ended an earlier request
             self.forget()
-        self.socket.send(payload)
+        self.socket.send_multipart([self._token, payload])
         self._owed = True
         self._asked = self._heard = time.monotonic()
 

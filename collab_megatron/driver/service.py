@@ -1,10 +1,11 @@
 """A driver process: grows its shard of the conversation trees and answers the trainer's requests.
 
     python -m collab_megatron.driver.service RESOLVED.yaml --max-context-tokens N --ready-file FILE
-        [--first-step N] [--shard N] [--port N]
+        --address ADDRESS --token-file FILE [--engine-keys FILE] [--first-step N] [--shard N]
 
-It listens on loopback and writes the address to FILE. Which engines it may ask stands in every request. Killed and
-started again it goes on from the journal.
+It listens at ADDRESS (ipc://FILE, tcp://HOST:PORT) and writes it to the ready file; requests must carry the token of
+the token file. Which engines it may ask stands in every request. Killed, or ended by an exception that nobody
+expected, and started again it goes on from the journal.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import sys
 import time
+import traceback
 from pathlib import Path
 
+import msgspec
 import uvloop
-import zmq
 import zmq.asyncio
 
 from collab_megatron.cluster.processes import die_with_parent
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.driver.cast import Cast, assemble, open_journal
-from collab_megatron.driver.protocol import POLL_S, Answer, Request, encode_answer, request_decoder
+from collab_megatron.driver.listener import Listener
+from collab_megatron.driver.protocol import POLL_S, Answer, Request
 from collab_megatron.driver.recorder import TreeRecorder
 from collab_megatron.driver.steps import Steps
 from collab_megatron.driver.work import Work
-from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, run_cli
+from collab_megatron.engine.keys import EngineKeys
+from collab_megatron.errors import EXIT_DEFECT, BudgetSpent, NoEngineLeft, RunError, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
 from collab_megatron.simulators.usage import API_USAGE_FILE
@@ -125,9 +130,17 @@ class Service:
 
 
 async def serve(
-    config: RLConfig, *, max_context_tokens: int, first_step: int | None, ready_file: Path, shard: int, port: int
+    config: RLConfig,
+    *,
+    max_context_tokens: int,
+    first_step: int | None,
+    ready_file: Path,
+    shard: int,
+    address: str,
+    token: bytes,
+    engine_keys: EngineKeys | None,
 ) -> None:
-    """Answer requests until told to stop."""
+    """Answer the requests that carry `token` until told to stop. Raises what nobody expected."""
     recorder = TreeRecorder(
         config.run.conversations_dir,
         config.record,
@@ -136,22 +149,21 @@ async def serve(
         shards=config.driver.shards,
     )
     context = zmq.asyncio.Context()
-    socket = context.socket(zmq.REP)
-    if port:
-        socket.bind(f"tcp://127.0.0.1:{port}")
-    else:
-        port = socket.bind_to_random_port("tcp://127.0.0.1")
-    decode = request_decoder()
+    listener = Listener(context, address, token)
     journal = open_journal(config)
-    async with assemble(config, engine_urls=(), max_context_tokens=max_context_tokens, journal=journal) as cast:
+    async with assemble(
+        config, engine_urls=(), max_context_tokens=max_context_tokens, journal=journal, engine_keys=engine_keys
+    ) as cast:
         service = Service(config, cast, recorder, shard=shard)
-        publish_text(ready_file, f"tcp://127.0.0.1:{port}")
+        publish_text(ready_file, listener.address)
         running = True
         while running:
-            request = decode(await socket.recv())
-            start = time.monotonic()
+            asked = await listener.next()
+            request, start = asked.request, time.monotonic()
             answer = await service.answer(request)
-            await socket.send(encode_answer(answer))
+            if not answer.pending and (news := listener.news()):  # the trainer looks at no notes before the last answer
+                answer = msgspec.structs.replace(answer, notes=(*answer.notes, news))
+            await listener.answer(asked, answer)
             what = f"evaluation after step {request.step}" if request.op == "evaluate" else f"step {request.step + 1}"
             if answer.error:
                 print(f"{what} failed after {time.monotonic() - start:.1f} s: {answer.error}")
@@ -163,7 +175,7 @@ async def serve(
         usage = API_USAGE_FILE if shard == 0 else API_USAGE_FILE.replace(".json", f".shard{shard}.json")
         publish_json(config.run.logs_dir / usage, cast.gateway.snapshot().metrics())  # of this attempt
     journal.close()
-    socket.close(linger=1000)
+    listener.close()
     context.term()
 
 
@@ -174,7 +186,9 @@ def main() -> None:
     parser.add_argument("--first-step", type=int, help="of this attempt; not given where a driver is started again")
     parser.add_argument("--ready-file", type=Path, required=True)
     parser.add_argument("--shard", type=int, default=0, help="which of driver.shards this process is")
-    parser.add_argument("--port", type=int, default=0, help="0: a free one")
+    parser.add_argument("--address", required=True, help="where to listen: ipc://FILE or tcp://HOST:PORT")
+    parser.add_argument("--token-file", type=Path, required=True)
+    parser.add_argument("--engine-keys", type=Path, help="file; not given where the engines ask for none")
     args = parser.parse_args()
     die_with_parent()
     set_up_logging(f"driver-{args.shard}")
@@ -188,10 +202,24 @@ def main() -> None:
                 first_step=args.first_step,
                 ready_file=args.ready_file,
                 shard=args.shard,
-                port=args.port,
+                address=args.address,
+                token=args.token_file.read_bytes(),
+                engine_keys=EngineKeys.read(args.engine_keys) if args.engine_keys else None,
             )
         )
 
 
+def main_or_defect() -> None:
+    """`main`, but an exception that nobody expected has an exit code of its own: the launcher starts us again."""
+    try:
+        main()
+    except (RunError, UserError):
+        raise
+    except Exception:  # noqa: BLE001  (whatever it is, the launcher must be able to tell it)
+        traceback.print_exc()
+        sys.stderr.flush()
+        sys.exit(EXIT_DEFECT)
+
+
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main_or_defect)

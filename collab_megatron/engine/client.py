@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import RunError
 from collab_megatron.types import Generation
 
@@ -57,8 +58,11 @@ class EngineClient:
         stop_token_ids: Sequence[int],
         timeout_s: float,
         max_concurrency: int,
+        keys: EngineKeys | None = None,
     ) -> None:
+        """keys: None where the server asks for none."""
         self.url = url
+        self._keys = keys
         self._session = session
         self._stop_token_ids = list(stop_token_ids)
         self._timeout_s = timeout_s
@@ -138,7 +142,11 @@ class EngineClient:
         """Status and contents of the answer."""
         try:
             async with self._session.request(
-                method, f"{self.url}/{call}", json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)
+                method,
+                f"{self.url}/{call}",
+                json=body,
+                headers=self._keys.header(call) if self._keys else None,
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
             ) as response:
                 return response.status, await response.read()
         except TimeoutError:

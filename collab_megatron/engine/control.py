@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import httpx
 
 from collab_megatron.engine.client import KEEPALIVE_S
+from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import RunError
 
 PauseMode = Literal["in_place", "retract", "abort"]
@@ -45,8 +46,10 @@ class BucketTensors:
 class EngineControl:
     """Every call has a deadline; every error names the server, the call and what it said."""
 
-    def __init__(self, url: str, *, timeout_s: float) -> None:
+    def __init__(self, url: str, *, timeout_s: float, keys: EngineKeys | None = None) -> None:
+        """keys: None where the server asks for none."""
         self.url = url
+        self._keys = keys
         self._timeout_s = timeout_s
         self._client = httpx.Client(
             base_url=url, timeout=timeout_s, trust_env=False, limits=httpx.Limits(keepalive_expiry=KEEPALIVE_S)
@@ -75,7 +78,7 @@ class EngineControl:
     def answers(self, timeout_s: float) -> bool:
         """Whether the server's HTTP side is alive; says nothing of its ranks, and is true while it is paused."""
         try:
-            return self._client.get("/model_info", timeout=timeout_s).status_code == 200
+            return self._client.get("/model_info", timeout=timeout_s, headers=self._header("model_info")).is_success
         except httpx.HTTPError:
             return False
 
@@ -207,6 +210,9 @@ class EngineControl:
         reply = self._call("POST", "generate", body)
         return list(reply["output_ids"]), [float(entry[0]) for entry in reply["meta_info"]["output_token_logprobs"]]
 
+    def _header(self, call: str) -> Mapping[str, str] | None:
+        return self._keys.header(call) if self._keys else None
+
     def _post(self, call: str, body: dict[str, Any], params: dict[str, Any] | None = None) -> None:
         reply = self._call("POST", call, body, params)
         if reply.get("success") is False:
@@ -216,7 +222,7 @@ class EngineControl:
         self, method: str, call: str, body: dict[str, Any] | None = None, params: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         try:
-            response = self._client.request(method, f"/{call}", json=body, params=params)
+            response = self._client.request(method, f"/{call}", json=body, params=params, headers=self._header(call))
         except httpx.TimeoutException:
             raise Silent(f"engine {self.url} did not answer {call} within {self._timeout_s:g} s") from None
         except httpx.HTTPError as error:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from collab_megatron.engine.client import EngineClient, EngineGone, EngineSilent, open_session
+from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.usage import PoolUsage
 from collab_megatron.errors import NoEngineLeft, RunError, masked
 from collab_megatron.slots import Slots
@@ -78,6 +79,7 @@ class EnginePool:
         share: float = 1.0,
         ahead: bool = False,
         wait_for_engines: bool = False,
+        keys: EngineKeys | None = None,
     ) -> None:
         """`work_timeout_s`: longer than the longest batch takes.
         `max_concurrency` is per server, and so is `max_running_tokens` (None: what its cache holds); `share` of the
@@ -91,6 +93,7 @@ class EnginePool:
         self._ping_deadline_s = min(PING_DEADLINE_S, health_timeout_s / 2)
         self._slots, self._max_running_tokens, self._share = slots, max_running_tokens, share
         self._ahead, self._wait_for_engines = ahead, wait_for_engines
+        self._keys = keys
         self._came = asyncio.Event()  # there are live servers
         self._live: list[_Server] = []
         self.usage = PoolUsage()
@@ -138,6 +141,7 @@ class EnginePool:
             stop_token_ids=self._stop_token_ids,
             timeout_s=self._request_timeout_s,
             max_concurrency=self._max_concurrency,
+            keys=self._keys,
         )
         server = _Server(client, None, lost=asyncio.get_running_loop().create_future())
         server.first_look = asyncio.create_task(self._look_at_load(server))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.errors import UserError
 
 # where an interpreter looks for packages: ours must not reach one of another environment
 PYTHON_PLACES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""Environment of processes whose peers are all on this node: gloo and NCCL listen where nobody else can knock."""
 
 OWN_FLAGS: Mapping[str, str] = {
     "--model-path": "model.path",
@@ -62,11 +66,14 @@ def engine_command(
     number: int = 0,
     cores: Sequence[int] | None = None,
     threads: int = 1,
+    keys_file: Path | None = None,
+    scratch: Path | None = None,
 ) -> EngineCommand:
     """The server for `model_path`; token ids only (no tokenizer in the server), prefix cache on.
 
     number: of the server among its run's. cores: CPU cores that its ranks may be bound to; None: all that we may use.
-    threads: of each rank on CPU, where engine.threads does not say.
+    threads: of each rank on CPU, where engine.threads does not say. keys_file: what it asks for (engine/keys.py).
+    scratch: folder of mode 0700 through which its ranks find each other; None: over a port that is open to all.
     On CPU: pure-torch attention and sampling, because SGLang's CPU kernels are not on PyPI (tools/cpu_support).
     """
     argv = [settings.python or sys.executable, "-m", "sglang.launch_server"]
@@ -75,7 +82,7 @@ def engine_command(
     argv += ["--skip-tokenizer-init", "--sleep-on-idle"]
     # the log-probs that come back are of the distribution at the sampling temperature, as the trainer's are; a
     # caller's environment may say otherwise
-    env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"}
+    env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"} | ON_LOOPBACK  # a server's ranks are all on this node
     if device == "cpu":
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         # there is no device whose work the scheduler's own could hide behind: it only costs (docs/BENCHMARKS.md)
@@ -101,6 +108,13 @@ def engine_command(
     ):
         if value is not None:
             argv += [flag, str(value)]
+    if keys_file is not None:
+        argv += ["--config", str(keys_file)]  # not as flags: anybody may read a command line
+    if scratch is not None and not any(word.startswith("--dist-init-addr") for word in settings.extra_args):
+        # a file of this life alone; torch's TCPStore would listen on every interface and take orders from anybody
+        env["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{scratch}/ranks-{uuid.uuid4().hex[:12]}"
+        if device == "cpu":  # SGLang's kernels name their shared memory after that port; nobody listens there
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     argv += settings.extra_args
     unset = PYTHON_PLACES if settings.python is not None else ()
     return EngineCommand(tuple(argv), env, f"http://{settings.host}:{port}", unset)

@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from collab_megatron.actor.rendezvous import listening_store
 from collab_megatron.errors import RunError
 
 POLL_S = 0.0005
@@ -35,7 +36,7 @@ class Board:
         timeout = timedelta(seconds=timeout_s)
         where: list[int] = [0]
         if rank == 0:
-            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            self._store = listening_store(host, 0, timeout=timeout)
             where = [self._store.port]
         dist.broadcast_object_list(where, src=0, group=group)
         if rank != 0:

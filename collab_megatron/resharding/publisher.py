@@ -21,6 +21,7 @@ import torch.distributed as dist
 from collab_megatron.actor.actor import Actor
 from collab_megatron.config.sections import EngineSection, SyncSection
 from collab_megatron.engine.control import EngineControl
+from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.roster import EngineEntry, RosterFolder
 from collab_megatron.errors import NoEngineLeft, RunError, WeightsDiffer
 from collab_megatron.resharding.board import Abandoned, Board
@@ -85,9 +86,11 @@ class Publisher:
         sync: SyncSection,
         probe_ids: Sequence[int],
         weights_dir: Path,
+        engine_keys: EngineKeys | None = None,
     ) -> None:
         """`roster`: the launcher's folder (engine/roster.py). `probe_ids`: token ids of the probe prompt, at least 2.
-        `weights_dir`: of the disk transport, where sync.disk_dir names none. Collective."""
+        `weights_dir`: of the disk transport, where sync.disk_dir names none. `engine_keys`: what the servers ask for;
+        rank 0's count. Collective."""
         grid = actor.grid
         self._actor, self._engine, self._sync, self._probe_ids = actor, engine, sync, tuple(probe_ids)
         # other ranks wait here while rank 0 waits for servers, so its deadline is above all of theirs
@@ -97,7 +100,9 @@ class Publisher:
         self._delivery = self._make_delivery(weights_dir)
         self._receivers: Receivers | None = None
         if grid.is_main:
-            self._receivers = Receivers(RosterFolder(roster), timeout_s=sync.timeout_s, wait_s=engine.wait_s)
+            self._receivers = Receivers(
+                RosterFolder(roster), timeout_s=sync.timeout_s, wait_s=engine.wait_s, keys=engine_keys
+            )
         self._syncs = 0  # that succeeded
         self._seen: set[EngineEntry] = set()  # checked as a whole before
         self._released: set[EngineEntry] = set()  # hold no device memory for weights

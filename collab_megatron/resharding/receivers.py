@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from collab_megatron.engine.control import EngineControl, Gone, Refused, Silent
+from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.roster import EngineEntry, RosterFolder
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.resharding.background import in_background
@@ -55,7 +56,11 @@ class Round(Generic[T]):
 class Receivers:
     """For the trainer's rank 0."""
 
-    def __init__(self, roster: RosterFolder, *, timeout_s: float, wait_s: float) -> None:
+    def __init__(
+        self, roster: RosterFolder, *, timeout_s: float, wait_s: float, keys: EngineKeys | None = None
+    ) -> None:
+        """keys: None where the servers ask for none."""
+        self._keys = keys
         self._roster = roster
         self.timeout_s = timeout_s
         self._wait_s = wait_s
@@ -93,7 +98,7 @@ class Receivers:
 
     def control(self, entry: EngineEntry) -> EngineControl:
         if entry not in self._controls:
-            self._controls[entry] = EngineControl(entry.url, timeout_s=self.timeout_s)
+            self._controls[entry] = EngineControl(entry.url, timeout_s=self.timeout_s, keys=self._keys)
         return self._controls[entry]
 
     def give_up(self, entry: EngineEntry, reason: str) -> None:
@@ -149,7 +154,8 @@ class Receivers:
                 self.give_up(entry, str(error))
                 blamed = True
             elif error is not None or not future.done():
-                unsure[entry] = EngineControl(entry.url, timeout_s=ANSWER_S)  # its own may be in use
+                # its own may be in use
+                unsure[entry] = EngineControl(entry.url, timeout_s=ANSWER_S, keys=self._keys)
         answers = self._ask(unsure)
         for entry, control in unsure.items():
             control.close()

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from collab_megatron.actor.rendezvous import listening_store
 from collab_megatron.errors import RunError
 from collab_megatron.resharding.background import in_background
 from collab_megatron.resharding.board import Board
@@ -21,9 +22,7 @@ class UpdateGroup:
         self.world_size, self.backend = world_size, backend
         self._timeout = timedelta(seconds=timeout_s)
         # a store of its own, so that closing it wakes every member that still waits for another
-        self._store: dist.TCPStore | None = dist.TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout
-        )
+        self._store: dist.TCPStore | None = listening_store(host, 0, timeout=self._timeout)
         self.port = self._store.port
         self.group: dist.ProcessGroup | None = None
 

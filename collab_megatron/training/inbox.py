@@ -54,18 +54,20 @@ class Inbox:
         grid: RankGrid,
         *,
         driver_addresses: Sequence[str],
+        driver_token: bytes,
         step_timeout_s: float,
         eval_timeout_s: float,
         interrupt: Interrupt | None = None,
     ) -> None:
-        """driver_addresses: one for each shard. interrupt: ends a wait for the driver, with Interrupted."""
+        """driver_addresses: one for each shard; driver_token: what all of them want to see. interrupt: ends a wait for
+        the driver, with Interrupted."""
         self._interrupt = interrupt
         self._grid = grid
         self._step_timeout_s = step_timeout_s
         self._eval_timeout_s = eval_timeout_s
         longest = timedelta(seconds=max(step_timeout_s, eval_timeout_s) + MARGIN_S)
         self._group = dist.new_group(backend="gloo", timeout=longest)
-        self._driver = DriverClient(driver_addresses) if grid.is_main else None
+        self._driver = DriverClient(driver_addresses, driver_token) if grid.is_main else None
         self._lost: dict[str, str] = {}
 
     def next_batch(self, step: int, version: int, engines: Sequence[str], saved: int) -> RolloutBatch:

@@ -1,10 +1,12 @@
-"""Driver processes that are killed come again at their address; real processes, with a small script for the driver."""
+"""Driver processes that are killed or break come again at their address; real processes, with a small script for the
+driver."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from collab_megatron.cluster.cli import shard_file
 from collab_megatron.cluster.drivers import Drivers, driver_command
 from collab_megatron.cluster.processes import Supervisor
 from collab_megatron.config.sections import DriverSection
-from collab_megatron.errors import RunError
+from collab_megatron.errors import EXIT_DEFECT, RunError
 
 # appends its arguments to argv[1], writes its ready file unless told not to, and sleeps
 SCRIPT = """
@@ -26,10 +28,11 @@ story, ready, *rest = sys.argv[1:]
 with open(story, "a") as file:
     file.write(json.dumps(rest) + "\\n")
 if ready == "ready":
-    open(rest[rest.index("--ready-file") + 1], "w").write("tcp://127.0.0.1:" + rest[rest.index("--port") + 1])
+    open(rest[rest.index("--ready-file") + 1], "w").write(rest[rest.index("--address") + 1])
 time.sleep(60)
 """
 MISTAKE = "import sys; print('error: no key'); sys.exit(2)"
+DEFECT = f"import sys; print('KeyError: 7'); sys.exit({EXIT_DEFECT})"
 FAILURE = "import sys; print('error: the disk is full'); sys.exit(1)"
 
 
@@ -92,7 +95,23 @@ def test_a_killed_driver_comes_again_at_its_address(stage: Stage, capsys: pytest
     assert before["--first-step"] == "7"
     assert lives[2] == {name: value for name, value in before.items() if name != "--first-step"}
     assert {life["--shard"] for life in lives[:2]} == {"0", "1"}
-    assert len({life["--port"] for life in lives}) == 2
+    assert len({life["--address"] for life in lives}) == 2
+    (token,) = {life["--token-file"] for life in lives}
+    assert stat.S_IMODE(os.stat(token).st_mode) == 0o600
+    assert len(Path(token).read_text()) == 64
+
+
+def test_one_that_an_unexpected_exception_ended_comes_again_a_few_times(stage: Stage) -> None:
+    drivers = stage.drivers(DEFECT, max_restarts=2)
+    lives = []
+    with pytest.raises(RunError, match=r"driver ended with exit code 70 and was started again 2 times already"):
+        while True:
+            (child,) = drivers.children
+            lives.append(child)
+            assert child.process.wait(15) == EXIT_DEFECT
+            stage.supervisor.check()  # nothing of it ends the run
+            wait_until(lambda: drivers.poll() or drivers.children != lives[-1:])  # type: ignore[func-returns-value]
+    assert len(lives) == 3
 
 
 def test_a_stopped_driver_is_killed_and_comes_again(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:

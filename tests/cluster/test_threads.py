@@ -9,6 +9,7 @@ import pytest
 from collab_megatron.cluster import launch
 from collab_megatron.cluster.threads import Threads, share_threads
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, load_config
+from collab_megatron.config.sections import EngineSection
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,17 @@ def test_ranks_are_told_and_none_spins() -> None:
     env = launch._rank_env(1, 2, 29500, "cpu", 3)
     assert (env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"], env["LOCAL_RANK"]) == ("3", "PASSIVE", "1")
     assert "OMP_NUM_THREADS" not in launch._rank_env(0, 1, 29500, "cuda", 3)
+
+
+@pytest.mark.parametrize(
+    ("urls", "here"),
+    [
+        ((), True),
+        (("http://127.0.0.1:1", "http://localhost:2/"), True),
+        (("http://127.0.0.1:1", "http://node7:30000"), False),
+    ],
+)
+def test_ranks_listen_on_loopback_unless_an_engine_is_elsewhere(urls: tuple[str, ...], here: bool) -> None:
+    assert launch.engines_are_here(EngineSection(urls=urls)) is here
+    env = launch._rank_env(0, 2, 29500, "cuda", 1, here)
+    assert [env.get(f"{kind}_SOCKET_IFNAME") for kind in ("GLOO", "NCCL")] == (["lo"] * 2 if here else [None] * 2)

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from collab_megatron.cluster.cli import shard_file
+from collab_megatron.cluster.cli import shard_file, token_file
 from collab_megatron.cluster.drivers import Drivers
 from collab_megatron.cluster.processes import Supervisor
 from collab_megatron.config import RLConfig, dump_config
@@ -154,10 +154,10 @@ def play(
     folder = config.run.dir
     supervisor_of = WarmSupervisor if warm else Supervisor
     (folder / "resolved.yaml").write_text(dump_config(config))
-    ready = folder / f"ready-{time.time_ns()}"
     begin = time.monotonic()
     abandoned = threading.Event()
     with supervisor_of(config.run.logs_dir) as supervisor, ThreadPoolExecutor(1) as pool:
+        ready = supervisor.scratch / "driver"
         drivers = Drivers(supervisor, config.driver, folder / "resolved.yaml", MAX_CONTEXT_TOKENS, ready)
         drivers.start(0)
         # killed before it is ready as well: the trainer reads the address once
@@ -183,7 +183,7 @@ def _train(
     while not all(file.exists() for file in files):
         if abandoned.wait(0.02):
             return batches, evaluations
-    with closing(DriverClient([file.read_text() for file in files])) as client:
+    with closing(DriverClient([file.read_text() for file in files], token_file(ready).read_bytes())) as client:
         for done in range(steps + 1):
             set_version(url, done)
             if done in (EVALUATED, steps):

@@ -1,9 +1,10 @@
-"""The driver's service, killed by its own hand at the delicate points of a delivery: each once in a run.
+"""The driver's service, ended by its own hand at the delicate points of a delivery: each once in a run.
 
     python -m tests.driver.weak_spots FOLDER RESOLVED.yaml ...
 
-Batch 0 dies before the journal has it, batch 1 after that, batch 2 halfway through its lines of the record, batch 3
-before the answer is sent. A file in FOLDER for each tells the next life that it happened.
+Batch 0 dies before the journal has it, batch 1 after that, batch 2 halfway through its lines of the record, all by
+SIGKILL; batch 3 by an exception that nobody expected, before the answer is sent. A file in FOLDER for each tells the
+next life that it happened.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from collab_megatron.driver import service
+from collab_megatron.driver import listener, service
 from collab_megatron.driver.deliveries import Deliveries
 from collab_megatron.driver.forest import Tree
 from collab_megatron.driver.protocol import Answer
@@ -26,13 +27,15 @@ SPOTS = 4
 
 def main() -> None:
     folder = Path(sys.argv.pop(1))
-    put, write, encode = Deliveries.put, TreeRecorder.write, service.encode_answer
+    put, write, encode = Deliveries.put, TreeRecorder.write, listener.encode_answer
     newest = -1
 
-    def die_at(step: int) -> None:
+    def die_at(step: int, *, by_exception: bool = False) -> None:
         mark = folder / f"died-{step}"
         if not mark.exists():
             mark.touch()
+            if by_exception:
+                raise KeyError(step)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def weak_put(self: Deliveries, step: int, trees: Sequence[Tree], answer: Answer, lines: Sequence[bytes]) -> None:
@@ -52,13 +55,13 @@ def main() -> None:
 
     def weak_encode(answer: Answer) -> bytes:
         if answer.samples and newest == 3:
-            die_at(3)
+            die_at(3, by_exception=True)
         return encode(answer)
 
     Deliveries.put = weak_put  # type: ignore[method-assign]
     TreeRecorder.write = weak_write  # type: ignore[method-assign]
-    service.encode_answer = weak_encode
-    service.main()
+    listener.encode_answer = weak_encode
+    service.main_or_defect()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from collab_megatron.cluster.processes import free_port
 from collab_megatron.driver.recorder import read_trees
 from collab_megatron.monitor.dashboard import read_metrics
 from tests.conftest import DESK_KEY, REPOSITORY, Ended, Run, environment
+from tests.end_to_end.strangers import knock_at_the_driver, require_closed_to_strangers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -112,6 +113,7 @@ def test_a_stopped_scheduler_comes_again_and_the_last_engine_killed_ends_the_run
     settings = ["train.steps=500", "engine.urls=[]", "engine.max_restarts=1", "run.stopped_timeout_s=2"]
     running = start(rl_command(tmp_path / "run", *settings))
     running.wait_until("rl 2/500")
+    require_closed_to_strangers(running.family, tmp_path / "run")
     shared = running.shared_memory()
     assert any(path.name.startswith("sglang_loads_") for path in shared)
     assert any(running.temporary.glob("*/tmp*")), "what SGLang makes lies in the run's own folder"
@@ -138,6 +140,9 @@ def test_a_stopped_driver_comes_again_and_the_run_ends_well(
 ) -> None:
     settings = ["train.steps=5", "driver.max_staleness=1", "run.stopped_timeout_s=2"]
     running = start(rl_command(tmp_path / "run", *settings))
+    running.wait_until("rl 1/5")
+    with knock_at_the_driver(running.family):
+        running.wait_until("messages at ipc://")
     running.wait_until("rl 2/5")
     running.child("collab_megatron.driver.service").suspend()
     running.wait_until("driver is killed: process ")

@@ -20,7 +20,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
     grid = cast(Any, SimpleNamespace(is_main=rank == 0))
-    inbox = Inbox(grid, driver_addresses=[sys.argv[1]], step_timeout_s=30, eval_timeout_s=30)
+    inbox = Inbox(grid, driver_addresses=[sys.argv[1]], driver_token=b"secret", step_timeout_s=30, eval_timeout_s=30)
     engines = ["http://a", "http://b"] if rank == 0 else []
     print(inbox.next_batch(0, 0, engines, 0).metrics, inbox.take_lost(), inbox.take_lost())
     try:

@@ -32,7 +32,9 @@ def test_every_rank_hears_of_a_batch_and_of_no_engine_being_left() -> None:
 
     def serve() -> None:
         for answer in ANSWERS:
-            asked.append(request_decoder()(socket.recv()))
+            token, payload = socket.recv_multipart()
+            assert token == b"secret"
+            asked.append(request_decoder()(payload))
             socket.send(encode_answer(answer))
         socket.close(linger=1000)
 

@@ -45,6 +45,17 @@ class EngineSection(Section):
     def _host(cls, value: str) -> str:
         return check_host(value)
 
+    @field_validator("extra_args")
+    @classmethod
+    def _not_ours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """The run makes keys of its own, hands them over in a file, and sends them."""
+        for flag in (word.partition("=")[0] for word in value):
+            if flag in ("--api-key", "--admin-api-key", "--config"):
+                raise ValueError(
+                    f"{flag} is what every run sets itself: leave it out, and write the flags of a file here"
+                )
+        return value
+
     @property
     def servers(self) -> int:
         """Servers of the run, started or given."""
