@@ -25,7 +25,7 @@ from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_con
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.roster import RosterFolder
-from collab_megatron.engine.server_args import ON_LOOPBACK, EngineCommand, engine_command
+from collab_megatron.engine.server_args import ON_LOOPBACK, OPENMP_WAITS, EngineCommand, engine_command
 from collab_megatron.files import publish_text
 
 C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
@@ -185,8 +185,8 @@ def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here:
     }
     if here:
         env |= ON_LOOPBACK
-    if device == "cpu":  # none spins: a thread that waits leaves its core to the engines
-        env |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    if device == "cpu":
+        env |= {"OMP_NUM_THREADS": str(threads), **OPENMP_WAITS}
     return env
 
 

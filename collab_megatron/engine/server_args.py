@@ -45,6 +45,12 @@ def check_own_flags(extra_args: Sequence[str]) -> None:
             raise UserError(f"engine.extra_args holds {flag}, which is set elsewhere: use {key}")
 
 
+# OpenMP threads that wait for the next loop spin so often, which takes some 50 microseconds, and then sleep. Without
+# spinning every small loop pays for waking them; with libgomp's own choice they take the cores from whoever works
+# meanwhile. OMP_WAIT_POLICY is for other OpenMP libraries, which do not know the count
+OPENMP_WAITS: Mapping[str, str] = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+
+
 @dataclass(frozen=True)
 class EngineCommand:
     """What to execute for one server."""
@@ -87,8 +93,7 @@ def engine_command(
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         # there is no device whose work the scheduler's own could hide behind: it only costs (docs/BENCHMARKS.md)
         argv.append("--disable-overlap-schedule")
-        # spinning OpenMP threads starve the trainer that shares these cores
-        env |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        env |= {"SGLANG_USE_CPU_ENGINE": "1", **OPENMP_WAITS}
         env["OMP_NUM_THREADS"] = str(settings.threads or threads)
         # glibc gives large blocks back to the kernel at once, and fresh pages cost more than the copy into them: the
         # server would fault its receive buffers in anew for every bucket of weights
