@@ -1,4 +1,4 @@
-"""The temporary folder of a run: mode 0700, gone when the run ends, and after a kill -9 removed by whoever starts next.
+"""The temporary folder of a run: mode 0700, gone when the run ends, and after a kill -9 removed by the next start.
 
     TMPDIR/collab_run_x3k9w2ab/      sockets, ready files, and what the run's processes make (it is their TMPDIR)
     TMPDIR/collab_run_x3k9w2ab/owner host and pid of the owner, for people
@@ -68,7 +68,7 @@ class Scratch:
         return cls(folder, owner)
 
     def note_shared_memory(self, groups: Collection[int]) -> None:
-        """Write down which files of /dev/shm the processes of these groups have mapped, for whoever cleans up."""
+        """Write down which files of /dev/shm the processes of these groups have mapped, for the clean-up."""
         found = {str(path) for path in _mapped(groups)}
         with contextlib.suppress(OSError):  # a full disk: those files stay, the run goes on
             noted = self.folder / NOTED

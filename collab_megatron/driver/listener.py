@@ -57,7 +57,7 @@ class Listener:
                 return asked
 
     async def answer(self, asked: Asked, answer: Answer) -> None:
-        """Drops the answer if whoever asked is gone."""
+        """Drops the answer if the asking process is gone."""
         await self._socket.send_multipart([asked.peer, b"", encode_answer(answer)])
 
     def news(self) -> str | None:

@@ -46,8 +46,8 @@ def check_own_flags(extra_args: Sequence[str]) -> None:
 
 
 # OpenMP threads that wait for the next loop spin so often, which takes some 50 microseconds, and then sleep. Without
-# spinning every small loop pays for waking them; with libgomp's own choice they take the cores from whoever works
-# meanwhile. OMP_WAIT_POLICY is for other OpenMP libraries, which do not know the count
+# spinning every small loop pays for waking them; with libgomp's own choice they take the cores from those that
+# work meanwhile. OMP_WAIT_POLICY is for other OpenMP libraries, which do not know the count
 OPENMP_WAITS: Mapping[str, str] = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
 
 
