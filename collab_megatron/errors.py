@@ -24,7 +24,7 @@ EXIT_INTERRUPTED = 130
 
 MASK = "***"
 _IN_URL = re.compile(
-    r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)"
+    r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]{0,30}://)"
     r"(?:[^\s/?#]*"  # name and password before the host, as URLs are read: up to the last @
     r"|[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*)@"  # a password that holds / ? or #, which should have been %2F and so on
 )

@@ -153,7 +153,8 @@ def main() -> None:
             urls, keys = launch_engine_only(supervisor, config)
             with closing(own_journal(config, weights_name(config, urls))) as journal:
                 result = uvloop.run(play(config, urls, max_context_tokens, journal, keys))
-        report(given.model.path, result, output, list(config.reward.metric_weights))
+        if result.played.groups or not result.played.stop:  # else the figures of an earlier attempt stay
+            report(given.model.path, result, output, list(config.reward.metric_weights))
     if result.played.stop:
         done, wanted = len(result.played.groups), result.played.wanted
         raise BudgetSpent(f"{done} of {wanted} held-out conversations were played: {result.played.stop}")

@@ -27,12 +27,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from collab_megatron.actor.backend import Backend
 from collab_megatron.actor.kernels import linear, rms_norm, rope, short_attention, swiglu
 from collab_megatron.batching.micro_batch import Group
 
 SHORT = 256  # tokens up to which short_attention trains faster than torch's CPU kernel
+COPIES = 2  # keys of a group, its prefix copied for each reply and shorter replies padded, per token that it has; above
+# it replies are attended to one by one, and their copies made again in the backward pass
 
 
 @dataclass
@@ -99,11 +102,23 @@ class SdpaAttention(MegatronModule):
             for qkv in zip(*(x.split(own) for x in (query, key, value)), strict=True):
                 yield self._attend(*(x.transpose(0, 1)[None] for x in qkv))[0].transpose(0, 1)
             return
-        q, k, v = (_stack(x[prefix:], own) for x in (query, key, value))
-        if prefix:
-            k, v = (torch.cat((x[:prefix].expand(len(own), -1, -1, -1), y), 1) for x, y in ((key, k), (value, v)))
+        longest = prefix + max(own)
+        before, rest = (key[:prefix], value[:prefix]), [x[prefix:] for x in (query, key, value)]
+        if longest <= SHORT or len(own) * longest <= COPIES * (prefix + sum(own)):
+            yield self._behind(*before, own, *rest)
+            return
+        for length, qkv in zip(own, zip(*(x.split(own) for x in rest), strict=True), strict=True):
+            yield checkpoint(self._behind, *before, (length,), *qkv, use_reentrant=False, preserve_rng_state=False)
+
+    def _behind(self, keys: Tensor, values: Tensor, own: tuple[int, ...], *qkv: Tensor) -> Tensor:
+        """keys and values [p, kv_h, d] that come before each of the sequences in q, k, v [t, .., d] -> [t, h, d]."""
+        q, k, v = (_stack(x, own) for x in qkv)
+        if len(keys):
+            k, v = (torch.cat((x.expand(len(own), -1, -1, -1), y), 1) for x, y in ((keys, k), (values, v)))
         out = self._attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        yield from (out.flatten(0, 1),) if len(set(own)) == 1 else (x[:n] for x, n in zip(out, own, strict=True))
+        if len(set(own)) == 1:
+            return out.flatten(0, 1)
+        return torch.cat([x[:n] for x, n in zip(out, own, strict=True)])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[b, h, s, d], [b, kv_h, s, d] twice -> [b, h, s, d]. More keys than queries: those in front come before all
@@ -116,12 +131,17 @@ class SdpaAttention(MegatronModule):
         grouped = q.shape[1] != k.shape[1]
         if unwindowed and queries == keys:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
-        before = keys - queries
-        seen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(before)
-        if not unwindowed:
-            assert self.window is not None
-            seen = seen.triu(before + 1 - self.window)
+        seen = _mask(queries, keys, None if unwindowed else self.window, q.dtype, q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale, enable_gqa=grouped)
+
+
+@functools.lru_cache(maxsize=4)  # one for all layers: autograd keeps it, and of a bool mask a copy for each
+def _mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to scores [queries, keys]: 0 where a key is seen, else -inf."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    if window is not None:
+        seen = seen.triu(keys - queries + 1 - window)
+    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
 def _stack(tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:

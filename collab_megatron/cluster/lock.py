@@ -104,7 +104,8 @@ class RunLock:
                         "one stood still, or somebody removed the file; this run was ended so that not two write"
                     )
                     for pid in _open_in(self._file):  # at once: what they would save is the other's now
-                        os.kill(pid, signal.SIGKILL)
+                        with contextlib.suppress(OSError):  # it has just ended
+                            os.kill(pid, signal.SIGKILL)
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
                 os.utime(self._file)
@@ -162,6 +163,9 @@ def _acquire(path: Path, what: str, way_out: str, left_s: float) -> int:
             continue
         except OSError as error:
             raise _unusable(path, error, way_out) from None
+        # before the name stands there: a start in another container that reads it asks for this lock
+        while _flock(file) is False:
+            time.sleep(0.01)  # somebody looks at it
         try:
             os.write(file, json.dumps(asdict(Holder.this_process())).encode())
             os.fsync(file)
@@ -169,8 +173,6 @@ def _acquire(path: Path, what: str, way_out: str, left_s: float) -> int:
             path.unlink(missing_ok=True)
             os.close(file)
             raise _unusable(path, error, way_out) from None
-        while _flock(file) is False:
-            time.sleep(0.01)  # somebody looks at it
         return file
     raise RunError(f"the lock {path} was taken and released {TRIES} times while we waited for it")
 
@@ -246,6 +248,9 @@ class _Watch:
             return True
         if seen != first:
             self._refuse(str(holder) if holder else "another process has just taken it")
+        # another start that is about to remove it has the kernel's lock: not both may. A dead machine's can stay on NFS
+        if free is False and waited_s <= 2 * SILENT_S:
+            return False
         if waited_s > SILENT_S or time.time() - seen[1] / 1e9 > LONG_AGO_S:
             return True
         who = str(holder) if holder else "it holds no name"
@@ -284,6 +289,10 @@ def _is_at(path: Path, file: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file))
     except FileNotFoundError:
         return False
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # NFS: another machine removed it
+            return False
+        raise
 
 
 def _started(pid: int) -> int | None:
@@ -305,14 +314,25 @@ def _started(pid: int) -> int | None:
 
 def _open_in(file: int) -> list[int]:
     """Other processes of this user that have the file open."""
-    wanted, found = os.fstat(file), []
+    wanted, found = _identity(Path(f"/proc/self/fd/{file}")), []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended while we looked, or is another user's
             for opened in (process / "fd").iterdir():
-                if int(process.name) != os.getpid() and os.path.samestat(opened.stat(), wanted):
+                if int(process.name) != os.getpid() and _identity(opened) == wanted:
                     found.append(int(process.name))
                     break
     return sorted(found)
+
+
+def _identity(opened: Path) -> tuple[object, ...]:
+    """Of an open file below /proc. NFS has nothing but its name left of one that another machine removed."""
+    try:
+        found = opened.stat()
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return ("stale", os.readlink(opened))
+    return (found.st_dev, found.st_ino)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -26,7 +26,7 @@ from collab_megatron.cluster.places import (
 from collab_megatron.cluster.plan import build_plan, evaluate_plan, rl_plan, sft_plan
 from collab_megatron.cluster.threads import usable_cores
 from collab_megatron.cluster.unfinished import METRICS_FILE, Start, is_exported, rl_lacks, sft_lacks
-from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig, kept_config
 from collab_megatron.config.entry import llm_roles
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.convert.inventory import check_inventory, tensor_shapes
@@ -258,7 +258,7 @@ def _check_run(config: C, lacks: Callable[[C], Sequence[str]], node: Node) -> tu
             f"{newest.name}, or choose another run.dir"
         )
     info = read_info(newest)
-    other = decisive_differences(info.extra, config.model_dump(mode="json")) if run.resume == "auto" else []
+    other = decisive_differences(info.extra, kept_config(config)) if run.resume == "auto" else []
     if other:
         more = f", and {len(other) - 1} more" if len(other) > 1 else ""
         raise UserError(

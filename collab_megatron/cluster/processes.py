@@ -138,9 +138,11 @@ class Supervisor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.note_shared_memory()
         try:
-            self.end_all()
+            try:
+                self.note_shared_memory()
+            finally:
+                self.end_all()
         finally:  # a second signal ends the children at once, and raises
             if self._scratch is not None:
                 self._scratch.remove()
@@ -171,7 +173,9 @@ class Supervisor:
     ) -> Child:
         """Start `argv` with `env` on top of ours without `unset`; output to LOGS/name.log, or to our own if `show`."""
         log = None if show else self._logs_dir / f"{name}.log"
-        sink = None if log is None else log.open("ab")
+        # SGLang writes its keys at --log-level info: for no other eyes, whatever the umask is
+        mode = 0o600 if name.startswith("engine-") else 0o666
+        sink = None if log is None else os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode), "ab")
         ours = {key: value for key, value in os.environ.items() if key not in unset}
         scratch, held = self._scratch, self._held
         if scratch is not None:
@@ -199,6 +203,8 @@ class Supervisor:
         """Raise RunError (or exit with 2 for a user's mistake) if an essential child has ended with an error, or has
         been stopped for too long."""
         self._look_for_stopped()
+        if self._scratch is not None:
+            self._scratch.stay_young()
         for child in self._children:
             code = child.process.poll()
             if child.essential and code and not child.comes_again():
@@ -323,8 +329,13 @@ def _lasting_caches() -> dict[str, str]:
     """Caches that lie in TMPDIR unless told otherwise, and are worth more than one run."""
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return {}
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return {"TORCHINDUCTOR_CACHE_DIR": str(caches / "torchinductor")}
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    caches = Path(home, "torchinductor")
+    try:
+        caches.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a container's user, a home that this node may not write
+        return {}
+    return {"TORCHINDUCTOR_CACHE_DIR": str(caches)} if os.access(caches, os.W_OK) else {}
 
 
 def _signal_group(child: Child, number: signal.Signals) -> None:

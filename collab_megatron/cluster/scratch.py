@@ -32,13 +32,14 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "collab_run_"
 NEW = ".new_collab_run_"  # being made: it gets its last name once its lock is held
+TOUCH_EVERY_S = 3600.0
 NEW_S = 60.0  # one without a lock that is older was left by a kill in the middle of being made or removed
 OWNER = "owner"
 NOTED = "shared_memory"
 SHARED_MEMORY = Path("/dev/shm")
 MADE_BY_LIBRARIES = ("sem.mp-", "psm_", "sglang_", "sgl_", "torch_", "nccl-", "cuda.shm.")
 """Of multiprocessing, SGLang, torch, NCCL and CUDA. A data set that somebody keeps in /dev/shm is mapped too."""
-LONGEST_PATH = 60  # bytes; a Unix socket's address has 107, and other programs' names follow
+LONGEST_PATH = 53  # bytes; a Unix socket's address has 107, and torch's /torch-shm-dir-XXXXXX/manager.sock follows
 
 
 class Scratch:
@@ -47,6 +48,7 @@ class Scratch:
     def __init__(self, folder: Path, owner: int) -> None:
         self.folder = folder
         self.held = owner  # the descriptor that children must inherit
+        self._touched = time.monotonic()
 
     @classmethod
     def create(cls) -> Scratch:
@@ -76,22 +78,38 @@ class Scratch:
             if found - old:
                 noted.write_text("\n".join(sorted(found | old)) + "\n")
 
+    def stay_young(self) -> None:
+        """Call it often: what cleans temporary folders takes files of some days' age for nobody's."""
+        now = time.monotonic()
+        if now - self._touched < TOUCH_EVERY_S:
+            return
+        self._touched = now
+        for folder, _, files in os.walk(self.folder):
+            for path in (folder, *(os.path.join(folder, name) for name in files)):
+                with contextlib.suppress(OSError):
+                    os.utime(path)
+
     def remove(self) -> None:
-        """Remove it, with what was noted in /dev/shm. Call it when no process of the run is left."""
-        _remove(self.folder)
-        os.close(self.held)
+        """Remove it, with what was noted in /dev/shm. Call it when no process of the run is left. What cannot go
+        is left to the next start: it says nothing of the run."""
+        try:
+            with contextlib.suppress(OSError):
+                _remove(self.folder)
+        finally:
+            os.close(self.held)
 
 
 def remove_leftovers(where: Path) -> None:
     """Remove the folders of this user's runs of which no process is left."""
     for folder in _own(where, PREFIX):
-        with _owned(folder) as free:
+        with contextlib.suppress(OSError), _owned(folder) as free:  # another start may be faster
             if free:
                 logger.info("removing %s: the run that made it was killed", folder)
                 _remove(folder)
     for folder in _own(where, NEW):
-        if _is_old(folder):
-            _remove(folder)
+        with contextlib.suppress(OSError):
+            if _is_old(folder):
+                _remove(folder)
 
 
 def _place() -> Path:
@@ -176,8 +194,8 @@ def _mapped(groups: Collection[int]) -> Iterator[Path]:
     numbers: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            group = int((process / "stat").read_text().rpartition(")")[2].split()[2])
-            lines = (process / "maps").read_text().splitlines() if group in groups else []
+            group = int((process / "stat").read_text(errors="replace").rpartition(")")[2].split()[2])
+            lines = (process / "maps").read_text(errors="replace").splitlines() if group in groups else []
         except (OSError, IndexError):
             continue  # it ended while we looked
         numbers |= {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}

@@ -48,7 +48,7 @@ def sft_lacks(config: SFTConfig) -> list[str]:
     """As `rl_lacks`."""
     run, steps = config.run, config.train.steps
     lacks = []
-    if config.data.validation is not None and held_out_loss(run.tensorboard_dir / METRICS_FILE, steps) is None:
+    if config.data.validation is not None and not is_measured(run.tensorboard_dir / METRICS_FILE, steps):
         lacks.append(f"the held-out loss after step {steps}")
     if config.export_hf is not None and not is_exported(config):
         lacks.append(f"the export to {config.export_hf}")
@@ -69,10 +69,10 @@ def is_probed(probe: Path, step: int) -> bool:
     return isinstance(found, dict) and found.get("weight_version") == str(step)
 
 
-def held_out_loss(metrics: Path, step: int) -> float | None:
-    """Of the weights after `step` steps of supervised training, in nats a token; None where it was not measured."""
+def is_measured(metrics: Path, step: int) -> bool:
+    """Whether the held-out loss after `step` steps was measured. One that is no finite number has no line."""
     rows = read_rows(metrics, numbers=("step",)).rows
-    return next((float(row["eval/loss"]) for row in rows if row["step"] == step and "eval/loss" in row), None)
+    return any(row["step"] == step and ("eval/tokens" in row or "eval/loss" in row) for row in rows)
 
 
 def exported_step(config: SFTConfig) -> int:

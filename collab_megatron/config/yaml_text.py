@@ -36,13 +36,24 @@ class _Twice(yaml.YAMLError):
 class _Loader(yaml.SafeLoader):
     """Nothing but plain values; refuses a key that stands twice in one mapping."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._checked: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Brings in what `<<` names. Looked at once: a mapping that another one merges is flattened before its own
+        turn, and then holds both what was merged in and what stands here."""
+        if id(node) not in self._checked:
+            self._checked.add(id(node))
+            self._refuse_twice(node)
+        super().flatten_mapping(node)
+
+    def _refuse_twice(self, node: yaml.MappingNode) -> None:
         first: dict[Hashable, int] = {}
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        for key_node, _ in node.value:
             if key_node.tag == MERGE or not isinstance(key_node, yaml.ScalarNode):
                 continue  # PyYAML refuses other keys itself; what is merged in gives way to what stands here
             key, line = self.construct_object(key_node), key_node.start_mark.line + 1
             if key in first:
                 raise _Twice(f"the key {key!r} stands twice, in line {first[key]} and line {line}: keep one of them")
             first[key] = line
-        return super().construct_mapping(node, deep)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from collab_megatron.convert.headers import read_headers
+from collab_megatron.convert.headers import INDEX, read_headers, read_index
 from collab_megatron.convert.spec import ModelSpec
 from collab_megatron.convert.tables import rows
 from collab_megatron.errors import UserError
@@ -25,7 +25,15 @@ def tensor_shapes(path: str, folder: Path) -> Shapes:
 
     Raises UserError where there are no safetensors, or a file is missing or damaged.
     """
-    return _local(folder) if Path(path).is_dir() or any(folder.glob("*.safetensors")) else _on_hub(path)
+    return _local(folder) if Path(path).is_dir() or _is_whole(folder) else _on_hub(path)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all weights are there: a download that was interrupted leaves some."""
+    index = folder / INDEX
+    files = [folder / name for name in read_index(index).values()] if index.is_file() else folder.glob("*.safetensors")
+    found = [file.is_file() for file in files]
+    return bool(found) and all(found)
 
 
 def writer_said(file: Path) -> Mapping[str, str]:

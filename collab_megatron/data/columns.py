@@ -67,6 +67,8 @@ class Columns:
         column = self._table[name]
         if pa.types.is_null(column.type):
             column = column.cast(pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))
+        if pa.types.is_fixed_size_list(column.type):
+            column = column.cast(pa.list_(column.type.value_type))
         kind = column.type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
         item = kind.value_type if is_list else kind

@@ -54,9 +54,9 @@ class Steps:
                 self._work.shard, rules, self._work.grow, self._work.reserve, step=step, delivered=delivered
             )
         await self.live(version)
-        self._forest.advance(step)
         before = self._deliveries.get(step)
         if before is None:
+            self._forest.advance(step)
             return None
         return self._recorded(step, before.answer, before.unpacked())
 

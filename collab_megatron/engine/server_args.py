@@ -93,6 +93,8 @@ def engine_command(
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         # there is no device whose work the scheduler's own could hide behind: it only costs (docs/BENCHMARKS.md)
         argv.append("--disable-overlap-schedule")
+        # a server that finishes no batch is taken for hung (pool.py); its own choice, 15 decode steps, can take long
+        argv += ["--load-snapshot-publish-interval", "1"]
         env |= {"SGLANG_USE_CPU_ENGINE": "1", **OPENMP_WAITS}
         env["OMP_NUM_THREADS"] = str(settings.threads or threads)
         # glibc gives large blocks back to the kernel at once, and fresh pages cost more than the copy into them: the

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from collab_megatron.engine.control import EngineControl, Gone, Refused, Silent
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.roster import EngineEntry, RosterFolder
-from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.errors import NoEngineLeft, RunError, masked
 from collab_megatron.resharding.background import in_background
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class Receivers:
         """Never use this life of a server again; the launcher kills it and starts another."""
         if entry in self._given_up and entry.managed:
             return
-        print(f"{entry} is given up: {reason}", file=sys.stderr, flush=True)
+        print(masked(f"{entry} is given up: {reason}"), file=sys.stderr, flush=True)
         self._given_up[entry] = reason
         self._news[str(entry)] = reason
         self._roster.condemn(entry, reason)

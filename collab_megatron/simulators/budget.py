@@ -228,7 +228,8 @@ class Budget:
         if not self._capped:
             return
         self._overrun = max(self._overrun, reservation.calls / max(reservation.asked, 1))
-        if reservation.calls:
+        # of few fresh calls, as after a resume, all may be those of the dearest role
+        if reservation.calls and 2 * reservation.calls >= reservation.asked:
             self._usd_per_call = max(self._usd_per_call or 0.0, reservation.cost_usd / reservation.calls)
         if self._journal is not None:
             self._journal.reserve(self._left(), lambda spent, others: None)
@@ -252,7 +253,7 @@ class Budget:
         """Calls and dollars: what stood there at the last reading, and what this process has spent since."""
         calls, usd = _sums(self.costs())
         own_calls, own_usd = _sums(self._own())
-        return calls + own_calls - self._own_at_read[0], usd + own_usd - self._own_at_read[1]
+        return calls + (own_calls - self._own_at_read[0]), usd + (own_usd - self._own_at_read[1])
 
 
 def _sums(costs: Costs) -> tuple[int, float]:

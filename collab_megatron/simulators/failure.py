@@ -91,7 +91,7 @@ def classify(error: BaseException, secrets: Iterable[str], address: str = "") ->
     fatal = status in FATAL_STATUSES or (status == 429 and "insufficient_quota" in text)
     detail = ""
     if status in EXPLAINED_STATUSES:
-        detail = masked(" ".join(text.split()))  # before it is cut: half an address is not known as one
+        detail = masked(" ".join(text.split())[:4096])  # before the last cut: half an address is not known as one
         for secret in secrets:
             detail = detail.replace(secret, "***")
         detail = whole_text(detail[:DETAIL_CHARS])

@@ -29,6 +29,8 @@ CLOSING = {
 }
 FENCE = "```"
 STRINGS = re.compile(r'"(?:[^"\\]++|\\(?:.|\Z))*+(?:"|\Z)', re.DOTALL)
+DECODER = json.JSONDecoder(strict=False)
+"""Takes line breaks and tabs inside strings as they are."""
 STEP_OF = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
@@ -80,9 +82,9 @@ def json_object(text: str) -> dict[str, Any]:
     if _depth(text) > DEEPEST:
         raise MalformedReply(f"the reply is nested more than {DEEPEST} deep")
     try:
-        value = json.loads(text)
+        value = DECODER.decode(text)
     except json.JSONDecodeError:
-        value = _repaired(text)
+        value = _among_words(text) or _repaired(text)
     except (ValueError, RecursionError) as error:  # a number of over 4,300 digits
         raise MalformedReply(f"the reply cannot be parsed: {error}") from None
     if not isinstance(value, dict) or not value:
@@ -143,6 +145,18 @@ def _field(reply: dict[str, Any], name: str) -> Any:
     if name not in reply:
         raise MalformedReply(f"field {name!r} is missing")
     return reply[name]
+
+
+def _among_words(text: str) -> dict[str, Any] | None:
+    """The last of the well-formed objects with words around them; None where a brace begins something else."""
+    found, at = None, text.find("{")
+    while at >= 0:
+        try:
+            value, end = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return None
+        found, at = value or found, text.find("{", end)
+    return found
 
 
 def _repaired(text: str) -> dict[str, Any] | None:

@@ -41,10 +41,10 @@ class Interrupt:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """A wait of rank 0 that the signal ends. Raises Interrupted, at once where the signal has come before."""
-        if self.asked:
-            raise Interrupted("interrupted")
-        self._waiting = True
         try:
+            self._waiting = True
+            if self.asked:
+                raise Interrupted("interrupted")
             yield
         finally:
             self._waiting = False

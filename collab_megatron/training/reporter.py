@@ -41,9 +41,8 @@ class Reporter:
         """Before a checkpoint that holds the newest step: its figures, whole or not, and all earlier ones are on the
         disk. Raises RunError when the disk refuses."""
         if self._unfinished is not None:
-            done, metrics = self._unfinished
-            self._unfinished = None
-            self._dashboard.log(done, metrics)
+            self._dashboard.log(*self._unfinished)
+            self._unfinished = None  # not before: where the disk refuses, the next try writes it
         self._dashboard.to_disk()
 
     def saved(self, done: int, seconds: Mapping[str, float]) -> None:
@@ -67,8 +66,8 @@ class Reporter:
         metrics |= sync.metrics()
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
         metrics |= memory_shares()
-        self._unfinished = None
         self._dashboard.log(done, metrics)
+        self._unfinished = None
         self._progress.step(done, progress_figures(metrics, self._weighted))
         for sentence in self._alarms.heard(done, metrics):
             logger.warning("%s", sentence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from collab_megatron.actor.actor import StepResult
-from collab_megatron.cluster.unfinished import METRICS_FILE, held_out_loss
+from collab_megatron.cluster.unfinished import METRICS_FILE, is_measured
 from collab_megatron.config import SFTConfig, show_config
 from collab_megatron.monitor.dashboard import Dashboard
 from collab_megatron.monitor.progress import Progress, steps_between
@@ -56,7 +56,7 @@ class SFTReporter:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the held-out loss of the weights after `step` steps was measured."""
-        return held_out_loss(self._metrics, step) is not None
+        return is_measured(self._metrics, step)
 
     def saved(self, done: int, seconds: Mapping[str, float]) -> None:
         """A checkpoint of `done` steps has been written, or is being written while training goes on."""

@@ -186,8 +186,8 @@ class TrainSection(Section):
     epochs: float | None = Field(default=None, gt=0)
     micro_batch_tokens: Positive = 8192  # tokens of one micro-batch on one data rank, padding included
     packing: bool = False  # sequences end to end in one row (THD) instead of padded rows
-    # RL: the replies of a group stand in one packed row behind their prompt, which is computed once. Where it cannot be
-    # (parallel.context > 1, transformer-engine's attention) every reply is computed with a prompt of its own
+    # RL: the replies of a group stand in one packed row behind their prompt, which is computed once. On GPUs and with
+    # parallel.context > 1, where it is not done yet, every reply is computed with a prompt of its own
     share_prompts: bool = True
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in the backward pass
     logits_chunk_mb: Positive = 512  # fp32 logits that may exist at a time; more tokens are worked on chunk by chunk

@@ -9,6 +9,7 @@ from typing import Any
 
 from collab_megatron.data.load import read_json_lines
 from collab_megatron.errors import UserError
+from collab_megatron.text import has_half
 from collab_megatron.types import Message, Task
 
 NEEDED = ("single_turn_prompt", "single_turn_completion")
@@ -55,6 +56,9 @@ def _read_problem(index: int, row: Mapping[str, Any], where: str) -> Problem:
         task_desc=str(row.get("task_desc") or ""),
         metadata=metadata,
     )
+    texts = (task.single_turn_prompt, task.ground_truth, task.task_desc, *(message.content for message in task.prompt))
+    if any(map(has_half, texts)):
+        raise UserError(f"{where} holds half of a character (a surrogate without its other half): remove it")
     return Problem(index, task)
 
 
