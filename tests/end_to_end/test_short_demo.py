@@ -16,6 +16,7 @@ from collab_megatron.data.parquet import read_conversations
 from collab_megatron.driver.recorder import read_trees
 from collab_megatron.json_lines import read_rows
 from collab_megatron.monitor.dashboard import read_metrics
+from collab_megatron.training.engine_probe import NUM_PROMPTS
 from tests.conftest import DESK_KEY, Ended, Run, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -161,8 +162,9 @@ def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
 
 def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]) -> None:
     run_dir, ended = short_demo
-    assert "transformers and the engine agree on all 4 prompts" in ended.output
     probe = json.loads((run_dir / "engine_probe" / "rl.json").read_text())
+    assert len(probe["rows"]) == NUM_PROMPTS
+    assert f"transformers and the engine agree on all {NUM_PROMPTS} prompts" in ended.output
     assert probe["weight_version"] == "3"
     assert (run_dir / "hf" / "model.safetensors").exists()
 
