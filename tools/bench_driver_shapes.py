@@ -12,7 +12,7 @@ from collab_megatron.types import Message, Task
 from tools.bench_driver_api import WORDS
 from tools.bench_driver_litellm import PROVIDER
 
-TIMEOUT_S = 600.0  # above the slowest latency that is drawn
+TIMEOUT_S = 300.0  # above the slowest latency that is drawn
 WARM_UP_TASKS = 2
 OPENING = "i need a room for two people near the station from friday to sunday, please name one that is free, number"
 REQUEST = (
