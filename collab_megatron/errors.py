@@ -43,7 +43,7 @@ def masked(text: str) -> str:
 
 
 class UserError(ValueError):
-    """A mistake of the user; the message, which is masked, says how to mend it."""
+    """A mistake of the user; the message, which is masked, says how to correct it."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(masked(message))

@@ -36,12 +36,7 @@ RESOLVED = "resolved.yaml"
 
 def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
     """Run engines, driver and trainers; returns when the run is done. Raises RunError when a part fails."""
-    with Supervisor(
-        config.run.logs_dir,
-        held=lock.held,
-        stopped_timeout_s=config.run.stopped_timeout_s,
-        save_grace_s=config.train.save_grace_s,
-    ) as supervisor:
+    with _supervisor(config, lock) as supervisor:
         files = supervisor.scratch
         resolved = write_resolved(on_chosen_device(config), files, config.run.logs_dir)
         keys_file = make_keys(supervisor, config)
@@ -72,14 +67,18 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
         supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # the trainer told them to stop
 
 
-def launch_sft(config: SFTConfig, lock: RunLock) -> None:
-    """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
-    with Supervisor(
+def _supervisor(config: RLConfig | SFTConfig, lock: RunLock) -> Supervisor:
+    return Supervisor(
         config.run.logs_dir,
         held=lock.held,
         stopped_timeout_s=config.run.stopped_timeout_s,
         save_grace_s=config.train.save_grace_s,
-    ) as supervisor:
+    )
+
+
+def launch_sft(config: SFTConfig, lock: RunLock) -> None:
+    """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
+    with _supervisor(config, lock) as supervisor:
         resolved = write_resolved(on_chosen_device(config), supervisor.scratch, config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(

@@ -84,9 +84,9 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path | None  # None: its output goes to ours
     essential: bool = True  # its failure ends everything
-    restarted: bool = False  # one that a signal or a defect ended is started again by whoever started it
+    restarted: bool = False  # one that a signal or a defect ended is started again by its starter
     saves: bool = False  # at TERM it saves together with the others that do, and ends
-    hung: str | None = None  # why it must be killed though it runs; whoever starts it again looks here
+    hung: str | None = None  # why it must be killed though it runs; its starter looks here
 
     def ended(self) -> str | None:
         """How the process itself ended ("exit code 1", "signal SIGKILL"); None while it runs."""
@@ -96,7 +96,7 @@ class Child:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def comes_again(self) -> bool:
-        """Whether it ended in a way after which whoever started it starts it again."""
+        """Whether it ended in a way after which its starter starts it again."""
         code = self.process.poll() or 0
         return self.restarted and (code < 0 or code == EXIT_DEFECT)
 
@@ -211,7 +211,7 @@ class Supervisor:
                 self.fail(child)
 
     def _look_for_stopped(self) -> None:
-        """Those that are started again are only marked, and killed by whoever does so."""
+        """Those that are started again are only marked; their starter kills them."""
         if self._stopped is None:
             return
         running = {child.process.pid: child for child in self._children if child.process.poll() is None}

@@ -39,7 +39,8 @@ NOTED = "shared_memory"
 SHARED_MEMORY = Path("/dev/shm")
 MADE_BY_LIBRARIES = ("sem.mp-", "psm_", "sglang_", "sgl_", "torch_", "nccl-", "cuda.shm.")
 """Of multiprocessing, SGLang, torch, NCCL and CUDA. A data set that somebody keeps in /dev/shm is mapped too."""
-LONGEST_PATH = 53  # bytes; a Unix socket's address has 107, and torch's /torch-shm-dir-XXXXXX/manager.sock follows
+# bytes: the 107 of a Unix socket's address, less /collab_run_XXXXXXXX and torch's /torch-shm-dir-XXXXXX/manager.sock
+LONGEST_PATH = 107 - 20 - 34
 
 
 class Scratch:

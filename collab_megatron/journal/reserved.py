@@ -1,7 +1,8 @@
 """What the processes of a run have set aside of its budget for work under way: one row a process, in the journal.
 
 A row counts as long as its process lives: pid and start time name a process, so that what a killed one set aside is
-free again, whoever has its pid by then. All processes that write to a journal run on one machine (database.py).
+free again, also where another process has its pid by then. All processes that write to a journal run on one machine
+(database.py).
 """
 
 from __future__ import annotations

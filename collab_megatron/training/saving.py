@@ -127,7 +127,7 @@ class Saving:
         """Save what the failure of the block would lose, then let it go on its way."""
         try:
             yield
-        except Exception:
+        except Exception:  # of any kind: it goes on its way once the state is saved
             self._rescue()
             raise
 

@@ -1,4 +1,4 @@
-"""Stopped processes of a run are noticed, whoever they are; real processes, and a made-up /proc for the clock."""
+"""Stopped processes of a run are noticed, of any kind; real processes, and a made-up /proc for the clock."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_a_run_that_alternates_uses_every_core_and_one_that_overlaps_shares(monk
 def test_ranks_are_told_and_soon_sleep() -> None:
     env = launch._rank_env(1, 2, 29500, "cpu", 3)
     assert (env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"], env["LOCAL_RANK"]) == ("3", "PASSIVE", "1")
-    assert 0 < int(env["GOMP_SPINCOUNT"]) < 300_000  # libgomp's own choice, which starves whoever works meanwhile
+    assert 0 < int(env["GOMP_SPINCOUNT"]) < 300_000  # libgomp's own choice, which starves those that work meanwhile
     assert "OMP_NUM_THREADS" not in launch._rank_env(0, 1, 29500, "cuda", 3)
 
 
