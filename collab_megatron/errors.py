@@ -9,11 +9,14 @@ quotes a URL is masked before it can reach a terminal, a log or a record.
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
+from typing import NoReturn
 
 EXIT_RUN = 1
 EXIT_USER = 2
@@ -124,6 +127,29 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def run_rank(main: Callable[[], None]) -> NoReturn:
+    """Run what a trainer rank does, and leave the process with the exit code of run_cli; exit handlers run before.
+
+    The interpreter is not finalized. While it is, CPython before 3.14 ends a daemon thread that returns from native
+    code with pthread_exit; where that code is pybind11's (torch's stores and process groups) the thread unwinds through
+    a destructor that may not, and the process aborts: "terminate called without an active exception", exit code 134
+    instead of the one the launcher reads.
+    """
+    code = EXIT_RUN
+    try:
+        run_cli(main)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else EXIT_RUN
+    except BaseException as error:  # noqa: BLE001 - printed as the interpreter would
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _print_masked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

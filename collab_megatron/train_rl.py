@@ -11,10 +11,11 @@ launches engines, driver and trainer ranks on this node; `train` is what every t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, kept_config, load_config, show_config
-from collab_megatron.errors import RunError, run_cli
+from collab_megatron.errors import RunError, run_cli, run_rank
 from collab_megatron.files import keep_from_others
 from collab_megatron.log import set_up_logging
 
@@ -158,8 +159,7 @@ def main() -> None:
     config = load_config(RLConfig, arguments.config, arguments.overrides)
     keep_from_others(config.run.umask)
     if arguments.trainer is not None:
-        train(config, arguments.trainer)
-        return
+        run_rank(partial(train, config, arguments.trainer))
     from collab_megatron.cluster.ending import told_at_the_end
     from collab_megatron.cluster.launch import launch_rl
     from collab_megatron.cluster.length import with_steps

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.config import SFTConfig, kept_config, load_config, show_config
-from collab_megatron.errors import run_cli
+from collab_megatron.errors import run_cli, run_rank
 from collab_megatron.files import keep_from_others
 from collab_megatron.log import set_up_logging
 
@@ -141,8 +142,7 @@ def main() -> None:
     config = load_config(SFTConfig, arguments.config, arguments.overrides)
     keep_from_others(config.run.umask)
     if arguments.trainer is not None:
-        train(config)
-        return
+        run_rank(partial(train, config))
     from collab_megatron.cluster.ending import told_at_the_end
     from collab_megatron.cluster.launch import launch_sft
     from collab_megatron.cluster.length import with_steps

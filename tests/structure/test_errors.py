@@ -92,3 +92,38 @@ def test_an_unexpected_errors_traceback_is_masked() -> None:
     assert done.returncode == 1
     assert "KeyError: 'http://***@host'" in done.stderr
     assert SECRET not in done.stderr
+
+
+RANK = """
+import atexit, sys, threading, time
+from collab_megatron.errors import BudgetSpent, run_rank
+import torch.distributed as dist
+
+def busy(store):
+    while True:
+        store.check(["a key"])  # native code that lets go of the GIL, as a collective does
+
+def main():
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    threading.Thread(target=busy, args=(store,), daemon=True).start()
+    atexit.register(print, "exit handlers ran")
+    time.sleep(0.1)
+    {ends}
+
+run_rank(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "said"),
+    [
+        ("raise BudgetSpent('spent')", 3, "error: spent\n"),
+        ("raise KeyError('http://us:secret@host')", 1, "KeyError: 'http://***@host'"),
+        ("return", 0, ""),
+    ],
+)
+def test_a_rank_leaves_with_its_exit_code_while_a_thread_is_in_native_code(ends: str, code: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", RANK.replace("{ends}", ends)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "exit handlers ran\n"), done.stderr
+    assert said in done.stderr
+    assert "terminate called" not in done.stderr
