@@ -23,31 +23,31 @@ from pathlib import Path
 import uvloop
 
 from collab_megatron import __version__
-from collab_megatron.checkpoint.folders import read_info
-from collab_megatron.cluster.cli import parse_arguments
-from collab_megatron.cluster.converted import checkpoint_of, hf_folder_of
-from collab_megatron.cluster.launch import launch_engine_only, on_chosen_device
-from collab_megatron.cluster.lock import run_lock
-from collab_megatron.cluster.preflight import check_evaluate
-from collab_megatron.cluster.processes import Supervisor
 from collab_megatron.config import EvaluateConfig, load_config, show_config
-from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.data.parquet import read_task_files
-from collab_megatron.driver.cast import assemble, usable_tasks
-from collab_megatron.driver.evaluation import Evaluation, evaluate
-from collab_megatron.driver.figures import values
-from collab_megatron.driver.lineage import model_fingerprint
-from collab_megatron.driver.protocol import LOST_CONVERSATIONS, require_most
-from collab_megatron.driver.transcripts import write_transcripts
-from collab_megatron.driver.worth import evaluation_calls
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.served import served_weights
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_json
-from collab_megatron.journal.store import Journal, open_journal
+from collab_megatron.launch.cli import parse_arguments
+from collab_megatron.launch.converted import checkpoint_of, hf_folder_of
+from collab_megatron.launch.launch import launch_engine_only, on_chosen_device
+from collab_megatron.launch.lock import run_lock
+from collab_megatron.launch.preflight import check_evaluate
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.log import set_up_logging
-from collab_megatron.monitor.evaluation_table import evaluation_table
-from collab_megatron.rewards.configured import judge_calls
+from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.rollout.cast import assemble, usable_tasks
+from collab_megatron.rollout.evaluation import Evaluation, evaluate
+from collab_megatron.rollout.journal.store import Journal, open_journal
+from collab_megatron.rollout.lineage import model_fingerprint
+from collab_megatron.rollout.rewards.configured import judge_calls
+from collab_megatron.rollout.transcripts import write_transcripts
+from collab_megatron.rollout.worth import evaluation_calls
+from collab_megatron.trainer.report.evaluation_table import evaluation_table
+from collab_megatron.wire.checkpoints import read_info
+from collab_megatron.wire.figures import values
+from collab_megatron.wire.protocol import LOST_CONVERSATIONS, require_most
 
 NAME = "evaluate"
 

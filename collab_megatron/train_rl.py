@@ -13,34 +13,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from collab_megatron.cluster.cli import TrainerArguments, parse_arguments
 from collab_megatron.config import RLConfig, kept_config, load_config, show_config
 from collab_megatron.errors import RunError, run_cli, run_rank
 from collab_megatron.files import keep_from_others
+from collab_megatron.launch.cli import TrainerArguments, parse_arguments
 from collab_megatron.log import set_up_logging
 
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
     """The loop of one trainer rank."""
     # heavy and megatron-bound: the launcher, which shares this file, must start without them
-    from collab_megatron.actor.actor import Actor
-    from collab_megatron.actor.grid import close_grid, init_grid
-    from collab_megatron.actor.reference import build_reference
-    from collab_megatron.checkpoint.run import Checkpoints
-    from collab_megatron.checkpoint.together import together
     from collab_megatron.engine.keys import EngineKeys
-    from collab_megatron.monitor.timers import PhaseTimer
-    from collab_megatron.resharding.probe import probe_ids
-    from collab_megatron.resharding.publisher import Publisher
-    from collab_megatron.training.engine_probe import write_engine_probe
-    from collab_megatron.training.engines import Engines
-    from collab_megatron.training.evaluations import Evaluations
-    from collab_megatron.training.inbox import Inbox
-    from collab_megatron.training.interrupt import Interrupt
-    from collab_megatron.training.reporter import Reporter
-    from collab_megatron.training.rl_step import update
-    from collab_megatron.training.saving import Saving, no_record
-    from collab_megatron.training.skipped import SkippedSteps
+    from collab_megatron.trainer.actor.actor import Actor
+    from collab_megatron.trainer.actor.grid import close_grid, init_grid
+    from collab_megatron.trainer.actor.reference import build_reference
+    from collab_megatron.trainer.checkpoint.run import Checkpoints
+    from collab_megatron.trainer.checkpoint.together import together
+    from collab_megatron.trainer.engine_probe import write_engine_probe
+    from collab_megatron.trainer.engines import Engines
+    from collab_megatron.trainer.evaluations import Evaluations
+    from collab_megatron.trainer.inbox import Inbox
+    from collab_megatron.trainer.interrupt import Interrupt
+    from collab_megatron.trainer.report.timers import PhaseTimer
+    from collab_megatron.trainer.reporter import Reporter
+    from collab_megatron.trainer.rl_step import update
+    from collab_megatron.trainer.saving import Saving, no_record
+    from collab_megatron.trainer.skipped import SkippedSteps
+    from collab_megatron.trainer.sync.proof.probe import probe_ids
+    from collab_megatron.trainer.sync.publisher import Publisher
 
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
@@ -160,11 +160,11 @@ def main() -> None:
     keep_from_others(config.run.umask)
     if arguments.trainer is not None:
         run_rank(partial(train, config, arguments.trainer))
-    from collab_megatron.cluster.ending import told_at_the_end
-    from collab_megatron.cluster.launch import launch_rl
-    from collab_megatron.cluster.length import with_steps
-    from collab_megatron.cluster.lock import run_lock
-    from collab_megatron.cluster.preflight import check_rl
+    from collab_megatron.launch.ending import told_at_the_end
+    from collab_megatron.launch.launch import launch_rl
+    from collab_megatron.launch.length import with_steps
+    from collab_megatron.launch.lock import run_lock
+    from collab_megatron.launch.preflight import check_rl
 
     config = with_steps(config)
     if arguments.dry_run:

@@ -14,10 +14,10 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from collab_megatron.cluster.cli import parse_arguments
 from collab_megatron.config import SFTConfig, kept_config, load_config, show_config
 from collab_megatron.errors import run_cli, run_rank
 from collab_megatron.files import keep_from_others
+from collab_megatron.launch.cli import parse_arguments
 from collab_megatron.log import set_up_logging
 
 if TYPE_CHECKING:
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 def train(config: SFTConfig) -> None:
     """The loop of one trainer rank."""
     # heavy and megatron-bound: the launcher, which shares this file, must start without them
-    from collab_megatron.actor.actor import Actor
-    from collab_megatron.actor.grid import close_grid, from_rank_zero, init_grid
-    from collab_megatron.algorithms.losses import LossSum, sft_loss
-    from collab_megatron.batching import MicroBatch
-    from collab_megatron.checkpoint.folders import read_best, step_folder
-    from collab_megatron.checkpoint.run import Checkpoints
-    from collab_megatron.checkpoint.store import load_checkpoint
-    from collab_megatron.cluster.unfinished import export_label, exported_step, is_exported
-    from collab_megatron.monitor.timers import PhaseTimer
-    from collab_megatron.training.held_out import HeldOut, mean_loss
-    from collab_megatron.training.interrupt import Interrupt
-    from collab_megatron.training.saving import Saving, no_record
-    from collab_megatron.training.sft_data import SFTData
-    from collab_megatron.training.sft_reporter import SFTReporter
-    from collab_megatron.training.skipped import SkippedSteps
+    from collab_megatron.trainer.actor.actor import Actor
+    from collab_megatron.trainer.actor.grid import close_grid, from_rank_zero, init_grid
+    from collab_megatron.trainer.batching import MicroBatch
+    from collab_megatron.trainer.checkpoint.run import Checkpoints
+    from collab_megatron.trainer.checkpoint.store import load_checkpoint
+    from collab_megatron.trainer.held_out import HeldOut, mean_loss
+    from collab_megatron.trainer.interrupt import Interrupt
+    from collab_megatron.trainer.loss.losses import LossSum, sft_loss
+    from collab_megatron.trainer.report.timers import PhaseTimer
+    from collab_megatron.trainer.saving import Saving, no_record
+    from collab_megatron.trainer.sft_data import SFTData
+    from collab_megatron.trainer.sft_reporter import SFTReporter
+    from collab_megatron.trainer.skipped import SkippedSteps
+    from collab_megatron.wire.checkpoints import read_best, step_folder
+    from collab_megatron.wire.unfinished import export_label, exported_step, is_exported
 
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
@@ -143,11 +143,11 @@ def main() -> None:
     keep_from_others(config.run.umask)
     if arguments.trainer is not None:
         run_rank(partial(train, config))
-    from collab_megatron.cluster.ending import told_at_the_end
-    from collab_megatron.cluster.launch import launch_sft
-    from collab_megatron.cluster.length import with_steps
-    from collab_megatron.cluster.lock import run_lock
-    from collab_megatron.cluster.preflight import check_sft
+    from collab_megatron.launch.ending import told_at_the_end
+    from collab_megatron.launch.launch import launch_sft
+    from collab_megatron.launch.length import with_steps
+    from collab_megatron.launch.lock import run_lock
+    from collab_megatron.launch.preflight import check_sft
 
     config = with_steps(config)
     if arguments.dry_run:

@@ -250,7 +250,7 @@ class ChatLLM(Protocol):
 
         `check` raises ValueError for a text that cannot be used (empty, no JSON, a field missing): the gateway counts
         it as malformed and asks again inside the same retry budget.
-        Raises SimulatorError (collab_megatron.simulators.gateway) once the retry budget is spent.
+        Raises SimulatorError (collab_megatron.rollout.llm.gateway) once the retry budget is spent.
         """
         ...
 

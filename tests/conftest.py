@@ -13,10 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from collab_megatron.cluster.processes import Supervisor, free_port
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
+from collab_megatron.launch.ports import free_port
+from collab_megatron.launch.supervisor import Supervisor
 from tests.slurm.cluster import SlurmCluster, running_cluster, why_not
 
 REPOSITORY = Path(__file__).resolve().parents[1]

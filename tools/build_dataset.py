@@ -15,14 +15,14 @@ import sys
 import time
 from pathlib import Path
 
-from collab_megatron.cluster.lock import locked
-from collab_megatron.cluster.preflight import check_build
 from collab_megatron.config import BuildDatasetConfig, load_config, show_config
-from collab_megatron.data.build.processes import Progress, build_dataset
+from collab_megatron.data_engine.processes import Progress, build_dataset
 from collab_megatron.errors import BudgetSpent, RunError, run_cli
 from collab_megatron.files import keep_from_others, publish_json
+from collab_megatron.launch.lock import locked
+from collab_megatron.launch.preflight import check_build
 from collab_megatron.log import set_up_logging
-from collab_megatron.simulators.usage import API_USAGE_FILE, GatewaySnapshot
+from collab_megatron.rollout.llm.usage import API_USAGE_FILE, GatewaySnapshot
 
 LOCK_FILE = "build.lock"
 QUIET_S = 10.0  # between progress lines where the output is a file

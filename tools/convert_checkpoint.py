@@ -31,18 +31,19 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from collab_megatron.checkpoint.folders import BEST, MARKER, CheckpointInfo, newest_complete, read_best, read_info
-from collab_megatron.cluster.processes import Supervisor, free_port
 from collab_megatron.config.sections import UMASKS, ParallelSection
-from collab_megatron.convert.hf_folder import check_output, parse_size
-from collab_megatron.convert.layout import check_layout, read_hf_config
-from collab_megatron.convert.source import resolve_model_folder
 from collab_megatron.engine.server_args import ON_LOOPBACK
 from collab_megatron.errors import EXIT_RUN, EXIT_USER, RunError, UserError, run_cli
 from collab_megatron.files import keep_from_others
+from collab_megatron.launch.ports import free_port
+from collab_megatron.launch.supervisor import Supervisor
+from collab_megatron.model.layout import check_layout, read_hf_config
+from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.trainer.convert.hf_folder import check_output, parse_size
+from collab_megatron.wire.checkpoints import BEST, MARKER, CheckpointInfo, newest_complete, read_best, read_info
 
 if TYPE_CHECKING:
-    from collab_megatron.actor.grid import RankGrid
+    from collab_megatron.trainer.actor.grid import RankGrid
 
 _OTHERS_END_S = 15.0  # once one process has failed, the others have heard of it and clear up
 _DAY_S = 86400.0  # ranks wait for the slowest, which may have hundreds of gigabytes to write
@@ -78,7 +79,7 @@ def main() -> None:
 
 def hf_to_megatron(folder: Path, output: Path, grid: RankGrid, *, source: str) -> Path:
     """Write step 0 of a run that never was; `source` is noted in it."""
-    from collab_megatron.checkpoint.from_hf import (
+    from collab_megatron.trainer.checkpoint.from_hf import (
         checkpoint_from_hf,
     )  # only here: mistakes should not wait for megatron
 
@@ -87,7 +88,7 @@ def hf_to_megatron(folder: Path, output: Path, grid: RankGrid, *, source: str) -
 
 def megatron_to_hf(info: CheckpointInfo, output: Path, grid: RankGrid, *, max_shard_size: str) -> Path:
     """Read the weights, leave optimizer and random states, write a Hugging Face folder."""
-    from collab_megatron.checkpoint.to_hf import hf_from_checkpoint  # only here, as above
+    from collab_megatron.trainer.checkpoint.to_hf import hf_from_checkpoint  # only here, as above
 
     hf_from_checkpoint(info, output, grid, max_shard_size=max_shard_size)
     return output
@@ -128,7 +129,7 @@ def _checkpoint(path: Path, *, best: bool) -> CheckpointInfo:
 @contextlib.contextmanager
 def _grid() -> Iterator[RankGrid]:
     """This process among those that convert. Rank 0 speaks for all: it hears of every failure."""
-    from collab_megatron.actor.grid import close_grid, init_grid
+    from collab_megatron.trainer.actor.grid import close_grid, init_grid
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from collab_megatron.errors import UserError, run_cli
-from collab_megatron.monitor.dashboard import read_metrics
+from collab_megatron.trainer.report.dashboard import read_metrics
 
 PANELS = (
     ("reward", {"reward/mr_mean": "multiturn-aware reward", "reward/accuracy_mean": "accuracy"}),

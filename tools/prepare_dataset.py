@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from collab_megatron.cluster.places import check_folder
 from collab_megatron.config.sections import UMASKS
 from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, text_or_file
 from collab_megatron.data.splits import DEFAULT_SHARE
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import keep_from_others
+from collab_megatron.launch.places import check_folder
 
 
 def main() -> None:

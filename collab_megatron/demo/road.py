@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.cluster.processes import Child, Supervisor
 from collab_megatron.errors import UserError
+from collab_megatron.launch.supervisor import Child, Supervisor
 
 ENDPOINT_START_S = 30.0
 STAGE_END_S = 120.0  # for a stage that is interrupted: train.save_grace_s, and what its servers take to end

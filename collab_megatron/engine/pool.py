@@ -31,7 +31,7 @@ from collab_megatron.engine.client import EngineClient, EngineGone, EngineSilent
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.usage import PoolUsage
 from collab_megatron.errors import NoEngineLeft, RunError, masked
-from collab_megatron.slots import Slots
+from collab_megatron.limiter import Slots
 from collab_megatron.types import Generation
 
 PING_EVERY_S = 3.0

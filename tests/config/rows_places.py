@@ -194,7 +194,8 @@ MODULES = [
         OWN,
         "own_metric.py",
         "registered already",
-        content=b"from collab_megatron.rewards import register_metric as r\nr('accuracy')(lambda context: None)\n",
+        content=b"from collab_megatron.rollout.rewards import register_metric\n"
+        b"register_metric('accuracy')(lambda context: None)\n",
     ),
 ]
 

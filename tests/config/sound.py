@@ -14,7 +14,7 @@ import yaml
 from collab_megatron.data.parquet import Conversation, write_conversations, write_tasks
 from collab_megatron.types import Message
 from tests.config.table import World
-from tests.driver.fakes import TASK
+from tests.rollout.fakes import TASK
 
 MODEL = "model.safetensors"
 _LENGTH_BYTES = 8  # of a safetensors file, before its header

@@ -36,7 +36,7 @@ MODULES = {
     "check_export": "tools.check_export",
     "plot": "tools.plot_curves",
     "demo": "tools.demo",
-    "show": "collab_megatron.journal.show",
+    "show": "collab_megatron.rollout.journal.show",
     "demo_model": "collab_megatron.demo.model",
     "demo_tasks": "collab_megatron.demo.tasks",
     "endpoint": "collab_megatron.demo.endpoint",

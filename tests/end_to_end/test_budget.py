@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from collab_megatron.checkpoint.folders import newest_complete, read_info
-from collab_megatron.driver.recorder import read_trees
-from collab_megatron.journal.store import Journal
-from collab_megatron.monitor.dashboard import read_metrics
+from collab_megatron.rollout.journal.store import Journal
+from collab_megatron.rollout.recorder import read_trees
+from collab_megatron.trainer.report.dashboard import read_metrics
+from collab_megatron.wire.checkpoints import newest_complete, read_info
 from tests.conftest import DESK_KEY, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from collab_megatron.checkpoint.folders import newest_complete, read_info
-from collab_megatron.cluster.processes import free_port
-from collab_megatron.driver.recorder import read_trees
-from collab_megatron.monitor.dashboard import read_metrics
+from collab_megatron.launch.ports import free_port
+from collab_megatron.rollout.recorder import read_trees
+from collab_megatron.trainer.report.dashboard import read_metrics
+from collab_megatron.wire.checkpoints import newest_complete, read_info
 from tests.conftest import DESK_KEY, REPOSITORY, Ended, Run, environment
 from tests.end_to_end.strangers import knock_at_the_driver, require_closed_to_strangers
 
@@ -145,7 +145,7 @@ def test_a_stopped_driver_comes_again_and_the_run_ends_well(
     with knock_at_the_driver(running.family):
         running.wait_until("messages at ipc://")
     running.wait_until("rl 2/5")
-    running.child("collab_megatron.driver.service").suspend()
+    running.child("collab_megatron.rollout.service").suspend()
     running.wait_until("driver is killed: process ")
     running.wait_until("driver ended with signal SIGKILL: it is started again")
     running.wait_until("rl 3/5")  # the family anew

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from collab_megatron.checkpoint.folders import newest_complete, read_info
+from collab_megatron.wire.checkpoints import newest_complete, read_info
 from tests.conftest import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

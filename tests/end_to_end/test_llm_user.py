@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from collab_megatron.cluster.processes import Supervisor, free_port
 from collab_megatron.config import EvaluateConfig
 from collab_megatron.config.sections import (
     DataSection,
@@ -27,12 +26,14 @@ from collab_megatron.config.sections import (
     UserSection,
 )
 from collab_megatron.data.parquet import read_tasks, write_tasks
-from collab_megatron.driver.cast import assemble
-from collab_megatron.driver.group import TreeSeat, play_once
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
-from collab_megatron.simulators import RoleUsage
-from collab_megatron.simulators.health import CHECKS, MALFORMED, verdict
+from collab_megatron.launch.ports import free_port
+from collab_megatron.launch.supervisor import Supervisor
+from collab_megatron.rollout.cast import assemble
+from collab_megatron.rollout.group import TreeSeat, play_once
+from collab_megatron.rollout.llm import RoleUsage
+from collab_megatron.rollout.llm.health import CHECKS, MALFORMED, verdict
 from collab_megatron.types import Message, Reply, RolloutStatus, Task
 from tests.end_to_end.test_smollm2 import smollm2
 

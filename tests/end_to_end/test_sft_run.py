@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from collab_megatron.checkpoint.folders import complete_checkpoints, read_best
 from collab_megatron.data.parquet import Conversation, write_conversations
-from collab_megatron.monitor.dashboard import read_metrics
+from collab_megatron.trainer.report.dashboard import read_metrics
 from collab_megatron.types import Message
+from collab_megatron.wire.checkpoints import complete_checkpoints, read_best
 from tests.conftest import Run
 from tests.end_to_end.test_short_demo import plain_loss
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from collab_megatron.checkpoint.folders import newest_complete
+from collab_megatron.wire.checkpoints import newest_complete
 from tests.conftest import DESK_KEY, REPOSITORY
 from tests.slurm.cluster import SlurmCluster
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
 
-from tests.convert.test_convert_checkpoint_tool import RANKS, convert, same, weights
-from tests.parallel.ranks import run_ranks
+from tests.trainer.convert.test_convert_checkpoint_tool import RANKS, convert, same, weights
+from tests.trainer.parallel.ranks import run_ranks
 
 _QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from collab_megatron.cluster.processes import free_port
 from collab_megatron.engine.client import (
     UNPUBLISHED,
     EngineClient,
@@ -19,6 +18,7 @@ from collab_megatron.engine.client import (
 )
 from collab_megatron.engine.control import BucketTensors, EngineControl
 from collab_megatron.errors import RunError
+from collab_megatron.launch.ports import free_port
 from tests.conftest import Server
 
 PROMPTS = ([3, 40, 41, 42, 2, 4], [3, 50, 51, 2, 4], [3, 60, 2, 4, 70, 71, 2, 3, 80, 2, 4])

@@ -13,11 +13,12 @@ import httpx
 import psutil
 import pytest
 
-from collab_megatron.cluster.processes import Supervisor, free_port
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.engine.server_args import engine_command
+from collab_megatron.launch.ports import free_port
+from collab_megatron.launch.supervisor import Supervisor
 from tests.conftest import Server
 
 pytestmark = pytest.mark.slow

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from collab_megatron.actor.actor import Actor
-from collab_megatron.actor.grid import close_grid, init_grid
-from collab_megatron.batching.micro_batch import split_by_tokens
 from collab_megatron.config.sections import ParallelSection
-from tests.parallel.plain import OPTIMIZER, STEPS, loss_fn, statistics
-from tests.parallel.tiny import make_samples
+from collab_megatron.trainer.actor.actor import Actor
+from collab_megatron.trainer.actor.grid import close_grid, init_grid
+from collab_megatron.trainer.batching.micro_batch import split_by_tokens
+from tests.trainer.parallel.plain import OPTIMIZER, STEPS, loss_fn, statistics
+from tests.trainer.parallel.tiny import make_samples
 
 BF16_BOUND = 0.06  # mean difference of a log-probability; both sides round every layer to eight bits
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from collab_megatron.checkpoint.folders import newest_complete
 from collab_megatron.data.parquet import Conversation, write_conversations
 from collab_megatron.types import Message
+from collab_megatron.wire.checkpoints import newest_complete
 from tests.conftest import Run
-from tests.parallel.ranks import run_ranks
-from tests.parallel.tiny import make_model
+from tests.trainer.parallel.ranks import run_ranks
+from tests.trainer.parallel.tiny import make_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +47,7 @@ def test_log_probs_match_transformers_and_steps_are_finite(tmp_path: Path, layou
 
 
 def test_the_train_step_benchmark_reports_mfu(run: Run, tmp_path: Path) -> None:
-    ended = run("tools/bench_train_step.py", "--json", str(tmp_path / "rows.json"), timeout_s=580)
+    ended = run("tools/bench/train_step.py", "--json", str(tmp_path / "rows.json"), timeout_s=580)
     assert ended.code == 0, ended.output[-4000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows

@@ -1,7 +1,7 @@
 """Who may import whom: the table, and the AST walk that compares a tree with it.
 
-A rule names a room (`driver`), a folder or a file in it (`data.build`, `demo.model`); the longest name that fits a file
-adds to the rules of the shorter ones. Imports inside functions and under TYPE_CHECKING count like any other.
+A room is a folder of the package or a file at its top. `trainer` and `rollout` have rooms inside. Imports inside
+functions and under TYPE_CHECKING count like any other.
 """
 
 from __future__ import annotations
@@ -13,92 +13,69 @@ from pathlib import Path
 
 PACKAGE = "collab_megatron"
 
-# the data contract, the two errors, files and records, text made fit for files and tokenizers, and the config sections
-# that leaf functions take
-EVERYWHERE = ("types", "errors", "files", "json_lines", "log", "slots", "text", "config.sections")
+# the ground floor: data contract, errors, files and records, text, processes; and the config sections that leaf
+# functions take
+EVERYWHERE = ("types", "errors", "files", "json_lines", "log", "processes", "run_order", "text", "config.sections")
 
+# A room, and the rooms it may import. The longest name that fits a file counts; a row of its own replaces that of the
+# room around it.
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
     "files": (),
     "json_lines": (),
     "log": (),
+    "processes": (),
+    "run_order": (),
     "text": (),
+    "limiter": (),
     "config": (),
+    "model": (),
     "data": (),
-    "journal": (),
-    "slots": ("journal.place",),
-    "simulators": ("journal",),
-    "rewards": ("simulators",),
-    "engine": ("journal.place",),
-    "driver": ("data", "journal", "simulators", "rewards", "engine", "algorithms.advantages"),
-    "algorithms": (),
-    "batching": (),
-    "actor": ("algorithms", "batching"),
-    "convert": (),
-    "resharding": ("convert", "engine"),
-    "checkpoint": (),
-    "monitor": (),
-    "cluster": ("config",),
-    "demo": (),
+    "wire": ("config", "model"),
+    "engine": ("limiter",),
+    "rollout": ("config", "data", "engine", "limiter", "model", "wire"),
+    "rollout.journal": (),
+    "rollout.llm": ("config", "limiter", "rollout.journal"),
+    "rollout.rewards": ("config", "rollout.llm"),
+    "data_engine": ("config", "data", "limiter", "rollout.journal", "rollout.llm", "rollout.rewards"),
+    "trainer.batching": (),
+    "trainer.loss": ("trainer.batching",),
+    "trainer.local": ("trainer.batching",),
+    "trainer.convert": ("model",),
+    "trainer.actor": ("model", "trainer.batching", "trainer.loss", "trainer.local", "trainer.convert"),
+    "trainer.checkpoint": ("model", "wire", "trainer.actor", "trainer.convert", "trainer.local"),
+    "trainer.sync": ("engine", "model", "wire", "trainer.actor", "trainer.batching", "trainer.convert"),
+    "trainer.report": (),
+    "launch": ("config", "data", "engine", "model", "wire"),
+    "demo": ("launch.supervisor",),
 }
 
-# what the rooms above turned out to need of each other, each with its reason
+# what single files of the rooms above need besides, each with its reason
 ADDED: Mapping[str, Mapping[str, str]] = {
-    "actor": {"convert": "a model is loaded from an HF folder and written as one"},
-    "algorithms": {"batching.micro_batch": "the GRPO loss reads micro-batches"},
-    "checkpoint": {
-        "actor": "what is saved is the actor's model, optimizer and grid",
-        "convert": "an HF folder can be written beside a checkpoint",
+    "demo.summary": {"rollout.llm.usage": "reads the file of API calls that a run left"},
+    "launch.cost": {"rollout.llm.prices": "the plan's dollars come from LiteLLM's price table"},
+    "launch.places": {"rollout.journal.store": "can the journal be opened?"},
+    "launch.preflight": {
+        "data_engine": "can the problems of build_dataset be read?",
+        "rollout.llm": "do the LLM services answer?",
+        "rollout.rewards": "does the config name metrics that exist?",
     },
-    "cluster": {
-        "checkpoint.folders": "preflight: is there something to resume from",
-        "checkpoint.origin": "preflight: is it this run that would be resumed",
-        "convert": "preflight: does the model fit the layout",
-        "data": "preflight: can the data be read",
-        "engine": "starts the server and waits until it answers",
-        "journal.store": "preflight: can the journal be opened",
-        "monitor.flops": "the plan counts a step's operations",
-        "rewards": "preflight: does the config name metrics that exist",
-        "simulators": "preflight: do the LLM services answer",
-    },
-    "convert": {"actor.grid": "a type: the exporter is given the rank grid"},
-    "data.build": {
-        "cluster.processes": "its processes end with their parent",
-        "config.entry": "build_dataset has a config of its own",
-        "journal": "an interrupted build asks for nothing twice",
-        "rewards": "the branches of a grown conversation are scored",
-        "simulators": "conversations are grown with simulated users",
-    },
-    "demo": {"cluster.processes": "the demo's road starts child processes"},
-    "demo.summary": {"simulators.usage": "reads the file of API calls that a run left"},
-    "driver": {
-        "checkpoint.folders": "the lineage reads the checkpoint that run.init_from names",
-        "cluster.processes": "the driver ends with its parent",
-        "config": "the driver's service is put together from the whole config",
-        "convert.source": "the lineage reads the model's files",
-        "monitor.busy": "engine and API time are measured where they are spent",
-    },
-    "monitor": {"convert.spec": "a type: operations are counted from the model's sizes"},
-    "rewards": {"journal.calls": "a judge's call is recorded under the metric that asked"},
-    "rewards.configured": {"config.entry": "names the roles of the judges"},
-    "simulators.gateway": {"config.entry": "errors name a role's place in the config"},
-    "resharding": {
-        "actor": "the weights come from the actor, over its grid",
-        "batching": "the probe prompt is a micro-batch",
-        "data.chat": "the probe prompt is said in the model's tokens",
-    },
+    "rollout.rewards": {"rollout.journal.calls": "a judge's call is recorded under the metric that asked"},
+    "trainer.convert": {"trainer.actor.grid": "a type: the exporter is given the rank grid"},
+    "trainer.local.layers": {"trainer.actor.backend": "a type: which layers the backend has"},
+    "trainer.sync.proof.probe": {"data.chat": "the probe prompt is said in the model's tokens"},
 }
 
 # entry points and what their loops are made of may import every room
-FREE = ("training", "train_rl", "train_sft", "train_dpo", "evaluate")
+FREE = ("trainer", "train_rl", "train_sft", "evaluate")
 
 # who may import these from outside; a name that stands in no line may be imported by all
 OUTSIDE: Mapping[str, tuple[str, ...]] = {
-    "litellm": ("simulators",),
-    "megatron": ("actor", "convert", "checkpoint", "resharding"),
-    "transformer_engine": ("actor",),
-    "apex": ("actor",),
+    "litellm": ("rollout.llm",),
+    "megatron": ("trainer.actor", "trainer.local", "trainer.checkpoint"),
+    "transformer_engine": ("trainer.actor", "trainer.local"),
+    "apex": ("trainer.actor",),
     "sglang": (),  # a server in a process of its own, spoken to over HTTP
 }
 
@@ -109,15 +86,19 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "files": (),
     "json_lines": (),
     "log": (),
+    "processes": (),
+    "run_order": (),
+    "text": (),
     "config": ("pydantic", "yaml"),
-    "algorithms": ("torch",),
-    "batching": ("torch",),
-    "rewards": (),
+    "trainer.loss": ("torch",),
+    "trainer.batching": ("torch",),
+    "rollout.advantages": (),
+    "rollout.rewards": (),
     "demo": ("aiohttp", "rich"),
     "demo.tokenizer": ("tokenizers", "transformers"),
     "demo.model": ("torch", "tokenizers", "transformers"),
 }
-NOT_DISTRIBUTED = ("types", "config", "rewards", "algorithms", "batching")
+NOT_DISTRIBUTED = ("types", "config", "model", "rollout", "trainer.loss", "trainer.batching")
 
 
 @dataclass(frozen=True)
@@ -166,7 +147,7 @@ def violations(root: Path, standard_library: frozenset[str]) -> list[str]:
         importer = statement.importer
         if top == PACKAGE:
             if not _room_allows(importer, rest):
-                found.append(f"{statement}: {importer.split('.')[0]} may not import that room")
+                found.append(f"{statement}: {room_of(importer)} may not import that room")
             continue
         if top in OUTSIDE and not within(importer, OUTSIDE[top]):
             found.append(f"{statement}: only {', '.join(OUTSIDE[top]) or 'nobody'} may")
@@ -189,9 +170,16 @@ def unused_additions(root: Path) -> list[str]:
     ]
 
 
+def room_of(importer: str) -> str:
+    """The longest name of the tables that `importer` is or lies in; "" for the package itself."""
+    parts = importer.split(".")
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((name for name in names if name in ROOMS or name in FREE), parts[0])
+
+
 def _room_allows(importer: str, target: str) -> bool:
     """`target` is what comes after the package's name: `engine.client.EngineClient`, or `__version__`."""
-    room = importer.split(".")[0]
+    room = room_of(importer)
     if not room or room in FREE or within(target, (room, *EVERYWHERE, "__version__")):
         return True
     added = tuple(name for prefix, names in ADDED.items() if within(importer, (prefix,)) for name in names)

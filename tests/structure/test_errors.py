@@ -12,7 +12,7 @@ import pytest
 
 from collab_megatron.errors import RunError, UserError, masked
 from collab_megatron.log import _Formatter
-from collab_megatron.simulators.failure import DETAIL_CHARS, SimulatorError, classify
+from collab_megatron.rollout.llm.failure import DETAIL_CHARS, SimulatorError, classify
 
 SECRET = "Ge-h3im!"
 
@@ -71,7 +71,7 @@ def test_log_lines_and_their_tracebacks_are_masked() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Formatter("driver-0"))
-    logger = logging.Logger("collab_megatron.driver")
+    logger = logging.Logger("collab_megatron.rollout")
     logger.addHandler(handler)
     try:
         raise OSError(f"cannot connect to http://us:{SECRET}@host")

@@ -1,4 +1,4 @@
-"""tools/bench_control_calls.py on one real server: its rows, and what it refuses; no speeds, no smg."""
+"""tools/bench/control_calls.py on one real server: its rows, and what it refuses; no speeds, no smg."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import Run
 
-TOOL = "tools/bench_control_calls.py"
+TOOL = "tools/bench/control_calls.py"
 TOOL_S = 280.0
 CALLS = ["pause_generation", "begin_weight_update", "end_weight_update", "flush_cache", "continue_generation"]
 HEAD = {"call", "way", "servers"}

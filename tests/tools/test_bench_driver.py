@@ -1,4 +1,4 @@
-"""tools/bench_driver.py: its stand-ins, its bound, and a small run against the real driver; no speeds."""
+"""tools/bench/driver.py: its stand-ins, its bound, and a small run against the real driver; no speeds."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 import httpx
 import pytest
 
-from collab_megatron.cluster.processes import Supervisor
 from collab_megatron.engine.client import parse_generation
-from collab_megatron.rewards.interactivity import read_marks
-from collab_megatron.simulators.user import read_user_turn
+from collab_megatron.launch.supervisor import Supervisor
+from collab_megatron.rollout.llm.user import read_user_turn
+from collab_megatron.rollout.rewards.interactivity import read_marks
 from tests.conftest import REPOSITORY, Run
-from tools.bench_driver_api import SimulatorEndpoint
-from tools.bench_driver_bound import chains_s, lower_bound, same_calls
-from tools.bench_driver_shapes import SMALL, Load
+from tools.bench.driver_api import SimulatorEndpoint
+from tools.bench.driver_bound import chains_s, lower_bound, same_calls
+from tools.bench.driver_shapes import SMALL, Load
 
-TOOL = "tools/bench_driver.py"
+TOOL = "tools/bench/driver.py"
 TOOL_S = 240.0
 KEYS = {
     "futures",
@@ -165,7 +165,7 @@ def test_turns_of_a_step_are_counted() -> None:
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     ready = tmp_path_factory.mktemp("stand_ins") / "address"
     with Supervisor(ready.parent / "logs") as supervisor:
-        argv = [sys.executable, "-m", "tools.bench_driver_servers", "--ready-file", str(ready)]
+        argv = [sys.executable, "-m", "tools.bench.driver_servers", "--ready-file", str(ready)]
         child = supervisor.start("stand-ins", argv, {"PYTHONPATH": str(REPOSITORY)})
         url = supervisor.wait_for_file(ready, child, timeout_s=60)
         with httpx.Client(base_url=url, timeout=30, trust_env=False) as client:

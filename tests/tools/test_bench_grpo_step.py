@@ -1,4 +1,4 @@
-"""tools/bench_grpo_step.py without TRL or engines: its configs, its figures, and what it refuses; no speeds."""
+"""tools/bench/grpo_step.py without TRL or engines: its configs, its figures, and what it refuses; no speeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.errors import RunError, UserError
-from collab_megatron.rewards.registry import known_metrics
-from tools.bench_grpo_step import (
+from collab_megatron.rollout.rewards.registry import known_metrics
+from tools.bench.grpo_step import (
     SHAPES,
     TORCH,
     TRL,
@@ -23,7 +23,7 @@ from tools.bench_grpo_step import (
     parse,
     step_seconds,
 )
-from tools.bench_grpo_step_reward import reward_of
+from tools.bench.grpo_step_reward import reward_of
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
@@ -41,7 +41,7 @@ def test_our_run_does_the_shapes_work(name: str, tmp_path: Path) -> None:
 
 
 def test_the_reward_spreads_and_is_a_metric() -> None:
-    import tools.bench_grpo_step_metric  # noqa: F401  (registers)
+    import tools.bench.grpo_step_metric  # noqa: F401  (registers)
 
     assert "checksum" in known_metrics()
     scores = {reward_of(text) for text in ("a", "b", "c", "")}

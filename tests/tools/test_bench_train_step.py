@@ -1,4 +1,4 @@
-"""tools/bench_train_step.py on a tiny shape: its rows, its check, and what it refuses. The speeds mean nothing here."""
+"""tools/bench/train_step.py on a tiny shape: its rows, its check, and what it refuses. The speeds mean nothing here."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.ranks import Ran, run_script
-from tools.bench_train_step import interleaved
+from tests.trainer.parallel.ranks import Ran, run_script
+from tools.bench.train_step import interleaved
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str | Path) -> Ran:
-    return run_script(ROOT / "tools" / "bench_train_step.py", *arguments)
+    return run_script(ROOT / "tools" / "bench" / "train_step.py", *arguments)
 
 
 @pytest.fixture(scope="module")

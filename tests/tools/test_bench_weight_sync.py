@@ -1,4 +1,4 @@
-"""tools/bench_weight_sync.py on a tiny shape and a real server: its rows, and what it refuses; no speeds."""
+"""tools/bench/weight_sync.py on a tiny shape and a real server: its rows, and what it refuses; no speeds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Run
-from tools.bench_weight_sync import SHAPES, rank_env, why_not
+from tools.bench.weight_sync import SHAPES, rank_env, why_not
 
-TOOL = "tools/bench_weight_sync.py"
+TOOL = "tools/bench/weight_sync.py"
 TOOL_S = 280.0
 KEYS = {"transport", "shape", "bytes", "seconds", "floor_seconds", "ratio", "peak_extra_bytes"}
 

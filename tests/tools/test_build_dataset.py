@@ -20,13 +20,13 @@ import pytest
 import yaml
 
 from collab_megatron.config import BuildDatasetConfig, load_config
-from collab_megatron.data.build.processes import Progress, build_dataset
 from collab_megatron.data.load import load_rows
 from collab_megatron.data.parquet import read_conversations, read_tasks
 from collab_megatron.data.prepare import collaborative_prompt
+from collab_megatron.data_engine.processes import Progress, build_dataset
 from collab_megatron.demo.tasks import write_tasks
 from collab_megatron.errors import RunError, UserError
-from collab_megatron.journal.database import connect
+from collab_megatron.rollout.journal.database import connect
 from collab_megatron.types import Message
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -278,7 +278,7 @@ def test_failed_conversations_are_counted_and_left_out(config: Path, tmp_path: P
 
 
 def test_a_hopeless_build_gives_up(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("collab_megatron.data.build.worker.HOPELESS_FAILURES", 5)
+    monkeypatch.setattr("collab_megatron.data_engine.worker.HOPELESS_FAILURES", 5)
     with pytest.raises(RunError, match=r"5 conversations failed in a row.*assistant \(hosted_vllm/nobody\).*404"):
         build(config, "simulators.assistant.model=hosted_vllm/nobody")
 

@@ -1,5 +1,0 @@
-"""Ragged samples to micro-batches. Pure: no megatron, no torch.distributed."""
-
-from collab_megatron.batching.micro_batch import MicroBatch, TokenSample, collate, idle_like, split_by_tokens
-
-__all__ = ["MicroBatch", "TokenSample", "collate", "idle_like", "split_by_tokens"]

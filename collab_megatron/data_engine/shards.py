@@ -1,0 +1,134 @@
+"""Finished conversations on disk: JSONL shards that are only ever appended to, and survive a kill.
+
+A conversation is appended to its shard as a whole (json_lines.py). Every row carries `conv_rows`, the number of rows of
+its conversation, so a conversation that a crash cut off is recognised wherever the cut fell, and dropped when the build
+goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from collab_megatron.config.entry import BuildDatasetConfig, llm_roles, role_place
+from collab_megatron.config.sections import UserSection
+from collab_megatron.errors import RunError, UserError
+from collab_megatron.files import contents
+from collab_megatron.json_lines import append_lines, object_of, replace_lines
+from collab_megatron.rollout.llm.templates import prompts_by_content, shipped_prompts
+from collab_megatron.rollout.rewards.modules import module_sources
+from collab_megatron.text import on_one_line
+
+SETTINGS_FILE = "build.json"
+# What may differ between the runs that fill one folder: where and how fast, but nothing that shapes a conversation.
+FREE_SETTINGS = frozenset(
+    {"output", "problems", "num_conversations", "max_concurrency", "processes", "budget", "journal", "umask"}
+)
+BY_CONTENT = frozenset({"judges", "metric_modules"})  # of the reward: what is compared otherwise
+SHAPING_LLM_SETTINGS = (
+    "model",
+    "temperature",
+    "max_tokens",
+    "json_mode",
+    "json_schema",
+    "prompt_file",
+    "extra",
+    "weight",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def shard_path(output: Path, worker: int) -> Path:
+    return output / f"conversations-{worker:03d}.jsonl"
+
+
+def claim_output(config: BuildDatasetConfig) -> set[int]:
+    """Make the folder ready; the conv_ids that are finished in it.
+
+    Raises UserError if it holds conversations made with other settings: mixed rows would not be comparable.
+    """
+    output = config.output
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        done: set[int] = set()
+        for shard in sorted(output.glob("conversations-*.jsonl")):
+            done |= _whole_conversations(shard)
+        path, settings = output / SETTINGS_FILE, _settings(config)
+        if done and path.exists():
+            _compare_settings(json.loads(path.read_text()), settings, output)
+        else:
+            replace_lines(path, [json.dumps(settings, indent=1).encode() + b"\n"])
+    except json.JSONDecodeError:
+        raise UserError(f"{output / SETTINGS_FILE} is damaged: choose another output folder") from None
+    except OSError as error:
+        raise UserError(f"output folder {output} cannot be used: {error}") from None
+    return done
+
+
+def append_conversation(shard: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append the rows of one conversation, all or none of them. Raises RunError on a full disk."""
+    data = b"".join(on_one_line(json.dumps(row, ensure_ascii=False).encode(errors="replace")) + b"\n" for row in rows)
+    try:
+        append_lines(shard, data)
+    except OSError as error:
+        raise RunError(f"conversations cannot be written: {error}; finished ones are kept") from None
+
+
+def _settings(config: BuildDatasetConfig) -> dict[str, Any]:
+    """Everything that shapes the conversations, flat: dotted name -> plain value."""
+    raw = prompts_by_content(config.model_dump(mode="json"))
+    settings = {name: value for name, value in raw.items() if name not in FREE_SETTINGS and name != "simulators"}
+    settings["reward"] = {name: value for name, value in raw["reward"].items() if name not in BY_CONTENT}
+    settings["reward"]["metric modules (contents)"] = [
+        contents(source) for module in config.reward.metric_modules for source in module_sources(module)
+    ]
+    for role, section in llm_roles(config.simulators, config.reward).items():
+        parts = {role_place(role): section}
+        if isinstance(section, UserSection):
+            parts |= {f"{role_place(role)}.mixture.{number}": part for number, part in enumerate(section.mixture)}
+        for place, part in parts.items():
+            shaping = prompts_by_content(part.model_dump(mode="json", include=set(SHAPING_LLM_SETTINGS)))
+            settings |= {f"{place}.{name}": value for name, value in shaping.items()}
+    settings["shipped prompts"] = {prompt.name: contents(prompt) for prompt in shipped_prompts()}
+    settings["problems (contents)"] = hashlib.sha256(config.problems.read_bytes()).hexdigest()
+    return settings
+
+
+def _compare_settings(old: Mapping[str, Any], new: Mapping[str, Any], output: Path) -> None:
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if changed:
+        raise UserError(
+            f"{output} holds conversations made with another {', '.join(changed)}: choose another output folder, or "
+            "go back to the settings in its build.json"
+        )
+
+
+def _whole_conversations(shard: Path) -> set[int]:
+    """Take out of the shard what a crash cut off; the conv_ids that are whole."""
+    rows: list[tuple[int, bytes]] = []
+    expected: dict[int, int] = {}
+    lines = [line for line in shard.read_bytes().split(b"\n") if line]
+    for line in lines:
+        row = object_of(line) or {}
+        conv_id, expected_rows = row.get("conv_id"), row.get("conv_rows")
+        if isinstance(conv_id, int) and isinstance(expected_rows, int):
+            expected[conv_id] = expected_rows
+            rows.append((conv_id, line))
+    counts = Counter(conv_id for conv_id, _ in rows)
+    done = {conv_id for conv_id, count in counts.items() if count == expected[conv_id]}
+    kept = [line for conv_id, line in rows if conv_id in done]
+    if len(kept) != len(lines):
+        logger.warning(
+            "%s: %d of %d lines belong to no finished conversation: taken out, their conversations are grown again",
+            shard,
+            len(lines) - len(kept),
+            len(lines),
+        )
+        replace_lines(shard, (line + b"\n" for line in kept))
+    return done

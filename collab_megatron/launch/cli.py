@@ -1,0 +1,116 @@
+"""The command line that all entry points share, and how a launched trainer rank finds its peers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from collab_megatron.errors import RunError, UserError
+from collab_megatron.launch.node import Node, parse_node
+from collab_megatron.processes import end_at_signals
+
+
+@dataclass(frozen=True)
+class TrainerArguments:
+    """Given by the launcher to every trainer rank."""
+
+    roster: Path | None = None  # folder that says which engines are up (engine/roster.py)
+    engine_ready_file: Path | None = None  # appears once all engines have answered
+    driver_ready_file: Path | None = None  # with .0, .1, ...: each appears once that shard listens; holds its address
+    engine_keys: Path | None = None  # the file of engine/keys.py; None: the engines ask for none
+
+    def wait_for_engine(self, timeout_s: float) -> None:
+        """Raises RunError at the deadline."""
+        if self.engine_ready_file is not None:
+            _wait_for_file(self.engine_ready_file, "the engines", timeout_s)
+
+    def roster_folder(self) -> Path:
+        """Where the launcher says which engines are up."""
+        if self.roster is None:
+            raise RuntimeError("this run has no engines")
+        return self.roster
+
+    def driver_addresses(self, shards: int, timeout_s: float) -> list[str]:
+        """The address of every driver process once it listens. Raises RunError at the deadline."""
+        if self.driver_ready_file is None:
+            raise RuntimeError("this run has no driver")
+        files = [shard_file(self.driver_ready_file, shard) for shard in range(shards)]
+        return [_wait_for_file(file, f"driver {shard}", timeout_s) for shard, file in enumerate(files)]
+
+    def driver_token(self) -> bytes:
+        """What every request to a driver must carry."""
+        if self.driver_ready_file is None:
+            raise RuntimeError("this run has no driver")
+        return token_file(self.driver_ready_file).read_bytes()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """An entry point's command line."""
+
+    config: Path
+    overrides: list[str]
+    dry_run: bool
+    node: Node | None  # the node of --gpus; None: this machine
+    trainer: TrainerArguments | None  # set in a process that the launcher started as a trainer rank
+
+    @property
+    def who(self) -> str:
+        """This process in log lines: `launcher` or `trainer-RANK`."""
+        return "launcher" if self.trainer is None else f"trainer-{os.environ.get('RANK', '0')}"
+
+
+def parse_arguments(description: str | None, argv: list[str] | None = None) -> Arguments:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a YAML file, see conf/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config and the plan, check what can be checked, start nothing",
+    )
+    parser.add_argument(
+        "--gpus", metavar="COUNTxGB", help="with --dry-run: plan for a node of so many GPUs of so much memory, as 8x80"
+    )
+    internal = parser.add_argument_group("set by the launcher")
+    internal.add_argument("--trainer-rank", action="store_true", help=argparse.SUPPRESS)
+    internal.add_argument("--roster", type=Path, help=argparse.SUPPRESS)
+    internal.add_argument("--engine-ready-file", type=Path, help=argparse.SUPPRESS)
+    internal.add_argument("--driver-ready-file", type=Path, help=argparse.SUPPRESS)
+    internal.add_argument("--engine-keys", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(argv)
+    if args.gpus is not None and not args.dry_run:
+        raise UserError("--gpus plans for a node that is not this machine: add --dry-run, or leave --gpus out")
+    trainer = None
+    if args.trainer_rank:
+        trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys)
+    else:
+        end_at_signals()  # before the first process is started too; a rank that waits in a collective ends at once
+    return Arguments(
+        config=args.config,
+        overrides=args.overrides,
+        dry_run=args.dry_run,
+        node=None if args.gpus is None else parse_node(args.gpus),
+        trainer=trainer,
+    )
+
+
+def shard_file(ready_file: Path, shard: int) -> Path:
+    return ready_file.with_name(f"{ready_file.name}.{shard}")
+
+
+def token_file(ready_file: Path) -> Path:
+    """Next to the drivers' ready files; mode 600."""
+    return ready_file.with_name(f"{ready_file.name}.token")
+
+
+def _wait_for_file(path: Path, what: str, timeout_s: float) -> str:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise RunError(f"trainer waited over {timeout_s:g} s for {what}")
+        time.sleep(0.05)
+    return path.read_text()

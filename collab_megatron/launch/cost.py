@@ -1,0 +1,246 @@
+"""LLM calls, their tokens and their dollars, before a run asks for anything. Pure but for the price table.
+
+An upper bound on what can be bounded: every conversation goes on to its last turn, every answer has its `max_tokens`,
+nothing is retried and nothing comes from the journal. Lengths of data and prompts are means, a token for every
+CHARS_PER_TOKEN characters. Legend, in tokens: c the chat before the trained reply, a a policy turn, u a user turn, U
+user turns, p the text of a prompt file, r the hidden request, d the task's description, g the reference answer.
+
+    user turn j of a future   in  p + d + r + c + j a + (j - 1) u            out  u
+    judge                     in  p + r (+ g for accuracy) + c + (U + 1) a + U u    out  its max_tokens
+
+Input dominates: the chat so far is sent again with every user turn and to every judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig, shipped_judges
+from collab_megatron.config.sections import DeploymentSection, LLMSection, RewardSection, SimulatorsSection
+from collab_megatron.rollout.llm.prices import price
+from collab_megatron.types import Task
+
+CHARS_PER_TOKEN = 4  # of English text with the usual tokenizers; other languages take more tokens
+JUDGED = ("accuracy", "interactivity")  # the shipped metrics that may ask an LLM
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a data set's texts."""
+
+    chat: float = 0.0  # c: the prompt, from its opening on
+    request: float = 0.0  # r
+    description: float = 0.0  # d
+    reference: float = 0.0  # g
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What one player is asked for."""
+
+    place: str  # simulators.user, simulators.user.mixture.0, simulators.judge ...
+    section: LLMSection
+    calls: float = 0.0
+    tokens_in: float = 0.0
+    tokens_out: float = 0.0
+
+    def times(self, factor: float) -> Calls:
+        return Calls(self.place, self.section, self.calls * factor, self.tokens_in * factor, self.tokens_out * factor)
+
+    @property
+    def usd(self) -> float | None:
+        """At the dearest of its deployments; None where the price of one is not known."""
+        ways: list[LLMSection | DeploymentSection] = [self.section, *self.section.deployments]
+        prices = [price(way) for way in ways]
+        known = [item.cost_usd(round(self.tokens_in), round(self.tokens_out)) for item in prices if item is not None]
+        return max(known) if len(known) == len(ways) else None
+
+
+def lengths_of(tasks: Sequence[Task]) -> Lengths:
+    """Means over `tasks`; all 0 where there are none."""
+    count = max(len(tasks), 1) * CHARS_PER_TOKEN
+    return Lengths(
+        chat=sum(len(message.content) for task in tasks for message in task.prompt) / count,
+        request=sum(len(task.single_turn_prompt) for task in tasks) / count,
+        description=sum(len(task.task_desc) for task in tasks) / count,
+        reference=sum(len(task.ground_truth) for task in tasks) / count,
+    )
+
+
+def step_calls(config: RLConfig, lengths: Lengths) -> list[Calls]:
+    """Of one training step."""
+    rollout = config.rollout
+    futures = rollout.prompts_per_step * rollout.num_replies * max(rollout.num_repeat_rollouts, 1)
+    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.num_repeat_rollouts else 0
+    future = future_calls(config.simulators, config.reward, lengths, turns=turns, reply=rollout.max_new_tokens)
+    return [item.times(futures) for item in future]
+
+
+def evaluation_calls(config: RLConfig | EvaluateConfig, lengths: Lengths, tasks: int) -> list[Calls]:
+    """Of one evaluation over `tasks` held-out tasks (fewer where `evaluation.num_tasks` is)."""
+    future = future_calls(
+        config.simulators,
+        config.reward,
+        lengths,
+        turns=config.evaluation.max_assistant_turns - 1,
+        reply=config.rollout.max_new_tokens,
+    )
+    if config.evaluation.simulated_opening:
+        future = summed([*future, *_user_turns(config.simulators, lengths, [0.0])])
+    return [item.times(min(tasks, config.evaluation.num_tasks)) for item in future]
+
+
+def evaluations(config: RLConfig) -> int:
+    """How many the whole run has: before the first step, at every interval, after the last step."""
+    if config.data.validation is None:
+        return 0
+    steps, interval = config.train.steps, config.train.eval_interval
+    at_intervals = steps // interval if interval else 0
+    at_end = 0 if interval and steps % interval == 0 else 1
+    return int(config.train.eval_at_start) + at_intervals + at_end
+
+
+def build_calls(config: BuildDatasetConfig, tasks: Sequence[Task]) -> list[Calls]:
+    """Of building a data set from `tasks`: candidates and their futures at every turn, the kept one goes on."""
+    simulators = config.simulators
+    assert simulators.assistant is not None, "the config's own check"
+    lengths, reply = lengths_of(tasks), simulators.assistant.max_tokens
+    user = simulators.user.max_tokens
+    openings = sum(not task.prompt for task in tasks) / max(len(tasks), 1)
+    chat = lengths.chat + openings * user
+    found = [item.times(openings) for item in _user_turns(simulators, lengths, [0.0])]
+    plays = config.num_candidate_responses * config.num_repeat_rollouts
+    for turn in range(config.max_total_turns):
+        before = Lengths(chat, lengths.request, lengths.description, lengths.reference)
+        found.append(
+            Calls("simulators.assistant", simulators.assistant, 1, chat, config.num_candidate_responses * reply)
+        )
+        future = future_calls(simulators, config.reward, before, turns=config.max_user_turns, reply=reply)
+        found += [item.times(plays) for item in future]
+        for number in range(config.max_user_turns):  # the assistant plays the policy in its own futures
+            context = chat + (number + 1) * (reply + user)
+            found.append(Calls("simulators.assistant", simulators.assistant, 1, context, reply).times(plays))
+        if not config.max_user_turns and turn + 1 < config.max_total_turns:
+            found += _user_turns(simulators, before, [chat + reply])
+        chat += reply + user
+    return [item.times(len(tasks)) for item in summed(found)]
+
+
+def future_calls(
+    simulators: SimulatorsSection, reward: RewardSection, lengths: Lengths, *, turns: int, reply: int
+) -> list[Calls]:
+    """Of one future, or of one whole conversation: `turns` user turns, policy turns of `reply` tokens, the judges."""
+    user = simulators.user.max_tokens
+    chats = [lengths.chat + (turn + 1) * reply + turn * user for turn in range(turns)]
+    found = _user_turns(simulators, lengths, chats)
+    end = lengths.chat + (turns + 1) * reply + turns * user
+    for metric, (place, section) in judges(reward, simulators).items():
+        shown = _prompt_tokens(*_judge_prompt(metric, section, reward))
+        if metric == "accuracy" or reward.interactivity_sees == "request":
+            shown += lengths.request
+        shown += lengths.reference if metric == "accuracy" else 0.0
+        found.append(Calls(place, section, 1, shown + end, section.max_tokens))
+    return summed(found)
+
+
+def judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, tuple[str, LLMSection]]:
+    """Who marks which of the shipped metrics: metric -> (place in the config, section). What metrics of the user's own
+    ask is not known."""
+    return {
+        name: (f"reward.judges.{name}" if name in reward.judges else "simulators.judge", section)
+        for name, section in shipped_judges(reward, simulators).items()
+        if section is not None
+    }
+
+
+def own_metrics(reward: RewardSection) -> list[str]:
+    """Metrics whose calls cannot be counted here."""
+    return [name for name in reward.metric_weights if name not in (*JUDGED, "token_amount")]
+
+
+def summed(calls: Iterable[Calls]) -> list[Calls]:
+    """One entry a place, in the order of their first."""
+    total: dict[str, Calls] = {}
+    for item in calls:
+        held = total.get(item.place, Calls(item.place, item.section))
+        total[item.place] = Calls(
+            item.place,
+            item.section,
+            held.calls + item.calls,
+            held.tokens_in + item.tokens_in,
+            held.tokens_out + item.tokens_out,
+        )
+    return [item for item in total.values() if item.calls]
+
+
+def call_lines(heading: str, calls: Sequence[Calls]) -> list[str]:
+    """A line for everyone who is asked, under one heading."""
+    lines = []
+    for item in calls:
+        usd = item.usd
+        dollars = "price unknown" if usd is None else f"${usd:,.2f}"
+        role = item.place.removeprefix("simulators.")
+        lines.append(
+            f"{heading:<12}at most {round(item.calls):,} calls of {role} to {item.section.model}: "
+            f"{_tokens(item.tokens_in)} tokens in, {_tokens(item.tokens_out)} out, {dollars}"
+        )
+        heading = ""
+    return lines
+
+
+def dollar_lines(parts: Mapping[str, tuple[int, Sequence[Calls]]]) -> list[str]:
+    """What it comes to. parts: what -> (how many of it, the calls of one)."""
+    calls = [item.times(count) for count, items in parts.values() for item in items]
+    unknown = {item.place: item.section.model for item in calls if item.usd is None}
+    known = sum(item.usd or 0.0 for item in calls)
+    said = " and ".join(f"{count:,} {what}" for what, (count, _) in parts.items() if count)
+    lines = [f"dollars     at most ${known:,.2f} for {said}"]
+    if unknown:
+        lines[0] += f", without {', '.join(unknown)}"
+        for place, model in unknown.items():
+            lines.append(
+                f"            no price is known for {model}: set {place}.input_usd_per_mtoken and "
+                "output_usd_per_mtoken (0 for a server that is free)"
+            )
+    return lines
+
+
+def _user_turns(simulators: SimulatorsSection, lengths: Lengths, chats: Sequence[float]) -> list[Calls]:
+    """One user turn after each of `chats` tokens; a mixture shares them by weight."""
+    parts = {"simulators.user": simulators.user} | {
+        f"simulators.user.mixture.{number}": part for number, part in enumerate(simulators.user.mixture)
+    }
+    weight = sum(part.weight for part in parts.values())
+    found = []
+    for place, part in parts.items():
+        told = _prompt_tokens("user", part.prompt_file) + lengths.description + lengths.request
+        shown = sum(chats) + told * len(chats)
+        found.append(Calls(place, part, len(chats), shown, len(chats) * part.max_tokens).times(part.weight / weight))
+    return found
+
+
+def _judge_prompt(metric: str, section: LLMSection, reward: RewardSection) -> tuple[str, Path | None]:
+    """The shipped prompt's name, and the file in its place, as rewards/configured.py chooses them."""
+    own = section.prompt_file if metric in reward.judges else None
+    if metric == "accuracy":
+        return "judge_accuracy", own or reward.accuracy_prompt_file
+    return (
+        "judge_interactivity_chat" if reward.interactivity_sees == "chat" else "judge_interactivity",
+        section.prompt_file,
+    )
+
+
+def _prompt_tokens(name: str, file: Path | None) -> float:
+    """Of the shipped prompt, or of `file`, which the checks have read before."""
+    shipped = resources.files("collab_megatron.rollout.llm").joinpath("prompts", f"{name}.txt")
+    return len((shipped if file is None else file).read_text("utf-8")) / CHARS_PER_TOKEN
+
+
+def _tokens(count: float) -> str:
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f}"

@@ -1,0 +1,124 @@
+"""Who may go next: a bound on what is in use, served by place in the run, that gives way when a server pushes back.
+
+The unit is the caller's: calls of an API, tokens of an engine. The limit starts at its ceiling. `overloaded` cuts it by
+a share, `succeeded` lets it grow by one more request of the same size in each round of successes, the way TCP finds a
+link's width. Where answers become slow it stops growing before the server has to refuse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import statistics
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from collab_megatron.run_order import POSITION
+
+CUT = 0.7  # of the limit that is left after an overload
+WINDOW = 32  # latencies whose median says how fast the server is
+WINDOWS = 64  # remembered: the best of them is what the server can do
+SLOW = 3.0  # times the best window's median: the server is full, more calls would only wait there
+LEAST_GAP_S = 1.0  # between two cuts, however fast the answers are
+
+
+class Slots:
+    """At most `limit` in use. Waiters go by POSITION, then first come. For one event loop.
+
+    A big request that is next is not overtaken by small ones. A request above the limit is let in alone.
+    """
+
+    def __init__(self, limit: float, *, floor: float = 1.0) -> None:
+        self.limit = limit
+        self.used = 0.0
+        self.waiting = 0
+        self._ceiling = limit
+        self._floor = floor
+        self._holders = 0
+        self._queue: list[tuple[int, int, int, float, asyncio.Future[None]]] = []  # step, depth, arrival, amount
+        self._arrivals = 0
+        self._latencies_s: list[float] = []
+        self._medians_s: deque[float] = deque(maxlen=WINDOWS)
+        self._cut_at = float("-inf")
+
+    @asynccontextmanager
+    async def take(self, amount: float = 1.0) -> AsyncIterator[None]:
+        """Hold `amount` for the length of the block; waits for it without a deadline of its own."""
+        await self._enter(amount)
+        try:
+            yield
+        finally:
+            self._leave(amount)
+
+    def overloaded(self) -> None:
+        """The server pushed back. Calls that were under way together count as one: a cut a latency, at most."""
+        now = time.monotonic()
+        if now - self._cut_at >= max(LEAST_GAP_S, self._medians_s[-1] if self._medians_s else 0.0):
+            self._cut_at = now
+            self.limit = max(min(self._floor, self._ceiling), self.limit * CUT)
+
+    def succeeded(self, amount: float = 1.0, latency_s: float | None = None) -> None:
+        """A request of that size went through; its latency, where given, says whether the server keeps up."""
+        if latency_s is not None:
+            self._latencies_s.append(latency_s)
+            if len(self._latencies_s) >= WINDOW:
+                self._medians_s.append(statistics.median(self._latencies_s))
+                self._latencies_s.clear()
+        if self.limit < self._ceiling and not self._slow:
+            self.limit = min(self._ceiling, self.limit + amount * amount / self.limit)
+            self._admit()
+
+    def set_ceiling(self, ceiling: float) -> None:
+        """What the limit may be at most. A limit that stood at the old ceiling moves to the new one."""
+        self.limit = ceiling if self.limit >= self._ceiling else min(self.limit, ceiling)
+        self._ceiling = ceiling
+        self._admit()
+
+    @property
+    def _slow(self) -> bool:
+        return bool(self._medians_s) and self._medians_s[-1] > SLOW * min(self._medians_s)
+
+    async def _enter(self, amount: float) -> None:
+        if not self._queue and self._fits(amount):
+            self._hold(amount)
+            return
+        place = POSITION.get()
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._arrivals += 1
+        heapq.heappush(self._queue, (place.step, place.depth, self._arrivals, amount, turn))
+        self.waiting += 1
+        self._admit()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():  # it was still waiting; whoever stood behind it may fit
+                self.waiting -= 1
+                self._admit()
+            else:
+                self._leave(amount)
+            raise
+
+    def _admit(self) -> None:
+        while self._queue:
+            *_, amount, turn = self._queue[0]
+            if not turn.done() and not self._fits(amount):
+                return
+            heapq.heappop(self._queue)
+            if not turn.done():  # done: it was cancelled while it waited
+                self.waiting -= 1
+                self._hold(amount)
+                turn.set_result(None)
+
+    def _fits(self, amount: float) -> bool:
+        return self._holders == 0 or self.used + amount <= self.limit
+
+    def _hold(self, amount: float) -> None:
+        self._holders += 1
+        self.used += amount
+
+    def _leave(self, amount: float) -> None:
+        self._holders -= 1
+        self.used = self.used - amount if self._holders else 0.0  # no rounding error is carried on
+        self._admit()

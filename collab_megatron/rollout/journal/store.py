@@ -1,0 +1,260 @@
+"""The journal of a run: every policy turn and every paid reply, committed before it is used, and found again.
+
+    with closing(Journal(path, replay="auto", lineage=lineage)) as journal:
+        if (reply := journal.reply(key)) is None:
+            journal.record_reply(key, "user", reply := await ask())
+
+A record_* call returns once a kill -9 can no longer lose it (database.py says what a power cut does). Rows carry the
+step of POSITION. Several processes may have the same file open; each Journal belongs to one thread. The file holds what
+was given: keys of requests are hashes, and nothing is read from the environment.
+
+replay: auto looks up; only raises ReplayMiss where that finds nothing; off finds nothing. All three record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from collab_megatron.config.sections import JournalSection
+from collab_megatron.errors import RunError, UserError
+from collab_megatron.rollout.journal.database import STEP_TABLES, connect, create, damaged, explain
+from collab_megatron.rollout.journal.housekeeping import Housekeeper
+from collab_megatron.rollout.journal.packing import pack_generations, pack_texts, unpack_generations, unpack_texts
+from collab_megatron.rollout.journal.replies import RecordedReply
+from collab_megatron.rollout.journal.reserved import held_by_others, set_aside
+from collab_megatron.run_order import POSITION
+from collab_megatron.types import Generation
+
+Replay = Literal["auto", "only", "off"]
+T = TypeVar("T")
+
+FIND_REPLY = """
+SELECT texts, prompt_tokens, completion_tokens, cost_usd, latency_s, model, fingerprint, deployment
+FROM replies WHERE key = ?
+"""
+ADD_REPLY = """
+INSERT OR REPLACE INTO replies (
+    key, step, role, texts, prompt_tokens, completion_tokens, cost_usd, latency_s, model, fingerprint, deployment
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+ADD_SPEND = """
+INSERT INTO spend VALUES (?, ?, 1, ?)
+ON CONFLICT DO UPDATE SET calls = calls + 1, cost_usd = cost_usd + excluded.cost_usd
+"""
+FIND_TURN = """
+SELECT content FROM turns WHERE key = ? AND lineage = ? AND newest <= ? AND oldest >= ? ORDER BY newest DESC LIMIT 1
+"""
+ADD_TURN = "INSERT OR REPLACE INTO turns VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+FIND_DELIVERY = "SELECT content FROM deliveries WHERE lineage = ? AND shard = ? AND step = ?"
+REMOVE_DELIVERY = "DELETE FROM deliveries WHERE lineage = ? AND shard = ? AND step = ?"
+ADD_DELIVERY = "INSERT OR REPLACE INTO deliveries VALUES (?, ?, ?, ?)"
+COUNT_ROWS = "SELECT " + " + ".join(f"(SELECT count(*) FROM {table})" for table in STEP_TABLES)
+
+
+def open_journal(section: JournalSection, default: Path, lineage: str) -> Journal:
+    """The journal that a config describes, at `default` where it names no path; all processes of a run share the file.
+
+    Raises UserError for a file that is no journal.
+    """
+    return Journal(section.path or default, replay=section.replay, lineage=lineage)
+
+
+def check_journal(path: Path, replay: Replay) -> None:
+    """Raise UserError unless `path` is a journal, or is not there and may be made; RunError for a damaged one."""
+    if path.exists():
+        connect(path, read_only=True).close()
+    elif replay == "only":
+        raise UserError(f"journal.replay is only, and there is no journal {path}: set journal.path to the run's")
+
+
+class ReplayMiss(RunError):
+    """With replay: only, the journal lacks what the run needs."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a role's model was paid for in the whole run."""
+
+    calls: int  # answered requests
+    cost_usd: float
+
+
+class Journal:
+    """Raises UserError for a file that cannot be used. Its calls raise RunError when the disk refuses, or when another
+    process keeps the file locked for BUSY_S."""
+
+    def __init__(self, path: Path, *, replay: Replay, lineage: str) -> None:
+        """Makes the file where there is none. `lineage` says what decides the weights: policy turns and deliveries are
+        found under the lineage only that they were recorded with, replies under any."""
+        if replay == "only":
+            check_journal(path, replay)
+        create(path)
+        self._connection = connect(path)
+        self._execute = self._connection.execute
+        self._path = path
+        self._replay = replay
+        self._lineage = hashlib.blake2b(lineage.encode(), digest_size=8).digest()
+        self._hits = self._misses = 0
+        self._bytes = self._size()
+        self._keeper = Housekeeper(path)
+        self._keeper.start()
+
+    @property
+    def replay(self) -> Replay:
+        return self._replay
+
+    def reply(self, key: bytes, *, what: str = "a reply") -> RecordedReply | None:
+        """The newest reply recorded for `key`. Raises ReplayMiss, which names `what`, where it must be there."""
+        if self._replay == "off":
+            return None
+        rows = self._read(FIND_REPLY, key)
+        if not self._found(rows, what):
+            return None
+        content, *rest = rows[0]
+        return RecordedReply(self._unpacked(unpack_texts, content), *rest)
+
+    def record_reply(self, key: bytes, role: str, reply: RecordedReply) -> None:
+        """Keep it and count it as paid, in one transaction."""
+        model = _utf8(reply.model)
+        row = (
+            key, POSITION.get().step, role, pack_texts(reply.texts), reply.prompt_tokens, reply.completion_tokens,
+            reply.cost_usd, reply.latency_s, model, _utf8(reply.fingerprint), reply.deployment,
+        )  # fmt: skip
+        self._commit((ADD_REPLY, row), (ADD_SPEND, (role, model, reply.cost_usd)))
+
+    def turn(
+        self, key: bytes, *, oldest: int, newest: int, what: str = "a policy turn"
+    ) -> tuple[Generation, ...] | None:
+        """What was sampled for `key` under this lineage by weight versions in [oldest, newest]; of several the one of
+        the newest weights. Raises ReplayMiss as `reply` does."""
+        if self._replay == "off":
+            return None
+        rows = self._read(FIND_TURN, key, self._lineage, newest, oldest)
+        return self._unpacked(unpack_generations, rows[0][0]) if self._found(rows, what) else None
+
+    def record_turn(self, key: bytes, generations: Sequence[Generation]) -> None:
+        """Keep what one request to an engine sampled. Without a single token it is of no version, and not kept."""
+        versions = {version for generation in generations for version in generation.versions_T}
+        if not versions:
+            return
+        tokens = sum(len(generation.token_ids_T) for generation in generations)
+        where = (key, self._lineage, max(versions), min(versions), POSITION.get().step)
+        self._commit((ADD_TURN, (*where, len(generations), tokens, pack_generations(generations))))
+
+    def spent(self) -> dict[tuple[str, str], Spent]:
+        """(role, model) -> what was paid for by all processes, over restarts; pruning takes nothing from it."""
+        return {(role, model): Spent(calls, usd) for role, model, calls, usd in self._read("SELECT * FROM spend")}
+
+    def reserve(self, held: Spent, decide: Callable[[Spent, Spent], Spent | None]) -> Spent | None:
+        """What `decide` wants to set aside for new work, next to `held` for work under way; None: no new work.
+
+        `decide` is given what all processes have spent and what the others hold; none of them spends or reserves until
+        the answer is in the file, where the others see it.
+        """
+        with self._transaction():
+            rows = self._execute("SELECT calls, cost_usd FROM spend").fetchall()
+            spent = Spent(sum(calls for calls, _ in rows), sum(usd for _, usd in rows))
+            wanted = decide(spent, Spent(*held_by_others(self._connection)))
+            new = wanted or Spent(0, 0.0)
+            set_aside(self._connection, held.calls + new.calls, held.cost_usd + new.cost_usd)
+        return wanted
+
+    def delivered(self, shard: int, step: int) -> bytes | None:
+        """What `record_delivery` was given for it under this lineage; None as well with replay: off."""
+        rows = self._read(FIND_DELIVERY, self._lineage, shard, step) if self._replay != "off" else []
+        return rows[0][0] if rows else None
+
+    def record_delivery(self, shard: int, step: int, content: bytes) -> None:
+        """Keep what a shard hands over for a step, before it does."""
+        self._commit((ADD_DELIVERY, (self._lineage, shard, step, content)))
+
+    def remove_delivery(self, shard: int, step: int) -> None:
+        """Forget what a shard handed over for a step, if anything."""
+        self._commit((REMOVE_DELIVERY, (self._lineage, shard, step)))
+
+    def prune(self, *, before_step: int) -> None:
+        """Remove the rows of older steps, of every lineage, and give their space back. Returns at once: the work is
+        done beside the run, in transactions of about a millisecond."""
+        self._keeper.prune(before_step)
+
+    def metrics(self) -> dict[str, float]:
+        """Dashboard names to numbers. MB of the file and its log, and how many more since the last call (fewer, after
+        pruning); rows; look-ups since the last call that found something (hits) and that did not (misses)."""
+        before, self._bytes = self._bytes, self._size()
+        figures = {
+            "journal/mb": self._bytes / 1e6,
+            "journal/grown_mb": (self._bytes - before) / 1e6,
+            "journal/rows": float(self._read(COUNT_ROWS)[0][0]),
+            "journal/hits": float(self._hits),
+            "journal/misses": float(self._misses),
+        }
+        self._hits = self._misses = 0
+        return figures
+
+    def close(self) -> None:
+        """Nothing is lost without it; the last process that closes leaves one file instead of three."""
+        self._keeper.stop()
+        self._connection.close()
+
+    def _found(self, rows: list[Any], what: str) -> bool:
+        """Counts it."""
+        if rows:
+            self._hits += 1
+            return True
+        self._misses += 1
+        if self._replay == "only":
+            raise ReplayMiss(
+                f"the journal {self._path} lacks {what} of step {POSITION.get().step + 1}, and journal.replay is only: "
+                "set it to auto to ask for what is missing"
+            )
+        return False
+
+    def _unpacked(self, unpack: Callable[[bytes], T], content: bytes) -> T:
+        try:
+            return unpack(content)
+        except ValueError:  # msgspec's errors are some
+            raise RunError(damaged(self._path)) from None
+
+    def _read(self, query: str, *values: object) -> list[Any]:
+        try:
+            return self._execute(query, values).fetchall()  # all of them: an open cursor would hold the log
+        except sqlite3.Error as error:
+            raise explain(error, self._path) from None
+
+    def _commit(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
+        """All or nothing, and on disk's side of a kill -9 when it returns."""
+        with self._transaction():
+            for statement, values in statements:
+                self._execute(statement, values)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """The only writer of the file while it lasts."""
+        if self._keeper.error is not None:
+            raise self._keeper.error
+        try:
+            self._execute("BEGIN IMMEDIATE")
+            yield
+            self._execute("COMMIT")
+        except sqlite3.Error as error:
+            raise explain(error, self._path) from None
+        finally:
+            if self._connection.in_transaction:  # it failed halfway
+                self._connection.rollback()
+        self._keeper.written = True
+
+    def _size(self) -> int:
+        """Bytes of the file and of its log."""
+        files = (self._path, self._path.with_name(self._path.name + "-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+
+def _utf8(text: str) -> str:
+    """A provider's word for itself, with what SQLite cannot keep as text written out."""
+    return text.encode("utf-8", "backslashreplace").decode()

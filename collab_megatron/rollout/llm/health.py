@@ -1,0 +1,200 @@
+"""Simulator health: how many replies are odd, in which way, and whether that is worth a warning or the end of the run.
+
+    health = SimulatorHealth(config.simulators.health)  # sees turns and replies; one in each process
+    counts = health.metrics()                           # since the last call; sums over processes
+    warnings, stop = verdict(counts, config.simulators.health)
+
+Counts are plain sums. Every share is derived from them by shares(), so several processes' counts are added up first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from collab_megatron.config.sections import HealthSection
+from collab_megatron.errors import UserError
+from collab_megatron.rollout.llm.turn_checks import DETECTORS, Turn
+from collab_megatron.types import TERMINATION_SIGNAL, Message, Task
+
+EXAMPLES = 3  # texts kept for each check
+EXAMPLE_CHARS = 200
+
+
+@dataclass(frozen=True)
+class Check:
+    """One way in which a reply can be odd."""
+
+    meaning: str  # as it stands in a warning: "12 of 80 user turns ..."
+    per: str  # what its share is of: turns (played by the user simulator) | replies (all that came, malformed ones too)
+    warn: float | None = None  # largest share without a warning; None: counted only
+
+
+CHECKS: Mapping[str, Check] = {
+    "role_swapped": Check("talk like the assistant", "turns", 0.05),
+    "goal_copied": Check("copy the hidden request", "turns", 0.05),
+    "restarted": Check("begin the chat anew", "turns", 0.05),
+    "scratchpad_leaked": Check("show the simulator's thoughts", "turns", 0.01),
+    "early_end": Check("end the chat before the assistant has done anything", "turns", 0.05),
+    "bare_end": Check("are a bare end of the chat", "turns"),
+    "empty": Check("are empty", "replies", 0.05),
+    "unreadable": Check("hold no readable JSON", "replies", 0.05),
+    "wrong_role": Check("are not the assistant's in the API's terms", "replies", 0.05),
+    "too_long": Check("ran into max_tokens", "replies", 0.05),
+    "model_changed": Check("come from another model than the run's first", "replies", 0.0),
+    # providers serve one model from several builds side by side
+    "fingerprint_changed": Check("come from another build of the model than the run's first", "replies", 0.5),
+}
+MALFORMED = ("empty", "wrong_role", "too_long", "unreadable")
+
+
+class SimulatorHealth:
+    """Counts for one process. Implements the gateway's observer. Raises UserError for a limit of an unknown check."""
+
+    def __init__(self, section: HealthSection) -> None:
+        check_limits(section)
+        self._section = section
+        self._counts: Counter[str] = Counter()
+        self._roles: dict[str, set[str]] = {}  # role -> what its checks' shares are of
+        self._first: dict[
+            tuple[str, int, str], str
+        ] = {}  # (role, deployment, check) -> model or fingerprint first seen
+        self._examples: dict[str, list[str]] = {}
+
+    def observe_turn(
+        self, role: str, task: Task, chat: Sequence[Message], text: str, *, signal: str = TERMINATION_SIGNAL
+    ) -> None:
+        """Look at a user turn that was accepted; `chat` ends before it, `text` may hold the termination `signal`."""
+        self._count(role, "turns", "turns")
+        turn = Turn.of(task, chat, text, signal)
+        for name, detect in DETECTORS.items():
+            if detect(turn):
+                self._count(role, name, CHECKS[name].per)
+                self._keep(name, text)
+
+    def malformed(self, role: str, kind: str) -> None:
+        """A reply that could not be used came; `kind` is one of MALFORMED. Raises ValueError for another kind."""
+        if kind not in MALFORMED:
+            raise ValueError(f"unknown kind of malformed reply {kind!r}; known are {', '.join(MALFORMED)}")
+        self._count(role, kind, "replies")
+
+    def provider(self, role: str, model: str, fingerprint: str, deployment: int = 0) -> None:
+        """A reply came, malformed or not; what the provider says answered. Empty words say nothing.
+
+        Each of a role's deployments is measured by its own first reply: they need not name the model alike.
+        """
+        self._count(role, "replies", "replies")
+        for name, now in (("model_changed", model), ("fingerprint_changed", fingerprint)):
+            if now and now != (first := self._first.setdefault((role, deployment, name), now)):
+                self._count(role, name, "replies")
+                self._keep(name, f"{role}: {now} instead of {first}")
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the last call as health/ROLE/CHECK, for every role seen so far."""
+        counts = self._metrics()
+        self._counts.clear()
+        return counts
+
+    def verdict(self) -> tuple[list[str], str | None]:
+        """verdict() of what was counted since the last metrics()."""
+        return verdict(self._metrics(), self._section)
+
+    def examples(self) -> dict[str, tuple[str, ...]]:
+        """Up to 3 texts for each check since the last call, shortened to 200 characters, in one line each."""
+        examples = {name: tuple(texts) for name, texts in self._examples.items()}
+        self._examples.clear()
+        return examples
+
+    def _count(self, role: str, what: str, per: str) -> None:
+        self._counts[f"health/{role}/{what}"] += 1
+        self._roles.setdefault(role, set()).add(per)
+
+    def _metrics(self) -> dict[str, float]:
+        names = [
+            f"health/{role}/{name}"
+            for role, kinds in self._roles.items()
+            for name in [*sorted(kinds), *(name for name, check in CHECKS.items() if check.per in kinds)]
+        ]
+        return {name: float(self._counts[name]) for name in names}
+
+    def _keep(self, name: str, text: str) -> None:
+        kept = self._examples.setdefault(name, [])
+        if len(kept) < EXAMPLES:
+            kept.append(_one_line(text))
+
+
+def check_limits(section: HealthSection) -> None:
+    """Raises UserError for a limit whose check does not exist."""
+    for field, limits in (("warn", section.warn), ("stop", section.stop)):
+        unknown = sorted(set(limits) - set(CHECKS))
+        if unknown:
+            raise UserError(
+                f"simulators.health.{field}: there is no check {unknown[0]!r}; known are {', '.join(CHECKS)}"
+            )
+
+
+def parts_of_shares(counts: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """health/CHECK_share -> (how many were found, of how many) over all roles, of counts as metrics() names them.
+
+    A check stands in the result where its role's turns or replies were counted at all.
+    """
+    result = {}
+    for name, check in CHECKS.items():
+        found, of = _found(counts, name), _found(counts, check.per)
+        if of:
+            result[f"health/{name}_share"] = sum(found.values()), sum(of.values())
+    return result
+
+
+def shares(counts: Mapping[str, float]) -> dict[str, float]:
+    """health/CHECK_share over all roles."""
+    return {name: found / max(of, 1.0) for name, (found, of) in parts_of_shares(counts).items()}
+
+
+def verdict(counts: Mapping[str, float], section: HealthSection) -> tuple[list[str], str | None]:
+    """(warnings, a sentence that stops the run or None) of a step's counts. Raises UserError for an unknown check.
+
+    A share above its limit counts; nothing does before `min_replies` turns or replies.
+    """
+    check_limits(section)
+    warnings, stop = [], None
+    share_of = shares(counts)
+    for name in CHECKS:
+        share = share_of.get(f"health/{name}_share", 0.0)
+        if sum(_found(counts, CHECKS[name].per).values()) < section.min_replies:
+            continue
+        limit = section.stop.get(name)
+        if limit is not None and share > limit:
+            stop = stop or (
+                f"{_told(counts, name)}, more than simulators.health.stop.{name}={limit:g} allows: mend the "
+                "simulator's prompt or model, or raise the limit, and resume"
+            )
+        limit = section.warn.get(name, CHECKS[name].warn)
+        if limit is not None and share > limit:
+            warnings.append(f"{_told(counts, name)} (simulators.health.warn.{name}={limit:g})")
+    return warnings, stop
+
+
+def _told(counts: Mapping[str, float], name: str) -> str:
+    check = CHECKS[name]
+    found, of = _found(counts, name), _found(counts, check.per)
+    by_role = ", ".join(f"{role} {count:.0f} of {of.get(role, 0):.0f}" for role, count in found.items() if count)
+    share = sum(found.values()) / max(sum(of.values()), 1.0)
+    return f"{share:.1%} of the {check.per} {check.meaning} ({name}: {by_role})"
+
+
+def _found(counts: Mapping[str, float], what: str) -> dict[str, float]:
+    """role -> count of one check, or of turns or replies."""
+    found = {}
+    for key, count in counts.items():
+        prefix, _, rest = key.partition("/")
+        role, _, last = rest.rpartition("/")
+        if prefix == "health" and role and last == what:
+            found[role] = count
+    return found
+
+
+def _one_line(text: str) -> str:
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * EXAMPLE_CHARS]).split())
+    return line if len(line) <= EXAMPLE_CHARS else line[: EXAMPLE_CHARS - 1] + "…"

@@ -1,0 +1,135 @@
+"""The dashboard's view of a step's trees: pure functions from groups to named figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from collab_megatron.rollout.held_out import is_opening
+from collab_megatron.rollout.rewards import asks_question, clamped_share
+from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
+from collab_megatron.wire.figures import Figure, Figures
+
+
+def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> Figures:
+    """Share of replies to an opening that ask: over all openings, the ambiguous and the complete ones.
+
+    Histories with an answered question are left out: what was missing at the opening is there by then.
+    """
+    asked: dict[str, list[float]] = {"clarify_rate": [], "clarify_rate_ambiguous": [], "clarify_rate_complete": []}
+    for task, reply in pairs:
+        if not is_opening(task):
+            continue
+        asks = float(asks_question(reply.text))
+        asked["clarify_rate"].append(asks)
+        if task.ambiguous is not None:
+            asked["clarify_rate_ambiguous" if task.ambiguous else "clarify_rate_complete"].append(asks)
+    return {name: Figure.of("mean", values) for name, values in asked.items()}
+
+
+def score_metrics(futures: Sequence[Future], weights: Mapping[str, float]) -> Figures:
+    """Mean and spread of every raw metric over the scored futures, and how often a weighted one sits at the clamp."""
+    scored = [future for future in futures if future.status.scored and future.scores]  # a penalty has no scores
+    figures: Figures = {}
+    for name in weights:
+        values = [future.scores[name] for future in scored]
+        figures[f"reward/{name}_mean"] = Figure.of("mean", values)
+        figures[f"reward/{name}_std"] = Figure.of("std", values)
+    figures["reward/clamped_share"] = Figure.ratio(clamped_share(scored, weights) * len(scored), len(scored))
+    return figures
+
+
+def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Figures:
+    """Everything the driver knows of a step, by dashboard name. Rates are shares of 1, lengths are tokens."""
+    replies = [(group.task, reply) for group in groups for reply in group.replies_G]
+    futures = [future for _, reply in replies for future in reply.futures_K]
+    figures = score_metrics(futures, weights)
+    mrs = [reply.mr for _, reply in replies if reply.mr is not None]
+    figures["reward/mr_mean"] = Figure.of("mean", mrs)
+    figures["reward/mr_std"] = Figure.of("std", mrs)
+    figures |= _spread_metrics(groups)
+    advantages = [reply.advantage for _, reply in replies if reply.advantage is not None]
+    figures["advantage/std"] = Figure.of("std", advantages)
+    figures["advantage/max"] = Figure.of("max", advantages)
+    figures["advantage/min"] = Figure.of("min", advantages)
+    live = sum(any(r.advantage for r in group.replies_G) for group in groups)
+    figures["advantage/groups_with_signal"] = Figure.ratio(live, len(groups))
+    figures |= {f"rollout/{name}": value for name, value in clarify_rates(replies).items()}
+    lengths = [len(reply.generation.token_ids_T) for _, reply in replies]
+    figures["rollout/reply_tokens_mean"] = Figure.of("mean", lengths)
+    figures["rollout/reply_tokens_max"] = Figure.of("max", lengths)
+    cut = sum(reply.turn.cut for _, reply in replies)
+    figures["rollout/cut_share"] = Figure.ratio(cut, len(replies))
+    empty = sum(reply.turn.broken and not reply.turn.cut for _, reply in replies)
+    figures["rollout/empty_share"] = Figure.ratio(empty, len(replies))
+    later = [turn for future in futures for turn in future.turns]
+    figures["rollout/later_turns_broken_share"] = Figure.ratio(sum(turn.broken for turn in later), len(later))
+    figures["rollout/groups_dropped"] = Figure.of("sum", [sum(not group.kept for group in groups)])
+    for status in RolloutStatus:
+        count = sum(future.status is status for future in futures)
+        figures[f"rollout/futures_{status.value}"] = Figure.of("sum", [count])
+    return figures
+
+
+def _spread_metrics(groups: Sequence[Group]) -> Figures:
+    """How far the replies of a group lie apart, against how far the futures of a reply do: noise in the MR. With K
+    futures the MR's own variance is futures_var / K; where that is near replies_var, more futures are worth buying."""
+    stds, between, within = [], [], []
+    for group in groups:
+        mrs = [reply.mr for reply in group.replies_G if reply.mr is not None]
+        if len(mrs) > 1:
+            stds.append(statistics.stdev(mrs))
+            between.append(statistics.variance(mrs))
+        for reply in group.replies_G:
+            rewards = [future.reward for future in reply.futures_K if future.reward is not None]
+            if len(rewards) > 1:
+                within.append(statistics.variance(rewards))
+    return {
+        "advantage/group_mr_std": Figure.of("mean", stds),
+        "advantage/replies_var": Figure.of("mean", between),
+        "advantage/futures_var": Figure.of("mean", within),
+    }
+
+
+def staleness_metrics(groups: Sequence[Group], step: int) -> Figures:
+    """How many updates the weights are ahead of the trained tokens: 0 is on-policy."""
+    behind = [
+        step - version
+        for group in groups
+        if group.kept
+        for reply in group.replies_G
+        for version in reply.generation.versions_T
+    ]
+    return {
+        "rollout/staleness_mean": Figure.of("mean", behind),
+        "rollout/staleness_max": Figure.of("max", behind),
+    }
+
+
+def evaluation_metrics(
+    plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float], *, apart: bool = False
+) -> Figures:
+    """Figures of held-out conversations, each with one future; failed conversations are counted, not averaged.
+
+    `apart`: scores, reward and counts once more over the openings and over the later turns of a conversation, as
+    openings/NAME and later/NAME. Clarify rates are of openings at any time.
+    """
+    figures = _score_figures(plays, weights)
+    figures |= clarify_rates([(task, reply) for task, reply in plays if reply.mr is not None])
+    if apart:
+        for kind, opening in (("openings", True), ("later", False)):
+            part = [(task, reply) for task, reply in plays if is_opening(task) is opening]
+            figures |= {f"{kind}/{name}": figure for name, figure in _score_figures(part, weights).items()}
+    return figures
+
+
+def _score_figures(plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float]) -> Figures:
+    rewards = [reply.mr for _, reply in plays if reply.mr is not None]
+    futures = [reply.futures_K[0] for _, reply in plays if reply.mr is not None]
+    figures = {name.removeprefix("reward/"): value for name, value in score_metrics(futures, weights).items()}
+    for name in weights:
+        figures[name] = figures.pop(f"{name}_mean")
+    figures["mr"] = Figure.of("mean", rewards)
+    figures["conversations"] = Figure.of("sum", [len(plays)])
+    figures["conversations_failed"] = Figure.of("sum", [len(plays) - len(rewards)])
+    return figures

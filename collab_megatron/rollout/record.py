@@ -1,0 +1,115 @@
+"""A conversation tree as a line of the run's record, readable without this package: docs/RECORD.md field by field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import orjson
+
+from collab_megatron.rollout.group import TreeSeat
+from collab_megatron.text import on_one_line
+from collab_megatron.types import Future, Group, Message, PolicyTurn, Reply
+
+SCHEMA = 1
+"""Counts up when a field changes its meaning or goes; a field that is added leaves it."""
+
+
+def tree_line(step: int, group: Group, seat: TreeSeat, *, replaced: bool, trained: bool) -> bytes:
+    """One tree as a line of the record.
+
+    `step` as TensorBoard counts: the batch that the first optimizer step trains is that of step 1. `seat` tells for
+    which step it was begun, `replaced` whether another tree was begun in its place, `trained` whether the trainer was
+    given its replies.
+    """
+    head = {"schema": SCHEMA, "step": step, "begun_for_step": seat.step + 1, "slot": seat.slot}
+    return _line({**head, "replaced": replaced, "trained": trained, **tree_record(group)})
+
+
+def held_out_line(step: int, group: Group) -> bytes:
+    """A held-out conversation as a line: a tree of one reply and one future. `step` counts the optimizer steps that its
+    weights have behind them."""
+    return _line({"schema": SCHEMA, "step": step, **tree_record(group)})
+
+
+def tree_record(group: Group) -> dict[str, Any]:
+    """What was played in a tree, as plain JSON values."""
+    return {
+        "task_id": group.task.task_id,
+        "ambiguous": group.task.ambiguous,
+        "single_turn_prompt": group.task.single_turn_prompt,
+        "ground_truth": group.task.ground_truth,
+        "prompt": _messages(group.task.prompt),
+        "prompt_ids": group.prompt_ids,
+        "kept": group.kept,
+        "error": group.error,
+        "replies": [reply_record(reply) for reply in group.replies_G],
+    }
+
+
+def reply_record(reply: Reply) -> dict[str, Any]:
+    """A reply with its futures, as plain JSON values."""
+    return {
+        **_turn(reply.turn),
+        "mr": reply.mr,
+        "advantage": reply.advantage,
+        "futures": [_future(future) for future in reply.futures_K],
+    }
+
+
+def _turn(turn: PolicyTurn) -> dict[str, Any]:
+    generation = turn.generation
+    return {
+        "text": turn.reply,
+        "thought": turn.thought,
+        "cut": turn.cut,
+        "finish_reason": generation.finish_reason,
+        "begin_s": turn.begin_s,
+        "end_s": turn.end_s,
+        "replayed": generation.replayed,
+        "cached_tokens": generation.cached_tokens,
+        "token_ids": generation.token_ids_T,
+        "logprobs": generation.logprobs_T,
+        "weight_versions": sorted(set(generation.versions_T)),
+        "version_runs": [[version, len(list(run))] for version, run in groupby(generation.versions_T)],
+    }
+
+
+def _future(future: Future) -> dict[str, Any]:
+    return {
+        "status": future.status.value,
+        "messages": _messages(future.messages),
+        "turns": [_turn(turn) for turn in future.turns],
+        "calls": [vars(call) for call in future.calls],
+        "scores": dict(future.scores),
+        "reward": future.reward,
+        "policy_tokens": future.policy_tokens,
+        "weight_versions": list(future.versions),
+        "error": future.error,
+    }
+
+
+def _messages(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    try:
+        line = orjson.dumps(values)
+    except TypeError:  # an LLM wrote what the record's JSON does not have
+        line = orjson.dumps(_writable(values))
+    return on_one_line(line) + b"\n"
+
+
+def _writable(value: Any) -> Any:
+    """Halves of surrogate pairs written out as backslash and number, integers above 64 bits as text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return str(value)
+    if isinstance(value, Mapping):
+        return {_writable(key): _writable(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_writable(each) for each in value]
+    return value

@@ -1,0 +1,93 @@
+"""The policy engine behind its journal and its queue: what was sampled before is not sampled again."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+
+from collab_megatron.limiter import Slots
+from collab_megatron.rollout.journal.store import Journal
+from collab_megatron.types import Generation, PolicyEngine
+
+SMOOTHING = 0.05
+"""Weight of the newest turn in the running mean of turn lengths."""
+
+ANY_VERSION = 2**62
+"""Beyond the versions of any trainer, and of servers that no trainer feeds."""
+
+
+class RecordedEngine:
+    """Implements types.PolicyEngine. `slots` bounds the tokens of the calls in flight. `max_staleness` None: no trainer
+    publishes versions; the journal's lineage alone says whose turns they are."""
+
+    def __init__(
+        self, engine: PolicyEngine, journal: Journal | None, slots: Slots, *, max_staleness: int | None
+    ) -> None:
+        self._engine, self._journal, self._slots = engine, journal, slots
+        self._max_staleness = max_staleness
+        self._new_tokens: float | None = None  # running mean of a turn's length
+        self._version = 0
+        self._horizon = 0
+        self._moved = asyncio.Condition()
+        self.replayed = 0  # turns that came from the journal
+
+    async def trainer_at(self, version: int, horizon: int) -> None:
+        """`version` is live now. The journal shows that the run reached `horizon` before: turns of versions in between
+        will be wanted again, once their version is live."""
+        async with self._moved:
+            self._version, self._horizon = version, max(version, horizon)
+            self._moved.notify_all()
+
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        *,
+        n: int,
+        temperature: float,
+        max_new_tokens: int,
+        affinity: str = "",
+        name: str = "",
+    ) -> list[Generation]:
+        """From the journal, else from the engine, and then into the journal first. `name` must be unique in the run.
+
+        Waits for room in the engines. Raises what the engine raises, and ReplayMiss.
+        """
+        key = turn_key(name, input_ids, n=n, temperature=temperature, max_new_tokens=max_new_tokens)
+        recorded = self._recorded(key)
+        if recorded is not None and self._max_staleness is not None:
+            newest = max((version for generation in recorded for version in generation.versions_T), default=0)
+            async with self._moved:
+                await self._moved.wait_for(lambda: newest <= self._version)
+        if recorded is not None:
+            self.replayed += len(recorded)
+            return [replace(generation, replayed=True) for generation in recorded]
+        expected = max_new_tokens if self._new_tokens is None else min(max_new_tokens, 1.25 * self._new_tokens)
+        amount = len(input_ids) + n * expected
+        async with self._slots.take(amount):
+            generations = await self._engine.generate(
+                input_ids, n=n, temperature=temperature, max_new_tokens=max_new_tokens, affinity=affinity, name=name
+            )
+        self._slots.succeeded(amount)
+        for generation in generations:
+            length = len(generation.token_ids_T)
+            mean = length if self._new_tokens is None else self._new_tokens
+            self._new_tokens = mean + SMOOTHING * (length - mean)
+        if self._journal is not None:
+            self._journal.record_turn(key, generations)
+        return generations
+
+    def _recorded(self, key: bytes) -> tuple[Generation, ...] | None:
+        if self._journal is None:
+            return None
+        if self._max_staleness is None:
+            return self._journal.turn(key, oldest=-ANY_VERSION, newest=ANY_VERSION)
+        return self._journal.turn(key, oldest=max(0, self._version - self._max_staleness), newest=self._horizon)
+
+
+def turn_key(name: str, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int) -> bytes:
+    """16 bytes: which turn of the run it is, and what it was sampled from."""
+    head = f"{name}|{n}|{temperature!r}|{max_new_tokens}|".encode()
+    return hashlib.blake2b(head + array("q", input_ids).tobytes(), digest_size=16).digest()

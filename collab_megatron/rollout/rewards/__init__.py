@@ -1,0 +1,20 @@
+"""Conversation-level metrics, and the pure arithmetic that turns them into the multiturn-aware reward."""
+
+from collab_megatron.rollout.rewards.aggregate import clamped_share, conversation_reward, multiturn_reward
+from collab_megatron.rollout.rewards.clarify import asks_question
+from collab_megatron.rollout.rewards.configured import configured_scorer
+from collab_megatron.rollout.rewards.registry import MetricContext, known_metrics, make_scorer, register_metric
+from collab_megatron.rollout.rewards.scorer import Scorer
+
+__all__ = [
+    "MetricContext",
+    "Scorer",
+    "asks_question",
+    "clamped_share",
+    "configured_scorer",
+    "conversation_reward",
+    "known_metrics",
+    "make_scorer",
+    "multiturn_reward",
+    "register_metric",
+]

@@ -1,0 +1,62 @@
+"""accuracy: 1.0 if the conversation reached the reference answer, else 0.0.
+
+`exact` compares the last assistant turn with the reference, white space aside: for tasks whose answer has one form.
+`judge` asks an LLM that sees task, reference and conversation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from collab_megatron.rollout.llm.parsing import json_object, object_schema, verdict_field
+from collab_megatron.rollout.llm.templates import chat_lines, load_template
+from collab_megatron.types import ChatLLM, Message, ScoredConversation
+
+VERDICT_SCHEMA = object_schema(thought="string", correct="boolean")
+
+
+class ExactAccuracy:
+    """Implements types.Metric without an LLM."""
+
+    name = "accuracy"
+
+    async def score(self, conversation: ScoredConversation) -> float:
+        """1.0 or 0.0; never fails."""
+        return float(same_text(conversation.last_assistant, conversation.task.ground_truth))
+
+
+class JudgedAccuracy:
+    """Implements types.Metric with an LLM judge. Raises UserError if the prompt file cannot be used."""
+
+    name = "accuracy"
+
+    def __init__(self, judge: ChatLLM, prompt_file: Path | None = None) -> None:
+        self._judge = judge
+        self._template = load_template(
+            "judge_accuracy", prompt_file, required=("reference", "chat"), optional=("request",)
+        )
+
+    async def score(self, conversation: ScoredConversation) -> float:
+        """1.0 or 0.0. Waits for one judge call. Raises SimulatorError."""
+        task = conversation.task
+        prompt = self._template.fill(
+            request=task.single_turn_prompt, reference=task.ground_truth, chat=chat_lines(conversation.messages)
+        )
+        replies = await self._judge.complete(
+            [Message("user", prompt)],
+            sample_index=conversation.sample_index,
+            json_reply=True,
+            schema=VERDICT_SCHEMA,
+            check=read_verdict,
+        )
+        return float(read_verdict(replies[0].text))
+
+
+def same_text(left: str, right: str) -> bool:
+    """Equality after every run of white space became one space; an empty reference equals nothing."""
+    return bool(right.split()) and left.split() == right.split()
+
+
+def read_verdict(text: str) -> bool:
+    """The judge's `correct`. Raises MalformedReply."""
+    return verdict_field(json_object(text), "correct")

@@ -1,0 +1,98 @@
+"""All metrics of one conversation, at the same time.
+
+A score must be a finite number. Anything else (NaN, None, text) would become a reward: `max(-1, min(1, nan))` is 1. It
+is a judge failure instead, with the metric's name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+
+from collab_megatron.rollout.journal.calls import METRIC
+from collab_megatron.rollout.llm import SimulatorError
+from collab_megatron.rollout.rewards.aggregate import conversation_reward
+from collab_megatron.types import Metric, ScoredConversation
+
+SHORT_CHARS = 60  # of a wrong value in a sentence
+OURS = f"{__name__.partition('.')[0]}."
+"""Modules of this package; a metric of another one is the user's own."""
+OWN_METRIC = "_own_metric"
+"""Attribute of an exception that the user's own metric raised."""
+
+
+class Scorer:
+    """The metrics of a run and their weights. Raises ValueError if the two do not name the same metrics."""
+
+    def __init__(self, metrics: Sequence[Metric], weights: Mapping[str, float]) -> None:
+        names = [metric.name for metric in metrics]
+        if sorted(names) != sorted(weights):
+            raise ValueError(f"metrics {sorted(names)} and weights {sorted(weights)} must name the same metrics")
+        self.metrics = tuple(metrics)
+        self.weights = dict(weights)
+
+    async def score(self, conversation: ScoredConversation) -> dict[str, float]:
+        """Metric name -> raw score. Waits for the slowest metric; if one fails the others are cancelled.
+
+        Raises SimulatorError if a judge could not be had or a metric gave no finite number: a conversation is scored
+        by all metrics or not at all.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {m.name: group.create_task(_score(m, conversation)) for m in self.metrics}
+        except ExceptionGroup as errors:  # `except*` would wrap what is raised in a group again
+            raise first_error(errors) from None
+        return {name: task.result() for name, task in tasks.items()}
+
+    def reward(self, scores: Mapping[str, float]) -> float:
+        """R* of these scores."""
+        return conversation_reward(scores, self.weights)
+
+
+async def _score(metric: Metric, conversation: ScoredConversation) -> float:
+    """One metric's score; its `score` may be a plain function. In a task of its own: its calls bear its name."""
+    METRIC.set(metric.name)
+    try:
+        value = metric.score(conversation)
+        if inspect.isawaitable(value):
+            value = await value
+    except Exception as error:
+        error.add_note(f"in metric {metric.name}")
+        setattr(error, OWN_METRIC, not type(metric).__module__.startswith(OURS))
+        raise
+    return finite_score(metric.name, value)
+
+
+def is_of_own_metric(error: Exception) -> bool:
+    """Whether it is a bug in a metric of the user's own, which ends the run (docs/METRICS.md)."""
+    return getattr(error, OWN_METRIC, False)
+
+
+def finite_score(metric: str, value: object) -> float:
+    """A score as a float. Raises SimulatorError for what is no finite number."""
+    if not isinstance(value, Real):
+        raise SimulatorError(
+            f"metric {metric} gave {_short(value)}, which is no number: its `score` must return a float"
+        )
+    number = float(value)
+    if not math.isfinite(number):
+        raise SimulatorError(
+            f"metric {metric} gave {number}, which is no score: return a finite number, or raise SimulatorError where "
+            "there is none"
+        )
+    return number
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return f"a {type(value).__name__} ({text if len(text) <= SHORT_CHARS else text[:SHORT_CHARS] + '...'})"
+
+
+def first_error(errors: BaseException) -> BaseException:
+    """The first plain exception of a group, however deep."""
+    while isinstance(errors, BaseExceptionGroup):
+        errors = errors.exceptions[0]
+    return errors

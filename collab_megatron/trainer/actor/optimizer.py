@@ -1,0 +1,176 @@
+"""Megatron's DDP, optimizer and schedule for one model, and the guarded step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from collab_megatron.config.sections import OptimizerSection
+from collab_megatron.errors import UserError
+from collab_megatron.trainer.actor.grid import RankGrid
+from collab_megatron.trainer.actor.model import PolicyModel
+from collab_megatron.trainer.actor.offload import OffloadedAdamW
+from collab_megatron.trainer.local.cpu_support import patch_torch_adamw
+
+logger = logging.getLogger(__name__)
+
+
+def overlaps(section: OptimizerSection, grid: RankGrid) -> bool:
+    """Whether gradients are reduced (and, with the distributed optimizer, weights gathered) beside the computation."""
+    return grid.backend.overlap if section.overlap is None else section.overlap
+
+
+def wrap_for_training(
+    chunks: Sequence[PolicyModel], section: OptimizerSection, grid: RankGrid
+) -> list[DistributedDataParallel]:
+    """Each chunk inside megatron's DDP: contiguous fp32 gradient buffers, summed (never averaged) over data ranks."""
+    config = chunks[0].config
+    overlap = overlaps(section, grid)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=section.distributed,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and section.distributed,
+        check_for_nan_in_grad=False,  # step_if_finite does it; a rank that raised would leave the others waiting
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp_config,
+            module=Float16Module(config, chunk) if config.bf16 else chunk,
+            disable_bucketing=number > 0,  # upstream's own choice for the later chunks of an interleaved stage
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    if overlap:
+        no_syncs = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+    config.finalize_model_grads_func = _finalize
+    return wrapped
+
+
+def _finalize(model: list[Any], _num_tokens: Any = None, **kwargs: Any) -> None:
+    """Upstream's reduction without its scaling: our loss is already divided by the global token count."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def build_optimizer(
+    wrapped: list[DistributedDataParallel], section: OptimizerSection, dtype: torch.dtype, total_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW (no decay on biases and norms) and its schedule. Raises UserError for a schedule that makes no sense.
+
+    The warm-up's first step has lr/warmup_steps, not 0, which would waste it.
+    """
+    if section.min_lr > section.lr:
+        raise UserError(f"optimizer.min_lr={section.min_lr} is above optimizer.lr={section.lr}")
+    if section.schedule != "constant" and section.warmup_steps >= total_steps:
+        raise UserError(f"optimizer.warmup_steps={section.warmup_steps} must be below the {total_steps} training steps")
+    patch_torch_adamw()
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        adam_eps=section.eps,
+        clip_grad=section.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=section.distributed,
+        overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(config, wrapped)
+    logger.info(
+        "optimizer: %s, state %s, lr %g %s",
+        type(parts(optimizer)[0].optimizer).__name__,
+        "shared out over the data ranks" if section.distributed else "whole on every data rank",
+        section.lr,
+        section.schedule,
+    )
+    if section.cpu_offload:
+        _offload(optimizer, section.cpu_offload)
+    for part in parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"], group["foreach"] = True, False  # one kernel a parameter instead of ten
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=section.lr / section.warmup_steps if section.warmup_steps else 0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=section.warmup_steps,
+        lr_decay_steps=max(total_steps, section.warmup_steps + 1),
+        lr_decay_style=section.schedule,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # on resume the config's schedule holds; only its position is restored
+    )
+    return optimizer, scheduler
+
+
+def _offload(optimizer: MegatronOptimizer, share: float) -> None:
+    """Put AdamW with a share of it on the host in the place of whatever megatron chose."""
+    for part in parts(optimizer):
+        if part.optimizer is None:  # a rank without trainable parameters of this kind
+            continue
+        groups = getattr(part, "fp32_from_float16_groups", None) or getattr(part, "shard_fp32_from_float16_groups", [])
+        masters = [master for group in groups for master in group]
+        replaced, part.optimizer = part.optimizer, OffloadedAdamW(part.optimizer.param_groups, masters, share)
+        logger.info(
+            "optimizer: torch's AdamW in the place of %s, %d of %d weights stepped on the host",
+            type(replaced).__name__,
+            part.optimizer.host_numel,
+            sum(p.numel() for p in part.get_parameters()),
+        )
+
+
+def parts(optimizer: Any) -> list[Any]:
+    """The optimizers that megatron chained (one, for a dense model)."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def step_if_finite(optimizer: MegatronOptimizer, clip_grad: float) -> tuple[float, bool]:
+    """Clip and step unless the gradient norm is not finite. Returns (norm before clipping, stepped).
+
+    megatron's own step() would write NaN into every weight. The norm is reduced over all ranks that share the model, so
+    all of them decide alike.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm, False
+    if 0.0 < clip_grad < norm:
+        for part in parts(optimizer):
+            _scale(part, clip_grad / (norm + 1e-6))
+    optimizer.step_with_ready_grads()
+    return norm, True
+
+
+def _scale(part: Any, factor: float) -> None:
+    """Upstream's clipping writes a second copy of every gradient where it has no fused kernel."""
+    gradients = [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]
+    if gradients and gradients[0].is_cuda:
+        torch._foreach_mul_(gradients, factor)
+        return
+    for gradient in gradients:
+        gradient.mul_(factor)
+
+
+def set_learning_rates(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
+    """After loading a checkpoint: its parameter groups brought their old lr limits along; the config's hold."""
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = scheduler.max_lr, scheduler.min_lr
+    scheduler.step(0)

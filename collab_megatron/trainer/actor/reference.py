@@ -1,0 +1,75 @@
+"""The frozen policy that the KL term compares with: a second model, or the first weights waiting on the host."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from collab_megatron.config.sections import AlgorithmSection
+from collab_megatron.trainer.actor.actor import Actor
+from collab_megatron.trainer.batching.micro_batch import MicroBatch
+
+
+class SwappedReference:
+    """The actor's weights of this moment, kept on the host and put into its place while they are needed.
+
+    Nothing more on the device; on the host two copies of this rank's shard (these weights, and the actor's own while
+    they are out). A swap moves the shard over the bus four times. Build it before a checkpoint is loaded.
+    """
+
+    def __init__(self, actor: Actor) -> None:
+        self._actor = actor
+        actor.gather_weights()
+        self._frozen = [_on_host(parameter) for parameter in self._parameters()]
+        self._own = [torch.empty_like(kept, pin_memory=kept.is_pinned()) for kept in self._frozen]
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
+        """As Actor.logprobs, under the frozen weights. Collective alike."""
+        with self._swapped_in():
+            return self._actor.logprobs(micro_batches)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def _swapped_in(self) -> Iterator[None]:
+        self._actor.gather_weights()
+        for parameter, own, frozen in zip(self._parameters(), self._own, self._frozen, strict=True):
+            own.copy_(parameter)
+            parameter.copy_(frozen)
+        try:
+            yield
+        finally:
+            for parameter, own in zip(self._parameters(), self._own, strict=True):
+                parameter.copy_(own)
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for chunk in self._actor.chunks for parameter in chunk.parameters()]
+
+
+def _on_host(parameter: Tensor) -> Tensor:
+    kept = torch.empty_like(parameter, device="cpu", pin_memory=parameter.is_cuda, requires_grad=False)
+    return kept.copy_(parameter.detach())
+
+
+def build_reference(
+    actor: Actor, algorithm: AlgorithmSection, *, logits_chunk_mb: int
+) -> Actor | SwappedReference | None:
+    """None where the KL weight is 0: then nobody asks for its log-probs."""
+    if algorithm.kl_coef == 0:
+        return None
+    kind: Literal["model", "swap"] = algorithm.reference
+    if kind == "swap":
+        return SwappedReference(actor)
+    dtype: Literal["float32", "bfloat16"] = "float32" if actor.dtype == torch.float32 else "bfloat16"
+    folder, grid = actor.source_folder, actor.grid
+    return Actor.build(
+        folder,
+        dtype=dtype,
+        grid=grid,
+        optimizer=None,
+        logits_chunk_mb=logits_chunk_mb,
+        temperature=actor.temperature,
+    )

@@ -1,0 +1,97 @@
+"""One pass of micro-batches through this rank's model chunks, whatever the layout: the seam to megatron's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from collab_megatron.trainer.actor.grid import RankGrid
+from collab_megatron.trainer.batching.context import context_columns, from_context_parts
+from collab_megatron.trainer.batching.micro_batch import MicroBatch, idle_like
+from collab_megatron.trainer.local.layers import Packing
+
+# megatron's forward_step_func: (iterator, model) -> (output, function of the output that makes the loss)
+ForwardStep = Callable[[Iterator[MicroBatch], Any], tuple[Tensor, Any]]
+
+
+def forward(model: Any, batch: MicroBatch, grid: RankGrid) -> tuple[Tensor, MicroBatch]:
+    """Returns the chunk's output and the batch as the loss sees it.
+
+    The output is [2, B, S] fp32 on the last stage (log-probability and entropy of each label), elsewhere hidden states.
+    The batch is on grid.device, its entries moved to the position that predicts them; under context parallelism both
+    are this rank's columns.
+    """
+    batch = batch.to(grid.device)
+    inputs, labelled = batch.ids, batch.by_predicting_position()
+    if grid.cp_size > 1:
+        columns = context_columns(inputs.shape[1], grid.cp_rank, grid.cp_size).to(grid.device)
+        inputs, labelled = inputs.index_select(1, columns), labelled.take_columns(columns)
+    output = model(
+        input_ids=inputs,
+        position_ids=None,
+        attention_mask=None,
+        labels=labelled.ids,
+        packed_seq_params=Packing.of(batch.segments, grid.device) if batch.packed else None,
+    )
+    return output, labelled
+
+
+def run_schedule(
+    step: ForwardStep, chunks: Sequence[Any], micro_batches: Sequence[MicroBatch], grid: RankGrid, *, forward_only: bool
+) -> list[Any]:
+    """Every micro-batch forward (and backward). What the loss functions gave, in order; empty but on the last stage.
+
+    Idle micro-batches are added where ranks or the schedule need equal numbers; they come last.
+    """
+    batches = _with_idle(micro_batches, grid)
+    iterators = [iter(batches) for _ in chunks]
+    several = len(chunks) > 1
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if several else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        # read only where stages do not tell each other the shapes, which they do
+        seq_length=batches[0].ids.shape[1],
+        micro_batch_size=batches[0].ids.shape[0],
+        forward_only=forward_only,
+    )
+    return results
+
+
+def _with_idle(micro_batches: Sequence[MicroBatch], grid: RankGrid) -> list[MicroBatch]:
+    count = len(micro_batches)
+    if grid.ep_size > 1:  # the ranks of an expert group exchange tokens in every layer of every micro-batch
+        most = torch.tensor([count])
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=grid.cpu_group)
+        count = int(most)
+    if grid.parallel.interleave > 1:  # the interleaved schedule works in rounds of one micro-batch a stage
+        count = -(-count // grid.pp_size) * grid.pp_size
+    return [*micro_batches, *[idle_like(micro_batches[0], grid.pad_multiple)] * (count - len(micro_batches))]
+
+
+def token_aligned(output: Tensor, batch: MicroBatch, grid: RankGrid) -> Tensor:
+    """The last stage's [2, B, S] (this context rank's columns) -> whole rows, each entry at the token it speaks of."""
+    if grid.cp_size > 1:
+        parts = [torch.empty_like(output) for _ in range(grid.cp_size)]
+        dist.all_gather(parts, output.contiguous(), group=grid.cp_group)
+        output = from_context_parts(parts)
+    aligned = output.roll(1, dims=-1)
+    aligned[..., batch.first_columns] = 0.0
+    return aligned.cpu()
+
+
+def from_last_stage(tensors: list[Tensor], shapes: Sequence[tuple[int, ...]], grid: RankGrid) -> list[Tensor]:
+    """fp32 CPU tensors of the given shapes from the last stage to every stage of this replica."""
+    if grid.pp_size == 1:
+        return tensors
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    flat = torch.cat([t.flatten() for t in tensors]) if grid.is_last_stage else torch.empty(sum(sizes))
+    group = grid.pp_cpu_group
+    dist.broadcast(flat, src=dist.get_process_group_ranks(group)[-1], group=group)
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]

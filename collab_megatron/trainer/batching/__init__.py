@@ -1,0 +1,5 @@
+"""Ragged samples to micro-batches. Pure: no megatron, no torch.distributed."""
+
+from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample, collate, idle_like, split_by_tokens
+
+__all__ = ["MicroBatch", "TokenSample", "collate", "idle_like", "split_by_tokens"]

@@ -1,0 +1,201 @@
+"""A Hugging Face folder as a training checkpoint, one tensor at a time; on several ranks, each its share of them.
+
+torch.distributed.checkpoint asks its planner for a tensor when it is about to write it. Here that is the moment in
+which the tensor is read, so the model is never in memory. All that the folder's headers can tell is checked before a
+byte is written. The result is byte for byte what an Actor that loaded the folder would save.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import torch as upstream
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.planner import WriteItem
+
+from collab_megatron.errors import RunError, UserError
+from collab_megatron.model.headers import StoredTensor, read_headers
+from collab_megatron.model.inventory import check_names
+from collab_megatron.model.layout import read_hf_config
+from collab_megatron.model.spec import ModelSpec, model_spec
+from collab_megatron.model.tables import rows
+from collab_megatron.trainer.actor.actor import Actor
+from collab_megatron.trainer.actor.grid import RankGrid, phase
+from collab_megatron.trainer.checkpoint.pieces import Piece, memoryless_actor, pieces
+from collab_megatron.trainer.checkpoint.state import PROGRESS, layout_of
+from collab_megatron.trainer.checkpoint.together import together
+from collab_megatron.trainer.convert.disk import fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.hf_folder import copy_companions
+from collab_megatron.trainer.convert.loader import SafetensorsFolder, require_finite
+from collab_megatron.trainer.convert.progress import Advance, progress
+from collab_megatron.trainer.convert.reshape import join
+from collab_megatron.trainer.convert.safetensors_io import DTYPES, read_into
+from collab_megatron.wire.checkpoints import step_folder, write_marker
+
+_SUPPORTED = (torch.float32, torch.bfloat16)
+
+
+def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: Mapping[str, Any]) -> Path:
+    """Write directory/step_00000000 with the weights of `source` in their own dtype; returns the folder.
+
+    Collective over the ranks of `grid`, which must not cut the model (data ranks only). Raises UserError, naming
+    tensor, shape and file, where the folder is not the model that its config.json describes, or holds several dtypes or
+    values that are no numbers;
+    RunError where it cannot be written. Then nothing of the attempt is left.
+    """
+    doing = f"converting {source}"
+    with together(grid, doing, directory):
+        spec = model_spec(read_hf_config(source))
+        with SafetensorsFolder(source) as names:
+            check_names(names.names, spec, names.folder)
+        stored = read_headers(source)
+        actor = memoryless_actor(source, _check_tensors(stored, spec), grid)
+        mine = share(pieces(actor), grid.rank, grid.world_size)
+    final = step_folder(directory, 0)
+    aside = final.with_name(final.name + ".tmp")
+    made = not directory.exists()
+    try:
+        with together(grid, doing, directory):
+            if grid.is_main:
+                _prepare(source, aside)
+        total = sum(piece.num_bytes for piece in mine)
+        with progress("hf-to-megatron", total, show=grid.is_main) as advance:
+            _write_tensors(mine, aside / "model", grid, _Planner(mine, stored, spec, advance))
+        with together(grid, doing, directory):
+            if grid.is_main:
+                _publish(actor, aside, final, extra)
+    finally:
+        if grid.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            if made and not final.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+    return final
+
+
+def share(items: Iterable[Piece], rank: int, ranks: int) -> list[Piece]:
+    """What one rank of several converts: a stretch of the table's order, of about the same bytes for each."""
+    every = list(items)
+    total = sum(piece.num_bytes for piece in every)
+    mine, before = [], 0
+    for piece in every:
+        if before * ranks // total == rank:
+            mine.append(piece)
+        before += piece.num_bytes
+    return mine
+
+
+def _check_tensors(stored: Mapping[str, StoredTensor], spec: ModelSpec) -> torch.dtype:
+    """The one dtype of the model's tensors. Raises UserError where one has another shape or dtype."""
+    first: StoredTensor | None = None
+    for row in rows(spec):
+        for name, dims in zip(row.hf, row.shapes, strict=True):
+            found, wanted = stored[name], tuple(spec.dims[dim] for dim in dims)
+            if found.shape != wanted:
+                raise UserError(
+                    f"tensor {name} in {found.file} has shape {list(found.shape)}; config.json asks for {list(wanted)}"
+                )
+            first = first or found
+            if found.dtype != first.dtype:
+                raise UserError(
+                    f"tensor {name} in {found.file} is {found.dtype} and {first.name} {first.dtype}: save the model in "
+                    "one dtype first"
+                )
+            itemsize = DTYPES[found.dtype].itemsize if found.dtype in DTYPES else 0
+            if DTYPES.get(found.dtype) not in _SUPPORTED or found.num_bytes != torch.Size(wanted).numel() * itemsize:
+                raise UserError(
+                    f"tensor {name} in {found.file} is {found.dtype} of {found.num_bytes} bytes; float32 and bfloat16 "
+                    "are supported"
+                )
+    assert first is not None
+    return DTYPES[first.dtype]
+
+
+class _Planner(upstream.MCoreSavePlanner):
+    """Megatron's plan of a save; the tensors themselves are read when they are asked for."""
+
+    def __init__(
+        self, mine: Iterable[Piece], stored: Mapping[str, StoredTensor], spec: ModelSpec, advance: Advance
+    ) -> None:
+        super().__init__(flatten_state_dict=False, dedup_replicated_tensors=False)
+        self._pieces = {(piece.key, piece.offset): piece for piece in mine}
+        self._stored, self._spec, self._advance = stored, spec, advance
+        self._given: Tensor | None = None
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The tensor with megatron's leading axes. The one given before is emptied: torch's writer holds on to the last
+        tensor of every name until its file is done."""
+        if self._given is not None:
+            self._given.untyped_storage().resize_(0)
+        assert write_item.tensor_data is not None, write_item
+        piece = self._pieces[write_item.index.fqn, tuple(write_item.index.offset or ())]
+        self._given = self._read(piece).view(write_item.tensor_data.chunk.sizes)
+        self._advance(piece.num_bytes)
+        return self._given
+
+    def _read(self, piece: Piece) -> Tensor:
+        """The piece's value; the padding of the vocabulary is zero."""
+        stored = [self._stored[name] for name in piece.names]
+        dtype = piece.place.dtype
+        if len(stored) > 1:
+            parts = [torch.empty(tensor.shape, dtype=dtype) for tensor in stored]
+            for tensor, part in zip(stored, parts, strict=True):
+                read_into(tensor, part)
+                require_finite(tensor.name, tensor.file, part)
+            return join(piece.row, parts, self._spec, 1)
+        whole = torch.empty(piece.shape, dtype=dtype)
+        count = stored[0].shape[0]
+        read_into(stored[0], whole[:count])
+        require_finite(stored[0].name, stored[0].file, whole[:count])
+        whole[count:].zero_()
+        return whole
+
+
+def _write_tensors(mine: list[Piece], folder: Path, grid: RankGrid, planner: _Planner) -> None:
+    """Collective; raises on every rank when any rank cannot read or write."""
+    places: dict[str, list[Any]] = {}
+    for piece in mine:
+        places.setdefault(piece.key, []).append(piece.place)
+    # no copying ahead, which would keep several tensors and use the one that resolve_data has emptied
+    writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
+    try:
+        with phase(grid, "converting"):
+            dcp.save(
+                upstream.mcore_to_pyt_state_dict(places, False),
+                storage_writer=writer,
+                planner=planner,
+                process_group=grid.cpu_group,
+            )
+    except CheckpointException as error:  # a BaseException: what failed, by rank
+        rank, (reason, _) = next(iter(error.failures.items()))
+        if is_disk_full(error, folder):
+            raise RunError(f"disk full while writing to {folder.parent.parent}; free space and repeat") from error
+        if isinstance(reason, KeyboardInterrupt | UserError):
+            raise reason from error
+        raise RunError(f"rank {rank} could not convert its share: {type(reason).__name__}: {reason}") from error
+
+
+def _prepare(source: Path, aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "model").mkdir(parents=True)
+    (aside / "hf").mkdir()
+    copy_companions(source, aside / "hf")
+
+
+def _publish(actor: Actor, aside: Path, final: Path, extra: Mapping[str, Any]) -> None:
+    """What megatron's save puts beside the tensors, then the marker, then the name."""
+    torch.save({PROGRESS: {}}, aside / "model" / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(aside / "model"))
+    fsync_folder(aside / "model")
+    fsync_folder(aside / "hf")
+    # the ranks of a conversion hold no shard of anything
+    write_marker(aside, step=0, layout={**layout_of(actor), "data": 1}, extra=extra)
+    fsync_folder(aside)
+    aside.rename(final)
+    fsync_folder(final.parent)

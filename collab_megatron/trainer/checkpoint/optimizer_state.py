@@ -1,0 +1,168 @@
+"""The optimizer's tensors as megatron's sharded tensors, and back into the optimizer.
+
+Two kinds, one file format: each parameter has exp_avg, exp_avg_sq and, in bf16, a master weight `fp32_param`, all of
+the parameter's own shape. An optimizer that is not distributed holds them whole and upstream describes them. The
+distributed one holds flat stretches of them; upstream gathers these on every data rank before saving, ours are written
+and read where they are, as the boxes that each stretch consists of: no collective, no copy, every data rank its part.
+Upstream: megatron/core/optimizer/distrib_optimizer.py (0.16.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import LocalNonpersistentObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_items_iter, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from collab_megatron.trainer.actor.optimizer import parts
+from collab_megatron.trainer.checkpoint.boxes import boxes
+from collab_megatron.trainer.local.cpu_support import create_empty_adam_state
+
+_STATE = "optimizer.state."
+_MASTERS = ("fp32_param", "param")  # ours and upstream's; format 1 has the second, of a distributed optimizer
+
+
+class OptimizerState:
+    """The leaves to save, or to load into and restore from."""
+
+    def __init__(self, optimizer: Any, chunks: dict[str, Any], *, loading: bool, stored: Collection[str]) -> None:
+        """chunks: the model's sharded state. stored: when loading, the names of the tensors that the checkpoint has."""
+        create_empty_adam_state(optimizer)
+        self._optimizer = optimizer
+        self._whole: dict[str, tuple[Any, Any]] = {}  # part -> (optimizer, upstream's state dict)
+        self.leaves: dict[str, ShardedBase] = {}
+        for number, part in enumerate(parts(optimizer)):
+            if part.optimizer is None:  # no parameters of its kind on this rank
+                continue
+            if isinstance(part, DistributedOptimizer):
+                found: Iterator[ShardedBase] = _owned_pieces(part, chunks)
+            else:
+                state = part.sharded_state_dict(chunks, is_loading=loading)
+                self._whole[str(number)] = part, state
+                found = (leaf for _, _, leaf in _sharded(state))
+            self.leaves |= {f"{number}.{place}": _as_stored(leaf, stored) for place, leaf in enumerate(found)}
+
+    @property
+    def steps(self) -> int:
+        """Steps that AdamW has done."""
+        counts = [0]
+        for each in self._adams():
+            # never both: upstream leaves a stale step in the groups of torch's, too
+            holders = each.state.values() if _counts_per_parameter(each) else each.param_groups
+            counts += [int(holder["step"]) for holder in holders if "step" in holder]
+        return max(counts)
+
+    def restore(self, loaded: dict[str, Any], steps: int) -> None:
+        """Put the loaded leaves into the optimizer; those of a distributed one were read into their places."""
+        for number, (part, state) in self._whole.items():
+            for place, (container, key, _) in enumerate(list(_sharded(state))):
+                container[key] = loaded[f"{number}.{place}"]
+                if key == "exp_avg" and _counts_per_parameter(part.optimizer):
+                    container["step"] = torch.tensor(float(steps))  # torch loads no state without
+            for container, key, leaf in list(nested_items_iter(state)):
+                if isinstance(leaf, LocalNonpersistentObject):
+                    container[key] = leaf.unwrap()
+            part.load_state_dict(state)
+        for each in self._adams():
+            _set_steps(each, steps)
+
+    def _adams(self) -> list[torch.optim.Optimizer]:
+        return [part.optimizer for part in parts(self._optimizer) if part.optimizer is not None]
+
+
+def _owned_pieces(part: DistributedOptimizer, chunks: dict[str, Any]) -> Iterator[ShardedTensor]:
+    """What this data rank holds, as views of the live tensors."""
+    if not part.optimizer.state:  # transformer-engine's, before its first step
+        part.load_state_dict(part.state_dict())
+        for state in part.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+    described = {id(leaf.data): leaf for leaf in nested_values(chunks)}
+    for buffer in part.gbuf_ranges:
+        for buckets in buffer.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    held = dict(part._get_main_param_and_optimizer_states(parameter))
+                    held.pop("step", None)
+                    master = held.pop("param")
+                    if parameter.dtype != torch.float32:  # else it is the model's weight itself
+                        held[_MASTERS[0]] = master
+                    start = ranges["param"].start
+                    for kind, flat in held.items():
+                        yield from _pieces(f"{_STATE}{kind}.", described[id(parameter)], flat.detach(), start)
+
+
+def _pieces(prefix: str, parameter: Any, flat: torch.Tensor, start: int) -> Iterator[ShardedTensor]:
+    """Elements [start, start + len(flat)) of what lies as `parameter` does, in boxes."""
+    for whole, at in _regular_parts(parameter):
+        low, high = max(start, at), min(start + len(flat), at + whole.data.numel())
+        rows = whole.global_offset[whole.prepend_axis_num :]
+        for box in boxes(whole.local_shape, low - at, high - at):
+            begin = at + box.start - start
+            shape = (1,) * whole.prepend_axis_num + box.shape
+            yield ShardedTensor(
+                key=prefix + whole.key,
+                data=flat[begin : begin + box.numel].view(shape),
+                dtype=flat.dtype,
+                local_shape=shape,
+                global_shape=whole.global_shape,
+                global_offset=(
+                    *whole.global_offset[: whole.prepend_axis_num],
+                    *(base + inside for base, inside in zip(rows, box.offset, strict=True)),
+                ),
+                axis_fragmentations=None,
+                # (pipeline copy, tensor copy, data copy): along the data ranks nothing is held twice
+                replica_id=(*whole.replica_id[:2], 0),
+                allow_shape_mismatch=whole.allow_shape_mismatch,
+            )
+
+
+def _regular_parts(parameter: Any) -> Iterator[tuple[ShardedTensor, int]]:
+    """The sharded tensors that a parameter is saved as (two for a gated projection), and where in it each begins."""
+    if not isinstance(parameter, ShardedTensorFactory):
+        yield parameter, 0
+        return
+    positions = torch.arange(parameter.data.numel()).view(parameter.data.shape)
+    numbered = parameter.build_fn(parameter.key, positions, parameter.replica_id, None)
+    for one in nested_values(numbered):
+        at = int(one.data.flatten()[0])
+        assert torch.equal(one.data.flatten(), torch.arange(at, at + one.data.numel())), one
+        yield one, at
+
+
+def _as_stored(leaf: Any, stored: Collection[str]) -> Any:
+    """The leaf under the name that the checkpoint has for master weights."""
+    kind, _, rest = leaf.key.removeprefix(_STATE).partition(".")
+    if kind in _MASTERS and stored:
+        kind = next((name for name in _MASTERS if any(key.startswith(f"{_STATE}{name}.") for key in stored)), kind)
+        return replace(leaf, key=f"{_STATE}{kind}.{rest}")
+    return leaf
+
+
+def _sharded(state: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """(the dict or list that holds it, its key there, the sharded leaf), in upstream's order."""
+    for container, key, leaf in nested_items_iter(state):
+        if isinstance(leaf, ShardedBase):
+            yield container, key, leaf
+
+
+def _counts_per_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """As torch's own AdamW does; transformer-engine's counts per parameter group."""
+    return isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
+
+
+def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    of_torch = _counts_per_parameter(optimizer)
+    for group in optimizer.param_groups:
+        if not of_torch and steps:
+            group["step"] = steps
+        for parameter in group["params"] if of_torch else ():
+            if state := optimizer.state.get(parameter):
+                # a tensor for each: where upstream lets them share one, AdamW counts it up once a parameter
+                on = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+                state["step"] = torch.tensor(float(steps), device=on)

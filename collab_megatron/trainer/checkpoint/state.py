@@ -1,0 +1,142 @@
+"""What a checkpoint holds of an Actor, as megatron's sharded state dict, and how it is put back.
+
+Model and optimizer are sharded tensors, which load under any layout. Of everything else in megatron's optimizer state
+nothing is kept: parameter groups belong to a rank of one layout, and what they say (rates, betas, decay) the config of
+the run says too. What remains are two numbers, AdamW's step and the schedule's. Random states belong to a rank of one
+layout as well: they are restored under the same layout and left alone under another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_items_iter
+
+from collab_megatron.trainer.actor.actor import Actor
+from collab_megatron.trainer.actor.optimizer import set_learning_rates
+from collab_megatron.trainer.checkpoint.optimizer_state import OptimizerState
+
+PROGRESS = "progress"
+
+
+def layout_of(actor: Actor) -> dict[str, Any]:
+    """What must or may differ between saving and loading; plain JSON."""
+    return {
+        **grid_of(actor),
+        "architecture": actor.spec.architecture,
+        "num_params": actor.num_params,
+        "dtype": str(actor.dtype).removeprefix("torch."),
+        "optimizer": actor.optimizer is not None,
+        "distributed_optimizer": bool(actor.section and actor.section.distributed),
+    }
+
+
+def grid_of(actor: Actor) -> dict[str, Any]:
+    """The part of the layout that says which rank holds what."""
+    grid = actor.grid
+    return {
+        "tensor": grid.tp_size,
+        "pipeline": grid.pp_size,
+        "interleave": len(actor.chunks),
+        "context": grid.cp_size,
+        "expert": grid.ep_size,
+        "data": grid.dp_size,
+        "device": grid.backend.name,
+    }
+
+
+class ShardedState:
+    """A sharded state dict of `actor`: to save, or to load into and restore from. Building it may be collective.
+
+    `tree` holds the model's chunks, the optimizer and the random states without upstream's nesting, which differs from
+    layout to layout: names of ours lead to sharded tensors, and only these reach the file.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        *,
+        loading: bool,
+        random_states: bool,
+        stored: Collection[str] = (),
+        optimizer: bool = True,
+    ) -> None:
+        """stored: when loading, the names of the tensors that the checkpoint has. optimizer: with the actor's, where it
+        has one."""
+        self._actor = actor
+        actor.gather_weights()  # the last step's weights may still lie scattered over the data ranks
+        metadata = {"singleton_local_shards": False, "dp_cp_group": actor.grid.dp_cp_group}
+        # transformer-engine's fp8 bookkeeping is left out: empty in fp32 and bf16, and a pickle
+        chunks = {
+            str(number): {
+                name: tensor
+                for name, tensor in chunk.sharded_state_dict(metadata=metadata).items()
+                if not name.endswith("_extra_state")
+            }
+            for number, chunk in enumerate(actor.chunks)
+        }
+        self.tree: dict[str, Any] = {"model": chunks}
+        self._optimizer: OptimizerState | None = None
+        if optimizer and actor.optimizer is not None:
+            self._optimizer = OptimizerState(actor.optimizer, chunks, loading=loading, stored=stored)
+            self.tree["optimizer"] = self._optimizer.leaves
+        if random_states:
+            self.tree["random"] = {
+                name: ShardedTensor.from_rank_offsets(
+                    f"random.{name}", value, (0, actor.grid.rank, actor.grid.world_size), prepend_axis_num=1
+                )
+                for name, value in _random_states().items()
+            }
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """The numbers beside the tensors."""
+        if self._optimizer is None or self._actor.scheduler is None:
+            return {}
+        return {"optimizer_steps": self._optimizer.steps, "schedule_steps": int(self._actor.scheduler.num_steps)}
+
+    def restore(self, loaded: dict[str, Any], progress: dict[str, int]) -> None:
+        """Put a loaded tree into the actor, with the progress that was saved beside it."""
+        for number, chunk in enumerate(self._actor.chunks):
+            missing, unexpected = chunk.load_state_dict(loaded["model"][str(number)], strict=False)
+            lost = [name for name in missing if not name.endswith("_extra_state")]
+            assert not lost, lost
+            assert not unexpected, unexpected
+        if self._optimizer is not None:
+            optimizer, scheduler = self._actor.optimizer, self._actor.scheduler
+            assert optimizer is not None
+            assert scheduler is not None
+            self._optimizer.restore(loaded.get("optimizer", {}), progress["optimizer_steps"])
+            scheduler.num_steps = progress["schedule_steps"]
+            set_learning_rates(optimizer, scheduler)
+        if "random" in loaded:
+            _restore_random(loaded["random"])
+
+
+def progress_in(common: dict[str, Any]) -> dict[str, int]:
+    """The numbers in a checkpoint's common part; format 1 kept them inside upstream's own state."""
+    if PROGRESS in common or "scheduler" not in common:
+        return dict(common.get(PROGRESS, {}))
+    steps = [
+        int(leaf) for _, key, leaf in nested_items_iter(common.get("optimizer", {})) if key in ("step", "common_step")
+    ]
+    return {"optimizer_steps": max(steps, default=0), "schedule_steps": int(common["scheduler"]["num_steps"])}
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    """This rank's generators by name, each a uint8 vector."""
+    states = {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state()}
+    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return {**states, **{f"tracker.{name}": state for name, state in tracker.items()}}
+
+
+def _restore_random(states: dict[str, torch.Tensor]) -> None:
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    names = tracker.get_states()
+    tracker.set_states({name: states[f"tracker.{name}"] for name in names})
+    torch.cuda.set_rng_state(states["device"])
+    torch.set_rng_state(states["cpu"])

@@ -1,0 +1,297 @@
+"""Save and load an Actor's whole training state. Collective: every rank of the grid takes part.
+
+A save is written aside, marked complete, then renamed, so a crash at any moment leaves the earlier checkpoints whole
+and nothing that looks like a newer one. It has two halves: `begin` collects the state, `Pending.finish` writes it, on
+another thread if need be (saver.py). Every failure on any rank is heard by all before one of them raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import CheckpointException
+
+from collab_megatron.errors import RunError, UserError
+from collab_megatron.trainer.actor.actor import Actor
+from collab_megatron.trainer.actor.grid import RankGrid, agree, phase
+from collab_megatron.trainer.checkpoint.reader import SafeCommon, SafeLoad, read_common, read_metadata, refusal
+from collab_megatron.trainer.checkpoint.state import PROGRESS, ShardedState, grid_of, layout_of, progress_in
+from collab_megatron.trainer.checkpoint.writer import DeferredSave, write_tensors
+from collab_megatron.trainer.convert.disk import free_bytes, fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.hf_folder import copy_companions
+from collab_megatron.wire.checkpoints import CheckpointInfo, read_info, retire, step_folder, write_best, write_marker
+
+logger = logging.getLogger(__name__)
+
+_BALLAST = ".ballast"
+_BALLAST_BYTES = 2**18
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which complete checkpoints outlive a save."""
+
+    last: int = 1  # the newest so many
+    every: int = 0  # besides, those whose step is a multiple of this; 0: no others
+    best_loss: float | None = None  # held-out, of the one being saved, where it is the lowest so far
+
+
+def save_checkpoint(
+    actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep_last: int, keep_every: int = 0
+) -> Path:
+    """Write directory/step_XXXXXXXX and retire what is not to be kept; returns the folder.
+
+    `extra`: JSON, the same on every rank. Raises RunError on every rank if it could not be written, with nothing left
+    of the attempt and the earlier checkpoints as they were.
+    """
+    keep = Keep(keep_last, keep_every)
+    return begin(actor, directory, step=step, extra=extra, keep=keep, copy=False).finish(actor.grid)
+
+
+def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
+    """Fill the actor, under any layout, from a complete checkpoint; nothing that the files say is executed.
+
+    Raises UserError where the checkpoint is torn, hostile or of another model or dtype, or where a weight is no number;
+    RunError where its files cannot be read.
+    """
+    info = read_info(folder)
+    _check_fits(actor, info)
+    if actor.optimizer is not None and not info.layout.get("optimizer"):
+        raise UserError(f"{folder} holds weights only: start from it with run.init_from={folder}")
+    same = all(info.layout.get(key, 1) == value for key, value in grid_of(actor).items())
+    _fill(actor, info, optimizer=True, random_states=same and actor.optimizer is not None)
+    _require_finite(actor, folder)
+    return info
+
+
+def load_weights(actor: Actor, folder: Path) -> CheckpointInfo:
+    """Fill the actor's weights alone, under any layout; its optimizer stays as new, its master weights follow.
+
+    Raises as load_checkpoint does.
+    """
+    info = read_info(folder)
+    _check_fits(actor, info)
+    _fill(actor, info, optimizer=False, random_states=False)
+    if actor.optimizer is not None:
+        actor.optimizer.reload_model_params()
+    _require_finite(actor, folder)
+    return info
+
+
+def _require_finite(actor: Actor, folder: Path) -> None:
+    name = actor.not_finite()
+    if name is not None:
+        raise UserError(
+            f"{folder} holds weights that are NaN or infinite ({name}): its files are damaged or its training "
+            "diverged; move it away and take an earlier checkpoint"
+        )
+
+
+def _fill(actor: Actor, info: CheckpointInfo, *, optimizer: bool, random_states: bool) -> None:
+    folder = info.folder
+    progress = progress_in(read_common(info.model_folder / "common.pt"))
+    metadata = read_metadata(info.model_folder / ".metadata")
+    stored = metadata.state_dict_metadata.keys()
+    state = ShardedState(actor, loading=True, random_states=random_states, stored=stored, optimizer=optimizer)
+    strategy = SafeLoad(actor.grid.cpu_group, metadata)
+    try:
+        loaded = dist_checkpointing.load(state.tree, str(info.model_folder), strategy, SafeCommon())
+    except (Exception, CheckpointException) as error:
+        # torch's CheckpointException is a BaseException
+        if sentence := refusal(info.model_folder, error):
+            raise UserError(sentence) from error
+        raise RunError(f"rank {actor.grid.rank} cannot read the checkpoint {folder}: {_reason(error)}") from error
+    state.restore(loaded, progress)
+
+
+def _check_fits(actor: Actor, info: CheckpointInfo) -> None:
+    here = layout_of(actor)
+    fixed = {"architecture": "model.path", "num_params": "model.path"}
+    if actor.optimizer is not None:
+        fixed["dtype"] = "model.dtype"
+    for key, setting in fixed.items():
+        if info.layout.get(key) != here[key]:
+            raise UserError(
+                f"{info.folder} has {key} {info.layout.get(key)!r}; this run has {here[key]!r}: set {setting} as it "
+                "was, or choose another run.dir or run.init_from"
+            )
+
+
+@dataclass
+class PendingSave:
+    """A checkpoint whose state is collected and not yet written."""
+
+    final: Path
+    step: int
+    layout: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    keep: Keep
+    bytes_needed: int
+    tensors: dict[str, Any] = field(default_factory=dict)  # what this rank writes
+
+    @property
+    def aside(self) -> Path:
+        return self.final.with_name(self.final.name + ".tmp")
+
+    def finish(self, grid: RankGrid) -> Path:
+        """Write, publish, retire what is not to be kept. Collective over grid.cpu_group, which is its own alone.
+
+        Raises RunError on every rank like save_checkpoint.
+        """
+        with self.failures_told(grid):
+            failure = None
+            try:
+                write_tensors(self.tensors, self.aside / "model", grid.cpu_group)
+            except (Exception, CheckpointException) as error:  # noqa: BLE001  (torch's own is a BaseException)
+                failure = _describe(error, self.aside, grid.rank)
+            self.tensors = {}
+            _hear(grid, failure)
+            _on_rank_zero(grid, self._publish)
+            best_loss = self.keep.best_loss
+            if best_loss is not None:
+                _on_rank_zero(grid, lambda: write_best(self.final.parent, self.step, best_loss))
+            _on_rank_zero(grid, lambda: retire(self.final.parent, self.keep.last, self.keep.every))
+        return self.final
+
+    def _publish(self) -> None:
+        fsync_folder(self.aside / "model")
+        fsync_folder(self.aside / "hf")
+        write_marker(self.aside, step=self.step, layout=self.layout, extra=self.extra)
+        fsync_folder(self.aside)
+        replaced = self.final.with_name(self.final.name + ".replaced.tmp")
+        if self.final.exists():  # the same step again; retire() removes what was there
+            self.final.rename(replaced)
+        self.aside.rename(self.final)
+        fsync_folder(self.final.parent)
+
+    @contextlib.contextmanager
+    def failures_told(self, grid: RankGrid) -> Iterator[None]:
+        """Where any rank failed: clear away the attempt, and raise RunError on all."""
+        directory = self.final.parent
+        try:
+            with phase(grid, f"saving to {directory}"):
+                yield
+        except _SaveFailed as failed:
+            _on_rank_zero(grid, lambda: shutil.rmtree(self.aside, ignore_errors=True))
+            if failed.disk_full:
+                missing = max(1, (self.bytes_needed - free_bytes(directory)) // 10**6 + 1)
+                raise RunError(
+                    f"disk full while saving to {directory}; earlier checkpoints are whole; free {missing} MB and "
+                    "resume"
+                ) from failed
+            raise RunError(f"saving to {directory} failed ({failed}); earlier checkpoints are whole") from failed
+
+
+def begin(actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep: Keep, copy: bool) -> PendingSave:
+    """Collect what a checkpoint holds. `copy`: on the host, so that training may go on before it is written.
+
+    Raises RunError on every rank like save_checkpoint.
+    """
+    pending = PendingSave(
+        final=step_folder(directory, step),
+        step=step,
+        layout=layout_of(actor),
+        extra=extra,
+        keep=keep,
+        bytes_needed=_bytes_needed(actor),
+    )
+    with pending.failures_told(actor.grid):
+        _on_rank_zero(actor.grid, lambda: _prepare(actor, pending.aside))
+        pending.tensors = _collect(actor, pending.aside / "model", copy=copy)
+    return pending
+
+
+def _prepare(actor: Actor, aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "model").mkdir(parents=True)
+    (aside / "hf").mkdir()
+    copy_companions(actor.source_folder, aside / "hf")
+    # keeps room for a small file that upstream writes on rank 0 while the other ranks wait in a barrier
+    (aside / _BALLAST).write_bytes(b"\0" * _BALLAST_BYTES)
+
+
+def _collect(actor: Actor, folder: Path, *, copy: bool) -> dict[str, Any]:
+    """Megatron's save up to the tensors, which are returned. Raises _SaveFailed on every rank when any fails."""
+    reached = False
+
+    def before() -> None:
+        nonlocal reached
+        reached = True
+        _hear(actor.grid, None)
+        if actor.grid.is_main:
+            (folder.parent / _BALLAST).unlink()
+
+    strategy = DeferredSave(before, copy=copy)
+    failure: str | None = None
+    try:
+        state = ShardedState(actor, loading=False, random_states=actor.optimizer is not None)
+        with torch.no_grad():
+            dist_checkpointing.save({**state.tree, PROGRESS: state.progress}, str(folder), strategy)
+        if strategy.failure is not None:
+            raise strategy.failure
+    except _SaveFailed as heard:
+        logger.debug("rank %d heard: %s", actor.grid.rank, heard)  # rank 0 says it again below, to all at once
+    except Exception as error:  # noqa: BLE001  (told to all ranks, and logged there)
+        failure = _describe(error, folder, actor.grid.rank)
+    if not reached:
+        agree(actor.grid, failure)  # the others are waiting in before()
+    _hear(actor.grid, failure)
+    return strategy.tensors
+
+
+class _SaveFailed(Exception):
+    """Heard on every rank: what the first failing rank said."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(said[0].replace(_FULL, ""))
+        self.disk_full = any(_FULL in text for text in said)
+
+
+_FULL = "[disk full] "
+
+
+def _describe(error: BaseException, folder: Path, rank: int) -> str:
+    """One line for the other ranks; what is not a full disk is logged here with its traceback."""
+    if is_disk_full(error, folder):
+        return _FULL + _reason(error)
+    logger.error("rank %d: saving to %s failed", rank, folder, exc_info=error)
+    return _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    """One line; of torch's CheckpointException, which collects what failed on the ranks, the first."""
+    failures = getattr(error, "failures", None)  # rank -> (exception, traceback)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _hear(grid: RankGrid, failure: str | None) -> None:
+    """Tell all ranks of this one's failure. Raises _SaveFailed on every rank where any has failed."""
+    if said := agree(grid, failure):
+        raise _SaveFailed(said)
+
+
+def _on_rank_zero(grid: RankGrid, action: Callable[[], None]) -> None:
+    """Rank 0 acts, all ranks hear how it went and raise _SaveFailed alike."""
+    failure: str | None = None
+    if grid.is_main:
+        try:
+            action()
+        except OSError as error:
+            failure = _describe(error, Path(error.filename or "."), grid.rank)
+    _hear(grid, failure)
+
+
+def _bytes_needed(actor: Actor) -> int:
+    """Of one checkpoint: weights, fp32 master weights in bf16, two moments."""
+    fp32_copies = 0 if actor.optimizer is None else 2 if actor.dtype == torch.float32 else 3
+    return actor.num_params * (actor.dtype.itemsize + 4 * fp32_copies)

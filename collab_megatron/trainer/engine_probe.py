@@ -1,0 +1,36 @@
+"""What the engine answers greedily under the final weights, with its log-probs: an export must agree."""
+
+from __future__ import annotations
+
+import json
+
+from collab_megatron.config import RLConfig
+from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.fit import first_prompts, max_context_tokens
+from collab_megatron.data.parquet import read_task_files
+from collab_megatron.engine.control import EngineControl
+from collab_megatron.files import publish_text
+from collab_megatron.model.layout import read_hf_config
+from collab_megatron.model.source import resolve_model_folder
+
+NUM_PROMPTS = 16
+
+
+def write_engine_probe(config: RLConfig, engine: EngineControl) -> None:
+    """Greedy replies to the first prompts of the training file: {"weight_version", "dtype", "rows": [{"input_ids",
+    "output_ids", "logprobs"}], ...}, log-probs in nats.
+
+    The same prompts in every attempt: a run that was ended after its last step makes its probe on a resume.
+    """
+    chat = ChatTemplate(load_tokenizer(config.model.path))
+    stop = list(chat.end_ids)
+    max_new_tokens = config.rollout.max_new_tokens
+    context = max_context_tokens(read_hf_config(resolve_model_folder(config.model.path)), config.engine)
+    tasks, _ = read_task_files(config.data.train_files)
+    rows = []
+    room = min(config.rollout.max_prompt_tokens, context - max_new_tokens)
+    for prompt in first_prompts(tasks, chat, NUM_PROMPTS, room=room):
+        ids, logprobs = engine.greedy(prompt, max_new_tokens=max_new_tokens, stop_token_ids=stop)
+        rows.append({"input_ids": prompt, "output_ids": ids, "logprobs": logprobs})
+    probe = {"weight_version": engine.weight_version(), "stop_token_ids": stop, "max_new_tokens": max_new_tokens}
+    publish_text(config.run.engine_probe_file, json.dumps({**probe, "dtype": config.model.dtype, "rows": rows}))

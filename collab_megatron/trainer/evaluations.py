@@ -1,0 +1,67 @@
+"""Held-out evaluations between training steps: when one is due, and that a failed one is a warning and never an end."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from collab_megatron.config import RLConfig
+from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer
+from collab_megatron.trainer.actor.grid import RankGrid, from_rank_zero
+from collab_megatron.trainer.checkpoint.together import together
+from collab_megatron.trainer.reporter import Reporter
+
+ENDS_THE_RUN = (NoEngineLeft, WeightsDiffer, RunStops)
+"""Raised during an evaluation, these say that no further step can or may be taken."""
+
+
+class Asked(Protocol):
+    """training.engines.Engines, or a stand-in."""
+
+    def evaluate(self, step: int) -> dict[str, float]: ...
+
+
+class Evaluations:
+    """Build and use it on every rank alike."""
+
+    def __init__(self, engines: Asked, reporter: Reporter | None, grid: RankGrid, config: RLConfig) -> None:
+        """reporter: on rank 0."""
+        self._engines, self._reporter, self._grid, self._config = engines, reporter, grid, config
+
+    def evaluate_at_start(self, done: int) -> None:
+        """Before the first step of a run, not of a resume. Raises as `evaluate_if_due` does."""
+        if done == 0 and self._config.train.eval_at_start:
+            self._evaluate(done)
+
+    def evaluate_if_due(self, done: int) -> None:
+        """After `done` steps: at every train.eval_interval and after the last. Collective.
+
+        Raises what ends the run: no engine, a spent budget, weights that differ; any other failure is reported.
+        """
+        train = self._config.train
+        if done == train.steps or (train.eval_interval and done % train.eval_interval == 0):
+            self._evaluate(done)
+
+    def evaluate_missing(self, done: int) -> None:
+        """On a resume after `done` steps: what was due and an earlier attempt did not get to, or could not measure.
+        Collective. Raises as `evaluate_if_due` does."""
+        lacks = done > 0 and self._reporter is not None and not self._reporter.has_evaluation(done)
+        if from_rank_zero(self._grid, lacks):
+            self.evaluate_if_due(done)
+
+    def _evaluate(self, done: int) -> None:
+        if self._config.data.validation is None:
+            return
+        figures, failure = None, ""
+        try:
+            figures = self._engines.evaluate(done)
+        except ENDS_THE_RUN:
+            raise
+        except RunError as error:
+            failure = str(error)
+        with together(self._grid, "reporting", self._config.run.dir):
+            if self._reporter is None:
+                return
+            if figures is None:
+                self._reporter.evaluation_failed(done, failure)
+            else:
+                self._reporter.evaluation(done, figures)

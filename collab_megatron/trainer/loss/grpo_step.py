@@ -1,0 +1,83 @@
+"""From a rollout batch to what one optimizer step needs: token samples in, loss function out. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from collab_megatron.config.sections import AlgorithmSection
+from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample
+from collab_megatron.trainer.loss.losses import LossSum, grpo_loss
+from collab_megatron.types import TrainingSample
+
+
+def token_sample(sample: TrainingSample, version: int) -> TokenSample:
+    """Prompt and reply as one sequence; only reply tokens are trained. `version`: the weights that are trained now."""
+    before, reply = len(sample.prompt_ids), len(sample.reply_ids_T)
+    # of a reply that went on across an update the later tokens stand on a cache that the older weights have made
+    on_policy = float(set(sample.versions_T) == {version})
+    return TokenSample(
+        ids=[*sample.prompt_ids, *sample.reply_ids_T],
+        mask=[0.0] * before + [1.0] * reply,
+        values={
+            "advantages": [0.0] * before + [sample.advantage] * reply,
+            "rollout_logprobs": [0.0] * before + list(sample.rollout_logprobs_T),
+            "on_policy": [0.0] * before + [on_policy] * reply,
+        },
+        shareable=max(0, before - 1),
+    )
+
+
+def mini_batches(samples: Sequence[TrainingSample], count: int) -> list[list[TrainingSample]]:
+    """`count` consecutive parts of nearly equal size, none empty; groups stay together as far as sizes allow.
+
+    Raises ValueError without samples.
+    """
+    if not samples:
+        raise ValueError("there are no samples to split")
+    count = min(count, len(samples))
+    bounds = [round(i * len(samples) / count) for i in range(count + 1)]
+    return [list(samples[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def with_values(batch: MicroBatch, name: str, values: Tensor) -> MicroBatch:
+    """The batch with one more per-token tensor [B, S]."""
+    return replace(batch, values={**batch.values, name: values})
+
+
+def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch], LossSum]:
+    """The loss of a micro-batch. Without "old_logprobs" the policy at the start of the step is the policy itself,
+    which is exact for one optimizer step per batch and saves a forward pass; without "ref_logprobs" there is no KL.
+    """
+
+    def loss(logprobs: Tensor, batch: MicroBatch) -> LossSum:
+        old = batch.values.get("old_logprobs", logprobs.detach())
+        rollout = batch.values["rollout_logprobs"]
+        total = grpo_loss(
+            logprobs,
+            old_logprobs=old,
+            rollout_logprobs=rollout,
+            ref_logprobs=batch.values.get("ref_logprobs"),
+            advantages=batch.values["advantages"],
+            mask=batch.mask,
+            clip_low=algorithm.clip_low,
+            clip_high=algorithm.clip_high,
+            kl_coef=algorithm.kl_coef,
+            importance_cap=algorithm.importance_cap,
+            clip_dual=algorithm.clip_dual,
+        )
+        gap = ((old - rollout).abs() * batch.mask).detach()
+        # where older weights had a hand in it the gap is the policy's own way since then, and says nothing of engines
+        on_policy = batch.values.get("on_policy", batch.mask) * batch.mask
+        metrics = {
+            "logprob_gap": torch.sum(gap),
+            "on_policy_share": torch.sum(on_policy),
+            "on_policy_gap": torch.sum(gap * on_policy),
+        }
+        return replace(total, metrics={**total.metrics, **metrics})
+
+    return loss

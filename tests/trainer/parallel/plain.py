@@ -1,0 +1,117 @@
+"""The GRPO step in plain PyTorch and transformers, one process: what every layout must reproduce.
+
+Written down once per model (reference.pt and a folder with the weights after the last step), read by every rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from collab_megatron.config.sections import OptimizerSection
+from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample, collate
+from collab_megatron.trainer.loss.losses import LossSum, grpo_loss
+from tests.trainer.parallel.tiny import make_samples
+
+OPTIMIZER = OptimizerSection(
+    lr=1e-3, schedule="linear", warmup_steps=1, min_lr=1e-4, weight_decay=0.1, clip_grad=0.05, beta2=0.95
+)
+STEPS = 3
+LEARNING_RATES = (1e-3, 1e-3, 1e-4 + 0.5 * 9e-4)  # one step of warm-up, which has the full rate; then linear decay
+
+
+def _with_prompt_of(leader: TokenSample, sample: TokenSample) -> TokenSample:
+    """The reply of `sample` behind the prompt of `leader`; they can share that prompt in a row."""
+    prompt, reply = leader.mask.index(1.0), int(sum(sample.mask))
+    return TokenSample(
+        ids=[*leader.ids[:prompt], *sample.ids[-reply:]],
+        mask=[0.0] * prompt + [1.0] * reply,
+        values={name: [0.0] * prompt + list(values[-reply:]) for name, values in sample.values.items()},
+        shareable=prompt - 1,
+    )
+
+
+def _samples() -> list[TokenSample]:
+    """Ragged; 0 and 1 have one prompt, and so have 3 to 6, of which 3 and 4 are of one length."""
+    made = make_samples(8, seed=3)
+    leader = {0: 0, 1: 0, 3: 5, 4: 5, 5: 5, 6: 5}
+    made[4] = made[3]
+    return [_with_prompt_of(made[leader[i]], sample) if i in leader else sample for i, sample in enumerate(made)]
+
+
+SAMPLES = _samples()
+
+
+def loss_fn(logprobs: Tensor, batch: MicroBatch) -> LossSum:
+    return grpo_loss(
+        logprobs,
+        old_logprobs=batch.values["old_logprobs"],
+        rollout_logprobs=batch.values["rollout_logprobs"],
+        ref_logprobs=batch.values["ref_logprobs"],
+        advantages=batch.values["advantages"],
+        mask=batch.mask,
+        clip_low=0.2,
+        clip_high=0.2,
+        kl_coef=0.01,
+        importance_cap=2.0,
+    )
+
+
+def statistics(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """ids [B, S] -> log-probabilities and entropies [B, S], zero at 0."""
+    logits = torch.log_softmax(model(ids).logits[:, :-1].float(), dim=-1)
+    logprobs = logits.gather(-1, ids[:, 1:, None])[..., 0]
+    entropy = -(logits.exp() * logits).sum(-1)
+    return F.pad(logprobs, (1, 0)), F.pad(entropy, (1, 0))
+
+
+def load_plain(folder: Path) -> Any:
+    # eager: SDPA of transformers hides the whole row of a padded position under a sliding window
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def write_reference(folder: Path) -> None:
+    """folder/reference.pt: {"reports": one dict a step, "logprobs", "entropies", "after": [T] per sample}; and the
+    trained model in folder/trained.
+    """
+    batch = collate(SAMPLES, tuple(range(len(SAMPLES))), pad_id=0, pad_multiple=1, packed=False)
+    model = load_plain(folder)
+    with torch.no_grad():
+        before = [batch.per_sample(values) for values in statistics(model, batch.ids)]
+    reports = [_step(model, batch, lr, optimizer) for lr, optimizer in _schedule(model)]
+    with torch.no_grad():
+        after = batch.per_sample(statistics(model, batch.ids)[0])
+    found = {"reports": reports, "logprobs": before[0], "entropies": before[1], "after": after}
+    torch.save(found, folder / "reference.pt")
+    model.save_pretrained(folder / "trained")
+
+
+def _schedule(model: Any) -> list[tuple[float, torch.optim.Optimizer]]:
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(OPTIMIZER.beta1, OPTIMIZER.beta2), eps=OPTIMIZER.eps)
+    return [(lr, optimizer) for lr in LEARNING_RATES]
+
+
+def _step(model: Any, batch: MicroBatch, lr: float, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    logprobs, entropy = statistics(model, batch.ids)
+    result = loss_fn(logprobs, batch)
+    tokens = batch.num_trained_tokens
+    optimizer.zero_grad()
+    (result.loss / tokens).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
+    for parameter in model.parameters():
+        parameter.grad.mul_(min(1.0, OPTIMIZER.clip_grad / (norm + 1e-6)))
+    optimizer.step()
+    report = {name: value.item() / tokens for name, value in result.metrics.items()}
+    report |= {name: value.item() for name, value in result.largest.items()}
+    entropy_sum = (entropy.detach() * batch.mask).sum().item()
+    return {**report, "loss": result.loss.item() / tokens, "entropy": entropy_sum / tokens, "norm": norm, "lr": lr}

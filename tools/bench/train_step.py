@@ -1,0 +1,399 @@
+"""Tokens per second of log-probs, gradients and whole steps: Megatron-Core actor against plain transformers.
+
+    python tools/bench/train_step.py [--shapes 8m 135m] [--dtypes float32 bfloat16] [--threads 1] [--json FILE]
+
+Both sides get one random model, the same tokens, threads and loss, in one process, and are first checked to agree. They
+take turns, so that whatever else the machine does slows both; a row holds medians, `ratio` is their quotient (above 1:
+ours is faster). Three phases: `logprobs` (forward only, with entropy), `forward_backward`, `step` (clipping and AdamW
+too).
+
+What transformers does: AutoModelForCausalLM with sdpa and without key-value cache, log_softmax and gather in fp32,
+clip_grad_norm_, torch's fused AdamW. The actor keeps fp32 master weights of a bf16 model; so does the reference of a
+bf16 `step`. What it reaches with AdamW on the bf16 weights themselves, which loses small updates, is given beside it
+(`transformers_no_masters_tokens_per_s`). `--packing`: samples of unequal length, packed here and padded there, as
+sdpa knows no packing that would not compute the whole square; only real tokens are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from collab_megatron.errors import RunError, UserError, run_cli
+from collab_megatron.files import publish_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from collab_megatron.trainer.actor.actor import Actor, LossFn, StepResult
+    from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample
+
+Dtype = Literal["float32", "bfloat16"]
+PHASES = ("logprobs", "forward_backward", "step")
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+WARM_UPS = 2
+LR = 1e-6
+# What the two sides may differ by: a token's log-prob (of a spread of 1 to 1.5) in the mean; loss and gradient norm,
+# relative. In bf16 each is as far from fp32 as from the other: 30 layers of rounding.
+TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (0.1, 0.05)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and how many tokens it is given at a time."""
+
+    architecture: str
+    sizes: dict[str, int]
+    rows: int
+    length: int  # tokens of a row; the longest one with packing
+    tied: bool = True
+
+
+def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> dict[str, int]:
+    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
+    return dict(zip(names.split(), (hidden, layers, heads, kv_heads, ffn, vocab), strict=True))
+
+
+_LLAMA, _QWEN2, _QWEN3 = "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+SHAPES: dict[str, Shape] = {
+    "tiny": Shape(_QWEN3, _sizes(64, 2, 4, 2, 128, 512), rows=2, length=32),
+    "8m": Shape(_LLAMA, _sizes(256, 6, 8, 4, 768, 12288), rows=4, length=256),  # 7.9 M parameters, 40% embedding
+    "135m": Shape(_LLAMA, _sizes(576, 30, 9, 3, 1536, 49152), rows=2, length=256),  # SmolLM2-135M
+    "qwen2.5-1.5b": Shape(_QWEN2, _sizes(1536, 28, 12, 2, 8960, 151936), rows=4, length=2048),
+    "qwen2.5-7b": Shape(_QWEN2, _sizes(3584, 28, 28, 4, 18944, 152064), rows=4, length=2048, tied=False),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    shape: str
+    dtype: str
+    phase: str
+    tokens: int  # of one call; padding not counted
+    threads: int
+    packing: bool
+    tokens_per_s: float
+    transformers_tokens_per_s: float
+    ratio: float
+    transformers_no_masters_tokens_per_s: float | None = None  # `step` in bf16 only
+    mfu: float | None = None  # share of the device's peak; where that is known
+    transformers_mfu: float | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    shape: str
+    dtype: str
+    phase: str
+    skipped: str  # why
+
+
+def make_model(shape: Shape, dtype: Dtype, folder: Path) -> None:
+    """Random weights, wide enough for distributions that are not all alike, written as a Hugging Face folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model_type = {_LLAMA: "llama", _QWEN2: "qwen2", _QWEN3: "qwen3"}[shape.architecture]
+    sizes = {**shape.sizes, "max_position_embeddings": 8192}
+    config = AutoConfig.for_model(model_type, **sizes, tie_word_embeddings=shape.tied, initializer_range=0.05)
+    config.architectures = [shape.architecture]
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+
+
+def make_samples(shape: Shape, packing: bool, tokens: int | None) -> list[TokenSample]:
+    """Random tokens of a conversation's proportions: the first quarter is the prompt, the rest is trained."""
+    from collab_megatron.trainer.batching.micro_batch import TokenSample
+
+    rng = random.Random(2)
+    wanted, samples = tokens or shape.rows * shape.length, []
+    while wanted > 1:
+        length = rng.randint(shape.length // 4, shape.length) if packing else shape.length
+        length = min(length, wanted)
+        prompt, vocab = length // 4, shape.sizes["vocab_size"]
+        ids = [rng.randrange(vocab) for _ in range(length)]
+        values = {
+            "advantages": [rng.uniform(-1.0, 1.0)] * length,
+            **{name: [rng.uniform(-12.0, -8.0) for _ in ids] for name in ("rollout_logprobs", "ref_logprobs")},
+        }
+        samples.append(TokenSample(ids, [0.0] * prompt + [1.0] * (length - prompt), values))
+        wanted -= length
+    return samples
+
+
+class Reference:
+    """Plain transformers and torch, on the same batch in padded form."""
+
+    def __init__(self, folder: Path, dtype: Dtype, batch: MicroBatch, loss_fn: LossFn, device: Any) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        self.model = model.to(device).train()
+        self.batch, self.loss_fn = batch, loss_fn
+        self.weights: list[Any] = list(self.model.parameters())
+
+    def make_step(self, *, masters: bool) -> Callable[[], None]:
+        """A whole step with an AdamW of its own: on fp32 copies of the weights, or on the weights themselves."""
+        import torch
+
+        stepped = [w.detach().float().requires_grad_() for w in self.weights] if masters else self.weights
+        optimizer = torch.optim.AdamW(stepped, lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        pairs = list(zip(stepped, self.weights, strict=True)) if masters else []
+        for master, _ in pairs:
+            master.grad = torch.empty_like(master)
+
+        def step() -> None:
+            self.gradients()
+            for master, weight in pairs:
+                master.grad.copy_(weight.grad)
+            torch.nn.utils.clip_grad_norm_(stepped, 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                for master, weight in pairs:
+                    weight.copy_(master)
+
+        return step
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Log-prob of each token and the entropy there: fp32 [B, S], zero in the first column."""
+        import torch
+        import torch.nn.functional as F
+
+        ids = self.batch.ids
+        scores = torch.log_softmax(self.model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
+        with torch.no_grad():
+            entropy = -(scores.exp() * scores).sum(dim=-1)
+        # the next token's, at all positions and then shifted: a slice of the logits would be a copy of them
+        logprobs = scores.gather(-1, ids.roll(-1, dims=1)[..., None])[..., 0]
+        return F.pad(logprobs[:, :-1], (1, 0)), F.pad(entropy[:, :-1], (1, 0))
+
+    def logprobs(self) -> Tensor:
+        import torch
+
+        with torch.no_grad():
+            logprobs, entropy = self.statistics()
+        entropy.cpu()
+        return logprobs.cpu()
+
+    def gradients(self) -> float:
+        """The loss."""
+        self.model.zero_grad(set_to_none=True)
+        logprobs, _ = self.statistics()
+        loss = self.loss_fn(logprobs, self.batch).loss / self.batch.num_trained_tokens
+        loss.backward()
+        return float(loss.detach())
+
+
+class Ours:
+    """The actor on the same samples, padded or packed."""
+
+    def __init__(self, actor: Actor, batch: MicroBatch, loss_fn: LossFn) -> None:
+        self.actor, self.batch = actor, batch
+        self.step_arguments = ([batch], loss_fn, batch.num_trained_tokens)
+
+    def logprobs(self) -> Tensor:
+        return self.actor.logprobs([self.batch])[0][0]
+
+    def gradients(self) -> None:
+        self.actor._gradients(*self.step_arguments)  # train_step without the optimizer: only a benchmark wants that
+
+    def step(self) -> StepResult:
+        return self.actor.train_step(*self.step_arguments)
+
+
+def check_same(ours: Ours, reference: Reference, dtype: Dtype) -> None:
+    """Log-probs, loss and gradient norm of both sides before the first update. Raises RunError where they differ."""
+    import torch
+
+    pairs = zip(ours.batch.per_sample(ours.logprobs()), reference.batch.per_sample(reference.logprobs()), strict=True)
+    apart = torch.cat([a - b for a, b in pairs]).abs().mean().item()
+    wanted_loss = reference.gradients()
+    norms = [w.grad.float().norm() for w in reference.weights if w.grad is not None]
+    wanted_norm = float(torch.stack(norms).norm())
+    result = ours.step()
+    loss, norm = result.metrics["loss"], result.grad_norm
+    per_token, relative = TOLERANCE[dtype]
+    for what, difference, tolerance in (
+        ("log-probs", apart, per_token),
+        ("losses", abs(loss - wanted_loss) / max(abs(wanted_loss), 1.0), relative),
+        ("gradient norms", abs(norm - wanted_norm) / wanted_norm, relative),
+    ):
+        if not difference <= tolerance:
+            raise RunError(f"the {what} of actor and transformers differ by {difference:.2g}, above {tolerance:g}")
+
+
+def interleaved(sides: Sequence[Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> list[float]:
+    """Median seconds of each side; they take turns, and the turns change direction."""
+    seconds: list[list[float]] = [[] for _ in sides]
+    for turn in range(WARM_UPS + repeats):
+        for i in range(len(sides))[:: 1 if turn % 2 else -1]:
+            start = clock()
+            sides[i]()
+            seconds[i].append(clock() - start)
+    return [statistics.median(times[WARM_UPS:]) for times in seconds]
+
+
+def gpu_clock() -> float:
+    """Once everything that was asked of the GPU is done."""
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Bench:
+    """One shape in one dtype: both sides built, checked, and ready to be measured."""
+
+    def __init__(self, name: str, dtype: Dtype, packing: bool, tokens: int | None) -> None:
+        from collab_megatron.config.sections import AlgorithmSection, OptimizerSection
+        from collab_megatron.trainer.actor.actor import Actor
+        from collab_megatron.trainer.actor.grid import grid
+        from collab_megatron.trainer.batching.micro_batch import split_by_tokens
+        from collab_megatron.trainer.loss.grpo_step import make_grpo_loss
+
+        self.name, self.dtype, self.packing = name, dtype, packing
+        loss_fn = make_grpo_loss(AlgorithmSection())
+        samples = make_samples(SHAPES[name], packing, tokens)
+        cut = partial(split_by_tokens, samples, micro_batch_tokens=10**9, pad_id=0)
+        with tempfile.TemporaryDirectory() as work:
+            make_model(SHAPES[name], dtype, Path(work))
+            self.device = grid().device
+            section = OptimizerSection(lr=LR)
+            actor = Actor.build(work, dtype=dtype, grid=grid(), optimizer=section, total_steps=10**6)
+            self.reference = Reference(Path(work), dtype, cut()[0].to(self.device), loss_fn, self.device)
+        self.spec = actor.spec
+        self.ours = Ours(actor, cut(packed=packing)[0], loss_fn)
+        check_same(self.ours, self.reference, dtype)
+
+    def row(self, phase: str, repeats: int, cpu_time: bool) -> Row:
+        import torch
+
+        from collab_megatron.model.flops import forward_flops, peak_flops, train_flops
+
+        no_masters = phase == "step" and self.dtype == "bfloat16"
+        sides: list[Callable[[], Any]]
+        if phase == "step":
+            sides = [self.ours.step, self.reference.make_step(masters=no_masters)]
+            if no_masters:
+                sides.append(self.reference.make_step(masters=False))
+        elif phase == "forward_backward":
+            sides = [self.ours.gradients, self.reference.gradients]
+        else:
+            sides = [self.ours.logprobs, self.reference.logprobs]
+        on_gpu = self.device.type == "cuda"
+        clock = gpu_clock if on_gpu else time.process_time if cpu_time else time.perf_counter
+        seconds = interleaved(sides, repeats, clock)
+        lengths = self.ours.batch.lengths
+        peak = peak_flops(torch.cuda.get_device_name()) if on_gpu and self.dtype == "bfloat16" else None
+        flops = (forward_flops if phase == "logprobs" else train_flops)(self.spec, lengths)
+        speeds = [sum(lengths) / t for t in seconds]
+        return Row(
+            shape=self.name,
+            dtype=self.dtype,
+            phase=phase,
+            tokens=sum(lengths),
+            threads=torch.get_num_threads(),
+            packing=self.packing,
+            tokens_per_s=speeds[0],
+            transformers_tokens_per_s=speeds[1],
+            ratio=speeds[0] / speeds[1],
+            transformers_no_masters_tokens_per_s=speeds[2] if no_masters else None,
+            mfu=flops / seconds[0] / peak if peak else None,
+            transformers_mfu=flops / seconds[1] / peak if peak else None,
+        )
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row | Skipped]:
+    """Every phase of every shape in every dtype, as soon as it is there."""
+    import torch
+
+    for name in args.shapes:
+        for dtype in args.dtypes:
+            bench: Bench | None = None
+            for phase in args.phases:
+                try:
+                    bench = bench or Bench(name, dtype, args.packing, args.tokens)
+                    yield bench.row(phase, args.repeats, args.cpu_time)
+                except torch.OutOfMemoryError as error:
+                    yield Skipped(name, dtype, phase, f"out of memory: {str(error).splitlines()[0]}")
+            del bench
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def line(row: Row | Skipped) -> str:
+    """For people."""
+    head = f"{row.shape:14s} {row.dtype:9s} {row.phase:17s}"
+    if isinstance(row, Skipped):
+        return f"{head} skipped: {row.skipped}"
+    text = f"{head} {row.tokens_per_s:10.1f} tokens/s, transformers {row.transformers_tokens_per_s:10.1f}"
+    text += f", ratio {row.ratio:.3f}"
+    if row.transformers_no_masters_tokens_per_s is not None:
+        text += f" ({row.tokens_per_s / row.transformers_no_masters_tokens_per_s:.3f} to AdamW on bf16 weights)"
+    if row.mfu is not None:
+        text += f", MFU {row.mfu:.1%} and {row.transformers_mfu:.1%}"
+    return text
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 8m 135m; on CUDA the two qwen2.5")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both; on CUDA bfloat16")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--repeats", type=int, default=5, help="measured calls of each side")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    cpu_time = "measure the process's CPU time instead of the wall clock's, for a busy machine; needs --threads 1"
+    parser.add_argument("--cpu-time", action="store_true", help=cpu_time)
+    parser.add_argument("--tokens", type=int, help="tokens of a call; default: the shape's own")
+    packing = "samples of unequal length, ours packed, theirs padded; default: on CUDA"
+    parser.add_argument("--packing", action=argparse.BooleanOptionalAction, help=packing)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, as a list")
+    args = parser.parse_args()
+    if args.repeats < 1 or (args.tokens is not None and args.tokens < 8) or (args.threads or 1) < 1:
+        raise UserError("--repeats and --threads must be at least 1, --tokens at least 8")
+    if args.cpu_time and args.threads != 1:
+        raise UserError("--cpu-time adds up what all threads used: give --threads 1 with it")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        os.environ.pop(name, None)  # one process, also inside a Slurm step
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read when torch loads, and by init_grid
+    import torch
+
+    from collab_megatron.config.sections import ParallelSection
+    from collab_megatron.trainer.actor.grid import close_grid, init_grid
+
+    on_gpu = torch.cuda.is_available()
+    args.shapes = args.shapes or (["qwen2.5-1.5b", "qwen2.5-7b"] if on_gpu else ["8m", "135m"])
+    args.dtypes = args.dtypes or (["bfloat16"] if on_gpu else list(DTYPES))
+    args.packing = on_gpu if args.packing is None else args.packing
+    init_grid(ParallelSection(), seed=1)
+    rows = []
+    for row in measure(args):
+        print(line(row), flush=True)
+        rows.append({name: value for name, value in asdict(row).items() if value is not None})
+    close_grid()
+    if args.json:
+        publish_json(args.json, rows)
+
+
+if __name__ == "__main__":
+    run_cli(main)
