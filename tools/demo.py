@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from collab_megatron.config.sections import UMASKS
-from collab_megatron.demo.road import RoadSettings, ablate, walk
+from collab_megatron.demo.pipeline import RoadSettings, ablate, walk
 from collab_megatron.demo.summary import print_summary
 from collab_megatron.errors import run_cli
 from collab_megatron.files import keep_from_others

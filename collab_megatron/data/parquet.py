@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collab_megatron.data.columns import Columns
-from collab_megatron.data.schema import ROLES
+from collab_megatron.data.collab_rows import ROLES
+from collab_megatron.data.parquet_columns import Columns
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message, Task
 

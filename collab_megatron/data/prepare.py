@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from collab_megatron.data.bad_rows import BadRows
-from collab_megatron.data.load import load_rows
+from collab_megatron.data.collab_rows import CollabRow
+from collab_megatron.data.dataset_source import load_rows
 from collab_megatron.data.parquet import write_conversations, write_tasks
-from collab_megatron.data.rl import rl_tasks
-from collab_megatron.data.schema import CollabRow
-from collab_megatron.data.sft import sft_conversations
+from collab_megatron.data.rl_tasks import rl_tasks
+from collab_megatron.data.sft_conversations import sft_conversations
 from collab_megatron.data.splits import DEFAULT_SHARE, refuse_overlap, split_rows
 from collab_megatron.errors import UserError
 

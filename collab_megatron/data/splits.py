@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from collab_megatron.data.schema import CollabRow
+from collab_megatron.data.collab_rows import CollabRow
 from collab_megatron.errors import UserError
 
 DEFAULT_SHARE = 0.1

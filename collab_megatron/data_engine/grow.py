@@ -4,7 +4,7 @@ At every turn the assistant proposes replies (one call), each is scored by its m
 futures in which the same assistant plays the policy, and the best goes into the conversation. The first user turn of
 the best reply's first future then continues the chat, so what was scored is also what happens next.
 
-What the assistant thinks (data/thoughts.py) is seen by nobody and stands in no row.
+What the assistant thinks (data/thought_tags.py) is seen by nobody and stands in no row.
 A failed future is dropped; a candidate without a scored future drops out; a turn without candidates fails the whole
 conversation with SimulatorError.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from collab_megatron.data.parquet import to_turns
-from collab_megatron.data.thoughts import split_thoughts
+from collab_megatron.data.thought_tags import split_thoughts
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.rollout.llm import SimulatorError, ends_chat
 from collab_megatron.rollout.rewards import Scorer, multiturn_reward

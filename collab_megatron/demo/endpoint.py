@@ -27,7 +27,7 @@ from typing import Any
 
 from aiohttp import web
 
-from collab_megatron.demo.roles import ROLES, answer
+from collab_megatron.demo.scripted_roles import ROLES, answer
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.processes import die_with_parent
 

@@ -14,10 +14,10 @@ from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig,
 from collab_megatron.config.entry import llm_roles
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
-from collab_megatron.data.fit import fitting_tasks, max_context_tokens
 from collab_megatron.data.parquet import read_task_files
-from collab_megatron.data.sft_rows import read_sft_rows
+from collab_megatron.data.sft_tokens import read_sft_rows
 from collab_megatron.data.splits import shared_tasks
+from collab_megatron.data.token_limit import fitting_tasks, max_context_tokens
 from collab_megatron.data_engine.problems import read_problems
 from collab_megatron.data_engine.worker import make_players
 from collab_megatron.engine.server_args import engine_command
@@ -36,11 +36,11 @@ from collab_megatron.launch.places import (
 )
 from collab_megatron.launch.plan import build_plan, evaluate_plan, rl_plan, sft_plan
 from collab_megatron.launch.threads import usable_cores
-from collab_megatron.model.inventory import check_inventory, tensor_shapes
+from collab_megatron.model.folder import resolve_model_folder
 from collab_megatron.model.layout import check_layout, read_hf_config
-from collab_megatron.model.source import resolve_model_folder
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tables import parameter_count
+from collab_megatron.model.tensor_check import check_inventory, tensor_shapes
 from collab_megatron.rollout.llm import Gateway, user_simulator
 from collab_megatron.rollout.llm.health import SimulatorHealth
 from collab_megatron.rollout.rewards import configured_scorer

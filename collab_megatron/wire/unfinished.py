@@ -11,7 +11,7 @@ from pathlib import Path
 
 from collab_megatron.config import RLConfig, SFTConfig
 from collab_megatron.json_lines import read_rows
-from collab_megatron.model.inventory import writer_said
+from collab_megatron.model.tensor_check import writer_said
 from collab_megatron.wire.checkpoints import read_best
 
 METRICS_FILE = "metrics.jsonl"

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from collab_megatron.data.bad_rows import BadRows
-from collab_megatron.data.load import load_rows
-from collab_megatron.data.order import refill_index, step_indices
+from collab_megatron.data.collab_rows import read_rows
+from collab_megatron.data.dataset_source import load_rows
 from collab_megatron.data.parquet import (
     Conversation,
     read_conversation_files,
@@ -23,9 +23,9 @@ from collab_megatron.data.parquet import (
     write_conversations,
     write_tasks,
 )
-from collab_megatron.data.rl import rl_tasks
-from collab_megatron.data.schema import read_rows
-from collab_megatron.data.sft import sft_conversations
+from collab_megatron.data.rl_tasks import rl_tasks
+from collab_megatron.data.row_order import refill_index, step_indices
+from collab_megatron.data.sft_conversations import sft_conversations
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message, Task
 

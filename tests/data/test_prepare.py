@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from collab_megatron.data.collab_rows import FLAT_COLUMNS, NESTED_COLUMNS, read_rows
 from collab_megatron.data.parquet import read_conversations, read_tasks
 from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, text_or_file
-from collab_megatron.data.schema import FLAT_COLUMNS, NESTED_COLUMNS, read_rows
 from collab_megatron.data.splits import place, split_rows
 from collab_megatron.data_engine.problems import NEEDED
 from collab_megatron.errors import UserError

@@ -138,7 +138,9 @@ def measure(servers: int, repeats: int, smg: str | None) -> list[Row]:
     """Start everything, take turns, end everything."""
     from transformers.utils.logging import disable_progress_bar
 
-    from collab_megatron.demo.model import write_model  # torch with it: seconds that a mistyped option need not wait
+    from collab_megatron.demo.tiny_model import (
+        write_model,  # torch with it: seconds that a mistyped option need not wait
+    )
 
     disable_progress_bar()
     with (

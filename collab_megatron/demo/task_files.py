@@ -1,6 +1,6 @@
 """Writes the demo's tasks as files.
 
-    python -m collab_megatron.demo.tasks --output DIR --train 3000 --heldout 1000 --seed 1
+    python -m collab_megatron.demo.task_files --output DIR --train 3000 --heldout 1000 --seed 1
 
 `train.jsonl` holds single-turn problems for the data builder, `heldout.jsonl` rows in CollabLLM's flat format for
 evaluation. Within a file every opening is another one (rows are told apart by their `prompt`); between the files no
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.demo.world import DeskTask, sample_task
+from collab_megatron.demo.desk import DeskTask, sample_task
 from collab_megatron.errors import UserError, run_cli
 
 MAX_TASKS = 100_000  # far below the number of openings, so that looking for a new one always ends soon

@@ -83,12 +83,12 @@ class Road:
     # the stages, in order
 
     def make_model(self) -> None:
-        argv = ["-m", "collab_megatron.demo.model", "--output", str(self.run_dir / "model")]
+        argv = ["-m", "collab_megatron.demo.tiny_model", "--output", str(self.run_dir / "model")]
         self.stage("model", [*argv, "--seed", str(self._settings.seed)])
 
     def make_tasks(self) -> None:
         s = self._settings
-        argv = ["-m", "collab_megatron.demo.tasks", "--output", str(self.run_dir / "data" / "tasks")]
+        argv = ["-m", "collab_megatron.demo.task_files", "--output", str(self.run_dir / "data" / "tasks")]
         self.stage(
             "tasks", [*argv, "--train", str(s.conversations), "--heldout", str(s.held_out), "--seed", str(s.seed)]
         )

@@ -1,6 +1,6 @@
 """Writes the demo model: an ordinary Hugging Face folder with a tiny random Llama and its tokenizer.
 
-    python -m collab_megatron.demo.model --output DIR --seed 1
+    python -m collab_megatron.demo.tiny_model --output DIR --seed 1
 
 Two wide layers learn the world about twice as fast as four narrow ones of the same size. The folder is written beside
 its place and renamed, so a reader never sees half a model.

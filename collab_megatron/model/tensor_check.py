@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from collab_megatron.errors import UserError
-from collab_megatron.model.headers import INDEX, read_headers, read_index
+from collab_megatron.model.safetensors_headers import INDEX, read_headers, read_index
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.model.tables import rows
 
