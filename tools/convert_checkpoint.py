@@ -37,8 +37,8 @@ from collab_megatron.errors import EXIT_RUN, EXIT_USER, RunError, UserError, run
 from collab_megatron.files import keep_from_others
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Supervisor
-from collab_megatron.model.folder import resolve_model_folder
-from collab_megatron.model.layout import check_layout, read_hf_config
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
+from collab_megatron.model.layout import check_layout
 from collab_megatron.trainer.convert.hf_folder import check_output, parse_size
 from collab_megatron.wire.checkpoints import BEST, MARKER, CheckpointInfo, newest_complete, read_best, read_info
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from collab_megatron.config.sections import UMASKS
-from collab_megatron.demo.pipeline import RoadSettings, ablate, walk
+from collab_megatron.demo.pipeline import DemoSettings, ablate, walk
 from collab_megatron.demo.summary import print_summary
 from collab_megatron.errors import run_cli
 from collab_megatron.files import keep_from_others
@@ -20,7 +20,7 @@ from collab_megatron.launch.places import check_folder
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def short_settings(run_dir: Path, seed: int) -> RoadSettings:
+def short_settings(run_dir: Path, seed: int) -> DemoSettings:
     """Every stage for real, none of them long."""
     few = ("evaluation.num_tasks=24",)
     rl = (
@@ -30,7 +30,7 @@ def short_settings(run_dir: Path, seed: int) -> RoadSettings:
         "train.save_interval=2",
         "optimizer.warmup_steps=1",
     )
-    return RoadSettings(
+    return DemoSettings(
         run_dir=run_dir,
         seed=seed,
         conversations=48,
@@ -55,7 +55,7 @@ def main() -> None:
     keep_from_others(UMASKS[0])
     run_dir = args.run_dir.absolute()
     check_folder("--run-dir", run_dir)
-    settings = short_settings(run_dir, args.seed) if args.short else RoadSettings(run_dir, args.seed)
+    settings = short_settings(run_dir, args.seed) if args.short else DemoSettings(run_dir, args.seed)
     summary = ablate(settings, REPOSITORY) if args.ablation else walk(settings, REPOSITORY)
     print_summary(summary, args.run_dir)
 

@@ -27,7 +27,7 @@ KEY_VARIABLE = "DESK_API_KEY"
 
 
 @dataclass(frozen=True)
-class RoadSettings:
+class DemoSettings:
     """How long the road is; the defaults are the demo's, tools/demo.py --short walks the same way in a few steps."""
 
     run_dir: Path
@@ -42,7 +42,7 @@ class RoadSettings:
 class Road:
     """Runs stages and keeps the time of each."""
 
-    def __init__(self, settings: RoadSettings, repository: Path) -> None:
+    def __init__(self, settings: DemoSettings, repository: Path) -> None:
         self._settings = settings
         self._repository = repository
         # as secret as a real one: it must show up nowhere
@@ -163,7 +163,7 @@ def refuse_used_folder(run_dir: Path) -> None:
         raise UserError(f"{run_dir} is not empty: remove it (rm -r {run_dir}) or choose another with --run-dir")
 
 
-def walk(settings: RoadSettings, repository: Path) -> dict[str, Any]:
+def walk(settings: DemoSettings, repository: Path) -> dict[str, Any]:
     """The whole road; returns the summary that now stands in RUN_DIR/summary.json."""
     from collab_megatron.demo.summary import write_summary  # reads files the stages have written
 
@@ -188,7 +188,7 @@ ABLATION: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def ablate(settings: RoadSettings, repository: Path) -> dict[str, Any]:
+def ablate(settings: DemoSettings, repository: Path) -> dict[str, Any]:
     """Two more RL runs from the SFT model of an earlier `walk`; their figures join its summary."""
     from collab_megatron.demo.summary import read_summary, write_summary
 
@@ -205,7 +205,7 @@ def ablate(settings: RoadSettings, repository: Path) -> dict[str, Any]:
     return write_summary(settings.run_dir, wall_s=road.wall_s, settings=earlier["config"]["settings"])
 
 
-def settings_json(settings: RoadSettings) -> dict[str, Any]:
+def settings_json(settings: DemoSettings) -> dict[str, Any]:
     """The settings as they stand in the summary."""
     plain = {"seed": settings.seed, "conversations": settings.conversations, "held_out": settings.held_out}
     return {**plain, "sft_steps": settings.sft_steps, "rl_steps": settings.rl_steps}

@@ -36,11 +36,11 @@ from collab_megatron.launch.places import (
 )
 from collab_megatron.launch.plan import build_plan, evaluate_plan, rl_plan, sft_plan
 from collab_megatron.launch.threads import usable_cores
-from collab_megatron.model.folder import resolve_model_folder
-from collab_megatron.model.layout import check_layout, read_hf_config
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
+from collab_megatron.model.layout import check_layout
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tables import parameter_count
-from collab_megatron.model.tensor_check import check_inventory, tensor_shapes
+from collab_megatron.model.tensor_check import check_tensors, tensor_shapes
 from collab_megatron.rollout.llm import Gateway, user_simulator
 from collab_megatron.rollout.llm.health import SimulatorHealth
 from collab_megatron.rollout.rewards import configured_scorer
@@ -230,7 +230,7 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     spec = model_spec(hf_config)
     in_checkpoint = (folder.parent / MARKER).is_file()  # config and tokenizer alone: converting checks the weights
     if not in_checkpoint:
-        check_inventory(tensor_shapes(path, folder), spec, path)
+        check_tensors(tensor_shapes(path, folder), spec, path)
     chat = ChatTemplate(load_tokenizer(folder))
     chat.check_growth(inexact_template)
     return _Model(folder, hf_config, spec, chat)

@@ -1,9 +1,11 @@
-"""Where a model's files are: a folder, or a name on the Hugging Face hub fetched into its cache. Pure: no torch."""
+"""A model's folder: a local path, or a Hugging Face hub name fetched into the cache; and its config.json. No torch."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from collab_megatron.errors import UserError
 
@@ -13,9 +15,9 @@ _FILES = ["*.safetensors", *_SMALL_FILES]
 
 
 def resolve_model_folder(path: str | Path, *, weights: bool = True) -> Path:
-    """A local folder with the model's files; of a hub name without its weights where `weights` is false.
+    """The local folder of a model. A hub name is fetched into the cache; `weights` False leaves its weights out.
 
-    Raises UserError when `path` is neither a folder nor a hub name that can be fetched (or is in the cache already).
+    Raises UserError when `path` is neither a folder nor a hub name that can be fetched or is in the cache.
     """
     folder = Path(path)
     try:
@@ -32,3 +34,19 @@ def resolve_model_folder(path: str | Path, *, weights: bool = True) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=_FILES if weights else _SMALL_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"model {path} is neither a folder nor can it be fetched from the hub: {error}") from error
+
+
+def read_hf_config(folder: str | Path) -> dict[str, Any]:
+    """The contents of config.json. Raises UserError when it is missing or is not a JSON object."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a Hugging Face model folder: it has no config.json") from error
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: it is nested too deeply; take the model's own file") from None
+    except (OSError, ValueError) as error:  # ValueError: no JSON, no UTF-8
+        raise UserError(f"{path} cannot be read: {error}; take the model's own file") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object; take the model's own file")
+    return config

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import UserError
-from collab_megatron.model.spec import ARCHITECTURES, ModelSpec, model_spec
-
-SUPPORTED: tuple[str, ...] = tuple(ARCHITECTURES)
-
-
-def read_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The contents of config.json. Raises UserError when it is missing or is not a JSON object."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a Hugging Face model folder: it has no config.json") from error
-    except RecursionError:
-        raise UserError(f"{path} cannot be read: it is nested too deeply; take the model's own file") from None
-    except (OSError, ValueError) as error:  # ValueError: no JSON, no UTF-8
-        raise UserError(f"{path} cannot be read: {error}; take the model's own file") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return config
+from collab_megatron.model.spec import ModelSpec, model_spec
 
 
 def check_layout(hf_config: Mapping[str, Any], parallel: ParallelSection) -> None:

@@ -13,13 +13,12 @@ Legend: `size` bytes of a weight or activation (2 or 4); what names no unit is b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from collab_megatron.config.sections import EngineSection, OptimizerSection, ParallelSection, TrainSection
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, OUTPUT, Row, layer_rows, parameter_count
+from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, OUTPUT, ParameterRow, layer_rows, parameter_count
 
 Reference = Literal["none", "model", "swap"]
 FP32 = 4
@@ -110,11 +109,6 @@ def trainer_memory(
     return found
 
 
-def fullest(stages: Sequence[RankMemory]) -> RankMemory:
-    """The stage whose ranks need most on the device."""
-    return max(stages, key=lambda stage: stage.device)
-
-
 def stage_parameters(spec: ModelSpec, parallel: ParallelSection, stage: int) -> tuple[int, int]:
     """Parameters on a rank of the stage: (those that all its data ranks hold, those of its experts)."""
     last = parallel.pipeline - 1
@@ -129,7 +123,7 @@ def stage_parameters(spec: ModelSpec, parallel: ParallelSection, stage: int) -> 
     return dense, experts * (spec.experts // parallel.expert)
 
 
-def _local(row: Row, spec: ModelSpec, parallel: ParallelSection) -> int:
+def _local(row: ParameterRow, spec: ModelSpec, parallel: ParallelSection) -> int:
     """Elements of one parameter on a rank that holds it."""
     dims = {**spec.dims, "vocab": spec.padded_vocab(parallel.tensor)}
     whole = sum(math.prod(dims[dim] for dim in shape) for shape in row.shapes)

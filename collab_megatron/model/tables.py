@@ -20,7 +20,7 @@ Join = Literal["none", "qkv", "gate_up"]
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterRow:
     """One Megatron parameter. A row of the tables below may hold `{layer}` and `{expert}`; one of `rows` never does."""
 
     megatron: str
@@ -36,7 +36,7 @@ class Row:
         """Its rows are the vocabulary: padded in Megatron, not in Hugging Face."""
         return self.shapes[0][0] == "vocab"
 
-    def at(self, layer: int, expert: int | None = None) -> Row:
+    def at(self, layer: int, expert: int | None = None) -> ParameterRow:
         """The row with the numbers filled in."""
 
         def fill(name: str) -> str:
@@ -49,49 +49,53 @@ _M = "decoder.layers.{layer}."
 _H = "model.layers.{layer}."
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0)
-FINAL_NORM = Row("decoder.final_layernorm.weight", ("model.norm.weight",), (("hidden",),), None)
-OUTPUT = Row("output_layer.weight", ("lm_head.weight",), (("vocab", "hidden"),), 0)
+EMBEDDING = ParameterRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0)
+FINAL_NORM = ParameterRow("decoder.final_layernorm.weight", ("model.norm.weight",), (("hidden",),), None)
+OUTPUT = ParameterRow("output_layer.weight", ("lm_head.weight",), (("vocab", "hidden"),), 0)
 
-INPUT_NORM = Row(_M + "input_layernorm.weight", (_H + "input_layernorm.weight",), (("hidden",),), None)
-QKV_WEIGHT = Row(
+INPUT_NORM = ParameterRow(_M + "input_layernorm.weight", (_H + "input_layernorm.weight",), (("hidden",),), None)
+QKV_WEIGHT = ParameterRow(
     _M + "self_attention.linear_qkv.weight",
     tuple(_H + name + ".weight" for name in _QKV),
     (("q", "hidden"), ("kv", "hidden"), ("kv", "hidden")),
     0,
     "qkv",
 )
-QKV_BIAS = Row(
+QKV_BIAS = ParameterRow(
     _M + "self_attention.linear_qkv.bias",
     tuple(_H + name + ".bias" for name in _QKV),
     (("q",), ("kv",), ("kv",)),
     0,
     "qkv",
 )
-Q_NORM = Row(_M + "self_attention.q_layernorm.weight", (_H + "self_attn.q_norm.weight",), (("head",),), None)
-K_NORM = Row(_M + "self_attention.k_layernorm.weight", (_H + "self_attn.k_norm.weight",), (("head",),), None)
-ATTENTION_OUT = Row(_M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), (("hidden", "q"),), 1)
-MLP_NORM = Row(_M + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",), (("hidden",),), None)
-MLP_IN = Row(
+Q_NORM = ParameterRow(_M + "self_attention.q_layernorm.weight", (_H + "self_attn.q_norm.weight",), (("head",),), None)
+K_NORM = ParameterRow(_M + "self_attention.k_layernorm.weight", (_H + "self_attn.k_norm.weight",), (("head",),), None)
+ATTENTION_OUT = ParameterRow(
+    _M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), (("hidden", "q"),), 1
+)
+MLP_NORM = ParameterRow(
+    _M + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",), (("hidden",),), None
+)
+MLP_IN = ParameterRow(
     _M + "mlp.linear_fc1.weight",
     (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"),
     (("ffn", "hidden"), ("ffn", "hidden")),
     0,
     "gate_up",
 )
-MLP_OUT = Row(_M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), (("hidden", "ffn"),), 1)
+MLP_OUT = ParameterRow(_M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), (("hidden", "ffn"),), 1)
 
-ROUTER = Row(_M + "mlp.router.weight", (_H + "mlp.gate.weight",), (("experts", "hidden"),), None)
+ROUTER = ParameterRow(_M + "mlp.router.weight", (_H + "mlp.gate.weight",), (("experts", "hidden"),), None)
 # experts are spread over expert-parallel ranks whole: their tensor-parallel size is 1
 _EXPERT = _M + "mlp.experts.local_experts.{expert}."
-EXPERT_IN = Row(
+EXPERT_IN = ParameterRow(
     _EXPERT + "linear_fc1.weight",
     (_H + "mlp.experts.{expert}.gate_proj.weight", _H + "mlp.experts.{expert}.up_proj.weight"),
     (("expert_ffn", "hidden"), ("expert_ffn", "hidden")),
     None,
     "gate_up",
 )
-EXPERT_OUT = Row(
+EXPERT_OUT = ParameterRow(
     _EXPERT + "linear_fc2.weight",
     (_H + "mlp.experts.{expert}.down_proj.weight",),
     (("hidden", "expert_ffn"),),
@@ -115,7 +119,7 @@ def canonical_name(megatron_name: str) -> str:
     return megatron_name
 
 
-def layer_rows(spec: ModelSpec, layer: int) -> Iterator[Row]:
+def layer_rows(spec: ModelSpec, layer: int) -> Iterator[ParameterRow]:
     """The rows of one layer, numbers filled in, in the order in which they are streamed."""
     attention = [INPUT_NORM, QKV_WEIGHT]
     if spec.qkv_bias:
@@ -130,7 +134,7 @@ def layer_rows(spec: ModelSpec, layer: int) -> Iterator[Row]:
         yield EXPERT_OUT.at(layer, expert)
 
 
-def rows(spec: ModelSpec) -> Iterator[Row]:
+def rows(spec: ModelSpec) -> Iterator[ParameterRow]:
     """Every row of the model, numbers filled in, in the order in which tensors are streamed."""
     yield EMBEDDING
     for layer in range(spec.layers):

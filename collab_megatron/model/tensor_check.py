@@ -36,7 +36,7 @@ def _is_whole(folder: Path) -> bool:
     return bool(found) and all(found)
 
 
-def writer_said(file: Path) -> Mapping[str, str]:
+def header_metadata(file: Path) -> Mapping[str, str]:
     """What the writer of a safetensors file noted in its header; empty where it cannot be read."""
     from huggingface_hub import parse_local_safetensors_file_metadata
     from huggingface_hub.errors import SafetensorsParsingError
@@ -47,9 +47,9 @@ def writer_said(file: Path) -> Mapping[str, str]:
         return {}
 
 
-def check_inventory(shapes: Shapes, spec: ModelSpec, where: str | Path) -> None:
+def check_tensors(shapes: Shapes, spec: ModelSpec, where: str | Path) -> None:
     """Raise UserError naming a tensor that is missing, that nobody knows, or that has another shape."""
-    check_names(shapes, spec, where)
+    check_tensor_names(shapes, spec, where)
     for name, wanted in _expected(spec).items():
         if shapes[name] != wanted:
             raise UserError(
@@ -58,7 +58,7 @@ def check_inventory(shapes: Shapes, spec: ModelSpec, where: str | Path) -> None:
             )
 
 
-def check_names(found: Collection[str], spec: ModelSpec, where: str | Path) -> None:
+def check_tensor_names(found: Collection[str], spec: ModelSpec, where: str | Path) -> None:
     """Raise UserError naming a tensor that the model needs and `where` lacks, or the other way round."""
     expected = _expected(spec)
     for name, shape in expected.items():

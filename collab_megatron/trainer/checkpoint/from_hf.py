@@ -21,11 +21,11 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
 from collab_megatron.errors import RunError, UserError
-from collab_megatron.model.layout import read_hf_config
+from collab_megatron.model.folder import read_hf_config
 from collab_megatron.model.safetensors_headers import StoredTensor, read_headers
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tables import rows
-from collab_megatron.model.tensor_check import check_names
+from collab_megatron.model.tensor_check import check_tensor_names
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import RankGrid, phase
 from collab_megatron.trainer.checkpoint.pieces import Piece, memoryless_actor, pieces
@@ -54,7 +54,7 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
     with together(grid, doing, directory):
         spec = model_spec(read_hf_config(source))
         with SafetensorsFolder(source) as names:
-            check_names(names.names, spec, names.folder)
+            check_tensor_names(names.names, spec, names.folder)
         stored = read_headers(source)
         actor = memoryless_actor(source, _check_tensors(stored, spec), grid)
         mine = share(pieces(actor), grid.rank, grid.world_size)

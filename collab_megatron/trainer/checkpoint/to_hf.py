@@ -33,10 +33,10 @@ from collab_megatron.trainer.checkpoint.reader import read_metadata
 from collab_megatron.trainer.checkpoint.together import together
 from collab_megatron.trainer.convert.buckets import TensorInfo
 from collab_megatron.trainer.convert.hf_folder import (
+    atomic_folder,
     cut_into_shards,
     finish_folder,
     parse_size,
-    whole_or_absent,
     write_shard,
 )
 from collab_megatron.trainer.convert.progress_bar import progress
@@ -166,12 +166,12 @@ def _origin(info: CheckpointInfo) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _folder_of_all(output: Path, grid: RankGrid, doing: str) -> Iterator[Path]:
-    """whole_or_absent of rank 0, on every rank; published once rank 0 leaves it. Raises what it raises."""
+    """atomic_folder of rank 0, on every rank; published once rank 0 leaves it. Raises what it raises."""
     place: list[Any] = [None]
     with contextlib.ExitStack() as stack:
         with together(grid, doing, output.parent):
             if grid.is_main:
-                place = [stack.enter_context(whole_or_absent(output))]
+                place = [stack.enter_context(atomic_folder(output))]
         dist.broadcast_object_list(place, src=0, group=grid.cpu_group)
         yield place[0]
 

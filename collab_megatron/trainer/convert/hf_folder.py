@@ -66,7 +66,7 @@ def copy_companions(source: Path, target: Path, *, dtype: str | None = None) -> 
 
 
 @contextlib.contextmanager
-def whole_or_absent(output: Path) -> Iterator[Path]:
+def atomic_folder(output: Path) -> Iterator[Path]:
     """A hidden folder beside `output` to write into; it becomes `output` at the end, or is removed on any error.
 
     Raises UserError if `output` holds something already, RunError if the disk is full.
@@ -120,7 +120,7 @@ def write_hf_folder(
     plan: list[TensorInfo] = []
     shards: list[list[TensorInfo]] = []
     size = 0
-    with whole_or_absent(output) as aside:
+    with atomic_folder(output) as aside:
 
         def flush() -> None:
             write_shard(aside, len(shards), plan, pending, metadata)

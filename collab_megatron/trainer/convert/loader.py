@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from collab_megatron.errors import UserError
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.model.tables import Row
-from collab_megatron.model.tensor_check import check_names
+from collab_megatron.model.tables import ParameterRow
+from collab_megatron.model.tensor_check import check_tensor_names
 from collab_megatron.trainer.convert.finite import not_finite
 from collab_megatron.trainer.convert.placement import local_parameters, local_rows
 from collab_megatron.trainer.convert.reshape import join
@@ -105,7 +105,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, 
     """
     parameters = local_parameters(chunks, spec, grid)
     with SafetensorsFolder(folder) as source:
-        check_names(source.names, spec, source.folder)
+        check_tensor_names(source.names, spec, source.folder)
         for row in local_rows(spec, grid):
             parameter = parameters.pop(row.megatron)
             value = read_shard(source, row, spec, grid.tp_rank, grid.tp_size)
@@ -114,7 +114,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, 
     assert not parameters, f"parameters that were not filled: {sorted(parameters)[:5]}"
 
 
-def read_shard(source: SafetensorsFolder, row: Row, spec: ModelSpec, tp_rank: int, tp_size: int) -> Tensor:
+def read_shard(source: SafetensorsFolder, row: ParameterRow, spec: ModelSpec, tp_rank: int, tp_size: int) -> Tensor:
     """One rank's value of the row's Megatron parameter, in the file's dtype; vocabulary padding is zero."""
     parts = []
     for name, dims in zip(row.hf, row.shapes, strict=True):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import UserError
-from collab_megatron.model.folder import resolve_model_folder
-from collab_megatron.model.layout import check_layout, read_hf_config
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
+from collab_megatron.model.layout import check_layout
 from collab_megatron.model.spec import model_spec
 from collab_megatron.trainer.convert.finite import not_finite
 from collab_megatron.trainer.convert.loader import load_hf_weights
@@ -210,7 +210,8 @@ def test_a_missing_tensor_is_seen_by_ranks_that_do_not_read_it(tmp_path: Path) -
 def test_the_layout_check_needs_neither_torch_nor_megatron(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(hf_config()))
     code = (
-        "import sys; from collab_megatron.model.layout import check_layout, read_hf_config; "
+        "import sys; from collab_megatron.model.folder import read_hf_config; "
+        "from collab_megatron.model.layout import check_layout; "
         "from collab_megatron.config.sections import ParallelSection; "
         f"check_layout(read_hf_config({str(tmp_path)!r}), ParallelSection(tensor=2)); "
         "print(sorted({'torch', 'megatron', 'transformers'} & sys.modules.keys()))"

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from collab_megatron.config.sections import ParallelSection
-from collab_megatron.model.layout import check_layout, read_hf_config
+from collab_megatron.model.folder import read_hf_config
+from collab_megatron.model.layout import check_layout
 from collab_megatron.model.spec import ARCHITECTURES, ModelSpec, model_spec
 from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, canonical_name, layer_rows, rows
 from collab_megatron.trainer.convert.buckets import tensor_plan
