@@ -43,6 +43,10 @@ class Message:
     role: str  # system | user | assistant
     content: str
 
+    def to_dict(self) -> dict[str, str]:
+        """As templates, APIs and files have it."""
+        return {"role": self.role, "content": self.content}
+
 
 @dataclass(frozen=True)
 class Task:

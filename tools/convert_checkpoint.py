@@ -40,7 +40,7 @@ from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.model.folder import read_hf_config, resolve_model_folder
 from collab_megatron.model.layout import check_layout
 from collab_megatron.trainer.convert.hf_folder import check_output, parse_size
-from collab_megatron.wire.checkpoints import BEST, MARKER, CheckpointInfo, newest_complete, read_best, read_info
+from collab_megatron.wire.checkpoints import BEST, CheckpointInfo, named_checkpoint, read_best, read_info
 
 if TYPE_CHECKING:
     from collab_megatron.trainer.actor.grid import RankGrid
@@ -120,10 +120,7 @@ def _checkpoint(path: Path, *, best: bool) -> CheckpointInfo:
         if named is None:
             raise UserError(f"{path} names no best checkpoint in {BEST}: leave --best out, or name a step folder")
         return read_info(named.folder)
-    folder = path if (path / MARKER).is_file() else newest_complete(path)
-    if folder is None:
-        raise UserError(f"{path} is not a complete checkpoint and holds none")
-    return read_info(folder)
+    return named_checkpoint(path)
 
 
 @contextlib.contextmanager

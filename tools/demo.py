@@ -2,7 +2,7 @@
 
 python tools/demo.py [--run-dir runs/demo] [--seed 1]
 python tools/demo.py --ablation [--run-dir runs/demo]
-python tools/demo.py --short --run-dir DIR     # the same road in a few steps; nothing is learned
+python tools/demo.py --short --run-dir DIR     # every stage for a few steps; nothing is learned
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from collab_megatron.config.sections import UMASKS
-from collab_megatron.demo.pipeline import DemoSettings, ablate, walk
+from collab_megatron.demo.pipeline import DemoSettings, run_ablation, run_demo
 from collab_megatron.demo.summary import print_summary
 from collab_megatron.errors import run_cli
 from collab_megatron.files import keep_from_others
@@ -56,7 +56,7 @@ def main() -> None:
     run_dir = args.run_dir.absolute()
     check_folder("--run-dir", run_dir)
     settings = short_settings(run_dir, args.seed) if args.short else DemoSettings(run_dir, args.seed)
-    summary = ablate(settings, REPOSITORY) if args.ablation else walk(settings, REPOSITORY)
+    summary = run_ablation(settings, REPOSITORY) if args.ablation else run_demo(settings, REPOSITORY)
     print_summary(summary, args.run_dir)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from collab_megatron.data.parquet import to_turns
 from collab_megatron.data.thought_tags import split_thoughts
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.rollout.llm import SimulatorError, ends_chat
@@ -185,7 +184,7 @@ def _row(problem: Problem, chat: Sequence[Message], turn_id: int, candidate: Can
     task = problem.task
     scored = [future for future in candidate.futures_K if future.status.scored]
     return {
-        "prompt": to_turns(chat),
+        "prompt": [message.to_dict() for message in chat],
         "completion": candidate.text,
         "conv_id": problem.index,
         "turn_id": turn_id,
@@ -194,7 +193,7 @@ def _row(problem: Problem, chat: Sequence[Message], turn_id: int, candidate: Can
         "single_turn_completion": task.ground_truth,
         "single_turn_metadata": dict(task.metadata),
         "task_desc": task.task_desc,
-        "sessions": [to_turns(future.messages) for future in scored],
+        "sessions": [[message.to_dict() for message in future.messages] for future in scored],
         "rewards": _mean_scores([future.scores for future in scored]),
     }
 

@@ -9,8 +9,6 @@ its place and renamed, so a reader never sees half a model.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from collab_megatron.demo.tokenizer import VOCAB_SIZE, build_tokenizer
 from collab_megatron.errors import UserError, run_cli
+from collab_megatron.files import atomic_write
 
 MOST_SEEDS = 2**32  # as run.seed
 MAX_POSITIONS = 512  # tokens of a whole chat; the longest of the world has about 100
@@ -49,14 +48,9 @@ def write_model(output: Path, seed: int) -> int:
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with atomic_write(output) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -23,9 +23,17 @@ from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, OUTPUT, Paramete
 Reference = Literal["none", "model", "swap"]
 FP32 = 4
 INT64 = 8
-# of actor/logprobs.py: fp32 logits worked on at a time, in bytes, and the fewest columns of a tile
+# fp32 logits of a tile of the output head: few enough to stay in a CPU's cache, enough to fill a GPU; measured on CPUs
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
-TILE_COLUMNS = 1024
+TILE_COLUMNS = 1024  # at least: with fewer, matmuls of many tokens lose more than the cache gains
+
+
+def tile_columns(tokens: int, *, device: str, chunk_bytes: int) -> int:
+    """Columns of the vocabulary in one tile of trainer/actor/logprobs.py; a tile's fp32 logits take `chunk_bytes` at
+    most."""
+    column_bytes = FP32 * max(1, tokens)
+    wanted = max(TILE_COLUMNS, TILE_BYTES.get(device, 0) // column_bytes)
+    return max(1, min(wanted, chunk_bytes // column_bytes))
 
 
 def size_of(dtype: str) -> int:
@@ -242,9 +250,8 @@ class _Activations:
         return FP32 * self.tokens * self._columns() <= self.train.logits_chunk_mb * 2**20
 
     def _tile_columns(self) -> int:
-        wanted = max(TILE_COLUMNS, TILE_BYTES[self.device] // (FP32 * self.tokens))
-        budget = self.train.logits_chunk_mb * 2**20 // (FP32 * self.tokens)
-        return max(1, min(wanted, self._columns(), budget))
+        chunk_bytes = self.train.logits_chunk_mb * 2**20
+        return min(self._columns(), tile_columns(self.tokens, device=self.device, chunk_bytes=chunk_bytes))
 
 
 def chunks_in_flight(parallel: ParallelSection, stage: int, micro_batches: int | None) -> int:

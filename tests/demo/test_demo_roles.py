@@ -8,6 +8,7 @@ import random
 import pytest
 
 from collab_megatron.demo import desk, scripted_roles
+from collab_megatron.types import TERMINATION_SIGNAL
 
 TASK = desk.DeskTask(
     intent="RIDE",
@@ -68,9 +69,9 @@ def test_a_turn_may_hold_any_line_end():
 def test_user_gives_up_after_the_second_fruitless_turn():
     chat = [("user", TASK.opening), ("assistant", "well well")]
     first = user(chat)
-    assert scripted_roles.TERMINATION_SIGNAL not in first
+    assert TERMINATION_SIGNAL not in first
     second = user([*chat, ("user", first), ("assistant", "which size?")])
-    assert scripted_roles.TERMINATION_SIGNAL in second
+    assert TERMINATION_SIGNAL in second
 
 
 def test_user_opens_an_empty_chat_vaguely_in_three_of_five():

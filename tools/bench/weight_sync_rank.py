@@ -224,7 +224,7 @@ def make_floor(
     """What measures the least that `num_bytes` can cost, in seconds; its first call warms it up."""
     import torch
 
-    from collab_megatron.trainer.convert.disk_space import fsync_folder
+    from collab_megatron.files import fsync_folder
 
     # as large as the weights: a smaller one, used again and again, would stay in the processor's cache
     source = torch.ones(num_bytes, dtype=torch.uint8, device=actor.grid.device)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
 from collab_megatron.errors import RunError, UserError
+from collab_megatron.files import fsync_folder
 from collab_megatron.model.folder import read_hf_config
 from collab_megatron.model.safetensors_headers import StoredTensor, read_headers
 from collab_megatron.model.spec import ModelSpec, model_spec
@@ -31,7 +32,7 @@ from collab_megatron.trainer.actor.grid import RankGrid, phase
 from collab_megatron.trainer.checkpoint.pieces import Piece, memoryless_actor, pieces
 from collab_megatron.trainer.checkpoint.state import PROGRESS, layout_of
 from collab_megatron.trainer.checkpoint.together import together
-from collab_megatron.trainer.convert.disk_space import fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.disk_space import is_disk_full
 from collab_megatron.trainer.convert.hf_folder import copy_companions
 from collab_megatron.trainer.convert.loader import SafetensorsFolder, require_finite
 from collab_megatron.trainer.convert.progress_bar import Advance, progress

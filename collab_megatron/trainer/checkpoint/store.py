@@ -20,12 +20,13 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
 from collab_megatron.errors import RunError, UserError
+from collab_megatron.files import fsync_folder
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import RankGrid, agree, phase
 from collab_megatron.trainer.checkpoint.reader import SafeCommon, SafeLoad, read_common, read_metadata, refusal
 from collab_megatron.trainer.checkpoint.state import PROGRESS, ShardedState, grid_of, layout_of, progress_in
 from collab_megatron.trainer.checkpoint.writer import DeferredSave, write_tensors
-from collab_megatron.trainer.convert.disk_space import free_bytes, fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.disk_space import free_bytes, is_disk_full
 from collab_megatron.trainer.convert.hf_folder import copy_companions
 from collab_megatron.wire.checkpoints import CheckpointInfo, read_info, retire, step_folder, write_best, write_marker
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from torch import Tensor
 
 from collab_megatron.errors import RunError, UserError
+from collab_megatron.files import fsync_folder
+from collab_megatron.model.safetensors_headers import INDEX
 from collab_megatron.trainer.convert.buckets import TensorInfo
-from collab_megatron.trainer.convert.disk_space import fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.disk_space import is_disk_full
 from collab_megatron.trainer.convert.safetensors_io import write_file
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -171,7 +173,7 @@ def finish_folder(folder: Path, shards: Sequence[Sequence[TensorInfo]], source_f
             (folder / f"shard-{i}").rename(folder / file)
             weight_map |= {info.name: file for info in shard}
         index = {"metadata": {"total_size": sum(map(_size, shards))}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     copy_companions(source_folder, folder, dtype=str(shards[-1][-1].dtype).removeprefix("torch."))
 
 
