@@ -23,9 +23,10 @@ from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, OUTPUT, Paramete
 Reference = Literal["none", "model", "swap"]
 FP32 = 4
 INT64 = 8
-# fp32 logits of a tile of the output head: few enough to stay in a CPU's cache, enough to fill a GPU; measured on CPUs
+# of trainer/actor/logprobs.py: bytes of a tile's fp32 logits, few enough to stay in a CPU's cache and enough to fill a
+# GPU (measured on CPUs only); and its fewest columns: with fewer, matmuls of many tokens lose more than the cache gains
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
-TILE_COLUMNS = 1024  # at least: with fewer, matmuls of many tokens lose more than the cache gains
+TILE_COLUMNS = 1024
 
 
 def tile_columns(tokens: int, *, device: str, chunk_bytes: int) -> int:
