@@ -43,8 +43,8 @@ class Message:
     role: str  # system | user | assistant
     content: str
 
-    def to_dict(self) -> dict[str, str]:
-        """As templates, APIs and files have it."""
+    def as_dict(self) -> dict[str, str]:
+        """{"role": ..., "content": ...}: chat templates, APIs, rows and records hold messages like this."""
         return {"role": self.role, "content": self.content}
 
 

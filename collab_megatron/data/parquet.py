@@ -51,7 +51,7 @@ def write_tasks(path: Path, tasks: Iterable[Task]) -> int:
     rows = [
         {
             "task_id": task.task_id,
-            "prompt": [message.to_dict() for message in task.prompt],
+            "prompt": [message.as_dict() for message in task.prompt],
             "single_turn_prompt": task.single_turn_prompt,
             "ground_truth": task.ground_truth,
             "task_desc": task.task_desc,
@@ -82,7 +82,7 @@ def read_task_files(files: Sequence[Path]) -> tuple[list[Task], int]:
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> int:
     """Write SFT conversations; returns how many."""
     rows = [
-        {"conv_id": row.conv_id, "messages": [message.to_dict() for message in row.messages]} for row in conversations
+        {"conv_id": row.conv_id, "messages": [message.as_dict() for message in row.messages]} for row in conversations
     ]
     _write(path, rows, CONVERSATION_SCHEMA)
     return len(rows)

@@ -184,7 +184,7 @@ def _row(problem: Problem, chat: Sequence[Message], turn_id: int, candidate: Can
     task = problem.task
     scored = [future for future in candidate.futures_K if future.status.scored]
     return {
-        "prompt": [message.to_dict() for message in chat],
+        "prompt": [message.as_dict() for message in chat],
         "completion": candidate.text,
         "conv_id": problem.index,
         "turn_id": turn_id,
@@ -193,7 +193,7 @@ def _row(problem: Problem, chat: Sequence[Message], turn_id: int, candidate: Can
         "single_turn_completion": task.ground_truth,
         "single_turn_metadata": dict(task.metadata),
         "task_desc": task.task_desc,
-        "sessions": [[message.to_dict() for message in future.messages] for future in scored],
+        "sessions": [[message.as_dict() for message in future.messages] for future in scored],
         "rewards": _mean_scores([future.scores for future in scored]),
     }
 

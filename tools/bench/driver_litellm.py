@@ -67,7 +67,7 @@ class BareLLM:
         check: Callable[[str], object] | None = None,
     ) -> list[LLMReply]:
         """The text as it comes; waits without end, since the stand-in fails a call only once."""
-        wire = [message.to_dict() for message in messages]
+        wire = [{"role": message.role, "content": message.content} for message in messages]
         attempt = 0
         while True:
             try:
