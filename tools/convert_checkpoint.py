@@ -95,7 +95,11 @@ def megatron_to_hf(info: CheckpointInfo, output: Path, grid: RankGrid, *, max_sh
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/convert_checkpoint.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     to_megatron = commands.add_parser("hf-to-megatron", help="a Hugging Face folder to a training checkpoint")
     to_megatron.add_argument("--hf-path", required=True, help="model folder or hub name")

@@ -46,7 +46,9 @@ def short_settings(run_dir: Path, seed: int) -> DemoSettings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ablation", action="store_true", help="two more RL runs from an earlier demo's SFT model")

@@ -52,7 +52,9 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="CollabLLM rows to the parquet files that training reads.")
+    parser = argparse.ArgumentParser(
+        prog="python tools/prepare_dataset.py", description="CollabLLM rows to the parquet files that training reads."
+    )
     parser.add_argument("--dataset", required=True, help="hub name, folder or file with CollabLLM rows")
     parser.add_argument("--dataset-type", required=True, choices=("sft", "rl"))
     parser.add_argument("--output", required=True, type=Path, help="folder to write into")

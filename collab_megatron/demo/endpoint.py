@@ -142,7 +142,10 @@ def _error(status: int, message: str, code: str, param: str | None = None) -> we
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve the demo's user simulator, judge and assistant over HTTP.")
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_megatron.demo.endpoint",
+        description="Serve the demo's user simulator, judge and assistant over HTTP.",
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port (default)")
     parser.add_argument("--ready-file", type=Path, help="receives host:port once the endpoint listens")

@@ -77,7 +77,10 @@ def write_tasks(output: Path, train: int, heldout: int, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the demo's training problems and held-out tasks.")
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_megatron.demo.task_files",
+        description="Write the demo's training problems and held-out tasks.",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")
     parser.add_argument("--train", type=int, default=3000, help="number of training problems")
     parser.add_argument("--heldout", type=int, default=1000, help="number of held-out tasks")

@@ -55,7 +55,9 @@ def write_model(output: Path, seed: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the demo's random model and its tokenizer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_megatron.demo.tiny_model", description="Write the demo's random model and its tokenizer."
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

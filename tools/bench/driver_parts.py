@@ -17,10 +17,9 @@ from collab_megatron.config import dump_config
 from collab_megatron.demo.tokenizer import build_tokenizer
 from collab_megatron.files import publish_json, publish_text
 from collab_megatron.launch.supervisor import Supervisor
-from tools.bench.driver_bound import lower_bound, same_calls
 from tools.bench.driver_litellm import MANY_CONNECTIONS
+from tools.bench.driver_loads import FULL, MEMORY, SMALL, Load, Plan, lower_bound, make_config, same_calls
 from tools.bench.driver_process import READY_S, Driver, StandInsClient
-from tools.bench.driver_shapes import FULL, MEMORY, SMALL, Load, Plan, make_config
 
 CHILD_S = 900.0
 BUSY_STEPS = 2  # the faster one counts

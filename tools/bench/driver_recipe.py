@@ -130,7 +130,11 @@ async def _one_run(tasks: Sequence[Task], rollout: RolloutSection, players: Play
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.driver_recipe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("--url", required=True, help="of tools/bench/driver_servers.py")
     parser.add_argument("--settings", type=Path, nargs="+", required=True, help="JSON for the stand-ins' /settings")

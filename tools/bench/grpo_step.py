@@ -285,7 +285,11 @@ def line(row: Row) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Raises UserError for what cannot be measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/grpo_step.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument(

@@ -350,7 +350,11 @@ def line(row: Row | Skipped) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/train_step.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 8m 135m; on CUDA the two qwen2.5")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both; on CUDA bfloat16")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
