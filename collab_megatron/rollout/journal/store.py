@@ -27,7 +27,7 @@ from collab_megatron.rollout.journal.database import STEP_TABLES, connect, creat
 from collab_megatron.rollout.journal.housekeeping import Housekeeper
 from collab_megatron.rollout.journal.packing import pack_generations, pack_texts, unpack_generations, unpack_texts
 from collab_megatron.rollout.journal.replies import RecordedReply
-from collab_megatron.rollout.journal.reserved import held_by_others, set_aside
+from collab_megatron.rollout.journal.reservations import held_by_others, set_aside
 from collab_megatron.run_order import POSITION
 from collab_megatron.types import Generation
 

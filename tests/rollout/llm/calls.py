@@ -9,7 +9,7 @@ from typing import Any
 
 from collab_megatron.config.sections import DeploymentSection, LLMSection
 from collab_megatron.rollout.llm import Gateway, RoleUsage
-from collab_megatron.rollout.llm.role import Role
+from collab_megatron.rollout.llm.role_client import Role
 from collab_megatron.types import Message
 
 HELLO = [Message("user", "hello")]

@@ -14,7 +14,7 @@ from aiohttp import web
 from collab_megatron.rollout.journal.store import Journal
 from collab_megatron.rollout.llm import SimulatorError
 from collab_megatron.rollout.llm.parsing import json_object
-from collab_megatron.rollout.llm.role import Role
+from collab_megatron.rollout.llm.role_client import Role
 from tests.rollout.llm.calls import HELLO, config_for, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint, completion
 

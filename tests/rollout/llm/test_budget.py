@@ -14,7 +14,7 @@ import pytest
 
 from collab_megatron.config.sections import BudgetSection
 from collab_megatron.errors import BudgetSpent
-from collab_megatron.rollout.journal import reserved
+from collab_megatron.rollout.journal import reservations
 from collab_megatron.rollout.journal.replies import RecordedReply
 from collab_megatron.rollout.journal.store import Journal, Spent
 from collab_megatron.rollout.llm import Gateway, SimulatorError
@@ -120,7 +120,7 @@ def test_processes_see_what_the_others_set_aside_until_they_end(
         ):
             here, there = Budget(section, mine, nothing), Budget(section, theirs, nothing)
             with monkeypatch.context() as patch:
-                patch.setattr(reserved.os, "getpid", lambda: other.pid)
+                patch.setattr(reservations.os, "getpid", lambda: other.pid)
                 assert there.reserve(9) is not None
             first = here.reserve(4)
             assert first is not None  # 9 of 10 are set aside: the last piece may pass the cap

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from collab_megatron.rollout.llm import SimulatorError
-from collab_megatron.rollout.llm.role import Role
+from collab_megatron.rollout.llm.role_client import Role
 from tests.rollout.llm.calls import GOOD, HELLO, closed_port, config_for, good, use_role
 from tests.rollout.llm.misbehaving import ALL_FAULTS, COUNTER_OF, FAULTY, MisbehavingEndpoint, faults_at
 

@@ -24,7 +24,7 @@ from collab_megatron.rollout.llm import (
     SimulatorHealth,
     user_simulator,
 )
-from collab_megatron.rollout.llm.role import request_seed
+from collab_megatron.rollout.llm.role_client import request_seed
 from collab_megatron.types import TERMINATION_SIGNAL, Message, Task
 
 SECRET = "sk-very-secret-0123456789"

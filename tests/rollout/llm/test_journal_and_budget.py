@@ -18,7 +18,7 @@ from collab_megatron.rollout.journal.store import Journal, Replay, ReplayMiss
 from collab_megatron.rollout.llm import Gateway, SimulatorError
 from collab_megatron.rollout.llm import budget as budget_module
 from collab_megatron.rollout.llm.budget import Budget
-from collab_megatron.rollout.llm.role import Role
+from collab_megatron.rollout.llm.role_client import Role
 from collab_megatron.types import LLMReply
 from tests.rollout.llm.calls import GOOD, HELLO, config_for, good, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint

@@ -13,7 +13,7 @@ import pytest
 
 from collab_megatron.rollout.llm import RoleUsage, SimulatorError
 from collab_megatron.rollout.llm.failure import address_of, classify
-from collab_megatron.rollout.llm.role import Role
+from collab_megatron.rollout.llm.role_client import Role
 from tests.rollout.llm.calls import HELLO, config_for, use_role
 
 

@@ -15,7 +15,7 @@ from collab_megatron.rollout.llm import Gateway, GatewaySnapshot, SimulatorError
 from collab_megatron.rollout.llm import pacing as module
 from collab_megatron.rollout.llm.mixture import draw_part
 from collab_megatron.rollout.llm.pacing import Bucket
-from collab_megatron.rollout.llm.role import Role
+from collab_megatron.rollout.llm.role_client import Role
 from tests.rollout.llm.calls import HELLO, closed_port, config_for, good, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint
 
