@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from collab_megatron.config.sections import LLMSection
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.journal.calls import METRIC, keep_call
 from collab_megatron.rollout.llm.answer import Answer, Observer, find_problem, share_out
 from collab_megatron.rollout.llm.budget import note_answer
@@ -67,7 +67,7 @@ class Role:
         self.name = name
         self.section = section
         self.usage = RoleUsage()
-        self.slots = Slots(max(1, section.max_concurrency // shards))
+        self.slots = AdaptiveLimiter(max(1, section.max_concurrency // shards))
         self._deployments = deployments
         self._seed = seed
         self._api = api
