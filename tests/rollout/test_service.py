@@ -34,8 +34,8 @@ from collab_megatron.engine.pool import EnginePool
 from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.cast import Cast, open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorHealth
+from collab_megatron.rollout.llm.accounting import GatewaySnapshot
 from collab_megatron.rollout.llm.budget import Budget
-from collab_megatron.rollout.llm.counters import GatewaySnapshot
 from collab_megatron.rollout.recorded_engine import RecordedEngine
 from collab_megatron.rollout.recorder import TreeRecorder
 from collab_megatron.rollout.service import Service

@@ -53,7 +53,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
 
 # what single files of the rooms above need besides, each with its reason
 ADDED: Mapping[str, Mapping[str, str]] = {
-    "demo.summary": {"rollout.llm.counters": "reads the file of API calls that a run left"},
+    "demo.summary": {"rollout.llm.accounting": "reads the file of API calls that a run left"},
     "launch.cost": {"rollout.llm.prices": "the plan's dollars come from LiteLLM's price table"},
     "launch.places": {"rollout.journal.store": "can the journal be opened?"},
     "launch.preflight": {

@@ -1,6 +1,6 @@
 """The LLMs around the policy: the one room that talks to an LLM API (and the only one that imports litellm)."""
 
-from collab_megatron.rollout.llm.counters import GatewaySnapshot, RoleUsage
+from collab_megatron.rollout.llm.accounting import GatewaySnapshot, RoleUsage
 from collab_megatron.rollout.llm.failure import SimulatorError
 from collab_megatron.rollout.llm.gateway import Gateway
 from collab_megatron.rollout.llm.health import SimulatorHealth

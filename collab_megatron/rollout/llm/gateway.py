@@ -22,16 +22,16 @@ from collab_megatron.config.sections import BudgetSection, DeploymentSection, LL
 from collab_megatron.config.sections.addresses import host_and_port
 from collab_megatron.errors import UserError
 from collab_megatron.rollout.journal.store import Journal
+from collab_megatron.rollout.llm.accounting import GatewaySnapshot
 from collab_megatron.rollout.llm.budget import Budget, Costs
-from collab_megatron.rollout.llm.counters import GatewaySnapshot
 from collab_megatron.rollout.llm.deployments import Deployment, Deployments
 from collab_megatron.rollout.llm.failure import SimulatorError, address_of, why_not_connected
 from collab_megatron.rollout.llm.litellm_api import Endpoint, LiteLLMApi
 from collab_megatron.rollout.llm.mixture import Mixture, draw_part
 from collab_megatron.rollout.llm.pacing import Bucket
 from collab_megatron.rollout.llm.prices import price, require_prices
-from collab_megatron.rollout.llm.recorded import Recorded
 from collab_megatron.rollout.llm.role_client import Observer, Role
+from collab_megatron.rollout.llm.role_journal import Recorded
 from collab_megatron.types import ChatLLM
 
 __all__ = ["Gateway", "SimulatorError"]

@@ -21,14 +21,14 @@ from typing import Any
 from collab_megatron.config.sections import LLMSection
 from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.journal.calls import METRIC, keep_call
+from collab_megatron.rollout.llm.accounting import RoleUsage
 from collab_megatron.rollout.llm.answer import Answer, Observer, find_problem, share_out
 from collab_megatron.rollout.llm.budget import note_answer
-from collab_megatron.rollout.llm.counters import RoleUsage
 from collab_megatron.rollout.llm.deployments import Deployment, Deployments, NoTurn
 from collab_megatron.rollout.llm.failure import Failure, SimulatorError, address_of, classify, timed_out
 from collab_megatron.rollout.llm.litellm_api import ApiReply, LiteLLMApi, Request
 from collab_megatron.rollout.llm.parsing import read_for_record
-from collab_megatron.rollout.llm.recorded import Recorded
+from collab_megatron.rollout.llm.role_journal import Recorded
 from collab_megatron.types import CallRecord, LLMReply, Message
 
 logger = logging.getLogger(__name__)
