@@ -61,7 +61,6 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "rollout.llm": "do the LLM services answer?",
         "rollout.rewards": "does the config name metrics that exist?",
     },
-    "rollout.rewards": {"rollout.journal.calls": "a judge's call is recorded under the metric that asked"},
     "trainer.convert": {"trainer.actor.grid": "a type: the exporter is given the rank grid"},
     "trainer.local.layers": {"trainer.actor.backend": "a type: which layers the backend has"},
     "trainer.sync.proof.probe": {"data.chat": "the probe prompt is said in the model's tokens"},

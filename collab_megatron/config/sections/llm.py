@@ -2,53 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from collab_megatron.config.sections.base import Finite, Named, Positive, Seconds, Section, Share
 from collab_megatron.config.sections.extra import check_address, check_extra
 
 Address = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
+ResponseFormat = Literal["text", "json_object", "json_schema"]
 
 
 class DeploymentSection(Section):
-    """Another way to the same model: a second server, account or provider. LiteLLM's Router spreads calls over all."""
+    """One way to a model: a server, account or provider. Calls are spread over all deployments of a role."""
 
-    model: Named  # in LiteLLM's terms
-    api_base: Address | None = None
-    api_key_env: Named | None = "OPENAI_API_KEY"
+    model: Named  # in LiteLLM's terms: gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
+    api_base: Address | None = None  # URL of a compatible server; None: the provider's own
+    api_key_env: Named | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
     requests_per_minute: Positive | None = None
-    tokens_per_minute: Positive | None = None
-    input_usd_per_mtoken: float | None = Field(default=None, ge=0)
+    tokens_per_minute: Positive | None = None  # prompt and completion tokens together
+    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table. 0: free
     output_usd_per_mtoken: float | None = Field(default=None, ge=0)
 
 
-class LLMSection(Section):
-    """One role behind an LLM API, in LiteLLM's terms."""
+class LLMSection(DeploymentSection):
+    """One role behind an LLM API: its first deployment, and what holds for all of them."""
 
-    model: Named  # e.g. gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
-    api_base: Address | None = None  # URL of a compatible server; None: the provider's own
-    api_key_env: Named | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
     temperature: float = Field(default=1.0, ge=0)
     max_tokens: Positive = 1024
     timeout_s: Seconds = 60.0  # deadline of one attempt
     deadline_s: Seconds = 240.0  # deadline of one call, its retries included
     max_attempts: Positive = 5
     max_concurrency: Positive = 64  # calls in flight, over all deployments; fewer while the provider pushes back
-    requests_per_minute: Positive | None = None  # of the first deployment, the one that stands here
-    tokens_per_minute: Positive | None = None  # prompt and completion tokens together
     deployments: tuple[DeploymentSection, ...] = ()  # further ones, of equal standing: fail-over, more limits
-    cooldown_s: Seconds = 20.0  # a deployment that failed is left alone for so long, or for what it asked for
-    json_mode: bool = True  # ask the provider for a JSON object where the prompt wants one
-    json_schema: bool = False  # ask for the very fields too, where the model can
+    cooldown_s: Seconds = 20.0  # a deployment that failed is left alone for this long, or for as long as it asks
+    # how the API is told that a prompt wants JSON: text (it is not told), json_object, or json_schema (the fields too;
+    # json_object for models without it)
+    response_format: ResponseFormat = "json_object"
     prompt_file: Path | None = None  # replaces the shipped prompt template
-    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table. 0: it is free
-    output_usd_per_mtoken: float | None = Field(default=None, ge=0)
     # further arguments of every call, in LiteLLM's terms, e.g. {top_p: 0.9, reasoning_effort: low}; no secrets.
     # LiteLLM leaves out OpenAI's arguments that it knows a provider not to take
     extra: dict[str, Any] = Field(default={})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replaced_keys(cls, value: Any) -> Any:
+        """Raises ValueError for the two keys that `response_format` replaced."""
+        for key in ("json_mode", "json_schema"):
+            if isinstance(value, Mapping) and key in value:
+                raise ValueError(f"{key} was replaced: set response_format to text, json_object or json_schema")
+        return value
 
     @field_validator("extra")
     @classmethod

@@ -26,10 +26,9 @@ from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout.journal.database import STEP_TABLES, connect, create, damaged, explain
 from collab_megatron.rollout.journal.housekeeping import Housekeeper
 from collab_megatron.rollout.journal.packing import pack_generations, pack_texts, unpack_generations, unpack_texts
-from collab_megatron.rollout.journal.replies import RecordedReply
 from collab_megatron.rollout.journal.reservations import held_by_others, set_aside
 from collab_megatron.run_order import POSITION
-from collab_megatron.types import Generation
+from collab_megatron.types import Generation, LLMReply
 
 Replay = Literal["auto", "only", "off"]
 T = TypeVar("T")
@@ -109,7 +108,7 @@ class Journal:
     def replay(self) -> Replay:
         return self._replay
 
-    def reply(self, key: bytes, *, what: str = "a reply") -> RecordedReply | None:
+    def reply(self, key: bytes, *, what: str = "a reply") -> LLMReply | None:
         """The newest reply recorded for `key`. Raises ReplayMiss, which names `what`, where it must be there."""
         if self._replay == "off":
             return None
@@ -117,9 +116,9 @@ class Journal:
         if not self._found(rows, what):
             return None
         content, *rest = rows[0]
-        return RecordedReply(self._unpacked(unpack_texts, content), *rest)
+        return LLMReply(self._unpacked(unpack_texts, content), *rest)
 
-    def record_reply(self, key: bytes, role: str, reply: RecordedReply) -> None:
+    def record_reply(self, key: bytes, role: str, reply: LLMReply) -> None:
         """Keep it and count it as paid, in one transaction."""
         model = _utf8(reply.model)
         row = (

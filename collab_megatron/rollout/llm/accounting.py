@@ -1,13 +1,25 @@
-"""What the LLM roles did so far: counters, snapshots, and the difference of two snapshots for one step's dashboard."""
+"""Accounting of LLM calls: counters by role, their growth over a step, and the record of each call of a conversation.
+
+The record is kept in context variables, like the run position (run_order.py): asyncio tasks inherit the list of the
+conversation that started them, so the metrics and clients in between do not pass it on. Outside of a conversation no
+record is kept.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 
-API_USAGE_FILE = "api_usage.json"
-"""Where a process leaves its final counters, for the totals of a run."""
+from collab_megatron.types import CallRecord
 
+API_USAGE_FILE = "api_usage.json"
+"""The final counters of a process, for the totals of a run."""
+
+CALLS: ContextVar[list[CallRecord] | None] = ContextVar("CALLS", default=None)
+"""The calls of the current conversation so far."""
+METRIC: ContextVar[str] = ContextVar("METRIC", default="")
+"""The metric that makes the call; empty for a user simulator."""
 
 GAUGES = ("in_flight", "slots", "waiting")
 MALFORMED = ("empty", "wrong_role", "too_long", "unreadable")
@@ -72,14 +84,6 @@ class GatewaySnapshot:
         return GatewaySnapshot({name: usage.since(before.roles.get(name, zero)) for name, usage in self.roles.items()})
 
     @property
-    def calls(self) -> int:
-        return sum(usage.calls for usage in self.roles.values())
-
-    @property
-    def failures(self) -> int:
-        return sum(usage.failures for usage in self.roles.values())
-
-    @property
     def cost_usd(self) -> float:
         return sum(usage.cost_usd for usage in self.roles.values())
 
@@ -92,3 +96,10 @@ class GatewaySnapshot:
         }
         named[f"{prefix}/cost_usd"] = self.cost_usd
         return named
+
+
+def keep_call(call: CallRecord) -> None:
+    """Add a call to the current conversation, if there is one."""
+    calls = CALLS.get()
+    if calls is not None:
+        calls.append(call)

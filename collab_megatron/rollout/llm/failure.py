@@ -36,11 +36,7 @@ PROVIDER = "the provider"  # where the address is not known
 
 
 class SimulatorError(RunError):
-    """A simulator or judge could not be had. `fatal`: every later call of this role would fail in the same way."""
-
-    def __init__(self, message: str, *, fatal: bool = False) -> None:
-        super().__init__(message)
-        self.fatal = fatal
+    """A simulated user or judge gave no usable reply."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +44,9 @@ class Failure:
     """One failed attempt."""
 
     kind: str  # class name of the error, or "MalformedReply"
-    status: int | None  # HTTP status where there was one
-    fatal: bool
-    retry_after_s: float | None  # what the server asked for
+    status: int | None = None  # HTTP status, if there was one
+    fatal: bool = False  # another attempt there cannot help
+    retry_after_s: float | None = None  # what the server asked for
     detail: str = ""  # the provider's words, shortened, without the key; of a broken connection, what happened to it
     counter: str = ""  # the field of RoleUsage that counts it
 
@@ -74,7 +70,7 @@ class Failure:
 def timed_out(timeout_s: float, address: str = "") -> Failure:
     """No whole answer of `address` (HOST:PORT) within the attempt's own deadline."""
     detail = f"no answer from {address or PROVIDER} within {timeout_s:.1f} s (Timeout)"
-    return Failure("Timeout", None, False, None, detail, counter="timeouts")
+    return Failure("Timeout", detail=detail, counter="timeouts")
 
 
 def classify(error: BaseException, secrets: Iterable[str], address: str = "") -> Failure:
@@ -85,7 +81,7 @@ def classify(error: BaseException, secrets: Iterable[str], address: str = "") ->
     counter = _counter(error, status)
     if counter in NOBODY_ANSWERED:
         links = list(_chain(error))
-        return Failure(type(links[-1]).__name__, None, False, None, _what_broke(links, counter, address), counter)
+        return Failure(type(links[-1]).__name__, detail=_what_broke(links, counter, address), counter=counter)
     text = str(error)
     # A spent account answers 429 like a busy one, but no waiting fills it.
     fatal = status in FATAL_STATUSES or (status == 429 and "insufficient_quota" in text)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from collab_megatron.config.sections import HealthSection
 from collab_megatron.errors import UserError
+from collab_megatron.rollout.llm.accounting import MALFORMED
 from collab_megatron.rollout.llm.turn_checks import DETECTORS, Turn
 from collab_megatron.types import TERMINATION_SIGNAL, Message, Task
 
@@ -46,7 +47,6 @@ CHECKS: Mapping[str, Check] = {
     # providers serve one model from several builds side by side
     "fingerprint_changed": Check("come from another build of the model than the run's first", "replies", 0.5),
 }
-MALFORMED = ("empty", "wrong_role", "too_long", "unreadable")
 
 
 class SimulatorHealth:

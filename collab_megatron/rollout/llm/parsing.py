@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 from collab_megatron.rollout.llm.repair import last_object
 from collab_megatron.text import has_half
+from collab_megatron.types import LLMReply
+
+T = TypeVar("T")
 
 LONGEST_CHARS = 1_000_000
 """Of a reply that is parsed at all; the gateway's own bound (Request.longest_chars) mostly comes first."""
@@ -35,7 +38,25 @@ STEP_OF = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 class MalformedReply(ValueError):
-    """A reply that came, but cannot be used."""
+    """A reply that came but cannot be used; `kind` is one of accounting.MALFORMED."""
+
+    def __init__(self, message: str, kind: str = "unreadable") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def parsed(reply: LLMReply, parse: Callable[[str], T]) -> list[T]:
+    """The value of each text. Raises MalformedReply if `parse` refuses one, or if there is nothing to parse."""
+    if reply.problem:
+        raise MalformedReply(f"the reply was {reply.problem.replace('_', ' ')}", reply.problem)
+    if not all(text.strip() for text in reply.texts) or not reply.texts:
+        raise MalformedReply("the reply is empty", "empty")
+    if any(map(has_half, reply.texts)):  # from the journal of an older version; new replies are repaired on arrival
+        raise MalformedReply("half a surrogate pair in the reply")
+    try:
+        return [parse(text) for text in reply.texts]
+    except (ValueError, RecursionError, OverflowError) as error:  # the last two: of `json.loads`, of `int`
+        raise MalformedReply(str(error)) from None
 
 
 def object_schema(**fields: str) -> Mapping[str, Any]:

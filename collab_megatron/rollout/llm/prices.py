@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from collab_megatron.config.sections import BudgetSection, DeploymentSection, LLMSection
+from collab_megatron.config.sections import BudgetSection, DeploymentSection
 from collab_megatron.errors import UserError
 
 ASK_A_SERVER = ("ollama", "ollama_chat", "huggingface", "lemonade")
@@ -32,7 +32,7 @@ class Price:
         return (prompt_tokens * self.input_usd_per_mtoken + completion_tokens * self.output_usd_per_mtoken) / 1e6
 
 
-def price(section: LLMSection | DeploymentSection) -> Price | None:
+def price(section: DeploymentSection) -> Price | None:
     """The price of the deployment that stands in `section` (not of its `deployments`); None where nobody knows it.
 
     One typed half is completed from the table. Takes seconds once in a process, for LiteLLM's import, unless both
@@ -67,13 +67,15 @@ def listed_price(model: str) -> Price | None:
     return Price(float(into) * 1e6, float(out) * 1e6, "litellm")
 
 
-def require_prices(ways: Iterable[tuple[str, LLMSection | DeploymentSection]], budget: BudgetSection) -> None:
-    """`ways`: every deployment with its place in the config. Raises UserError naming one without a price, where
-    the budget has a cap in dollars."""
+def require_prices(deployments: Iterable[tuple[str, DeploymentSection]], budget: BudgetSection) -> None:
+    """Raises UserError naming a deployment without a price if the budget has a cap in dollars.
+
+    `deployments`: all of them, each with its place in the config.
+    """
     caps = [name for name in ("soft_usd", "hard_usd") if getattr(budget, name) is not None]
     if not caps:
         return
-    for place, section in ways:
+    for place, section in deployments:
         if price(section) is None:
             raise UserError(
                 f"budget.{caps[0]} cannot count what {place} costs: no price is known for {section.model}; "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from collab_megatron.rollout.llm.parsing import json_object, object_schema, verdict_field
 from collab_megatron.rollout.llm.templates import chat_lines, load_template
-from collab_megatron.types import ChatLLM, Message, ScoredConversation
+from collab_megatron.types import ChatLLM, LLMRequest, Message, ScoredConversation
 
 VERDICT_SCHEMA = object_schema(thought="string", correct="boolean")
 
@@ -42,14 +42,15 @@ class JudgedAccuracy:
         prompt = self._template.fill(
             request=task.single_turn_prompt, reference=task.ground_truth, chat=chat_lines(conversation.messages)
         )
-        replies = await self._judge.complete(
+        request = LLMRequest(
             [Message("user", prompt)],
+            parse=read_verdict,
             sample_index=conversation.sample_index,
             json_reply=True,
             schema=VERDICT_SCHEMA,
-            check=read_verdict,
         )
-        return float(read_verdict(replies[0].text))
+        (verdict,) = await self._judge.complete(request)
+        return float(verdict)
 
 
 def same_text(left: str, right: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from collab_megatron.rollout.llm.parsing import json_object, object_schema, share_field
 from collab_megatron.rollout.llm.templates import chat_lines, load_template
-from collab_megatron.types import ChatLLM, Message, ScoredConversation
+from collab_megatron.types import ChatLLM, LLMRequest, Message, ScoredConversation
 
 MARKS = ("understanding", "clarification", "suggestion")
 Sees = Literal["request", "chat"]
@@ -39,14 +39,15 @@ class Interactivity:
         prompt = self._template.fill(
             request=conversation.task.single_turn_prompt, chat=chat_lines(conversation.messages)
         )
-        replies = await self._judge.complete(
+        request = LLMRequest(
             [Message("user", prompt)],
+            parse=read_marks,
             sample_index=conversation.sample_index,
             json_reply=True,
             schema=MARKS_SCHEMA,
-            check=read_marks,
         )
-        return read_marks(replies[0].text)
+        (mark,) = await self._judge.complete(request)
+        return mark
 
 
 def read_marks(text: str) -> float:

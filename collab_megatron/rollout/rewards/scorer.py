@@ -12,8 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 
-from collab_megatron.rollout.journal.calls import METRIC
 from collab_megatron.rollout.llm import SimulatorError
+from collab_megatron.rollout.llm.accounting import METRIC
 from collab_megatron.rollout.rewards.aggregate import conversation_reward
 from collab_megatron.types import Metric, ScoredConversation
 

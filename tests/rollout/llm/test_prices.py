@@ -71,7 +71,7 @@ def test_a_cap_in_dollars_refuses_an_unknown_price_by_its_place() -> None:
 
 
 def test_a_listed_price_counts_where_litellm_reckons_nothing() -> None:
-    endpoint = Endpoint("gpt-4o-mini", None, None, price(llm("gpt-4o-mini")), json_mode=True, json_schema=False)
+    endpoint = Endpoint(llm("gpt-4o-mini"), None, price(llm("gpt-4o-mini")), takes_schema=False)
     for nothing in ({}, {"response_cost": None}, {"response_cost": 0.0}):
         cost_usd = LiteLLMApi._cost_usd(endpoint, SimpleNamespace(_hidden_params=nothing), 100, 10)
         assert cost_usd == pytest.approx((100 * 0.15 + 10 * 0.6) / 1e6)
