@@ -1,4 +1,4 @@
-"""Scores to rewards. Pure.
+"""Scores to rewards, and figures that are watched next to them. Pure.
 
 R* of one conversation = sum over metrics of clamp(weight * score, -1, 1)
 MR of a reply          = mean of R* over the futures that carry scores
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from collab_megatron.types import Future
 
 LIMIT = 1.0
+QUESTION_MARKS = "?？؟"  # Latin, full-width, Arabic
 
 
 def conversation_reward(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -40,6 +41,14 @@ def clamped_share(futures: Iterable[Future], weights: Mapping[str, float]) -> fl
     """
     cut = [beyond_clamp(future.scores, weights) for future in _scored(futures) if future.scores]
     return sum(cut) / len(cut) if cut else 0.0
+
+
+def asks_question(text: str) -> bool:
+    """Whether a question mark stands in `text`, to be measured on tasks that need no question.
+
+    Marks in code or URLs count too: a figure to watch, not a reward.
+    """
+    return any(mark in text for mark in QUESTION_MARKS)
 
 
 def _clamp(name: str, value: float) -> float:

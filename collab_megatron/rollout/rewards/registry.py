@@ -15,8 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from collab_megatron.config.sections import Section
+from collab_megatron.config.entry import judge_role, shipped_judges
+from collab_megatron.config.sections import RewardSection, Section, SimulatorsSection
 from collab_megatron.errors import UserError
+from collab_megatron.rollout.llm import Gateway
 from collab_megatron.rollout.rewards.accuracy import ExactAccuracy, JudgedAccuracy
 from collab_megatron.rollout.rewards.interactivity import Interactivity, Sees
 from collab_megatron.rollout.rewards.modules import import_metric_module
@@ -55,6 +57,9 @@ class MetricContext:
 
 
 MetricFactory = Callable[[MetricContext], Metric]
+
+ASK_NO_LLM = ("accuracy", "token_amount")
+"""Shipped metrics that call no LLM; `accuracy` with a judge is among shipped_judges."""
 
 _FACTORIES: dict[str, MetricFactory] = {}
 
@@ -115,6 +120,33 @@ def make_scorer(
         for name in metric_weights
     ]
     return Scorer(metrics, metric_weights)
+
+
+def judge_calls(reward: RewardSection, simulators: SimulatorsSection) -> int:
+    """Requests to the judges of one conversation, where none has to be repeated. What metrics of the user's own ask is
+    not known and counted as one request each; the budget learns better from the first conversations."""
+    judged = shipped_judges(reward, simulators)
+    return len(judged) + sum(name not in judged and name not in ASK_NO_LLM for name in reward.metric_weights)
+
+
+def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gateway: Gateway) -> Scorer:
+    """Raises UserError for an unknown metric, one that lacks its judge, or a bad prompt file."""
+    judge = simulators.judge
+    own = {name: section for name, section in reward.judges.items() if name in reward.metric_weights}
+    return make_scorer(
+        reward.metric_weights,
+        None if judge is None else gateway.role("judge"),
+        accuracy_verifier=reward.accuracy_verifier,
+        judges={name: gateway.role(judge_role(name)) for name in own},
+        prompt_files={
+            "interactivity": None if judge is None else judge.prompt_file,
+            "accuracy": reward.accuracy_prompt_file,
+            **{name: section.prompt_file for name, section in own.items() if section.prompt_file is not None},
+        },
+        interactivity_sees=reward.interactivity_sees,
+        metric_modules=reward.metric_modules,
+        settings=reward.settings,
+    )
 
 
 def _make(context: MetricContext) -> Metric:
