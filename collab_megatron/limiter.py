@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 
 from collab_megatron.run_order import POSITION
 
+LOWEST = 1.0  # limit
 CUT = 0.7  # share of the limit that remains after an overload
 WINDOW = 32  # latencies in one median
 WINDOWS = 64  # medians that are remembered; the lowest shows what the server can do
@@ -30,12 +31,11 @@ class AdaptiveLimiter:
     Small requests do not overtake a big one that is next. A request above the limit is admitted alone.
     """
 
-    def __init__(self, limit: float, *, floor: float = 1.0) -> None:
+    def __init__(self, limit: float) -> None:
         self.limit = limit
         self.used = 0.0
         self.waiting = 0
         self._ceiling = limit
-        self._floor = floor
         self._holders = 0
         self._queue: list[tuple[int, int, int, float, asyncio.Future[None]]] = []  # step, depth, arrival, amount
         self._arrivals = 0
@@ -57,7 +57,7 @@ class AdaptiveLimiter:
         now = time.monotonic()
         if now - self._cut_at >= max(LEAST_GAP_S, self._medians_s[-1] if self._medians_s else 0.0):
             self._cut_at = now
-            self.limit = max(min(self._floor, self._ceiling), self.limit * CUT)
+            self.limit = max(min(LOWEST, self._ceiling), self.limit * CUT)
 
     def succeeded(self, amount: float = 1.0, latency_s: float | None = None) -> None:
         """A request of `amount` units was answered. Its latency, if given, shows whether the server keeps up."""

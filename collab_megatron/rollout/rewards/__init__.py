@@ -10,7 +10,6 @@ from collab_megatron.rollout.rewards.registry import (
     MetricContext,
     configured_scorer,
     judge_calls,
-    known_metrics,
     make_scorer,
     register_metric,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "configured_scorer",
     "conversation_reward",
     "judge_calls",
-    "known_metrics",
     "make_scorer",
     "multiturn_reward",
     "register_metric",

@@ -29,17 +29,17 @@ def multiturn_reward(futures: Iterable[Future]) -> float | None:
     return sum(rewards) / len(rewards) if rewards else None
 
 
-def beyond_clamp(scores: Mapping[str, float], weights: Mapping[str, float]) -> bool:
-    """Whether some weighted metric is cut by the clamp. A score that just reaches the limit is not: nothing is lost."""
-    return any(abs(weight * scores[name]) > LIMIT for name, weight in weights.items())
-
-
 def clamped_share(futures: Iterable[Future], weights: Mapping[str, float]) -> float:
     """Share of the scored futures in which the clamp cuts a metric; 0 without scored futures.
 
-    Where it is high that metric no longer tells replies apart: lower its weight.
+    If it is high, that metric no longer tells replies apart: lower its weight. A score that just reaches the limit is
+    not cut.
     """
-    cut = [beyond_clamp(future.scores, weights) for future in _scored(futures) if future.scores]
+    cut = [
+        any(abs(weight * future.scores[name]) > LIMIT for name, weight in weights.items())
+        for future in _scored(futures)
+        if future.scores
+    ]
     return sum(cut) / len(cut) if cut else 0.0
 
 

@@ -76,11 +76,6 @@ def register_metric(name: str) -> Callable[[MetricFactory], MetricFactory]:
     return register
 
 
-def known_metrics() -> tuple[str, ...]:
-    """The registered names, sorted."""
-    return tuple(sorted(_FACTORIES))
-
-
 def make_scorer(
     metric_weights: Mapping[str, float],
     judge: ChatLLM | None,
@@ -105,7 +100,7 @@ def make_scorer(
     for place, names in (("", metric_weights), ("reward.settings: ", settings), ("reward.judges: ", judges)):
         unknown = sorted(set(names) - set(_FACTORIES))
         if unknown:
-            raise UserError(f"{place}unknown metric {unknown[0]!r}; known are {', '.join(known_metrics())}")
+            raise UserError(f"{place}unknown metric {unknown[0]!r}; known are {', '.join(sorted(_FACTORIES))}")
     metrics = [
         _make(
             replace(
