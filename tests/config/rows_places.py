@@ -193,7 +193,7 @@ MODULES = [
         "module-takes-a-name",
         OWN,
         "own_metric.py",
-        "registered already",
+        "already registered",
         content=b"from collab_megatron.rollout.rewards import register_metric\n"
         b"register_metric('accuracy')(lambda context: None)\n",
     ),

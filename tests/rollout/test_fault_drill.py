@@ -302,7 +302,7 @@ def test_the_health_counters_are_what_was_injected(drilled: Drilled) -> None:
     turns = sum(message["role"] == "user" for future in drilled.futures for message in future["messages"])
     assert drilled.figures["health/user/turns"] == turns > 0
     said = [note for answer in drilled.answers for note in answer.notes]
-    assert any("hold no readable JSON (unreadable: user " in note for note in said)
+    assert any("contain no readable JSON (unreadable: user " in note for note in said)
 
 
 def test_what_failed_has_no_score_and_is_in_no_reward(drilled: Drilled) -> None:

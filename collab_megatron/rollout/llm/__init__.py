@@ -1,4 +1,4 @@
-"""The LLMs around the policy: the one room that talks to an LLM API (and the only one that imports litellm)."""
+"""Clients of LLM APIs for simulated users, judges and assistants. Only this room imports litellm."""
 
 from collab_megatron.rollout.llm.accounting import GatewaySnapshot, RoleUsage
 from collab_megatron.rollout.llm.failure import SimulatorError

@@ -27,37 +27,37 @@ MALFORMED = ("empty", "wrong_role", "too_long", "unreadable")
 
 @dataclass
 class RoleUsage:
-    """One role's counters since the gateway was made. What came from the journal stands in `replayed` alone."""
+    """Counters of one role since the gateway was made. Answers from the journal count in `replayed` only."""
 
     calls: int = 0  # complete() calls that sent a request
     attempts: int = 0  # requests sent, retries included
     retries: int = 0  # attempts after the first of a call
-    answers: int = 0  # requests that were answered, and paid for; malformed answers too
-    replayed: int = 0  # answers that the journal had
+    answers: int = 0  # requests that were answered, and paid for; malformed answers included
+    replayed: int = 0  # answers from the journal
     failures: int = 0  # calls that ended in SimulatorError
     rate_limited: int = 0  # attempts that ended in 429
     server_errors: int = 0  # 5xx
     rejected: int = 0  # any other 4xx
     timeouts: int = 0  # no whole answer within timeout_s
     connection_errors: int = 0  # refused, reset, hung up
-    bad_bodies: int = 0  # status 200 with half a JSON, HTML, or something that is no completion
-    cancelled: int = 0  # attempts that nobody waits for any more: a future's deadline came, or another metric failed
-    malformed: int = 0  # answers, the journal's too, that could not be used: the sum of the next four
+    bad_bodies: int = 0  # status 200 with truncated JSON, HTML, or no completion
+    cancelled: int = 0  # attempts whose result is no longer needed: the future timed out, or another metric failed
+    malformed: int = 0  # answers, replayed ones too, that could not be used: the sum of the next four
     empty: int = 0
-    wrong_role: int = 0  # a choice that the assistant did not say
-    too_long: int = 0  # never parsed, never stored
-    unreadable: int = 0  # the caller's check refused it
+    wrong_role: int = 0  # a choice whose role is not assistant
+    too_long: int = 0  # neither parsed nor stored
+    unreadable: int = 0  # refused by the caller's `parse`
     failovers: int = 0  # attempts that went to another deployment at once
-    cooldowns: int = 0  # times that a deployment was left alone
+    cooldowns: int = 0  # times that a deployment began to cool down
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost_usd: float = 0.0
-    wait_s: float = 0.0  # seconds in requests and back-off, summed over calls
-    queue_s: float = 0.0  # seconds waiting for a free slot, summed over calls
-    paced_s: float = 0.0  # seconds waiting for the limits per minute and for what Retry-After asked, summed over calls
-    in_flight: int = 0  # requests at this moment: a gauge, not a counter
-    slots: float = 0.0  # gauge: how many may be in flight, as the provider bears them
-    waiting: int = 0  # gauge: calls in the queue for a slot
+    wait_s: float = 0.0  # in requests and back-off, summed over calls
+    queue_s: float = 0.0  # in the queue of the concurrency limiter, summed over calls
+    paced_s: float = 0.0  # waiting for limits per minute and for Retry-After, summed over calls
+    in_flight: int = 0  # gauge: requests at this moment
+    slots: float = 0.0  # gauge: the current limit of the concurrency limiter
+    waiting: int = 0  # gauge: calls in its queue
 
     def add(self, counter: str) -> None:
         """One more of a field by name."""
@@ -68,14 +68,14 @@ class RoleUsage:
         return RoleUsage(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def since(self, before: RoleUsage) -> RoleUsage:
-        """The counters' growth since `before`; the gauges stay as they are."""
+        """The growth of the counters since `before`, with the current gauges."""
         grown = {f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)}
         return RoleUsage(**{**grown, **{gauge: getattr(self, gauge) for gauge in GAUGES}})
 
 
 @dataclass(frozen=True)
 class GatewaySnapshot:
-    """All roles at one moment; subtract an earlier one to get a step's share."""
+    """All roles at one moment. Subtract an earlier snapshot to get the growth in between."""
 
     roles: Mapping[str, RoleUsage] = field(default_factory=dict)
 
@@ -88,7 +88,7 @@ class GatewaySnapshot:
         return sum(usage.cost_usd for usage in self.roles.values())
 
     def metrics(self, prefix: str = "simulator") -> dict[str, float]:
-        """Dashboard names to numbers: `simulator/user/calls`, ..., and `simulator/cost_usd` over all roles."""
+        """Values by dashboard name: `simulator/user/calls`, ..., and `simulator/cost_usd` over all roles."""
         named = {
             f"{prefix}/{role}/{f.name}": float(getattr(usage, f.name))
             for role, usage in self.roles.items()

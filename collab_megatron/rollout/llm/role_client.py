@@ -256,7 +256,7 @@ class RoleClient:
         self.usage.add(failure.counter)
         if failure.overload:
             self.limiter.overloaded()
-        if failure.ill:
+        if failure.cools_down:
             self.usage.cooldowns += self._deployments.cool_down(deployment, failure.retry_after_s)
 
     def _note_malformed(self, kind: str) -> None:

@@ -1,7 +1,7 @@
 """The simulated user: an LLM that knows the whole task and plays the person who wants it done.
 
-The chat reaches the LLM as JSON lines inside one prompt, not as chat turns of its own. In API turns the simulator would
-have to be the "assistant" that speaks the user's lines, and models trained as assistants fall out of that part.
+The LLM gets the chat as JSON lines inside one prompt, not as chat turns. In chat turns the simulator would have to
+write the user's lines as "assistant", and models that were trained as assistants fall back into that role.
 """
 
 from __future__ import annotations

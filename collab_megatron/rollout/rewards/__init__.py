@@ -1,4 +1,4 @@
-"""Conversation-level metrics, and the pure arithmetic that turns them into the multiturn-aware reward."""
+"""Conversation-level metrics, and the arithmetic from their scores to the multiturn-aware reward."""
 
 from collab_megatron.rollout.rewards.aggregate import (
     asks_question,

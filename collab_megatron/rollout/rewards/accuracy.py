@@ -1,6 +1,6 @@
 """accuracy: 1.0 if the conversation reached the reference answer, else 0.0.
 
-`exact` compares the last assistant turn with the reference, white space aside: for tasks whose answer has one form.
+`exact` compares the last assistant turn with the reference except for white space, for tasks whose answer has one form.
 `judge` asks an LLM that sees task, reference and conversation.
 """
 
@@ -54,7 +54,7 @@ class JudgedAccuracy:
 
 
 def same_text(left: str, right: str) -> bool:
-    """Equality after every run of white space became one space; an empty reference equals nothing."""
+    """Whether two texts are equal except for white space; an empty reference equals nothing."""
     return bool(right.split()) and left.split() == right.split()
 
 

@@ -1,7 +1,7 @@
-"""Scores to rewards, and figures that are watched next to them. Pure.
+"""From scores to rewards, and figures about replies. Pure.
 
 R* of one conversation = sum over metrics of clamp(weight * score, -1, 1)
-MR of a reply          = mean of R* over the futures that carry scores
+MR of a reply          = mean of R* over the scored futures
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def conversation_reward(scores: Mapping[str, float], weights: Mapping[str, float
 
 
 def multiturn_reward(futures: Iterable[Future]) -> float | None:
-    """MR: the mean reward of the scored futures; None if none is left."""
+    """MR: the mean reward of the scored futures; None if there are none."""
     rewards = [future.reward for future in _scored(futures) if future.reward is not None]
     return sum(rewards) / len(rewards) if rewards else None
 
@@ -44,9 +44,9 @@ def clamped_share(futures: Iterable[Future], weights: Mapping[str, float]) -> fl
 
 
 def asks_question(text: str) -> bool:
-    """Whether a question mark stands in `text`, to be measured on tasks that need no question.
+    """Whether `text` contains a question mark; measured on tasks that need no question.
 
-    Marks in code or URLs count too: a figure to watch, not a reward.
+    Marks in code or URLs count too: this is a figure for the dashboard, not a reward.
     """
     return any(mark in text for mark in QUESTION_MARKS)
 

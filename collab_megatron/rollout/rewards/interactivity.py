@@ -1,7 +1,7 @@
 """interactivity: how well the assistant works together with the user, by an LLM judge.
 
-The mean of three marks in [0, 1]: understanding, clarification, helpful suggestion. The judge sees the hidden request,
-or, as the paper's ITR judge (arXiv 2502.00640), the chat alone.
+The mean of three marks in [0, 1]: understanding, clarification, helpful suggestion. The judge sees the hidden request
+too, or only the chat, like the paper's ITR judge (arXiv 2502.00640).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collab_megatron.types import ChatLLM, LLMRequest, Message, ScoredConversati
 
 MARKS = ("understanding", "clarification", "suggestion")
 Sees = Literal["request", "chat"]
-PROMPTS: Mapping[Sees, tuple[str, tuple[str, ...]]] = {  # the shipped prompt, and what may stand in it next to $chat
+PROMPTS: Mapping[Sees, tuple[str, tuple[str, ...]]] = {  # the shipped prompt, and its optional names next to $chat
     "request": ("judge_interactivity", ("request",)),
     "chat": ("judge_interactivity_chat", ()),
 }
@@ -29,7 +29,7 @@ class Interactivity:
     name = "interactivity"
 
     def __init__(self, judge: ChatLLM, prompt_file: Path | None = None, *, sees: Sees = "request") -> None:
-        """A prompt file may leave $request out; with sees="chat" it must."""
+        """A prompt file may leave out $request; with sees="chat" it must."""
         self._judge = judge
         name, optional = PROMPTS[sees]
         self._template = load_template(name, prompt_file, required=("chat",), optional=optional)

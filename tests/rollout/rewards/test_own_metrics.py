@@ -62,11 +62,11 @@ def test_a_score_may_be_awaited_or_not(plain: bool) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (float("nan"), "gave nan, which is no score"),
-        (float("-inf"), "gave -inf, which is no score"),
-        (None, r"gave a NoneType \(None\), which is no number"),
-        ("0.5", r"gave a str \('0.5'\), which is no number"),
-        ({"score": 1}, "gave a dict"),
+        (float("nan"), "returned nan: return a finite number"),
+        (float("-inf"), "returned -inf: return a finite number"),
+        (None, r"returned a NoneType \(None\), not a number"),
+        ("0.5", r"returned a str \('0.5'\), not a number"),
+        ({"score": 1}, "returned a dict"),
     ],
 )
 def test_what_is_no_score_is_a_failure_with_the_metrics_name(plain: bool, value: Any, words: str) -> None:
@@ -215,7 +215,7 @@ def test_settings_are_typed_and_refused_where_they_are_wrong() -> None:
 @pytest.mark.parametrize(
     ("factory", "words"),
     [
-        (lambda context: None, "gave a NoneType without a `score` function"),
+        (lambda context: None, "returned a NoneType without a `score` method"),
         (lambda context: Given(0.0), "is named 'given'; set name = 'odd' on Given"),
     ],
 )
