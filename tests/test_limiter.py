@@ -65,7 +65,7 @@ def test_a_newcomer_does_not_overtake_a_big_request_of_the_same_place() -> None:
         async with limiter.take(6):
             tasks = [asyncio.create_task(wait(amount)) for amount in (8, 1)]
             await turns()
-            assert served == []  # 1 would fit beside 6, but 8 would wait for ever
+            assert served == []  # 1 would fit next to 6, but 8 would wait forever
         await asyncio.gather(*tasks)
         return served
 

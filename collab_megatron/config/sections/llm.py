@@ -38,8 +38,8 @@ class LLMSection(DeploymentSection):
     max_concurrency: Positive = 64  # calls in flight, over all deployments; fewer while the provider pushes back
     deployments: tuple[DeploymentSection, ...] = ()  # further ones, of equal standing: fail-over, more limits
     cooldown_s: Seconds = 20.0  # a deployment that failed is left alone for this long, or for as long as it asks
-    # how the API is told that a prompt wants JSON: text (it is not told), json_object, or json_schema (the fields too;
-    # json_object for models without it)
+    # response_format of requests whose prompt asks for JSON: text (none), json_object, or json_schema, which names the
+    # fields too (json_object for models without it)
     response_format: ResponseFormat = "json_object"
     prompt_file: Path | None = None  # replaces the shipped prompt template
     # further arguments of every call, in LiteLLM's terms, e.g. {top_p: 0.9, reasoning_effort: low}; no secrets.

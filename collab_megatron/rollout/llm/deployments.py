@@ -3,8 +3,8 @@
 A request goes to a random one of the deployments that have room and are not cooling down; if all are cooling down, to
 the one with the fewest failures since its last answer. A request above the limits per minute waits for its permit.
 
-LiteLLM's Router is not used: as documented it sends the requests itself, with retries of its own. It refuses a call
-above the limits instead of letting it wait, does not cool down a server that refuses connections, and never learns of
+LiteLLM's Router is not used: in its documented use it sends the requests itself, with its own retries. It refuses a
+call above the limits instead of letting it wait, does not cool down a server that refuses connections, and does not see
 attempts that our deadline ended.
 """
 
@@ -21,7 +21,7 @@ from collab_megatron.rollout.llm.litellm_api import ApiRequest, Endpoint
 
 CHARS_PER_TOKEN = 4.0  # of a prompt, roughly; corrected when the answer comes
 NEWEST_SHARE = 0.1  # weight of the newest answer in the mean length
-BURST_S = 5.0  # so many seconds' worth may go at once: many providers would refuse a whole minute's worth
+BURST_S = 5.0  # seconds' worth that may go at once: many providers would refuse a whole minute's worth
 NEVER = float("-inf")
 
 
@@ -65,7 +65,7 @@ class Deployment:
     closed_until: float = NEVER  # Retry-After: gets no request until then
 
     def delay_s(self, tokens: float) -> float:
-        """Seconds until a request of so many tokens may go here."""
+        """Seconds until a request of that many tokens may be sent here."""
         delay_s = self.closed_until - time.monotonic()
         if self.requests is not None:
             delay_s = max(delay_s, self.requests.delay_s(1.0))
@@ -101,7 +101,7 @@ class Permit:
 
 
 class NoPermit(Exception):
-    """No deployment has room within the time that is left."""
+    """No deployment has room before the call's deadline."""
 
 
 class Deployments:

@@ -98,7 +98,7 @@ def classify(error: BaseException, secrets: Iterable[str], address: str = "") ->
 
 
 def address_of(api_base: str | None) -> str:
-    """HOST:PORT of a URL, for messages: never a user name, password or path. Empty where there is no URL."""
+    """HOST:PORT of a URL, for messages: never a user name, password or path. Empty without a URL."""
     try:
         parts = urlsplit(api_base or "")
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)

@@ -1,12 +1,11 @@
 """The LiteLLM client: one function that sends a request and returns texts, token counts and dollars.
 
 Choices, with the CPU time of one call measured against a trivial local server:
-- `litellm.acompletion`, and not LiteLLM's Router: `Router.acompletion` adds about 0.6 ms to every call, and retries and
-  cool-downs of its own to those of role_client.py and deployments.py. It does not cool down a deployment that our
-  deadline gave up on, and it refuses a call above the limits per minute, which waits here.
-- `hosted_vllm/NAME` is the cheapest way to an OpenAI-compatible server: about 1.6 ms, against 2.2 ms for `openai/NAME`,
-  which goes through the openai client. Both work.
-- A model that LiteLLM has no price for is registered once, so that the price search is not repeated on every call.
+- `litellm.acompletion`, not `Router.acompletion`, which adds about 0.6 ms to every call, and retries and cool-downs of
+  its own (deployments.py has the reasons).
+- `hosted_vllm/NAME` is the cheapest way to an OpenAI-compatible server: about 1.6 ms, compared with 2.2 ms for
+  `openai/NAME`, which goes through the openai client. Both work.
+- A model without a price in LiteLLM's table is registered once, so that LiteLLM does not search for it on every call.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from collab_megatron.types import LLMReply, LLMRequest
 
 logger = logging.getLogger(__name__)
 
-NO_KEY = "no-key"  # servers without authentication still want the header filled
-LEAST_LIMIT_CHARS = 16_384  # what a policy's tokenizer takes some 20 ms for
-MOST_TOKENS = 2**31  # of one answer: a larger count is no count, and SQLite has none beyond 2**63
-CHARS_PER_TOKEN = 16  # more than any real text has: an answer above it is not what was asked for
+NO_KEY = "no-key"  # servers without authentication still need a header
+LEAST_LIMIT_CHARS = 16_384  # takes a policy's tokenizer about 20 ms
+MOST_TOKENS = 2**31  # in one answer: a larger count is an error, and SQLite takes none above 2**63
+MOST_CHARS_PER_TOKEN = 16  # more than in any real text
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class ApiRequest:
     @property
     def longest_chars(self) -> int:
         """A longer reply is discarded unread."""
-        return max(LEAST_LIMIT_CHARS, CHARS_PER_TOKEN * self.section.max_tokens)
+        return max(LEAST_LIMIT_CHARS, MOST_CHARS_PER_TOKEN * self.section.max_tokens)
 
 
 MANY_CONNECTIONS = "20000"
@@ -76,13 +75,13 @@ class LiteLLMApi:
     """The `litellm` module, set up once: no network at import, no telemetry, no callbacks, no retries of its own."""
 
     def __init__(self) -> None:
-        # max_concurrency bounds the calls; LiteLLM's own bound of 500 connections a host would let the rest wait inside
-        # their deadlines, like calls to a slow provider
+        # max_concurrency bounds the calls. LiteLLM's own bound of 500 connections per host would make the rest wait
+        # within their deadlines, like calls to a slow provider
         os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT", MANY_CONNECTIONS)
         os.environ.setdefault("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", MANY_CONNECTIONS)
         litellm = load_litellm()
         litellm.telemetry = False
-        litellm.drop_params = True  # providers without `seed` or `n` still serve the rest of the request
+        litellm.drop_params = True  # providers without `seed` or `n` still get the rest of the request
         litellm.num_retries = 0
         self._litellm = litellm
         for callbacks in (  # each would be called after every request
@@ -95,8 +94,8 @@ class LiteLLMApi:
             callbacks.clear()
         logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)  # role_client.py counts and reports failures
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, and some contain the key
-        # a call that is cancelled while LiteLLM prepares it in a thread leaves the coroutine that it prepared: noise in
-        # the report of whatever ended the run
+        # a call that is cancelled while LiteLLM prepares it in a thread leaves a coroutine behind: noise in the report
+        # of what ended the run
         warnings.filterwarnings("ignore", message=UNAWAITED, category=RuntimeWarning)
 
     def check_model(self, place: str, deployment: DeploymentSection, provider: str | None) -> None:
@@ -200,15 +199,15 @@ class LiteLLMApi:
 
 
 def _content(content: object) -> str:
-    """A choice's text, where the API gave none an empty one. Raises ValueError for what is no text."""
+    """The text of a choice; empty if the API sent none. Raises ValueError if it is not text."""
     if content is not None and not isinstance(content, str):
-        raise ValueError(f"the content of a choice is no text but {type(content).__name__}")
+        raise ValueError(f"the content of a choice is not text but {type(content).__name__}")
     return whole_text(content or "")
 
 
 def _token_count(usage: object, name: str) -> int:
-    """A count of the answer's `usage`, 0 where it has none. Raises ValueError for what counts no tokens."""
+    """A token count of the answer's `usage`; 0 if it has none. Raises ValueError if it is not a count."""
     count = getattr(usage, name, 0) or 0
     if not isinstance(count, (int, float)) or not 0 <= count < MOST_TOKENS:
-        raise ValueError(f"usage.{name} is no number of tokens")
+        raise ValueError(f"usage.{name} is not a number of tokens")
     return int(count)

@@ -108,7 +108,7 @@ def json_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of over 4,300 digits
         raise MalformedReply(f"the reply cannot be parsed: {error}") from None
     if not isinstance(value, dict) or not value:
-        raise MalformedReply("no JSON object in the reply")
+        raise MalformedReply("there is no JSON object in the reply")
     if _has_half(value):  # no tokenizer accepts it
         raise MalformedReply("half a surrogate pair in the reply")
     return value
@@ -149,7 +149,7 @@ def verdict_field(reply: dict[str, Any], name: str) -> bool:
 def read_for_record(text: str) -> tuple[str, dict[str, Any], str]:
     """(thought, other plain values, text) of a reply for the record of calls.
 
-    `response` is left out, since the chat has it. The text is kept only if it is no JSON.
+    `response` is left out, since the chat has it. The text is kept only if it is not JSON.
     """
     try:
         reply = json_object(text)

@@ -2,7 +2,7 @@
 
 A call's deadline covers its requests, the pauses between them and the wait for the limits per minute. It does not cover
 the queue of the concurrency limiter: a long queue means that the limit is low, not that the provider is ill. The queue
-is finite, since every request in it ends within `deadline_s`. During back-off a call holds no place in the limiter.
+is finite, since every request in it ends within `deadline_s`. A call in back-off does not count for the limiter.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class PromptTemplate:
     """One template, whose names are checked when it is made."""
 
     def __init__(self, text: str, *, required: Iterable[str], optional: Iterable[str] = (), source: str) -> None:
-        """Raises UserError if `text` lacks a required name, has an unknown one, or a lone dollar."""
+        """Raises UserError if `text` has a lone dollar, an unknown name, or not every required name."""
         self._template = Template(text)
         self._source = source
         required, known = set(required), set(required) | set(optional)

@@ -1,4 +1,4 @@
-"""Files that are no journal, or no whole one: a sentence with the way out."""
+"""Files that are not a journal, or a damaged one: a sentence with what to do."""
 
 from __future__ import annotations
 

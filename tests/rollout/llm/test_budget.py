@@ -1,4 +1,4 @@
-"""A hard cap is kept: what work under way may still cost is set aside before other work begins, in all processes."""
+"""A hard cap is kept: what work in progress may still cost is reserved before other work starts, in all processes."""
 
 from __future__ import annotations
 

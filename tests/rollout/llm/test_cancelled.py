@@ -39,5 +39,5 @@ def test_a_call_cancelled_at_any_moment_leaves_no_coroutine_behind() -> None:
     done = subprocess.run([sys.executable, "-c", CANCELS], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "never awaited" in line] == [
-        "<string>:27: RuntimeWarning: coroutine 'forgotten' was never awaited"  # those of our own are still told
+        "<string>:27: RuntimeWarning: coroutine 'forgotten' was never awaited"  # our own are still reported
     ]

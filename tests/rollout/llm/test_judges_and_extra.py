@@ -94,7 +94,7 @@ def test_judges_are_cold_and_users_are_not(tmp_path: Path) -> None:
 
 
 def test_a_metric_may_have_a_judge_of_its_own(tmp_path: Path) -> None:
-    """Every LLM is asked for what it judges, with counters and costs of its own."""
+    """Every LLM is asked for what it judges, with its own counters and costs."""
     answer = json.dumps({"correct": True, **dict.fromkeys(MARKS, 0.5)})
     with MisbehavingEndpoint(lambda body: answer) as one, MisbehavingEndpoint(lambda body: answer) as other:
 

@@ -49,7 +49,7 @@ def listening(how: str) -> Iterator[str]:
 
 
 def failing(url: str, **settings: Any) -> tuple[str, RoleUsage]:
-    """What a call that cannot be had says of its last attempt, and the role's counters."""
+    """What a failed call reports about its last attempt, and the role's counters."""
 
     async def body(role: RoleClient) -> str:
         with pytest.raises(SimulatorError) as caught:

@@ -30,7 +30,7 @@ def test_a_bucket_lets_a_burst_go_and_then_keeps_the_rate(monkeypatch: pytest.Mo
         assert bucket.delay_s(1) == 0
         bucket.pay(1)
     assert bucket.delay_s(1) == pytest.approx(0.5)
-    bucket.pay(1)  # whoever waits has paid: the next one comes after it
+    bucket.pay(1)  # a waiting call has paid: the next one comes after it
     assert bucket.delay_s(1) == pytest.approx(1.0)
     now = 100.0
     assert bucket.delay_s(10) == 0

@@ -42,7 +42,7 @@ def test_a_price_is_typed_listed_or_unknown(monkeypatch: pytest.MonkeyPatch) -> 
     for unknown in ("hosted_vllm/m", "openai/some-own-model", "ollama/nobody-knows", "huggingface/a/b"):
         assert price(llm(unknown)) is None
         assert price(llm(unknown, input_usd_per_mtoken=1)) is None  # half a price counts half the cost
-    # a gateway tells LiteLLM of models that it does not know, at 0 dollars: that is no price, and hides none
+    # a gateway registers models that LiteLLM does not know, at 0 dollars: that is not a price and hides none
     Gateway({"user": llm("hosted_vllm/m"), "judge": llm("openai/gpt-4o-mini", **FREE)}, 1)
     assert price(llm("hosted_vllm/m")) is None
     assert price(llm("openai/gpt-4o-mini")) == listed
