@@ -72,7 +72,7 @@ UNAWAITED = r"coroutine '[\w.]*\.(async_completion|acompletion|async_\w+_handler
 
 
 class LiteLLMApi:
-    """The `litellm` module, set up once: no network at import, no telemetry, no callbacks, no retries of its own."""
+    """The `litellm` module, set up once: no network at import, no telemetry, no retries of its own."""
 
     def __init__(self) -> None:
         # max_concurrency bounds the calls. LiteLLM's own bound of 500 connections per host would make the rest wait
@@ -84,14 +84,6 @@ class LiteLLMApi:
         litellm.drop_params = True  # providers without `seed` or `n` still get the rest of the request
         litellm.num_retries = 0
         self._litellm = litellm
-        for callbacks in (  # each would be called after every request
-            litellm.callbacks,
-            litellm.success_callback,
-            litellm.failure_callback,
-            litellm._async_success_callback,
-            litellm._async_failure_callback,
-        ):
-            callbacks.clear()
         logging.getLogger("LiteLLM").setLevel(logging.CRITICAL)  # role_client.py counts and reports failures
         logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs whole URLs, and some contain the key
         # a call that is cancelled while LiteLLM prepares it in a thread leaves a coroutine behind: noise in the report
