@@ -41,7 +41,7 @@ from collab_megatron.rollout.cast import assemble, usable_tasks
 from collab_megatron.rollout.evaluation import Evaluation, evaluate
 from collab_megatron.rollout.journal.store import Journal, open_journal
 from collab_megatron.rollout.lineage import model_fingerprint
-from collab_megatron.rollout.rewards.configured import judge_calls
+from collab_megatron.rollout.rewards import judge_calls
 from collab_megatron.rollout.transcripts import write_transcripts
 from collab_megatron.rollout.worth import evaluation_calls
 from collab_megatron.trainer.report.evaluation_table import evaluation_table

@@ -12,7 +12,7 @@ from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.token_limit import fitting_tasks
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.rollout.conversation import Limits, Players
 from collab_megatron.rollout.journal import store
@@ -36,7 +36,7 @@ class Cast:
     players: Players
     limits: Limits
     engine: EnginePool
-    engine_slots: Slots  # tokens of the policy turns in flight
+    engine_slots: AdaptiveLimiter  # tokens of the policy turns in flight
     recorded: RecordedEngine
     gateway: Gateway
     health: SimulatorHealth
@@ -82,7 +82,7 @@ async def assemble(
         shards=shards,
         go_on="set run.resume=true" if driver else "start the evaluation again",
     )
-    slots = Slots(config.engine.max_running_tokens or float("inf"))
+    slots = AdaptiveLimiter(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
         stop_token_ids=chat.end_ids,
         request_timeout_s=config.engine.request_timeout_s,

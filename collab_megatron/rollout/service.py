@@ -30,7 +30,7 @@ from collab_megatron.log import set_up_logging
 from collab_megatron.processes import die_with_parent
 from collab_megatron.rollout.cast import Cast, assemble, open_journal
 from collab_megatron.rollout.listener import Listener
-from collab_megatron.rollout.llm.usage import API_USAGE_FILE
+from collab_megatron.rollout.llm.accounting import API_USAGE_FILE
 from collab_megatron.rollout.recorder import TreeRecorder
 from collab_megatron.rollout.steps import Steps
 from collab_megatron.rollout.work import Work

@@ -1,8 +1,7 @@
-"""What the processes of a run have set aside of its budget for work under way: one row a process, in the journal.
+"""Budget reservations of the processes of a run: one row per process, in the journal.
 
-A row counts as long as its process lives: pid and start time name a process, so that what a killed one set aside is
-free again, also where another process has its pid by then. All processes that write to a journal run on one machine
-(database.py).
+A row counts while its process lives. A process is identified by pid and start time, so the reservation of a killed one
+ends even if another process gets its pid. All processes that write to a journal run on one machine (database.py).
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ CREATE TABLE IF NOT EXISTS reserved (
 """
 SET = "INSERT OR REPLACE INTO reserved VALUES (?, ?, ?, ?)"
 START_FIELD = 19
-"""Place of the start time in /proc/PID/stat, counted behind the command's name, which may hold spaces."""
+"""Index of the start time in /proc/PID/stat, counted after the command's name, which may contain spaces."""
 
 
 @cache
 def started(pid: int) -> int:
-    """When a process was started, in clock ticks since the machine was. Raises OSError where there is none."""
+    """Start time of a process, in clock ticks since the machine started. Raises OSError if there is none."""
     text = Path(f"/proc/{pid}/stat").read_text()
     return int(text[text.rindex(")") + 2 :].split()[START_FIELD])
 
 
 def set_aside(connection: sqlite3.Connection, calls: int, cost_usd: float) -> None:
-    """In the open transaction: what this process holds now."""
+    """Set the reservation of this process, within the open transaction."""
     pid = os.getpid()
     connection.execute(SET, (pid, started(pid), calls, cost_usd))
 
 
 def held_by_others(connection: sqlite3.Connection) -> tuple[int, float]:
-    """In the open transaction: calls and dollars that other live processes hold. Rows of ended ones are removed."""
+    """Calls and dollars that other live processes reserve. Within the open transaction; removes rows of dead ones."""
     calls, cost_usd, me = 0, 0.0, os.getpid()
     connection.execute(CREATE)
     for pid, since, held_calls, held_usd in connection.execute("SELECT * FROM reserved").fetchall():
@@ -52,6 +51,6 @@ def held_by_others(connection: sqlite3.Connection) -> tuple[int, float]:
 
 def _lives(pid: int, since: int) -> bool:
     try:
-        return started.__wrapped__(pid) == since  # another process may have the pid by now: never from the cache
+        return started.__wrapped__(pid) == since  # not from the cache: another process may have the pid
     except (OSError, ValueError):
         return False
