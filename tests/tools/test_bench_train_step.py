@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.parallel.ranks import Ran, run_script
-from tools.comparison.train_step import interleaved
+from tools.bench.train_step import interleaved
 
 ROOT = Path(__file__).resolve().parents[2]
 
