@@ -24,16 +24,21 @@ def resolve_model_folder(path: str | Path, *, weights: bool = True) -> Path:
         if folder.is_dir():
             return folder
     except OSError as error:  # a name that is too long
-        raise UserError(f"model.path {str(path)[:80]} cannot be used: {error.strerror}") from None
+        raise UserError(
+            f"model.path {str(path)[:80]} cannot be used ({error.strerror}): name a folder, or a hub model as "
+            "owner/name"
+        ) from None
     if not _HUB_NAME.fullmatch(str(path)):
-        raise UserError(f"there is no model folder {path}: name a folder, or a model of the hub as owner/name")
+        raise UserError(f"there is no model folder {path}: name a folder, or a hub model as owner/name")
     from huggingface_hub import snapshot_download  # only here: most runs name a folder
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=_FILES if weights else _SMALL_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"model {path} is neither a folder nor can it be fetched from the hub: {error}") from error
+        raise UserError(
+            f"model {path} is not a folder and cannot be fetched from the hub: {error}; check the name and the network"
+        ) from error
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
@@ -42,11 +47,13 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a Hugging Face model folder: it has no config.json") from error
+        raise UserError(
+            f"{folder} is not a Hugging Face model folder: it has no config.json; name another folder"
+        ) from error
     except RecursionError:
-        raise UserError(f"{path} cannot be read: it is nested too deeply; take the model's own file") from None
+        raise UserError(f"{path} cannot be read: it is nested too deeply; use the original file") from None
     except (OSError, ValueError) as error:  # ValueError: no JSON, no UTF-8
-        raise UserError(f"{path} cannot be read: {error}; take the model's own file") from error
+        raise UserError(f"{path} cannot be read: {error}; use the original file") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object; take the model's own file")
+        raise UserError(f"{path} does not hold a JSON object; use the original file")
     return config

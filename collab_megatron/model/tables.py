@@ -1,9 +1,9 @@
-"""Which Hugging Face tensors make up which Megatron parameter, one row each. Pure: no torch.
+"""Table of Megatron parameters and the Hugging Face tensors that each consists of, one row each. Pure: no torch.
 
-A row names its tensors' shapes by dimension (ModelSpec.dims), the dimension along which tensor parallelism cuts them,
-and how several tensors are joined into one. `{layer}` and `{expert}` count from 0 over the whole model. Names are those
-of Megatron's local spec. Transformer-engine's fuses two norms into the next projection and numbers the weights of
-grouped experts, which `ALIASES` undoes; the norm before a mixture of experts it leaves alone.
+A row holds the tensors' shapes by dimension name (ModelSpec.dims), the dimension that tensor parallelism cuts, and the
+way in which several tensors are joined into one. `{layer}` and `{expert}` count from 0 over the whole model. Names are
+those of Megatron's local layers. Transformer-engine's layers fuse two norms into the next projection and number the
+weights of grouped experts; `ALIASES` maps these names back. They leave the norm before a mixture of experts alone.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ Join = Literal["none", "qkv", "gate_up"]
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One Megatron parameter. A row of the tables below may hold `{layer}` and `{expert}`; one of `rows` never does."""
+    """One Megatron parameter. Names in the tables below may hold `{layer}` and `{expert}`; in `rows` they never do."""
 
     megatron: str
     hf: tuple[str, ...]
     shapes: tuple[tuple[str, ...], ...]  # of each HF tensor, as names of ModelSpec.dims
-    cut: int | None  # dimension that tensor parallelism cuts; None: every rank holds the whole tensor
+    cut: int | None  # the dimension that tensor parallelism cuts; None: every rank holds the whole tensor
     join: Join = "none"
     layer: int | None = None  # None: outside the layers
-    expert: int | None = None  # the expert it belongs to, of the whole model: only that expert's ranks hold it
+    expert: int | None = None  # its expert, numbered over the whole model: only that expert's ranks hold it
 
     @property
     def is_vocab(self) -> bool:
-        """Its rows are the vocabulary: padded in Megatron, not in Hugging Face."""
+        """Whether its rows are the vocabulary, which Megatron pads and Hugging Face does not."""
         return self.shapes[0][0] == "vocab"
 
     def at(self, layer: int, expert: int | None = None) -> ParameterRow:
-        """The row with the numbers filled in."""
+        """The row with the layer and expert numbers filled in."""
 
         def fill(name: str) -> str:
             return name.format(layer=layer, expert=expert)
@@ -86,7 +86,7 @@ MLP_IN = ParameterRow(
 MLP_OUT = ParameterRow(_M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), (("hidden", "ffn"),), 1)
 
 ROUTER = ParameterRow(_M + "mlp.router.weight", (_H + "mlp.gate.weight",), (("experts", "hidden"),), None)
-# experts are spread over expert-parallel ranks whole: their tensor-parallel size is 1
+# each expert is whole on one expert-parallel rank: its tensor-parallel size is 1
 _EXPERT = _M + "mlp.experts.local_experts.{expert}."
 EXPERT_IN = ParameterRow(
     _EXPERT + "linear_fc1.weight",
@@ -102,7 +102,7 @@ EXPERT_OUT = ParameterRow(
     None,
 )
 
-# transformer-engine's name, as a regular expression that ends the parameter's name -> the table's
+# end of transformer-engine's parameter name, as a regular expression -> the table's name
 ALIASES = {
     r"self_attention\.linear_qkv\.layer_norm_weight": "input_layernorm.weight",
     r"mlp\.linear_fc1\.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -111,7 +111,7 @@ ALIASES = {
 
 
 def canonical_name(megatron_name: str) -> str:
-    """A parameter's name as it stands in the table, whichever layer spec built the model."""
+    """A parameter's name in the table, whether local or transformer-engine layers built the model."""
     for theirs, ours in ALIASES.items():
         name, count = re.subn(rf"(?<=\.){theirs}$", ours, megatron_name)
         if count:
@@ -120,7 +120,7 @@ def canonical_name(megatron_name: str) -> str:
 
 
 def layer_rows(spec: ModelSpec, layer: int) -> Iterator[ParameterRow]:
-    """The rows of one layer, numbers filled in, in the order in which they are streamed."""
+    """The rows of one layer, numbers filled in, in streaming order."""
     attention = [INPUT_NORM, QKV_WEIGHT]
     if spec.qkv_bias:
         attention.append(QKV_BIAS)
@@ -135,7 +135,7 @@ def layer_rows(spec: ModelSpec, layer: int) -> Iterator[ParameterRow]:
 
 
 def rows(spec: ModelSpec) -> Iterator[ParameterRow]:
-    """Every row of the model, numbers filled in, in the order in which tensors are streamed."""
+    """All rows of the model, numbers filled in, in streaming order."""
     yield EMBEDDING
     for layer in range(spec.layers):
         yield from layer_rows(spec, layer)
@@ -145,5 +145,5 @@ def rows(spec: ModelSpec) -> Iterator[ParameterRow]:
 
 
 def parameter_count(spec: ModelSpec) -> int:
-    """Parameters of the whole model; a tied output projection counts once."""
+    """Number of parameters of the whole model. A tied output projection counts once."""
     return sum(math.prod(spec.dims[dim] for dim in dims) for row in rows(spec) for dims in row.shapes)

@@ -49,7 +49,7 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
         (hf_config(mlp_bias=True), "mlp_bias of LlamaForCausalLM is not supported"),
         (hf_config(quantization_config={"bits": 4}), "quantization_config of LlamaForCausalLM is not supported"),
         (of_kind("qwen2", use_sliding_window=True), "use_sliding_window of Qwen2ForCausalLM is not supported"),
-        (hf_config(rope_parameters=YARN), "type 'yarn' are not supported; supported are default, linear, llama3"),
+        (hf_config(rope_parameters=YARN), "type 'yarn'; supported are default, linear, llama3"),
         (hf_config(rope_parameters=PARTIAL), r"partial_rotary_factor=0\.5 is not supported"),
         (of_kind("qwen3moe", mlp_only_layers=[0]), "dense layers among those of experts"),
         (of_kind("qwen3moe", decoder_sparse_step=2), "dense layers among those of experts"),
