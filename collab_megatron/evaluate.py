@@ -30,10 +30,10 @@ from collab_megatron.engine.served import served_weights
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.cli import parse_arguments
-from collab_megatron.launch.converted import checkpoint_of, hf_folder_of
-from collab_megatron.launch.launch import launch_engine_only, on_chosen_device
+from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
 from collab_megatron.launch.lock import run_lock
 from collab_megatron.launch.preflight import check_evaluate
+from collab_megatron.launch.run_processes import launch_engine_only, on_chosen_device
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.log import set_up_logging
 from collab_megatron.model.source import resolve_model_folder

@@ -160,20 +160,20 @@ def main() -> None:
     keep_from_others(config.run.umask)
     if arguments.trainer is not None:
         run_rank(partial(train, config, arguments.trainer))
-    from collab_megatron.launch.ending import told_at_the_end
-    from collab_megatron.launch.launch import launch_rl
-    from collab_megatron.launch.length import with_steps
+    from collab_megatron.launch.end_report import report_at_end
+    from collab_megatron.launch.epochs import epochs_to_steps
     from collab_megatron.launch.lock import run_lock
     from collab_megatron.launch.preflight import check_rl
+    from collab_megatron.launch.run_processes import launch_rl
 
-    config = with_steps(config)
+    config = epochs_to_steps(config)
     if arguments.dry_run:
         print(show_config(config), flush=True)
         check_rl(config, dry_run=True, node=arguments.node)
         return
     with run_lock(config.run, config.train.save_grace_s) as lock:  # before the checks: they look for checkpoints
         start = check_rl(config, node=arguments.node)
-        with told_at_the_end(config.run, config.train.steps, arguments.config):
+        with report_at_end(config.run, config.train.steps, arguments.config):
             if not start.is_done:
                 launch_rl(config, start, lock)
 

@@ -41,7 +41,7 @@ def train(config: SFTConfig) -> None:
     from collab_megatron.trainer.sft_reporter import SFTReporter
     from collab_megatron.trainer.skipped import SkippedSteps
     from collab_megatron.wire.checkpoints import read_best, step_folder
-    from collab_megatron.wire.unfinished import export_label, exported_step, is_exported
+    from collab_megatron.wire.completion import export_label, exported_step, is_exported
 
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
@@ -143,20 +143,20 @@ def main() -> None:
     keep_from_others(config.run.umask)
     if arguments.trainer is not None:
         run_rank(partial(train, config))
-    from collab_megatron.launch.ending import told_at_the_end
-    from collab_megatron.launch.launch import launch_sft
-    from collab_megatron.launch.length import with_steps
+    from collab_megatron.launch.end_report import report_at_end
+    from collab_megatron.launch.epochs import epochs_to_steps
     from collab_megatron.launch.lock import run_lock
     from collab_megatron.launch.preflight import check_sft
+    from collab_megatron.launch.run_processes import launch_sft
 
-    config = with_steps(config)
+    config = epochs_to_steps(config)
     if arguments.dry_run:
         print(show_config(config), flush=True)
         check_sft(config, dry_run=True, node=arguments.node)
         return
     with run_lock(config.run, config.train.save_grace_s) as lock:  # before the checks: they look for checkpoints
         start = check_sft(config, node=arguments.node)
-        with told_at_the_end(config.run, config.train.steps, None, exported=config.export_hf):
+        with report_at_end(config.run, config.train.steps, None, exported=config.export_hf):
             if not start.is_done:
                 launch_sft(config, lock)
 

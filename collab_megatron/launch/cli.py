@@ -10,7 +10,7 @@ from pathlib import Path
 
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch.node import Node, parse_node
-from collab_megatron.processes import end_at_signals
+from collab_megatron.signals import end_at_signals
 
 
 @dataclass(frozen=True)

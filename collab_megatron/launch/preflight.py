@@ -23,11 +23,11 @@ from collab_megatron.data_engine.worker import make_players
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.errors import UserError, masked
 from collab_megatron.json_lines import read_rows
-from collab_megatron.launch.cautions import warn_of_config, warn_of_memory, warn_of_prompts
+from collab_megatron.launch.config_warnings import warn_of_config, warn_of_memory, warn_of_prompts
 from collab_megatron.launch.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
 from collab_megatron.launch.engine_checks import check_context_length, check_engine, check_flags
 from collab_megatron.launch.node import Node, this_node
-from collab_megatron.launch.places import (
+from collab_megatron.launch.path_checks import (
     check_file,
     check_folder,
     check_journal_file,
@@ -46,8 +46,8 @@ from collab_megatron.rollout.llm.health import SimulatorHealth
 from collab_megatron.rollout.rewards import configured_scorer
 from collab_megatron.types import Task
 from collab_megatron.wire.checkpoints import MARKER, named_checkpoint, newest_complete, read_info
+from collab_megatron.wire.completion import METRICS_FILE, Start, is_exported, rl_missing, sft_missing
 from collab_megatron.wire.origin import decisive_differences
-from collab_megatron.wire.unfinished import METRICS_FILE, Start, is_exported, rl_lacks, sft_lacks
 
 REACH_TIMEOUT_S = 5.0
 DEFAULT_PORT = 30000  # SGLang's; stands for the free one that is found at the start
@@ -103,7 +103,7 @@ def check_rl(
     )
     report(rl_plan(config, model.spec, node=here, calls=calls))
     warn_of_config(config, model.spec, here)
-    start = RLStart(*_check_run(config, rl_lacks, here), max_context_tokens=room, usable_prompts=len(train))
+    start = RLStart(*_check_run(config, rl_missing, here), max_context_tokens=room, usable_prompts=len(train))
     if start.is_done:
         return start
     if here.here:
@@ -127,7 +127,7 @@ def check_sft(
             print(*rows.notices, sep="\n", end="\n" * bool(rows.notices), flush=True)
     report(sft_plan(config, model.spec, node=here))
     warn_of_memory(config, model.spec, here)
-    start = Start(*_check_run(config, sft_lacks, here))
+    start = Start(*_check_run(config, sft_missing, here))
     if start.is_done:
         return start
     _check_trainer_devices(config.parallel, None, here)

@@ -14,7 +14,7 @@ CONNECT_S = 0.5  # the one thing that is waited for; at once on this machine
 ANSWER_S = 25.0  # then it is asked anew; SGLang itself gives up after 20
 
 
-class Readiness:
+class ReadinessProbe:
     """One server's. Call `answers` often, `close` when it is of no use any more."""
 
     def __init__(self, url: str, *, every_s: float) -> None:

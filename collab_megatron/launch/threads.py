@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Threads:
+class ThreadCounts:
     """Of one process each."""
 
     trainer: int  # OpenMP threads of a trainer rank
     engine: int  # of one tensor-parallel rank of a server
 
 
-def share_threads(cores: int, *, trainer_ranks: int, engine_ranks: int, at_once: bool) -> Threads:
+def share_threads(cores: int, *, trainer_ranks: int, engine_ranks: int, at_once: bool) -> ThreadCounts:
     """`cores` of this node for its ranks; 0 ranks: none runs here. `at_once`: trainer and engines work side by side.
 
     At least one thread each, however many ranks there are.
     """
     if at_once:
         each = max(1, cores // max(1, trainer_ranks + engine_ranks))
-        return Threads(each, each)
-    return Threads(max(1, cores // max(1, trainer_ranks)), max(1, cores // max(1, engine_ranks)))
+        return ThreadCounts(each, each)
+    return ThreadCounts(max(1, cores // max(1, trainer_ranks)), max(1, cores // max(1, engine_ranks)))
 
 
 def usable_cores() -> int:

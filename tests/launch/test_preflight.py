@@ -17,13 +17,13 @@ from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, load_con
 from collab_megatron.data.parquet import Conversation, write_conversations, write_tasks
 from collab_megatron.errors import UserError
 from collab_megatron.launch import launch
-from collab_megatron.launch.cautions import NEAR, memory_warnings
-from collab_megatron.launch.launch import engine_gpus, on_chosen_device
-from collab_megatron.launch.length import with_steps
+from collab_megatron.launch.config_warnings import NEAR, memory_warnings
+from collab_megatron.launch.epochs import epochs_to_steps
 from collab_megatron.launch.node import Node, parse_node
 from collab_megatron.launch.plan import stages_of
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.preflight import check_evaluate, check_rl, check_sft
+from collab_megatron.launch.run_processes import engine_gpus, on_chosen_device
 from collab_megatron.model.layout import read_hf_config
 from collab_megatron.model.memory import fullest
 from collab_megatron.model.spec import model_spec
@@ -110,14 +110,16 @@ def test_epochs_become_steps_of_the_rows_that_can_be_used(
     tasks[4] = replace(tasks[4], prompt=(Message("user", "word " * 400),))
     write_tasks(tmp_path / "nine.parquet", tasks)
     short = ("rollout.prompts_per_step=3", "rollout.max_prompt_tokens=100", "optimizer.warmup_steps=1")
-    config = with_steps(load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 2.5, steps: null}", *short))
+    config = epochs_to_steps(
+        load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 2.5, steps: null}", *short)
+    )
     assert (config.train.steps, config.train.epochs) == (7, None)  # 2.5 x 8 / 3
     assert "train.epochs=2.5: 8 usable prompts in steps of 3 make 7 steps" in capsys.readouterr().out
-    assert with_steps(config) is config
+    assert epochs_to_steps(config) is config
     with pytest.raises(UserError, match=r"train.epochs=2 and train.steps=40 are both set"):
         load("train.epochs=2")
     with pytest.raises(UserError, match=r"with the 3 steps of train.epochs: optimizer.warmup_steps=3 leaves nothing"):
-        with_steps(load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 1, steps: null}", *short[:2]))
+        epochs_to_steps(load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 1, steps: null}", *short[:2]))
     chat = (Message("user", "a"), Message("assistant", "b"))
     rows = [Conversation(f"c{number}", chat) for number in range(5)]
     rows[0] = Conversation("c0", (Message("user", "a"), Message("assistant", "b " * 400)))
@@ -131,7 +133,7 @@ def test_epochs_become_steps_of_the_rows_that_can_be_used(
             "max_tokens": 100,
         }
     )
-    assert with_steps(sft).train.steps == 6  # 3 x 4 / 2
+    assert epochs_to_steps(sft).train.steps == 6  # 3 x 4 / 2
 
 
 def test_a_layout_that_does_not_divide(load: Load) -> None:

@@ -9,34 +9,34 @@ import pytest
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, load_config
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.launch import launch
-from collab_megatron.launch.threads import Threads, share_threads
+from collab_megatron.launch.threads import ThreadCounts, share_threads
 
 
 @pytest.mark.parametrize(
     "cores, trainers, engines, at_once, expected",
     [
-        (2, 1, 1, False, Threads(2, 2)),  # they take turns: each has the machine
-        (2, 2, 1, False, Threads(1, 2)),
-        (16, 4, 2, False, Threads(4, 8)),
-        (2, 1, 1, True, Threads(1, 1)),  # both at once
-        (16, 4, 4, True, Threads(2, 2)),
-        (2, 4, 4, True, Threads(1, 1)),  # never none
-        (8, 2, 0, False, Threads(4, 8)),  # engines elsewhere, or none at all
+        (2, 1, 1, False, ThreadCounts(2, 2)),  # they take turns: each has the machine
+        (2, 2, 1, False, ThreadCounts(1, 2)),
+        (16, 4, 2, False, ThreadCounts(4, 8)),
+        (2, 1, 1, True, ThreadCounts(1, 1)),  # both at once
+        (16, 4, 4, True, ThreadCounts(2, 2)),
+        (2, 4, 4, True, ThreadCounts(1, 1)),  # never none
+        (8, 2, 0, False, ThreadCounts(4, 8)),  # engines elsewhere, or none at all
     ],
 )
-def test_cores_are_shared(cores: int, trainers: int, engines: int, at_once: bool, expected: Threads) -> None:
+def test_cores_are_shared(cores: int, trainers: int, engines: int, at_once: bool, expected: ThreadCounts) -> None:
     assert share_threads(cores, trainer_ranks=trainers, engine_ranks=engines, at_once=at_once) == expected
 
 
 def test_a_run_that_alternates_uses_every_core_and_one_that_overlaps_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "usable_cores", lambda: 8)
 
-    def of(*overrides: str) -> Threads:
+    def of(*overrides: str) -> ThreadCounts:
         return launch.threads_of(load_config(RLConfig, Path("conf/demo_rl.yaml"), overrides))
 
-    assert of("parallel.tensor=2") == Threads(4, 8)
-    assert of("parallel.tensor=2", "driver.max_staleness=1") == Threads(2, 2)
-    assert of("parallel.threads=3", "engine.threads=5") == Threads(3, 5)
+    assert of("parallel.tensor=2") == ThreadCounts(4, 8)
+    assert of("parallel.tensor=2", "driver.max_staleness=1") == ThreadCounts(2, 2)
+    assert of("parallel.threads=3", "engine.threads=5") == ThreadCounts(3, 5)
     assert launch.threads_of(load_config(SFTConfig, Path("conf/demo_sft.yaml"))).trainer >= 4
     assert launch.threads_of(load_config(EvaluateConfig, Path("conf/demo_evaluate.yaml"))).engine == 8
 

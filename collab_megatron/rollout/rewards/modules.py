@@ -1,7 +1,7 @@
 """The Python modules of the user that register metrics: an importable name, or a file.
 
-config/load.py has turned the name of a module that lies next to the config file into that file's path, so that every
-process finds it, whatever its working directory. A file is run once in a process. Its folder joins the end of the
+config/config_file.py has turned the name of a module that lies next to the config file into that file's path, so that
+every process finds it, whatever its working directory. A file is run once in a process. Its folder joins the end of the
 search path, so that it may import others that lie next to it.
 """
 

@@ -18,7 +18,7 @@ from collab_megatron.config.sections import EngineSection, ParallelSection, Sync
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import EngineCommand, engine_command
 from collab_megatron.launch.fleet import Fleet
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import close_grid, init_grid
 from collab_megatron.trainer.sync.publisher import Publisher, SyncReport
@@ -44,7 +44,7 @@ class Run:
     actor: Actor
     version: int = 0
 
-    def child(self, name: str) -> Child:
+    def child(self, name: str) -> ChildProcess:
         """The newest life of a server."""
         return next(child for child in reversed(self.supervisor._children) if child.name.startswith(name))
 

@@ -25,8 +25,8 @@ from collab_megatron.launch.lock import RunLock
 from collab_megatron.launch.node import device_of, visible_gpus
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.preflight import RLStart
-from collab_megatron.launch.supervisor import Child, Supervisor
-from collab_megatron.launch.threads import Threads, share_threads, usable_cores
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.threads import ThreadCounts, share_threads, usable_cores
 from collab_megatron.wire.roster import RosterFolder
 
 C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
@@ -159,7 +159,7 @@ def start_trainers(
     extra: list[str],
     *,
     here: bool = True,
-) -> list[Child]:
+) -> list[ChildProcess]:
     """One process per rank; rank 0 speaks on our terminal, the others into their logs. threads: of each, on CPU. here:
     all that they exchange tensors with is on this node."""
     port = free_port()
@@ -196,7 +196,7 @@ def on_chosen_device(config: C) -> C:
     return config.model_copy(update={"parallel": parallel})
 
 
-def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> Threads:
+def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> ThreadCounts:
     """Threads of a trainer rank and of an engine rank, as configured or shared out; they count on CPU only."""
     parallel = config.parallel
     engine = None if isinstance(config, SFTConfig) else config.engine
@@ -206,7 +206,7 @@ def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> Threads:
         engine_ranks=0 if engine is None or engine.urls else engine.count * engine.tensor,
         at_once=isinstance(config, RLConfig) and config.driver.max_staleness > 0,
     )
-    return Threads(
+    return ThreadCounts(
         trainer=parallel.threads or shared.trainer,
         engine=(engine.threads if engine is not None else None) or shared.engine,
     )

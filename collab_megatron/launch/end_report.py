@@ -16,9 +16,7 @@ SHOWN_FIGURES = 6  # of an evaluation
 
 
 @contextmanager
-def told_at_the_end(
-    run: RunSection, steps: int, config: Path | None, *, exported: Path | None = None
-) -> Iterator[None]:
+def report_at_end(run: RunSection, steps: int, config: Path | None, *, exported: Path | None = None) -> Iterator[None]:
     """Around the launch: a summary where it ends well, else what is saved and how to go on.
 
     config: the file on the command line, where an evaluation can read it. exported: the model folder that the run

@@ -20,7 +20,7 @@ from collab_megatron.model.source import resolve_model_folder
 C = TypeVar("C", RLConfig, SFTConfig)
 
 
-def with_steps(config: C) -> C:
+def epochs_to_steps(config: C) -> C:
     """The config with train.steps in the place of train.epochs, and a line that says so; as it is without epochs.
 
     The last step may run into one more epoch. Raises UserError for a model, a file or a schedule that does not fit.

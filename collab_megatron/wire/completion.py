@@ -30,7 +30,7 @@ class Start:
         return self.lacks == ()
 
 
-def rl_lacks(config: RLConfig) -> list[str]:
+def rl_missing(config: RLConfig) -> list[str]:
     """What is missing after the last step, in the user's words; empty where the run is done.
 
     Raises UserError for a damaged record.
@@ -44,8 +44,8 @@ def rl_lacks(config: RLConfig) -> list[str]:
     return lacks
 
 
-def sft_lacks(config: SFTConfig) -> list[str]:
-    """As `rl_lacks`."""
+def sft_missing(config: SFTConfig) -> list[str]:
+    """As `rl_missing`."""
     run, steps = config.run, config.train.steps
     lacks = []
     if config.data.validation is not None and not is_measured(run.tensorboard_dir / METRICS_FILE, steps):

@@ -8,7 +8,7 @@ import pytest
 
 from collab_megatron.errors import UserError
 from collab_megatron.launch import converted
-from collab_megatron.launch.converted import checkpoint_of, hf_folder_of
+from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
 from collab_megatron.wire.checkpoints import step_folder, write_marker
 
 
