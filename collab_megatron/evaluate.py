@@ -27,7 +27,7 @@ from collab_megatron.config import EvaluateConfig, load_config, show_config
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.served import served_weights
-from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
+from collab_megatron.errors import BudgetSpent, EvaluationFailed, run_cli
 from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.cli import parse_arguments
 from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
@@ -68,8 +68,6 @@ async def play(
     engine_keys: EngineKeys | None = None,
 ) -> Result:
     """The held-out conversations, and the API calls made for them."""
-    if config.data.validation is None:
-        raise UserError("data.validation is not set: name the held-out parquet")
     async with assemble(
         config,
         engine_urls=engine_urls,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from collab_megatron.config import RLConfig, SFTConfig
+from collab_megatron.config.roles import user_places
 from collab_megatron.config.sections import SimulatorsSection
 from collab_megatron.launch.node import Node
 from collab_megatron.launch.plan import stages_of
@@ -37,11 +38,7 @@ def warn_of_memory(config: RLConfig | SFTConfig, spec: ModelSpec, node: Node) ->
 
 def prompt_warnings(simulators: SimulatorsSection) -> Iterator[str]:
     """A user that cannot end the chat plays every future to its last turn."""
-    user = simulators.user
-    places = {"simulators.user": user} | {
-        f"simulators.user.mixture.{number}": part for number, part in enumerate(user.mixture)
-    }
-    for place, part in places.items():
+    for place, part in user_places(simulators.user).items():
         if part.prompt_file is None:
             continue
         if not re.search(r"\$(termination_signal\b|\{termination_signal\})", part.prompt_file.read_text("utf-8")):

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
+from collab_megatron.config.entry import EvaluateConfig, RLConfig
+from collab_megatron.config.roles import llm_roles
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.fit import fitting_tasks
 from collab_megatron.engine.keys import EngineKeys

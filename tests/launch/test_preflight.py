@@ -94,7 +94,7 @@ def test_checkpoints_of_this_run_and_of_another(load: Load, tmp_path: Path) -> N
     assert check_rl(load("run.resume=true", *changed)).first_step == 7
     assert check_rl(load("run.resume=auto", "train.steps=99", "engine.count=2", "parallel.tensor=1")).first_step == 7
     end = ("run.resume=true", "optimizer.warmup_steps=1")
-    assert check_rl(load(*end, "train.steps=7")).lacks == ("the held-out evaluation after step 7", "the engine probe")
+    assert check_rl(load(*end, "train.steps=7")).missing == ("the held-out evaluation after step 7", "the engine probe")
     assert "has already done 7 of 6 steps: raise train.steps" in refusal(load(*end, "train.steps=6"))
     fresh = (f"run.init_from={folder.parent}", "run.name=fresh")
     assert check_rl(load(*fresh)).first_step == 0
@@ -177,7 +177,7 @@ def test_prompts_that_are_too_long_are_told_and_most_of_them_refused(
     write_tasks(tmp_path / "some.parquet", [TASK, other, long])
     write_tasks(tmp_path / "most.parquet", [TASK, long, replace(long, task_id="longer")])
     limit = "rollout.max_prompt_tokens=40"
-    assert check_rl(load(f"data.train={tmp_path / 'some.parquet'}", limit)).usable_prompts == 2
+    check_rl(load(f"data.train={tmp_path / 'some.parquet'}", limit))
     assert (
         "left out: 1 of 3 prompts (33.3%) have more than 40 tokens; the longest, task long" in capsys.readouterr().out
     )

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from collab_megatron.config.entry import role_place
+from collab_megatron.config.roles import role_place
 from collab_megatron.config.sections import BudgetSection, DeploymentSection, LLMSection, SimulatorSection, UserSection
 from collab_megatron.config.sections.addresses import host_and_port
 from collab_megatron.errors import UserError

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collab_megatron.config.entry import judge_role, shipped_judges
+from collab_megatron.config.roles import judge_role, own_metrics, shipped_judges
 from collab_megatron.config.sections import RewardSection, SimulatorsSection
 from collab_megatron.rollout.llm import Gateway
 from collab_megatron.rollout.rewards.registry import make_scorer
 from collab_megatron.rollout.rewards.scorer import Scorer
 
-ASK_NOBODY = ("accuracy", "token_amount")
-"""Shipped metrics that ask no LLM; `accuracy` with a judge is among shipped_judges."""
-
 
 def judge_calls(reward: RewardSection, simulators: SimulatorsSection) -> int:
     """Requests to the judges of one conversation, where none has to be repeated. What metrics of the user's own ask is
     not known and counted as one request each; the budget learns better from the first conversations."""
-    judged = shipped_judges(reward, simulators)
-    return len(judged) + sum(name not in judged and name not in ASK_NOBODY for name in reward.metric_weights)
+    return len(shipped_judges(reward, simulators)) + len(own_metrics(reward))
 
 
 def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gateway: Gateway) -> Scorer:
