@@ -111,7 +111,7 @@ def weights_name(config: EvaluateConfig, urls: Sequence[str]) -> str:
     said again."""
     decides = {
         "files": model_fingerprint(resolve_model_folder(config.model.path)),
-        "served": served_weights(urls, timeout_s=config.engine.request_timeout_s) if config.engine.urls else None,
+        "served": served_weights(urls, timeout_s=config.engine.startup_timeout_s) if config.engine.urls else None,
         "dtype": config.model.dtype,
         "engine": [config.engine.context_length, *config.engine.extra_args],
         "version": __version__,

@@ -70,7 +70,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         grid,
         driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
         driver_token=arguments.driver_token(),
-        step_timeout_s=config.rollout.step_timeout_s,
+        step_timeout_s=config.driver.step_timeout_s,
         eval_timeout_s=config.evaluation.timeout_s,
         interrupt=interrupt,
     )

@@ -84,7 +84,6 @@ class RLConfig(Section):
             run=self.run,
             parallel=self.parallel,
             sync=self.sync,
-            rollout=self.rollout,
             driver=self.driver,
             engine=self.engine,
             evaluation=self.evaluation if self.data.validation is not None else None,

@@ -92,7 +92,7 @@ class Service:
             if answer is not None:
                 return answer
             self._require_engines()
-            timeout_s = self._config.rollout.step_timeout_s
+            timeout_s = self._config.driver.step_timeout_s
             if time.monotonic() - self._since > timeout_s:
                 raise RunError(
                     f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s; {self._steps.state()}"

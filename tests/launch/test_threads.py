@@ -8,7 +8,7 @@ import pytest
 
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, load_config
 from collab_megatron.config.sections import EngineSection
-from collab_megatron.launch import launch
+from collab_megatron.launch import run_processes
 from collab_megatron.launch.threads import ThreadCounts, share_threads
 
 
@@ -29,23 +29,23 @@ def test_cores_are_shared(cores: int, trainers: int, engines: int, at_once: bool
 
 
 def test_a_run_that_alternates_uses_every_core_and_one_that_overlaps_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "usable_cores", lambda: 8)
+    monkeypatch.setattr(run_processes, "usable_cores", lambda: 8)
 
     def of(*overrides: str) -> ThreadCounts:
-        return launch.threads_of(load_config(RLConfig, Path("conf/demo_rl.yaml"), overrides))
+        return run_processes.threads_of(load_config(RLConfig, Path("conf/demo_rl.yaml"), overrides))
 
     assert of("parallel.tensor=2") == ThreadCounts(4, 8)
     assert of("parallel.tensor=2", "driver.max_staleness=1") == ThreadCounts(2, 2)
     assert of("parallel.threads=3", "engine.threads=5") == ThreadCounts(3, 5)
-    assert launch.threads_of(load_config(SFTConfig, Path("conf/demo_sft.yaml"))).trainer >= 4
-    assert launch.threads_of(load_config(EvaluateConfig, Path("conf/demo_evaluate.yaml"))).engine == 8
+    assert run_processes.threads_of(load_config(SFTConfig, Path("conf/demo_sft.yaml"))).trainer >= 4
+    assert run_processes.threads_of(load_config(EvaluateConfig, Path("conf/demo_evaluate.yaml"))).engine == 8
 
 
 def test_ranks_are_told_and_soon_sleep() -> None:
-    env = launch._rank_env(1, 2, 29500, "cpu", 3)
+    env = run_processes._rank_env(1, 2, 29500, "cpu", 3)
     assert (env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"], env["LOCAL_RANK"]) == ("3", "PASSIVE", "1")
     assert 0 < int(env["GOMP_SPINCOUNT"]) < 300_000  # libgomp's own choice, which starves those that work meanwhile
-    assert "OMP_NUM_THREADS" not in launch._rank_env(0, 1, 29500, "cuda", 3)
+    assert "OMP_NUM_THREADS" not in run_processes._rank_env(0, 1, 29500, "cuda", 3)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,6 @@ def test_ranks_are_told_and_soon_sleep() -> None:
     ],
 )
 def test_ranks_listen_on_loopback_unless_an_engine_is_elsewhere(urls: tuple[str, ...], here: bool) -> None:
-    assert launch.engines_are_here(EngineSection(urls=urls)) is here
-    env = launch._rank_env(0, 2, 29500, "cuda", 1, here)
+    assert run_processes.engines_are_here(EngineSection(urls=urls)) is here
+    env = run_processes._rank_env(0, 2, 29500, "cuda", 1, here)
     assert [env.get(f"{kind}_SOCKET_IFNAME") for kind in ("GLOO", "NCCL")] == (["lo"] * 2 if here else [None] * 2)

@@ -30,7 +30,7 @@ START_S = 400.0
 TIMEOUT_S = 10.0  # of a call: what a hung server costs
 NUM_TENSORS = 14  # of the tiny model, as the server holds it
 PROMPT = (3, 40, 41, 42, 2)
-ENGINE = EngineSection(count=2, max_total_tokens=4096, max_running_requests=8, max_restarts=9, wait_s=5)
+ENGINE = EngineSection(count=2, max_total_tokens=4096, max_running_requests=8, max_restarts=9, startup_timeout_s=2)
 
 
 @dataclass
