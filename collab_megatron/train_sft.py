@@ -84,6 +84,15 @@ def train(config: SFTConfig) -> None:
         """Whether the held-out loss is measured after so many steps."""
         return data.num_held_out > 0 and _due(done, config.train.eval_interval, total)
 
+    def is_best(done: int) -> bool:
+        """Measure the held-out loss if it is due; whether to keep these weights as the best."""
+        return is_due(done) and evaluate(done) and config.train.keep_best
+
+    def was_missed(done: int) -> bool:
+        """Whether an earlier attempt saved `done` steps and did not measure their held-out loss. Collective."""
+        missing = reporter is not None and done > 0 and not reporter.has_evaluation(done)
+        return from_rank_zero(grid, missing)
+
     def save(best_loss: float | None = None) -> None:
         with timer("checkpoint"):
             saving.save(best_loss=best_loss)
@@ -94,38 +103,44 @@ def train(config: SFTConfig) -> None:
     record = reporter.to_disk if reporter else no_record
     saving = Saving(checkpoints, grid, config.run, config.train, interrupt, record)
     skipped = SkippedSteps(config.train.max_skipped_steps)
+
+    def train_step() -> None:
+        with timer("data"):
+            share, trained_tokens = data.step(saving.done)
+        with timer("update"), saving.step():
+            result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
+        # before the checkpoint: a resume from it does not run this step again
+        if reporter:
+            reporter.step(saving.done, result, share, trained_tokens, timer.drain())
+        skipped.count([result])
+        skipped.check(saving.done)
+
+    def export() -> None:
+        if config.export_hf is None:
+            return
+        exported = exported_step(config)
+        if from_rank_zero(grid, grid.is_main and not is_exported(config)):  # an earlier attempt may have exported it
+            if exported != total:
+                load_checkpoint(actor, step_folder(config.run.checkpoints_dir, exported))
+            actor.save_hf(config.export_hf, metadata=export_label(config, exported))
+        if reporter:
+            reporter.exported(exported, config.export_hf)
+
     with saving.before_any_end():
         if data.num_held_out and config.train.eval_at_start and first_step == 0:
             evaluate(0)
-        lacks = reporter is not None and first_step > 0 and not reporter.has_evaluation(first_step)
-        if from_rank_zero(grid, lacks) and is_due(first_step) and evaluate(first_step) and config.train.keep_best:
-            save(lowest)  # once more, by the name of the best
+        if was_missed(first_step) and is_best(first_step):
+            save(lowest)  # again, as the best
         while saving.done < total:
-            with timer("data"):
-                share, trained_tokens = data.step(saving.done)
-            with timer("update"), saving.step():
-                result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
-            # before the checkpoint: one that has been written is gone on from, and its step is not run again
-            if reporter:
-                reporter.step(saving.done, result, share, trained_tokens, timer.drain())
-            skipped.count([result])
-            skipped.check(saving.done)
-            keep = is_due(saving.done) and evaluate(saving.done) and config.train.keep_best
+            train_step()
+            keep = is_best(saving.done)
             if keep:  # before due(), which ends the run at a signal: its last save would not be named the best
                 save(lowest)
             if saving.due() and not keep:
                 save()
         saving.go_on()
     checkpoints.wait()
-    if config.export_hf is not None:
-        exported = exported_step(config)
-        # what is exported already was there before this attempt: an earlier one ended after it
-        if from_rank_zero(grid, grid.is_main and not is_exported(config)):
-            if exported != total:
-                load_checkpoint(actor, step_folder(config.run.checkpoints_dir, exported))
-            actor.save_hf(config.export_hf, metadata=export_label(config, exported))
-        if reporter:
-            reporter.exported(exported, config.export_hf)
+    export()
     if reporter:
         reporter.close()
     close_grid()
