@@ -79,7 +79,7 @@ def test_after_the_last_step_a_resume_finishes_the_rest(tmp_path: Path, capsys: 
         raise RunError("no engine is left")
     told = capsys.readouterr().err
     assert "goes on from it" not in told
-    assert "20 of 20 steps: training is done, the same command with run.resume=true finishes what comes after" in told
+    assert "20 of 20 steps: training is done, the same command with run.resume=true finishes the rest" in told
 
 
 def test_nothing_is_promised_where_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,5 +106,5 @@ def test_a_folder_that_nobody_may_write_to(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("collab_megatron.launch.path_checks.tempfile.mkdtemp", refuse)
-    with pytest.raises(UserError, match=r"run\.dir=.* takes no new folder \(Read-only file system\); choose another"):
+    with pytest.raises(UserError, match=r"run\.dir=.* refused a new folder \(Read-only file system\); choose another"):
         check_folder("run.dir", tmp_path / "run")

@@ -332,7 +332,7 @@ def test_a_user_that_cannot_end_a_chat_is_told(load: Load, tmp_path: Path, caplo
     prompt = tmp_path / "user.txt"
     prompt.write_text("You want $request. $chat")
     check_rl(load(f"simulators.user.prompt_file={prompt}"))
-    assert f"simulators.user.prompt_file={prompt} holds no $termination_signal" in caplog.text
+    assert f"simulators.user.prompt_file={prompt} does not contain $termination_signal" in caplog.text
     caplog.clear()
     prompt.write_text("You want $request. $chat End with ${termination_signal}.")
     check_rl(load(f"simulators.user.prompt_file={prompt}"))
@@ -394,7 +394,7 @@ def test_an_evaluation_is_told_and_refused_what_its_start_would_be(
     ]
     config = load_config(EvaluateConfig, REPOSITORY / "conf" / "demo_evaluate.yaml", overrides)
     check_evaluate(config, dry_run=True)
-    assert f"simulators.user.prompt_file={prompt} holds no $termination_signal" in caplog.text
+    assert f"simulators.user.prompt_file={prompt} does not contain $termination_signal" in caplog.text
     narrow = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_prompt_tokens": 1})})
     with pytest.raises(UserError, match=r"1 of 1 prompts .* raise rollout.max_prompt_tokens"):
         check_evaluate(narrow, dry_run=True)
