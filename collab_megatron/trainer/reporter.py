@@ -14,7 +14,7 @@ from collab_megatron.trainer.report.dashboard import Dashboard, first_again
 from collab_megatron.trainer.report.progress import Progress
 from collab_megatron.trainer.report.system import memory_shares
 from collab_megatron.trainer.sync.publisher import SyncReport
-from collab_megatron.wire.unfinished import is_evaluated
+from collab_megatron.wire.completion import is_evaluated
 
 logger = logging.getLogger(__name__)
 

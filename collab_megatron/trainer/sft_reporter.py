@@ -11,7 +11,7 @@ from collab_megatron.trainer.report.dashboard import Dashboard
 from collab_megatron.trainer.report.progress import Progress, steps_between
 from collab_megatron.trainer.sft_data import SFTData
 from collab_megatron.trainer.shares import Share
-from collab_megatron.wire.unfinished import METRICS_FILE, is_measured
+from collab_megatron.wire.completion import METRICS_FILE, is_measured
 
 MOST_LINES, MOST_POINTS = 100, 1000
 """On the terminal and on the dashboard, over a whole run: a step may take milliseconds."""

@@ -35,7 +35,7 @@ from collab_megatron.engine.server_args import PYTHON_PLACES, engine_command
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.launch.ports import free_port
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 from collab_megatron.trainer.sync.receivers import Receivers
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
@@ -56,7 +56,7 @@ CALLS: dict[str, tuple[Callable[[EngineControl], object], dict[str, str], dict[s
 }
 
 
-def alive(supervisor: Supervisor, child: Child) -> bool:
+def alive(supervisor: Supervisor, child: ChildProcess) -> bool:
     """Raises with its own words if it has failed."""
     supervisor.check()
     return child.process.poll() is None

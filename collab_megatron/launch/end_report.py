@@ -1,4 +1,4 @@
-"""What the launcher tells at the end of a run, however it ends: what is there, what is saved, what to type next."""
+"""The launcher's last lines at the end of a run: results or the saved state, and the commands to type next."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ SHOWN_FIGURES = 6  # of an evaluation
 
 
 @contextmanager
-def told_at_the_end(
-    run: RunSection, steps: int, config: Path | None, *, exported: Path | None = None
-) -> Iterator[None]:
-    """Around the launch: a summary where it ends well, else what is saved and how to go on.
+def report_at_end(run: RunSection, steps: int, config: Path | None, *, exported: Path | None = None) -> Iterator[None]:
+    """Wraps the launch: prints a summary on success, else the saved state and how to resume.
 
-    config: the file on the command line, where an evaluation can read it. exported: the model folder that the run
-    wrote. A mistake of the user (exit code 2) started nothing and gets neither.
+    config: the config file, if an evaluation can read it. exported: the model folder that the run wrote. A user's
+    mistake (exit code 2) started nothing and prints neither.
     """
     try:
         yield
@@ -37,19 +35,19 @@ def told_at_the_end(
 
 
 def saved(run: RunSection, steps: int) -> list[str]:
-    """What an ended run leaves to go on from."""
+    """The checkpoint to resume from."""
     newest = newest_complete(run.checkpoints_dir)
     if newest is None:
         return ["saved       no checkpoint yet: the same command starts from the beginning"]
     step = read_info(newest).step
     how = "the same command" if run.resume else "the same command with run.resume=true"
     if step >= steps:
-        return [f"saved       {newest}, {step} of {steps} steps: training is done, {how} finishes what comes after it"]
+        return [f"saved       {newest}, {step} of {steps} steps: training is done, {how} finishes the rest"]
     return [f"saved       {newest}, {step} of {steps} steps: {how} goes on from it"]
 
 
 def summary(run: RunSection, steps: int, config: Path | None, *, exported: Path | None = None) -> list[str]:
-    """What a finished run leaves, and the commands that make use of it."""
+    """The results of a finished run, and the commands that use them."""
     newest = newest_complete(run.checkpoints_dir)
     lines = [f"done        {steps} steps of {run.name}"]
     if newest is not None:
@@ -75,7 +73,7 @@ def _export(run: RunSection, newest: Path) -> list[str]:
 
 
 def last_evaluation(metrics: Path) -> tuple[int, dict[str, float]] | None:
-    """(step, figures) of the newest line of metrics.jsonl that holds held-out figures; None where there is none.
+    """(step, figures) of the newest line of metrics.jsonl with held-out figures; None without such a line.
 
     Raises UserError for a damaged line."""
     for row in reversed(read_rows(metrics, numbers=("step",)).rows):

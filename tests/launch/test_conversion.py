@@ -8,7 +8,7 @@ import pytest
 
 from collab_megatron.errors import UserError
 from collab_megatron.launch import converted
-from collab_megatron.launch.converted import checkpoint_of, hf_folder_of
+from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
 from collab_megatron.wire.checkpoints import step_folder, write_marker
 
 
@@ -27,11 +27,11 @@ def test_a_path_names_a_step_or_the_newest_of_a_run(tmp_path: Path) -> None:
     torn.mkdir()
     assert checkpoint_of(str(first)) == first
     assert checkpoint_of(str(run)) == second
-    with pytest.raises(UserError, match="step_00000060 is no complete checkpoint"):
+    with pytest.raises(UserError, match="step_00000060 is not a complete checkpoint"):
         checkpoint_of(str(torn))
     (second / "complete.json").unlink()
     (first / "complete.json").unlink()
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
+    with pytest.raises(UserError, match="has no complete checkpoint"):
         checkpoint_of(str(run))
 
 

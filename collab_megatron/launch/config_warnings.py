@@ -1,4 +1,4 @@
-"""What lets a run go on and ruins it quietly, told at start: prompts that cannot end a chat, memory near its limit."""
+"""Warnings at the start about settings that ruin a run without an error: user prompts without an end, full memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from collab_megatron.config import RLConfig, SFTConfig
+from collab_megatron.config.roles import user_places
 from collab_megatron.config.sections import SimulatorsSection
 from collab_megatron.launch.node import Node
 from collab_megatron.launch.plan import stages_of
@@ -16,11 +17,11 @@ from collab_megatron.model.spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 NEAR = 0.9
-"""Share of a memory above which an estimate is near its limit: what the formula leaves out is of that size."""
+"""Share of a memory from which an estimate is near the limit: the formula's error is about the rest."""
 
 
 def warn_of_config(config: RLConfig, spec: ModelSpec, node: Node) -> None:
-    """All of them, as log lines."""
+    """Log all warnings."""
     warn_of_prompts(config.simulators)
     warn_of_memory(config, spec, node)
 
@@ -36,23 +37,19 @@ def warn_of_memory(config: RLConfig | SFTConfig, spec: ModelSpec, node: Node) ->
 
 
 def prompt_warnings(simulators: SimulatorsSection) -> Iterator[str]:
-    """A user that cannot end the chat plays every future to its last turn."""
-    user = simulators.user
-    places = {"simulators.user": user} | {
-        f"simulators.user.mixture.{number}": part for number, part in enumerate(user.mixture)
-    }
-    for place, part in places.items():
+    """Simulated users that cannot end the chat, so that every future runs to its last turn."""
+    for place, part in user_places(simulators.user).items():
         if part.prompt_file is None:
             continue
         if not re.search(r"\$(termination_signal\b|\{termination_signal\})", part.prompt_file.read_text("utf-8")):
             yield (
-                f"{place}.prompt_file={part.prompt_file} holds no $termination_signal: this user cannot end a "
-                "conversation, and each goes on to its last turn"
+                f"{place}.prompt_file={part.prompt_file} does not contain $termination_signal: this user "
+                "cannot end a conversation, and each runs to its last turn"
             )
 
 
 def memory_warnings(config: RLConfig | SFTConfig, spec: ModelSpec, node: Node) -> Iterator[str]:
-    """Where the estimate comes near to what a device has, or the host."""
+    """Estimates near or above the memory of a GPU or of the host."""
     device, ranks = node.device(config.parallel), config.parallel.world_size
     stages = stages_of(config, spec, device)
     top = fullest(stages).device

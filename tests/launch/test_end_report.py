@@ -10,7 +10,7 @@ import pytest
 
 from collab_megatron.config.sections import RunSection
 from collab_megatron.errors import RunError
-from collab_megatron.launch.ending import last_evaluation, told_at_the_end
+from collab_megatron.launch.end_report import last_evaluation, report_at_end
 from collab_megatron.wire.checkpoints import step_folder, write_marker
 
 CONFIG = Path("conf/mine.yaml")
@@ -38,7 +38,7 @@ def test_a_finished_run_tells_what_it_leaves_and_what_to_type_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_with_checkpoint(tmp_path)
-    with told_at_the_end(run, 20, CONFIG):
+    with report_at_end(run, 20, CONFIG):
         pass
     checkpoint = tmp_path / "checkpoints" / "rl" / "step_00000020"
     assert capsys.readouterr().out.splitlines() == [
@@ -51,7 +51,7 @@ def test_a_finished_run_tells_what_it_leaves_and_what_to_type_next(
         f"evaluate    python -m collab_megatron.evaluate conf/mine.yaml model.path={checkpoint}",
         f"curves      tensorboard --logdir {tmp_path / 'tensorboard'}",
     ]
-    with told_at_the_end(run, 20, None, exported=tmp_path / "hf"):
+    with report_at_end(run, 20, None, exported=tmp_path / "hf"):
         pass
     told = capsys.readouterr().out
     assert f"model       {tmp_path / 'hf'}" in told
@@ -64,7 +64,7 @@ def test_an_ended_run_tells_what_is_saved_and_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], end: BaseException
 ) -> None:
     run = run_with_checkpoint(tmp_path)
-    with pytest.raises(type(end)), told_at_the_end(run, 40, CONFIG):
+    with pytest.raises(type(end)), report_at_end(run, 40, CONFIG):
         raise end
     told = capsys.readouterr()
     assert f"{tmp_path / 'checkpoints' / 'rl' / 'step_00000020'}, 20 of 40 steps: the same command with " in told.err
@@ -75,26 +75,26 @@ def test_an_ended_run_tells_what_is_saved_and_how_to_go_on(
 def test_after_the_last_step_a_resume_finishes_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last evaluation or the export failed, and training is done."""
     run = run_with_checkpoint(tmp_path)
-    with pytest.raises(RunError), told_at_the_end(run, 20, CONFIG):
+    with pytest.raises(RunError), report_at_end(run, 20, CONFIG):
         raise RunError("no engine is left")
     told = capsys.readouterr().err
     assert "goes on from it" not in told
-    assert "20 of 20 steps: training is done, the same command with run.resume=true finishes what comes after" in told
+    assert "20 of 20 steps: training is done, the same command with run.resume=true finishes the rest" in told
 
 
 def test_nothing_is_promised_where_nothing_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunSection(dir=tmp_path, name="rl")
-    with pytest.raises(KeyboardInterrupt), told_at_the_end(run, 40, CONFIG):
+    with pytest.raises(KeyboardInterrupt), report_at_end(run, 40, CONFIG):
         raise KeyboardInterrupt
     assert "no checkpoint yet: the same command starts from the beginning" in capsys.readouterr().err
-    with pytest.raises(SystemExit), told_at_the_end(run, 40, CONFIG):
+    with pytest.raises(SystemExit), report_at_end(run, 40, CONFIG):
         sys.exit(2)  # a mistake of the user: nothing was started
     assert not capsys.readouterr().err
-    with told_at_the_end(run, 40, CONFIG):
+    with report_at_end(run, 40, CONFIG):
         pass
     assert "export" not in capsys.readouterr().out
     resumed = run_with_checkpoint(tmp_path, resume=True)
-    with pytest.raises(KeyboardInterrupt), told_at_the_end(resumed, 40, CONFIG):
+    with pytest.raises(KeyboardInterrupt), report_at_end(resumed, 40, CONFIG):
         raise KeyboardInterrupt
     assert "20 of 40 steps: the same command goes on from it" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""train.epochs in steps: the launcher counts the rows that a run can use, so that no other process knows of epochs."""
+"""train.epochs converted to train.steps: the launcher counts the usable rows, so no other process handles epochs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from collab_megatron.model.source import resolve_model_folder
 C = TypeVar("C", RLConfig, SFTConfig)
 
 
-def with_steps(config: C) -> C:
-    """The config with train.steps in the place of train.epochs, and a line that says so; as it is without epochs.
+def epochs_to_steps(config: C) -> C:
+    """The config with train.steps in place of train.epochs, which a printed line reports; unchanged without epochs.
 
-    The last step may run into one more epoch. Raises UserError for a model, a file or a schedule that does not fit.
+    The last step may reach into one more epoch. Raises UserError for a model, file or schedule that does not fit.
     """
     epochs = config.train.epochs
     if epochs is None:
@@ -39,7 +39,7 @@ def with_steps(config: C) -> C:
 
 
 def _checked(config: C, train: Mapping[str, Any]) -> C:
-    """With another section `train`, and the checks that a config of so many steps gets."""
+    """The config with another `train` section, validated again: the schedule depends on the number of steps."""
     try:
         return type(config).model_validate({**config.model_dump(), "train": train})
     except ValidationError as error:

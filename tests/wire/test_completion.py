@@ -14,7 +14,7 @@ from collab_megatron.config import RLConfig, SFTConfig
 from collab_megatron.errors import UserError
 from collab_megatron.json_lines import append_rows
 from collab_megatron.wire.checkpoints import step_folder, write_best, write_marker
-from collab_megatron.wire.unfinished import export_label, rl_lacks, sft_lacks
+from collab_megatron.wire.completion import export_label, rl_missing, sft_missing
 
 
 def rl(folder: Path, **data: str) -> RLConfig:
@@ -44,8 +44,8 @@ def sft(folder: Path, **sections: Any) -> SFTConfig:
 def test_an_rl_run_is_done_with_its_last_evaluation_and_its_probe(tmp_path: Path) -> None:
     config = rl(tmp_path, validation="v")
     evaluation = "the held-out evaluation after step 5"
-    assert rl_lacks(config) == [evaluation, "the engine probe"]
-    assert rl_lacks(rl(tmp_path)) == ["the engine probe"]
+    assert rl_missing(config) == [evaluation, "the engine probe"]
+    assert rl_missing(rl(tmp_path)) == ["the engine probe"]
     config.run.engine_probe_file.parent.mkdir(parents=True)
     config.run.evaluations_file.parent.mkdir(parents=True)
     for text, missing in (
@@ -55,16 +55,16 @@ def test_an_rl_run_is_done_with_its_last_evaluation_and_its_probe(tmp_path: Path
         ('{"weight_version": "5"}', False),
     ):
         config.run.engine_probe_file.write_text(text)
-        assert ("the engine probe" in rl_lacks(config)) == missing
+        assert ("the engine probe" in rl_missing(config)) == missing
     append_rows(config.run.evaluations_file, [{"step": 4, "mr": 0.5}])
     with config.run.evaluations_file.open("a") as file:
         file.write('{"step": 5, "mr": 0.')
-    assert rl_lacks(config) == [evaluation]
+    assert rl_missing(config) == [evaluation]
     append_rows(config.run.evaluations_file, [{"step": 5, "mr": 0.5}])
-    assert rl_lacks(config) == []
+    assert rl_missing(config) == []
     config.run.evaluations_file.write_text('{"step": 5}\nhalf\n')
     with pytest.raises(UserError, match=r"mine\.jsonl: line 2 is not a JSON object"):
-        rl_lacks(config)
+        rl_missing(config)
 
 
 def test_a_supervised_run_is_done_with_its_last_loss_and_its_export(tmp_path: Path) -> None:
@@ -73,21 +73,21 @@ def test_a_supervised_run_is_done_with_its_last_loss_and_its_export(tmp_path: Pa
     metrics.parent.mkdir(parents=True)
     append_rows(metrics, [{"step": 4, "eval/loss": 0.5}, {"step": 5, "train/loss": 0.5}])
     export = f"the export to {tmp_path / 'hf'}"
-    assert sft_lacks(config) == ["the held-out loss after step 5", export]
+    assert sft_missing(config) == ["the held-out loss after step 5", export]
     append_rows(metrics, [{"step": 5, "eval/loss": 0.75}])
-    assert sft_lacks(config) == [export]
-    assert sft_lacks(sft(tmp_path, export_hf=None)) == []
+    assert sft_missing(config) == [export]
+    assert sft_missing(sft(tmp_path, export_hf=None)) == []
 
     def exported(step: int) -> list[str]:
         (tmp_path / "hf").mkdir(exist_ok=True)
         label = export_label(config, step)
         save_file({"a": torch.zeros(1)}, tmp_path / "hf" / "model.safetensors", metadata=label)
-        return sft_lacks(config)
+        return sft_missing(config)
 
     (tmp_path / "hf").mkdir()
-    assert sft_lacks(config) == [export]
+    assert sft_missing(config) == [export]
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"half")
-    assert sft_lacks(config) == [export]
+    assert sft_missing(config) == [export]
     assert exported(4) == [export]
     assert exported(5) == []
     best = step_folder(config.run.checkpoints_dir, 4)
@@ -98,4 +98,4 @@ def test_a_supervised_run_is_done_with_its_last_loss_and_its_export(tmp_path: Pa
     assert exported(5) == [export]  # the weights of the lowest loss are exported
     assert exported(4) == []
     other = sft(tmp_path, run={"dir": tmp_path, "name": "other"}, data={"train": "t"})
-    assert sft_lacks(other) == [export]
+    assert sft_missing(other) == [export]

@@ -6,7 +6,6 @@ The launcher asks before it starts anything; the ranks of a resumed run make wha
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from collab_megatron.config import RLConfig, SFTConfig
@@ -17,42 +16,29 @@ from collab_megatron.wire.checkpoints import read_best
 METRICS_FILE = "metrics.jsonl"
 
 
-@dataclass(frozen=True)
-class Start:
-    """What the checks found out on the way."""
-
-    first_step: int
-    lacks: tuple[str, ...] | None  # what is missing after the last step; None: there are steps to take
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing is left to start processes for."""
-        return self.lacks == ()
-
-
-def rl_lacks(config: RLConfig) -> list[str]:
+def rl_missing(config: RLConfig) -> list[str]:
     """What is missing after the last step, in the user's words; empty where the run is done.
 
     Raises UserError for a damaged record.
     """
     run, steps = config.run, config.train.steps
-    lacks = []
+    missing = []
     if config.data.validation is not None and not is_evaluated(run.evaluations_file, steps):
-        lacks.append(f"the held-out evaluation after step {steps}")
+        missing.append(f"the held-out evaluation after step {steps}")
     if not is_probed(run.engine_probe_file, steps):
-        lacks.append("the engine probe")
-    return lacks
+        missing.append("the engine probe")
+    return missing
 
 
-def sft_lacks(config: SFTConfig) -> list[str]:
-    """As `rl_lacks`."""
+def sft_missing(config: SFTConfig) -> list[str]:
+    """As `rl_missing`."""
     run, steps = config.run, config.train.steps
-    lacks = []
+    missing = []
     if config.data.validation is not None and not is_measured(run.tensorboard_dir / METRICS_FILE, steps):
-        lacks.append(f"the held-out loss after step {steps}")
+        missing.append(f"the held-out loss after step {steps}")
     if config.export_hf is not None and not is_exported(config):
-        lacks.append(f"the export to {config.export_hf}")
-    return lacks
+        missing.append(f"the export to {config.export_hf}")
+    return missing
 
 
 def is_evaluated(evaluations: Path, step: int) -> bool:

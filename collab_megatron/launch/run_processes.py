@@ -1,6 +1,7 @@
-"""Starts the processes of a run on this node and stays until they end: engines, driver, trainer ranks.
+"""Starts the processes of a run on this node and waits until they end: engines, drivers, trainer ranks.
 
-If driver or trainer fails, all others are ended and its sentence becomes ours. Engines are started again (fleet.py).
+If a driver or trainer rank fails, all other processes are ended and its error message is printed. Engines are restarted
+(fleet.py), and so are drivers that were killed (drivers.py).
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from collab_megatron.launch.lock import RunLock
 from collab_megatron.launch.node import device_of, visible_gpus
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.preflight import RLStart
-from collab_megatron.launch.supervisor import Child, Supervisor
-from collab_megatron.launch.threads import Threads, share_threads, usable_cores
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.threads import ThreadCounts, share_threads, usable_cores
 from collab_megatron.wire.roster import RosterFolder
 
 C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
@@ -65,7 +66,7 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
             drivers.poll()
 
         supervisor.wait_for(trainers, tick=look_after)
-        supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # the trainer told them to stop
+        supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # rank 0 has told them to stop
 
 
 def _supervisor(config: RLConfig | SFTConfig, lock: RunLock) -> Supervisor:
@@ -89,8 +90,7 @@ def launch_sft(config: SFTConfig, lock: RunLock) -> None:
 
 
 def make_keys(supervisor: Supervisor, config: RLConfig | EvaluateConfig) -> Path | None:
-    """The file of the keys that our servers will ask for; None where the servers were given: ours are no business of
-    theirs."""
+    """A new file of API keys for the servers that we start; None for engine.urls, which keep their own."""
     if config.engine.urls:
         return None
     file = supervisor.scratch / "engine_keys.yaml"
@@ -105,8 +105,8 @@ def start_fleet(
     gpus: Sequence[str] | None,
     keys_file: Path | None,
 ) -> Fleet:
-    """The servers of a run, started. gpus: the ids of those that they may use, in order; None: all of this node.
-    keys_file: as `make_keys` gives it."""
+    """Start the servers of a run. gpus: ids of the GPUs that they may use, in order; None: all GPUs of this node.
+    keys_file: from `make_keys`."""
     engine = config.engine
 
     def build(number: int, port: int) -> EngineCommand:
@@ -133,8 +133,7 @@ def start_fleet(
 
 
 def engines_are_here(engine: EngineSection) -> bool:
-    """Whether all servers are on this node, which those that we start are; else what sends them weights must be reached
-    from outside."""
+    """Whether all servers run on this node. Servers elsewhere must reach the trainer from outside to get weights."""
     return all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in engine.urls)
 
 
@@ -143,7 +142,7 @@ def roster_folder(config: RLConfig | EvaluateConfig) -> Path:
 
 
 def engine_gpus(config: RLConfig) -> list[str] | None:
-    """Ids of the engines' GPUs, server by server; None on CPU."""
+    """Ids of the GPUs of the engines, server by server; None on CPU."""
     if device_of(config.parallel) == "cpu":
         return None
     first = 0 if config.engine.placement == "colocated" else config.parallel.world_size
@@ -159,9 +158,9 @@ def start_trainers(
     extra: list[str],
     *,
     here: bool = True,
-) -> list[Child]:
-    """One process per rank; rank 0 speaks on our terminal, the others into their logs. threads: of each, on CPU. here:
-    all that they exchange tensors with is on this node."""
+) -> list[ChildProcess]:
+    """One process per rank; rank 0 writes to our terminal, the others to their logs. threads: of each rank, on CPU.
+    here: all processes that they exchange tensors with run on this node."""
     port = free_port()
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
@@ -191,13 +190,13 @@ def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here:
 
 
 def on_chosen_device(config: C) -> C:
-    """With parallel.device=auto decided once, here: a rank whose torch finds another device refuses to train on it."""
+    """parallel.device=auto, decided once: a rank whose torch finds another device refuses to train."""
     parallel = config.parallel.model_copy(update={"device": device_of(config.parallel)})
     return config.model_copy(update={"parallel": parallel})
 
 
-def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> Threads:
-    """Threads of a trainer rank and of an engine rank, as configured or shared out; they count on CPU only."""
+def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> ThreadCounts:
+    """Threads of a trainer rank and of an engine rank: from the config, else a share of the cores. Used on CPU only."""
     parallel = config.parallel
     engine = None if isinstance(config, SFTConfig) else config.engine
     shared = share_threads(
@@ -206,22 +205,22 @@ def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> Threads:
         engine_ranks=0 if engine is None or engine.urls else engine.count * engine.tensor,
         at_once=isinstance(config, RLConfig) and config.driver.max_staleness > 0,
     )
-    return Threads(
+    return ThreadCounts(
         trainer=parallel.threads or shared.trainer,
         engine=(engine.threads if engine is not None else None) or shared.engine,
     )
 
 
 def write_resolved(config: BaseModel, scratch: Path, logs_dir: Path) -> Path:
-    """The config as every process of this attempt reads it, in a folder that goes with the run; what stays in the logs
-    is masked. Raises RunError when the disk refuses."""
+    """Write the config that every process of this attempt reads to the temporary folder; the copy in the logs is
+    masked. Raises RunError if it cannot be written."""
     publish_text(logs_dir / RESOLVED, show_config(config))
     publish_text(scratch / RESOLVED, dump_config(config))
     return scratch / RESOLVED
 
 
 def launch_engine_only(supervisor: Supervisor, config: EvaluateConfig) -> tuple[list[str], EngineKeys | None]:
-    """Start and await the engines of an evaluation, which has the node for itself; their URLs and what they ask for."""
+    """Start the engines of an evaluation, on all GPUs of the node, and wait for them; their URLs and API keys."""
     device = device_of(config.parallel)
     keys_file = make_keys(supervisor, config)
     fleet = start_fleet(supervisor, config, device, visible_gpus() if device == "cuda" else None, keys_file)

@@ -1,7 +1,7 @@
-"""Can a run write where its config says, and read what it names? Looked at before a process starts; nothing is left.
+"""Checks before the start that a run can write to the paths of its config, and read the files that it names.
 
-A folder that is not there yet is tried by making, and removing at once, a folder in the nearest one that is: rights,
-read-only mounts and kernel file systems show themselves in no other way.
+For a folder that does not exist, a test folder is made in its nearest existing parent and removed at once. Nothing else
+detects missing rights, read-only mounts and kernel file systems reliably.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from collab_megatron.rollout.journal.store import check_journal
 
 
 def check_folder(key: str, path: Path) -> None:
-    """Raise UserError naming `key` unless `path` is a folder that can be written to, or can be made."""
+    """Raise UserError naming `key` unless `path` is a writable folder or can be created."""
     _check_folder(key, path, path)
 
 
 def check_file(key: str, path: Path) -> None:
-    """The same of a file that is written: it may be there, no folder of its name may."""
+    """As `check_folder`, for a file: it may exist, a folder of its name may not."""
     if _nearest(key, path, path) == path.absolute() and path.is_dir():
-        raise UserError(f"{key}={path} is a folder, and a file is wanted: name one in it")
+        raise UserError(f"{key}={path} is a folder: name a file in it")
     _check_folder(key, path, path.absolute().parent)
 
 
 def check_run(run: RunSection) -> None:
-    """Raise UserError for a run.dir, or one of the run's folders in it, that cannot be written to."""
+    """Raise UserError unless run.dir and the run's folders in it are writable or can be created."""
     check_folder("run.dir", run.dir)
     for path in (
         *(run.logs_dir, run.checkpoints_dir, run.tensorboard_dir, run.conversations_dir, run.evaluations_dir),
@@ -40,15 +40,15 @@ def check_run(run: RunSection) -> None:
 
 
 def check_journal_file(section: JournalSection, default: Path) -> None:
-    """Raise UserError unless the journal is one, or can be made."""
+    """Raise UserError unless the file is a journal or can be created."""
     path = section.path or default
     check_file("journal.path", path)
     check_journal(path, section.replay)
 
 
 def check_prompt_files(node: BaseModel) -> None:
-    """Raise UserError naming the key of a prompt file that cannot be read, used by this config or not: the run's
-    lineage holds the contents of all."""
+    """Raise UserError naming the key of a prompt file that cannot be read. Unused ones count too: the run's lineage
+    contains the contents of all."""
     for key, path in _prompt_files(node, ""):
         try:
             path.read_text("utf-8")
@@ -70,21 +70,21 @@ def _prompt_files(node: object, place: str) -> Iterator[tuple[str, Path]]:
             yield from _prompt_files(value, at)
 
 
-def _check_folder(key: str, said: Path, path: Path) -> None:
-    nearest = _nearest(key, said, path)
+def _check_folder(key: str, given: Path, path: Path) -> None:
+    nearest = _nearest(key, given, path)
     if not nearest.is_dir():
-        raise UserError(f"{key}={said} cannot be written to, because {nearest} is a file: choose another {key}")
+        raise UserError(f"{key}={given} cannot be created, because {nearest} is a file: choose another {key}")
     try:
         Path(tempfile.mkdtemp(prefix=".collab_megatron_", dir=nearest)).rmdir()
     except OSError as error:
         raise UserError(
-            f"{key}={said} cannot be made: {nearest} takes no new folder ({error.strerror}); choose another {key}"
+            f"{key}={given} is not writable: {nearest} refused a new folder ({error.strerror}); choose another {key}"
         ) from None
 
 
-def _nearest(key: str, said: Path, path: Path) -> Path:
-    """The path, or the nearest of its parents that is there."""
+def _nearest(key: str, given: Path, path: Path) -> Path:
+    """The path, or its nearest parent that exists."""
     try:
         return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    except OSError as error:  # a name that is too long, a folder that may not be looked into
-        raise UserError(f"{key}={str(said)[:80]} cannot be used ({error.strerror}): choose another {key}") from None
+    except OSError as error:  # a name that is too long, a folder without read permission
+        raise UserError(f"{key}={str(given)[:80]} cannot be used ({error.strerror}): choose another {key}") from None
