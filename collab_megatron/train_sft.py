@@ -30,16 +30,16 @@ def train(config: SFTConfig) -> None:
     from collab_megatron.trainer.actor.actor import Actor
     from collab_megatron.trainer.actor.grid import close_grid, from_rank_zero, init_grid
     from collab_megatron.trainer.batching import MicroBatch
-    from collab_megatron.trainer.checkpoint.run import Checkpoints
-    from collab_megatron.trainer.checkpoint.store import load_checkpoint
-    from collab_megatron.trainer.held_out import HeldOut, mean_loss
+    from collab_megatron.trainer.checkpoint.manager import CheckpointManager
+    from collab_megatron.trainer.checkpoint.save_load import load_checkpoint
+    from collab_megatron.trainer.held_out_loss import HeldOutLoss, mean_loss
     from collab_megatron.trainer.interrupt import Interrupt
     from collab_megatron.trainer.loss.losses import LossSum, sft_loss
     from collab_megatron.trainer.report.timers import PhaseTimer
     from collab_megatron.trainer.saving import Saving, no_record
     from collab_megatron.trainer.sft_data import SFTData
     from collab_megatron.trainer.sft_reporter import SFTReporter
-    from collab_megatron.trainer.skipped import SkippedSteps
+    from collab_megatron.trainer.skipped_steps import SkippedSteps
     from collab_megatron.wire.checkpoints import read_best, step_folder
     from collab_megatron.wire.unfinished import export_label, exported_step, is_exported
 
@@ -55,7 +55,7 @@ def train(config: SFTConfig) -> None:
         logits_chunk_mb=config.train.logits_chunk_mb,
     )
     data = SFTData(config, grid, actor.spec)
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         actor, config.run, config.train, config=kept_config(config), rows_per_step=config.batch_size
     )
     first_step = checkpoints.resume()
@@ -71,7 +71,7 @@ def train(config: SFTConfig) -> None:
         """Whether the weights have the lowest held-out loss so far. A loss that is not a number is never the lowest."""
         nonlocal lowest
         begin = time.monotonic()
-        found = HeldOut(
+        found = HeldOutLoss(
             mean_loss(actor, data.held_out_batches(), data.held_out_tokens), data.held_out_tokens, data.num_held_out
         )
         best = done > 0 and found.loss < lowest

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from collab_megatron.errors import NoEngineLeft
-from collab_megatron.trainer.inbox import Inbox
+from collab_megatron.trainer.rollout_client import RolloutClient
 from collab_megatron.trainer.sync.publisher import Publisher, SyncReport
 from collab_megatron.types import RolloutBatch
 
@@ -19,7 +19,7 @@ class Engines:
     All raise NoEngineLeft, on every rank, once no engine has come back within `engine.wait_s`.
     """
 
-    def __init__(self, publisher: Publisher, inbox: Inbox) -> None:
+    def __init__(self, publisher: Publisher, inbox: RolloutClient) -> None:
         self._publisher, self._inbox = publisher, inbox
 
     def publish(self, version: int) -> SyncReport:

@@ -11,13 +11,13 @@ from collab_megatron.config.sections import AlgorithmSection, TrainSection
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.batching import MicroBatch
 from collab_megatron.trainer.loss.grpo_step import make_grpo_loss, mini_batches, token_sample, with_values
+from collab_megatron.trainer.rank_batch import rank_batch
 from collab_megatron.trainer.report.timers import PhaseTimer
-from collab_megatron.trainer.shares import my_share
-from collab_megatron.trainer.skipped import SkippedSteps, largest_norm
+from collab_megatron.trainer.skipped_steps import SkippedSteps, largest_norm
 from collab_megatron.types import RolloutBatch
 
 
-class Scorer(Protocol):
+class LogprobModel(Protocol):
     """The actor, or a reference in one of its two forms."""
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]: ...
@@ -25,7 +25,7 @@ class Scorer(Protocol):
 
 def update(
     actor: Actor,
-    reference: Scorer | None,
+    reference: LogprobModel | None,
     batch: RolloutBatch,
     *,
     algorithm: AlgorithmSection,
@@ -50,7 +50,7 @@ def update(
     imbalance = 1.0
     with timer("logprobs"):
         for part in parts:
-            share = my_share(actor.grid, actor.spec, [token_sample(sample, batch.step) for sample in part], train)
+            share = rank_batch(actor.grid, actor.spec, [token_sample(sample, batch.step) for sample in part], train)
             imbalance = max(imbalance, share.imbalance)
             micro = share.micro_batches
             if reference is not None:
@@ -78,6 +78,6 @@ def update(
     return metrics
 
 
-def _attach(micro_batches: list[MicroBatch], name: str, model: Scorer) -> list[MicroBatch]:
+def _attach(micro_batches: list[MicroBatch], name: str, model: LogprobModel) -> list[MicroBatch]:
     logprobs, _ = model.logprobs(micro_batches)
     return [with_values(batch, name, values) for batch, values in zip(micro_batches, logprobs, strict=True)]

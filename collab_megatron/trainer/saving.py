@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class Saves(Protocol):
-    """checkpoint.run.Checkpoints, or a stand-in."""
+    """checkpoint.run.CheckpointManager, or a stand-in."""
 
     saved: int  # steps that the newest complete checkpoint of this run holds
 
@@ -114,8 +114,8 @@ class Saving:
         return bool(answer)
 
     def save(self, *, best_loss: float | None = None) -> None:
-        """Collective; best_loss as for Checkpoints.save. Raises RunError on every rank where this save, or the one
-        before it, failed."""
+        """Collective; best_loss as for CheckpointManager.save. Raises RunError on every rank where this save, or the
+        one before it, failed."""
         self._write_figures()
         self._checkpoints.wait()  # where the save before this one failed, this state has not been tried yet
         self._begun = self.done  # where this fails, the end of the run does not try once more

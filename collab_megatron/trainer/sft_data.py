@@ -12,7 +12,7 @@ from collab_megatron.data.sft_rows import SFTRows, read_sft_rows
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.batching import MicroBatch, TokenSample
-from collab_megatron.trainer.shares import Share, my_share
+from collab_megatron.trainer.rank_batch import RankBatch, rank_batch
 
 
 class SFTData:
@@ -44,19 +44,19 @@ class SFTData:
         """Assistant tokens of all held-out conversations."""
         return _trained_tokens(self._held_out)
 
-    def step(self, step: int) -> tuple[Share, int]:
+    def step(self, step: int) -> tuple[RankBatch, int]:
         """This data rank's share of `step`, and the trained tokens of the global batch."""
         indices = step_indices(
             self._config.run.seed, step, num_rows=len(self._samples), batch_size=self._config.batch_size
         )
         batch = [self._samples[i] for i in indices]
-        return my_share(self._grid, self._spec, batch, self._config.train), _trained_tokens(batch)
+        return rank_batch(self._grid, self._spec, batch, self._config.train), _trained_tokens(batch)
 
     def held_out_batches(self) -> Iterator[list[MicroBatch]]:
         """This data rank's micro-batches of the held-out conversations, `batch_size` conversations at a time."""
         for first in range(0, len(self._held_out), self._config.batch_size):
             batch = self._held_out[first : first + self._config.batch_size]
-            yield my_share(self._grid, self._spec, batch, self._config.train).micro_batches
+            yield rank_batch(self._grid, self._spec, batch, self._config.train).micro_batches
 
     def _read(self, files: Sequence[Path], chat: ChatTemplate) -> tuple[SFTRows, list[TokenSample]]:
         rows = read_sft_rows(files, chat, self._config.max_tokens)

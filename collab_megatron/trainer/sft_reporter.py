@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from collab_megatron.config import SFTConfig, show_config
 from collab_megatron.trainer.actor.actor import StepResult
-from collab_megatron.trainer.held_out import HeldOut
+from collab_megatron.trainer.held_out_loss import HeldOutLoss
+from collab_megatron.trainer.rank_batch import RankBatch
 from collab_megatron.trainer.report.dashboard import Dashboard
-from collab_megatron.trainer.report.progress import Progress, steps_between
+from collab_megatron.trainer.report.progress_line import ProgressLine, steps_between
 from collab_megatron.trainer.sft_data import SFTData
-from collab_megatron.trainer.shares import Share
 from collab_megatron.wire.unfinished import METRICS_FILE, is_measured
 
 MOST_LINES, MOST_POINTS = 100, 1000
@@ -26,7 +26,7 @@ class SFTReporter:
         self._dashboard.text("config", show_config(config))
         self._name, self._data = config.run.name, data
         total = config.train.steps
-        self._progress = Progress(
+        self._progress = ProgressLine(
             config.run.name, first_step=first_step, total_steps=total, every=steps_between(total, MOST_LINES)
         )
         self._total, self._every = total, steps_between(total, MOST_POINTS)
@@ -37,7 +37,7 @@ class SFTReporter:
             print(f"{config.run.name}: {notice}", flush=True)
 
     def step(
-        self, done: int, result: StepResult, share: Share, trained_tokens: int, seconds: Mapping[str, float]
+        self, done: int, result: StepResult, share: RankBatch, trained_tokens: int, seconds: Mapping[str, float]
     ) -> None:
         """Figures of the step that has just ended; `done` counts from 1."""
         tokens_per_s = trained_tokens / max(seconds["time_s/update"], 1e-9)
@@ -62,7 +62,7 @@ class SFTReporter:
         """A checkpoint of `done` steps has been written, or is being written while training goes on."""
         self._dashboard.log(done, seconds)
 
-    def evaluation(self, step: int, found: HeldOut, *, best: bool, seconds: float) -> None:
+    def evaluation(self, step: int, found: HeldOutLoss, *, best: bool, seconds: float) -> None:
         """Held-out figures of the weights after `step` steps; `best`: the lowest loss so far."""
         self._progress.pause(seconds)
         self._dashboard.log(step, {**found.metrics(), "time_s/evaluation": seconds})

@@ -29,8 +29,8 @@ from collab_megatron.model.layout import check_layout, read_hf_config
 from collab_megatron.model.source import resolve_model_folder
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.trainer.actor.grid import RankGrid, agree, phase
-from collab_megatron.trainer.actor.model import PolicyModel, Recompute, build_model
 from collab_megatron.trainer.actor.optimizer import build_optimizer, parts, step_if_finite, wrap_for_training
+from collab_megatron.trainer.actor.policy_model import PolicyModel, Recompute, build_model
 from collab_megatron.trainer.actor.schedule import forward, from_last_stage, run_schedule, token_aligned
 from collab_megatron.trainer.batching.micro_batch import MicroBatch
 from collab_megatron.trainer.convert.buckets import BucketStream, TensorInfo, bucket_plan, is_cut, tensor_plan

@@ -17,8 +17,8 @@ from megatron.core.transformer.module import Float16Module
 from collab_megatron.config.sections import OptimizerSection
 from collab_megatron.errors import UserError
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.actor.model import PolicyModel
 from collab_megatron.trainer.actor.offload import OffloadedAdamW
+from collab_megatron.trainer.actor.policy_model import PolicyModel
 from collab_megatron.trainer.local.cpu_support import patch_torch_adamw
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ class TokenSample:
         return tuple(self.ids[: self.shareable])
 
 
-class Group(NamedTuple):
+class PackedGroup(NamedTuple):
     """Neighbours in a packed row."""
 
     prefix: int  # tokens that they share, in front of them; 0: none, each is a sequence of its own
@@ -53,7 +53,7 @@ class MicroBatch:
     sample_indices: tuple[int, ...]  # where each sample came from in the list that was split
     lengths: tuple[int, ...]  # tokens of each sample, in the order of sample_indices; a shared prefix among them
     packed: bool = False
-    groups: tuple[Group, ...] = ()  # packed: what stands in the row, in order, without the padding
+    groups: tuple[PackedGroup, ...] = ()  # packed: what stands in the row, in order, without the padding
 
     @property
     def num_trained_tokens(self) -> int:
@@ -65,10 +65,10 @@ class MicroBatch:
         return sum(group.prefix + sum(group.own) for group in self.groups) if self.packed else sum(self.lengths)
 
     @property
-    def segments(self) -> tuple[Group, ...]:
+    def segments(self) -> tuple[PackedGroup, ...]:
         """Packed: what attention keeps apart; the padding at the end is a sequence too."""
         tail = self.ids.shape[1] - self.num_tokens
-        return (*self.groups, Group(0, (tail,))) if tail else self.groups
+        return (*self.groups, PackedGroup(0, (tail,))) if tail else self.groups
 
     def spans(self) -> Iterator[tuple[int, slice]]:
         """(row, columns) of each sample's own tokens, in the order of sample_indices: the flat view that hides the
@@ -238,13 +238,13 @@ def collate(
     return batch
 
 
-def _groups(samples: Sequence[TokenSample], share: bool) -> Iterator[Group]:
+def _groups(samples: Sequence[TokenSample], share: bool) -> Iterator[PackedGroup]:
     if not share:
-        yield from (Group(0, (len(sample.ids),)) for sample in samples)
+        yield from (PackedGroup(0, (len(sample.ids),)) for sample in samples)
         return
     for prefix, members in itertools.groupby(samples, key=lambda sample: sample.prefix):
         own = tuple(len(sample.ids) - len(prefix) for sample in members)
-        yield Group(len(prefix), own) if len(own) > 1 else Group(0, (len(prefix) + own[0],))
+        yield PackedGroup(len(prefix), own) if len(own) > 1 else PackedGroup(0, (len(prefix) + own[0],))
 
 
 def idle_like(batch: MicroBatch, pad_multiple: int) -> MicroBatch:

@@ -27,10 +27,10 @@ from collab_megatron.model.layout import read_hf_config
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tables import rows
 from collab_megatron.trainer.actor.actor import Actor
+from collab_megatron.trainer.actor.agreement import together
 from collab_megatron.trainer.actor.grid import RankGrid, phase
-from collab_megatron.trainer.checkpoint.pieces import Piece, memoryless_actor, pieces
+from collab_megatron.trainer.checkpoint.manifest import ManifestEntry, manifest, meta_actor
 from collab_megatron.trainer.checkpoint.state import PROGRESS, layout_of
-from collab_megatron.trainer.checkpoint.together import together
 from collab_megatron.trainer.convert.disk import fsync_folder, is_disk_full
 from collab_megatron.trainer.convert.hf_folder import copy_companions
 from collab_megatron.trainer.convert.loader import SafetensorsFolder, require_finite
@@ -56,8 +56,8 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
         with SafetensorsFolder(source) as names:
             check_names(names.names, spec, names.folder)
         stored = read_headers(source)
-        actor = memoryless_actor(source, _check_tensors(stored, spec), grid)
-        mine = share(pieces(actor), grid.rank, grid.world_size)
+        actor = meta_actor(source, _check_tensors(stored, spec), grid)
+        mine = share(manifest(actor), grid.rank, grid.world_size)
     final = step_folder(directory, 0)
     aside = final.with_name(final.name + ".tmp")
     made = not directory.exists()
@@ -65,7 +65,7 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
         with together(grid, doing, directory):
             if grid.is_main:
                 _prepare(source, aside)
-        total = sum(piece.num_bytes for piece in mine)
+        total = sum(entry.num_bytes for entry in mine)
         with progress("hf-to-megatron", total, show=grid.is_main) as advance:
             _write_tensors(mine, aside / "model", grid, _Planner(mine, stored, spec, advance))
         with together(grid, doing, directory):
@@ -79,15 +79,15 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
     return final
 
 
-def share(items: Iterable[Piece], rank: int, ranks: int) -> list[Piece]:
+def share(items: Iterable[ManifestEntry], rank: int, ranks: int) -> list[ManifestEntry]:
     """What one rank of several converts: a stretch of the table's order, of about the same bytes for each."""
     every = list(items)
-    total = sum(piece.num_bytes for piece in every)
+    total = sum(entry.num_bytes for entry in every)
     mine, before = [], 0
-    for piece in every:
+    for entry in every:
         if before * ranks // total == rank:
-            mine.append(piece)
-        before += piece.num_bytes
+            mine.append(entry)
+        before += entry.num_bytes
     return mine
 
 
@@ -121,10 +121,10 @@ class _Planner(upstream.MCoreSavePlanner):
     """Megatron's plan of a save; the tensors themselves are read when they are asked for."""
 
     def __init__(
-        self, mine: Iterable[Piece], stored: Mapping[str, StoredTensor], spec: ModelSpec, advance: Advance
+        self, mine: Iterable[ManifestEntry], stored: Mapping[str, StoredTensor], spec: ModelSpec, advance: Advance
     ) -> None:
         super().__init__(flatten_state_dict=False, dedup_replicated_tensors=False)
-        self._pieces = {(piece.key, piece.offset): piece for piece in mine}
+        self._entries = {(entry.key, entry.offset): entry for entry in mine}
         self._stored, self._spec, self._advance = stored, spec, advance
         self._given: Tensor | None = None
 
@@ -134,22 +134,22 @@ class _Planner(upstream.MCoreSavePlanner):
         if self._given is not None:
             self._given.untyped_storage().resize_(0)
         assert write_item.tensor_data is not None, write_item
-        piece = self._pieces[write_item.index.fqn, tuple(write_item.index.offset or ())]
-        self._given = self._read(piece).view(write_item.tensor_data.chunk.sizes)
-        self._advance(piece.num_bytes)
+        entry = self._entries[write_item.index.fqn, tuple(write_item.index.offset or ())]
+        self._given = self._read(entry).view(write_item.tensor_data.chunk.sizes)
+        self._advance(entry.num_bytes)
         return self._given
 
-    def _read(self, piece: Piece) -> Tensor:
-        """The piece's value; the padding of the vocabulary is zero."""
-        stored = [self._stored[name] for name in piece.names]
-        dtype = piece.place.dtype
+    def _read(self, entry: ManifestEntry) -> Tensor:
+        """The entry's value; the padding of the vocabulary is zero."""
+        stored = [self._stored[name] for name in entry.names]
+        dtype = entry.place.dtype
         if len(stored) > 1:
             parts = [torch.empty(tensor.shape, dtype=dtype) for tensor in stored]
             for tensor, part in zip(stored, parts, strict=True):
                 read_into(tensor, part)
                 require_finite(tensor.name, tensor.file, part)
-            return join(piece.row, parts, self._spec, 1)
-        whole = torch.empty(piece.shape, dtype=dtype)
+            return join(entry.row, parts, self._spec, 1)
+        whole = torch.empty(entry.shape, dtype=dtype)
         count = stored[0].shape[0]
         read_into(stored[0], whole[:count])
         require_finite(stored[0].name, stored[0].file, whole[:count])
@@ -157,11 +157,11 @@ class _Planner(upstream.MCoreSavePlanner):
         return whole
 
 
-def _write_tensors(mine: list[Piece], folder: Path, grid: RankGrid, planner: _Planner) -> None:
+def _write_tensors(mine: list[ManifestEntry], folder: Path, grid: RankGrid, planner: _Planner) -> None:
     """Collective; raises on every rank when any rank cannot read or write."""
     places: dict[str, list[Any]] = {}
-    for piece in mine:
-        places.setdefault(piece.key, []).append(piece.place)
+    for entry in mine:
+        places.setdefault(entry.key, []).append(entry.place)
     # no copying ahead, which would keep several tensors and use the one that resolve_data has emptied
     writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
     try:

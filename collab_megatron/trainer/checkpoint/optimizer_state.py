@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensorF
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from collab_megatron.trainer.actor.optimizer import parts
-from collab_megatron.trainer.checkpoint.boxes import boxes
+from collab_megatron.trainer.checkpoint.flat_range import boxes_of_range
 from collab_megatron.trainer.local.cpu_support import create_empty_adam_state
 
 _STATE = "optimizer.state."
@@ -102,7 +102,7 @@ def _pieces(prefix: str, parameter: Any, flat: torch.Tensor, start: int) -> Iter
     for whole, at in _regular_parts(parameter):
         low, high = max(start, at), min(start + len(flat), at + whole.data.numel())
         rows = whole.global_offset[whole.prepend_axis_num :]
-        for box in boxes(whole.local_shape, low - at, high - at):
+        for box in boxes_of_range(whole.local_shape, low - at, high - at):
             begin = at + box.start - start
             shape = (1,) * whole.prepend_axis_num + box.shape
             yield ShardedTensor(

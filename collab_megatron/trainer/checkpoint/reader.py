@@ -129,7 +129,7 @@ class SafeLoad(upstream.TorchDistLoadShardedStrategy):
         state = upstream.mcore_to_pyt_state_dict(flat, True)
         dcp.load(
             state,
-            storage_reader=_Reader(checkpoint_dir, self._metadata),
+            storage_reader=_PreparsedReader(checkpoint_dir, self._metadata),
             planner=_TensorPlanner(
                 shapes_validation_sharded_tensors=[tensor for tensor in tensors if tensor.key not in padded],
                 allow_shape_mismatch_sharded_tensors=padded,
@@ -140,7 +140,7 @@ class SafeLoad(upstream.TorchDistLoadShardedStrategy):
         return upstream._replace_sharded_keys_with_state_dict_keys(plain, flat_mapping, renamed)
 
 
-class _Reader(dcp.FileSystemReader):
+class _PreparsedReader(dcp.FileSystemReader):
     def __init__(self, path: str | Path, metadata: Metadata) -> None:
         super().__init__(path)
         self._metadata = metadata

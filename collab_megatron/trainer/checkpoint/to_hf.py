@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.trainer.actor.actor import Actor
+from collab_megatron.trainer.actor.agreement import together
 from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
-from collab_megatron.trainer.checkpoint.pieces import Piece, memoryless_actor, pieces
+from collab_megatron.trainer.checkpoint.manifest import ManifestEntry, manifest, meta_actor
 from collab_megatron.trainer.checkpoint.reader import read_metadata
-from collab_megatron.trainer.checkpoint.together import together
 from collab_megatron.trainer.convert.buckets import TensorInfo
 from collab_megatron.trainer.convert.hf_folder import (
     cut_into_shards,
@@ -56,7 +56,7 @@ def hf_from_checkpoint(info: CheckpointInfo, output: Path, grid: RankGrid, *, ma
     doing = f"converting {info.folder}"
     with together(grid, doing, output.parent):
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[info.layout["dtype"]]
-        actor = memoryless_actor(info.hf_folder, dtype, grid)
+        actor = meta_actor(info.hf_folder, dtype, grid)
         tensors = _CheckpointTensors(info.model_folder, actor)
     shards = cut_into_shards(actor.tensor_plan(), limit)
     mine = range(grid.rank, len(shards), grid.world_size)
@@ -81,12 +81,12 @@ class _CheckpointTensors:
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored: Any = metadata.state_dict_metadata
         self._stored: Mapping[str, TensorStorageMetadata] = stored  # _check sees that they are tensors
-        self._pieces: dict[str, Piece] = {}
+        self._entries: dict[str, ManifestEntry] = {}
         leading: dict[str, int] = {}
-        for piece in pieces(actor):
-            self._check(piece)
-            leading[piece.key] = piece.place.prepend_axis_num
-            self._pieces |= dict.fromkeys(piece.names, piece)
+        for entry in manifest(actor):
+            self._check(entry)
+            leading[entry.key] = entry.place.prepend_axis_num
+            self._entries |= dict.fromkeys(entry.names, entry)
         # by layer and expert: otherwise every tensor would be held against the chunks of all layers
         self._chunks: dict[tuple[Any, ...], list[ChunkStorageMetadata]] = defaultdict(list)
         for key, axes in leading.items():
@@ -95,55 +95,55 @@ class _CheckpointTensors:
 
     def read(self, plan: Sequence[TensorInfo], advance: Any) -> Iterator[Tensor]:
         """The tensors of `plan`, one at a time; what is fused in the checkpoint is read once for its neighbours."""
-        last: Piece | None = None
+        last: ManifestEntry | None = None
         parts: dict[str, Tensor] = {}
         for info in plan:
-            piece = self._pieces[info.name]
-            if piece is not last:
+            entry = self._entries[info.name]
+            if entry is not last:
                 parts.clear()
-                parts.update(zip(piece.names, self._parts(piece), strict=True))
-                last = piece
+                parts.update(zip(entry.names, self._parts(entry), strict=True))
+                last = entry
             yield parts.pop(info.name)
             advance(info.num_bytes)
 
-    def _parts(self, piece: Piece) -> tuple[Tensor, ...]:
-        whole = self._read(piece)
-        return split(piece.row, whole, self._spec, 1) if len(piece.names) > 1 else (whole,)
+    def _parts(self, entry: ManifestEntry) -> tuple[Tensor, ...]:
+        whole = self._read(entry)
+        return split(entry.row, whole, self._spec, 1) if len(entry.names) > 1 else (whole,)
 
-    def _read(self, piece: Piece) -> Tensor:
-        """The piece without the padding of the vocabulary."""
-        shape = self._unpadded(piece)
+    def _read(self, entry: ManifestEntry) -> Tensor:
+        """The entry without the padding of the vocabulary."""
+        shape = self._unpadded(entry)
         target = torch.empty(shape, dtype=self._dtype)
-        axes = piece.place.prepend_axis_num
-        stored = self._stored[piece.key]
-        near = TensorStorageMetadata(stored.properties, stored.size, self._chunks[piece.key, *piece.offset[:axes]])
-        wanted = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size((1,) * axes + shape))
-        items = create_read_items_for_chunk_list(piece.key, near, [wanted])
+        axes = entry.place.prepend_axis_num
+        stored = self._stored[entry.key]
+        near = TensorStorageMetadata(stored.properties, stored.size, self._chunks[entry.key, *entry.offset[:axes]])
+        wanted = ChunkStorageMetadata(torch.Size(entry.offset), torch.Size((1,) * axes + shape))
+        items = create_read_items_for_chunk_list(entry.key, near, [wanted])
         if sum(item.lengths.numel() for item in items) != target.numel():
-            raise UserError(f"{piece.row.megatron} is not whole in {self._folder}: take another checkpoint")
+            raise UserError(f"{entry.row.megatron} is not whole in {self._folder}: take another checkpoint")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target.view(wanted.sizes)))
         except Exception as error:  # a damaged file raises anything
-            raise RunError(f"{piece.row.megatron} cannot be read from {self._folder}: {error!r}") from error
+            raise RunError(f"{entry.row.megatron} cannot be read from {self._folder}: {error!r}") from error
         return target
 
-    def _unpadded(self, piece: Piece) -> tuple[int, ...]:
-        return (self._spec.vocab, *piece.shape[1:]) if piece.row.is_vocab else piece.shape
+    def _unpadded(self, entry: ManifestEntry) -> tuple[int, ...]:
+        return (self._spec.vocab, *entry.shape[1:]) if entry.row.is_vocab else entry.shape
 
-    def _check(self, piece: Piece) -> None:
-        name, wanted = piece.row.megatron, list(piece.place.global_shape)
-        stored = self._stored.get(piece.key)
+    def _check(self, entry: ManifestEntry) -> None:
+        name, wanted = entry.row.megatron, list(entry.place.global_shape)
+        stored = self._stored.get(entry.key)
         if not isinstance(stored, TensorStorageMetadata):
-            raise UserError(f"tensor {name} of shape {list(piece.shape)} is missing in {self._folder} ({piece.key})")
+            raise UserError(f"tensor {name} of shape {list(entry.shape)} is missing in {self._folder} ({entry.key})")
         found = list(stored.size)
-        if piece.row.is_vocab and found[0] >= self._spec.vocab:
+        if entry.row.is_vocab and found[0] >= self._spec.vocab:
             found[0] = wanted[0]  # padded as the layout of the run asked for
         if found != wanted:
             raise UserError(
-                f"tensor {piece.key} in {self._folder} has shape {list(stored.size)}; config.json asks for {wanted}"
+                f"tensor {entry.key} in {self._folder} has shape {list(stored.size)}; config.json asks for {wanted}"
             )
         if stored.properties.dtype != self._dtype:
-            raise UserError(f"tensor {piece.key} in {self._folder} is {stored.properties.dtype}, not {self._dtype}")
+            raise UserError(f"tensor {entry.key} in {self._folder} is {stored.properties.dtype}, not {self._dtype}")
 
 
 class _Into(DefaultLoadPlanner):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collab_megatron.trainer.batching import TokenSample, idle_like, split_by_tokens
-from collab_megatron.trainer.batching.balance import balanced_shares
+from collab_megatron.trainer.batching.partition import balanced_partition
 
 
 def sample(length: int) -> TokenSample:
@@ -78,7 +78,7 @@ def test_an_empty_batch_trains_nothing() -> None:
 @given(st.lists(st.integers(1, 1000), max_size=60), st.integers(1, 8))
 @settings(max_examples=50, deadline=None)
 def test_shares_are_a_partition_and_close(costs: list[int], ranks: int) -> None:
-    shares = balanced_shares(costs, ranks)
+    shares = balanced_partition(costs, ranks)
     assert sorted(i for share in shares for i in share) == list(range(len(costs)))
     loads = [sum(costs[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0)

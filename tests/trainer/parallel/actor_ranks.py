@@ -22,7 +22,7 @@ from collab_megatron.trainer.batching.micro_batch import MicroBatch, split_by_to
 from collab_megatron.trainer.loss.losses import LossSum
 from collab_megatron.trainer.report.timers import PhaseTimer
 from collab_megatron.trainer.rl_step import update
-from collab_megatron.trainer.skipped import SkippedSteps
+from collab_megatron.trainer.skipped_steps import SkippedSteps
 from collab_megatron.types import RolloutBatch, TrainingSample
 from tests.trainer.parallel.plain import OPTIMIZER, STEPS, loss_fn
 from tests.trainer.parallel.tiny import make_samples

@@ -38,8 +38,14 @@ from collab_megatron.trainer.actor.actor import Actor, StepResult
 from collab_megatron.trainer.actor.grid import RankGrid, barrier, close_grid, init_grid
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, collate
 from collab_megatron.trainer.checkpoint import store
-from collab_megatron.trainer.checkpoint.background import BackgroundSave, grid_beside
-from collab_megatron.trainer.checkpoint.store import Keep, begin, load_checkpoint, load_weights, save_checkpoint
+from collab_megatron.trainer.checkpoint.async_save import AsyncSave, grid_for_saves
+from collab_megatron.trainer.checkpoint.save_load import (
+    Retention,
+    begin_save,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from collab_megatron.trainer.convert.loader import SafetensorsFolder
 from collab_megatron.trainer.loss.losses import LossSum, sft_loss
 from collab_megatron.wire.checkpoints import complete_checkpoints, newest_complete, read_info
@@ -197,12 +203,12 @@ def layouts(work: Path) -> None:
 
 def background(grid: RankGrid, work: Path, disk: Path) -> None:
     actor = build(work, "qwen3", grid, distributed=True)
-    beside = grid_beside(grid)
+    beside = grid_for_saves(grid)
     train(actor, 0)
     at_once = save_checkpoint(actor, work / "at-once", step=1, extra={"a": 1}, keep_last=2)
     for _ in range(2):  # the second over the first: the same step again
-        pending = begin(actor, work / "beside", step=1, extra={"a": 1}, keep=Keep(2), copy=True)
-        running = BackgroundSave(pending, beside)
+        pending = begin_save(actor, work / "beside", step=1, extra={"a": 1}, keep=Retention(2), copy=True)
+        running = AsyncSave(pending, beside)
         before = weights(actor)
         train(actor, 1)
         running.wait()
@@ -220,12 +226,12 @@ def background(grid: RankGrid, work: Path, disk: Path) -> None:
 
     # a disk too small for the tensors (`full` has left a checkpoint there): all ranks hear of it where they wait
     kept = complete_checkpoints(disk / "checkpoints")
-    pending = begin(actor, disk / "checkpoints", step=3, extra={}, keep=Keep(2), copy=True)
+    pending = begin_save(actor, disk / "checkpoints", step=3, extra={}, keep=Retention(2), copy=True)
     filler = disk / "filler"
     if grid.is_main:
         _leave(disk, filler, 100_000)
     barrier(grid)
-    running = BackgroundSave(pending, beside)
+    running = AsyncSave(pending, beside)
     train(actor, 2)
     with pytest.raises(RunError, match=r"^disk full while saving to .*; earlier checkpoints are whole; free \d+ MB"):
         running.wait()
@@ -235,7 +241,7 @@ def background(grid: RankGrid, work: Path, disk: Path) -> None:
     if grid.is_main:
         filler.unlink()
     barrier(grid)
-    BackgroundSave(begin(actor, disk / "checkpoints", step=4, extra={}, keep=Keep(1), copy=True), beside).wait()
+    AsyncSave(begin_save(actor, disk / "checkpoints", step=4, extra={}, keep=Retention(1), copy=True), beside).wait()
     assert newest_complete(disk / "checkpoints") == disk / "checkpoints" / "step_00000004"
 
 
@@ -352,8 +358,8 @@ def killed(grid: RankGrid, work: Path) -> None:
         time.sleep(600)
 
     store.write_marker = never
-    running = BackgroundSave(
-        begin(actor, work / "killed", step=2, extra={}, keep=Keep(2), copy=True), grid_beside(grid)
+    running = AsyncSave(
+        begin_save(actor, work / "killed", step=2, extra={}, keep=Retention(2), copy=True), grid_for_saves(grid)
     )
     assert reached.wait(60), running
     os.kill(os.getpid(), signal.SIGKILL)

@@ -11,10 +11,9 @@ import pytest
 from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.trainer.report.alarms import Alarms
 from collab_megatron.trainer.report.dashboard import Dashboard, read_metrics
-from collab_megatron.trainer.report.progress import Progress, duration, steps_between
-from collab_megatron.trainer.report.system import memory_shares
+from collab_megatron.trainer.report.progress_line import ProgressLine, duration, steps_between
 from collab_megatron.trainer.report.timers import PhaseTimer
-from collab_megatron.trainer.reporter import progress_figures
+from collab_megatron.trainer.rl_reporter import memory_shares, progress_figures
 
 
 def test_overlapping_calls_count_once() -> None:
@@ -51,7 +50,7 @@ def test_durations() -> None:
 
 
 def test_the_progress_line_tells_where_training_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress("rl", first_step=2, total_steps=6, every=2)
+    progress = ProgressLine("rl", first_step=2, total_steps=6, every=2)
     for done in range(3, 7):
         progress.step(done, {"reward": "1.5"})
     lines = capsys.readouterr().out.splitlines()

@@ -11,7 +11,7 @@ import pytest
 from collab_megatron.config.sections import RunSection, TrainSection
 from collab_megatron.errors import UserError
 from collab_megatron.trainer.checkpoint import run as checkpoint_run
-from collab_megatron.trainer.checkpoint.run import Checkpoints
+from collab_megatron.trainer.checkpoint.manager import CheckpointManager
 from collab_megatron.wire.checkpoints import CheckpointInfo, read_info, step_folder, write_marker
 
 
@@ -40,10 +40,10 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def checkpoints(tmp_path: Path, **run: Any) -> Checkpoints:
+def checkpoints(tmp_path: Path, **run: Any) -> CheckpointManager:
     actor = cast(Any, SimpleNamespace(grid=SimpleNamespace(is_main=True)))
     section = RunSection(dir=tmp_path / "run", name="mine", **run)
-    return Checkpoints(actor, section, TrainSection(), config={}, rows_per_step=4)
+    return CheckpointManager(actor, section, TrainSection(), config={}, rows_per_step=4)
 
 
 @pytest.mark.parametrize("resume", [True, False, "auto"])

@@ -1,6 +1,6 @@
 """What every rank gets from the inbox: a batch, the news that no engine is left, and the batch of the second try.
 
-python inbox_ranks.py DRIVER_ADDRESS
+python rollout_client_ranks.py DRIVER_ADDRESS
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from typing import Any, cast
 import torch.distributed as dist
 
 from collab_megatron.errors import NoEngineLeft
-from collab_megatron.trainer.inbox import Inbox
+from collab_megatron.trainer.rollout_client import RolloutClient
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
     grid = cast(Any, SimpleNamespace(is_main=rank == 0))
-    inbox = Inbox(grid, driver_addresses=[sys.argv[1]], driver_token=b"secret", step_timeout_s=30, eval_timeout_s=30)
+    inbox = RolloutClient(
+        grid, driver_addresses=[sys.argv[1]], driver_token=b"secret", step_timeout_s=30, eval_timeout_s=30
+    )
     engines = ["http://a", "http://b"] if rank == 0 else []
     print(inbox.next_batch(0, 0, engines, 0).metrics, inbox.take_lost(), inbox.take_lost())
     try:

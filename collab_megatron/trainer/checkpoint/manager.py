@@ -1,11 +1,11 @@
-"""The checkpoints of one run: go on from the newest, save at once or beside the training.
+"""The checkpoints of one run: resume from the newest, save at once or while training goes on.
 
-checkpoints = Checkpoints(actor, config.run, config.train, config=config.model_dump(mode="json"), rows_per_step=64)
-first_step = checkpoints.resume()
-...
-checkpoints.save(done)
-...
-checkpoints.wait()
+    checkpoints = CheckpointManager(actor, config.run, config.train, config=kept_config(config), rows_per_step=64)
+    first_step = checkpoints.resume()
+    ...
+    checkpoints.save(done)
+    ...
+    checkpoints.wait()
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 from collab_megatron.config.sections import RunSection, TrainSection
 from collab_megatron.errors import masked
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.checkpoint.background import BackgroundSave, grid_beside
-from collab_megatron.trainer.checkpoint.store import Keep, begin, load_checkpoint, load_weights
+from collab_megatron.trainer.checkpoint.async_save import AsyncSave, grid_for_saves
+from collab_megatron.trainer.checkpoint.save_load import Retention, begin_save, load_checkpoint, load_weights
 from collab_megatron.wire.checkpoints import named_checkpoint, newest_complete
 from collab_megatron.wire.origin import data_position, differences
 
 
-class Checkpoints:
+class CheckpointManager:
     """Every method is collective over all ranks, in the same order on each."""
 
     def __init__(
@@ -32,9 +32,9 @@ class Checkpoints:
     ) -> None:
         """config: the run's, as JSON. rows_per_step: dataset rows that a step takes."""
         self._actor, self._run, self._config, self._rows_per_step = actor, run, config, rows_per_step
-        self._keep = Keep(train.keep_last, train.keep_every)
-        self._beside = grid_beside(actor.grid) if train.async_save else None
-        self._running: BackgroundSave | None = None
+        self._keep = Retention(train.keep_last, train.keep_every)
+        self._beside = grid_for_saves(actor.grid) if train.async_save else None
+        self._running: AsyncSave | None = None
         self.saved = 0  # steps that the newest complete checkpoint of this run holds
         self._saving = 0
 
@@ -79,13 +79,13 @@ class Checkpoints:
         }
         directory, beside = self._run.checkpoints_dir, self._beside
         keep = replace(self._keep, best_loss=best_loss)
-        pending = begin(self._actor, directory, step=step, extra=extra, keep=keep, copy=beside is not None)
+        pending = begin_save(self._actor, directory, step=step, extra=extra, keep=keep, copy=beside is not None)
         self._saving = step
         if beside is None:
             pending.finish(self._actor.grid)
             self.saved = step
         else:
-            self._running = BackgroundSave(pending, beside)
+            self._running = AsyncSave(pending, beside)
 
     def wait(self) -> None:
         """Until nothing is being written. Raises RunError where that failed or took longer than the grid's deadline."""

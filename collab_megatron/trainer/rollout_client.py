@@ -46,7 +46,7 @@ KINDS: dict[bytes, type[RunError]] = {
 T = TypeVar("T")
 
 
-class Inbox:
+class RolloutClient:
     """Build and use it on every rank alike."""
 
     def __init__(

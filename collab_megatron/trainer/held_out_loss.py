@@ -15,7 +15,7 @@ from collab_megatron.trainer.batching import MicroBatch
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutLoss:
     """What the weights of one step make of the held-out conversations; the same on every rank."""
 
     loss: float  # negative log-likelihood of an assistant token, mean over all of them, in nats

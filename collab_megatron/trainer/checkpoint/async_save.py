@@ -16,21 +16,21 @@ import torch.distributed as dist
 
 from collab_megatron.errors import RunError
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.checkpoint.store import PendingSave
+from collab_megatron.trainer.checkpoint.save_load import PendingSave
 
 _GRACE_S = 30.0  # for a save that still runs when the process ends with an error
 
 
-def grid_beside(grid: RankGrid) -> RankGrid:
+def grid_for_saves(grid: RankGrid) -> RankGrid:
     """The same grid with another group for agreements. Collective."""
     return replace(grid, cpu_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=grid.timeout_s)))
 
 
-class BackgroundSave:
+class AsyncSave:
     """One save on its thread. A daemon: a process that ends with an error waits for it, but not for long."""
 
     def __init__(self, pending: PendingSave, grid: RankGrid) -> None:
-        """`grid` is that of grid_beside, and no other save uses it meanwhile."""
+        """`grid` is that of grid_for_saves, and no other save uses it meanwhile."""
         self._pending, self._grid = pending, grid
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name=f"checkpoint-{pending.step}", daemon=True)

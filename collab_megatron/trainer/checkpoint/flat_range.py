@@ -20,7 +20,7 @@ class Box:
         return math.prod(self.shape)
 
 
-def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
+def boxes_of_range(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
     """The fewest contiguous boxes, in order, that make up elements [start, end) of a flattened tensor of `shape`.
 
     At most 2 * axes - 1: the end of a row, whole rows, the beginning of a row, and so on inwards.
@@ -45,5 +45,5 @@ def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
 def _inside(shape: tuple[int, ...], index: int, start: int, end: int) -> Iterator[Box]:
     """The boxes of [start, end), which lies in the row `index`."""
     base = index * math.prod(shape[1:])
-    for box in boxes(shape[1:], start - base, end - base):
+    for box in boxes_of_range(shape[1:], start - base, end - base):
         yield Box((index, *box.offset), (1, *box.shape), base + box.start)

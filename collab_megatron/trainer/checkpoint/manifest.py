@@ -23,7 +23,7 @@ from collab_megatron.trainer.checkpoint.state import ShardedState
 
 
 @dataclass(frozen=True)
-class Piece:
+class ManifestEntry:
     """One tensor that a checkpoint stores: a whole Megatron parameter or, of a gated projection, one half."""
 
     place: Any  # megatron's ShardedTensor: key, global shape, offset, local shape; its data is on the meta device
@@ -55,7 +55,7 @@ class Piece:
         return int(self.place.data.nbytes)
 
 
-def memoryless_actor(folder: Path, dtype: torch.dtype, grid: RankGrid) -> Actor:
+def meta_actor(folder: Path, dtype: torch.dtype, grid: RankGrid) -> Actor:
     """The whole model that `folder` describes, frozen, with parameters that have shapes and no values.
 
     `grid` must not cut the model. Raises UserError where config.json is not that of a supported model.
@@ -67,12 +67,12 @@ def memoryless_actor(folder: Path, dtype: torch.dtype, grid: RankGrid) -> Actor:
         return Actor.build(folder, dtype=name, grid=elsewhere, optimizer=None, load_weights=False)
 
 
-def pieces(actor: Actor) -> list[Piece]:
+def manifest(actor: Actor) -> list[ManifestEntry]:
     """All that a checkpoint of this whole, frozen model stores, in the table's order."""
     state = ShardedState(actor, loading=False, random_states=False).tree
     apply_factories(state)
     stored = dict(_named(state))
-    found = [piece for row in rows(actor.spec) for piece in _of_row(row, stored.pop(row.megatron))]
+    found = [entry for row in rows(actor.spec) for entry in _of_row(row, stored.pop(row.megatron))]
     assert not stored, f"the model saves what no row of tables.py knows: {sorted(stored)[:5]}"
     return found
 
@@ -86,9 +86,9 @@ def _named(state: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
             yield name, value if isinstance(value, list) else [value]
 
 
-def _of_row(row: Row, stored: list[Any]) -> list[Piece]:
+def _of_row(row: Row, stored: list[Any]) -> list[ManifestEntry]:
     assert all(isinstance(place, ShardedTensor) for place in stored), stored
     if len(stored) == 1:
-        return [Piece(stored[0], row, None)]
+        return [ManifestEntry(stored[0], row, None)]
     assert len(stored) == len(row.hf), (row, stored)
-    return [Piece(place, row, part) for part, place in enumerate(stored)]
+    return [ManifestEntry(place, row, part) for part, place in enumerate(stored)]

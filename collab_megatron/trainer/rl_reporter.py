@@ -6,20 +6,22 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+import torch
+
 from collab_megatron.config import RLConfig, show_config
 from collab_megatron.errors import RunError
 from collab_megatron.json_lines import append_rows, keep_rows, to_disk
 from collab_megatron.trainer.report.alarms import Alarms
 from collab_megatron.trainer.report.dashboard import Dashboard, first_again
-from collab_megatron.trainer.report.progress import Progress
-from collab_megatron.trainer.report.system import memory_shares
+from collab_megatron.trainer.report.progress_line import ProgressLine
 from collab_megatron.trainer.sync.publisher import SyncReport
 from collab_megatron.wire.unfinished import is_evaluated
 
 logger = logging.getLogger(__name__)
 
 
-class Reporter:
+class RLReporter:
     """For the trainer's rank 0."""
 
     def __init__(self, config: RLConfig, *, first_step: int) -> None:
@@ -27,7 +29,7 @@ class Reporter:
         drop_evaluations(self._evaluations, first=first_again(first_step))
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
         self._dashboard.text("config", show_config(config))
-        self._progress = Progress(config.run.name, first_step=first_step, total_steps=config.train.steps)
+        self._progress = ProgressLine(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._alarms = Alarms()
         self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]
         self._failed_evaluations = 0
@@ -109,6 +111,16 @@ def progress_figures(metrics: Mapping[str, float], weighted: Sequence[str]) -> d
     if "rollout/tokens_per_s" in metrics:
         shown["tokens/s"] = f"{metrics['rollout/tokens_per_s']:,.0f}"
     return shown
+
+
+def memory_shares() -> dict[str, float]:
+    """Used shares of this machine's memory and, where there is one, of this process's GPU memory; 1 is full."""
+    memory = psutil.virtual_memory()
+    shares = {"system/host_memory_share": 1 - memory.available / memory.total}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        shares["system/gpu_memory_share"] = 1 - free / total
+    return shares
 
 
 def append_evaluation(file: Path, step: int, figures: Mapping[str, float]) -> None:

@@ -9,7 +9,7 @@ SMOOTHING = 0.2
 """Weight of the newest step in the running mean of step seconds."""
 
 
-class Progress:
+class ProgressLine:
     """Prints `step 12/50 | ... | 4.9 s/step | 3m06s left`."""
 
     def __init__(self, label: str, *, first_step: int, total_steps: int, every: int = 1) -> None:

@@ -11,21 +11,21 @@ from collab_megatron.model.flops import sample_cost
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.batching import MicroBatch, TokenSample, idle_like, split_by_tokens
-from collab_megatron.trainer.batching.balance import balanced_shares
+from collab_megatron.trainer.batching.partition import balanced_partition
 
 PAD_ID = 0
 """Any valid id: padding stands right of the tokens, masked and unseen by causal attention."""
 
 
 @dataclass(frozen=True)
-class Share:
+class RankBatch:
     """One data rank's part of a batch."""
 
     micro_batches: list[MicroBatch]  # at least one; it trains nothing where there are fewer samples than ranks
     imbalance: float  # cost of the most loaded data rank / mean; 1 is even. The same on every rank
 
 
-def my_share(grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], train: TrainSection) -> Share:
+def rank_batch(grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], train: TrainSection) -> RankBatch:
     """Balanced by what each sequence costs this model, its quadratic attention included."""
     share = _sharing_pays(grid, samples, train)
     shares, loads = _assign(spec, samples, grid.dp_size, share)
@@ -40,7 +40,7 @@ def my_share(grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], tr
     )
     if not mine:
         micro_batches = [idle_like(micro_batches[0], grid.pad_multiple)]
-    return Share(micro_batches, imbalance=max(loads) * len(loads) / sum(loads))
+    return RankBatch(micro_batches, imbalance=max(loads) * len(loads) / sum(loads))
 
 
 def _sharing_pays(grid: RankGrid, samples: Sequence[TokenSample], train: TrainSection) -> bool:
@@ -57,7 +57,7 @@ def _assign(
     """(indices, cost) of each data rank. With shared prompts a group stays together, unless the most loaded rank would
     have less to do otherwise."""
     costs = [sample_cost(spec, len(sample.ids)) for sample in samples]
-    apart = balanced_shares(costs, ranks)
+    apart = balanced_partition(costs, ranks)
     if not share:
         return apart, [sum(costs[i] for i in part) for part in apart]
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -71,7 +71,7 @@ def _assign(
         return sum(costs[i] for i in part) - saved
 
     members = list(groups.values())
-    whole = balanced_shares([load(part) for part in members], ranks)
+    whole = balanced_partition([load(part) for part in members], ranks)
     together = [sorted(i for g in part for i in members[g]) for part in whole]
     best = min((together, apart), key=lambda shares: max(load(part) for part in shares))
     return best, [load(part) for part in best]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import zmq
 
-from collab_megatron.trainer.inbox import KINDS
+from collab_megatron.trainer.rollout_client import KINDS
 from collab_megatron.wire.figures import of_kind
 from collab_megatron.wire.protocol import WHY_STOP, Answer, Request, encode_answer, request_decoder
 from tests.trainer.parallel.ranks import run_ranks
@@ -40,7 +40,7 @@ def test_every_rank_hears_of_a_batch_and_of_no_engine_being_left() -> None:
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    script = Path(__file__).with_name("inbox_ranks.py")
+    script = Path(__file__).with_name("rollout_client_ranks.py")
     main, other = (text.splitlines() for text in run_ranks(script, 2, f"tcp://127.0.0.1:{port}", deadline_s=120))
     thread.join(timeout=5)
     context.destroy(linger=0)

@@ -36,7 +36,7 @@ _BALLAST_BYTES = 2**18
 
 
 @dataclass(frozen=True)
-class Keep:
+class Retention:
     """Which complete checkpoints outlive a save."""
 
     last: int = 1  # the newest so many
@@ -52,8 +52,8 @@ def save_checkpoint(
     `extra`: JSON, the same on every rank. Raises RunError on every rank if it could not be written, with nothing left
     of the attempt and the earlier checkpoints as they were.
     """
-    keep = Keep(keep_last, keep_every)
-    return begin(actor, directory, step=step, extra=extra, keep=keep, copy=False).finish(actor.grid)
+    keep = Retention(keep_last, keep_every)
+    return begin_save(actor, directory, step=step, extra=extra, keep=keep, copy=False).finish(actor.grid)
 
 
 def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
@@ -133,7 +133,7 @@ class PendingSave:
     step: int
     layout: Mapping[str, Any]
     extra: Mapping[str, Any]
-    keep: Keep
+    keep: Retention
     bytes_needed: int
     tensors: dict[str, Any] = field(default_factory=dict)  # what this rank writes
 
@@ -190,7 +190,9 @@ class PendingSave:
             raise RunError(f"saving to {directory} failed ({failed}); earlier checkpoints are whole") from failed
 
 
-def begin(actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep: Keep, copy: bool) -> PendingSave:
+def begin_save(
+    actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep: Retention, copy: bool
+) -> PendingSave:
     """Collect what a checkpoint holds. `copy`: on the host, so that training may go on before it is written.
 
     Raises RunError on every rank like save_checkpoint.

@@ -6,9 +6,9 @@ from typing import Protocol
 
 from collab_megatron.config import RLConfig
 from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer
+from collab_megatron.trainer.actor.agreement import together
 from collab_megatron.trainer.actor.grid import RankGrid, from_rank_zero
-from collab_megatron.trainer.checkpoint.together import together
-from collab_megatron.trainer.reporter import Reporter
+from collab_megatron.trainer.rl_reporter import RLReporter
 
 ENDS_THE_RUN = (NoEngineLeft, WeightsDiffer, RunStops)
 """Raised during an evaluation, these say that no further step can or may be taken."""
@@ -20,10 +20,10 @@ class Asked(Protocol):
     def evaluate(self, step: int) -> dict[str, float]: ...
 
 
-class Evaluations:
+class EvaluationSchedule:
     """Build and use it on every rank alike."""
 
-    def __init__(self, engines: Asked, reporter: Reporter | None, grid: RankGrid, config: RLConfig) -> None:
+    def __init__(self, engines: Asked, reporter: RLReporter | None, grid: RankGrid, config: RLConfig) -> None:
         """reporter: on rank 0."""
         self._engines, self._reporter, self._grid, self._config = engines, reporter, grid, config
 
