@@ -25,7 +25,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     # heavy and megatron-bound: the launcher, which shares this file, must start without them
     from collab_megatron.engine.keys import EngineKeys
     from collab_megatron.trainer.actor.actor import Actor
-    from collab_megatron.trainer.actor.agreement import together
+    from collab_megatron.trainer.actor.agreement import fail_together
     from collab_megatron.trainer.actor.grid import close_grid, init_grid
     from collab_megatron.trainer.actor.reference import build_reference
     from collab_megatron.trainer.checkpoint.manager import CheckpointManager
@@ -115,19 +115,19 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                 skipped.check(saving.done)
                 # what was in flight across the sync can have kept a prefix cache of older weights; rank 0 knows
                 comparable = sync.flushed or not config.driver.max_staleness
-                with together(grid, "the check of the engines' log-probs", config.run.dir):
+                with fail_together(grid, "the check of the engines' log-probs", config.run.dir):
                     if grid.is_main and comparable:
                         require_same_weights(metrics, config.sync.max_logprob_gap)
                 with timer("weight_sync"):
                     sync = engines.publish(saving.done)
             # before the checkpoint: one that has been written is gone on from, and its step is not run again
-            with together(grid, "reporting", config.run.dir):
+            with fail_together(grid, "reporting", config.run.dir):
                 if reporter:
                     reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain())
             if saving.due():
                 with timer("checkpoint"):
                     saving.save()
-                with together(grid, "reporting", config.run.dir):
+                with fail_together(grid, "reporting", config.run.dir):
                     if reporter:
                         reporter.saved(saving.done, timer.drain())
             evaluations.evaluate_if_due(saving.done)

@@ -28,7 +28,8 @@ def train(config: SFTConfig) -> None:
     """The loop of one trainer rank."""
     # heavy and megatron-bound: the launcher, which shares this file, must start without them
     from collab_megatron.trainer.actor.actor import Actor
-    from collab_megatron.trainer.actor.grid import close_grid, from_rank_zero, init_grid
+    from collab_megatron.trainer.actor.agreement import on_rank_zero
+    from collab_megatron.trainer.actor.grid import close_grid, init_grid
     from collab_megatron.trainer.batching import MicroBatch
     from collab_megatron.trainer.checkpoint.manager import CheckpointManager
     from collab_megatron.trainer.checkpoint.save_load import load_checkpoint
@@ -41,7 +42,7 @@ def train(config: SFTConfig) -> None:
     from collab_megatron.trainer.sft_reporter import SFTReporter
     from collab_megatron.trainer.skipped_steps import SkippedSteps
     from collab_megatron.wire.checkpoints import read_best, step_folder
-    from collab_megatron.wire.unfinished import export_label, exported_step, is_exported
+    from collab_megatron.wire.unfinished import METRICS_FILE, export_label, exported_step, is_exported, is_measured
 
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
@@ -63,6 +64,7 @@ def train(config: SFTConfig) -> None:
     lowest = held.loss if held else math.inf  # held-out loss, of the steps that trained
     reporter = SFTReporter(config, first_step=first_step, data=data) if grid.is_main else None
     timer = PhaseTimer()
+    metrics = config.run.tensorboard_dir / METRICS_FILE
 
     def loss(logprobs: Tensor, batch: MicroBatch) -> LossSum:
         return sft_loss(logprobs, mask=batch.mask)
@@ -97,9 +99,10 @@ def train(config: SFTConfig) -> None:
     with saving.before_any_end():
         if data.num_held_out and config.train.eval_at_start and first_step == 0:
             evaluate(0)
-        lacks = reporter is not None and first_step > 0 and not reporter.has_evaluation(first_step)
-        if from_rank_zero(grid, lacks) and is_due(first_step) and evaluate(first_step) and config.train.keep_best:
-            save(lowest)  # once more, by the name of the best
+        # a resume evaluates the weights that an earlier attempt did not get to
+        lacks = is_due(first_step) and not on_rank_zero(grid, partial(is_measured, metrics, first_step))
+        if first_step and lacks and evaluate(first_step) and config.train.keep_best:
+            save(lowest)  # again, under the name of the best
         while saving.done < total:
             with timer("data"):
                 share, trained_tokens = data.step(saving.done)
@@ -120,7 +123,7 @@ def train(config: SFTConfig) -> None:
     if config.export_hf is not None:
         exported = exported_step(config)
         # what is exported already was there before this attempt: an earlier one ended after it
-        if from_rank_zero(grid, grid.is_main and not is_exported(config)):
+        if not on_rank_zero(grid, partial(is_exported, config)):
             if exported != total:
                 load_checkpoint(actor, step_folder(config.run.checkpoints_dir, exported))
             actor.save_hf(config.export_hf, metadata=export_label(config, exported))

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from functools import partial
 
 from collab_megatron.config import RLConfig
 from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer
-from collab_megatron.trainer.actor.agreement import together
-from collab_megatron.trainer.actor.grid import RankGrid, from_rank_zero
+from collab_megatron.trainer.actor.agreement import fail_together, on_rank_zero
+from collab_megatron.trainer.actor.grid import RankGrid
+from collab_megatron.trainer.engines import Engines
 from collab_megatron.trainer.rl_reporter import RLReporter
+from collab_megatron.wire.unfinished import is_evaluated
 
 ENDS_THE_RUN = (NoEngineLeft, WeightsDiffer, RunStops)
 """Raised during an evaluation, these say that no further step can or may be taken."""
 
 
-class Asked(Protocol):
-    """training.engines.Engines, or a stand-in."""
-
-    def evaluate(self, step: int) -> dict[str, float]: ...
-
-
 class EvaluationSchedule:
     """Build and use it on every rank alike."""
 
-    def __init__(self, engines: Asked, reporter: RLReporter | None, grid: RankGrid, config: RLConfig) -> None:
+    def __init__(self, engines: Engines, reporter: RLReporter | None, grid: RankGrid, config: RLConfig) -> None:
         """reporter: on rank 0."""
         self._engines, self._reporter, self._grid, self._config = engines, reporter, grid, config
 
@@ -44,8 +40,7 @@ class EvaluationSchedule:
     def evaluate_missing(self, done: int) -> None:
         """On a resume after `done` steps: what was due and an earlier attempt did not get to, or could not measure.
         Collective. Raises as `evaluate_if_due` does."""
-        lacks = done > 0 and self._reporter is not None and not self._reporter.has_evaluation(done)
-        if from_rank_zero(self._grid, lacks):
+        if done and not on_rank_zero(self._grid, partial(is_evaluated, self._config.run.evaluations_file, done)):
             self.evaluate_if_due(done)
 
     def _evaluate(self, done: int) -> None:
@@ -58,7 +53,7 @@ class EvaluationSchedule:
             raise
         except RunError as error:
             failure = str(error)
-        with together(self._grid, "reporting", self._config.run.dir):
+        with fail_together(self._grid, "reporting", self._config.run.dir):
             if self._reporter is None:
                 return
             if figures is None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.actor.grid import phase
+from collab_megatron.trainer.actor.agreement import phase
 from collab_megatron.trainer.batching import MicroBatch
 
 

@@ -16,7 +16,6 @@ from collab_megatron.trainer.report.alarms import Alarms
 from collab_megatron.trainer.report.dashboard import Dashboard, first_again
 from collab_megatron.trainer.report.progress_line import ProgressLine
 from collab_megatron.trainer.sync.publisher import SyncReport
-from collab_megatron.wire.unfinished import is_evaluated
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +49,6 @@ class RLReporter:
     def saved(self, done: int, seconds: Mapping[str, float]) -> None:
         """A checkpoint of `done` steps has been written, or is being written while training goes on."""
         self._dashboard.log(done, seconds)
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the weights after `step` steps have held-out figures."""
-        return is_evaluated(self._evaluations, step)
 
     def step(
         self,

@@ -10,19 +10,9 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
-import msgspec
-import torch
 import torch.distributed as dist
 
-from collab_megatron.errors import (
-    BudgetSpent,
-    EvaluationFailed,
-    Interrupted,
-    NoEngineLeft,
-    RunError,
-    SimulatorSick,
-    TooManyErrors,
-)
+from collab_megatron.trainer.actor.agreement import on_rank_zero
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.interrupt import Interrupt
 from collab_megatron.types import RolloutBatch
@@ -31,18 +21,7 @@ from collab_megatron.wire.protocol import Delivery, DriverClient, DriverHasNoEng
 MARGIN_S = 120.0
 EVALUATION_GRACE_S = 30.0
 """The driver itself ends an evaluation at its deadline, and hands over what is there."""
-DELIVERED = b"\x00"
-FAILED = b"\xff"
-KINDS: dict[bytes, type[RunError]] = {
-    b"\x01": NoEngineLeft,
-    b"\x02": BudgetSpent,
-    b"\x03": SimulatorSick,
-    b"\x04": Interrupted,
-    b"\x05": EvaluationFailed,
-    b"\x06": TooManyErrors,
-    FAILED: RunError,
-}
-"""What rank 0 met, for the others to raise; the first that fits."""
+
 T = TypeVar("T")
 
 
@@ -78,23 +57,14 @@ class RolloutClient:
         step can be asked for again. Raises BudgetSpent, SimulatorSick or TooManyErrors where the run must stop,
         RunError if the driver could not deliver.
         """
-        driver = self._driver
-        return self._shared(
-            (lambda: driver.next_batch(step, version, engines, saved=saved, timeout_s=self._step_timeout_s))
-            if driver
-            else None,
-            RolloutBatch,
+        return self._on_rank_zero(
+            lambda driver: driver.next_batch(step, version, engines, saved=saved, timeout_s=self._step_timeout_s)
         )
 
     def evaluate(self, step: int, version: int, engines: Sequence[str]) -> dict[str, float]:
         """Held-out figures on every rank; `engines`, and what it raises, as in `next_batch`."""
-        driver = self._driver
-        return self._shared(
-            (lambda: driver.evaluate(step, version, engines, timeout_s=self._eval_timeout_s + EVALUATION_GRACE_S))
-            if driver
-            else None,
-            dict[str, float],
-        )
+        timeout_s = self._eval_timeout_s + EVALUATION_GRACE_S
+        return self._on_rank_zero(lambda driver: driver.evaluate(step, version, engines, timeout_s=timeout_s))
 
     def take_lost(self) -> dict[str, str]:
         """The servers that the driver gave up since the last call: URL -> reason. Known on rank 0 alone."""
@@ -107,33 +77,20 @@ class RolloutClient:
             self._driver.stop()
             self._driver.close()
 
-    def _shared(self, ask: Callable[[], Delivery[T]] | None, content: type[T]) -> T:
+    def _on_rank_zero(self, ask: Callable[[DriverClient], Delivery[T]]) -> T:
         """The content of rank 0's delivery, or its error, on every rank."""
-        failure: Exception | None = None
-        payload = b""
-        if ask is not None:
+
+        def act() -> T:
+            assert self._driver is not None
             try:
                 with self._interrupt.waiting() if self._interrupt else contextlib.nullcontext():
-                    delivery = ask()
-                self._lost |= delivery.lost
-                for note in delivery.notes:
-                    print(note, flush=True)
-                payload = DELIVERED + msgspec.msgpack.encode(delivery.content)
-            except Exception as error:  # noqa: BLE001  (raised below, once the others have heard of it)
-                failure = error
-                kind = next((code for code, known in KINDS.items() if isinstance(error, known)), FAILED)
-                payload = kind + str(error).encode("utf-8", "replace")
-                if isinstance(error, DriverHasNoEngine):
-                    self._lost |= error.lost
-        size = torch.tensor([len(payload)], dtype=torch.int64)
-        dist.broadcast(size, src=0, group=self._group)
-        data = (
-            torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            if payload
-            else torch.empty(int(size), dtype=torch.uint8)
-        )
-        dist.broadcast(data, src=0, group=self._group)
-        received = data.numpy().tobytes()
-        if received[:1] != DELIVERED:
-            raise failure or KINDS[received[:1]](received[1:].decode())
-        return msgspec.msgpack.decode(received[1:], type=content)
+                    delivery = ask(self._driver)
+            except DriverHasNoEngine as error:
+                self._lost |= error.lost
+                raise
+            self._lost |= delivery.lost
+            for note in delivery.notes:
+                print(note, flush=True)
+            return delivery.content
+
+        return on_rank_zero(self._grid, act, group=self._group)

@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from collab_megatron.config.sections import RunSection, TrainSection
 from collab_megatron.errors import Interrupted, RunError
-from collab_megatron.trainer.actor.grid import RankGrid, meet
+from collab_megatron.trainer.actor.agreement import meet
+from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.wire.checkpoints import step_folder
 
 MEET_S = 60.0

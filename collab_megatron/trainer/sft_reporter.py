@@ -11,7 +11,6 @@ from collab_megatron.trainer.rank_batch import RankBatch
 from collab_megatron.trainer.report.dashboard import Dashboard
 from collab_megatron.trainer.report.progress_line import ProgressLine, steps_between
 from collab_megatron.trainer.sft_data import SFTData
-from collab_megatron.wire.unfinished import METRICS_FILE, is_measured
 
 MOST_LINES, MOST_POINTS = 100, 1000
 """On the terminal and on the dashboard, over a whole run: a step may take milliseconds."""
@@ -21,7 +20,6 @@ class SFTReporter:
     """For the trainer's rank 0."""
 
     def __init__(self, config: SFTConfig, *, first_step: int, data: SFTData) -> None:
-        self._metrics = config.run.tensorboard_dir / METRICS_FILE
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
         self._dashboard.text("config", show_config(config))
         self._name, self._data = config.run.name, data
@@ -53,10 +51,6 @@ class SFTReporter:
     def to_disk(self) -> None:
         """Before a checkpoint: the figures of its steps are on the disk. Raises RunError when the disk refuses."""
         self._dashboard.to_disk()
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the held-out loss of the weights after `step` steps was measured."""
-        return is_measured(self._metrics, step)
 
     def saved(self, done: int, seconds: Mapping[str, float]) -> None:
         """A checkpoint of `done` steps has been written, or is being written while training goes on."""

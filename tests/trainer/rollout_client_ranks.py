@@ -19,7 +19,7 @@ from collab_megatron.trainer.rollout_client import RolloutClient
 def main() -> None:
     dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
-    grid = cast(Any, SimpleNamespace(is_main=rank == 0))
+    grid = cast(Any, SimpleNamespace(is_main=rank == 0, world_size=2))
     inbox = RolloutClient(
         grid, driver_addresses=[sys.argv[1]], driver_token=b"secret", step_timeout_s=30, eval_timeout_s=30
     )

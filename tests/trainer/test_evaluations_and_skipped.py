@@ -13,7 +13,6 @@ from collab_megatron.config import RLConfig
 from collab_megatron.errors import BudgetSpent, GradientsNotFinite, NoEngineLeft, RunError, WeightsDiffer
 from collab_megatron.json_lines import read_rows
 from collab_megatron.train_rl import require_same_weights
-from collab_megatron.trainer import evaluations
 from collab_megatron.trainer.actor.actor import StepResult
 from collab_megatron.trainer.evaluation_schedule import EvaluationSchedule
 from collab_megatron.trainer.skipped_steps import SkippedSteps, largest_norm
@@ -41,11 +40,11 @@ class Reporter:
         self.said.append((step, why))
 
 
-@pytest.fixture
-def config(monkeypatch: pytest.MonkeyPatch) -> RLConfig:
-    import contextlib
+ALONE = cast(Any, SimpleNamespace(world_size=1, is_main=True))
 
-    monkeypatch.setattr(evaluations, "together", lambda *_: contextlib.nullcontext())  # no ranks here
+
+@pytest.fixture
+def config() -> RLConfig:
     return RLConfig.model_validate(
         {
             "model": {"path": "m"},
@@ -58,7 +57,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> RLConfig:
 
 def told(engines: Engines, config: RLConfig) -> list[tuple[int, str]]:
     reporter = Reporter()
-    found = EvaluationSchedule(engines, cast(Any, reporter), cast(Any, None), config)
+    found = EvaluationSchedule(cast(Any, engines), cast(Any, reporter), ALONE, config)
     found.evaluate_at_start(0)
     for done in range(1, 6):
         found.evaluate_if_due(done)
@@ -69,7 +68,7 @@ def test_evaluations_come_at_the_start_at_the_interval_and_at_the_end(config: RL
     engines = Engines()
     assert told(engines, config) == [(step, "accuracy 0.5") for step in (0, 2, 4, 5)]
     resumed = Engines()
-    EvaluationSchedule(resumed, None, cast(Any, None), config).evaluate_at_start(2)
+    EvaluationSchedule(cast(Any, resumed), None, ALONE, config).evaluate_at_start(2)
     assert resumed.asked == []
 
 
@@ -78,11 +77,10 @@ def test_a_resume_evaluates_what_an_earlier_attempt_did_not_get_to(config: RLCon
     from collab_megatron.trainer.rl_reporter import RLReporter, append_evaluation
 
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path})})
-    alone = cast(Any, SimpleNamespace(world_size=1))
 
     def asked(done: int) -> list[int]:
         engines, reporter = Engines(), RLReporter(config, first_step=done)
-        EvaluationSchedule(engines, reporter, alone, config).evaluate_missing(done)
+        EvaluationSchedule(cast(Any, engines), reporter, ALONE, config).evaluate_missing(done)
         reporter.close()
         return engines.asked
 

@@ -27,8 +27,8 @@ from collab_megatron.model.layout import read_hf_config
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tables import rows
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.actor.agreement import together
-from collab_megatron.trainer.actor.grid import RankGrid, phase
+from collab_megatron.trainer.actor.agreement import fail_together, phase
+from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.checkpoint.manifest import ManifestEntry, manifest, meta_actor
 from collab_megatron.trainer.checkpoint.state import PROGRESS, layout_of
 from collab_megatron.trainer.convert.disk import fsync_folder, is_disk_full
@@ -51,7 +51,7 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
     RunError where it cannot be written. Then nothing of the attempt is left.
     """
     doing = f"converting {source}"
-    with together(grid, doing, directory):
+    with fail_together(grid, doing, directory):
         spec = model_spec(read_hf_config(source))
         with SafetensorsFolder(source) as names:
             check_names(names.names, spec, names.folder)
@@ -62,13 +62,13 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
     aside = final.with_name(final.name + ".tmp")
     made = not directory.exists()
     try:
-        with together(grid, doing, directory):
+        with fail_together(grid, doing, directory):
             if grid.is_main:
                 _prepare(source, aside)
         total = sum(entry.num_bytes for entry in mine)
         with progress("hf-to-megatron", total, show=grid.is_main) as advance:
             _write_tensors(mine, aside / "model", grid, _Planner(mine, stored, spec, advance))
-        with together(grid, doing, directory):
+        with fail_together(grid, doing, directory):
             if grid.is_main:
                 _publish(actor, aside, final, extra)
     finally:

@@ -1,11 +1,11 @@
 """The checkpoints of one run: resume from the newest, save at once or while training goes on.
 
-    checkpoints = CheckpointManager(actor, config.run, config.train, config=kept_config(config), rows_per_step=64)
-    first_step = checkpoints.resume()
-    ...
-    checkpoints.save(done)
-    ...
-    checkpoints.wait()
+checkpoints = CheckpointManager(actor, config.run, config.train, config=kept_config(config), rows_per_step=64)
+first_step = checkpoints.resume()
+...
+checkpoints.save(done)
+...
+checkpoints.wait()
 """
 
 from __future__ import annotations

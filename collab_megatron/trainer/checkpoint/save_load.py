@@ -8,9 +8,8 @@ another thread if need be (saver.py). Every failure on any rank is heard by all 
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,16 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
-from collab_megatron.errors import RunError, UserError
+from collab_megatron.errors import DiskFull, RunError, UserError
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.actor.grid import RankGrid, agree, phase
+from collab_megatron.trainer.actor.agreement import fail_together, gather
+from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.checkpoint.reader import SafeCommon, SafeLoad, read_common, read_metadata, refusal
 from collab_megatron.trainer.checkpoint.state import PROGRESS, ShardedState, grid_of, layout_of, progress_in
 from collab_megatron.trainer.checkpoint.writer import DeferredSave, write_tensors
-from collab_megatron.trainer.convert.disk import free_bytes, fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.disk import free_bytes, fsync_folder
 from collab_megatron.trainer.convert.hf_folder import copy_companions
 from collab_megatron.wire.checkpoints import CheckpointInfo, read_info, retire, step_folder, write_best, write_marker
-
-logger = logging.getLogger(__name__)
 
 _BALLAST = ".ballast"
 _BALLAST_BYTES = 2**18
@@ -146,19 +144,17 @@ class PendingSave:
 
         Raises RunError on every rank like save_checkpoint.
         """
-        with self.failures_told(grid):
-            failure = None
-            try:
-                write_tensors(self.tensors, self.aside / "model", grid.cpu_group)
-            except (Exception, CheckpointException) as error:  # noqa: BLE001  (torch's own is a BaseException)
-                failure = _describe(error, self.aside, grid.rank)
-            self.tensors = {}
-            _hear(grid, failure)
-            _on_rank_zero(grid, self._publish)
-            best_loss = self.keep.best_loss
-            if best_loss is not None:
-                _on_rank_zero(grid, lambda: write_best(self.final.parent, self.step, best_loss))
-            _on_rank_zero(grid, lambda: retire(self.final.parent, self.keep.last, self.keep.every))
+        directory = self.final.parent
+        with self.whole_or_absent(grid):
+            with fail_together(grid, "writing the tensors", self.aside):
+                tensors, self.tensors = self.tensors, {}
+                write_tensors(tensors, self.aside / "model", grid.cpu_group)
+            with fail_together(grid, "publishing", directory):
+                if grid.is_main:
+                    self._publish()
+                    if self.keep.best_loss is not None:
+                        write_best(directory, self.step, self.keep.best_loss)
+                    retire(directory, self.keep.last, self.keep.every)
         return self.final
 
     def _publish(self) -> None:
@@ -173,21 +169,21 @@ class PendingSave:
         fsync_folder(self.final.parent)
 
     @contextlib.contextmanager
-    def failures_told(self, grid: RankGrid) -> Iterator[None]:
-        """Where any rank failed: clear away the attempt, and raise RunError on all."""
+    def whole_or_absent(self, grid: RankGrid) -> Iterator[None]:
+        """The block succeeds on every rank; or the attempt is removed and every rank raises RunError."""
         directory = self.final.parent
         try:
-            with phase(grid, f"saving to {directory}"):
-                yield
-        except _SaveFailed as failed:
-            _on_rank_zero(grid, lambda: shutil.rmtree(self.aside, ignore_errors=True))
-            if failed.disk_full:
+            yield
+        except (RunError, UserError) as failure:
+            if grid.is_main:
+                shutil.rmtree(self.aside, ignore_errors=True)
+            if isinstance(failure, DiskFull):
                 missing = max(1, (self.bytes_needed - free_bytes(directory)) // 10**6 + 1)
                 raise RunError(
                     f"disk full while saving to {directory}; earlier checkpoints are whole; free {missing} MB and "
                     "resume"
-                ) from failed
-            raise RunError(f"saving to {directory} failed ({failed}); earlier checkpoints are whole") from failed
+                ) from failure
+            raise RunError(f"saving to {directory} failed ({failure}); earlier checkpoints are whole") from failure
 
 
 def begin_save(
@@ -205,8 +201,10 @@ def begin_save(
         keep=keep,
         bytes_needed=_bytes_needed(actor),
     )
-    with pending.failures_told(actor.grid):
-        _on_rank_zero(actor.grid, lambda: _prepare(actor, pending.aside))
+    with pending.whole_or_absent(actor.grid):
+        with fail_together(actor.grid, "preparing the folder", pending.final.parent):
+            if actor.grid.is_main:
+                _prepare(actor, pending.aside)
         pending.tensors = _collect(actor, pending.aside / "model", copy=copy)
     return pending
 
@@ -220,77 +218,43 @@ def _prepare(actor: Actor, aside: Path) -> None:
     (aside / _BALLAST).write_bytes(b"\0" * _BALLAST_BYTES)
 
 
+class _OtherRankFailed(Exception):
+    """Heard in the middle of megatron's save; fail_together raises what it was."""
+
+
 def _collect(actor: Actor, folder: Path, *, copy: bool) -> dict[str, Any]:
-    """Megatron's save up to the tensors, which are returned. Raises _SaveFailed on every rank when any fails."""
-    reached = False
+    """Megatron's save up to the tensors, which are returned. Collective; fails on every rank where any fails."""
+    grid, reached = actor.grid, False
 
     def before() -> None:
         nonlocal reached
         reached = True
-        _hear(actor.grid, None)
-        if actor.grid.is_main:
+        if any(gather(grid, False)):
+            raise _OtherRankFailed
+        if grid.is_main:
             (folder.parent / _BALLAST).unlink()
 
     strategy = DeferredSave(before, copy=copy)
-    failure: str | None = None
-    try:
-        state = ShardedState(actor, loading=False, random_states=actor.optimizer is not None)
-        with torch.no_grad():
-            dist_checkpointing.save({**state.tree, PROGRESS: state.progress}, str(folder), strategy)
+    with fail_together(grid, "collecting the state", folder), contextlib.suppress(_OtherRankFailed):
+        try:
+            state = ShardedState(actor, loading=False, random_states=actor.optimizer is not None)
+            with torch.no_grad():
+                dist_checkpointing.save({**state.tree, PROGRESS: state.progress}, str(folder), strategy)
+        except Exception:
+            if not reached:
+                gather(grid, True)  # the other ranks wait in before()
+            raise
         if strategy.failure is not None:
             raise strategy.failure
-    except _SaveFailed as heard:
-        logger.debug("rank %d heard: %s", actor.grid.rank, heard)  # rank 0 says it again below, to all at once
-    except Exception as error:  # noqa: BLE001  (told to all ranks, and logged there)
-        failure = _describe(error, folder, actor.grid.rank)
-    if not reached:
-        agree(actor.grid, failure)  # the others are waiting in before()
-    _hear(actor.grid, failure)
     return strategy.tensors
 
 
-class _SaveFailed(Exception):
-    """Heard on every rank: what the first failing rank said."""
-
-    def __init__(self, said: list[str]) -> None:
-        super().__init__(said[0].replace(_FULL, ""))
-        self.disk_full = any(_FULL in text for text in said)
-
-
-_FULL = "[disk full] "
-
-
-def _describe(error: BaseException, folder: Path, rank: int) -> str:
-    """One line for the other ranks; what is not a full disk is logged here with its traceback."""
-    if is_disk_full(error, folder):
-        return _FULL + _reason(error)
-    logger.error("rank %d: saving to %s failed", rank, folder, exc_info=error)
-    return _reason(error)
-
-
 def _reason(error: BaseException) -> str:
-    """One line; of torch's CheckpointException, which collects what failed on the ranks, the first."""
+    """One line; of torch's CheckpointException, which collects the failures of the ranks, the first."""
     failures = getattr(error, "failures", None)  # rank -> (exception, traceback)
     if failures:
         error = next(iter(failures.values()))[0]
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _hear(grid: RankGrid, failure: str | None) -> None:
-    """Tell all ranks of this one's failure. Raises _SaveFailed on every rank where any has failed."""
-    if said := agree(grid, failure):
-        raise _SaveFailed(said)
-
-
-def _on_rank_zero(grid: RankGrid, action: Callable[[], None]) -> None:
-    """Rank 0 acts, all ranks hear how it went and raise _SaveFailed alike."""
-    failure: str | None = None
-    if grid.is_main:
-        try:
-            action()
-        except OSError as error:
-            failure = _describe(error, Path(error.filename or "."), grid.rank)
-    _hear(grid, failure)
 
 
 def _bytes_needed(actor: Actor) -> int:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.actor.agreement import together
+from collab_megatron.trainer.actor.agreement import fail_together, on_rank_zero
 from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.checkpoint.manifest import ManifestEntry, manifest, meta_actor
 from collab_megatron.trainer.checkpoint.reader import read_metadata
@@ -54,18 +53,18 @@ def hf_from_checkpoint(info: CheckpointInfo, output: Path, grid: RankGrid, *, ma
     """
     limit = parse_size(max_shard_size)
     doing = f"converting {info.folder}"
-    with together(grid, doing, output.parent):
+    with fail_together(grid, doing, output.parent):
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[info.layout["dtype"]]
         actor = meta_actor(info.hf_folder, dtype, grid)
         tensors = _CheckpointTensors(info.model_folder, actor)
     shards = cut_into_shards(actor.tensor_plan(), limit)
     mine = range(grid.rank, len(shards), grid.world_size)
     total = sum(tensor.num_bytes for number in mine for tensor in shards[number])
-    with _folder_of_all(output, grid, doing) as aside:
-        with together(grid, doing, aside), progress("megatron-to-hf", total, show=grid.is_main) as advance:
+    with _folder_of_all(output, grid) as aside:
+        with fail_together(grid, doing, aside), progress("megatron-to-hf", total, show=grid.is_main) as advance:
             for number in mine:
                 write_shard(aside, number, shards[number], tensors.read(shards[number], advance), _origin(info))
-        with together(grid, doing, aside):
+        with fail_together(grid, doing, aside):
             if grid.is_main:
                 finish_folder(aside, shards, info.hf_folder)
 
@@ -165,15 +164,10 @@ def _origin(info: CheckpointInfo) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _folder_of_all(output: Path, grid: RankGrid, doing: str) -> Iterator[Path]:
+def _folder_of_all(output: Path, grid: RankGrid) -> Iterator[Path]:
     """whole_or_absent of rank 0, on every rank; published once rank 0 leaves it. Raises what it raises."""
-    place: list[Any] = [None]
     with contextlib.ExitStack() as stack:
-        with together(grid, doing, output.parent):
-            if grid.is_main:
-                place = [stack.enter_context(whole_or_absent(output))]
-        dist.broadcast_object_list(place, src=0, group=grid.cpu_group)
-        yield place[0]
+        yield on_rank_zero(grid, lambda: stack.enter_context(whole_or_absent(output)))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.strategies import torch as upstream
+from torch.distributed.checkpoint import CheckpointException
 
 # upstream warns of an "old incomplete checkpoint" when another rank has begun to write into the folder that is new
 logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
@@ -51,14 +52,17 @@ class DeferredSave(upstream.TorchDistSaveShardedStrategy):
 def write_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup) -> None:
     """Write and force to disk. Collective over `group`, which no other thread may use meanwhile.
 
-    Raises torch's CheckpointException, a BaseException, on every rank when any rank cannot write.
+    Raises on every rank the error of the first rank that cannot write.
     """
-    dcp.save(
-        tensors,
-        storage_writer=dcp.FileSystemWriter(folder, thread_count=1),
-        planner=upstream.MCoreSavePlanner(flatten_state_dict=False, dedup_replicated_tensors=False),
-        process_group=group,
-    )
+    try:
+        dcp.save(
+            tensors,
+            storage_writer=dcp.FileSystemWriter(folder, thread_count=1),
+            planner=upstream.MCoreSavePlanner(flatten_state_dict=False, dedup_replicated_tensors=False),
+            process_group=group,
+        )
+    except CheckpointException as error:  # a BaseException: rank -> (exception, traceback)
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _copy_to_host(shards: list[Any]) -> None:

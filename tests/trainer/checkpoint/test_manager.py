@@ -10,7 +10,7 @@ import pytest
 
 from collab_megatron.config.sections import RunSection, TrainSection
 from collab_megatron.errors import UserError
-from collab_megatron.trainer.checkpoint import run as checkpoint_run
+from collab_megatron.trainer.checkpoint import manager
 from collab_megatron.trainer.checkpoint.manager import CheckpointManager
 from collab_megatron.wire.checkpoints import CheckpointInfo, read_info, step_folder, write_marker
 
@@ -35,8 +35,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return loads
 
-    monkeypatch.setattr(checkpoint_run, "load_checkpoint", load("state"))
-    monkeypatch.setattr(checkpoint_run, "load_weights", load("weights"))
+    monkeypatch.setattr(manager, "load_checkpoint", load("state"))
+    monkeypatch.setattr(manager, "load_weights", load("weights"))
     return calls
 
 
