@@ -9,8 +9,7 @@ Upstream: megatron/core/optimizer/distrib_optimizer.py (0.16.1).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,14 +23,14 @@ from collab_megatron.trainer.checkpoint.flat_range import boxes_of_range
 from collab_megatron.trainer.local.cpu_support import create_empty_adam_state
 
 _STATE = "optimizer.state."
-_MASTERS = ("fp32_param", "param")  # ours and upstream's; format 1 has the second, of a distributed optimizer
+_MASTER = "fp32_param"  # upstream's name too, for an optimizer that is not distributed
 
 
 class OptimizerState:
     """The leaves to save, or to load into and restore from."""
 
-    def __init__(self, optimizer: Any, chunks: dict[str, Any], *, loading: bool, stored: Collection[str]) -> None:
-        """chunks: the model's sharded state. stored: when loading, the names of the tensors that the checkpoint has."""
+    def __init__(self, optimizer: Any, chunks: dict[str, Any], *, loading: bool) -> None:
+        """chunks: the model's sharded state."""
         create_empty_adam_state(optimizer)
         self._optimizer = optimizer
         self._whole: dict[str, tuple[Any, Any]] = {}  # part -> (optimizer, upstream's state dict)
@@ -45,7 +44,7 @@ class OptimizerState:
                 state = part.sharded_state_dict(chunks, is_loading=loading)
                 self._whole[str(number)] = part, state
                 found = (leaf for _, _, leaf in _sharded(state))
-            self.leaves |= {f"{number}.{place}": _as_stored(leaf, stored) for place, leaf in enumerate(found)}
+            self.leaves |= {f"{number}.{place}": leaf for place, leaf in enumerate(found)}
 
     @property
     def steps(self) -> int:
@@ -91,7 +90,7 @@ def _owned_pieces(part: DistributedOptimizer, chunks: dict[str, Any]) -> Iterato
                     held.pop("step", None)
                     master = held.pop("param")
                     if parameter.dtype != torch.float32:  # else it is the model's weight itself
-                        held[_MASTERS[0]] = master
+                        held[_MASTER] = master
                     start = ranges["param"].start
                     for kind, flat in held.items():
                         yield from _pieces(f"{_STATE}{kind}.", described[id(parameter)], flat.detach(), start)
@@ -133,15 +132,6 @@ def _regular_parts(parameter: Any) -> Iterator[tuple[ShardedTensor, int]]:
         at = int(one.data.flatten()[0])
         assert torch.equal(one.data.flatten(), torch.arange(at, at + one.data.numel())), one
         yield one, at
-
-
-def _as_stored(leaf: Any, stored: Collection[str]) -> Any:
-    """The leaf under the name that the checkpoint has for master weights."""
-    kind, _, rest = leaf.key.removeprefix(_STATE).partition(".")
-    if kind in _MASTERS and stored:
-        kind = next((name for name in _MASTERS if any(key.startswith(f"{_STATE}{name}.") for key in stored)), kind)
-        return replace(leaf, key=f"{_STATE}{kind}.{rest}")
-    return leaf
 
 
 def _sharded(state: Any) -> Iterator[tuple[Any, Any, Any]]:

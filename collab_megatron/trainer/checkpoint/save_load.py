@@ -23,7 +23,7 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.agreement import fail_together, gather
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.checkpoint.reader import SafeCommon, SafeLoad, read_common, read_metadata, refusal
-from collab_megatron.trainer.checkpoint.state import PROGRESS, ShardedState, grid_of, layout_of, progress_in
+from collab_megatron.trainer.checkpoint.state import PROGRESS, ShardedState, grid_of, layout_of
 from collab_megatron.trainer.checkpoint.writer import DeferredSave, write_tensors
 from collab_megatron.trainer.convert.disk import free_bytes, fsync_folder
 from collab_megatron.trainer.convert.hf_folder import copy_companions
@@ -95,10 +95,9 @@ def _require_finite(actor: Actor, folder: Path) -> None:
 
 def _fill(actor: Actor, info: CheckpointInfo, *, optimizer: bool, random_states: bool) -> None:
     folder = info.folder
-    progress = progress_in(read_common(info.model_folder / "common.pt"))
+    progress = read_common(info.model_folder / "common.pt").get(PROGRESS, {})
     metadata = read_metadata(info.model_folder / ".metadata")
-    stored = metadata.state_dict_metadata.keys()
-    state = ShardedState(actor, loading=True, random_states=random_states, stored=stored, optimizer=optimizer)
+    state = ShardedState(actor, loading=True, random_states=random_states, optimizer=optimizer)
     strategy = SafeLoad(actor.grid.cpu_group, metadata)
     try:
         loaded = dist_checkpointing.load(state.tree, str(info.model_folder), strategy, SafeCommon())

@@ -8,13 +8,11 @@ layout as well: they are restored under the same layout and left alone under ano
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_items_iter
 
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.optimizer import set_learning_rates
@@ -62,11 +60,9 @@ class ShardedState:
         *,
         loading: bool,
         random_states: bool,
-        stored: Collection[str] = (),
         optimizer: bool = True,
     ) -> None:
-        """stored: when loading, the names of the tensors that the checkpoint has. optimizer: with the actor's, where it
-        has one."""
+        """optimizer: include the actor's, where it has one."""
         self._actor = actor
         actor.gather_weights()  # the last step's weights may still lie scattered over the data ranks
         metadata = {"singleton_local_shards": False, "dp_cp_group": actor.grid.dp_cp_group}
@@ -82,7 +78,7 @@ class ShardedState:
         self.tree: dict[str, Any] = {"model": chunks}
         self._optimizer: OptimizerState | None = None
         if optimizer and actor.optimizer is not None:
-            self._optimizer = OptimizerState(actor.optimizer, chunks, loading=loading, stored=stored)
+            self._optimizer = OptimizerState(actor.optimizer, chunks, loading=loading)
             self.tree["optimizer"] = self._optimizer.leaves
         if random_states:
             self.tree["random"] = {
@@ -115,16 +111,6 @@ class ShardedState:
             set_learning_rates(optimizer, scheduler)
         if "random" in loaded:
             _restore_random(loaded["random"])
-
-
-def progress_in(common: dict[str, Any]) -> dict[str, int]:
-    """The numbers in a checkpoint's common part; format 1 kept them inside upstream's own state."""
-    if PROGRESS in common or "scheduler" not in common:
-        return dict(common.get(PROGRESS, {}))
-    steps = [
-        int(leaf) for _, key, leaf in nested_items_iter(common.get("optimizer", {})) if key in ("step", "common_step")
-    ]
-    return {"optimizer_steps": max(steps, default=0), "schedule_steps": int(common["scheduler"]["num_steps"])}
 
 
 def _random_states() -> dict[str, torch.Tensor]:
