@@ -89,7 +89,7 @@ class Actor:
 
         temperature: of the sampling; log-probs, entropies and losses are of the distribution at it.
         `load_weights` False leaves them undefined, for a checkpoint that is loaded next (source: its own `hf` folder).
-        Raises UserError where folder, layout or schedule do not fit.
+        Raises UserError where folder or layout do not fit.
         """
         folder = resolve_model_folder(model_path)
         hf_config = read_hf_config(folder)
