@@ -66,7 +66,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
 
     arguments.wait_for_engine(config.engine.startup_timeout_s)
     interrupt = Interrupt(config.train.save_grace_s)
-    inbox = RolloutClient(
+    rollouts = RolloutClient(
         grid,
         driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
         driver_token=arguments.driver_token(),
@@ -83,7 +83,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         weights_dir=config.run.weights_dir,
         engine_keys=EngineKeys.read(arguments.engine_keys) if arguments.engine_keys else None,
     )
-    engines = Engines(publisher, inbox)
+    engines = Engines(publisher, rollouts)
     reporter = RLReporter(config, first_step=first_step) if grid.is_main else None
     timer = PhaseTimer()
     evaluations = EvaluationSchedule(engines, reporter, grid, config)
@@ -136,7 +136,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     if reporter:
         write_engine_probe(config, publisher.control)
         reporter.close()
-    inbox.close()
+    rollouts.close()
     publisher.close()
     close_grid()
 

@@ -84,7 +84,7 @@ def train(config: SFTConfig) -> None:
 
     def is_due(done: int) -> bool:
         """Whether the held-out loss is measured after so many steps."""
-        return data.num_held_out > 0 and _due(done, config.train.eval_interval, total)
+        return data.num_held_out > 0 and config.train.evaluates_after(done)
 
     def save(best_loss: float | None = None) -> None:
         with timer("checkpoint"):
@@ -132,11 +132,6 @@ def train(config: SFTConfig) -> None:
     if reporter:
         reporter.close()
     close_grid()
-
-
-def _due(done: int, interval: int, total: int) -> bool:
-    """After every `interval` steps (0: never) and after the last."""
-    return done == total or (interval > 0 and done % interval == 0)
 
 
 def main() -> None:

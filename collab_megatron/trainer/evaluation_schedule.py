@@ -1,4 +1,4 @@
-"""Held-out evaluations between training steps: when one is due, and that a failed one is a warning and never an end."""
+"""Schedule of held-out evaluations between training steps. A failed evaluation is a warning; training goes on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collab_megatron.trainer.rl_reporter import RLReporter
 from collab_megatron.wire.unfinished import is_evaluated
 
 ENDS_THE_RUN = (NoEngineLeft, WeightsDiffer, RunStops)
-"""Raised during an evaluation, these say that no further step can or may be taken."""
+"""Errors of an evaluation after which no further step can or may be taken."""
 
 
 class EvaluationSchedule:
@@ -24,21 +24,20 @@ class EvaluationSchedule:
         self._engines, self._reporter, self._grid, self._config = engines, reporter, grid, config
 
     def evaluate_at_start(self, done: int) -> None:
-        """Before the first step of a run, not of a resume. Raises as `evaluate_if_due` does."""
+        """Before the first step of a new run, not of a resumed one. Collective. Raises as `evaluate_if_due` does."""
         if done == 0 and self._config.train.eval_at_start:
             self._evaluate(done)
 
     def evaluate_if_due(self, done: int) -> None:
-        """After `done` steps: at every train.eval_interval and after the last. Collective.
+        """After `done` steps, at train.eval_interval and after the last step. Collective.
 
-        Raises what ends the run: no engine, a spent budget, weights that differ; any other failure is reported.
+        Raises ENDS_THE_RUN; any other failure is reported.
         """
-        train = self._config.train
-        if done == train.steps or (train.eval_interval and done % train.eval_interval == 0):
+        if self._config.train.evaluates_after(done):
             self._evaluate(done)
 
     def evaluate_missing(self, done: int) -> None:
-        """On a resume after `done` steps: what was due and an earlier attempt did not get to, or could not measure.
+        """On a resume after `done` steps: the evaluation that was due and that the earlier attempt did not finish.
         Collective. Raises as `evaluate_if_due` does."""
         if done and not on_rank_zero(self._grid, partial(is_evaluated, self._config.run.evaluations_file, done)):
             self.evaluate_if_due(done)

@@ -1,6 +1,7 @@
-"""How finished groups reach the trainer ranks: rank 0 asks the driver, the others wait on a gloo group of their own.
+"""Client of the rollout driver: rank 0 asks for batches and evaluations, the other ranks wait for its answer.
 
-Never an NCCL collective: while users are being simulated the ranks wait on a group whose deadline is the driver's.
+They wait on a gloo group of their own, whose deadline is above the driver's: simulating users takes longer than any
+collective of training may.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collab_megatron.wire.protocol import Delivery, DriverClient, DriverHasNoEng
 
 MARGIN_S = 120.0
 EVALUATION_GRACE_S = 30.0
-"""The driver itself ends an evaluation at its deadline, and hands over what is there."""
+"""The driver itself ends an evaluation at its deadline and delivers what it has."""
 
 T = TypeVar("T")
 
@@ -38,8 +39,8 @@ class RolloutClient:
         eval_timeout_s: float,
         interrupt: Interrupt | None = None,
     ) -> None:
-        """driver_addresses: one for each shard; driver_token: what all of them want to see. interrupt: ends a wait for
-        the driver, with Interrupted."""
+        """driver_addresses: one per shard. driver_token: the run's secret, part of every request. interrupt: ends a wait
+        for the driver with Interrupted."""
         self._interrupt = interrupt
         self._grid = grid
         self._step_timeout_s = step_timeout_s
@@ -50,29 +51,28 @@ class RolloutClient:
         self._lost: dict[str, str] = {}
 
     def next_batch(self, step: int, version: int, engines: Sequence[str], saved: int) -> RolloutBatch:
-        """The batch of `step` on every rank, sampled by the servers at `engines`, which hold `version`; the newest
-        complete checkpoint holds `saved` steps.
+        """The batch of `step` on every rank, sampled by the servers at `engines`, which hold `version`.
 
-        Rank 0's arguments count. Raises NoEngineLeft on every rank if the driver had to give all engines up: the same
-        step can be asked for again. Raises BudgetSpent, SimulatorSick or TooManyErrors where the run must stop,
-        RunError if the driver could not deliver.
+        saved: steps in the newest complete checkpoint. Only rank 0's arguments matter. Raises on every rank:
+        NoEngineLeft if the driver lost all engines (ask for the same step again); BudgetSpent, SimulatorSick or
+        TooManyErrors if the run must stop; RunError if the driver could not deliver.
         """
         return self._on_rank_zero(
             lambda driver: driver.next_batch(step, version, engines, saved=saved, timeout_s=self._step_timeout_s)
         )
 
     def evaluate(self, step: int, version: int, engines: Sequence[str]) -> dict[str, float]:
-        """Held-out figures on every rank; `engines`, and what it raises, as in `next_batch`."""
+        """Held-out figures on every rank. `engines` and errors as in `next_batch`."""
         timeout_s = self._eval_timeout_s + EVALUATION_GRACE_S
         return self._on_rank_zero(lambda driver: driver.evaluate(step, version, engines, timeout_s=timeout_s))
 
     def take_lost(self) -> dict[str, str]:
-        """The servers that the driver gave up since the last call: URL -> reason. Known on rank 0 alone."""
+        """Servers that the driver gave up since the last call: URL -> reason. Empty on ranks other than 0."""
         lost, self._lost = self._lost, {}
         return lost
 
     def close(self) -> None:
-        """Tell the driver to end."""
+        """Ask the driver to end."""
         if self._driver is not None:
             self._driver.stop()
             self._driver.close()

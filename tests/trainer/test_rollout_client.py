@@ -1,4 +1,4 @@
-"""The inbox on two ranks, with a driver that loses engines."""
+"""The rollout client on two ranks, with a driver that loses engines."""
 
 from __future__ import annotations
 
