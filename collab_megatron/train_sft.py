@@ -105,12 +105,12 @@ def train(config: SFTConfig) -> None:
             save(lowest)  # again, under the name of the best
         while saving.done < total:
             with timer("data"):
-                share, trained_tokens = data.step(saving.done)
+                batch, trained_tokens = data.step(saving.done)
             with timer("update"), saving.step():
-                result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
+                result = actor.train_step(batch.micro_batches, loss, normalizer=trained_tokens)
             # before the checkpoint: one that has been written is gone on from, and its step is not run again
             if reporter:
-                reporter.step(saving.done, result, share, trained_tokens, timer.drain())
+                reporter.step(saving.done, result, batch, trained_tokens, timer.drain())
             skipped.count([result])
             skipped.check(saving.done)
             keep = is_due(saving.done) and evaluate(saving.done) and config.train.keep_best

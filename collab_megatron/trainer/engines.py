@@ -26,7 +26,7 @@ class Engines:
         return self._publisher.publish(version)
 
     def next_batch(self, step: int, saved: int) -> RolloutBatch:
-        """The rollouts of `step`, sampled with the weights after `step` steps; `saved`: steps in the newest checkpoint."""
+        """The rollouts of `step`, sampled with the weights after `step` steps; `saved` steps are in a checkpoint."""
         return self._retried(lambda: self._rollouts.next_batch(step, step, self._publisher.live_urls, saved), step)
 
     def evaluate(self, step: int) -> dict[str, float]:

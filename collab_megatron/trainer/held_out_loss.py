@@ -51,7 +51,5 @@ def mean_loss(actor: Actor, batches: Iterable[Sequence[MicroBatch]], tokens: int
         total.zero_()  # every rank of a replica has the same log-probs: count them once
     with phase(grid, "the held-out loss"):
         dist.all_reduce(total, group=grid.cpu_group)
-        dist.broadcast(
-            total, src=0, group=grid.cpu_group
-        )  # equal to the last bit: ranks compare it with the lowest so far
+        dist.broadcast(total, src=0, group=grid.cpu_group)  # to the last bit: ranks compare losses
     return total.item() / tokens

@@ -39,8 +39,8 @@ class RolloutClient:
         eval_timeout_s: float,
         interrupt: Interrupt | None = None,
     ) -> None:
-        """driver_addresses: one per shard. driver_token: the run's secret, part of every request. interrupt: ends a wait
-        for the driver with Interrupted."""
+        """driver_addresses: one per shard. driver_token: the run's secret, in every request. interrupt: ends a wait for
+        the driver with Interrupted."""
         self._interrupt = interrupt
         self._grid = grid
         self._step_timeout_s = step_timeout_s

@@ -1,4 +1,4 @@
-"""Supervised training as the user sees it: progress line and dashboard."""
+"""Reports of a supervised run to the user: progress line and dashboard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collab_megatron.trainer.report.progress_line import ProgressLine, steps_bet
 from collab_megatron.trainer.sft_data import SFTData
 
 MOST_LINES, MOST_POINTS = 100, 1000
-"""On the terminal and on the dashboard, over a whole run: a step may take milliseconds."""
+"""The most lines on the terminal and points on the dashboard in a whole run: a step may take milliseconds."""
 
 
 class SFTReporter:
@@ -35,29 +35,29 @@ class SFTReporter:
             print(f"{config.run.name}: {notice}", flush=True)
 
     def step(
-        self, done: int, result: StepResult, share: RankBatch, trained_tokens: int, seconds: Mapping[str, float]
+        self, done: int, result: StepResult, batch: RankBatch, trained_tokens: int, seconds: Mapping[str, float]
     ) -> None:
-        """Figures of the step that has just ended; `done` counts from 1."""
+        """Report a finished step; `done` counts from 1."""
         tokens_per_s = trained_tokens / max(seconds["time_s/update"], 1e-9)
         if done % self._every == 0 or done == self._total:
             metrics = {f"train/{name}": value for name, value in result.metrics.items()}
             metrics |= {"train/grad_norm": result.grad_norm, "train/lr": result.lr, "train/tokens_per_s": tokens_per_s}
-            metrics["train/dp_imbalance"] = share.imbalance
+            metrics["train/dp_imbalance"] = batch.imbalance
             metrics["data/conversations_left_out"] = self._data.left_out
             metrics["data/conversations_left_out_share"] = self._data.share_left_out
             self._dashboard.log(done, {**metrics, **seconds})
         self._progress.step(done, {"loss": f"{result.metrics['loss']:.3f}", "trained tokens/s": f"{tokens_per_s:,.0f}"})
 
     def to_disk(self) -> None:
-        """Before a checkpoint: the figures of its steps are on the disk. Raises RunError when the disk refuses."""
+        """Force the figures to the disk; call it before a checkpoint. Raises RunError if the disk refuses."""
         self._dashboard.to_disk()
 
     def saved(self, done: int, seconds: Mapping[str, float]) -> None:
-        """A checkpoint of `done` steps has been written, or is being written while training goes on."""
+        """Times of a checkpoint of `done` steps, which is written or, with train.async_save, under way."""
         self._dashboard.log(done, seconds)
 
     def evaluation(self, step: int, found: HeldOutLoss, *, best: bool, seconds: float) -> None:
-        """Held-out figures of the weights after `step` steps; `best`: the lowest loss so far."""
+        """Report the held-out loss of the weights after `step` steps. best: it is the lowest so far."""
         self._progress.pause(seconds)
         self._dashboard.log(step, {**found.metrics(), "time_s/evaluation": seconds})
         print(

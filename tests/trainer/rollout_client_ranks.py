@@ -1,4 +1,4 @@
-"""What every rank gets from the rollout client: a batch, the news that no engine is left, and the batch of the second try.
+"""What every rank gets from the rollout client: a batch, an error that no engine is left, an evaluation.
 
 python rollout_client_ranks.py DRIVER_ADDRESS
 """
