@@ -30,7 +30,7 @@ class SFTData:
         known = {tuple(sample.ids) for sample in self._samples} if files else set()
         if shared := sum(tuple(sample.ids) in known for sample in self._held_out):
             self.notices.append(
-                f"warning: {shared:,} held-out conversations are in the training files too, so the held-out loss is too low"
+                f"warning: {shared:,} held-out conversations are trained on too, so the held-out loss will be too low"
             )
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
-"""A Hugging Face folder as a training checkpoint, one tensor at a time; on several ranks, each its share of them.
+"""Conversion of a Hugging Face folder to a training checkpoint, one tensor at a time, divided over the ranks.
 
-torch.distributed.checkpoint asks its planner for a tensor when it is about to write it. Here that is the moment in
-which the tensor is read, so the model is never in memory. All that the folder's headers can tell is checked before a
-byte is written. The result is byte for byte what an Actor that loaded the folder would save.
+torch.distributed.checkpoint asks its planner for a tensor when it is about to write it. The tensor is read only then,
+so the model is never in memory. The folder's headers are checked before a byte is written. The result is byte for byte
+the checkpoint that an Actor with the folder's weights would save.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
 
 
 def share(items: Iterable[ManifestEntry], rank: int, ranks: int) -> list[ManifestEntry]:
-    """What one rank of several converts: a stretch of the table's order, of about the same bytes for each."""
+    """The tensors that one rank converts: consecutive ones in the table's order, about the same bytes for each rank."""
     every = list(items)
     total = sum(entry.num_bytes for entry in every)
     mine, before = [], 0
@@ -92,7 +92,7 @@ def share(items: Iterable[ManifestEntry], rank: int, ranks: int) -> list[Manifes
 
 
 def _check_tensors(stored: Mapping[str, StoredTensor], spec: ModelSpec) -> torch.dtype:
-    """The one dtype of the model's tensors. Raises UserError where one has another shape or dtype."""
+    """The dtype that all tensors of the model have. Raises UserError for a wrong shape or a second dtype."""
     first: StoredTensor | None = None
     for row in rows(spec):
         for name, dims in zip(row.hf, row.shapes, strict=True):
@@ -118,7 +118,7 @@ def _check_tensors(stored: Mapping[str, StoredTensor], spec: ModelSpec) -> torch
 
 
 class _Planner(upstream.MCoreSavePlanner):
-    """Megatron's plan of a save; the tensors themselves are read when they are asked for."""
+    """Megatron's plan of a save; each tensor is read when torch asks for it."""
 
     def __init__(
         self, mine: Iterable[ManifestEntry], stored: Mapping[str, StoredTensor], spec: ModelSpec, advance: Advance
@@ -129,8 +129,8 @@ class _Planner(upstream.MCoreSavePlanner):
         self._given: Tensor | None = None
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The tensor with megatron's leading axes. The one given before is emptied: torch's writer holds on to the last
-        tensor of every name until its file is done."""
+        """The tensor with megatron's leading axes. The one before it is freed: torch's writer keeps the last tensor of
+        every name until its file is complete."""
         if self._given is not None:
             self._given.untyped_storage().resize_(0)
         assert write_item.tensor_data is not None, write_item
@@ -158,11 +158,11 @@ class _Planner(upstream.MCoreSavePlanner):
 
 
 def _write_tensors(mine: list[ManifestEntry], folder: Path, grid: RankGrid, planner: _Planner) -> None:
-    """Collective; raises on every rank when any rank cannot read or write."""
+    """Collective; raises on every rank if any rank cannot read or write."""
     places: dict[str, list[Any]] = {}
     for entry in mine:
         places.setdefault(entry.key, []).append(entry.place)
-    # no copying ahead, which would keep several tensors and use the one that resolve_data has emptied
+    # no copying ahead: it would keep several tensors and use one that resolve_data has freed
     writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
     try:
         with phase(grid, "converting"):
@@ -172,13 +172,13 @@ def _write_tensors(mine: list[ManifestEntry], folder: Path, grid: RankGrid, plan
                 planner=planner,
                 process_group=grid.cpu_group,
             )
-    except CheckpointException as error:  # a BaseException: what failed, by rank
+    except CheckpointException as error:  # a BaseException: rank -> (exception, traceback)
         rank, (reason, _) = next(iter(error.failures.items()))
         if is_disk_full(error, folder):
-            raise RunError(f"disk full while writing to {folder.parent.parent}; free space and repeat") from error
+            raise RunError(f"disk full while writing to {folder.parent.parent}: free space and repeat") from error
         if isinstance(reason, KeyboardInterrupt | UserError):
             raise reason from error
-        raise RunError(f"rank {rank} could not convert its share: {type(reason).__name__}: {reason}") from error
+        raise RunError(f"rank {rank} could not convert its tensors: {type(reason).__name__}: {reason}") from error
 
 
 def _prepare(source: Path, aside: Path) -> None:
@@ -189,12 +189,12 @@ def _prepare(source: Path, aside: Path) -> None:
 
 
 def _publish(actor: Actor, aside: Path, final: Path, extra: Mapping[str, Any]) -> None:
-    """What megatron's save puts beside the tensors, then the marker, then the name."""
+    """Write megatron's files next to the tensors, then the marker; then rename the folder."""
     torch.save({PROGRESS: {}}, aside / "model" / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(aside / "model"))
     fsync_folder(aside / "model")
     fsync_folder(aside / "hf")
-    # the ranks of a conversion hold no shard of anything
+    # the ranks of a conversion hold no shards
     write_marker(aside, step=0, layout={**layout_of(actor), "data": 1}, extra=extra)
     fsync_folder(aside)
     aside.rename(final)

@@ -1,8 +1,8 @@
 """Save and load an Actor's whole training state. Collective: every rank of the grid takes part.
 
-A save is written aside, marked complete, then renamed, so a crash at any moment leaves the earlier checkpoints whole
-and nothing that looks like a newer one. It has two halves: `begin` collects the state, `Pending.finish` writes it, on
-another thread if need be (saver.py). Every failure on any rank is heard by all before one of them raises.
+A save is written to a temporary folder, marked complete, then renamed: a crash at any moment leaves the earlier
+checkpoints whole and nothing that looks like a newer one. It has two halves: `begin_save` collects the state,
+`PendingSave.finish` writes it, on another thread with async_save.py. A failure on one rank is raised on all.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ _BALLAST_BYTES = 2**18
 
 @dataclass(frozen=True)
 class Retention:
-    """Which complete checkpoints outlive a save."""
+    """Which complete checkpoints are kept after a save."""
 
-    last: int = 1  # the newest so many
-    every: int = 0  # besides, those whose step is a multiple of this; 0: no others
-    best_loss: float | None = None  # held-out, of the one being saved, where it is the lowest so far
+    last: int = 1  # this many of the newest
+    every: int = 0  # also those whose step is a multiple of this; 0: no others
+    best_loss: float | None = None  # held-out loss of the one being saved, if it is the lowest so far
 
 
 def save_checkpoint(
     actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep_last: int, keep_every: int = 0
 ) -> Path:
-    """Write directory/step_XXXXXXXX and retire what is not to be kept; returns the folder.
+    """Write directory/step_XXXXXXXX and remove the checkpoints that are not kept; returns the folder.
 
-    `extra`: JSON, the same on every rank. Raises RunError on every rank if it could not be written, with nothing left
-    of the attempt and the earlier checkpoints as they were.
+    extra: JSON, the same on every rank. Raises RunError on every rank if the checkpoint could not be written; the
+    attempt is removed and the earlier checkpoints are as they were.
     """
     keep = Retention(keep_last, keep_every)
     return begin_save(actor, directory, step=step, extra=extra, keep=keep, copy=False).finish(actor.grid)
 
 
 def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
-    """Fill the actor, under any layout, from a complete checkpoint; nothing that the files say is executed.
+    """Fill the actor, under any layout, from a complete checkpoint, without executing anything from its files.
 
-    Raises UserError where the checkpoint is torn, hostile or of another model or dtype, or where a weight is no number;
-    RunError where its files cannot be read.
+    Raises UserError if the checkpoint is incomplete, hostile, of another model or dtype, or has weights that are NaN or
+    infinite; RunError if its files cannot be read.
     """
     info = read_info(folder)
     _check_fits(actor, info)
@@ -71,7 +71,7 @@ def load_checkpoint(actor: Actor, folder: Path) -> CheckpointInfo:
 
 
 def load_weights(actor: Actor, folder: Path) -> CheckpointInfo:
-    """Fill the actor's weights alone, under any layout; its optimizer stays as new, its master weights follow.
+    """Fill only the actor's weights, under any layout. Its optimizer stays new; its master weights follow the weights.
 
     Raises as load_checkpoint does.
     """
@@ -89,7 +89,7 @@ def _require_finite(actor: Actor, folder: Path) -> None:
     if name is not None:
         raise UserError(
             f"{folder} holds weights that are NaN or infinite ({name}): its files are damaged or its training "
-            "diverged; move it away and take an earlier checkpoint"
+            "diverged; move it away and use an earlier checkpoint"
         )
 
 
@@ -117,14 +117,14 @@ def _check_fits(actor: Actor, info: CheckpointInfo) -> None:
     for key, setting in fixed.items():
         if info.layout.get(key) != here[key]:
             raise UserError(
-                f"{info.folder} has {key} {info.layout.get(key)!r}; this run has {here[key]!r}: set {setting} as it "
-                "was, or choose another run.dir or run.init_from"
+                f"{info.folder} has {key} {info.layout.get(key)!r}, but this run has {here[key]!r}: set {setting} as in "
+                "the run that saved it, or choose another run.dir or run.init_from"
             )
 
 
 @dataclass
 class PendingSave:
-    """A checkpoint whose state is collected and not yet written."""
+    """A checkpoint whose state is collected but not yet written."""
 
     final: Path
     step: int
@@ -132,14 +132,14 @@ class PendingSave:
     extra: Mapping[str, Any]
     keep: Retention
     bytes_needed: int
-    tensors: dict[str, Any] = field(default_factory=dict)  # what this rank writes
+    tensors: dict[str, Any] = field(default_factory=dict)  # of this rank
 
     @property
     def aside(self) -> Path:
         return self.final.with_name(self.final.name + ".tmp")
 
     def finish(self, grid: RankGrid) -> Path:
-        """Write, publish, retire what is not to be kept. Collective over grid.cpu_group, which is its own alone.
+        """Write, publish, remove the checkpoints that are not kept. Collective over grid.cpu_group, which nothing else uses.
 
         Raises RunError on every rank like save_checkpoint.
         """
@@ -162,14 +162,14 @@ class PendingSave:
         write_marker(self.aside, step=self.step, layout=self.layout, extra=self.extra)
         fsync_folder(self.aside)
         replaced = self.final.with_name(self.final.name + ".replaced.tmp")
-        if self.final.exists():  # the same step again; retire() removes what was there
+        if self.final.exists():  # the same step again; retire() removes the earlier one
             self.final.rename(replaced)
         self.aside.rename(self.final)
         fsync_folder(self.final.parent)
 
     @contextlib.contextmanager
     def whole_or_absent(self, grid: RankGrid) -> Iterator[None]:
-        """The block succeeds on every rank; or the attempt is removed and every rank raises RunError."""
+        """The block succeeds on every rank; otherwise rank 0 removes the attempt and every rank raises RunError."""
         directory = self.final.parent
         try:
             yield
@@ -188,7 +188,7 @@ class PendingSave:
 def begin_save(
     actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep: Retention, copy: bool
 ) -> PendingSave:
-    """Collect what a checkpoint holds. `copy`: on the host, so that training may go on before it is written.
+    """Collect the state of a checkpoint. copy: to the host, so that training can go on before it is written.
 
     Raises RunError on every rank like save_checkpoint.
     """
@@ -213,16 +213,16 @@ def _prepare(actor: Actor, aside: Path) -> None:
     (aside / "model").mkdir(parents=True)
     (aside / "hf").mkdir()
     copy_companions(actor.source_folder, aside / "hf")
-    # keeps room for a small file that upstream writes on rank 0 while the other ranks wait in a barrier
+    # reserves space for a small file that upstream writes on rank 0 while the other ranks wait in a barrier
     (aside / _BALLAST).write_bytes(b"\0" * _BALLAST_BYTES)
 
 
 class _OtherRankFailed(Exception):
-    """Heard in the middle of megatron's save; fail_together raises what it was."""
+    """Another rank failed before megatron's save reached `before`; fail_together raises its error."""
 
 
 def _collect(actor: Actor, folder: Path, *, copy: bool) -> dict[str, Any]:
-    """Megatron's save up to the tensors, which are returned. Collective; fails on every rank where any fails."""
+    """Run megatron's save up to the tensors, and return these. Collective; if one rank fails, all raise."""
     grid, reached = actor.grid, False
 
     def before() -> None:
@@ -249,7 +249,7 @@ def _collect(actor: Actor, folder: Path, *, copy: bool) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line; of torch's CheckpointException, which collects the failures of the ranks, the first."""
+    """One line about the error; about the first rank's, for torch's CheckpointException."""
     failures = getattr(error, "failures", None)  # rank -> (exception, traceback)
     if failures:
         error = next(iter(failures.values()))[0]
@@ -257,6 +257,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _bytes_needed(actor: Actor) -> int:
-    """Of one checkpoint: weights, fp32 master weights in bf16, two moments."""
+    """Size of one checkpoint: weights, fp32 master weights for bf16, two moments."""
     fp32_copies = 0 if actor.optimizer is None else 2 if actor.dtype == torch.float32 else 3
     return actor.num_params * (actor.dtype.itemsize + 4 * fp32_copies)

@@ -1,8 +1,8 @@
-"""A training checkpoint as a Hugging Face folder, one tensor at a time; on several ranks, each its share of the files.
+"""Conversion of a training checkpoint to a Hugging Face folder, one tensor at a time, files divided over the ranks.
 
     python -m collab_megatron.trainer.checkpoint.to_hf STEP_FOLDER OUTPUT          in one process, on CPU
 
-Nothing but weights is read, and of those only the chunks that a tensor overlaps, however the training run had cut them.
+Only weights are read, and of a tensor only the chunks that it overlaps, whatever the layout of the training run.
 tools/convert_checkpoint.py has the options.
 """
 
@@ -46,10 +46,10 @@ from collab_megatron.wire.checkpoints import CheckpointInfo, read_info
 def hf_from_checkpoint(info: CheckpointInfo, output: Path, grid: RankGrid, *, max_shard_size: str | int) -> None:
     """Write the weights of a complete checkpoint as folder `output`.
 
-    Every file's header says the step, and the run where the checkpoint knows it. Collective over the ranks of `grid`,
-    which must not cut the model (data ranks only). Raises UserError where the checkpoint is not the model that its
-    config.json describes, RunError where it cannot be read or `output` not be written. Then nothing of the attempt is
-    left.
+    Every file's header contains the step, and the run if the checkpoint has it. Collective over the ranks of `grid`,
+    which must not cut the model (data ranks only). Raises UserError if the checkpoint is not the model that its
+    config.json describes, RunError if it cannot be read or `output` cannot be written. After an error nothing of the
+    attempt is left.
     """
     limit = parse_size(max_shard_size)
     doing = f"converting {info.folder}"
@@ -73,27 +73,27 @@ class _CheckpointTensors:
     """A checkpoint's weights by their Hugging Face names."""
 
     def __init__(self, folder: Path, actor: Actor) -> None:
-        """Raises UserError where the checkpoint lacks a tensor of the model, or has it in another shape or dtype."""
+        """Raises UserError if a tensor of the model is missing in the checkpoint or has another shape or dtype."""
         self._folder, self._spec, self._dtype = folder, actor.spec, actor.dtype
         metadata = read_metadata(folder / ".metadata")
         self._reader = dcp.FileSystemReader(folder)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored: Any = metadata.state_dict_metadata
-        self._stored: Mapping[str, TensorStorageMetadata] = stored  # _check sees that they are tensors
+        self._stored: Mapping[str, TensorStorageMetadata] = stored  # _check makes sure that they are tensors
         self._entries: dict[str, ManifestEntry] = {}
         leading: dict[str, int] = {}
         for entry in manifest(actor):
             self._check(entry)
             leading[entry.key] = entry.place.prepend_axis_num
             self._entries |= dict.fromkeys(entry.names, entry)
-        # by layer and expert: otherwise every tensor would be held against the chunks of all layers
+        # by layer and expert: otherwise every tensor would be compared with the chunks of all layers
         self._chunks: dict[tuple[Any, ...], list[ChunkStorageMetadata]] = defaultdict(list)
         for key, axes in leading.items():
             for chunk in self._stored[key].chunks:
                 self._chunks[key, *chunk.offsets[:axes]].append(chunk)
 
     def read(self, plan: Sequence[TensorInfo], advance: Any) -> Iterator[Tensor]:
-        """The tensors of `plan`, one at a time; what is fused in the checkpoint is read once for its neighbours."""
+        """The tensors of `plan`, one at a time; a fused tensor is read once for all its parts."""
         last: ManifestEntry | None = None
         parts: dict[str, Tensor] = {}
         for info in plan:
@@ -119,9 +119,9 @@ class _CheckpointTensors:
         wanted = ChunkStorageMetadata(torch.Size(entry.offset), torch.Size((1,) * axes + shape))
         items = create_read_items_for_chunk_list(entry.key, near, [wanted])
         if sum(item.lengths.numel() for item in items) != target.numel():
-            raise UserError(f"{entry.row.megatron} is not whole in {self._folder}: take another checkpoint")
+            raise UserError(f"{entry.row.megatron} is incomplete in {self._folder}: use another checkpoint")
         try:
-            self._reader.read_data(LoadPlan(items), _Into(target.view(wanted.sizes)))
+            self._reader.read_data(LoadPlan(items), _ReadInto(target.view(wanted.sizes)))
         except Exception as error:  # a damaged file raises anything
             raise RunError(f"{entry.row.megatron} cannot be read from {self._folder}: {error!r}") from error
         return target
@@ -136,7 +136,7 @@ class _CheckpointTensors:
             raise UserError(f"tensor {name} of shape {list(entry.shape)} is missing in {self._folder} ({entry.key})")
         found = list(stored.size)
         if entry.row.is_vocab and found[0] >= self._spec.vocab:
-            found[0] = wanted[0]  # padded as the layout of the run asked for
+            found[0] = wanted[0]  # padded for the layout of the run
         if found != wanted:
             raise UserError(
                 f"tensor {entry.key} in {self._folder} has shape {list(stored.size)}; config.json asks for {wanted}"
@@ -145,8 +145,8 @@ class _CheckpointTensors:
             raise UserError(f"tensor {entry.key} in {self._folder} is {stored.properties.dtype}, not {self._dtype}")
 
 
-class _Into(DefaultLoadPlanner):
-    """Where torch's reader puts what it has read."""
+class _ReadInto(DefaultLoadPlanner):
+    """Gives torch's reader the tensor to read into."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class _Into(DefaultLoadPlanner):
 
 
 def _origin(info: CheckpointInfo) -> dict[str, str]:
-    """Which step of which run, as the header of a file says it."""
+    """Step and run of the checkpoint, for the header of a file."""
     run = info.extra.get("config", {}).get("run", {})
     known = {"run": run.get("dir"), "name": run.get("name"), "source": info.extra.get("source")}
     return {"step": str(info.step), **{key: str(value) for key, value in known.items() if value is not None}}
@@ -165,7 +165,7 @@ def _origin(info: CheckpointInfo) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _folder_of_all(output: Path, grid: RankGrid) -> Iterator[Path]:
-    """whole_or_absent of rank 0, on every rank; published once rank 0 leaves it. Raises what it raises."""
+    """Rank 0's whole_or_absent(output), on every rank. Rank 0 publishes the folder at the end of the block."""
     with contextlib.ExitStack() as stack:
         yield on_rank_zero(grid, lambda: stack.enter_context(whole_or_absent(output)))
 
@@ -179,7 +179,7 @@ def main() -> None:
         grid = init_grid(ParallelSection(device="cpu"), seed=0)
         hf_from_checkpoint(info, output, grid, max_shard_size="5GB")
     finally:
-        close_grid()  # after a failure too: torch's threads must not outlive the interpreter
+        close_grid()  # after a failure too: torch's threads must end before the interpreter
 
 
 if __name__ == "__main__":
