@@ -45,10 +45,9 @@ _SUPPORTED = (torch.float32, torch.bfloat16)
 def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: Mapping[str, Any]) -> Path:
     """Write directory/step_00000000 with the weights of `source` in their own dtype; returns the folder.
 
-    Collective over the ranks of `grid`, which must not cut the model (data ranks only). Raises UserError, naming
-    tensor, shape and file, where the folder is not the model that its config.json describes, or holds several dtypes or
-    values that are no numbers;
-    RunError where it cannot be written. Then nothing of the attempt is left.
+    Collective over the ranks of `grid`, which must not cut the model (data ranks only). Raises UserError if the folder
+    is not the model that its config.json describes, has several dtypes, or weights that are NaN or infinite; RunError
+    if the checkpoint cannot be written. After an error nothing of the attempt is left.
     """
     doing = f"converting {source}"
     with fail_together(grid, doing, directory):

@@ -117,8 +117,8 @@ def _check_fits(actor: Actor, info: CheckpointInfo) -> None:
     for key, setting in fixed.items():
         if info.layout.get(key) != here[key]:
             raise UserError(
-                f"{info.folder} has {key} {info.layout.get(key)!r}, but this run has {here[key]!r}: set {setting} as in "
-                "the run that saved it, or choose another run.dir or run.init_from"
+                f"{info.folder} has {key} {info.layout.get(key)!r}, but this run has {here[key]!r}: set {setting} as "
+                "the run that saved it did, or choose another run.dir or run.init_from"
             )
 
 
@@ -139,7 +139,7 @@ class PendingSave:
         return self.final.with_name(self.final.name + ".tmp")
 
     def finish(self, grid: RankGrid) -> Path:
-        """Write, publish, remove the checkpoints that are not kept. Collective over grid.cpu_group, which nothing else uses.
+        """Write, publish, remove the checkpoints that are not kept. Collective over grid.cpu_group.
 
         Raises RunError on every rank like save_checkpoint.
         """

@@ -63,7 +63,7 @@ def hf_from_checkpoint(info: CheckpointInfo, output: Path, grid: RankGrid, *, ma
     with _folder_of_all(output, grid) as aside:
         with fail_together(grid, doing, aside), progress("megatron-to-hf", total, show=grid.is_main) as advance:
             for number in mine:
-                write_shard(aside, number, shards[number], tensors.read(shards[number], advance), _origin(info))
+                write_shard(aside, number, shards[number], tensors.read(shards[number], advance), _header(info))
         with fail_together(grid, doing, aside):
             if grid.is_main:
                 finish_folder(aside, shards, info.hf_folder)
@@ -156,7 +156,7 @@ class _ReadInto(DefaultLoadPlanner):
         return self._target
 
 
-def _origin(info: CheckpointInfo) -> dict[str, str]:
+def _header(info: CheckpointInfo) -> dict[str, str]:
     """Step and run of the checkpoint, for the header of a file."""
     run = info.extra.get("config", {}).get("run", {})
     known = {"run": run.get("dir"), "name": run.get("name"), "source": info.extra.get("source")}
