@@ -84,8 +84,8 @@ class MicroBatch:
 
     @property
     def first_columns(self) -> list[int]:
-        """Columns at which a sequence, a shared prefix or a reply after one starts: the token before does not predict the
-        token there. The same columns in every row."""
+        """Columns at which a sequence, a shared prefix or a reply after one starts: their tokens are not predicted by
+        the token before. The same columns in every row."""
         if not self.packed:
             return [0]
         lengths = (length for prefix, own in self.groups for length in ((prefix, *own) if prefix else own))
@@ -247,7 +247,7 @@ def _groups(samples: Sequence[TokenSample], share: bool) -> Iterator[PackedGroup
 
 
 def idle_like(batch: MicroBatch, pad_multiple: int) -> MicroBatch:
-    """The smallest micro-batch, which trains nothing, for a rank that must take part in more passes than it has data."""
+    """The smallest micro-batch, which trains nothing: for a rank that must take part in more passes than it has."""
     shape = (1, pad_multiple)
     values = {name: torch.zeros(shape, dtype=value.dtype) for name, value in batch.values.items()}
     ids = batch.ids[:1, :1].cpu().expand(shape).clone()

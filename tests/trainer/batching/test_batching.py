@@ -64,7 +64,7 @@ def test_replies_share_their_prompt_and_lose_nothing(found: list[tuple[int, int]
 
 def test_a_shared_token_cannot_be_trained() -> None:
     wrong = TokenSample([1, 2, 3], [0.0, 1.0, 1.0], shareable=1)
-    with pytest.raises(ValueError, match="trained, which others share"):
+    with pytest.raises(ValueError, match="which it shares with others"):
         split_by_tokens([wrong, wrong], micro_batch_tokens=9, pad_id=0, share=True)
 
 
