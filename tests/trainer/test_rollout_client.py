@@ -1,4 +1,4 @@
-"""The inbox on two ranks, with a driver that loses engines."""
+"""The rollout client on two ranks, with a driver that loses engines."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import zmq
 
-from collab_megatron.trainer.inbox import KINDS
 from collab_megatron.wire.figures import of_kind
-from collab_megatron.wire.protocol import WHY_STOP, Answer, Request, encode_answer, request_decoder
+from collab_megatron.wire.protocol import Answer, Request, encode_answer, request_decoder
 from tests.trainer.parallel.ranks import run_ranks
 
 ANSWERS = [
@@ -18,10 +17,6 @@ ANSWERS = [
     Answer(figures=of_kind("sum", {"y": 2.0})),
     Answer(),  # to the request to stop
 ]
-
-
-def test_every_reason_to_stop_reaches_the_other_ranks_as_what_it_is() -> None:
-    assert set(WHY_STOP.values()) <= set(KINDS.values())
 
 
 def test_every_rank_hears_of_a_batch_and_of_no_engine_being_left() -> None:
@@ -40,7 +35,7 @@ def test_every_rank_hears_of_a_batch_and_of_no_engine_being_left() -> None:
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    script = Path(__file__).with_name("inbox_ranks.py")
+    script = Path(__file__).with_name("rollout_client_ranks.py")
     main, other = (text.splitlines() for text in run_ranks(script, 2, f"tcp://127.0.0.1:{port}", deadline_s=120))
     thread.join(timeout=5)
     context.destroy(linger=0)

@@ -10,8 +10,8 @@ import pytest
 
 from collab_megatron.config.sections import RunSection, TrainSection
 from collab_megatron.errors import UserError
-from collab_megatron.trainer.checkpoint import run as checkpoint_run
-from collab_megatron.trainer.checkpoint.run import Checkpoints
+from collab_megatron.trainer.checkpoint import manager
+from collab_megatron.trainer.checkpoint.manager import CheckpointManager
 from collab_megatron.wire.checkpoints import CheckpointInfo, read_info, step_folder, write_marker
 
 
@@ -35,15 +35,15 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return loads
 
-    monkeypatch.setattr(checkpoint_run, "load_checkpoint", load("state"))
-    monkeypatch.setattr(checkpoint_run, "load_weights", load("weights"))
+    monkeypatch.setattr(manager, "load_checkpoint", load("state"))
+    monkeypatch.setattr(manager, "load_weights", load("weights"))
     return calls
 
 
-def checkpoints(tmp_path: Path, **run: Any) -> Checkpoints:
+def checkpoints(tmp_path: Path, **run: Any) -> CheckpointManager:
     actor = cast(Any, SimpleNamespace(grid=SimpleNamespace(is_main=True)))
     section = RunSection(dir=tmp_path / "run", name="mine", **run)
-    return Checkpoints(actor, section, TrainSection(), config={}, rows_per_step=4)
+    return CheckpointManager(actor, section, TrainSection(), config={}, rows_per_step=4)
 
 
 @pytest.mark.parametrize("resume", [True, False, "auto"])

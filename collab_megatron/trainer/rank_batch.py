@@ -1,4 +1,4 @@
-"""Which samples of a global batch this data rank trains, and in which micro-batches."""
+"""Division of a global batch: the samples of this data rank, in micro-batches."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from collab_megatron.model.flops import sample_cost
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.batching import MicroBatch, TokenSample, idle_like, split_by_tokens
-from collab_megatron.trainer.batching.balance import balanced_shares
+from collab_megatron.trainer.batching.partition import balanced_partition
 
 PAD_ID = 0
-"""Any valid id: padding stands right of the tokens, masked and unseen by causal attention."""
+"""Any valid id: padding is right of the tokens, masked, and unseen by causal attention."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """One data rank's part of a batch."""
+class RankBatch:
+    """One data rank's part of a global batch."""
 
-    micro_batches: list[MicroBatch]  # at least one; it trains nothing where there are fewer samples than ranks
+    micro_batches: list[MicroBatch]  # at least one; with fewer samples than ranks it may train nothing
     imbalance: float  # cost of the most loaded data rank / mean; 1 is even. The same on every rank
 
 
-def my_share(grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], train: TrainSection) -> Share:
-    """Balanced by what each sequence costs this model, its quadratic attention included."""
-    share = _sharing_pays(grid, samples, train)
-    shares, loads = _assign(spec, samples, grid.dp_size, share)
-    mine = [samples[i] for i in shares[grid.dp_rank]]
+def rank_batch(grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], train: TrainSection) -> RankBatch:
+    """Divide `samples` over the data ranks, balanced by FLOPs (with attention's quadratic part); return this rank's."""
+    share_prompts = _can_share_prompts(grid, samples, train)
+    parts, loads = _divide(spec, samples, grid.dp_size, share_prompts)
+    mine = [samples[i] for i in parts[grid.dp_rank]]
     micro_batches = split_by_tokens(
         mine or samples[:1],
         micro_batch_tokens=train.micro_batch_tokens,
         pad_id=PAD_ID,
         pad_multiple=grid.pad_multiple,
         packed=train.packing,
-        share=share,
+        share=share_prompts,
     )
     if not mine:
         micro_batches = [idle_like(micro_batches[0], grid.pad_multiple)]
-    return Share(micro_batches, imbalance=max(loads) * len(loads) / sum(loads))
+    return RankBatch(micro_batches, imbalance=max(loads) * len(loads) / sum(loads))
 
 
-def _sharing_pays(grid: RankGrid, samples: Sequence[TokenSample], train: TrainSection) -> bool:
-    """Whether samples may share their prompts under this layout and any do; the same on every rank."""
-    if not train.share_prompts or grid.cp_size > 1 or grid.backend.name == "cuda":  # there: not tried yet
+def _can_share_prompts(grid: RankGrid, samples: Sequence[TokenSample], train: TrainSection) -> bool:
+    """Whether this layout allows shared prompts and any samples have equal ones; the same on every rank."""
+    if not train.share_prompts or grid.cp_size > 1 or grid.backend.name == "cuda":  # on these it is not tried yet
         return False
     prefixes = [sample.prefix for sample in samples if sample.shareable]
     return len(set(prefixes)) < len(prefixes)
 
 
-def _assign(
-    spec: ModelSpec, samples: Sequence[TokenSample], ranks: int, share: bool
+def _divide(
+    spec: ModelSpec, samples: Sequence[TokenSample], ranks: int, share_prompts: bool
 ) -> tuple[list[list[int]], list[float]]:
-    """(indices, cost) of each data rank. With shared prompts a group stays together, unless the most loaded rank would
-    have less to do otherwise."""
+    """(indices, cost) of each data rank. With shared prompts a group stays on one rank, unless dividing it makes the
+    most loaded rank faster."""
     costs = [sample_cost(spec, len(sample.ids)) for sample in samples]
-    apart = balanced_shares(costs, ranks)
-    if not share:
+    apart = balanced_partition(costs, ranks)
+    if not share_prompts:
         return apart, [sum(costs[i] for i in part) for part in apart]
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, sample in enumerate(samples):
@@ -71,7 +71,7 @@ def _assign(
         return sum(costs[i] for i in part) - saved
 
     members = list(groups.values())
-    whole = balanced_shares([load(part) for part in members], ranks)
+    whole = balanced_partition([load(part) for part in members], ranks)
     together = [sorted(i for g in part for i in members[g]) for part in whole]
-    best = min((together, apart), key=lambda shares: max(load(part) for part in shares))
+    best = min((together, apart), key=lambda parts: max(load(part) for part in parts))
     return best, [load(part) for part in best]

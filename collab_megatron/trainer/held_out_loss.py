@@ -1,4 +1,4 @@
-"""The loss on held-out conversations, by which supervised training is judged."""
+"""Loss on held-out conversations: the measure of supervised training."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.actor.grid import phase
+from collab_megatron.trainer.actor.agreement import phase
 from collab_megatron.trainer.batching import MicroBatch
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """What the weights of one step make of the held-out conversations; the same on every rank."""
+class HeldOutLoss:
+    """Held-out loss of the weights of one step; the same on every rank."""
 
-    loss: float  # negative log-likelihood of an assistant token, mean over all of them, in nats
-    tokens: int  # that the mean is over
+    loss: float  # negative log-likelihood per assistant token, mean, in nats
+    tokens: int  # assistant tokens, over which the mean is taken
     conversations: int
 
     @property
@@ -35,11 +35,11 @@ class HeldOut:
 
 
 def mean_loss(actor: Actor, batches: Iterable[Sequence[MicroBatch]], tokens: int) -> float:
-    """Negative log-likelihood under the masks of all data ranks' micro-batches / `tokens`, summed in float64.
+    """Mean negative log-likelihood per masked token over the micro-batches of all data ranks, summed in float64.
 
-    `batches`: this data rank's micro-batches, a few at a time; `tokens`: trained ones of all data ranks. The mean is
-    over tokens, so it does not depend on how they are cut and shared. Collective over all ranks: each passes equally
-    many batches.
+    batches: this data rank's micro-batches, a few at a time. tokens: masked tokens of all data ranks. A mean over
+    tokens does not depend on the micro-batches or on the number of data ranks. Collective over all ranks, each of which
+    passes the same number of batches.
     """
     grid = actor.grid
     total = torch.zeros(1, dtype=torch.float64)
@@ -48,8 +48,8 @@ def mean_loss(actor: Actor, batches: Iterable[Sequence[MicroBatch]], tokens: int
         for batch, found in zip(micro_batches, logprobs, strict=True):
             total -= found[batch.mask > 0].double().sum()
     if grid.tp_rank or grid.pp_rank or grid.cp_rank:
-        total.zero_()  # every rank of a replica has the same log-probs: one of them counts
+        total.zero_()  # every rank of a replica has the same log-probs: count them once
     with phase(grid, "the held-out loss"):
         dist.all_reduce(total, group=grid.cpu_group)
-        dist.broadcast(total, src=0, group=grid.cpu_group)  # to the last bit: ranks must agree on what is the lowest
+        dist.broadcast(total, src=0, group=grid.cpu_group)  # to the last bit: ranks compare losses
     return total.item() / tokens

@@ -1,8 +1,8 @@
-"""A checkpoint written on a thread while training goes on (train.async_save).
+"""Asynchronous save: a thread writes the checkpoint while training goes on (train.async_save).
 
-The state is a copy on the host by then (store.begin). The thread's agreements go over a process group of its own, so
-that they never meet those of the training. A process killed meanwhile leaves a folder that nobody takes for a
-checkpoint.
+The thread writes a copy of the state on the host (save_load.begin_save). Its collectives have a process group of their
+own, so that they never mix with those of training. A process killed meanwhile leaves a folder without a marker, which
+is not taken for a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch.distributed as dist
 
 from collab_megatron.errors import RunError
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.checkpoint.store import PendingSave
+from collab_megatron.trainer.checkpoint.save_load import PendingSave
 
-_GRACE_S = 30.0  # for a save that still runs when the process ends with an error
+_GRACE_S = 30.0  # a process that ends with an error waits this long for a save that is still running
 
 
-def grid_beside(grid: RankGrid) -> RankGrid:
-    """The same grid with another group for agreements. Collective."""
+def grid_for_saves(grid: RankGrid) -> RankGrid:
+    """The same grid with a CPU group of its own for saves. Collective."""
     return replace(grid, cpu_group=dist.new_group(backend="gloo", timeout=timedelta(seconds=grid.timeout_s)))
 
 
-class BackgroundSave:
-    """One save on its thread. A daemon: a process that ends with an error waits for it, but not for long."""
+class AsyncSave:
+    """One save on a daemon thread."""
 
     def __init__(self, pending: PendingSave, grid: RankGrid) -> None:
-        """`grid` is that of grid_beside, and no other save uses it meanwhile."""
+        """grid: from grid_for_saves; no other save may use it at the same time."""
         self._pending, self._grid = pending, grid
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name=f"checkpoint-{pending.step}", daemon=True)
@@ -39,17 +39,17 @@ class BackgroundSave:
 
     @property
     def is_running(self) -> bool:
-        """On this rank."""
+        """Whether this rank is still writing."""
         return self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until it has ended, at most the grid's deadline. Raises RunError, as finish does, where it failed."""
+        """Wait for the save, at most the grid's deadline. Raises RunError if it failed or is late."""
         self._thread.join(self._grid.timeout_s)
         atexit.unregister(self._thread.join)
         if self.is_running:
             raise RunError(
-                f"rank {self._grid.rank}: the checkpoint of step {self._pending.step} was not written within "
-                f"{self._grid.timeout_s:g} s after training needed it; raise parallel.collective_timeout_s or "
+                f"rank {self._grid.rank}: training waited {self._grid.timeout_s:g} s for the checkpoint of step "
+                f"{self._pending.step}, which is still being written; raise parallel.collective_timeout_s or "
                 "train.save_interval"
             )
         if self._failure is not None:
@@ -58,5 +58,5 @@ class BackgroundSave:
     def _write(self) -> None:
         try:
             self._pending.finish(self._grid)
-        except BaseException as error:  # noqa: BLE001  (raised again where the training waits)
+        except BaseException as error:  # noqa: BLE001  (raised by wait)
             self._failure = error

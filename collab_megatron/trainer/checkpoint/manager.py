@@ -1,6 +1,6 @@
-"""The checkpoints of one run: go on from the newest, save at once or beside the training.
+"""The checkpoints of one run: resume from the newest, save at once or while training goes on.
 
-checkpoints = Checkpoints(actor, config.run, config.train, config=config.model_dump(mode="json"), rows_per_step=64)
+checkpoints = CheckpointManager(actor, config.run, config.train, config=kept_config(config), rows_per_step=64)
 first_step = checkpoints.resume()
 ...
 checkpoints.save(done)
@@ -18,32 +18,32 @@ from typing import Any
 from collab_megatron.config.sections import RunSection, TrainSection
 from collab_megatron.errors import masked
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.checkpoint.background import BackgroundSave, grid_beside
-from collab_megatron.trainer.checkpoint.store import Keep, begin, load_checkpoint, load_weights
+from collab_megatron.trainer.checkpoint.async_save import AsyncSave, grid_for_saves
+from collab_megatron.trainer.checkpoint.save_load import Retention, begin_save, load_checkpoint, load_weights
 from collab_megatron.wire.checkpoints import named_checkpoint, newest_complete
 from collab_megatron.wire.origin import data_position, differences
 
 
-class Checkpoints:
-    """Every method is collective over all ranks, in the same order on each."""
+class CheckpointManager:
+    """Every method is collective over all ranks, which must call them in the same order."""
 
     def __init__(
         self, actor: Actor, run: RunSection, train: TrainSection, *, config: Mapping[str, Any], rows_per_step: int
     ) -> None:
-        """config: the run's, as JSON. rows_per_step: dataset rows that a step takes."""
+        """config: the run's, as JSON. rows_per_step: dataset rows per step."""
         self._actor, self._run, self._config, self._rows_per_step = actor, run, config, rows_per_step
-        self._keep = Keep(train.keep_last, train.keep_every)
-        self._beside = grid_beside(actor.grid) if train.async_save else None
-        self._running: BackgroundSave | None = None
+        self._keep = Retention(train.keep_last, train.keep_every)
+        self._save_grid = grid_for_saves(actor.grid) if train.async_save else None
+        self._running: AsyncSave | None = None
         self.saved = 0  # steps that the newest complete checkpoint of this run holds
-        self._saving = 0
+        self._saving = 0  # steps in the newest save that was started
 
     def resume(self) -> int:
-        """Steps done: those of the newest complete checkpoint, now loaded; 0 where there is none or without run.resume:
-        then the weights are those of run.init_from, where it is set.
+        """Load the newest complete checkpoint and return its steps. Without one, or without run.resume, return 0, with
+        the weights of run.init_from if it is set.
 
-        Rank 0 prints one line for every difference from the run that saved it. Raises UserError where it cannot be gone
-        on from: hostile files, another model or dtype.
+        Rank 0 prints a line for every difference from the run that saved it. Raises UserError if the checkpoint cannot
+        be used: hostile files, another model or dtype.
         """
         folder = newest_complete(self._run.checkpoints_dir) if self._run.resume else None
         if folder is None:
@@ -53,7 +53,7 @@ class Checkpoints:
         if self._actor.grid.is_main:
             lines = differences(info.extra, self._config, info.versions, self._rows_per_step, info.step)
             how = "with these differences from the run that saved it:" if lines else "under the same config"
-            print(masked("\n  ".join([f"going on from {folder} {how}", *lines])), flush=True)
+            print(masked("\n  ".join([f"resuming from {folder} {how}", *lines])), flush=True)
         self.saved = info.step
         return info.step
 
@@ -65,11 +65,10 @@ class Checkpoints:
             print(f"starting from the weights of {info.folder}, with a new optimizer", flush=True)
 
     def save(self, step: int, *, best_loss: float | None = None) -> None:
-        """Save the state after `step` steps; with train.async_save only copy it, and write it beside the training.
+        """Save the state after `step` steps; with train.async_save only copy it, and write it while training goes on.
 
-        best_loss: the held-out loss where it is the lowest so far: the checkpoint stays until a lower one is saved.
-
-        Raises RunError on every rank where this save, or the one before it that was still running, failed.
+        best_loss: the held-out loss if it is the lowest so far; the checkpoint is kept until a lower one is saved.
+        Raises RunError on every rank if this save failed, or the one before it that was still running.
         """
         self.wait()
         extra = {
@@ -77,18 +76,18 @@ class Checkpoints:
             "weight_version": step,
             "data": data_position(seed=self._run.seed, steps=step, rows_per_step=self._rows_per_step),
         }
-        directory, beside = self._run.checkpoints_dir, self._beside
+        directory, save_grid = self._run.checkpoints_dir, self._save_grid
         keep = replace(self._keep, best_loss=best_loss)
-        pending = begin(self._actor, directory, step=step, extra=extra, keep=keep, copy=beside is not None)
+        pending = begin_save(self._actor, directory, step=step, extra=extra, keep=keep, copy=save_grid is not None)
         self._saving = step
-        if beside is None:
+        if save_grid is None:
             pending.finish(self._actor.grid)
             self.saved = step
         else:
-            self._running = BackgroundSave(pending, beside)
+            self._running = AsyncSave(pending, save_grid)
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises RunError where that failed or took longer than the grid's deadline."""
+        """Wait for a save that is still running. Raises RunError if it failed or missed the grid's deadline."""
         running, self._running = self._running, None
         if running is not None:
             running.wait()

@@ -1,4 +1,4 @@
-"""Optimizer steps that were skipped because their gradient was not finite; too many in a row end the run."""
+"""Counter of optimizer steps that were skipped because their gradient was not finite; too many in a row end the run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ GAPS = {
     "ref_gap_max": "the policy and its reference",
     "logprob_gap_max": "trainer and engine",
 }
-"""Largest differences of log-probs in StepResult.largest, and between whom."""
+"""Largest differences of log-probs in StepResult.largest, and what they are between."""
 
 
 class SkippedSteps:
-    """Counts over the whole attempt; every rank comes to the same result, since a StepResult is the same on each."""
+    """Counts over the whole attempt. Equal on every rank, because a StepResult is."""
 
     def __init__(self, limit: int) -> None:
         """limit: train.max_skipped_steps."""
@@ -27,7 +27,7 @@ class SkippedSteps:
         self._gaps: dict[str, float] = {}  # the largest of the skipped ones in a row
 
     def count(self, results: Sequence[StepResult]) -> int:
-        """Take the optimizer steps of one training step; how many in a row were skipped at its end."""
+        """Count the optimizer steps of one training step; returns how many in a row are skipped at its end."""
         for result in results:
             if not result.skipped:
                 self._in_a_row, self._gaps = 0, {}
@@ -41,13 +41,13 @@ class SkippedSteps:
         return self._in_a_row
 
     def check(self, done: int) -> None:
-        """After `done` training steps. Raises GradientsNotFinite at the limit."""
+        """Raise GradientsNotFinite if the limit is reached. `done`: training steps."""
         if not self._reached:
             return
         raise GradientsNotFinite(
             f"{self._in_a_row} optimizer steps in a row up to step {done} had a gradient that is not finite and were "
             f"skipped (train.max_skipped_steps={self._limit}){_widest(self._gaps)}: lower optimizer.lr or look for bad "
-            "rows in the data, then go on with run.resume=true"
+            "rows in the data, then continue with run.resume=true"
         )
 
 
@@ -59,6 +59,6 @@ def _widest(gaps: Mapping[str, float]) -> str:
 
 
 def largest_norm(results: Sequence[StepResult]) -> float:
-    """Of the gradients; one that is not finite outranks all others, which max() would hide behind the first."""
+    """The largest gradient norm; one that is not finite is returned first, because max() may hide it."""
     norms = [result.grad_norm for result in results]
     return next((norm for norm in norms if not math.isfinite(norm)), max(norms))

@@ -1,4 +1,4 @@
-"""A stretch of a flattened tensor as boxes, the only shapes that a checkpoint file knows. Pure: no torch."""
+"""A range of a flattened tensor as boxes, the only shape that a checkpoint file can store. Pure: no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Box:
-    """A contiguous part of a row-major tensor."""
+    """A box-shaped part of a row-major tensor that is contiguous in memory."""
 
     offset: tuple[int, ...]  # of its first element, per axis
     shape: tuple[int, ...]
@@ -20,10 +20,10 @@ class Box:
         return math.prod(self.shape)
 
 
-def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
-    """The fewest contiguous boxes, in order, that make up elements [start, end) of a flattened tensor of `shape`.
+def boxes_of_range(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
+    """Elements [start, end) of a flattened tensor of `shape` as the fewest contiguous boxes, in order.
 
-    At most 2 * axes - 1: the end of a row, whole rows, the beginning of a row, and so on inwards.
+    At most 2 * axes - 1: the end of a row, whole rows, the start of a row, and so on for inner axes.
     """
     if start >= end:
         return
@@ -43,7 +43,7 @@ def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
 
 
 def _inside(shape: tuple[int, ...], index: int, start: int, end: int) -> Iterator[Box]:
-    """The boxes of [start, end), which lies in the row `index`."""
+    """The boxes of [start, end), a range inside row `index`."""
     base = index * math.prod(shape[1:])
-    for box in boxes(shape[1:], start - base, end - base):
+    for box in boxes_of_range(shape[1:], start - base, end - base):
         yield Box((index, *box.offset), (1, *box.shape), base + box.start)

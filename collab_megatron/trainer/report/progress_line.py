@@ -1,4 +1,4 @@
-"""One line per step on the terminal (and in a Slurm log): where training stands and how long it will take."""
+"""Progress line on the terminal (and in a Slurm log): steps done, figures, speed, time left."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping
 
 SMOOTHING = 0.2
-"""Weight of the newest step in the running mean of step seconds."""
+"""Weight of the newest step in the running mean of seconds per step."""
 
 
-class Progress:
+class ProgressLine:
     """Prints `step 12/50 | ... | 4.9 s/step | 3m06s left`."""
 
     def __init__(self, label: str, *, first_step: int, total_steps: int, every: int = 1) -> None:
@@ -21,7 +21,7 @@ class Progress:
         self._last = first_step
 
     def step(self, done: int, figures: Mapping[str, str]) -> None:
-        """`done` steps are finished; `figures` are shown in order as `name value`."""
+        """Show `done` finished steps, with `figures` in order as `name value`."""
         if done <= self._last:
             return
         now = time.monotonic()
@@ -35,12 +35,12 @@ class Progress:
         print(f"{self._label} {done}/{self._total} | {shown} | {self._step_s:.2f} s/step | {left} left", flush=True)
 
     def pause(self, seconds: float) -> None:
-        """Take time out of the step estimate (an evaluation, a checkpoint)."""
+        """Leave `seconds` (an evaluation, a checkpoint) out of the seconds per step."""
         self._since += seconds
 
 
 def steps_between(total: int, most: int) -> int:
-    """Steps between two of at most `most` signs of life in a run of `total` steps: 1, 2, 5, 10, 20, 50, ..."""
+    """Steps between two lines, so that `total` steps have at most `most`: 1, 2, 5, 10, 20, 50, ..."""
     wanted = -(-total // most)
     scale = 1
     while True:

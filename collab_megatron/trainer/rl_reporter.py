@@ -1,4 +1,4 @@
-"""What rank 0 tells the user: the progress line, the dashboard, the evaluation file."""
+"""Reports of an RL run to the user: progress line, dashboard, evaluation file, warnings."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+import torch
+
 from collab_megatron.config import RLConfig, show_config
 from collab_megatron.errors import RunError
 from collab_megatron.json_lines import append_rows, keep_rows, to_disk
 from collab_megatron.trainer.report.alarms import Alarms
 from collab_megatron.trainer.report.dashboard import Dashboard, first_again
-from collab_megatron.trainer.report.progress import Progress
-from collab_megatron.trainer.report.system import memory_shares
+from collab_megatron.trainer.report.progress_line import ProgressLine
 from collab_megatron.trainer.sync.publisher import SyncReport
-from collab_megatron.wire.completion import is_evaluated
 
 logger = logging.getLogger(__name__)
 
 
-class Reporter:
+class RLReporter:
     """For the trainer's rank 0."""
 
     def __init__(self, config: RLConfig, *, first_step: int) -> None:
@@ -27,31 +28,27 @@ class Reporter:
         drop_evaluations(self._evaluations, first=first_again(first_step))
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
         self._dashboard.text("config", show_config(config))
-        self._progress = Progress(config.run.name, first_step=first_step, total_steps=config.train.steps)
+        self._progress = ProgressLine(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._alarms = Alarms()
         self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]
         self._failed_evaluations = 0
-        self._unfinished: tuple[int, dict[str, float]] | None = None  # the step that `step` has not told yet
+        self._unfinished: tuple[int, dict[str, float]] | None = None  # a trained step that `step` has not reported yet
 
     def trained(self, done: int, rollout: Mapping[str, float], update: Mapping[str, float]) -> None:
-        """A step has just been trained: what is known of it before the engines have its weights."""
+        """Keep the figures of a step that is trained, until `step` reports it or a checkpoint needs them."""
         self._unfinished = done, {**rollout, **update}
 
     def to_disk(self) -> None:
-        """Before a checkpoint that holds the newest step: its figures, whole or not, and all earlier ones are on the
-        disk. Raises RunError when the disk refuses."""
+        """Write the figures of all trained steps to the disk; call it before a checkpoint. Raises RunError if the disk
+        refuses."""
         if self._unfinished is not None:
             self._dashboard.log(*self._unfinished)
-            self._unfinished = None  # not before: where the disk refuses, the next try writes it
+            self._unfinished = None  # after the write: if the disk refuses, the next try writes it
         self._dashboard.to_disk()
 
     def saved(self, done: int, seconds: Mapping[str, float]) -> None:
-        """A checkpoint of `done` steps has been written, or is being written while training goes on."""
+        """Times of a checkpoint of `done` steps, which is written or, with train.async_save, under way."""
         self._dashboard.log(done, seconds)
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the weights after `step` steps have held-out figures."""
-        return is_evaluated(self._evaluations, step)
 
     def step(
         self,
@@ -61,7 +58,7 @@ class Reporter:
         sync: SyncReport,
         seconds: Mapping[str, float],
     ) -> None:
-        """Figures of the step that has just ended; `done` counts from 1."""
+        """Report a finished step; `done` counts from 1."""
         metrics = {**rollout, **update, **seconds}
         metrics |= sync.metrics()
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
@@ -69,11 +66,11 @@ class Reporter:
         self._dashboard.log(done, metrics)
         self._unfinished = None
         self._progress.step(done, progress_figures(metrics, self._weighted))
-        for sentence in self._alarms.heard(done, metrics):
+        for sentence in self._alarms.check(done, metrics):
             logger.warning("%s", sentence)
 
     def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
-        """Held-out figures of the weights after `step` steps."""
+        """Report held-out figures of the weights after `step` steps."""
         self._progress.pause(figures.get("wall_s", 0.0))
         named = {f"eval/{name}": value for name, value in figures.items()}
         self._dashboard.log(step, {**named, "eval/failed": self._failed_evaluations})
@@ -83,19 +80,19 @@ class Reporter:
         print(f"held-out after step {step}: {shown} ({int(figures['conversations'])} conversations)", flush=True)
 
     def evaluation_failed(self, step: int, why: str) -> None:
-        """The weights after `step` steps have no held-out figures; training goes on."""
+        """Report that the weights after `step` steps have no held-out figures; training goes on."""
         self._failed_evaluations += 1
         self._dashboard.log(step, {"eval/failed": self._failed_evaluations})
-        logger.warning("the evaluation after step %d failed, training goes on: %s", step, why)
+        logger.warning("the evaluation after step %d failed and training goes on: %s", step, why)
 
     def close(self) -> None:
         self._dashboard.close()
 
 
 def progress_figures(metrics: Mapping[str, float], weighted: Sequence[str]) -> dict[str, str]:
-    """What the progress line shows, in order: reward, this run's weighted metrics, how often replies ask, KL, speed.
+    """Figures of the progress line, in order: reward, this run's weighted metrics, how often replies ask, KL, speed.
 
-    What the data does not tell (which openings lack something) is left out."""
+    Figures that the step does not have are left out."""
     named = {"reward": "reward/mr_mean"} | {name: f"reward/{name}_mean" for name in weighted}
     if "rollout/clarify_rate_ambiguous" in metrics or "rollout/clarify_rate_complete" in metrics:
         named |= {
@@ -111,8 +108,18 @@ def progress_figures(metrics: Mapping[str, float], weighted: Sequence[str]) -> d
     return shown
 
 
+def memory_shares() -> dict[str, float]:
+    """Used shares of this machine's memory and, where there is one, of this process's GPU memory; 1 is full."""
+    memory = psutil.virtual_memory()
+    shares = {"system/host_memory_share": 1 - memory.available / memory.total}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        shares["system/gpu_memory_share"] = 1 - free / total
+    return shares
+
+
 def append_evaluation(file: Path, step: int, figures: Mapping[str, float]) -> None:
-    """One JSON line {"step", ...figures}. Raises RunError when the disk refuses."""
+    """Append one JSON line {"step", ...figures}. Raises RunError if the disk refuses."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         append_rows(file, [{"step": step, **figures}])
@@ -122,9 +129,9 @@ def append_evaluation(file: Path, step: int, figures: Mapping[str, float]) -> No
 
 
 def drop_evaluations(file: Path, *, first: int) -> None:
-    """Take out what an earlier attempt of the run measured from step `first` on, which this one measures again.
+    """Remove the evaluations from step `first` on: this attempt of the run measures them again.
 
-    Raises UserError for a damaged line, RunError when the disk refuses.
+    Raises UserError for a damaged line, RunError if the disk refuses.
     """
     try:
         keep_rows(file, lambda row: row["step"] < first, numbers=("step",))

@@ -1,8 +1,8 @@
-"""What a checkpoint of a model consists of, tensor by tensor, and which Hugging Face tensors each is made of.
+"""Manifest of a model's checkpoint: each tensor that it stores, and the Hugging Face tensors that it is made of.
 
-Asked of megatron itself: a model without memory (torch's meta device) says how it would be saved, so the converter and
-training cannot come to differ. Megatron puts all layers into one tensor with a leading axis, experts likewise, and
-writes the two halves of a gated projection apart; whatever the layout, these global tensors are the same.
+It comes from megatron itself: a model on torch's meta device, without memory, describes how it would be saved, so the
+converter and training cannot differ. Megatron stacks all layers in one tensor with a leading axis, experts likewise,
+and stores the two halves of a gated projection apart. These global tensors are the same under every layout.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from collab_megatron.trainer.checkpoint.state import ShardedState
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One tensor that a checkpoint stores: a whole Megatron parameter or, of a gated projection, one half."""
+class ManifestEntry:
+    """One stored tensor: a whole Megatron parameter, or one half of a gated projection."""
 
     place: Any  # megatron's ShardedTensor: key, global shape, offset, local shape; its data is on the meta device
     row: Row
@@ -32,12 +32,12 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Its name in the checkpoint, which it shares with the other layers' and experts'."""
+        """Its name in the checkpoint, the same for all layers and experts."""
         return str(self.place.key)
 
     @property
     def offset(self) -> tuple[int, ...]:
-        """Where it begins in the global tensor of that name."""
+        """Its first element in the global tensor of that name."""
         return tuple(self.place.global_offset)
 
     @property
@@ -47,7 +47,7 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Without the leading axes; the vocabulary padded."""
+        """Shape without the leading axes; the vocabulary is padded."""
         return tuple(self.place.local_shape)
 
     @property
@@ -55,10 +55,10 @@ class Piece:
         return int(self.place.data.nbytes)
 
 
-def memoryless_actor(folder: Path, dtype: torch.dtype, grid: RankGrid) -> Actor:
-    """The whole model that `folder` describes, frozen, with parameters that have shapes and no values.
+def meta_actor(folder: Path, dtype: torch.dtype, grid: RankGrid) -> Actor:
+    """A frozen actor of the model in `folder` on torch's meta device: parameters have shapes and no values.
 
-    `grid` must not cut the model. Raises UserError where config.json is not that of a supported model.
+    `grid` must not cut the model. Raises UserError if config.json is not that of a supported model.
     """
     meta = torch.device("meta")
     name = cast(Literal["float32", "bfloat16"], str(dtype).removeprefix("torch."))
@@ -67,13 +67,13 @@ def memoryless_actor(folder: Path, dtype: torch.dtype, grid: RankGrid) -> Actor:
         return Actor.build(folder, dtype=name, grid=elsewhere, optimizer=None, load_weights=False)
 
 
-def pieces(actor: Actor) -> list[Piece]:
-    """All that a checkpoint of this whole, frozen model stores, in the table's order."""
+def manifest(actor: Actor) -> list[ManifestEntry]:
+    """Every tensor that a checkpoint of this whole, frozen model stores, in the table's order."""
     state = ShardedState(actor, loading=False, random_states=False).tree
     apply_factories(state)
     stored = dict(_named(state))
-    found = [piece for row in rows(actor.spec) for piece in _of_row(row, stored.pop(row.megatron))]
-    assert not stored, f"the model saves what no row of tables.py knows: {sorted(stored)[:5]}"
+    found = [entry for row in rows(actor.spec) for entry in _of_row(row, stored.pop(row.megatron))]
+    assert not stored, f"tables.py has no row for tensors that the model saves: {sorted(stored)[:5]}"
     return found
 
 
@@ -86,9 +86,9 @@ def _named(state: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
             yield name, value if isinstance(value, list) else [value]
 
 
-def _of_row(row: Row, stored: list[Any]) -> list[Piece]:
+def _of_row(row: Row, stored: list[Any]) -> list[ManifestEntry]:
     assert all(isinstance(place, ShardedTensor) for place in stored), stored
     if len(stored) == 1:
-        return [Piece(stored[0], row, None)]
+        return [ManifestEntry(stored[0], row, None)]
     assert len(stored) == len(row.hf), (row, stored)
-    return [Piece(place, row, part) for part, place in enumerate(stored)]
+    return [ManifestEntry(place, row, part) for part, place in enumerate(stored)]
