@@ -29,7 +29,7 @@ from typing import Any
 
 from collab_megatron.engine.client import EngineClient, EngineGone, EngineSilent, open_session
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.engine.usage import PoolUsage
+from collab_megatron.engine.pool_usage import PoolUsage
 from collab_megatron.errors import NoEngineLeft, RunError, masked
 from collab_megatron.limiter import Slots
 from collab_megatron.types import Generation

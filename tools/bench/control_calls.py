@@ -36,7 +36,7 @@ from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Child, Supervisor
-from collab_megatron.trainer.sync.receivers import Receivers
+from collab_megatron.trainer.sync.servers import Receivers
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
 WARM_UPS = 2

@@ -23,15 +23,15 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import NoEngineLeft, RunError, WeightsDiffer
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.sync.board import Abandoned, Board
-from collab_megatron.trainer.sync.broadcast import BroadcastTransport
-from collab_megatron.trainer.sync.delivery import BucketDelivery, Delivery
-from collab_megatron.trainer.sync.disk import DiskDelivery
-from collab_megatron.trainer.sync.engine_layout import Device
-from collab_megatron.trainer.sync.ipc import IpcTransport
+from collab_megatron.trainer.sync.attempt import Abandoned, Board
+from collab_megatron.trainer.sync.broadcast_transport import BroadcastTransport
+from collab_megatron.trainer.sync.bucket_transport import BucketDelivery, Delivery
+from collab_megatron.trainer.sync.disk_transport import DiskDelivery
+from collab_megatron.trainer.sync.ipc_transport import IpcTransport
 from collab_megatron.trainer.sync.proof.checksums import ExpectedChecksums, compare, merge, skip_patterns, units_of_sync
+from collab_megatron.trainer.sync.proof.engine_layout import Device
 from collab_megatron.trainer.sync.proof.probe import largest_gap, trainer_logprobs
-from collab_megatron.trainer.sync.receivers import EnginesLost, Receivers
+from collab_megatron.trainer.sync.servers import EnginesLost, Receivers
 from collab_megatron.trainer.sync.session import Session
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 

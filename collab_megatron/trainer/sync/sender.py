@@ -14,7 +14,7 @@ from torch import Tensor
 from collab_megatron.errors import RunError
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.convert.buckets import Bucket, BucketStream
-from collab_megatron.trainer.sync.board import Abandoned, Board
+from collab_megatron.trainer.sync.attempt import Abandoned, Board
 from collab_megatron.trainer.sync.proof.checksums import ExpectedChecksums
 from collab_megatron.trainer.sync.transport import Transport
 

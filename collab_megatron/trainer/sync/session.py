@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from collab_megatron.engine.control import PauseMode
-from collab_megatron.trainer.sync.receivers import EnginesLost, Receivers
+from collab_megatron.trainer.sync.servers import EnginesLost, Receivers
 
 
 class Session:

@@ -13,7 +13,7 @@ from torch import Tensor
 from collab_megatron.engine.control import BucketTensors, EngineControl
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.convert.buckets import Bucket
-from collab_megatron.trainer.sync.receivers import Receivers
+from collab_megatron.trainer.sync.servers import Receivers
 from collab_megatron.wire.roster import EngineEntry
 
 

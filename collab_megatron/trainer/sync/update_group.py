@@ -9,8 +9,8 @@ from torch.distributed import distributed_c10d as c10d
 
 from collab_megatron.errors import RunError
 from collab_megatron.trainer.actor.rendezvous import listening_store
-from collab_megatron.trainer.sync.background import in_background
-from collab_megatron.trainer.sync.board import Board
+from collab_megatron.trainer.sync.attempt import Board
+from collab_megatron.trainer.sync.threads import in_background
 
 
 class UpdateGroup:

@@ -23,9 +23,9 @@ from torch import Tensor
 from collab_megatron.errors import RunError
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tables import rows
-from collab_megatron.trainer.sync.engine_layout import Device, engine_tensors, hf_names, unit_count
 from collab_megatron.trainer.sync.proof import checksums
 from collab_megatron.trainer.sync.proof.checksums import ExpectedChecksums, compare, merge, skip_patterns, units_of_sync
+from collab_megatron.trainer.sync.proof.engine_layout import Device, engine_tensors, hf_names, unit_count
 from tests.trainer.parallel.tiny import KINDS, spec_of
 from tests.trainer.sync.conftest import TinyServer
 

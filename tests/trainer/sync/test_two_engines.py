@@ -20,8 +20,8 @@ from collab_megatron.errors import NoEngineLeft, WeightsDiffer
 from collab_megatron.trainer.batching import TokenSample, split_by_tokens
 from collab_megatron.trainer.convert import buckets
 from collab_megatron.trainer.convert.buckets import Bucket
-from collab_megatron.trainer.sync.background import in_background
-from collab_megatron.trainer.sync.delivery import BucketDelivery
+from collab_megatron.trainer.sync.bucket_transport import BucketDelivery
+from collab_megatron.trainer.sync.threads import in_background
 from collab_megatron.types import Generation
 from tests.trainer.sync.two_engines import NUM_TENSORS, PROMPT, START_S, TIMEOUT_S, Run, running
 

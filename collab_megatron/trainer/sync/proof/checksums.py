@@ -16,7 +16,7 @@ from torch import Tensor
 
 from collab_megatron.errors import RunError, WeightsDiffer
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.trainer.sync.engine_layout import (
+from collab_megatron.trainer.sync.proof.engine_layout import (
     Device,
     EngineTensor,
     Source,

@@ -23,8 +23,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.convert.buckets import Bucket
-from collab_megatron.trainer.sync.board import Board
-from collab_megatron.trainer.sync.receivers import Receivers
+from collab_megatron.trainer.sync.attempt import Board
+from collab_megatron.trainer.sync.servers import Receivers
 from collab_megatron.trainer.sync.transport import is_stage_sender
 from collab_megatron.wire.roster import EngineEntry
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.convert.hf_folder import write_hf_folder
-from collab_megatron.trainer.sync.board import Abandoned, Board
+from collab_megatron.trainer.sync.attempt import Abandoned, Board
 from collab_megatron.trainer.sync.proof.checksums import ExpectedChecksums
-from collab_megatron.trainer.sync.receivers import Receivers
+from collab_megatron.trainer.sync.servers import Receivers
 from collab_megatron.trainer.sync.session import Session
 from collab_megatron.wire.roster import EngineEntry
 

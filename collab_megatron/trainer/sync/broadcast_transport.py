@@ -18,9 +18,9 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.errors import RunError
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.convert.buckets import Bucket
-from collab_megatron.trainer.sync.background import in_background
-from collab_megatron.trainer.sync.board import Board
-from collab_megatron.trainer.sync.receivers import Receivers
+from collab_megatron.trainer.sync.attempt import Board
+from collab_megatron.trainer.sync.servers import Receivers
+from collab_megatron.trainer.sync.threads import in_background
 from collab_megatron.trainer.sync.transport import address_seen_by, bucket_tensors, is_stage_sender
 from collab_megatron.trainer.sync.update_group import UpdateGroup
 from collab_megatron.wire.roster import EngineEntry

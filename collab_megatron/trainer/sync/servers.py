@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 from collab_megatron.engine.control import EngineControl, Gone, Refused, Silent
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import NoEngineLeft, RunError, masked
-from collab_megatron.trainer.sync.background import in_background
+from collab_megatron.trainer.sync.threads import in_background
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
 T = TypeVar("T")

@@ -11,12 +11,12 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.errors import RunError
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.convert.buckets import Bucket
-from collab_megatron.trainer.sync.background import in_background
-from collab_megatron.trainer.sync.board import POLL_S, Abandoned, Board
+from collab_megatron.trainer.sync.attempt import POLL_S, Abandoned, Board
 from collab_megatron.trainer.sync.proof.checksums import ExpectedChecksums
-from collab_megatron.trainer.sync.receivers import Receivers, Round
 from collab_megatron.trainer.sync.sender import Sender
+from collab_megatron.trainer.sync.servers import Receivers, Round
 from collab_megatron.trainer.sync.session import Session
+from collab_megatron.trainer.sync.threads import in_background
 from collab_megatron.trainer.sync.transport import Transport
 from collab_megatron.wire.roster import EngineEntry
 
