@@ -14,21 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from collab_megatron.engine.control import EngineControl
+from collab_megatron.engine.control import BucketTensors, EngineControl
 from collab_megatron.errors import RunError
-from collab_megatron.trainer.actor.grid import RankGrid
+from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.convert.buckets import Bucket
-from collab_megatron.trainer.sync.attempt import Board
-from collab_megatron.trainer.sync.servers import Receivers
+from collab_megatron.trainer.sync.attempt import Attempt
+from collab_megatron.trainer.sync.bucket_transport import BucketTransport, is_stage_sender
+from collab_megatron.trainer.sync.servers import SyncServers
 from collab_megatron.trainer.sync.threads import in_background
-from collab_megatron.trainer.sync.transport import address_seen_by, bucket_tensors, is_stage_sender
-from collab_megatron.trainer.sync.update_group import UpdateGroup
+from collab_megatron.trainer.sync.update_group import UpdateGroup, address_seen_by
 from collab_megatron.wire.roster import EngineEntry
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the servers find a stage's group."""
+class _GroupAddress:
+    """Where the servers join a stage's group."""
 
     stage: int
     name: str
@@ -37,74 +37,89 @@ class _Place:
     world_size: int
 
 
-class BroadcastTransport:
-    """Groups are kept from sync to sync, and made anew when the servers are others than before."""
+class BroadcastTransport(BucketTransport):
+    """Groups are kept from sync to sync, and made again when the members have changed."""
 
-    def __init__(self, grid: RankGrid, board: Board, talk: dist.ProcessGroup, *, timeout_s: float) -> None:
-        """`talk`: a gloo group of all trainer ranks."""
-        self._grid, self._board, self._talk, self._timeout_s = grid, board, talk, timeout_s
+    unpacked = True
+    one_at_a_time = True
+    every_stage = False
+
+    def __init__(
+        self,
+        actor: Actor,
+        servers: SyncServers | None,
+        bucket_bytes: int,
+        *,
+        all_ranks: dist.ProcessGroup,
+        timeout_s: float,
+    ) -> None:
+        """`all_ranks`: a gloo group of the trainer. `timeout_s`: of a collective."""
+        super().__init__(actor, servers, bucket_bytes)
+        self.sends = is_stage_sender(self._grid)
+        self._all_ranks, self._timeout_s = all_ranks, timeout_s
         self._members: tuple[EngineEntry, ...] = ()
         self._offsets: dict[EngineEntry, int] = {}  # a server's first rank in every group
-        self._places: dict[int, _Place] = {}
+        self._addresses: dict[int, _GroupAddress] = {}  # by stage
         self._group: UpdateGroup | None = None
-        self.offers = is_stage_sender(grid)
-        self.one_by_one = True
-        self.in_turn = True
-        self.every_stage = False
 
-    def prepare(self, members: Sequence[EngineEntry], receivers: Receivers | None) -> None:
-        if tuple(members) == self._members:
+    def _connect(self, attempt: Attempt) -> None:
+        if attempt.members == self._members:
             return
-        self.reset()
+        self._disconnect()
         offset = 1
-        for member in members:
+        for member in attempt.members:
             self._offsets[member] = offset
             offset += member.ranks
-        place = None
+        address = None
         backend = self._grid.backend.process_group
-        if self.offers:
-            # a name of this attempt alone: a server may still hold the group of one that failed
+        if self.sends:
+            # a new name each time: a server may still hold the group of an attempt that failed
             name = f"collab_megatron_{uuid.uuid4().hex[:12]}"
-            host = address_seen_by(members)
+            host = address_seen_by(attempt.members)
             self._group = UpdateGroup(name, host=host, world_size=offset, backend=backend, timeout_s=self._timeout_s)
-            place = _Place(self._grid.pp_rank, name, host, self._group.port, offset)
-        places: list[_Place | None] = [None] * self._grid.world_size
-        dist.all_gather_object(places, place, group=self._talk)
-        self._places = {place.stage: place for place in places if place is not None}
-        inviting = in_background("inviting", self._invite, receivers) if receivers is not None else None
+            address = _GroupAddress(self._grid.pp_rank, name, host, self._group.port, offset)
+        addresses: list[_GroupAddress | None] = [None] * self._grid.world_size
+        dist.all_gather_object(addresses, address, group=self._all_ranks)
+        self._addresses = {address.stage: address for address in addresses if address is not None}
+        inviting = in_background("inviting", self._invite, self._servers, attempt) if self._servers else None
         try:
             if self._group is not None:
-                self._group.join(self._board)
+                self._group.join(attempt)
         finally:
-            if inviting is not None:  # what it says is the better reason
+            if inviting is not None:  # its error names the server, so it replaces that of `join`
                 inviting.result(2 * self._timeout_s)
-        self._members = tuple(members)
+        self._members = attempt.members
 
-    def _invite(self, receivers: Receivers) -> None:
-        """Have all servers join the groups, in the order of the stages: a server can join one at a time."""
-        for _, place in sorted(self._places.items()):
-            receivers.each(
+    def _invite(self, servers: SyncServers, attempt: Attempt) -> None:
+        """Have all servers join the groups, in the order of the stages: a server can join one at a time.
+
+        They are paused before: a server that joins runs no batch, and one that owes replies, runs none and is not
+        paused is given up by the pool after engine.work_timeout_s.
+        """
+        servers.pause(on_failure=attempt.abandon)
+        for _, address in sorted(self._addresses.items()):
+            servers.call_all(
                 "init_weights_update_group",
-                lambda control, entry, place=place: control.init_update_group(  # type: ignore[misc]
-                    address=place.host,
-                    port=place.port,
+                lambda control, entry, address=address: control.init_update_group(  # type: ignore[misc]
+                    address=address.host,
+                    port=address.port,
                     rank_offset=self._offsets[entry],
-                    world_size=place.world_size,
-                    group_name=place.name,
+                    world_size=address.world_size,
+                    group_name=address.name,
                     backend=self._grid.backend.process_group,
                 ),
-                on_failure=self._board.abandon,
+                on_failure=attempt.abandon,
             )
 
-    def buffers(self, num_bytes: int, count: int) -> list[Tensor]:
+    def _buffers(self, num_bytes: int, count: int) -> list[Tensor]:
         return [torch.empty(num_bytes, dtype=torch.uint8, device=self._grid.device) for _ in range(count)]
 
-    def offer(self, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
-        assert self._group is not None, "offer before prepare"
-        assert self._group.group is not None, "offer before the group was joined"
+    def _send(self, attempt: Attempt, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+        assert self._group is not None, "sending before _connect"
+        assert self._group.group is not None, "sending before the group was joined"
         works = [dist.broadcast(tensor, src=0, group=self._group.group, async_op=True) for tensor in tensors]
 
-        def sent() -> bool:
+        def is_sent() -> bool:
             if not all(work.is_completed() for work in works):
                 return False
             try:
@@ -117,28 +132,33 @@ class BroadcastTransport:
                 ) from error
             return True
 
-        return sent
+        return is_sent
 
-    def receive(self, control: EngineControl, entry: EngineEntry, bucket: Bucket, weight_version: int | None) -> None:
-        control.receive_bucket(
-            bucket_tensors(bucket),
-            group_name=self._places[bucket.stage].name,
-            packed=not bucket.apart,
-            weight_version=weight_version,
+    def _load(
+        self, attempt: Attempt, bucket: Bucket, version: int | None, control: EngineControl, entry: EngineEntry
+    ) -> None:
+        tensors = BucketTensors(
+            names=[info.name for info in bucket.tensors],
+            dtypes=[str(info.dtype).removeprefix("torch.") for info in bucket.tensors],
+            shapes=[list(info.shape) for info in bucket.tensors],
         )
+        group_name = self._addresses[bucket.stage].name
+        control.receive_bucket(tensors, group_name=group_name, packed=not bucket.apart, weight_version=version)
 
-    def taken(self, bucket: Bucket) -> None:
+    def _loaded(self, attempt: Attempt, bucket: Bucket) -> None:
         return
 
-    def reset(self) -> None:
+    def _disconnect(self) -> None:
         """Close the group: servers that wait in it wake up with an error."""
         if self._group is not None:
             self._group.close()
-        self._group, self._members, self._offsets, self._places = None, (), {}, {}
+        self._group, self._members, self._offsets, self._addresses = None, (), {}, {}
 
-    def leave(self, receivers: Receivers) -> None:
-        """Rank 0: ask the servers to leave the groups too; those we started end anyway."""
-        for place in self._places.values():
+    def close(self) -> None:
+        """Ask the servers that outlive the run to leave the groups."""
+        if self._servers is None:
+            return
+        for address in self._addresses.values():
             for member in self._members:
                 if not member.managed:
-                    receivers.control(member).destroy_update_group(place.name)
+                    self._servers.control(member).destroy_update_group(address.name)

@@ -55,9 +55,9 @@ def main(job_file: str) -> None:
             continue
         actor.save_hf(out / f"v{version}")
         if grid.is_main:
-            receivers = publisher.receivers
-            for entry in receivers.live:
-                control = receivers.control(entry)
+            servers = publisher.servers
+            for entry in servers.live:
+                control = servers.control(entry)
                 replies = [control.generate(ids, max_new_tokens=NEW_TOKENS, stop_token_ids=[]) for ids in PROMPTS]
                 row = {"version": version, "says": control.weight_version(), "replies": replies}
                 said.append(row | {"engine": entry.name, "checked": report.checked, "gap": report.probe_gap})

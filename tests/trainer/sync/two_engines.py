@@ -85,7 +85,7 @@ class Run:
 
     def serving_alike(self, publisher: Publisher | None = None) -> list[int]:
         """Both serve the newest version; their greedy reply to PROMPT."""
-        first, second = (self.says(entry) for entry in (publisher or self.publisher).receivers.live)
+        first, second = (self.says(entry) for entry in (publisher or self.publisher).servers.live)
         assert first == second
         assert first[0] == str(self.version)
         return first[1]
