@@ -23,7 +23,7 @@ async def pool(
     health_timeout_s: float = 30,
     request_timeout_s: float = 30,
     work_timeout_s: float = 60,
-    ahead: bool = False,
+    updates_while_sampling: bool = False,
 ) -> AsyncIterator[Any]:
     """A pool that uses all of `fakes` at version 1."""
     async with (
@@ -34,7 +34,7 @@ async def pool(
             health_timeout_s=health_timeout_s,
             work_timeout_s=work_timeout_s,
             max_concurrency=64,
-            ahead=ahead,
+            updates_while_sampling=updates_while_sampling,
         ) as engines,
     ):
         engines.use([fake.url for fake in fakes], 1)
@@ -229,8 +229,8 @@ async def test_other_weights_than_announced_never_enter_a_batch() -> None:
         assert {version for answer in answers for version in answer[0].versions_T} == {1}
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-async def test_an_answer_that_was_under_way_at_an_update_is_taken_where_sampling_goes_on(ahead: bool) -> None:
+@pytest.mark.parametrize("sampling_goes_on", [True, False])
+async def test_an_answer_in_flight_at_an_update_is_taken_where_sampling_goes_on(sampling_goes_on: bool) -> None:
     """It is of the older weights, and it comes after the news of the newer ones."""
     go_on = asyncio.Event()
 
@@ -239,13 +239,13 @@ async def test_an_answer_that_was_under_way_at_an_update_is_taken_where_sampling
         return web.json_response([reply("1")])
 
     fake = FakeServer(answer=begun_before)
-    async with pool(fake, ahead=ahead) as engines:
+    async with pool(fake, updates_while_sampling=sampling_goes_on) as engines:
         asked = asyncio.create_task(ask(engines))
         await until(lambda: fake.bodies)
         fake.version = "2"
         engines.use([fake.url], 2)
         go_on.set()
-        if ahead:
+        if sampling_goes_on:
             assert (await asked)[0].versions_T == (1, 1)
             assert engines.lost == {}
             with pytest.raises(NoEngineLeft, match="version 1 instead of 2"):  # asked for after the news

@@ -90,7 +90,7 @@ async def service(
             health_timeout_s=30,
             max_concurrency=8,
             wait_for_engines=True,
-            ahead=config.driver.max_staleness > 0,
+            updates_while_sampling=config.driver.max_staleness > 0,
         ) as engine,
     ):
         slots = Slots(1000)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Generic, TypeVar
 
-from collab_megatron.engine.control import EngineControl, Gone, PauseMode, Refused, Silent
+from collab_megatron.engine.client import EngineGone, EngineRefused, EngineSilent
+from collab_megatron.engine.control import EngineControl, PauseMode
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import NoEngineLeft, RunError, masked
 from collab_megatron.trainer.sync.threads import in_background
@@ -168,7 +169,7 @@ class SyncServers:
         unsure = {}
         for future, entry in futures.items():
             error = future.exception() if future.done() else None
-            if isinstance(error, Gone):
+            if isinstance(error, EngineGone):
                 self.give_up(entry, str(error))
                 dropped = True
             elif error is not None or not future.done():
@@ -191,9 +192,9 @@ class SyncServers:
             error = future.exception()
             if error is None or entry not in self.members:
                 continue
-            if isinstance(error, Refused):
+            if isinstance(error, EngineRefused):
                 refusals.append(error)
-            elif isinstance(error, Silent):  # its HTTP side lives, its scheduler does not
+            elif isinstance(error, EngineSilent):  # its HTTP side lives, its scheduler does not
                 self.give_up(entry, str(error))
                 dropped = True
             else:

@@ -58,7 +58,7 @@ def main(job_file: str) -> None:
             servers = publisher.servers
             for entry in servers.live:
                 control = servers.control(entry)
-                replies = [control.generate(ids, max_new_tokens=NEW_TOKENS, stop_token_ids=[]) for ids in PROMPTS]
+                replies = [control.greedy(ids, max_new_tokens=NEW_TOKENS, stop_token_ids=[])[0] for ids in PROMPTS]
                 row = {"version": version, "says": control.weight_version(), "replies": replies}
                 said.append(row | {"engine": entry.name, "checked": report.checked, "gap": report.probe_gap})
     if grid.is_main:

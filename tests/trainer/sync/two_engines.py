@@ -78,7 +78,7 @@ class Run:
         """(weight version, greedy reply) of a server."""
         control = EngineControl(entry.url, timeout_s=30)
         try:
-            reply = control.generate(PROMPT, max_new_tokens=16, stop_token_ids=[])
+            reply, _ = control.greedy(PROMPT, max_new_tokens=16, stop_token_ids=[])
             return control.weight_version(), reply
         finally:
             control.close()

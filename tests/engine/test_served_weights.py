@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from collab_megatron.engine.served import served_weights
+from collab_megatron.engine.control import served_weights
 from collab_megatron.errors import RunError, UserError
 
 
