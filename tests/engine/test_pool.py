@@ -14,7 +14,7 @@ from aiohttp import web
 from collab_megatron.engine.pool import FULLER_SEQUENCES, EnginePool
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import Generation
-from tests.engine.servers import FakeServer, reply, servers, slowly
+from tests.engine.fake_servers import FakeServer, reply, servers, slowly
 
 
 @asynccontextmanager
