@@ -41,7 +41,7 @@ def trainer_logprobs(actor: Actor, ids: Sequence[int]) -> list[float]:
 def largest_gap(
     trainer: Sequence[float], engines: Mapping[EngineEntry, Sequence[float]], *, max_gap: float, version: int
 ) -> float:
-    """The largest of the engines' mean |trainer - engine|, in nats. Raises WeightsDiffer above `max_gap` and for NaN."""
+    """The largest mean |trainer - engine| of an engine, in nats. Raises WeightsDiffer above `max_gap` and for NaN."""
     worst = 0.0
     for entry, logprobs in engines.items():
         if len(logprobs) != len(trainer):
