@@ -1,4 +1,4 @@
-"""Two real servers under one trainer: every transport, an update in mid generation, servers that die, hang, err."""
+"""Two real servers and one trainer: every transport, an update in mid generation, servers that die, hang and refuse."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def test_two_engines_say_what_transformers_says(both: Run, transport: str, monke
     report = publisher.publish(both.version)
     assert (report.engines, report.checked) == (2, NUM_TENSORS)
     assert report.paused_s > 0
-    said = both.serving_alike(publisher)
+    reply = both.serving_alike(publisher)
     model = transformers_model(both, "now")
     ids = list(PROMPT)
     with torch.no_grad():
-        for _ in said:
+        for _ in reply:
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert said == ids[len(PROMPT) :]
+    assert reply == ids[len(PROMPT) :]
     publisher.close()
 
 
@@ -89,10 +89,10 @@ def test_trainer_and_engine_have_the_same_logprobs_at_any_temperature(both: Run,
     with both.actor.at_temperature(temperature):
         ((ours,), _) = both.actor.logprobs(batches)
     ((raw,), _) = both.actor.logprobs(batches)
-    said = torch.tensor(generation.logprobs_T)
-    assert (said - ours[0, len(PROMPT) : len(ids)]).abs().max() < 1e-4
+    sampled = torch.tensor(generation.logprobs_T)
+    assert (sampled - ours[0, len(PROMPT) : len(ids)]).abs().max() < 1e-4
     if temperature != 1.0:
-        assert (said - raw[0, len(PROMPT) : len(ids)]).abs().mean() > 1e-2
+        assert (sampled - raw[0, len(PROMPT) : len(ids)]).abs().mean() > 1e-2
 
 
 @pytest.mark.parametrize("pause", ["in_place", "retract"])
@@ -116,13 +116,13 @@ def test_an_update_in_the_middle_of_a_generation(both: Run, pause: PauseMode) ->
     assert list(versions) == sorted(versions)
     assert 10 < change < len(versions) - 10
     ids = torch.tensor([[*PROMPT, *generation.token_ids_T]])
-    said = torch.tensor(generation.logprobs_T)
+    sampled = torch.tensor(generation.logprobs_T)
     by_old = logprobs(old, ids, len(PROMPT))
-    assert (said - by_old)[:change].abs().max() < 1e-4
-    # a forward pass that was under way when the pause came counts into the later span: one token at most
-    gaps = [(said - mixed(old, new, ids, by_old, cut, pause)).abs().max() for cut in (change, change + 1)]
+    assert (sampled - by_old)[:change].abs().max() < 1e-4
+    # a forward pass that was in flight at the pause counts into the later span: one token at most
+    gaps = [(sampled - mixed(old, new, ids, by_old, cut, pause)).abs().max() for cut in (change, change + 1)]
     assert min(gaps) < 1e-4
-    assert (said - by_old)[change + 1 :].abs().max() > 1e-2, "old and new weights must be told apart"
+    assert (sampled - by_old)[change + 1 :].abs().max() > 1e-2, "old and new weights must give different log-probs"
 
 
 def mixed(
@@ -130,8 +130,8 @@ def mixed(
 ) -> Tensor:
     """Log-probs of all tokens if the first `cut` are the old weights' and the others the new ones'.
 
-    After `retract` the new weights have made the cache anew. In place it stays what the old weights have left there:
-    all but the newest token, which was not run yet.
+    After `retract` the new weights have computed the cache again. In place it is still that of the old weights, without
+    the newest token, which was not run yet.
     """
     if pause == "retract":
         return torch.cat([by_old[:cut], logprobs(new, ids, len(PROMPT))[cut:]])
@@ -186,7 +186,7 @@ def test_killed_in_the_middle_of_a_sync(both: Run, at_bucket: Callable[..., None
     assert time.monotonic() - start < 60
     (survivor,) = both.publisher.servers.live
     assert survivor.name == "engine-1"
-    assert both.says(survivor)[0] == str(both.version)
+    assert both.probe(survivor)[0] == str(both.version)
     both.wait_until_both_are_ready()
     both.publish()
     both.serving_alike()
@@ -212,7 +212,7 @@ def test_killed_after_a_sync_the_driver_reports_it(both: Run) -> None:
     assert both.publish().engines >= 1
 
 
-def test_a_flipped_bit_stops_the_run_and_the_next_sync_mends_it(both: Run, at_bucket: Callable[..., None]) -> None:
+def test_a_flipped_bit_stops_the_run_and_the_next_sync_repairs_it(both: Run, at_bucket: Callable[..., None]) -> None:
     def flip(flat: Tensor) -> None:
         flat[100] ^= 1
 
