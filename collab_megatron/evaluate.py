@@ -25,8 +25,8 @@ import uvloop
 from collab_megatron import __version__
 from collab_megatron.config import EvaluateConfig, load_config, show_config
 from collab_megatron.data.parquet import read_task_files
+from collab_megatron.engine.control import served_weights
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.engine.served import served_weights
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, run_cli
 from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.cli import parse_arguments

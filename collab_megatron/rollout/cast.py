@@ -93,8 +93,8 @@ async def assemble(
         max_concurrency=max(1, config.engine.max_concurrency // shards),
         max_running_tokens=config.engine.max_running_tokens,
         share=1 / shards,
-        slots=slots,
-        ahead=staleness > 0,
+        limiter=slots,
+        updates_while_sampling=staleness > 0,
         wait_for_engines=driver is not None,
         keys=engine_keys,
     ) as engine:

@@ -1,4 +1,4 @@
-"""What a server must say of its weights: against the naive sum of parts, SGLang's own kernel, and real servers."""
+"""The checksums that a server must report: against the naive sum of parts, SGLang's own kernel, and real servers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from torch import Tensor
 from collab_megatron.errors import RunError
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tables import rows
-from collab_megatron.trainer.sync.engine_layout import Device, engine_tensors, hf_names, unit_count
 from collab_megatron.trainer.sync.proof import checksums
 from collab_megatron.trainer.sync.proof.checksums import ExpectedChecksums, compare, merge, skip_patterns, units_of_sync
+from collab_megatron.trainer.sync.proof.engine_layout import Device, engine_tensors, hf_names, unit_count
 from tests.trainer.parallel.tiny import KINDS, spec_of
 from tests.trainer.sync.conftest import TinyServer
 
@@ -152,10 +152,10 @@ def test_the_stream_gives_the_hash_of_every_fused_tensor(kind: str, ranks: int, 
     weights = random_weights(spec, torch.bfloat16 if ranks == 2 else torch.float32)
     hashed = sha if device == "cpu" else word_hash
     held = [naive_rank(spec, weights, ranks, rank, device) for rank in range(ranks)]
-    said = [{name: hashed(tensor) for name, tensor in one.items()} for one in held]
+    actual = [{name: hashed(tensor) for name, tensor in one.items()} for one in held]
     expected = expected_of(spec, weights, ranks, device=device)
-    compare(expected, said, "the naive server")
-    assert len(expected) == len(said[0])
+    compare(expected, actual, "the naive server")
+    assert len(expected) == len(actual[0])
 
 
 @pytest.mark.parametrize("ranks", [3, 8])
@@ -291,31 +291,31 @@ def test_skip_patterns_leave_exactly_the_units(data: st.DataObject) -> None:
 def test_one_flipped_bit_is_found_and_named(kind: str) -> None:
     spec = spec_of(kind)
     weights = random_weights(spec)
-    said: list[dict[str, str]] = [{}, {}]
+    actual: list[dict[str, str]] = [{}, {}]
     for name, digests in expected_of(spec, weights, 2).items():
         for rank in range(2):
-            said[rank][name] = digests[rank]
-    compare(expected_of(spec, weights, 2), said, "engine-0")
+            actual[rank][name] = digests[rank]
+    compare(expected_of(spec, weights, 2), actual, "engine-0")
     for name, tensor in weights.items():
         tensor.view(-1).view(torch.int32)[-1] ^= 1
         with pytest.raises(RunError) as caught:
-            compare(expected_of(spec, weights, 2), said, "engine-0")
-        told = str(caught.value)
-        assert re.sub(r"(?<=experts\.)\d+", "*", name) in told
-        assert told.endswith(f"1 of {len(said[0])} tensors differ")
+            compare(expected_of(spec, weights, 2), actual, "engine-0")
+        message = str(caught.value)
+        assert re.sub(r"(?<=experts\.)\d+", "*", name) in message
+        assert message.endswith(f"1 of {len(actual[0])} tensors differ")
         tensor.view(-1).view(torch.int32)[-1] ^= 1
 
 
 def test_what_is_missing_unexpected_or_of_too_few_ranks_is_named() -> None:
     expected = {"model.norm.weight": ["a", "a"], "model.layers.1.self_attn.qkv_proj.bias": ["b", "c"]}
-    said = [{name: digests[rank] for name, digests in expected.items()} for rank in range(2)]
-    compare(expected, said, "engine-3")
+    actual = [{name: digests[rank] for name, digests in expected.items()} for rank in range(2)]
+    compare(expected, actual, "engine-3")
     with pytest.raises(RunError, match=r"engine-3 answered for 1 tensor-parallel ranks, not 2"):
-        compare(expected, said[:1], "engine-3")
+        compare(expected, actual[:1], "engine-3")
     with pytest.raises(RunError, match=r"rank 1 .*qkv_proj.bias \(.*q_proj.bias.*v_proj.bias\) is missing; 1 of 2"):
-        compare(expected, [said[0], {"model.norm.weight": "a"}], "engine-3")
+        compare(expected, [actual[0], {"model.norm.weight": "a"}], "engine-3")
     with pytest.raises(RunError, match=r"rank 0 lm_head.weight .*is unexpected"):
-        compare(expected, [{**said[0], "lm_head.weight": "d"}, said[1]], "engine-3")
+        compare(expected, [{**actual[0], "lm_head.weight": "d"}, actual[1]], "engine-3")
 
 
 def test_fused_names_are_taken_apart_for_messages() -> None:
@@ -346,11 +346,11 @@ def assert_server_holds(server: TinyServer, units: Sequence[int] | None = None, 
         growing.add(name, -tensor if name == altered else tensor)
     control = server.control()
     try:
-        said = control.checksums(skip_patterns(spec, wanted))
+        actual = control.checksums(skip_patterns(spec, wanted))
     finally:
         control.close()
-    assert len(said) == server.ranks
-    compare(growing.result(), said, server.url)
+    assert len(actual) == server.ranks
+    compare(growing.result(), actual, server.url)
 
 
 SERVERS = (

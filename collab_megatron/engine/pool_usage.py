@@ -1,4 +1,4 @@
-"""What the servers of a pool did so far: counters, and their difference over one step for the dashboard."""
+"""Counters of what a pool's servers did, and their growth over one step for the dashboard."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Kind = Literal["mean", "sum", "max", "min"]
 
 @dataclass
 class PoolUsage:
-    """Counters over all servers since the pool was made; those of answered requests alone."""
+    """Counters over all servers since the pool was made. Only answered requests count."""
 
     requests: int = 0
     generated_tokens: int = 0
     prompt_tokens: int = 0  # counted for each of a request's n continuations
-    cached_tokens: int = 0  # of the prompt tokens: served from a prefix cache
-    retried: int = 0  # requests that were asked again, counted each time
+    cached_tokens: int = 0  # prompt tokens served from a prefix cache
+    retried: int = 0  # repetitions of requests
     generated_by: Mapping[str, int] = field(default_factory=dict)  # URL -> generated tokens
 
     def count(self, url: str, prompt_tokens: int, generations: Sequence[Generation]) -> None:
-        """An answer of the server at `url` to a prompt of so many tokens."""
+        """Count one answer of the server at `url` to a prompt of `prompt_tokens`."""
         generated = sum(len(g.token_ids_T) for g in generations)
         self.requests += 1
         self.prompt_tokens += prompt_tokens * len(generations)
@@ -46,10 +46,10 @@ class PoolUsage:
         )
 
     def figures(self, *, live: Sequence[str], lost: int, seconds: float) -> dict[str, tuple[Kind, float, float]]:
-        """Dashboard names to (how parts of several processes are put together, value, what it is over), for usage that
-        took `seconds`, with the URLs that are live after it.
+        """Dashboard name -> (how several processes' values are merged, value, divisor), for usage that took `seconds`;
+        `live`: the URLs after it.
 
-        engine/share_min and _max: the tokens of the least and most used live server, as a share of all.
+        engine/share_min and _max: the tokens of the least and the most used live server, as a share of all.
         """
         shares = [self.generated_by.get(url, 0) / max(self.generated_tokens, 1) for url in live]
         return {

@@ -10,6 +10,7 @@ under the trainer's feet. The bucket's description is sglang's (weight_updater.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
@@ -21,11 +22,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from collab_megatron.engine.control import EngineControl
-from collab_megatron.trainer.actor.grid import RankGrid
+from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.convert.buckets import Bucket
-from collab_megatron.trainer.sync.board import Board
-from collab_megatron.trainer.sync.receivers import Receivers
-from collab_megatron.trainer.sync.transport import is_stage_sender
+from collab_megatron.trainer.sync.attempt import Attempt
+from collab_megatron.trainer.sync.bucket_transport import BucketTransport, is_stage_sender
+from collab_megatron.trainer.sync.servers import SyncServers
 from collab_megatron.wire.roster import EngineEntry
 
 DEVICE_ARGUMENT = 6
@@ -33,61 +34,65 @@ DEVICE_ARGUMENT = 6
 processes may count GPUs differently (sglang/srt/utils/patch_torch.py)."""
 
 
-class IpcTransport:
-    """Handles go over the board to rank 0, which posts them; nothing is kept from sync to sync."""
+class IpcTransport(BucketTransport):
+    """Handles go through the attempt's store to rank 0, which sends them to the servers; nothing is kept from sync to
+    sync."""
 
-    def __init__(self, grid: RankGrid, board: Board) -> None:
-        self._grid, self._board = grid, board
-        self._on_cpu = grid.device.type == "cpu"
-        # on GPUs every rank speaks for its own device, and that for all stages: its engine rank holds them all
-        self.offers = is_stage_sender(grid) if self._on_cpu else True
-        self.one_by_one = False
-        self.in_turn = False
-        self.every_stage = not self._on_cpu and grid.pp_size > 1
+    unpacked = False
+    one_at_a_time = False
+
+    def __init__(self, actor: Actor, servers: SyncServers | None, bucket_bytes: int) -> None:
+        super().__init__(actor, servers, bucket_bytes)
+        self._on_cpu = self._grid.device.type == "cpu"
+        # on GPUs every rank sends to the engine rank on its own GPU, which holds the layers of all stages
+        self.sends = is_stage_sender(self._grid) if self._on_cpu else True
+        self.every_stage = not self._on_cpu and self._grid.pp_size > 1
         self._first_rank: dict[EngineEntry, int] = {}  # of a server, over all servers
-        self._readers: list[int] = []  # the engine ranks, over all servers, that read what this rank hands over
+        self._readers: list[int] = []  # the engine ranks, over all servers, that read what this rank sends
         if self._on_cpu:
             # file descriptors cannot be handed to a process that is no child of ours
             torch.multiprocessing.set_sharing_strategy("file_system")
 
-    def prepare(self, members: Sequence[EngineEntry], receivers: Receivers | None) -> None:
+    def _connect(self, attempt: Attempt) -> None:
+        members = attempt.members
         if self._on_cpu:
             starts = list(accumulate((member.ranks for member in members), initial=0))
             self._first_rank = dict(zip(members, starts, strict=False))
             self._readers = list(range(starts[-1]))
             return
         self._readers = [self._grid.rank]
-        # a server's place among the GPUs is in its name (cluster/fleet.py): engine-2 has the third group of them
+        # the number in a server's name is its place among the GPUs (launch/fleet.py): engine-2 has the third group
         self._first_rank = {member: int(member.name.rsplit("-", 1)[1]) * member.ranks for member in members}
 
-    def buffers(self, num_bytes: int, count: int) -> list[Tensor]:
+    def _buffers(self, num_bytes: int, count: int) -> list[Tensor]:
         flats = [torch.empty(num_bytes, dtype=torch.uint8, device=self._grid.device) for _ in range(count)]
         return [flat.share_memory_() if self._on_cpu else flat for flat in flats]
 
-    def offer(self, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+    def _send(self, attempt: Attempt, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
         (flat,) = tensors
         if not self._on_cpu:
             torch.cuda.current_stream(flat.device).synchronize()  # the other process does not wait for our streams
         for reader in self._readers:
-            self._board.post(f"handle/{bucket.number}/{reader}", _pickled(bucket, flat))
-        return lambda: self._board.posted(f"taken/{bucket.number}")
+            attempt.post(f"handle/{bucket.number}/{reader}", _pickled(bucket, flat))
+        return lambda: attempt.is_posted(f"loaded/{bucket.number}")
 
-    def receive(self, control: EngineControl, entry: EngineEntry, bucket: Bucket, weight_version: int | None) -> None:
-        handles = [self._handle(bucket, self._first_rank[entry] + rank) for rank in range(entry.ranks)]
-        control.load_handles(handles, weight_version=weight_version)
+    def _load(
+        self, attempt: Attempt, bucket: Bucket, version: int | None, control: EngineControl, entry: EngineEntry
+    ) -> None:
+        handles = []
+        for rank in range(self._first_rank[entry], self._first_rank[entry] + entry.ranks):
+            key = f"handle/{bucket.number}/{rank}"
+            attempt.wait(partial(attempt.is_posted, key), f"packing bucket {bucket.number}")
+            handles.append(attempt.read(key))
+        control.load_handles(handles, weight_version=version)
 
-    def _handle(self, bucket: Bucket, engine_rank: int) -> bytes:
-        key = f"handle/{bucket.number}/{engine_rank}"
-        self._board.wait(lambda: self._board.posted(key), f"packing bucket {bucket.number}")
-        return self._board.read(key)
+    def _loaded(self, attempt: Attempt, bucket: Bucket) -> None:
+        attempt.post(f"loaded/{bucket.number}")
 
-    def taken(self, bucket: Bucket) -> None:
-        self._board.post(f"taken/{bucket.number}")
-
-    def reset(self) -> None:
+    def _disconnect(self) -> None:
         return
 
-    def leave(self, receivers: Receivers) -> None:
+    def close(self) -> None:
         return
 
 

@@ -1,4 +1,4 @@
-"""A call in a thread of its own, as a Future."""
+"""A call on a thread of its own, as a Future."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 def in_background(name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Start `call`. A daemon thread, not a pool's: one that hangs must not keep the process from ending."""
+    """Start `call` on a daemon thread. No executor: it would wait at exit for a call that hangs."""
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(call(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001  (handed to whoever asks for the result)
+        except BaseException as error:  # noqa: BLE001  (raised where the result is read)
             future.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()

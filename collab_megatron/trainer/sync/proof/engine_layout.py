@@ -1,16 +1,16 @@
-"""Which tensors an SGLang server holds, and of which parts of the Hugging Face tensors each rank's is made. Pure.
+"""The tensors that an SGLang server holds, and the parts of Hugging Face tensors that each rank's is made of. Pure.
 
-Told from SGLang 0.5.23, plain tensor parallelism (no expert, pipeline or data-parallel attention), unquantised:
-- srt/layers/linear.py: q, k and v lie one after another in qkv_proj, gate before up in gate_up_proj; each is cut over
-  ranks by rows, o_proj and down_proj by columns. With fewer key/value heads than ranks, neighbours hold the same head.
-- srt/layers/vocab_parallel_embedding.py: the vocabulary is filled up with rows of zeros to a multiple of 64.
+As in SGLang 0.5.23 with plain tensor parallelism (no expert, pipeline or data-parallel attention), unquantized:
+- srt/layers/linear.py: qkv_proj is q, k and v in this order, gate_up_proj is gate and up; ranks divide each by rows,
+  o_proj and down_proj by columns. With fewer key/value heads than ranks, neighboring ranks hold the same head.
+- srt/layers/vocab_parallel_embedding.py: the vocabulary is padded with rows of zeros to a multiple of 64.
 - srt/layers/moe/fused_moe_triton/layer.py: w13_weight holds every expert's gate and up, w2_weight every down.
-- srt/models/{llama,qwen2,qwen3}.py: a tied lm_head is the embedding itself, and is not named a second time.
-- srt/configs/update_config.py, on CPU only: key/value heads, and columns of MLPs and experts, are filled up with zeros
-  until they divide by the ranks.
+- srt/models/{llama,qwen2,qwen3}.py: a tied lm_head is the embedding itself and has no name of its own.
+- srt/configs/update_config.py, on CPU only: key/value heads, and columns of MLPs and experts, are padded with zeros
+  until the ranks divide them evenly.
 
-Not told here, because it changes the tensors after they were loaded or places them elsewhere: CPUs whose AMX kernels
-SGLang uses, `--moe-runner-backend flashinfer_*`, SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED, `--ep-size`.
+Not covered, because they change tensors after loading or place them elsewhere: SGLang's AMX kernels for CPUs,
+`--moe-runner-backend flashinfer_*`, SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED, `--ep-size`.
 """
 
 from __future__ import annotations
@@ -44,39 +44,39 @@ _PARTS = {
 
 
 @dataclass(frozen=True)
-class Share:
-    """How ranks divide one dimension among them."""
+class RankSplit:
+    """How ranks divide one dimension."""
 
-    width: int  # of every rank's part; what lies past the tensor's end is zeros
-    replicas: int = 1  # neighbouring ranks that hold the same part
+    width: int  # of each rank's part; zeros past the end of the tensor
+    replicas: int = 1  # neighboring ranks that hold the same part
 
 
 @dataclass(frozen=True)
 class Source:
-    """One Hugging Face tensor on its way into an engine tensor, which holds its parts row-major."""
+    """One Hugging Face tensor that goes into an engine tensor, which holds its parts row-major."""
 
     hf: str
     shape: tuple[int, ...]
-    cut: int | None  # dimension that ranks divide; None: every rank holds the whole
-    share: Share
+    cut: int | None  # dimension that ranks divide; None: every rank holds the whole tensor
+    split: RankSplit
 
     def part(self, rank: int) -> tuple[int, int]:
-        """First and last + 1 index along `cut` of what `rank` holds; empty where all of its part is padding."""
+        """[start, stop) along `cut` of what `rank` holds; empty where its whole part is padding."""
         assert self.cut is not None, f"{self.hf} is not cut"
         size = self.shape[self.cut]
-        start = rank // self.share.replicas * self.share.width
-        return min(start, size), min(start + self.share.width, size)
+        start = rank // self.split.replicas * self.split.width
+        return min(start, size), min(start + self.split.width, size)
 
     @property
     def elements(self) -> int:
-        """Of one rank's part, padding included."""
+        """Number in one rank's part, padding included."""
         whole = math.prod(self.shape)
-        return whole if self.cut is None else whole // self.shape[self.cut] * self.share.width
+        return whole if self.cut is None else whole // self.shape[self.cut] * self.split.width
 
 
 @dataclass(frozen=True)
 class EngineTensor:
-    """One tensor of an SGLang server under its own name."""
+    """One tensor of an SGLang server, under the server's name for it."""
 
     name: str
     sources: tuple[Source, ...]  # in byte order, which is the order of the export stream
@@ -87,12 +87,12 @@ class EngineTensor:
 
     @property
     def elements(self) -> int:
-        """Of one rank's tensor, padding included."""
+        """Number in one rank's tensor, padding included."""
         return sum(source.elements for source in self.sources)
 
 
 def unit_count(spec: ModelSpec) -> int:
-    """Units in which the model is checked: 0 the embedding, 1 + i layer i, the last the final norm and output."""
+    """Number of units that the proof checks: 0 is the embedding, 1 + i layer i, the last the final norm and output."""
     return spec.layers + 2
 
 
@@ -104,13 +104,13 @@ def engine_tensors(spec: ModelSpec, unit: int, *, ranks: int, device: Device) ->
         rows = layer_rows(spec, unit - 1)
     else:
         rows = iter((FINAL_NORM,) if spec.tied else (FINAL_NORM, OUTPUT))
-    shares = _shares(spec, ranks, device)
+    splits = _splits(spec, ranks, device)
     found: dict[str, list[Source]] = {}
     for row in rows:
         for hf, dims in zip(row.hf, row.shapes, strict=True):
-            cut = next((axis for axis, dim in enumerate(dims) if dim in shares), None)
-            share = Share(0) if cut is None else shares[dims[cut]]
-            source = Source(hf, tuple(spec.dims[dim] for dim in dims), cut, share)
+            cut = next((axis for axis, dim in enumerate(dims) if dim in splits), None)
+            split = RankSplit(0) if cut is None else splits[dims[cut]]
+            source = Source(hf, tuple(spec.dims[dim] for dim in dims), cut, split)
             found.setdefault(engine_name(hf), []).append(source)
     for name, sources in found.items():
         yield EngineTensor(name, tuple(sources))
@@ -126,15 +126,15 @@ def engine_name(hf_name: str) -> str:
 
 
 def hf_names(name: str) -> tuple[str, ...]:
-    """What a server's tensor is made of, for messages; `*` stands for every expert."""
+    """The Hugging Face tensors in a server's tensor, for messages; `*` stands for every expert."""
     for fused, parts in _PARTS.items():
         if fused in name:
             return tuple(name.replace(fused, part) for part in parts)
     return (name,)
 
 
-def _shares(spec: ModelSpec, ranks: int, device: Device) -> Mapping[str, Share]:
-    """How ranks divide each of the dimensions (ModelSpec.dims) that they do divide; it occurs once in a shape."""
+def _splits(spec: ModelSpec, ranks: int, device: Device) -> Mapping[str, RankSplit]:
+    """Dimension (ModelSpec.dims) -> how ranks divide it, for those that they divide. A shape has at most one."""
     vocab = _up(spec.vocab, VOCAB_PADDING)
     if vocab % ranks:
         vocab = _up(spec.vocab, VOCAB_PADDING * ranks)
@@ -146,11 +146,11 @@ def _shares(spec: ModelSpec, ranks: int, device: Device) -> Mapping[str, Share]:
             heads = kv_heads * (spec.heads // spec.kv_heads)
     replicas = max(1, ranks // kv_heads)
     return {
-        "vocab": Share(vocab // ranks),
-        "q": Share(heads // ranks * spec.head_dim),
-        "kv": Share(max(1, kv_heads // ranks) * spec.head_dim, replicas),
-        "ffn": Share(_up(spec.ffn, column_multiple) // ranks),
-        "expert_ffn": Share(_up(spec.expert_ffn, column_multiple) // ranks),
+        "vocab": RankSplit(vocab // ranks),
+        "q": RankSplit(heads // ranks * spec.head_dim),
+        "kv": RankSplit(max(1, kv_heads // ranks) * spec.head_dim, replicas),
+        "ffn": RankSplit(_up(spec.ffn, column_multiple) // ranks),
+        "expert_ffn": RankSplit(_up(spec.expert_ffn, column_multiple) // ranks),
     }
 
 

@@ -1,4 +1,4 @@
-"""The name of served weights follows their contents."""
+"""The name of served weights depends on their contents only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from collab_megatron.engine.served import served_weights
+from collab_megatron.engine.control import served_weights
 from collab_megatron.errors import RunError, UserError
 
 
@@ -51,7 +51,7 @@ def test_running_servers_are_named_by_what_they_hold() -> None:
         assert name != served_weights([other], timeout_s=5)
         with pytest.raises(UserError, match="serve different weights"):
             served_weights([one, other], timeout_s=5)
-    with server(None, "3") as third, server(None, "4") as fourth:  # no checksums: what they say of themselves
+    with server(None, "3") as third, server(None, "4") as fourth:  # no checksums: their weight versions
         assert served_weights([third], timeout_s=5) != served_weights([fourth], timeout_s=5)
     with pytest.raises(RunError, match="is gone"):
         served_weights([one], timeout_s=5)

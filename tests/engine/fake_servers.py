@@ -1,4 +1,4 @@
-"""Small real HTTP servers that speak as much of SGLang as a pool needs, and that die, hang, reset and refuse."""
+"""Small real HTTP servers with the SGLang calls that a pool needs, which can die, hang, reset and refuse."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Answer = Callable[[dict[str, Any]], Awaitable[web.Response | None]]
 
 @dataclass
 class FakeServer:
-    """`answer(body)` may wait or raise; None: the ordinary reply."""
+    """`answer(body)` may wait or raise; None: the normal reply."""
 
     version: str = "1"
     answer: Answer | None = None
     silent: bool = False  # accepts connections, answers nothing
-    tells_work: bool = False  # has the calls that tell of the scheduler behind the HTTP side
+    reports_progress: bool = False  # has the calls that report on the scheduler behind the HTTP side
     batches: int = 0  # that the scheduler has finished
     paused: bool = False
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     answered: int = 0
-    reset_next: int = 0  # break so many connections
+    reset_next: int = 0  # number of connections to break
 
     async def die(self) -> None:
         """Break every connection and stop listening."""
@@ -38,7 +38,7 @@ class FakeServer:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
         app.router.add_get("/model_info", self._model_info)
-        if self.tells_work:
+        if self.reports_progress:
             app.router.add_get("/v1/loads", self._loads)
             app.router.add_get("/ready", self._ready)
             app.router.add_get("/ping", self._ping)
@@ -60,8 +60,8 @@ class FakeServer:
             request.transport.abort()
         if self.silent:
             await asyncio.sleep(3600)
-        if self.answer is not None and (said := await self.answer(body)) is not None:
-            return said
+        if self.answer is not None and (answer := await self.answer(body)) is not None:
+            return answer
         self.answered += 1
         return web.json_response([reply(self.version)] * body["sampling_params"]["n"])
 
@@ -101,7 +101,7 @@ def reply(version: str) -> dict[str, Any]:
 
 @asynccontextmanager
 async def servers(*fakes: FakeServer) -> AsyncIterator[None]:
-    """They listen, each at its `url`, as long as the block lasts."""
+    """They listen, each at its `url`, until the block ends."""
     for fake in fakes:
         await fake.start()
     try:
