@@ -30,7 +30,7 @@ from aiohttp import web
 from collab_megatron.demo.scripted_roles import ROLES, answer
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_text
-from collab_megatron.processes import die_with_parent
+from collab_megatron.signals import die_with_parent
 
 API_KEY_VARIABLE = "DESK_API_KEY"
 FINGERPRINT = "desk-1"

@@ -20,9 +20,9 @@ import uvloop
 from collab_megatron.config.sections import UserSection
 from collab_megatron.errors import run_cli
 from collab_megatron.files import publish_json
-from collab_megatron.processes import die_with_parent
 from collab_megatron.rollout.llm import LLMUserSimulator
 from collab_megatron.rollout.llm.litellm_api import MANY_CONNECTIONS as CONNECTIONS
+from collab_megatron.signals import die_with_parent
 from collab_megatron.types import LLMRequest, Message, Task
 
 # LiteLLM's own limits are 1000 connections and 500 to one host, and what waits there counts as the provider's slowness;

@@ -33,9 +33,9 @@ from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.errors import RunError, run_cli
 from collab_megatron.files import publish_json
-from collab_megatron.processes import die_with_parent
 from collab_megatron.rollout.llm import LLMUserSimulator
 from collab_megatron.rollout.rewards.interactivity import Interactivity
+from collab_megatron.signals import die_with_parent
 from collab_megatron.types import Message, ScoredConversation, Task
 from tools.bench.driver_litellm import BareLLM, load_litellm
 

@@ -47,7 +47,7 @@ import uvloop
 
 from collab_megatron.errors import run_cli
 from collab_megatron.files import publish_text
-from collab_megatron.processes import die_with_parent
+from collab_megatron.signals import die_with_parent
 
 # sixteen words that the demo tokenizer knows, so that two conversations differ in their token ids too
 WORDS = ("2", "3", "4", "5", "6", "7", "8", "9", "10", "12", "15", "18", "20", "24", "30", "36")
