@@ -120,7 +120,7 @@ def command_text(intent: str, slots: Mapping[str, str]) -> str:
 
 
 def question_text(slots: Iterable[str]) -> str:
-    """The only wording of a question: several would split the first token's probability, and greedy decoding never ask."""
+    """The only wording of a question: with several, the first token is too unlikely for greedy decoding to ask."""
     return f"which {' and '.join(slots)}?"
 
 
