@@ -97,7 +97,7 @@ class PolicyTurn:
 
 @dataclass(frozen=True)
 class CallRecord:
-    """One call to a user simulator or judge, with all its attempts, for the record (docs/RECORD.md).
+    """One call to a user simulator or judge, with all its attempts, for the record (docs/record.md).
 
     Example: the judge of `interactivity` answered {"thought": "it asked", "understanding": 1, ...}: `metric` is
     "interactivity", `thought` "it asked" and `marks` {"understanding": 1, ...}.

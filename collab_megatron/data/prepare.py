@@ -113,7 +113,7 @@ def _load(
     if kind == "rl" and (plain := sum(not row.has_task for row in rows)):
         raise UserError(
             f"{plain:,} of {len(rows):,} rows of {source} are plain messages without a single_turn_prompt, which the "
-            "simulated user of RL plays: use --dataset-type sft, or rows of the other forms (docs/DATA.md)"
+            "simulated user of RL plays: use --dataset-type sft, or rows of the other forms (docs/data.md)"
         )
     return rows
 

@@ -91,7 +91,7 @@ def engine_command(
     env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"} | ON_LOOPBACK  # a server's ranks are all on this node
     if device == "cpu":
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
-        # there is no device whose work the scheduler's own could hide behind: it only costs (docs/BENCHMARKS.md)
+        # there is no device whose work the scheduler's own could hide behind: it only costs (docs/benchmarks.md)
         argv.append("--disable-overlap-schedule")
         # a server that finishes no batch is taken for hung (pool.py); its own choice, 15 decode steps, can take long
         argv += ["--load-snapshot-publish-interval", "1"]

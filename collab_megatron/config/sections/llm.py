@@ -116,11 +116,11 @@ class RewardSection(Section):
     interactivity_sees: Literal["request", "chat"] = "request"
     # replaces the shipped prompt of accuracy's judge; simulators.judge.prompt_file replaces that of interactivity
     accuracy_prompt_file: Path | None = None
-    # Python modules that register metrics of your own (docs/METRICS.md): names that Python finds, or files; of a module
+    # Python modules that register metrics of your own (docs/rewards.md): names that Python finds, or files; of a module
     # that lies next to the config file the name is enough
     metric_modules: tuple[str, ...] = ()
     judges: dict[str, JudgeSection] = Field(default={})  # by metric: an LLM of its own, in place of simulators.judge
-    settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: what it is made with (docs/METRICS.md)
+    settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: what it is made with (docs/rewards.md)
 
     @field_validator("metric_weights")
     @classmethod

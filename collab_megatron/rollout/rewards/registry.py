@@ -5,7 +5,7 @@
         return Brevity()
 
 in a module that `reward.metric_modules` names, and `reward.metric_weights: {brevity: 0.2}`; no trainer code changes.
-docs/METRICS.md tells the rest.
+docs/rewards.md tells the rest.
 """
 
 from __future__ import annotations
