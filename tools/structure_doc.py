@@ -1,22 +1,29 @@
-"""Prints the project's tree with a phrase for every file, from the files' own first lines.
+"""Generates the two lists in docs/structure.md: the rooms with what each may import, and the files with one phrase each.
 
-`--write` puts it into README.md; a structure test holds README.md against it.
+Rooms come from tests/structure/import_rules.py, phrases from the first sentence of each file. `--write` replaces both lists;
+tests/structure/test_docs.py fails while they are out of date.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-OPEN, CLOSE = "## The tree\n\n```\n", "```\n"
+sys.path.insert(0, str(REPOSITORY))  # run as a file, Python finds only tools/
+
+from tests.structure import import_rules  # noqa: E402
+
+DOCUMENT = REPOSITORY / "docs" / "structure.md"
 WIDTH = 120
 COLUMN = 36  # where the phrases begin
 PHRASE = WIDTH - COLUMN
 FOLDERS = ("collab_megatron", "conf", "slurm", "tools")
 SUFFIXES = {".py", ".yaml", ".sbatch", ".sh"}
+TESTS = "mirrors the rooms; trainer/parallel/ on gloo, slurm/ on a real Slurm, end_to_end/ whole runs"
 
 
 def phrase(path: Path) -> str:
@@ -27,14 +34,33 @@ def phrase(path: Path) -> str:
     else:
         comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("# ")]
         first = comments[0] if comments else ""
-    sentence = " ".join(first.split()).split(". ")[0].rstrip(".:")
-    for stop in (":", ";", ","):  # too long for its line: the part before a pause
-        if len(sentence) > PHRASE and stop in sentence:
-            sentence = sentence[: sentence.rindex(stop, 0, PHRASE + 1)] if stop in sentence[:PHRASE] else sentence
-    return sentence
+    return " ".join(first.split()).split(". ")[0].rstrip(".:")
 
 
-def lines(folder: Path, depth: int) -> Iterator[str]:
+def rooms() -> str:
+    """A Markdown table: each folder of the package, its job, and the rooms that it may import."""
+    lines = ["| room | job | may import |", "|---|---|---|"]
+    for init in sorted((REPOSITORY / import_rules.PACKAGE).glob("*/**/__init__.py")):
+        room = init.parent.relative_to(REPOSITORY / import_rules.PACKAGE).as_posix()
+        name = room.replace("/", ".")
+        if name not in import_rules.ROOMS and name not in import_rules.FREE:
+            continue  # part of the room around it
+        allowed = "every room" if name in import_rules.FREE else ", ".join(import_rules.ROOMS[name])
+        lines.append(f"| `{room}/` | {phrase(init)} | {allowed} |")
+    return "\n".join(lines) + "\n"
+
+
+def files() -> str:
+    """The project's tree with a phrase for every file, as a code block."""
+    shown: list[str] = []
+    for name in FOLDERS:
+        shown.append(f"{name}/")
+        shown.extend(_lines(REPOSITORY / name, 1))
+    shown.append(f"{'tests/':{COLUMN}s}{TESTS}")
+    return "\n".join(("```", *shown, "```")) + "\n"
+
+
+def _lines(folder: Path, depth: int) -> Iterator[str]:
     entries = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name))
     for path in entries:
         indent = "  " * depth
@@ -45,38 +71,41 @@ def lines(folder: Path, depth: int) -> Iterator[str]:
                 continue
             init = path / "__init__.py"
             label = f"{indent}{path.name}/"
-            yield clip(f"{label:{COLUMN}s}{phrase(init)}" if init.exists() else label)
-            yield from lines(path, depth + 1)
+            yield _clip(f"{label:{COLUMN}s}{_short(phrase(init))}" if init.exists() else label)
+            yield from _lines(path, depth + 1)
         elif path.suffix in SUFFIXES and path.name != "__init__.py":
-            yield clip(f"{indent}{path.name:{COLUMN - len(indent)}s}{phrase(path)}")
+            yield _clip(f"{indent}{path.name:{COLUMN - len(indent)}s}{_short(phrase(path))}")
 
 
-def clip(line: str) -> str:
+def _short(sentence: str) -> str:
+    """The sentence, or the part of it before a pause that fits its line."""
+    for stop in (":", ";", ","):
+        if len(sentence) > PHRASE and stop in sentence[:PHRASE]:
+            sentence = sentence[: sentence.rindex(stop, 0, PHRASE + 1)]
+    return sentence
+
+
+def _clip(line: str) -> str:
     return line.rstrip() if len(line) <= WIDTH else line[: WIDTH - 1].rstrip() + "…"
 
 
-def tree() -> str:
-    """The whole text, without fences."""
-    shown: list[str] = []
-    for name in FOLDERS:
-        shown.append(f"{name}/")
-        shown.extend(lines(REPOSITORY / name, 1))
-    shown.append(f"{'tests/':{COLUMN}s}mirrors the rooms; parallel/ on gloo, slurm/ a real Slurm, end_to_end/ the road")
-    return "\n".join(shown) + "\n"
+def updated(text: str) -> str:
+    """The document with both lists as they are now."""
+    for name, content in (("rooms", rooms()), ("files", files())):
+        begin, end = f"<!-- {name}: generated -->\n", f"<!-- {name}: end -->\n"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = before + begin + content + end + after
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="replace the tree in README.md")
-    args = parser.parse_args()
-    if not args.write:
-        print(tree(), end="")
-        return
-    readme = REPOSITORY / "README.md"
-    text = readme.read_text()
-    start = text.index(OPEN) + len(OPEN)
-    end = text.index(CLOSE, start)
-    readme.write_text(text[:start] + tree() + text[end:])
+    parser.add_argument("--write", action="store_true", help="replace both lists in docs/structure.md")
+    if parser.parse_args().write:
+        DOCUMENT.write_text(updated(DOCUMENT.read_text()))
+    else:
+        print(rooms(), files(), sep="\n", end="")
 
 
 if __name__ == "__main__":
