@@ -1,7 +1,7 @@
-"""Generates the two lists in docs/structure.md: the rooms with what each may import, and the files with one phrase each.
+"""Generates the two lists in docs/structure.md: the rooms with what each may import, and the files with a phrase each.
 
-Rooms come from tests/structure/import_rules.py, phrases from the first sentence of each file. `--write` replaces both lists;
-tests/structure/test_docs.py fails while they are out of date.
+Rooms come from tests/structure/import_rules.py, phrases from the first sentence of each file. `--write` replaces both
+lists; tests/structure/test_docs.py fails while they are out of date.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ def rooms() -> str:
         name = room.replace("/", ".")
         if name not in import_rules.ROOMS and name not in import_rules.FREE:
             continue  # part of the room around it
-        allowed = "every room" if name in import_rules.FREE else ", ".join(import_rules.ROOMS[name])
+        allowed = "every room" if name in import_rules.FREE else ", ".join(import_rules.ROOMS[name]) or "ground files"
         lines.append(f"| `{room}/` | {phrase(init)} | {allowed} |")
-    return "\n".join(lines) + "\n"
+    ground = ", ".join(f"`{name}`" for name in import_rules.EVERYWHERE)
+    return "\n".join(lines) + f"\n\nGround files, which every room may import: {ground}.\n"
 
 
 def files() -> str:
