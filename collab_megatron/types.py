@@ -56,6 +56,10 @@ class Message:
     role: str  # system | user | assistant
     content: str
 
+    def as_dict(self) -> dict[str, str]:
+        """{"role": ..., "content": ...}: chat templates, APIs, rows and records hold messages like this."""
+        return {"role": self.role, "content": self.content}
+
 
 @dataclass(frozen=True)
 class Task:

@@ -48,7 +48,7 @@ class CollabRow:
         return self.conv_id, self.single_turn_prompt
 
 
-def read_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | None = None) -> list[CollabRow]:
+def parse_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | None = None) -> list[CollabRow]:
     """Rows of any form. In messages rows count from 1, as lines do.
 
     Raises UserError naming source, row and column for what cannot be read, over all rows, unless `bad` skips such rows;
