@@ -124,8 +124,8 @@ def _factories() -> None:
 
         return made
 
-    # `with torch.device(...)` (transformers' from_pretrained uses it) recognizes factories by identity and looks them up
-    # once: show it the originals, which the wrapped ones call
+    # `with torch.device(...)` (in transformers' from_pretrained) knows factories by identity and looks them up once:
+    # show it the originals, which the wrapped ones call
     torch.utils._device._device_constructors()
     for name in _FACTORIES.split():
         setattr(torch, name, on_cpu(getattr(torch, name)))
@@ -164,8 +164,8 @@ def _tensor_type_names() -> None:
 def patch_experts() -> None:
     """D: megatron's mixture of experts without transformer-engine and on a CPU.
 
-    The router falls back to torch's matmul if transformer-engine's is None, but without transformer-engine the name does
-    not exist; and the dispatcher needs numpy arrays, which it makes of CUDA tensors only.
+    The router falls back to torch's matmul if transformer-engine's is None, but without transformer-engine its name is
+    missing; and the dispatcher needs numpy arrays, which it makes of CUDA tensors only.
     """
     import megatron.core.transformer.moe.moe_utils as moe
     import megatron.core.transformer.moe.token_dispatcher as dispatcher

@@ -105,14 +105,12 @@ class SdpaAttention(MegatronModule):
         longest = prefix + max(own)
         before, rest = (key[:prefix], value[:prefix]), [x[prefix:] for x in (query, key, value)]
         if longest <= SHORT or len(own) * longest <= COPIES * (prefix + sum(own)):
-            yield self._after_prefix(*before, own, *rest)
+            yield self._with_prefix(*before, own, *rest)
             return
         for length, qkv in zip(own, zip(*(x.split(own) for x in rest), strict=True), strict=True):
-            yield checkpoint(
-                self._after_prefix, *before, (length,), *qkv, use_reentrant=False, preserve_rng_state=False
-            )
+            yield checkpoint(self._with_prefix, *before, (length,), *qkv, use_reentrant=False, preserve_rng_state=False)
 
-    def _after_prefix(self, keys: Tensor, values: Tensor, own: tuple[int, ...], *qkv: Tensor) -> Tensor:
+    def _with_prefix(self, keys: Tensor, values: Tensor, own: tuple[int, ...], *qkv: Tensor) -> Tensor:
         """keys and values [p, kv_h, d] that come before each of the sequences in q, k, v [t, .., d] -> [t, h, d]."""
         q, k, v = (_stack(x, own) for x in qkv)
         if len(keys):
