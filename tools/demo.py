@@ -15,7 +15,7 @@ from collab_megatron.demo.road import RoadSettings, ablate, walk
 from collab_megatron.demo.summary import print_summary
 from collab_megatron.errors import run_cli
 from collab_megatron.files import keep_from_others
-from collab_megatron.launch.places import check_folder
+from collab_megatron.launch.path_checks import check_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -18,7 +18,7 @@ from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, t
 from collab_megatron.data.splits import DEFAULT_SHARE
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import keep_from_others
-from collab_megatron.launch.places import check_folder
+from collab_megatron.launch.path_checks import check_folder
 
 
 def main() -> None:

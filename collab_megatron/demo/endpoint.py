@@ -29,7 +29,7 @@ from aiohttp import web
 
 from collab_megatron.demo.roles import ROLES, answer
 from collab_megatron.errors import UserError, run_cli
-from collab_megatron.processes import die_with_parent
+from collab_megatron.signals import die_with_parent
 
 API_KEY_VARIABLE = "DESK_API_KEY"
 FINGERPRINT = "desk-1"

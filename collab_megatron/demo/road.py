@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from collab_megatron.errors import UserError
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 
 ENDPOINT_START_S = 30.0
 STAGE_END_S = 120.0  # for a stage that is interrupted: train.save_grace_s, and what its servers take to end
@@ -59,7 +59,7 @@ class Road:
         ready = self.run_dir / "logs" / "endpoint.address"
         ready.unlink(missing_ok=True)
         argv = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", "0", "--ready-file", str(ready)]
-        child: Child = supervisor.start("endpoint", [*argv, "--die-with-parent"], {KEY_VARIABLE: self._key})
+        child: ChildProcess = supervisor.start("endpoint", [*argv, "--die-with-parent"], {KEY_VARIABLE: self._key})
         address = supervisor.wait_for_file(ready, child, timeout_s=ENDPOINT_START_S)
         self._api_base = f"http://{address.strip()}/v1"
 

@@ -40,7 +40,6 @@ FREE: Mapping[str, frozenset[str]] = {
     "run": frozenset({"dir", "name", "resume", "init_from", "umask", "stopped_timeout_s"}),  # init_from by content
     "model": frozenset({"path"}),  # by content
     "data": frozenset({"train", "validation"}),  # by content; the held-out rows decide nothing
-    "rollout": frozenset({"step_timeout_s"}),
     "reward": frozenset({"metric_modules"}),  # by content
     "optimizer": frozenset({"distributed", "overlap", "cpu_offload"}),
     "simulators": frozenset({"health", "assistant"}),  # limits of what is said; who builds data sets

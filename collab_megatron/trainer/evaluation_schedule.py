@@ -10,7 +10,7 @@ from collab_megatron.trainer.actor.agreement import fail_together, on_rank_zero
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.engines import Engines
 from collab_megatron.trainer.rl_reporter import RLReporter
-from collab_megatron.wire.unfinished import is_evaluated
+from collab_megatron.wire.completion import is_evaluated
 
 ENDS_THE_RUN = (NoEngineLeft, WeightsDiffer, RunStops)
 """Errors of an evaluation after which no further step can or may be taken."""

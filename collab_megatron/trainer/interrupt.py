@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from collab_megatron.errors import EXIT_INTERRUPTED, Interrupted
-from collab_megatron.processes import SAME_S
+from collab_megatron.signals import SAME_S
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -33,9 +33,9 @@ from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.errors import RunError, run_cli
 from collab_megatron.files import publish_json
-from collab_megatron.processes import die_with_parent
 from collab_megatron.rollout.llm import LLMUserSimulator
 from collab_megatron.rollout.rewards.interactivity import Interactivity
+from collab_megatron.signals import die_with_parent
 from collab_megatron.types import Message, ScoredConversation, Task
 from tools.bench.driver_litellm import BareLLM, load_litellm
 
@@ -111,7 +111,7 @@ async def measure(config: RLConfig, url: str, settings: Sequence[bytes], failure
     judge_llm = BareLLM(litellm, url, "judge", in_flight=judge.max_concurrency, failure_wait_s=failure_wait_s)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         chat = ChatTemplate(load_tokenizer(config.model.path))
-        players = Players(session, url, chat, LLMUserSimulator(user_llm), Interactivity(judge_llm))
+        players = Players(session, url, chat, LLMUserSimulator(user, user_llm), Interactivity(judge_llm))
         await step(read_task_files(config.data.validation_files)[0][:1], config.rollout, players)
         gc.collect()
         gc.freeze()

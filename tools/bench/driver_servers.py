@@ -30,7 +30,7 @@ import uvloop
 
 from collab_megatron.errors import run_cli
 from collab_megatron.files import publish_text
-from collab_megatron.processes import die_with_parent
+from collab_megatron.signals import die_with_parent
 from tools.bench.driver_api import FAILURE, Call, SimulatorEndpoint
 from tools.bench.driver_engine import EngineStandIn
 

@@ -18,6 +18,7 @@ from collab_megatron.config.sections.base import (
     Share,
     Umask,
 )
+from collab_megatron.errors import UserError
 
 LONGEST_NAME = 100  # bytes of a run's name; file names have 255, and the longest that are made of it add some 60
 _RUN_NAME = re.compile(r"\w[\w.+=@-]*")
@@ -153,6 +154,14 @@ class ParallelSection(Section):
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
+
+    def require_transformer_engine(self, is_there: bool) -> None:
+        """Raise UserError where the layout needs transformer-engine and this machine does not have it."""
+        if self.context > 1 and not is_there:
+            raise UserError(
+                f"parallel.context={self.context} needs transformer-engine, because no other attention shares a "
+                "sequence between ranks: install it on a machine with GPUs, or set parallel.context=1"
+            )
 
 
 class OptimizerSection(Section):

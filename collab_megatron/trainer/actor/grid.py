@@ -110,11 +110,7 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
             f"context={parallel.context} * data={parallel.data} is {parallel.world_size}"
         )
     backend = choose_backend(parallel.device, local_rank)
-    if parallel.context > 1 and not backend.transformer_engine:
-        raise UserError(
-            f"parallel.context={parallel.context} needs transformer-engine's attention, which this machine does not "
-            "have: set parallel.context=1"
-        )
+    parallel.require_transformer_engine(backend.transformer_engine)
     _set_threads(backend)
     timeout = timedelta(seconds=parallel.collective_timeout_s)
     if not dist.is_initialized():  # else close_grid(leave_world=False) was called before
