@@ -16,7 +16,7 @@ import torch
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, load_config
 from collab_megatron.data.parquet import Conversation, write_conversations, write_tasks
 from collab_megatron.errors import UserError
-from collab_megatron.launch import launch
+from collab_megatron.launch import run_processes
 from collab_megatron.launch.config_warnings import NEAR, memory_warnings
 from collab_megatron.launch.epochs import epochs_to_steps
 from collab_megatron.launch.node import Node, parse_node
@@ -258,7 +258,7 @@ def test_engines_use_gpus_of_their_own_or_the_trainers(load: Load, monkeypatch: 
 def test_the_device_is_decided_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the launcher found stands in the config that the ranks read, where their torch must agree with it."""
     for found in ("cuda", "cpu"):
-        monkeypatch.setattr(launch, "device_of", lambda parallel, found=found: found)
+        monkeypatch.setattr(run_processes, "device_of", lambda parallel, found=found: found)
         assert on_chosen_device(load()).parallel.device == found
     monkeypatch.undo()
     assert on_chosen_device(load("parallel.device=cpu")).parallel.device == "cpu"
