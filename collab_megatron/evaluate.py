@@ -25,8 +25,8 @@ import uvloop
 from collab_megatron import __version__
 from collab_megatron.config import EvaluateConfig, load_config, show_config
 from collab_megatron.data.parquet import read_task_files
+from collab_megatron.engine.control import served_weights
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.engine.served import served_weights
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, run_cli
 from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.cli import parse_arguments
@@ -41,7 +41,7 @@ from collab_megatron.rollout.cast import assemble, usable_tasks
 from collab_megatron.rollout.evaluation import Evaluation, evaluate
 from collab_megatron.rollout.journal.store import Journal, open_journal
 from collab_megatron.rollout.lineage import model_fingerprint
-from collab_megatron.rollout.rewards.configured import judge_calls
+from collab_megatron.rollout.rewards import judge_calls
 from collab_megatron.rollout.transcripts import write_transcripts
 from collab_megatron.rollout.worth import evaluation_calls
 from collab_megatron.trainer.report.evaluation_table import evaluation_table

@@ -35,20 +35,20 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     # heavy and megatron-bound: the launcher, which shares this file, must start without them
     from collab_megatron.engine.keys import EngineKeys
     from collab_megatron.trainer.actor.actor import Actor
+    from collab_megatron.trainer.actor.agreement import fail_together
     from collab_megatron.trainer.actor.grid import close_grid, init_grid
     from collab_megatron.trainer.actor.reference import build_reference
-    from collab_megatron.trainer.checkpoint.run import Checkpoints
-    from collab_megatron.trainer.checkpoint.together import together
+    from collab_megatron.trainer.checkpoint.manager import CheckpointManager
     from collab_megatron.trainer.engine_probe import write_engine_probe
     from collab_megatron.trainer.engines import Engines
-    from collab_megatron.trainer.evaluations import Evaluations
-    from collab_megatron.trainer.inbox import Inbox
+    from collab_megatron.trainer.evaluation_schedule import EvaluationSchedule
     from collab_megatron.trainer.interrupt import Interrupt
     from collab_megatron.trainer.report.timers import PhaseTimer
-    from collab_megatron.trainer.reporter import Reporter
+    from collab_megatron.trainer.rl_reporter import RLReporter
     from collab_megatron.trainer.rl_step import update
+    from collab_megatron.trainer.rollout_client import RolloutClient
     from collab_megatron.trainer.saving import Saving, no_record
-    from collab_megatron.trainer.skipped import SkippedSteps
+    from collab_megatron.trainer.skipped_steps import SkippedSteps
     from collab_megatron.trainer.sync.proof.probe import probe_ids
     from collab_megatron.trainer.sync.publisher import Publisher
 
@@ -65,7 +65,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         temperature=config.rollout.temperature,
     )
     reference = build_reference(actor, config.algorithm, logits_chunk_mb=config.train.logits_chunk_mb)
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         actor,
         config.run,
         config.train,
@@ -76,7 +76,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
 
     arguments.wait_for_engine(config.engine.startup_timeout_s)
     interrupt = Interrupt(config.train.save_grace_s)
-    inbox = Inbox(
+    rollouts = RolloutClient(
         grid,
         driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
         driver_token=arguments.driver_token(),
@@ -93,10 +93,10 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         weights_dir=config.run.weights_dir,
         engine_keys=EngineKeys.read(arguments.engine_keys) if arguments.engine_keys else None,
     )
-    engines = Engines(publisher, inbox)
-    reporter = Reporter(config, first_step=first_step) if grid.is_main else None
+    engines = Engines(publisher, rollouts)
+    reporter = RLReporter(config, first_step=first_step) if grid.is_main else None
     timer = PhaseTimer()
-    evaluations = Evaluations(engines, reporter, grid, config)
+    evaluations = EvaluationSchedule(engines, reporter, grid, config)
     record = reporter.to_disk if reporter else no_record
     saving = Saving(checkpoints, grid, config.run, config.train, interrupt, record)
     skipped = SkippedSteps(config.train.max_skipped_steps)
@@ -124,7 +124,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     def compare_logprobs(metrics: Mapping[str, float], sync: SyncReport) -> None:
         # a request in flight across the sync can have kept a prefix cache of older weights; rank 0 knows
         comparable = sync.flushed or not config.driver.max_staleness
-        with together(grid, "the check of the engines' log-probs", config.run.dir):
+        with fail_together(grid, "the check of the engines' log-probs", config.run.dir):
             if grid.is_main and comparable:
                 require_same_weights(metrics, config.sync.max_logprob_gap)
 
@@ -133,14 +133,14 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
             return engines.publish(saving.done)
 
     def report_step(batch: RolloutBatch, metrics: Mapping[str, float], sync: SyncReport) -> None:
-        with together(grid, "reporting", config.run.dir):
+        with fail_together(grid, "reporting", config.run.dir):
             if reporter:
                 reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain())
 
     def save_checkpoint() -> None:
         with timer("checkpoint"):
             saving.save()
-        with together(grid, "reporting", config.run.dir):
+        with fail_together(grid, "reporting", config.run.dir):
             if reporter:
                 reporter.saved(saving.done, timer.drain())
 
@@ -164,7 +164,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     if reporter:
         write_engine_probe(config, publisher.control)
         reporter.close()
-    inbox.close()
+    rollouts.close()
     publisher.close()
     close_grid()
 

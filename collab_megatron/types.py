@@ -17,7 +17,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
+
+T = TypeVar("T")
 
 TERMINATION_SIGNAL = "[TERMINATE]"
 """How a simulated user ends the chat unless `simulators.user.termination_signal` sets another string."""
@@ -227,17 +229,39 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True)
-class LLMReply:
-    """A simulator's or judge's answer."""
+class LLMRequest(Generic[T]):
+    """What a role of the LLM gateway (user, judge, assistant) is asked for: `n` values of type T.
 
-    text: str
-    cost_usd: float = 0.0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    Example: LLMRequest([Message("user", "Is this kind? Answer 1 or 0.")], parse=float) asks for one number.
+    """
+
+    messages: Sequence[Message]
+    # makes the value from a reply's text; ValueError for a text that cannot be used (empty, no JSON, a field missing):
+    # the gateway counts it as malformed and asks again within the same retry budget
+    parse: Callable[[str], T]
+    sample_index: int = 0  # tells repeated requests with the same messages apart
+    n: int = 1
+    json_reply: bool = False  # the prompt asks for a JSON object; the role's config decides whether the API is told
+    schema: Mapping[str, Any] | None = None  # JSON Schema of that object
+
+
+@dataclass(frozen=True)
+class LLMReply:
+    """One answered API request, as the journal stores it.
+
+    Example: two replies in one answer have texts ("yes", "no") and the tokens and dollars of both together.
+    """
+
+    texts: tuple[str, ...]  # malformed ones too; none if there is a `problem`
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float  # 0 if replayed
     latency_s: float = 0.0
-    model: str = ""  # what the provider says that it was
-    fingerprint: str = ""  # the provider's name for the version that answered
-    replayed: bool = False  # it came from the journal: paid for before
+    model: str = ""  # as the provider names it
+    fingerprint: str = ""  # the provider's name for the build that answered (system_fingerprint)
+    deployment: int = 0  # index of the role's deployment that answered
+    problem: str = ""  # why the answer as a whole cannot be used: wrong_role | too_long; not stored
+    replayed: bool = field(default=False, compare=False)  # it came from the journal: paid for before
 
 
 class PolicyEngine(Protocol):
@@ -266,26 +290,12 @@ class PolicyEngine(Protocol):
 
 
 class ChatLLM(Protocol):
-    """One role of the LLM gateway (user, judge, assistant)."""
+    """One role of the LLM gateway."""
 
-    async def complete(
-        self,
-        messages: Sequence[Message],
-        *,
-        sample_index: int = 0,
-        n: int = 1,
-        json_reply: bool = False,
-        schema: Mapping[str, Any] | None = None,
-        check: Callable[[str], object] | None = None,
-    ) -> list[LLMReply]:
-        """n replies. `sample_index` tells apart repeated calls with the same messages.
+    async def complete(self, request: LLMRequest[T]) -> list[T]:
+        """The request's `n` values.
 
-        `json_reply` says that the prompt wants a JSON object, `schema` (JSON Schema) which one; whether the provider
-        is told, the role's config says.
-
-        `check` raises ValueError for a text that cannot be used (empty, no JSON, a field missing): the gateway counts
-        it as malformed and asks again inside the same retry budget.
-        Raises SimulatorError (collab_megatron.rollout.llm.gateway) once the retry budget is spent.
+        Raises SimulatorError (collab_megatron.rollout.llm) once the retry budget is spent.
         """
         ...
 

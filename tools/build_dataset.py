@@ -22,7 +22,7 @@ from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.lock import locked
 from collab_megatron.launch.preflight import check_build
 from collab_megatron.log import set_up_logging
-from collab_megatron.rollout.llm.usage import API_USAGE_FILE, GatewaySnapshot
+from collab_megatron.rollout.llm.accounting import API_USAGE_FILE, GatewaySnapshot
 
 LOCK_FILE = "build.lock"
 QUIET_S = 10.0  # between progress lines where the output is a file

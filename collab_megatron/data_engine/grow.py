@@ -25,6 +25,7 @@ from collab_megatron.types import (
     TERMINATION_SIGNAL,
     ChatLLM,
     Future,
+    LLMRequest,
     Message,
     RolloutStatus,
     ScoredConversation,
@@ -109,8 +110,8 @@ async def _propose(
     task: Task, chat: Sequence[Message], first_sample: int, growth: Growth, players: Players
 ) -> list[Candidate]:
     """The distinct candidate replies to `chat` that could be scored. Raises SimulatorError if none could."""
-    replies = await players.assistant.complete(chat, sample_index=first_sample, n=growth.num_candidates)
-    splits = [split_thoughts(reply.text.strip()) for reply in replies]
+    request = LLMRequest(chat, parse=str, sample_index=first_sample, n=growth.num_candidates)
+    splits = [split_thoughts(reply.strip()) for reply in await players.assistant.complete(request)]
     texts = list(dict.fromkeys(split.reply for split in splits if split.closed and split.reply.strip()))
     if not texts:
         raise SimulatorError("the assistant proposed no reply: its answers are empty or end inside a thought")
@@ -152,10 +153,11 @@ async def _play_future(
             if ends_chat(user_text, growth.termination_signal):
                 status = RolloutStatus.TERMINATED
                 break
-            (turn,) = await players.assistant.complete(messages, sample_index=sample_index)
-            said = split_thoughts(turn.text.strip())
+            request = LLMRequest(messages, parse=str, sample_index=sample_index)
+            (turn,) = await players.assistant.complete(request)
+            said = split_thoughts(turn.strip())
             messages.append(Message("assistant", said.reply))
-            tokens += players.count_tokens(turn.text)
+            tokens += players.count_tokens(turn)
             if not said.closed or not said.reply.strip():  # nobody could answer it
                 status = RolloutStatus.TRUNCATED
                 break

@@ -53,7 +53,7 @@ class Calls:
     @property
     def usd(self) -> float | None:
         """Dollars at the most expensive deployment; None if a price is unknown."""
-        ways: list[LLMSection | DeploymentSection] = [self.section, *self.section.deployments]
+        ways: list[DeploymentSection] = [self.section, *self.section.deployments]
         prices = [price(way) for way in ways]
         known = [item.cost_usd(round(self.tokens_in), round(self.tokens_out)) for item in prices if item is not None]
         return max(known) if len(known) == len(ways) else None

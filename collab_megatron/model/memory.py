@@ -24,7 +24,8 @@ from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, OUTPUT, Row, lay
 Reference = Literal["none", "model", "swap"]
 FP32 = 4
 INT64 = 8
-# of actor/logprobs.py: fp32 logits worked on at a time, in bytes, and the fewest columns of a tile
+# of trainer/actor/logprobs.py: bytes of a tile's fp32 logits, few enough to stay in a CPU's cache and enough to fill a
+# GPU (measured on CPUs only); and its fewest columns: with fewer, matmuls of many tokens lose more than the cache gains
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
 TILE_COLUMNS = 1024
 

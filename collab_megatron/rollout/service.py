@@ -29,7 +29,7 @@ from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
 from collab_megatron.rollout.cast import Cast, assemble, open_journal
 from collab_megatron.rollout.listener import Listener
-from collab_megatron.rollout.llm.usage import API_USAGE_FILE
+from collab_megatron.rollout.llm.accounting import API_USAGE_FILE
 from collab_megatron.rollout.recorder import TreeRecorder
 from collab_megatron.rollout.steps import Steps
 from collab_megatron.rollout.work import Work

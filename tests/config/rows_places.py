@@ -70,7 +70,7 @@ JOURNAL = [
     place("journal-below-a-file", "journal.path=DIR/f/j.sqlite", "is a file", prepare=file("f")),
     place("journal-in-proc", "journal.path=/proc/x/j.sqlite", "is not writable"),
     place("journal-no-sqlite", "journal.path=DIR/f", "SQLite", "move it away", prepare=file("f", b"x" * 5000)),
-    place("journal-other-database", "journal.path=DIR/other.sqlite", "no journal", prepare=_other_database),
+    place("journal-other-database", "journal.path=DIR/other.sqlite", "not a journal", prepare=_other_database),
     place("journal-nul", 'journal.path="a\\0b"', "NUL"),
     place("journal-empty", 'journal.path=""', "empty"),
     place("journal-only-without-one", "journal.replay=only", "no journal", "journal.path"),
@@ -193,7 +193,7 @@ MODULES = [
         "module-takes-a-name",
         OWN,
         "own_metric.py",
-        "registered already",
+        "already registered",
         content=b"from collab_megatron.rollout.rewards import register_metric\n"
         b"register_metric('accuracy')(lambda context: None)\n",
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.errors import UserError
-from collab_megatron.launch import conversion
+from collab_megatron.launch import conversion as module
 from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
 from collab_megatron.wire.checkpoints import step_folder, write_marker
 
@@ -59,7 +59,7 @@ def test_a_converted_checkpoint_is_found_again_and_another_of_its_name_is_not(
             made.append(argv)
             Path(argv[-1]).mkdir(parents=True)
 
-    monkeypatch.setattr(conversion, "Supervisor", NoProcess)
+    monkeypatch.setattr(module, "Supervisor", NoProcess)
     source = checkpoint(tmp_path / "checkpoints" / "rl", 40)
     folder = hf_folder_of(source, tmp_path / "converted", tmp_path)
     assert folder.name.startswith("rl-step_00000040-")

@@ -203,7 +203,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "demo"):
         with (
-            pytest.raises(UserError, match=r"/file is a file, and a folder .*choose another"),
+            pytest.raises(UserError, match=r"/file is a file, but a folder .*choose another"),
             run_lock(run_section(folder)),
         ):
             pass

@@ -137,7 +137,7 @@ def test_a_changed_shipped_prompt_or_version_is_another_run(
     [
         "simulators.user.max_tokens=7",
         "simulators.user.temperature=0.3",
-        "simulators.user.json_schema=true",
+        "simulators.user.response_format=json_schema",
         "simulators.user.mixture=[{model: w}]",
         "simulators.judge.max_tokens=7",
         "rollout.max_new_tokens=7",

@@ -16,7 +16,7 @@ import pytest
 
 from collab_megatron.config.sections import LLMSection, SimulatorSection, SimulatorsSection, UserSection
 from collab_megatron.errors import RunError
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.deliveries import Deliveries
 from collab_megatron.rollout.group import GroupRules, TreeSeat, grow_group, sample_replies
 from collab_megatron.rollout.journal.store import Journal
@@ -60,7 +60,7 @@ async def grow(url: str, journal: Journal) -> dict[str, Any]:
     simulators = SimulatorsSection(user=user, judge=LLMSection(**part("judge")))
     gateway = Gateway({"user": user, "judge": cast(LLMSection, simulators.judge)}, 7, journal=journal)
     try:
-        engine = RecordedEngine(ScriptedEngine(["(why?)ok", "b"]), journal, Slots(1000), max_staleness=0)
+        engine = RecordedEngine(ScriptedEngine(["(why?)ok", "b"]), journal, AdaptiveLimiter(1000), max_staleness=0)
         scorer = Scorer(
             [Interactivity(gateway.role("judge")), TokenAmount()], {"interactivity": 1.0, "token_amount": 0.0}
         )

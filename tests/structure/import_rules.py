@@ -53,7 +53,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
 
 # what single files of the rooms above need besides, each with its reason
 ADDED: Mapping[str, Mapping[str, str]] = {
-    "demo.summary": {"rollout.llm.usage": "reads the file of API calls that a run left"},
+    "demo.summary": {"rollout.llm.accounting": "reads the file of API calls that a run left"},
     "launch.cost": {"rollout.llm.prices": "the plan's dollars come from LiteLLM's price table"},
     "launch.path_checks": {"rollout.journal.store": "can the journal be opened?"},
     "launch.preflight": {
@@ -61,7 +61,6 @@ ADDED: Mapping[str, Mapping[str, str]] = {
         "rollout.llm": "do the LLM services answer?",
         "rollout.rewards": "does the config name metrics that exist?",
     },
-    "rollout.rewards": {"rollout.journal.calls": "a judge's call is recorded under the metric that asked"},
     "trainer.convert": {"trainer.actor.grid": "a type: the exporter is given the rank grid"},
     "trainer.local.layers": {"trainer.actor.backend": "a type: which layers the backend has"},
     "trainer.sync.proof.probe": {"data.chat": "the probe prompt is said in the model's tokens"},

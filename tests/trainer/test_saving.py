@@ -86,7 +86,7 @@ def test_half_a_step_is_not_saved(capsys: pytest.CaptureFixture[str]) -> None:
         with saving.step():
             raise RunError("a peer died")
     assert saves.tries == [2]
-    assert "step 2 is saved, 1 behind what was trained: " in capsys.readouterr().out
+    assert "step 2 is saved (training was at step 3): " in capsys.readouterr().out
 
 
 def test_nothing_is_saved_twice_nor_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +96,7 @@ def test_nothing_is_saved_twice_nor_before_the_first_step(capsys: pytest.Capture
             take(saving, steps)
             raise RunError("away")
         assert saves.tries == expected
-    assert "no checkpoint of this run is complete" in capsys.readouterr().out
+    assert "this run has no complete checkpoint" in capsys.readouterr().out
 
 
 def test_a_save_that_fails_is_not_tried_again_and_hides_no_failure(caplog: pytest.LogCaptureFixture) -> None:
@@ -254,7 +254,7 @@ def test_the_grace_time_ends_a_save_that_does_not(number: int) -> None:
     argv = [sys.executable, "-c", NEVER_SAVES, str(int(number))]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=90, check=False)
     assert (done.returncode, done.stdout) == (EXIT_INTERRUPTED, "saves\n"), done.stderr
-    assert "nothing more was saved within 0.2 s; raise train.save_grace_s" in done.stderr
+    assert "no checkpoint was completed within 0.2 s; raise train.save_grace_s" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 Starts real SGLang servers with a tiny model on CPU and measures one fan-out of each control call, in the order of a
 sync without its weights, two ways:
 
-- direct: `Receivers.each`, as collab_megatron/resharding does it; a thread and a connection for every server;
+- direct: `SyncServers.call_all`, as collab_megatron/trainer/sync does it; a thread and a connection for every server;
 - smg: one call to the router's RL control plane, which calls the servers. The requirements do not have it: install
   smg==1.13.0 and setproctitle, without smg's dependencies, into an environment of their own. Without it a row says so.
 
@@ -36,7 +36,7 @@ from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import ChildProcess, Supervisor
-from collab_megatron.trainer.sync.receivers import Receivers
+from collab_megatron.trainer.sync.servers import SyncServers
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
 WARM_UPS = 2
@@ -95,9 +95,9 @@ def start_router(supervisor: Supervisor, executable: str, servers: Sequence[Engi
         time.sleep(0.2)
 
 
-def direct(receivers: Receivers, name: str) -> None:
+def direct(servers: SyncServers, name: str) -> None:
     """One fan-out. Raises RunError unless every server did it."""
-    answers = receivers.each(name, lambda control, _: CALLS[name][0](control))
+    answers = servers.call_all(name, lambda control, _: CALLS[name][0](control))
     if False in answers.values():  # what flush_cache says of a refusal
         raise RunError(f"a server refused {name}")
 
@@ -150,10 +150,10 @@ def measure(servers: int, repeats: int, smg: str | None) -> list[Row]:
         entries = start_servers(supervisor, servers, Path(work) / "model")
         roster = RosterFolder(Path(work) / "roster")
         roster.publish(entries, coming=0)
-        with closing(Receivers(roster, timeout_s=CALL_S, wait_s=CALL_S)) as receivers:
-            if len(receivers.find()) != servers:
+        with closing(SyncServers(roster, timeout_s=CALL_S, wait_s=CALL_S)) as sync_servers:
+            if len(sync_servers.find()) != servers:
                 raise RunError("a server was ready and does not answer any more")
-            ways = {"direct": partial(direct, receivers)}
+            ways = {"direct": partial(direct, sync_servers)}
             if smg is not None:
                 start_router(supervisor, smg, entries, client)
                 ways["smg"] = partial(through_router, client)

@@ -111,7 +111,7 @@ async def measure(config: RLConfig, url: str, settings: Sequence[bytes], failure
     judge_llm = BareLLM(litellm, url, "judge", in_flight=judge.max_concurrency, failure_wait_s=failure_wait_s)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         chat = ChatTemplate(load_tokenizer(config.model.path))
-        players = Players(session, url, chat, LLMUserSimulator(user_llm), Interactivity(judge_llm))
+        players = Players(session, url, chat, LLMUserSimulator(user, user_llm), Interactivity(judge_llm))
         await step(read_task_files(config.data.validation_files)[0][:1], config.rollout, players)
         gc.collect()
         gc.freeze()

@@ -146,17 +146,17 @@ def measure(job: Job, transport: Literal["broadcast", "ipc", "disk"], actor: Act
     )
 
 
-class TimedDelivery:
-    """A delivery that says how long it took: a whole publish has the probe prompt, too, which is no transfer."""
+class TimedTransport:
+    """A transport that reports how long it took: a whole publish has the probe prompt, too, which is no transfer."""
 
-    def __init__(self, delivery: Any) -> None:
-        self._delivery = delivery
-        self.leave = delivery.leave
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self.close = transport.close
         self.seconds = 0.0
 
     def deliver(self, *args: Any) -> None:
         start = time.monotonic()
-        self._delivery.deliver(*args)
+        self._transport.deliver(*args)
         self.seconds = time.monotonic() - start
 
 
@@ -181,7 +181,7 @@ def make_publisher(
         probe_ids=PROBE_IDS,
         weights_dir=folder / "weights",
     )
-    publisher._delivery = TimedDelivery(publisher._delivery)  # only a benchmark wants that
+    publisher._transport = TimedTransport(publisher._transport)  # only a benchmark wants that
     return publisher
 
 
@@ -201,8 +201,8 @@ def take(publisher: Publisher, version: int, before: int) -> Sample:
     extra = (torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
     every = [0] * dist.get_world_size()
     dist.all_gather_object(every, max(extra, 0))
-    delivery: Any = publisher._delivery
-    return Sample(delivery.seconds + report.proof_s, report, max(every))
+    timed_transport: Any = publisher._transport
+    return Sample(timed_transport.seconds + report.proof_s, report, max(every))
 
 
 def memory() -> int:

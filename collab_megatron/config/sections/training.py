@@ -231,6 +231,14 @@ class TrainSection(Section):
             )
         return given
 
+    def saves_after(self, done: int) -> bool:
+        """Whether a checkpoint is due after `done` steps, whatever the clock says: at the interval and at the end."""
+        return done == self.steps or (self.save_interval > 0 and done % self.save_interval == 0)
+
+    def evaluates_after(self, done: int) -> bool:
+        """Whether an evaluation is due after `done` steps: at the interval and at the end."""
+        return done == self.steps or (self.eval_interval > 0 and done % self.eval_interval == 0)
+
 
 class AlgorithmSection(Section):
     """GRPO on multiturn-aware rewards."""

@@ -24,13 +24,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from collab_megatron.config.sections import OptimizerSection
-from collab_megatron.errors import RunError, UserError, WeightsNotFinite
+from collab_megatron.errors import WeightsNotFinite
 from collab_megatron.model.layout import check_layout, read_hf_config
 from collab_megatron.model.source import resolve_model_folder
 from collab_megatron.model.spec import ModelSpec, model_spec
-from collab_megatron.trainer.actor.grid import RankGrid, agree, phase
-from collab_megatron.trainer.actor.model import PolicyModel, Recompute, build_model
+from collab_megatron.trainer.actor.agreement import fail_together, gather, phase
+from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.actor.optimizer import build_optimizer, parts, step_if_finite, wrap_for_training
+from collab_megatron.trainer.actor.policy_model import PolicyModel, Recompute, build_model
 from collab_megatron.trainer.actor.schedule import forward, from_last_stage, run_schedule, token_aligned
 from collab_megatron.trainer.batching.micro_batch import MicroBatch
 from collab_megatron.trainer.convert.buckets import BucketStream, TensorInfo, bucket_plan, is_cut, tensor_plan
@@ -88,7 +89,7 @@ class Actor:
 
         temperature: of the sampling; log-probs, entropies and losses are of the distribution at it.
         `load_weights` False leaves them undefined, for a checkpoint that is loaded next (source: its own `hf` folder).
-        Raises UserError where folder, layout or schedule do not fit.
+        Raises UserError where folder or layout do not fit.
         """
         folder = resolve_model_folder(model_path)
         hf_config = read_hf_config(folder)
@@ -213,8 +214,9 @@ class Actor:
                 return None
             self.gather_weights()
             names = [name for chunk in self.chunks for name, _ in chunk.named_parameters()]
-            said = agree(self.grid, next((names[place] for place in not_finite(self._weights())), None))
-        return said[0] if said else "in the optimizer's copy"
+            mine = next((names[place] for place in not_finite(self._weights())), None)
+            found_on = [f"rank {rank}: {name}" for rank, name in enumerate(gather(self.grid, mine)) if name is not None]
+        return found_on[0] if found_on else "in the optimizer's copy"
 
     def _weights(self) -> list[Tensor]:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
@@ -305,20 +307,16 @@ class Actor:
         self, output: Path, *, max_shard_size: str | int = "5GB", metadata: Mapping[str, str] | None = None
     ) -> None:
         """Write a Hugging Face folder. Collective over all ranks; rank 0 writes, all raise RunError if it fails."""
-        failure: Exception | None = None
         stream = self.hf_tensors()
-        if self.grid.is_main:
+        with fail_together(self.grid, f"saving the model to {output}", output.parent):
             try:
-                write_hf_folder(stream, self.source_folder, output, max_shard_size=max_shard_size, metadata=metadata)
-            except Exception as error:  # noqa: BLE001  (raised again below, once no rank waits for this one)
-                failure = error
-        for _ in stream:  # the other ranks take part in every gather, and so does rank 0 after a failure
-            continue
-        said = agree(self.grid, None if failure is None else str(failure))
-        if isinstance(failure, UserError | RunError):
-            raise failure
-        if said:
-            raise RunError(f"saving the model to {output} failed: {said[0]}") from failure
+                if self.grid.is_main:
+                    write_hf_folder(
+                        stream, self.source_folder, output, max_shard_size=max_shard_size, metadata=metadata
+                    )
+            finally:
+                for _ in stream:  # the other ranks take part in every gather, and so does rank 0 after a failure
+                    continue
 
 
 def _stacked(parts: list[dict[str, Tensor]]) -> Tensor:

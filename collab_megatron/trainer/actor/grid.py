@@ -7,10 +7,8 @@ one pipeline stage hold expert shards first and copies of those second.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -180,64 +178,6 @@ def close_grid(*, leave_world: bool = True) -> None:
         if leave_world:
             dist.destroy_process_group()
         _grid = None
-
-
-def barrier(rank_grid: RankGrid) -> None:
-    """Wait for every rank, at most the grid's deadline. Raises RunError naming this rank when one does not come."""
-    try:
-        dist.monitored_barrier(rank_grid.cpu_group, timeout=timedelta(seconds=rank_grid.timeout_s))
-    except RuntimeError as error:
-        raise RunError(f"rank {rank_grid.rank}: {error}") from error
-
-
-def meet(rank_grid: RankGrid, where: str, timeout_s: float) -> None:
-    """Wait until every rank has come to `where` (a name used once), also where some may not come at all.
-
-    Over the store of the rendezvous: a gloo collective's deadline is its group's, on all ranks but the first.
-    Raises RunError naming this rank at the deadline.
-    """
-    if rank_grid.world_size == 1:
-        return
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        store.set(f"{where}/{rank_grid.rank}", "here")
-        store.wait([f"{where}/{rank}" for rank in range(rank_grid.world_size)], timedelta(seconds=timeout_s))
-    except RuntimeError as error:  # DistStoreError at the deadline, DistNetworkError where rank 0 is gone
-        raise RunError(f"rank {rank_grid.rank}: not every rank came to {where} within {timeout_s:g} s") from error
-
-
-def agree(rank_grid: RankGrid, failure: str | None) -> list[str]:
-    """Every rank says what failed on it (None: nothing) and hears of all failures, in rank order. Collective."""
-    said: list[str | None] = [None] * rank_grid.world_size
-    dist.all_gather_object(said, failure, group=rank_grid.cpu_group)
-    return [f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None]
-
-
-def from_rank_zero(rank_grid: RankGrid, value: bool) -> bool:
-    """Rank 0's `value` on every rank. Collective."""
-    told = torch.tensor([value], dtype=torch.int32)
-    if rank_grid.world_size > 1:
-        dist.broadcast(told, src=0, group=rank_grid.cpu_group)
-    return bool(told.item())
-
-
-@contextlib.contextmanager
-def phase(rank_grid: RankGrid, name: str) -> Iterator[None]:
-    """Name the phase and this rank where a collective fails because a peer died or missed the deadline.
-
-    Raises RunError for those; anything else passes through as it is.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # gloo raises plain RuntimeErrors that only their source path gives away
-        if not isinstance(error, dist.DistError) and "gloo" not in first_line:
-            raise
-        raise RunError(
-            f"rank {rank_grid.rank} ({rank_grid.place}) in {name}: a peer died or did not answer within "
-            f"{rank_grid.timeout_s:g} s; its own log says why ({first_line})"
-        ) from error
 
 
 def _every_group_on_cpu(group: dist.ProcessGroup, world_size: int, timeout: timedelta) -> dist.ProcessGroup:

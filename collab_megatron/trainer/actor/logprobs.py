@@ -23,9 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# a tile's fp32 logits: few enough to stay in a CPU's cache, enough to fill a GPU; measured on CPUs only
-TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
-TILE_COLUMNS = 1024  # at least: with fewer, matmuls of many tokens lose more than the cache gains
+from collab_megatron.model.memory import TILE_BYTES, TILE_COLUMNS
+
 NO_COLUMNS = -1e30  # log-normalizer of a rank that holds padding only: weighs nothing, and no nan comes of it
 # a tile with less than 1 / MOST_RARE of the probability counts as if it had that much: its factors stay finite
 MOST_RARE = 1e15

@@ -15,10 +15,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from collab_megatron.config.sections import OptimizerSection
-from collab_megatron.errors import UserError
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.actor.model import PolicyModel
 from collab_megatron.trainer.actor.offload import OffloadedAdamW
+from collab_megatron.trainer.actor.policy_model import PolicyModel
 from collab_megatron.trainer.local.cpu_support import patch_torch_adamw
 
 logger = logging.getLogger(__name__)
@@ -66,14 +65,10 @@ def _finalize(model: list[Any], _num_tokens: Any = None, **kwargs: Any) -> None:
 def build_optimizer(
     wrapped: list[DistributedDataParallel], section: OptimizerSection, dtype: torch.dtype, total_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW (no decay on biases and norms) and its schedule. Raises UserError for a schedule that makes no sense.
+    """AdamW (no decay on biases and norms) and its schedule, whose bounds the config has checked.
 
     The warm-up's first step has lr/warmup_steps, not 0, which would waste it.
     """
-    if section.min_lr > section.lr:
-        raise UserError(f"optimizer.min_lr={section.min_lr} is above optimizer.lr={section.lr}")
-    if section.schedule != "constant" and section.warmup_steps >= total_steps:
-        raise UserError(f"optimizer.warmup_steps={section.warmup_steps} must be below the {total_steps} training steps")
     patch_torch_adamw()
     config = OptimizerConfig(
         optimizer="adam",

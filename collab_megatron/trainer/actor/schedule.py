@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.batching.context import context_columns, from_context_parts
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, idle_like
+from collab_megatron.trainer.batching.partition import context_columns, from_context_parts
 from collab_megatron.trainer.local.layers import Packing
 
 # megatron's forward_step_func: (iterator, model) -> (output, function of the output that makes the loss)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from collab_megatron.trainer.actor.backend import Backend
-from collab_megatron.trainer.batching.micro_batch import Group
+from collab_megatron.trainer.batching.micro_batch import PackedGroup
 from collab_megatron.trainer.local.kernels import linear, rms_norm, rope, short_attention, swiglu
 
 SHORT = 256  # tokens up to which short_attention trains faster than torch's CPU kernel
@@ -42,10 +42,10 @@ COPIES = 2  # keys of a group, its prefix copied for each reply and shorter repl
 class Packing(PackedSeqParams):
     """How a packed row is divided; the lengths also as numbers, so that nothing waits for a device to read them."""
 
-    groups: tuple[Group, ...] = ()
+    groups: tuple[PackedGroup, ...] = ()
 
     @classmethod
-    def of(cls, groups: tuple[Group, ...], device: torch.device) -> Packing:
+    def of(cls, groups: tuple[PackedGroup, ...], device: torch.device) -> Packing:
         """The boundaries that transformer-engine reads know no shared prefix: with it, nothing may be shared."""
         lengths = tuple(length for prefix, own in groups for length in ((prefix, *own) if prefix else own))
         ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
@@ -93,7 +93,7 @@ class SdpaAttention(MegatronModule):
         outs = [out for group, qkv in zip(groups, parts, strict=True) for out in self._group(group, *qkv)]
         return torch.cat(outs).reshape(query.shape[0], -1)
 
-    def _group(self, group: Group, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
+    def _group(self, group: PackedGroup, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
         """query [t, h, d], key and value [t, kv_h, d] of one group -> the t tokens as parts [.., h, d], in order."""
         prefix, own = group
         if prefix:
@@ -152,7 +152,7 @@ def _stack(tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)  # all layers and micro-batches of one length ask for the same
-def _cos_sin(angles: Tensor, groups: tuple[Group, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _cos_sin(angles: Tensor, groups: tuple[PackedGroup, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """angles [s, 1, 1, d], both halves alike -> two [s, 1, 1, d/2]; packed: positions begin again in each group, and
     behind its prefix in each sequence."""
     half = angles[..., : angles.shape[-1] // 2]
@@ -191,7 +191,7 @@ def _alone(layer: Any) -> bool:
     return layer.tp_group is None or layer.tp_group.size() == 1
 
 
-class Column(ColumnParallelLinear):
+class ColumnLinear(ColumnParallelLinear):
     """Upstream's; on one tensor-parallel rank the gradient goes straight into the buffer."""
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -202,7 +202,7 @@ class Column(ColumnParallelLinear):
         return linear(input_, self.weight, None if self.skip_bias_add else self.bias), skipped
 
 
-class Row(RowParallelLinear):
+class RowLinear(RowParallelLinear):
     """Upstream's; on one tensor-parallel rank the gradient goes straight into the buffer."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -218,7 +218,7 @@ class GatedMlp(MLP):
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__(
-            config, MLPSubmodules(linear_fc1=Column, linear_fc2=Row), ffn_hidden_size=config.ffn_hidden_size
+            config, MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear), ffn_hidden_size=config.ffn_hidden_size
         )
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
@@ -272,7 +272,7 @@ def layer_spec(
     parts.self_attention.module = CausalSelfAttention
     attention = parts.self_attention.submodules
     attention.core_attention = SdpaAttention
-    attention.linear_qkv, attention.linear_proj = Column, Row
+    attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RmsNorm
     num_layers = get_num_layers_to_build(config, vp_stage=model_chunk)

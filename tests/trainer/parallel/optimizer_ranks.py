@@ -24,7 +24,7 @@ from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.actor.offload import HostMaster, OffloadedAdamW
 from collab_megatron.trainer.actor.optimizer import parts
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, split_by_tokens
-from collab_megatron.trainer.checkpoint.store import load_checkpoint, save_checkpoint
+from collab_megatron.trainer.checkpoint.save_load import load_checkpoint, save_checkpoint
 from collab_megatron.trainer.loss.losses import LossSum, sft_loss
 from tests.trainer.parallel.tiny import make_samples
 
