@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from collab_megatron.config.sections.base import Finite, Named, Positive, Seconds, Section, Share
 from collab_megatron.config.sections.extra import check_address, check_extra
@@ -45,15 +44,6 @@ class LLMSection(DeploymentSection):
     # further arguments of every call, in LiteLLM's terms, e.g. {top_p: 0.9, reasoning_effort: low}; no secrets.
     # LiteLLM leaves out OpenAI's arguments that it knows a provider not to take
     extra: dict[str, Any] = Field(default={})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _replaced_keys(cls, value: Any) -> Any:
-        """Raises ValueError for the two keys that `response_format` replaced."""
-        for key in ("json_mode", "json_schema"):
-            if isinstance(value, Mapping) and key in value:
-                raise ValueError(f"{key} was replaced: set response_format to text, json_object or json_schema")
-        return value
 
     @field_validator("extra")
     @classmethod
