@@ -120,7 +120,7 @@ class PolicyTurn:
 
 @dataclass(frozen=True)
 class CallRecord:
-    """One call to a user simulator or judge, with all its attempts, for the record (docs/RECORD.md).
+    """One call to a user simulator or judge, with all its attempts, for the record (docs/record.md).
 
     Example: the judge of `interactivity` answered {"thought": "it asked", "understanding": 1, ...}: `metric` is
     "interactivity", `thought` "it asked" and `marks` {"understanding": 1, ...}.
@@ -336,7 +336,7 @@ class ScoredConversation:
 class Metric(Protocol):
     """One conversation-level metric; all metrics of a conversation run at the same time.
 
-    Example: docs/METRICS.md has a metric of one class and one decorator.
+    Example: docs/rewards.md has a metric of one class and one decorator.
     """
 
     name: str

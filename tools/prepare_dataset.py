@@ -2,7 +2,7 @@
 
     python tools/prepare_dataset.py --dataset ROWS --dataset-type rl --output DIR [--split train,validation] [...]
 
-ROWS: a hub name, a saved `datasets` folder, a folder or file of parquet, JSON or JSONL; docs/DATA.md describes the
+ROWS: a hub name, a saved `datasets` folder, a folder or file of parquet, JSON or JSONL; docs/data.md describes the
 forms of rows. Writes DIR/{sft,rl}_train.parquet and {sft,rl}_validation.parquet. One task in ten is held out, chosen by
 the task's own text, so that calls for SFT and for RL hold out the same ones.
 Exit code 2 with one sentence for a mistake in the arguments or the data.

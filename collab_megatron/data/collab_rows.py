@@ -4,7 +4,7 @@ flat form      the same fields as CollabRow
 nested form    {single_turn_prompt, ..., turns: [{prompt, responses: [{completion, score, sessions, rewards}]}]}
 messages form  {messages: [{role, content}, ...]}: a finished chat, for supervised training only
 
-docs/DATA.md describes every column.
+docs/data.md describes every column.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _lacks(lacking: Mapping[int, Sequence[str]], rows: Sequence[Any], source: st
             parts.append(f"{column!r} in {len(numbers):,} of {len(rows):,} rows ({shown})")
     columns = ", ".join(dict.fromkeys(str(name) for number in lacking for name in rows[number]))
     noun = "column" if len(parts) == 1 else "columns"
-    return f"{source} has no {noun} {', '.join(parts)}; its columns are {columns}; docs/DATA.md describes the forms"
+    return f"{source} has no {noun} {', '.join(parts)}; its columns are {columns}; docs/data.md describes the forms"
 
 
 def _read_row_of_any_form(row: Mapping[str, Any], number: int, where: str) -> list[CollabRow]:

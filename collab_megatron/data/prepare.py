@@ -111,7 +111,7 @@ def _load(kind: Kind, source: str, splits: Sequence[str], skip_bad_rows: bool) -
     if kind == "rl" and (plain := sum(not row.has_task for row in rows)):
         raise UserError(
             f"{plain:,} of {len(rows):,} rows of {source} are plain messages without a single_turn_prompt, which the "
-            "simulated user of RL needs: use --dataset-type sft, or rows of the other forms (docs/DATA.md)"
+            "simulated user of RL needs: use --dataset-type sft, or rows of the other forms (docs/data.md)"
         )
     return rows
 

@@ -143,7 +143,7 @@ def test_a_text_or_the_file_that_holds_it(tmp_path: Path) -> None:
 
 
 def test_the_rows_in_the_docs_can_be_read() -> None:
-    text = (REPOSITORY / "docs" / "DATA.md").read_text()
+    text = (REPOSITORY / "docs" / "data.md").read_text()
     rows = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)]
     found = parse_rows(rows, "docs")
     assert [row.completion for row in found] == [

@@ -69,7 +69,7 @@ def on_rank_zero(grid: RankGrid, act: Callable[[], T], *, group: dist.ProcessGro
     result, failure = outcome
     if failure is not None:
         raise error or failure.kind(failure.text)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 @contextlib.contextmanager
