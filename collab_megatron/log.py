@@ -3,7 +3,7 @@
     set_up_logging("trainer-0")
 
 Lines go to stderr: the terminal for the launcher and the trainer's rank 0, the log file that the launcher opened for
-everybody else (cluster/processes.py). What a command is asked for (a plan, figures) is printed, not logged.
+everybody else (launch/supervisor.py). What a command is asked for (a plan, figures) is printed, not logged.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.config.entry import BuildDatasetConfig, llm_roles, role_place
+from collab_megatron.config.entry import BuildDatasetConfig
+from collab_megatron.config.roles import llm_roles, role_place
 from collab_megatron.config.sections import UserSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.files import contents

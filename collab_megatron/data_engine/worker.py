@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.config.entry import BuildDatasetConfig, llm_roles
+from collab_megatron.config.entry import BuildDatasetConfig
+from collab_megatron.config.roles import llm_roles
 from collab_megatron.data_engine.grow import Growth, Players, grow_conversation
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.data_engine.shards import append_conversation, shard_path

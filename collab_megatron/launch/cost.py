@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig, shipped_judges
+from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig
+from collab_megatron.config.roles import judge_role, role_place, shipped_judges, user_places
 from collab_megatron.config.sections import DeploymentSection, LLMSection, RewardSection, SimulatorsSection
 from collab_megatron.rollout.llm.prices import price
 from collab_megatron.types import Task
 
 CHARS_PER_TOKEN = 4  # of English text with the usual tokenizers; other languages take more tokens
-JUDGED = ("accuracy", "interactivity")  # the shipped metrics that may ask an LLM
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,10 @@ def judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, tu
     """Who marks which of the shipped metrics: metric -> (place in the config, section). What metrics of the user's own
     ask is not known."""
     return {
-        name: (f"reward.judges.{name}" if name in reward.judges else "simulators.judge", section)
+        name: (role_place(judge_role(name) if name in reward.judges else "judge"), section)
         for name, section in shipped_judges(reward, simulators).items()
         if section is not None
     }
-
-
-def own_metrics(reward: RewardSection) -> list[str]:
-    """Metrics whose calls cannot be counted here."""
-    return [name for name in reward.metric_weights if name not in (*JUDGED, "token_amount")]
 
 
 def summed(calls: Iterable[Calls]) -> list[Calls]:
@@ -210,9 +205,7 @@ def dollar_lines(parts: Mapping[str, tuple[int, Sequence[Calls]]]) -> list[str]:
 
 def _user_turns(simulators: SimulatorsSection, lengths: Lengths, chats: Sequence[float]) -> list[Calls]:
     """One user turn after each of `chats` tokens; a mixture shares them by weight."""
-    parts = {"simulators.user": simulators.user} | {
-        f"simulators.user.mixture.{number}": part for number, part in enumerate(simulators.user.mixture)
-    }
+    parts = user_places(simulators.user)
     weight = sum(part.weight for part in parts.values())
     found = []
     for place, part in parts.items():

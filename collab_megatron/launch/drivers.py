@@ -15,7 +15,7 @@ from collab_megatron.config.sections import DriverSection
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_secret
 from collab_megatron.launch.cli import shard_file, token_file
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 
 
 class Drivers:
@@ -41,7 +41,7 @@ class Drivers:
         publish_secret(token_file(ready_file), secrets.token_hex(32))
         self._restarts = [0] * section.shards
         self._first_step: list[str] = []
-        self.children: list[Child] = []
+        self.children: list[ChildProcess] = []
 
     def start(self, first_step: int) -> None:
         """All of them; `first_step` is the attempt's."""
@@ -69,7 +69,7 @@ class Drivers:
                 was_ready = shard_file(self._ready_file, shard).exists()
                 self.children[shard] = self._start(shard, [] if was_ready else self._first_step)
 
-    def _start(self, shard: int, more: Sequence[str]) -> Child:
+    def _start(self, shard: int, more: Sequence[str]) -> ChildProcess:
         name = "driver" if self._section.shards == 1 else f"driver-{shard}"
         file = shard_file(self._ready_file, shard)
         where = ["--shard", str(shard), "--address", f"ipc://{file}.socket"]

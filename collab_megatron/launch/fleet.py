@@ -20,8 +20,8 @@ from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.server_args import EngineCommand
 from collab_megatron.errors import RunError, UserError, masked
 from collab_megatron.launch.ports import free_port
-from collab_megatron.launch.readiness import Readiness
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.readiness import ReadinessProbe
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
 POLL_S = 0.1
@@ -33,13 +33,13 @@ BuildCommand = Callable[[int, int], EngineCommand]  # (number of the server, its
 
 
 @dataclass
-class _Server:
+class _ManagedServer:
     """One server in its present life."""
 
     number: int
     entry: EngineEntry
-    readiness: Readiness
-    child: Child | None = None  # None: given by its URL, or stays away
+    readiness: ReadinessProbe
+    child: ChildProcess | None = None  # None: given by its URL, or stays away
     ready: bool = False
     killed: bool = False  # this life is over; the next begins when nobody of its group is left
     away: bool = False  # there is no next life
@@ -60,7 +60,7 @@ class Fleet:
         self._settings = settings
         self._folder = folder
         self._build = build
-        self._servers: list[_Server] = []
+        self._servers: list[_ManagedServer] = []
 
     @property
     def urls(self) -> list[str]:
@@ -75,7 +75,7 @@ class Fleet:
             if self._settings.urls:
                 url = self._settings.urls[number].rstrip("/")
                 entry = EngineEntry(name, url, ranks, managed=False)
-                self._servers.append(_Server(number, entry, Readiness(url, every_s=ASK_FIRST_S)))
+                self._servers.append(_ManagedServer(number, entry, ReadinessProbe(url, every_s=ASK_FIRST_S)))
             else:
                 self._begin_life(number, EngineEntry(name, "", ranks), essential=True)
         self._publish()
@@ -105,12 +105,12 @@ class Fleet:
             elif not server.ready and not server.away and server.readiness.answers():
                 self._welcome(server)
 
-    def _never_came(self, server: _Server) -> bool:
+    def _never_came(self, server: _ManagedServer) -> bool:
         if server.child is None:
             return not server.entry.managed and not server.ready
         return server.child.essential
 
-    def _over(self, server: _Server, child: Child) -> str | None:
+    def _over(self, server: _ManagedServer, child: ChildProcess) -> str | None:
         """Why this life is over; None: it goes on."""
         if how := child.ended():
             return f"died ({how})"
@@ -128,10 +128,10 @@ class Fleet:
         entry = replace(entry, url=command.url)
         every_s = ASK_FIRST_S if essential else ASK_S
         child = self._supervisor.start(entry.name, command.argv, command.env, essential=essential, unset=command.unset)
-        server = _Server(number, entry, Readiness(command.url, every_s=every_s), child)
+        server = _ManagedServer(number, entry, ReadinessProbe(command.url, every_s=every_s), child)
         self._servers[number : number + 1] = [server]
 
-    def _end_life(self, server: _Server, child: Child, reason: str) -> None:
+    def _end_life(self, server: _ManagedServer, child: ChildProcess, reason: str) -> None:
         """Kill it at once: a server that is given up must not answer anybody any more."""
         if child.essential:
             if child.ended() is not None:
@@ -148,7 +148,7 @@ class Fleet:
             self._say(server, f"{reason}: starting it again ({server.entry.life + 1} of {limit})")
         self._publish()
 
-    def _bury(self, server: _Server) -> None:
+    def _bury(self, server: _ManagedServer) -> None:
         """Begin the next life once nothing is left of this one: it held ports and GPU memory."""
         assert server.child is not None
         if not self._supervisor.is_gone(server.child):
@@ -158,7 +158,7 @@ class Fleet:
         else:
             self._begin_life(server.number, replace(server.entry, life=server.entry.life + 1), essential=False)
 
-    def _welcome(self, server: _Server) -> None:
+    def _welcome(self, server: _ManagedServer) -> None:
         if server.child is None:
             server.entry = replace(server.entry, ranks=_ranks_of(server.entry.url))
         else:
@@ -169,7 +169,7 @@ class Fleet:
         self._say(server, f"is {word} at {server.entry.url} after {time.monotonic() - server.began:.0f} s")
         self._publish()
 
-    def _leave_out(self, silent: list[_Server]) -> None:
+    def _leave_out(self, silent: list[_ManagedServer]) -> None:
         """The given servers that did not answer."""
         urls = masked(", ".join(server.entry.url for server in silent))
         limit = f"{self._settings.startup_timeout_s:g} s"
@@ -191,7 +191,7 @@ class Fleet:
         ready = [server.entry for server in self._servers if server.ready]
         self._folder.publish(ready, sum(server.coming for server in self._servers))
 
-    def _say(self, server: _Server, what: str) -> None:
+    def _say(self, server: _ManagedServer, what: str) -> None:
         print(masked(f"{server.entry.name} {what}"), flush=True)
 
 

@@ -45,7 +45,7 @@ TRIES = 1000  # others take and release the lock while we look: it never comes t
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockOwner:
     """Who has a lock."""
 
     host: str
@@ -57,7 +57,7 @@ class Holder:
     token: str  # no two locks have the same
 
     @classmethod
-    def this_process(cls) -> Holder:
+    def this_process(cls) -> LockOwner:
         started = _started(os.getpid())
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         place = os.readlink("/proc/self/ns/pid")
@@ -167,7 +167,7 @@ def _acquire(path: Path, what: str, way_out: str, left_s: float) -> int:
         while _flock(file) is False:
             time.sleep(0.01)  # somebody looks at it
         try:
-            os.write(file, json.dumps(asdict(Holder.this_process())).encode())
+            os.write(file, json.dumps(asdict(LockOwner.this_process())).encode())
             os.fsync(file)
         except OSError as error:
             path.unlink(missing_ok=True)
@@ -223,7 +223,7 @@ class _Watch:
 
     def _is_over(
         self,
-        holder: Holder | None,
+        holder: LockOwner | None,
         free: bool | None,
         file: int,
         seen: tuple[str, int],
@@ -231,7 +231,7 @@ class _Watch:
         waited_s: float,
     ) -> bool:
         """Whether nobody holds the lock any more; False: not known yet. Raises UserError."""
-        here = Holder.this_process()
+        here = LockOwner.this_process()
         if holder is not None and (holder.boot, holder.namespace) == (here.boot, here.namespace):
             if holder.lives():
                 self._refuse(str(holder))
@@ -266,10 +266,10 @@ class _Watch:
             print(f"{self._what} is locked: {what}", flush=True)
 
 
-def _read(file: int) -> Holder | None:
+def _read(file: int) -> LockOwner | None:
     """None for a lock that is just being made, or was left half made."""
     try:
-        return Holder(**json.loads(os.pread(file, 4096, 0)))
+        return LockOwner(**json.loads(os.pread(file, 4096, 0)))
     except (ValueError, TypeError):
         return None
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config.roles import own_metrics
 from collab_megatron.config.sections import ParallelSection, RewardSection
-from collab_megatron.launch.cost import Calls, call_lines, dollar_lines, own_metrics
+from collab_megatron.launch.cost import Calls, call_lines, dollar_lines
 from collab_megatron.launch.node import Node
 from collab_megatron.model.flops import train_flops
 from collab_megatron.model.memory import RankMemory, Reference, engine_memory, size_of, trainer_memory
@@ -35,7 +36,7 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
         *call_lines("", steps[1]),
         *(call_lines("evaluation", evaluations[1]) if evaluations[0] else []),
         *dollar_lines(calls),
-        *_own_metrics(config.reward),
+        *_own_metric_lines(config.reward),
         *_driver_lines(config),
         f"training    {_count(config.train.steps, 'step')}",
         *_not_here(node, "the disk, ports, engine.python, addresses of the LLM services"),
@@ -53,7 +54,7 @@ def evaluate_plan(config: EvaluateConfig, spec: ModelSpec, *, node: Node, tasks:
         f"turns of {config.rollout.max_new_tokens} tokens each, on {node.chosen(config.parallel)}",
         *call_lines("calls", calls),
         *dollar_lines({"evaluation": (1, calls)}),
-        *_own_metrics(config.reward),
+        *_own_metric_lines(config.reward),
         *_not_here(node, "ports, engine.python, addresses of the LLM services"),
     ]
     return "\n".join(lines)
@@ -66,7 +67,7 @@ def build_plan(config: BuildDatasetConfig, tasks: Sequence[Task], calls: Sequenc
         f"{config.num_candidate_responses} candidates x {config.num_repeat_rollouts} futures at each turn",
         *call_lines("calls", calls),
         *dollar_lines({"build": (1, calls)}),
-        *_own_metrics(config.reward),
+        *_own_metric_lines(config.reward),
     ]
     return "\n".join(lines)
 
@@ -76,7 +77,7 @@ def reference_of(config: RLConfig | SFTConfig) -> Reference:
     return config.algorithm.reference if isinstance(config, RLConfig) and config.algorithm.kl_coef else "none"
 
 
-def _own_metrics(reward: RewardSection) -> list[str]:
+def _own_metric_lines(reward: RewardSection) -> list[str]:
     own = own_metrics(reward)
     return [f"            what metrics of your own ask ({', '.join(own)}) is not counted"] if own else []
 

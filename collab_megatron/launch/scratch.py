@@ -43,7 +43,7 @@ MADE_BY_LIBRARIES = ("sem.mp-", "psm_", "sglang_", "sgl_", "torch_", "nccl-", "c
 LONGEST_PATH = 107 - 20 - 34
 
 
-class Scratch:
+class ScratchFolder:
     """One folder, from `create` to `remove`."""
 
     def __init__(self, folder: Path, owner: int) -> None:
@@ -52,7 +52,7 @@ class Scratch:
         self._touched = time.monotonic()
 
     @classmethod
-    def create(cls) -> Scratch:
+    def create(cls) -> ScratchFolder:
         """A new folder, after what dead runs of this user left has been removed. Raises RunError."""
         where = _place()
         try:

@@ -18,7 +18,7 @@ LONGEST_LOOK_S = 5.0
 
 
 @dataclass(frozen=True)
-class Process:
+class ProcessStat:
     """One line of /proc."""
 
     pid: int
@@ -27,7 +27,7 @@ class Process:
     group: int
 
 
-def all_processes() -> Iterator[Process]:
+def all_processes() -> Iterator[ProcessStat]:
     """Every process of this machine that we may look at."""
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -36,7 +36,7 @@ def all_processes() -> Iterator[Process]:
             continue  # it ended while we looked
         state, _, group = rest.split()[:3]
         pid, _, name = head.partition(" (")
-        yield Process(int(pid), name, state, int(group))
+        yield ProcessStat(int(pid), name, state, int(group))
 
 
 class StoppedWatch:
@@ -46,7 +46,7 @@ class StoppedWatch:
         self,
         limit_s: float,
         *,
-        look: Callable[[], Iterable[Process]] = all_processes,
+        look: Callable[[], Iterable[ProcessStat]] = all_processes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit_s, self._look, self._clock = limit_s, look, clock

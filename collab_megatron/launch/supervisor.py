@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import NoReturn
 
 from collab_megatron.errors import EXIT_BUDGET, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_RUN, EXIT_USER, RunError
-from collab_megatron.launch.scratch import Scratch
+from collab_megatron.launch.scratch import ScratchFolder
 from collab_megatron.launch.stopped import StoppedWatch, all_processes
-from collab_megatron.processes import die_with_parent, end_at_signals
+from collab_megatron.signals import die_with_parent, end_at_signals
 
 GRACE_S = 10.0  # between TERM and KILL
 SAY_S = 5.0  # for those that save, on top of their grace time: they end themselves, and tell the user
@@ -28,7 +28,7 @@ TAIL_LINES = 12
 
 
 @dataclass
-class Child:
+class ChildProcess:
     """One started process."""
 
     name: str
@@ -73,13 +73,13 @@ class Supervisor:
         self._keeps_logs = logs_dir is not None
         self._held = tuple(held)
         self._save_grace_s = save_grace_s
-        self._scratch: Scratch | None = None
-        self._children: list[Child] = []
+        self._scratch: ScratchFolder | None = None
+        self._children: list[ChildProcess] = []
         self._stopped = None if stopped_timeout_s is None else StoppedWatch(stopped_timeout_s)
 
     def __enter__(self) -> Supervisor:
         self._logs_dir.mkdir(parents=True, exist_ok=True)
-        self._scratch = Scratch.create()
+        self._scratch = ScratchFolder.create()
         if not self._keeps_logs:
             self._logs_dir = self._scratch.folder
         # Ctrl-C as well where a second one would cut a save short; asyncio, which an evaluation runs, has its own way
@@ -121,7 +121,7 @@ class Supervisor:
         restarted: bool = False,
         saves: bool = False,
         unset: Sequence[str] = (),
-    ) -> Child:
+    ) -> ChildProcess:
         """Start `argv` with `env` on top of ours without `unset`; output to LOGS/name.log, or to our own if `show`."""
         log = None if show else self._logs_dir / f"{name}.log"
         # SGLang writes its keys at --log-level info: for no other eyes, whatever the umask is
@@ -146,7 +146,7 @@ class Supervisor:
         finally:
             if sink is not None:
                 sink.close()
-        child = Child(name, process, log, essential, restarted, saves)
+        child = ChildProcess(name, process, log, essential, restarted, saves)
         self._children.append(child)
         return child
 
@@ -174,7 +174,7 @@ class Supervisor:
 
     def wait_for(
         self,
-        children: Sequence[Child],
+        children: Sequence[ChildProcess],
         *,
         timeout_s: float | None = None,
         poll_s: float = 0.1,
@@ -194,7 +194,7 @@ class Supervisor:
             time.sleep(poll_s)
         self.check()
 
-    def wait_for_file(self, path: Path, child: Child, *, timeout_s: float) -> str:
+    def wait_for_file(self, path: Path, child: ChildProcess, *, timeout_s: float) -> str:
         """The text of a file that `child` writes when it is ready. Raises RunError at the deadline."""
         deadline = time.monotonic() + timeout_s
         while not path.exists():
@@ -204,11 +204,11 @@ class Supervisor:
             time.sleep(0.05)
         return path.read_text()
 
-    def kill(self, child: Child) -> None:
+    def kill(self, child: ChildProcess) -> None:
         """KILL to the child and whatever it started; does not wait, see `is_gone`."""
         _signal_group(child, signal.SIGKILL)
 
-    def is_gone(self, child: Child) -> bool:
+    def is_gone(self, child: ChildProcess) -> bool:
         """Whether nobody of the child's group runs any more: what it held (ports, GPU memory) is free. It is forgotten
         then."""
         if child.process.poll() is None or _group_runs(child.process.pid):
@@ -239,7 +239,7 @@ class Supervisor:
         finally:
             self._children.clear()
 
-    def _end(self, children: Sequence[Child], grace_s: float) -> None:
+    def _end(self, children: Sequence[ChildProcess], grace_s: float) -> None:
         for child in children:
             _signal_group(child, signal.SIGTERM)
             _signal_group(child, signal.SIGCONT)  # TERM does not reach a stopped process
@@ -252,7 +252,7 @@ class Supervisor:
             _signal_group(child, signal.SIGKILL)  # whatever is left of its group
             child.process.wait()
 
-    def fail(self, child: Child) -> NoReturn:
+    def fail(self, child: ChildProcess) -> NoReturn:
         """End everything because of a child that has ended. Raises RunError with its sentence, or exits with its code
         where it has told the user itself or the mistake is the user's."""
         code, how = child.process.poll(), child.ended()
@@ -289,7 +289,7 @@ def _lasting_caches() -> dict[str, str]:
     return {"TORCHINDUCTOR_CACHE_DIR": str(caches)} if os.access(caches, os.W_OK) else {}
 
 
-def _signal_group(child: Child, number: signal.Signals) -> None:
+def _signal_group(child: ChildProcess, number: signal.Signals) -> None:
     try:
         os.killpg(child.process.pid, number)
     except ProcessLookupError:

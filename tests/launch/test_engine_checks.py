@@ -12,7 +12,7 @@ from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.server_args import EngineCommand, engine_command
 from collab_megatron.errors import UserError
 from collab_megatron.launch.engine_checks import LONGER_CONTEXT, check_context_length, check_engine, check_flags
-from collab_megatron.launch.places import check_file, check_folder
+from collab_megatron.launch.path_checks import check_file, check_folder
 from collab_megatron.model.spec import model_spec
 
 HF = {
@@ -105,6 +105,6 @@ def test_a_folder_that_nobody_may_write_to(tmp_path: Path, monkeypatch: pytest.M
     def refuse(*, prefix: str, dir: Path) -> str:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("collab_megatron.launch.places.tempfile.mkdtemp", refuse)
-    with pytest.raises(UserError, match=r"run\.dir=.* takes no new folder \(Read-only file system\); choose another"):
+    monkeypatch.setattr("collab_megatron.launch.path_checks.tempfile.mkdtemp", refuse)
+    with pytest.raises(UserError, match=r"run\.dir=.* refused a new folder \(Read-only file system\); choose another"):
         check_folder("run.dir", tmp_path / "run")

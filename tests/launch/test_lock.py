@@ -19,7 +19,7 @@ import pytest
 from collab_megatron.config.sections import RunSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch import lock as lock_module
-from collab_megatron.launch.lock import Holder, locked, run_lock
+from collab_megatron.launch.lock import LockOwner, locked, run_lock
 
 DEADLINE_S = 30.0
 HOLD = """
@@ -85,7 +85,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(tmp_path: Path) -> None:
 
 def test_a_number_that_another_process_got_since_is_no_holder(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
-    path.write_text(json.dumps(asdict(replace(Holder.this_process(), started=1))))
+    path.write_text(json.dumps(asdict(replace(LockOwner.this_process(), started=1))))
     with locked(path, "it", "choose another"):
         pass
 
@@ -128,7 +128,7 @@ def elsewhere(tmp_path: Path) -> Path:
     """A lock that another machine made."""
     path = run_section(tmp_path).lock_file
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(asdict(replace(Holder.this_process(), host="node7", boot="another", pid=4711))))
+    path.write_text(json.dumps(asdict(replace(LockOwner.this_process(), host="node7", boot="another", pid=4711))))
     return path
 
 

@@ -120,7 +120,7 @@ def test_how_far_sampling_runs_ahead_and_where_the_money_ends(planned: Callable[
 def test_the_device_is_told_with_its_reason(planned: Callable[..., list[str]]) -> None:
     auto = "parallel.device=auto"
     assert "1 rank on cuda (--gpus): " in line(planned(auto, node=parse_node("1x24")), "trainer")
-    assert "1 rank on cpu (parallel.device=auto: no GPU is there): " in line(planned(auto), "trainer")
+    assert "1 rank on cpu (parallel.device=auto: no GPU found): " in line(planned(auto), "trainer")
     assert not any(text.startswith("not checked") for text in planned())
     assert line(planned(node=parse_node("1x24")), "not checked").endswith(": they are the node's")
 

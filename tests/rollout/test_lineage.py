@@ -166,7 +166,7 @@ def test_settings_that_shape_conversations_or_weights_are_another_run(override: 
         "simulators.judge.max_concurrency=3",
         "simulators.user.mixture=[{model: v, timeout_s: 9}]",
         "simulators.health={min_replies: 5}",
-        "rollout.step_timeout_s=5000",
+        "driver.group_timeout_s=5000",
         "driver.max_restarts=9",
         "engine.count=3",
         "train.steps=7",

@@ -42,7 +42,7 @@ from collab_megatron.rollout.service import Service
 from collab_megatron.types import Message, Task
 from collab_megatron.wire.figures import values
 from collab_megatron.wire.protocol import Answer, Request, Tally
-from tests.engine.servers import FakeServer, servers, slowly
+from tests.engine.fake_servers import FakeServer, servers, slowly
 from tests.rollout.fakes import LIMITS, TASK, ScriptedUser, players
 
 RECORD = Path("conversations", "run", "shard0.jsonl")
@@ -90,7 +90,7 @@ async def service(
             health_timeout_s=30,
             max_concurrency=8,
             wait_for_engines=True,
-            ahead=config.driver.max_staleness > 0,
+            updates_while_sampling=config.driver.max_staleness > 0,
         ) as engine,
     ):
         slots = AdaptiveLimiter(1000)

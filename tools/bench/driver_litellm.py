@@ -20,9 +20,9 @@ import uvloop
 from collab_megatron.config.sections import UserSection
 from collab_megatron.errors import run_cli
 from collab_megatron.files import publish_json
-from collab_megatron.processes import die_with_parent
 from collab_megatron.rollout.llm import LLMUserSimulator
 from collab_megatron.rollout.llm.litellm_api import MANY_CONNECTIONS as CONNECTIONS
+from collab_megatron.signals import die_with_parent
 from collab_megatron.types import LLMRequest, Message, Task
 
 # LiteLLM's own limits are 1000 connections and 500 to one host, and what waits there counts as the provider's slowness;
@@ -103,7 +103,11 @@ async def cpu_ms_per_call(url: str, calls: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.driver_litellm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--url", required=True, help="of tools/bench/driver_servers.py")
     parser.add_argument("--calls", type=int, required=True)
     parser.add_argument("--json", type=Path, required=True)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from collab_megatron.config.entry import role_place
+from collab_megatron.config.roles import role_place
 from collab_megatron.config.sections import BudgetSection, DeploymentSection, LLMSection, SimulatorSection, UserSection
 from collab_megatron.config.sections.addresses import host_and_port
 from collab_megatron.errors import UserError

@@ -1,6 +1,6 @@
 """Import of the user's own modules that register metrics: by an importable name, or by file.
 
-config/load.py has replaced the name of a module next to the config file by that file's path, so that every process
+config/config_file.py has replaced the name of a module next to the config file by its path, so that every process
 finds it from any working directory. A file runs once per process. Its folder is appended to the search path, so that it
 can import its neighbors.
 """

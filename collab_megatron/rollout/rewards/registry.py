@@ -5,7 +5,7 @@
         return Brevity()
 
 in a module listed in `reward.metric_modules`, and `reward.metric_weights: {brevity: 0.2}`; no trainer code changes.
-docs/METRICS.md has the details.
+docs/rewards.md has the details.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from collab_megatron.config.entry import judge_role, shipped_judges
+from collab_megatron.config.roles import judge_role, own_metrics, shipped_judges
 from collab_megatron.config.sections import RewardSection, Section, SimulatorsSection
 from collab_megatron.errors import UserError
 from collab_megatron.rollout.llm import Gateway
@@ -57,9 +57,6 @@ class MetricContext:
 
 
 MetricFactory = Callable[[MetricContext], Metric]
-
-ASK_NO_LLM = ("accuracy", "token_amount")
-"""Shipped metrics that call no LLM; `accuracy` with a judge is among shipped_judges."""
 
 _FACTORIES: dict[str, MetricFactory] = {}
 
@@ -123,8 +120,7 @@ def judge_calls(reward: RewardSection, simulators: SimulatorsSection) -> int:
     A metric of the user's own counts as one request, since the real number is unknown; the budget learns it from the
     first conversations.
     """
-    judged = shipped_judges(reward, simulators)
-    return len(judged) + sum(name not in judged and name not in ASK_NO_LLM for name in reward.metric_weights)
+    return len(shipped_judges(reward, simulators)) + len(own_metrics(reward))
 
 
 def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gateway: Gateway) -> Scorer:

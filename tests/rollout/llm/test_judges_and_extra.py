@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from collab_megatron.config import RLConfig, dump_config, load_config
-from collab_megatron.config.entry import llm_roles, shipped_judges
+from collab_megatron.config.roles import llm_roles, shipped_judges
 from collab_megatron.config.sections import BudgetSection, LLMSection, SimulatorsSection, UserSection
 from collab_megatron.errors import UserError
 from collab_megatron.launch.cost import Lengths, step_calls
