@@ -1,4 +1,4 @@
-"""Every check that can be made before a process is started: a user's mistake ends in seconds, with one sentence."""
+"""All checks before a process starts, so that a user's mistake ends the run in seconds, with one sentence."""
 
 from __future__ import annotations
 

@@ -84,12 +84,12 @@ def test_checkpoints_of_this_run_and_of_another(load: Load, tmp_path: Path) -> N
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "metadata.json").write_text("{}")
     write_marker(folder, step=7, layout={}, extra={"config": load().model_dump(mode="json")})
-    assert "set run.resume=true to go on from step_00000007" in refusal(load())
+    assert "set run.resume=true to resume from step_00000007" in refusal(load())
     assert [check_rl(load(f"run.resume={value}")).first_step for value in ("true", "auto")] == [7, 7]
     changed = ("optimizer.lr=0.5", "algorithm.kl_coef=0.5")
     sentence = refusal(load("run.resume=auto", *changed))
     assert "another config (algorithm.kl_coef: 0.005 -> 0.5, and 1 more)" in sentence
-    assert sentence.endswith("choose another run.dir or run.name, or set run.resume=true to go on with this one")
+    assert sentence.endswith("choose another run.dir or run.name, or set run.resume=true to use this one")
     assert check_rl(load("run.resume=true", *changed)).first_step == 7
     assert check_rl(load("run.resume=auto", "train.steps=99", "engine.count=2", "parallel.tensor=1")).first_step == 7
     end = ("run.resume=true", "optimizer.warmup_steps=1")
