@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Failure:
+class RankFailure:
     """An error as the other ranks hear of it."""
 
     kind: type[Exception]  # what they raise; made of a message alone
     text: str
 
     @classmethod
-    def of(cls, error: Exception, folder: Path | None = None) -> Failure:
+    def of(cls, error: Exception, folder: Path | None = None) -> RankFailure:
         """`folder`: where the rank was writing, to recognize a full disk."""
         if isinstance(error, UserError | RunError):
             plain = (UserError.__init__, RunError.__init__)
@@ -64,7 +64,7 @@ def on_rank_zero(grid: RankGrid, act: Callable[[], T], *, group: dist.ProcessGro
         try:
             outcome = [act(), None]
         except Exception as raised:  # noqa: BLE001  (raised below, once the other ranks have heard of it)
-            error, outcome = raised, [None, Failure.of(raised)]
+            error, outcome = raised, [None, RankFailure.of(raised)]
     dist.broadcast_object_list(outcome, src=0, group=group or grid.cpu_group)
     result, failure = outcome
     if failure is not None:
@@ -84,7 +84,7 @@ def fail_together(grid: RankGrid, doing: str, folder: Path) -> Iterator[None]:
         yield
     except Exception as raised:  # noqa: BLE001  (raised below, once every rank has heard of it)
         error = raised
-    failure = None if error is None else Failure.of(error, folder)
+    failure = None if error is None else RankFailure.of(error, folder)
     if failure is not None and failure.kind is RunError and not isinstance(error, RunError):
         logger.error("rank %d: %s failed", grid.rank, doing, exc_info=error)  # a bug, or a library's error
     with phase(grid, doing):
