@@ -60,7 +60,7 @@ def set_up_logging(who: str, stream: TextIO | None = None) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """`12:03:44 trainer-0 actor.backend: ...`, with the level where it is more than news."""
+    """`12:03:44 trainer-0 trainer.actor.backend: ...`, with the level where it is more than news."""
 
     def __init__(self, who: str) -> None:
         super().__init__(datefmt="%H:%M:%S")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import inspect
 import io
 import textwrap
@@ -24,10 +25,11 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig, sections
 from collab_megatron.config.explain import REMOVED
 from collab_megatron.config.sections import Section
 
+SECTIONS = Path(sections.__file__).parent
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 PROGRAMS: dict[str, type[Section]] = {
     "python -m collab_megatron.train_rl": RLConfig,
@@ -211,9 +213,19 @@ NAMES = {
     "Finite": "number",
     "Umask": "octal digits",
     "FolderOrHubName": "folder or hub name",
-    "CutReply": "score, play, penalty",
     "Any": "any",
 }
+
+
+@functools.cache
+def _aliases() -> dict[str, ast.expr]:
+    """The sections' own names for types, such as CutReply."""
+    lines = (line for file in SECTIONS.glob("*.py") for line in ast.parse(file.read_text()).body)
+    return {
+        line.targets[0].id: line.value
+        for line in lines
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name)
+    }
 
 
 def _type_name(node: ast.expr) -> str:
@@ -223,7 +235,7 @@ def _type_name(node: ast.expr) -> str:
     if isinstance(node, ast.Constant):
         return {None: "null", True: "true", False: "false"}.get(node.value, str(node.value))
     if isinstance(node, ast.Name):
-        return NAMES[node.id]
+        return NAMES.get(node.id) or _type_name(_aliases()[node.id])
     if not (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)):
         raise TypeError(f"no words for the type {ast.unparse(node)}")
     inside = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]

@@ -19,6 +19,8 @@ REMOVED = {
     "engine.wait_s": "it is 3 times engine.startup_timeout_s",
     "engine.work_timeout_s": "engine.health_timeout_s is the deadline of a batch too, on CPU 6 times it",
     "engine.request_timeout_s": "it is 1.5 times driver.future_timeout_s",
+    "json_mode": "response_format is text, json_object or json_schema",
+    "json_schema": "response_format is text, json_object or json_schema",
     "rollout.step_timeout_s": "it is 1.5 times driver.future_timeout_s, plus driver.group_timeout_s",
 }
 """Keys of earlier versions, or their ends, and what took their place."""

@@ -1,4 +1,4 @@
-"""Does the machine have what a config asks for: GPUs, cores, disk space, transformer-engine?"""
+"""Checks that the machine has what a config needs: GPUs, cores, disk space, transformer-engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHECKPOINT_COPIES = 2
 
 
 def check_placement(config: RLConfig, device: str) -> None:
-    """Can the engines stand where `engine.placement` puts them, and be reached by the transport? Raises UserError."""
+    """Check that engine.placement fits the GPUs and the transport reaches the engines. Raises UserError."""
     engine, ranks = config.engine, config.parallel.world_size
     if engine.placement != "colocated" or device != "cuda":
         return
@@ -43,7 +43,7 @@ def check_placement(config: RLConfig, device: str) -> None:
 
 
 def check_trainer(parallel: ParallelSection, engine: EngineSection | None, node: Node) -> None:
-    """GPUs, cores and transformer-engine for the trainer ranks, and for the engines on this node. Raises UserError."""
+    """Check GPUs, cores and transformer-engine for trainer ranks and engines on this node. Raises UserError."""
     started = 0 if engine is None else started_ranks(engine)
     if node.here:
         parallel.require_transformer_engine(importlib.util.find_spec("transformer_engine") is not None)
@@ -83,7 +83,7 @@ def check_gpus(parallel: ParallelSection, needed: int, node: Node) -> None:
 
 
 def check_disk_space(run_dir: Path, spec: ModelSpec, dtype: str) -> None:
-    """Is there space for the checkpoints: weights, fp32 master weights where they differ, and two Adam moments?"""
+    """Check space for checkpoints: weights, fp32 master weights if they differ, and two Adam moments."""
     num_params = parameter_count(spec)
     per_param = 4 + 8 + (2 if dtype == "bfloat16" else 0)
     needed = num_params * per_param * CHECKPOINT_COPIES

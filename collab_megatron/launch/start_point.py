@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, or after its newest checkpoint; and what is missing where all steps are done."""
+"""Where a run starts: at step 0 or after its newest checkpoint; and what is missing when all steps are done."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class StartPoint:
 
 
 def find_start(config: C, find_missing: Callable[[C], Sequence[str]], node: Node) -> StartPoint:
-    """The first step to run; where all are done, what is missing after them (printed in a line).
+    """The first step to run and, when all steps are done, the missing results, which are printed.
 
-    A fresh run must not write over an earlier one's checkpoints, nor go on with another's. `find_missing` looks for
-    what is missing. Raises UserError for a damaged record too."""
+    A new run must not overwrite the checkpoints of an earlier run, nor resume from another run. `find_missing` lists
+    results that are missing after the last step. Raises UserError for a damaged record too."""
     run, steps = config.run, config.train.steps
     if node.here:
         check_run(run)
@@ -52,7 +52,7 @@ def find_start(config: C, find_missing: Callable[[C], Sequence[str]], node: Node
         return StartPoint(0, None)
     if not run.resume:
         raise UserError(
-            f"{run.checkpoints_dir} holds checkpoints of an earlier run: set run.resume=true to go on from "
+            f"{run.checkpoints_dir} holds checkpoints of an earlier run: set run.resume=true to resume from "
             f"{newest.name}, or choose another run.dir"
         )
     info = read_info(newest)
@@ -60,16 +60,16 @@ def find_start(config: C, find_missing: Callable[[C], Sequence[str]], node: Node
     if other:
         more = f", and {len(other) - 1} more" if len(other) > 1 else ""
         raise UserError(
-            f"{run.checkpoints_dir} holds checkpoints of another config ({other[0]}{more}), and run.resume=auto goes "
-            "on with the same only: choose another run.dir or run.name, or set run.resume=true to go on with this one"
+            f"{run.checkpoints_dir} holds checkpoints of another config ({other[0]}{more}), and run.resume=auto "
+            "resumes the same config only: choose another run.dir or run.name, or set run.resume=true to use this one"
         )
     if info.step > steps:
-        raise UserError(f"{newest} has already done {info.step} of {steps} steps: raise train.steps to go on")
+        raise UserError(f"{newest} has already done {info.step} of {steps} steps: raise train.steps to train more")
     for record in (run.tensorboard_dir / METRICS_FILE, run.evaluations_file):
         read_rows(record, numbers=("step",))
     if info.step < steps:
         return StartPoint(info.step, None)
     missing = tuple(find_missing(config))
-    what = f"what is missing is made: {', '.join(missing)}" if missing else "nothing is left to do"
+    what = f"still to do: {', '.join(missing)}" if missing else "nothing is left to do"
     print(f"all {steps} steps are done; {what}", flush=True)
     return StartPoint(info.step, missing)

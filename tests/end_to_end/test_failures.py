@@ -146,8 +146,8 @@ def test_a_stopped_driver_comes_again_and_the_run_ends_well(
         running.wait_until("messages at ipc://")
     running.wait_until("rl 2/5")
     running.child("collab_megatron.rollout.service").suspend()
-    running.wait_until("driver is killed: process ")
-    running.wait_until("driver ended with signal SIGKILL: it is started again")
+    running.wait_until("killing driver: process ")
+    running.wait_until("driver ended with signal SIGKILL: restarting it")
     running.wait_until("rl 3/5")  # the family anew
     ended = running.end()
     assert ended.code == 0, ended.output[-3000:]

@@ -66,7 +66,7 @@ def test_a_parser_that_takes_too_long_stops_no_run(
 def test_a_port_is_refused_for_its_own_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is in use: end what listens there"):
+        with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is in use: end the process that listens"):
             check_engine(EngineSection(port=port))
     bind = socket.socket.bind
 
@@ -76,7 +76,7 @@ def test_a_port_is_refused_for_its_own_reason(monkeypatch: pytest.MonkeyPatch) -
         bind(self, address)
 
     monkeypatch.setattr(socket.socket, "bind", forbidden)
-    with pytest.raises(UserError, match=r"port 80 on 127\.0\.0\.1 cannot be had: Permission denied"):
+    with pytest.raises(UserError, match=r"port 80 on 127\.0\.0\.1 cannot be used: Permission denied"):
         check_engine(EngineSection(port=80))
 
 

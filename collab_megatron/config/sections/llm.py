@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from collab_megatron.config.sections.base import Finite, Named, Positive, Seconds, Section, Share
 from collab_megatron.config.sections.extra import check_address, check_extra
@@ -45,15 +44,6 @@ class LLMSection(DeploymentSection):
     # further arguments of every call, in LiteLLM's terms, e.g. {top_p: 0.9, reasoning_effort: low}; no secrets.
     # LiteLLM leaves out OpenAI's arguments that it knows a provider not to take
     extra: dict[str, Any] = Field(default={})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _replaced_keys(cls, value: Any) -> Any:
-        """Raises ValueError for the two keys that `response_format` replaced."""
-        for key in ("json_mode", "json_schema"):
-            if isinstance(value, Mapping) and key in value:
-                raise ValueError(f"{key} was replaced: set response_format to text, json_object or json_schema")
-        return value
 
     @field_validator("extra")
     @classmethod
@@ -121,11 +111,11 @@ class RewardSection(Section):
     interactivity_sees: Literal["request", "chat"] = "request"
     # replaces the shipped prompt of the accuracy judge; simulators.judge.prompt_file replaces that of interactivity
     accuracy_prompt_file: Path | None = None
-    # Python modules that register metrics of your own (docs/METRICS.md): names that Python can import, or files; for a
+    # Python modules that register metrics of your own (docs/rewards.md): names that Python can import, or files; for a
     # module next to the config file the name is enough
     metric_modules: tuple[str, ...] = ()
     judges: dict[str, JudgeSection] = Field(default={})  # by metric: its own LLM instead of simulators.judge
-    settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: its settings (docs/METRICS.md)
+    settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: its settings (docs/rewards.md)
 
     @field_validator("metric_weights")
     @classmethod

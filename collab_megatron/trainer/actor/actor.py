@@ -25,8 +25,8 @@ from torch import Tensor
 
 from collab_megatron.config.sections import OptimizerSection
 from collab_megatron.errors import WeightsNotFinite
-from collab_megatron.model.layout import check_layout, read_hf_config
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
+from collab_megatron.model.layout import check_layout
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.trainer.actor.agreement import fail_together, gather, phase
 from collab_megatron.trainer.actor.grid import RankGrid

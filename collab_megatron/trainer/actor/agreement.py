@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from collab_megatron.errors import DiskFull, RunError, UserError
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.convert.disk import is_disk_full
+from collab_megatron.trainer.convert.disk_space import is_disk_full
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from collab_megatron.model.memory import TILE_BYTES, TILE_COLUMNS
+from collab_megatron.model.memory import tile_columns
 
 NO_COLUMNS = -1e30  # log-normalizer of a rank with padding only: its weight is 0, without NaN
 # a tile with less than 1 / MOST_RARE of the probability counts as if it had that much, so that its factors are finite
@@ -239,8 +239,7 @@ def head_logprobs(
     first = tp_rank * weight.shape[0]
     real = min(max(vocab - first, 0), weight.shape[0])
     column_bytes = 4 * max(1, hidden.shape[0])
-    wanted = max(TILE_COLUMNS, TILE_BYTES.get(hidden.device.type, 0) // column_bytes)
-    columns = max(1, min(wanted, chunk_bytes // column_bytes))
+    columns = tile_columns(hidden.shape[0], device=hidden.device.type, chunk_bytes=chunk_bytes)
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = keep and column_bytes * real <= chunk_bytes
     logprobs, entropy = _HeadLogprobs.apply(

@@ -19,7 +19,7 @@ from collab_megatron.model.tables import rows
 from collab_megatron.trainer.actor.backend import Backend
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.actor.logprobs import head_logprobs
-from collab_megatron.trainer.convert.place import local_parameters
+from collab_megatron.trainer.convert.placement import local_parameters
 from collab_megatron.trainer.local.cpu_support import patch_experts
 from collab_megatron.trainer.local.layers import layer_spec
 
