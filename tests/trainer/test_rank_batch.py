@@ -1,4 +1,4 @@
-"""What each data rank trains of a global batch."""
+"""Division of a global batch over the data ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations of real files, tokenised with a real chat template, as the batches of one data rank."""
+"""Batches of one data rank from real files, tokenized with a real chat template."""
 
 from __future__ import annotations
 
