@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from collab_megatron.demo import world
+from collab_megatron.types import TERMINATION_SIGNAL
 
-TERMINATION_SIGNAL = "[TERMINATE]"
 AMBIGUOUS_SHARE = 0.6  # of the openings that the user simulator makes up
 FRUITLESS_TURNS = 2  # after so many replies that it cannot follow, the user gives up
 

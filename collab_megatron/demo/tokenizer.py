@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from collab_megatron.demo import world
-from collab_megatron.demo.roles import TERMINATION_SIGNAL
+from collab_megatron.types import TERMINATION_SIGNAL
 
 VOCAB_SIZE = 384
 PAD, UNK, END = "<|pad|>", "<|unk|>", "<|end|>"
