@@ -36,7 +36,7 @@ from collab_megatron.launch.preflight import check_evaluate
 from collab_megatron.launch.run_processes import launch_engine_only, on_chosen_device
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.log import set_up_logging
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import resolve_model_folder
 from collab_megatron.rollout.cast import assemble, usable_tasks
 from collab_megatron.rollout.evaluation import Evaluation, evaluate
 from collab_megatron.rollout.journal.store import Journal, open_journal

@@ -56,6 +56,10 @@ class Message:
     role: str  # system | user | assistant
     content: str
 
+    def as_dict(self) -> dict[str, str]:
+        """{"role": ..., "content": ...}: chat templates, APIs, rows and records hold messages like this."""
+        return {"role": self.role, "content": self.content}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -116,7 +120,7 @@ class PolicyTurn:
 
 @dataclass(frozen=True)
 class CallRecord:
-    """One call to a user simulator or judge, with all its attempts, for the record (docs/RECORD.md).
+    """One call to a user simulator or judge, with all its attempts, for the record (docs/record.md).
 
     Example: the judge of `interactivity` answered {"thought": "it asked", "understanding": 1, ...}: `metric` is
     "interactivity", `thought` "it asked" and `marks` {"understanding": 1, ...}.
@@ -332,7 +336,7 @@ class ScoredConversation:
 class Metric(Protocol):
     """One conversation-level metric; all metrics of a conversation run at the same time.
 
-    Example: docs/METRICS.md has a metric of one class and one decorator.
+    Example: docs/rewards.md has a metric of one class and one decorator.
     """
 
     name: str

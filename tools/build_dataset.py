@@ -63,7 +63,9 @@ class Display:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Grow multi-turn conversations from single-turn problems.")
+    parser = argparse.ArgumentParser(
+        prog="python tools/build_dataset.py", description="Grow multi-turn conversations from single-turn problems."
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print config and plan, check both, ask for nothing")

@@ -11,7 +11,6 @@ from collab_megatron.config.roles import user_places
 from collab_megatron.config.sections import SimulatorsSection
 from collab_megatron.launch.node import Node
 from collab_megatron.launch.plan import stages_of
-from collab_megatron.model.memory import fullest
 from collab_megatron.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def memory_warnings(config: RLConfig | SFTConfig, spec: ModelSpec, node: Node) -
     """Estimates near or above the memory of a GPU or of the host."""
     device, ranks = node.device(config.parallel), config.parallel.world_size
     stages = stages_of(config, spec, device)
-    top = fullest(stages).device
+    top = max(stage.device for stage in stages)
     remedy = "lower train.micro_batch_tokens, set train.recompute, or raise parallel.tensor or parallel.pipeline"
     if device == "cuda" and node.gpu_bytes is not None and top > NEAR * node.gpu_bytes:
         has = node.gpu_bytes / 2**30

@@ -10,12 +10,11 @@ from pydantic import ValidationError
 
 from collab_megatron.config import RLConfig, SFTConfig
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
-from collab_megatron.data.fit import fitting_tasks, max_context_tokens
 from collab_megatron.data.parquet import read_task_files
-from collab_megatron.data.sft_rows import read_sft_rows
+from collab_megatron.data.sft_tokens import read_sft_rows
+from collab_megatron.data.token_limit import fitting_tasks, max_context_tokens
 from collab_megatron.errors import UserError
-from collab_megatron.model.layout import read_hf_config
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
 
 C = TypeVar("C", RLConfig, SFTConfig)
 

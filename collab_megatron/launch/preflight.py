@@ -11,10 +11,10 @@ from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig,
 from collab_megatron.config.roles import llm_roles
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
-from collab_megatron.data.fit import Fit, fitting_tasks, max_context_tokens
 from collab_megatron.data.parquet import read_task_files
-from collab_megatron.data.sft_rows import read_sft_rows
+from collab_megatron.data.sft_tokens import read_sft_rows
 from collab_megatron.data.splits import shared_tasks
+from collab_megatron.data.token_limit import FittingRows, fitting_tasks, max_context_tokens
 from collab_megatron.data_engine.problems import read_problems
 from collab_megatron.data_engine.worker import make_players
 from collab_megatron.engine.server_args import engine_command
@@ -40,10 +40,10 @@ from collab_megatron.launch.path_checks import (
 )
 from collab_megatron.launch.plan import build_plan, evaluate_plan, rl_plan, sft_plan
 from collab_megatron.launch.start_point import StartPoint, find_start
-from collab_megatron.model.inventory import check_inventory, tensor_shapes
-from collab_megatron.model.layout import check_layout, read_hf_config
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
+from collab_megatron.model.layout import check_layout
 from collab_megatron.model.spec import ModelSpec, model_spec
+from collab_megatron.model.tensor_check import check_tensors, tensor_shapes
 from collab_megatron.rollout.llm import Gateway, user_simulator
 from collab_megatron.rollout.llm.health import SimulatorHealth
 from collab_megatron.rollout.rewards import configured_scorer
@@ -208,7 +208,7 @@ def _check_prompts(config: RLConfig, chat: ChatTemplate, context_tokens: int) ->
 
 def _fitting(
     config: RLConfig | EvaluateConfig, tasks: Sequence[Task], chat: ChatTemplate, context_tokens: int
-) -> Fit[Task]:
+) -> FittingRows[Task]:
     return fitting_tasks(
         tasks,
         chat,
@@ -225,7 +225,7 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     spec = model_spec(hf_config)
     in_checkpoint = (folder.parent / MARKER).is_file()  # config and tokenizer only: the conversion checks the weights
     if not in_checkpoint:
-        check_inventory(tensor_shapes(path, folder), spec, path)
+        check_tensors(tensor_shapes(path, folder), spec, path)
     chat = ChatTemplate(load_tokenizer(folder))
     chat.check_growth(inexact_template)
     return _Model(hf_config, spec, chat)

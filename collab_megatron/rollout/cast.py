@@ -11,7 +11,7 @@ from collab_megatron.config.entry import EvaluateConfig, RLConfig
 from collab_megatron.config.roles import llm_roles
 from collab_megatron.config.sections import DriverSection
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
-from collab_megatron.data.fit import fitting_tasks
+from collab_megatron.data.token_limit import fitting_tasks
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.limiter import AdaptiveLimiter

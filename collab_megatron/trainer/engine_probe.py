@@ -6,12 +6,11 @@ import json
 
 from collab_megatron.config import RLConfig
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
-from collab_megatron.data.fit import first_prompts, max_context_tokens
 from collab_megatron.data.parquet import read_task_files
+from collab_megatron.data.token_limit import first_prompts, max_context_tokens
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.files import publish_text
-from collab_megatron.model.layout import read_hf_config
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
 
 NUM_PROMPTS = 16
 

@@ -11,7 +11,8 @@ import torch
 
 from collab_megatron.config import RLConfig, show_config
 from collab_megatron.errors import RunError
-from collab_megatron.json_lines import append_rows, keep_rows, to_disk
+from collab_megatron.files import fsync
+from collab_megatron.json_lines import append_rows, keep_rows
 from collab_megatron.trainer.report.alarms import Alarms
 from collab_megatron.trainer.report.dashboard import Dashboard, first_again
 from collab_megatron.trainer.report.progress_line import ProgressLine
@@ -123,7 +124,7 @@ def append_evaluation(file: Path, step: int, figures: Mapping[str, float]) -> No
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         append_rows(file, [{"step": step, **figures}])
-        to_disk(file)  # an evaluation takes minutes and money
+        fsync(file)  # an evaluation takes minutes and money
     except OSError as error:
         raise RunError(f"cannot write {file}: {error.strerror}") from None
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from collab_megatron.config import SFTConfig
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
-from collab_megatron.data.order import step_indices
-from collab_megatron.data.sft_rows import SFTRows, read_sft_rows
+from collab_megatron.data.row_order import step_indices
+from collab_megatron.data.sft_tokens import SFTRows, read_sft_rows
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.batching import MicroBatch, TokenSample

@@ -11,7 +11,6 @@ checkpoints/NAME/
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from collab_megatron.errors import UserError
+from collab_megatron.files import atomic_write
 from collab_megatron.wire.origin import package_versions
 
 MARKER = "complete.json"
@@ -117,9 +117,9 @@ def named_checkpoint(path: Path) -> CheckpointInfo:
 
 def write_best(directory: Path, step: int, loss: float) -> None:
     """Name the complete checkpoint of `step` as the best; the one named before loses its protection."""
-    aside = directory / (BEST + ".tmp")
-    aside.write_text(json.dumps({"step": step, "loss": loss, "folder": step_folder(directory, step).name}) + "\n")
-    os.replace(aside, directory / BEST)
+    best = {"step": step, "loss": loss, "folder": step_folder(directory, step).name}
+    with atomic_write(directory / BEST) as temporary:
+        temporary.write_text(json.dumps(best) + "\n")
 
 
 def read_best(directory: Path) -> BestCheckpoint | None:

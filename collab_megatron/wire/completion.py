@@ -10,7 +10,7 @@ from pathlib import Path
 
 from collab_megatron.config import RLConfig, SFTConfig
 from collab_megatron.json_lines import read_rows
-from collab_megatron.model.inventory import writer_said
+from collab_megatron.model.tensor_check import header_metadata
 from collab_megatron.wire.checkpoints import read_best
 
 METRICS_FILE = "metrics.jsonl"
@@ -75,7 +75,7 @@ def is_exported(config: SFTConfig) -> bool:
     if folder is None or not folder.is_dir():
         return False
     label = export_label(config, exported_step(config))
-    return any(label.items() <= writer_said(file).items() for file in sorted(folder.glob("*.safetensors"))[:1])
+    return any(label.items() <= header_metadata(file).items() for file in sorted(folder.glob("*.safetensors"))[:1])
 
 
 def export_label(config: SFTConfig, step: int) -> dict[str, str]:

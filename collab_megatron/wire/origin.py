@@ -1,6 +1,6 @@
 """Where a checkpoint comes from: versions, config, place in the data; and in what a run differs. Pure: no torch.
 
-The data order is a pure function of (seed, step) (data/order.py), so the place in it is a number of rows.
+The data order is a pure function of (seed, step) (data/row_order.py), so the place in it is a number of rows.
 """
 
 from __future__ import annotations

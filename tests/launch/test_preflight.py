@@ -24,8 +24,7 @@ from collab_megatron.launch.plan import stages_of
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.preflight import check_evaluate, check_rl, check_sft
 from collab_megatron.launch.run_processes import engine_gpus, on_chosen_device
-from collab_megatron.model.layout import read_hf_config
-from collab_megatron.model.memory import fullest
+from collab_megatron.model.folder import read_hf_config
 from collab_megatron.model.spec import model_spec
 from collab_megatron.trainer.actor.backend import choose_backend
 from collab_megatron.types import Message
@@ -344,7 +343,7 @@ def test_a_user_that_cannot_end_a_chat_is_told(load: Load, tmp_path: Path, caplo
 def test_memory_near_the_limit_is_told(load: Load, tiny_model: Path) -> None:
     config = load("parallel.device=cuda")
     spec = model_spec(read_hf_config(tiny_model))
-    needed = fullest(stages_of(config, spec, "cuda")).device
+    needed = max(stage.device for stage in stages_of(config, spec, "cuda"))
     roomy = Node(gpus=8, gpu_bytes=round(needed / NEAR) + 1, host_bytes=2**60)
     assert not list(memory_warnings(config, spec, roomy))
     (tight,) = memory_warnings(config, spec, replace(roomy, gpu_bytes=needed))

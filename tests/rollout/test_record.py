@@ -1,4 +1,4 @@
-"""A line of the record: what stands in it, where it comes from, and that docs/RECORD.md describes every field."""
+"""A line of the record: what stands in it, where it comes from, and that docs/record.md describes every field."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from collab_megatron.types import CallRecord, Future, Generation, Group, Message
 from tests.rollout.fakes import LIMITS, TASK, ScriptedEngine, ScriptedUser, players
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint
 
-DOCS = Path(__file__).parents[2] / "docs" / "RECORD.md"
+DOCS = Path(__file__).parents[2] / "docs" / "record.md"
 SEAT = TreeSeat(3, 1, first_sample=100)
 RULES = GroupRules(2, 4, min_replies=2, min_futures=1, group_timeout_s=60, advantage_eps=0.05, min_group_std=0.01)
 PRICES: dict[str, Any] = {"input_usd_per_mtoken": 10.0, "output_usd_per_mtoken": 100.0}

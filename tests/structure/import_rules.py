@@ -95,7 +95,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "rollout.rewards": (),
     "demo": ("aiohttp", "rich"),
     "demo.tokenizer": ("tokenizers", "transformers"),
-    "demo.model": ("torch", "tokenizers", "transformers"),
+    "demo.tiny_model": ("torch", "tokenizers", "transformers"),
 }
 NOT_DISTRIBUTED = ("types", "config", "model", "rollout", "trainer.loss", "trainer.batching")
 

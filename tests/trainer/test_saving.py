@@ -54,7 +54,7 @@ def saving_of(
 ) -> Saving:
     grid = cast(Any, SimpleNamespace(rank=0, world_size=1, is_main=True, timeout_s=5.0))
     clock = [0.0] if now is None else now
-    interrupt = SimpleNamespace(asked=False, install=lambda: None) if asked is None else asked
+    interrupt = cast(Any, asked or SimpleNamespace(asked=False, install=lambda: None))
     section = TrainSection.model_validate({"steps": 100, **train})
     return Saving(saves, grid, RunSection(dir=Path("run")), section, interrupt, record, clock=lambda: clock[0])
 
@@ -67,7 +67,7 @@ def take(saving: Saving, steps: int) -> None:
             saving.save()
 
 
-@pytest.mark.parametrize("failure", [RunError("the API is away"), ValueError("a defect"), TimeoutError()])
+@pytest.mark.parametrize("failure", [RunError("the API is away"), ValueError("a bug"), TimeoutError()])
 def test_a_whole_state_is_saved_whatever_ends_the_run(failure: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     saves = Saves(saved=4)
     saving = saving_of(saves)
@@ -75,7 +75,7 @@ def test_a_whole_state_is_saved_whatever_ends_the_run(failure: Exception, capsys
         take(saving, 3)
         raise failure
     assert saves.tries == [7]
-    assert "step 7 is saved: run/checkpoints/run/step_00000007; run.resume=true goes on" in capsys.readouterr().out
+    assert "step 7 is saved: run/checkpoints/run/step_00000007; run.resume=true continues" in capsys.readouterr().out
 
 
 def test_half_a_step_is_not_saved(capsys: pytest.CaptureFixture[str]) -> None:

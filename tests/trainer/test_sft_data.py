@@ -29,7 +29,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> SFTConfig:
     # one of them is trained on too
     write_conversations(folder / "held_out.parquet", map(conversation, range(TRAINED - 1, TRAINED - 1 + HELD_OUT)))
     data = {"train": folder / "train.parquet", "validation": folder / "held_out.parquet"}
-    return SFTConfig.model_validate({"model": {"path": folder / "model"}, "data": data, "batch_size": BATCH})
+    return SFTConfig.model_validate({"model": {"path": str(folder / "model")}, "data": data, "batch_size": BATCH})
 
 
 def trained(batches: Any) -> int:

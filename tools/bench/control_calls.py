@@ -138,7 +138,9 @@ def measure(servers: int, repeats: int, smg: str | None) -> list[Row]:
     """Start everything, take turns, end everything."""
     from transformers.utils.logging import disable_progress_bar
 
-    from collab_megatron.demo.model import write_model  # torch with it: seconds that a mistyped option need not wait
+    from collab_megatron.demo.tiny_model import (
+        write_model,  # torch with it: seconds that a mistyped option need not wait
+    )
 
     disable_progress_bar()
     with (
@@ -174,7 +176,11 @@ def line(row: Row) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/control_calls.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=20, help="measured turns of each way")
     parser.add_argument("--smg", help="the router's executable; default: its rows are skipped")

@@ -103,7 +103,11 @@ async def cpu_ms_per_call(url: str, calls: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.driver_litellm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--url", required=True, help="of tools/bench/driver_servers.py")
     parser.add_argument("--calls", type=int, required=True)
     parser.add_argument("--json", type=Path, required=True)

@@ -112,11 +112,11 @@ class RewardSection(Section):
     interactivity_sees: Literal["request", "chat"] = "request"
     # replaces the shipped prompt of the accuracy judge; simulators.judge.prompt_file replaces that of interactivity
     accuracy_prompt_file: Path | None = None
-    # Python modules that register metrics of your own (docs/METRICS.md): names that Python can import, or files; for a
+    # Python modules that register metrics of your own (docs/rewards.md): names that Python can import, or files; for a
     # module next to the config file the name is enough
     metric_modules: tuple[str, ...] = ()
     judges: dict[str, JudgeSection] = Field(default={})  # by metric: its own LLM instead of simulators.judge
-    settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: its settings (docs/METRICS.md)
+    settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: its settings (docs/rewards.md)
 
     @field_validator("metric_weights")
     @classmethod

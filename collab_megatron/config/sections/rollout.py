@@ -103,7 +103,7 @@ class JournalSection(Section):
 
 
 class RecordSection(Section):
-    """RUN_DIR/conversations/NAME: every conversation tree with its texts, tokens, scores and calls (docs/RECORD.md)."""
+    """RUN_DIR/conversations/NAME: every conversation tree with its texts, tokens, scores and calls (docs/record.md)."""
 
     every: Positive = 1  # steps; 1: every step is written, n: the first and every n-th after it
     # MB on disk of the run's whole record; at the limit the run goes on, without more trees written, and says so. None:

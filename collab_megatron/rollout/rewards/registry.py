@@ -5,7 +5,7 @@
         return Brevity()
 
 in a module listed in `reward.metric_modules`, and `reward.metric_weights: {brevity: 0.2}`; no trainer code changes.
-docs/METRICS.md has the details.
+docs/rewards.md has the details.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ async def _score(metric: Metric, conversation: ScoredConversation) -> float:
 
 
 def is_of_own_metric(error: Exception) -> bool:
-    """Whether it comes from a bug in a metric of the user's own, which ends the run (docs/METRICS.md)."""
+    """Whether it comes from a bug in a metric of the user's own, which ends the run (docs/rewards.md)."""
     return getattr(error, OWN_METRIC, False)
 
 

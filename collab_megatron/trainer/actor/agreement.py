@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from collab_megatron.errors import DiskFull, RunError, UserError
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.convert.disk import is_disk_full
+from collab_megatron.trainer.convert.disk_space import is_disk_full
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def on_rank_zero(grid: RankGrid, act: Callable[[], T], *, group: dist.ProcessGro
     result, failure = outcome
     if failure is not None:
         raise error or failure.kind(failure.text)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 @contextlib.contextmanager

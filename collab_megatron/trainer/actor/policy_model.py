@@ -1,4 +1,4 @@
-"""A Hugging Face config as a Megatron GPTModel whose output is log-probabilities, not logits."""
+"""Policy model: a Megatron GPTModel of a Hugging Face config, whose output is log-probabilities instead of logits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from collab_megatron.model.tables import rows
 from collab_megatron.trainer.actor.backend import Backend
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.actor.logprobs import head_logprobs
-from collab_megatron.trainer.convert.place import local_parameters
+from collab_megatron.trainer.convert.placement import local_parameters
 from collab_megatron.trainer.local.cpu_support import patch_experts
 from collab_megatron.trainer.local.layers import layer_spec
 
@@ -30,20 +30,20 @@ class PolicyModel(GPTModel):
     """GPTModel that, on the last stage and given labels, returns [2, b, s] fp32: log-probability of each label, and
     entropy.
 
-    Overrides the method in which GPTModel would make logits of all tokens at once.
+    Overrides the method in which GPTModel makes the logits of all tokens at once.
     """
 
     spec: ModelSpec
     grid: RankGrid
     logits_chunk_bytes: int
-    temperature: float = 1.0  # both results are of the distribution at this temperature
+    temperature: float = 1.0  # of the distribution of both results
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **_: Any) -> Tensor:
         """hidden_states [s, b, h] (a part of s under sequence parallelism), labels [b, s] int64 -> [2, b, s]."""
         if not self.post_process or labels is None:
             return hidden_states
         group = self.grid.tp_group if self.grid.tp_size > 1 else None
-        # both sum the gradient over the vocabulary's shards on the way back
+        # in the backward pass both sum the gradient over the vocabulary's shards
         if self.grid.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
         else:
@@ -65,7 +65,7 @@ class PolicyModel(GPTModel):
 
 
 def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid, recompute: Recompute) -> TransformerConfig:
-    """Megatron's config of the model on this grid; what is fused depends on the backend."""
+    """Megatron's config of the model on this grid; fusions depend on the backend."""
     backend = grid.backend
     on_gpu = backend.name == "cuda"
     interleaved = grid.parallel.interleave > 1
@@ -98,11 +98,11 @@ def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid, reco
         context_parallel_size=grid.cp_size,
         expert_model_parallel_size=grid.ep_size,
         expert_tensor_parallel_size=1,
-        # micro-batches have the length of their longest row; stages tell each other, and upstream insists on the one
-        # dispatcher of experts that takes any length, experts or not
+        # micro-batches have the length of their longest row, which stages send to each other; upstream then requires
+        # the one dispatcher of experts that takes any length, even without experts
         variable_seq_lengths=grid.pp_size > 1,
         moe_token_dispatcher_type="alltoall",
-        # the interleaved schedule with batched p2p is silently wrong at two stages in 0.16
+        # with batched p2p the interleaved schedule of 0.16 is wrong at two stages, without an error
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=grid.pp_size > 1,
@@ -122,8 +122,8 @@ def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid, reco
 
 
 def _recompute(recompute: Recompute, spec: ModelSpec) -> dict[str, Any]:
-    """Full: only the layers' inputs are kept. Selective: the MLPs, whose activations are the larger half, are computed
-    again; attention kernels keep next to nothing as it is.
+    """Full: only the layers' inputs are kept. Selective: the MLPs, which have the larger half of the activations, are
+    recomputed; attention kernels keep very little anyway.
     """
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -133,7 +133,7 @@ def _recompute(recompute: Recompute, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _experts(spec: ModelSpec, backend: Backend) -> dict[str, Any]:
-    """A router as Qwen3-MoE's: softmax over the chosen experts (or over all), no auxiliary loss, no token dropped."""
+    """Router settings of Qwen3-MoE: softmax over the chosen experts (or all), no auxiliary loss, no dropped tokens."""
     return {
         "num_moe_experts": spec.experts,
         "moe_router_topk": spec.experts_per_token,
@@ -153,8 +153,9 @@ def build_model(
     recompute: Recompute = "none",
     logits_chunk_bytes: int = 2**29,
 ) -> list[PolicyModel]:
-    """The model's shard on this rank, with weights that are still undefined: one chunk, or several where the pipeline
-    is interleaved. On the meta device, where the grid's backend says so, it has shapes only.
+    """The model's shard on this rank, with undefined weights: one chunk, or several if the pipeline is interleaved.
+
+    If the backend's device is torch's meta device, the weights have shapes only.
     """
     if spec.experts:
         patch_experts()
@@ -189,14 +190,14 @@ def _build_chunk(
     model.spec, model.grid, model.logits_chunk_bytes = spec, grid, logits_chunk_bytes
     model.to(device)
     _mark_shards(model, spec, grid)
-    # upstream knows llama3 stretching with one set of constants only; the frequencies are a plain attribute
+    # upstream supports llama3 scaling with one set of constants only; the frequencies are a plain attribute
     model.rotary_pos_emb.inv_freq = rope_frequencies(spec.rope, spec.head_dim).to(device)
     return model
 
 
 def _mark_shards(model: PolicyModel, spec: ModelSpec, grid: RankGrid) -> None:
-    """Say of each parameter how it is cut. Upstream does so only while initialising weights, which we skip; unmarked,
-    a shard counts as a copy and is left out of the gradient norm on every rank but the first, in silence. A whole
+    """Mark each parameter with how it is cut, which upstream does only while it initializes weights. Without the mark a
+    shard counts as a copy, and the gradient norm leaves it out on every rank but the first, without an error. A whole
     expert counts as a shard: the tensor-parallel ranks hold different ones.
     """
     by_name = {row.megatron: row for row in rows(spec)}
@@ -209,7 +210,7 @@ def _mark_shards(model: PolicyModel, spec: ModelSpec, grid: RankGrid) -> None:
         }
         if by_name[name].expert is not None and grid.tp_size > 1:
             # without expert parallelism upstream reduces experts like dense weights: not over the tensor-parallel
-            # ranks, each of which saw other tokens
+            # ranks, each of which has different tokens
             marks["allreduce"] = False
         for mark, value in marks.items():
             setattr(parameter, mark, value)

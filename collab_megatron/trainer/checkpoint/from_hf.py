@@ -21,20 +21,21 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
 from collab_megatron.errors import RunError, UserError
-from collab_megatron.model.headers import StoredTensor, read_headers
-from collab_megatron.model.inventory import check_names
-from collab_megatron.model.layout import read_hf_config
+from collab_megatron.files import fsync_folder
+from collab_megatron.model.folder import read_hf_config
+from collab_megatron.model.safetensors_headers import StoredTensor, read_headers
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tables import rows
+from collab_megatron.model.tensor_check import check_tensor_names
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.agreement import fail_together, phase
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.checkpoint.manifest import ManifestEntry, manifest, meta_actor
 from collab_megatron.trainer.checkpoint.state import PROGRESS, layout_of
-from collab_megatron.trainer.convert.disk import fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.disk_space import is_disk_full
 from collab_megatron.trainer.convert.hf_folder import copy_companions
 from collab_megatron.trainer.convert.loader import SafetensorsFolder, require_finite
-from collab_megatron.trainer.convert.progress import Advance, progress
+from collab_megatron.trainer.convert.progress_bar import Advance, progress
 from collab_megatron.trainer.convert.reshape import join
 from collab_megatron.trainer.convert.safetensors_io import DTYPES, read_into
 from collab_megatron.wire.checkpoints import step_folder, write_marker
@@ -53,7 +54,7 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
     with fail_together(grid, doing, directory):
         spec = model_spec(read_hf_config(source))
         with SafetensorsFolder(source) as names:
-            check_names(names.names, spec, names.folder)
+            check_tensor_names(names.names, spec, names.folder)
         stored = read_headers(source)
         actor = meta_actor(source, _check_tensors(stored, spec), grid)
         mine = share(manifest(actor), grid.rank, grid.world_size)

@@ -16,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
-from collab_megatron.model.tables import Row, rows
+from collab_megatron.model.tables import ParameterRow, rows
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.checkpoint.state import ShardedState
@@ -27,7 +27,7 @@ class ManifestEntry:
     """One stored tensor: a whole Megatron parameter, or one half of a gated projection."""
 
     place: Any  # megatron's ShardedTensor: key, global shape, offset, local shape; its data is on the meta device
-    row: Row
+    row: ParameterRow
     part: int | None  # which of the row's Hugging Face tensors it is; None: all of them, joined
 
     @property
@@ -86,7 +86,7 @@ def _named(state: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
             yield name, value if isinstance(value, list) else [value]
 
 
-def _of_row(row: Row, stored: list[Any]) -> list[ManifestEntry]:
+def _of_row(row: ParameterRow, stored: list[Any]) -> list[ManifestEntry]:
     assert all(isinstance(place, ShardedTensor) for place in stored), stored
     if len(stored) == 1:
         return [ManifestEntry(stored[0], row, None)]

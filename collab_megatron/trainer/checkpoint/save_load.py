@@ -19,13 +19,14 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
 from collab_megatron.errors import DiskFull, RunError, UserError
+from collab_megatron.files import fsync_folder
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.agreement import fail_together, gather
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.checkpoint.reader import SafeCommon, SafeLoad, read_common, read_metadata, refusal
 from collab_megatron.trainer.checkpoint.state import PROGRESS, ShardedState, grid_of, layout_of
 from collab_megatron.trainer.checkpoint.writer import DeferredSave, write_tensors
-from collab_megatron.trainer.convert.disk import free_bytes, fsync_folder
+from collab_megatron.trainer.convert.disk_space import free_bytes
 from collab_megatron.trainer.convert.hf_folder import copy_companions
 from collab_megatron.wire.checkpoints import CheckpointInfo, read_info, retire, step_folder, write_best, write_marker
 
@@ -144,7 +145,7 @@ class PendingSave:
         Raises RunError on every rank like save_checkpoint.
         """
         directory = self.final.parent
-        with self.whole_or_absent(grid):
+        with self.atomic_folder(grid):
             with fail_together(grid, "writing the tensors", self.aside):
                 tensors, self.tensors = self.tensors, {}
                 write_tensors(tensors, self.aside / "model", grid.cpu_group)
@@ -168,7 +169,7 @@ class PendingSave:
         fsync_folder(self.final.parent)
 
     @contextlib.contextmanager
-    def whole_or_absent(self, grid: RankGrid) -> Iterator[None]:
+    def atomic_folder(self, grid: RankGrid) -> Iterator[None]:
         """The block succeeds on every rank; otherwise rank 0 removes the attempt and every rank raises RunError."""
         directory = self.final.parent
         try:
@@ -200,7 +201,7 @@ def begin_save(
         keep=keep,
         bytes_needed=_bytes_needed(actor),
     )
-    with pending.whole_or_absent(actor.grid):
+    with pending.atomic_folder(actor.grid):
         with fail_together(actor.grid, "preparing the folder", pending.final.parent):
             if actor.grid.is_main:
                 _prepare(actor, pending.aside)

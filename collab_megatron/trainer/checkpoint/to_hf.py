@@ -32,13 +32,13 @@ from collab_megatron.trainer.checkpoint.manifest import ManifestEntry, manifest,
 from collab_megatron.trainer.checkpoint.reader import read_metadata
 from collab_megatron.trainer.convert.buckets import TensorInfo
 from collab_megatron.trainer.convert.hf_folder import (
+    atomic_folder,
     cut_into_shards,
     finish_folder,
     parse_size,
-    whole_or_absent,
     write_shard,
 )
-from collab_megatron.trainer.convert.progress import progress
+from collab_megatron.trainer.convert.progress_bar import progress
 from collab_megatron.trainer.convert.reshape import split
 from collab_megatron.wire.checkpoints import CheckpointInfo, read_info
 
@@ -165,9 +165,9 @@ def _header(info: CheckpointInfo) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _folder_of_all(output: Path, grid: RankGrid) -> Iterator[Path]:
-    """Rank 0's whole_or_absent(output), on every rank. Rank 0 publishes the folder at the end of the block."""
+    """Rank 0's atomic_folder(output), on every rank. Rank 0 publishes the folder at the end of the block."""
     with contextlib.ExitStack() as stack:
-        yield on_rank_zero(grid, lambda: stack.enter_context(whole_or_absent(output)))
+        yield on_rank_zero(grid, lambda: stack.enter_context(atomic_folder(output)))
 
 
 def main() -> None:

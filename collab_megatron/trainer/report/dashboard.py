@@ -12,7 +12,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from collab_megatron.errors import RunError
-from collab_megatron.json_lines import append_rows, keep_rows, read_rows, to_disk
+from collab_megatron.files import fsync
+from collab_megatron.json_lines import append_rows, keep_rows, read_rows
 
 FILE = "metrics.jsonl"
 
@@ -53,7 +54,7 @@ class Dashboard:
     def to_disk(self) -> None:
         """Force metrics.jsonl to the disk, so that it survives a power failure. Raises RunError if the disk refuses."""
         try:
-            to_disk(self._jsonl)
+            fsync(self._jsonl)
         except FileNotFoundError:
             return  # no line yet
         except OSError as error:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collab_megatron.config.sections import HealthSection, LLMSection, SimulatorSection, UserSection
-from collab_megatron.demo import roles, world
+from collab_megatron.demo import desk, scripted_roles
 from collab_megatron.errors import UserError
 from collab_megatron.rollout.llm import Gateway, LLMUserSimulator
 from collab_megatron.rollout.llm.health import SimulatorHealth, shares, verdict
@@ -193,15 +193,15 @@ def test_the_demos_simulator_is_healthy() -> None:
     health = SimulatorHealth(HealthSection())
     template = load_template("user", None, required=(), optional=("task_desc", "request", "chat", "termination_signal"))
     for _ in range(400):
-        task = world.sample_task(rng, "train")
+        task = desk.sample_task(rng, "train")
         known = Task("t", (Message("user", task.opening),), task.request, task.command)
         talk = list(known.prompt)
         for _ in range(3):
             wire = [(message.role, message.content) for message in talk]
-            talk.append(Message("assistant", roles.assistant_reply(wire, rng)))
+            talk.append(Message("assistant", scripted_roles.assistant_reply(wire, rng)))
             lines = "\n".join(json.dumps({"role": m.role, "content": m.content}) for m in talk)
             prompt = template.fill(task_desc="", request=task.request, chat=lines, termination_signal="")
-            said = json.loads(roles.user_reply([("user", prompt)], rng))["response"]
+            said = json.loads(scripted_roles.user_reply([("user", prompt)], rng))["response"]
             health.observe_turn("user", known, talk, said)
             if TERMINATION_SIGNAL in said:
                 break

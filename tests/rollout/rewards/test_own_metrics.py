@@ -1,4 +1,4 @@
-"""Metrics of the user's own: the example of docs/METRICS.md, modules next to the config, settings, wrong scores."""
+"""Metrics of the user's own: the example of docs/rewards.md, modules next to the config, settings, wrong scores."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_a_weight_is_a_number(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_page_works(tmp_path: Path) -> None:
-    page = (REPOSITORY / "docs" / "METRICS.md").read_text()
+    page = (REPOSITORY / "docs" / "rewards.md").read_text()
     module, test = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_metrics.py").write_text(module)
@@ -244,6 +244,6 @@ def test_the_example_of_the_page_works(tmp_path: Path) -> None:
     scorer = make_scorer(reward.metric_weights, Judge(), metric_modules=reward.metric_modules, settings=reward.settings)
     assert asyncio.run(scorer.score(TALK)) == {"brevity": pytest.approx(1 - 2 / 60), "kindness": 1.0}
     own: dict[str, Any] = {}
-    exec(compile(test, "METRICS.md", "exec"), own)
+    exec(compile(test, "rewards.md", "exec"), own)
     (check,) = [value for name, value in own.items() if name.startswith("test_")]
     check()

@@ -88,7 +88,7 @@ def check_variants(folder: Path, grid: RankGrid, dtype: Any, distributed: bool) 
     for recompute in ("selective", "full"):
         actor = build(folder, grid, dtype, recompute, distributed=distributed)
         if recompute == "full" and dtype == "bfloat16":
-            # its first pass is without gradients, where attention over short rows rounds elsewhere (actor/layers.py)
+            # its first pass is without gradients, where attention over short rows rounds elsewhere (local/layers.py)
             check_close(outcome(actor), plain, "recompute full", tolerance=2e-3)
         else:
             check_equal(outcome(actor), plain, f"recompute {recompute}")

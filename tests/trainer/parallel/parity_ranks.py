@@ -23,7 +23,7 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.batching.micro_batch import TokenSample, split_by_tokens
 from collab_megatron.trainer.convert.loader import SafetensorsFolder
-from collab_megatron.trainer.convert.place import stage_of
+from collab_megatron.trainer.convert.placement import stage_of
 
 TOLERANCE = 1e-5
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")

@@ -1,6 +1,6 @@
 """Writes the demo's tasks as files.
 
-    python -m collab_megatron.demo.tasks --output DIR --train 3000 --heldout 1000 --seed 1
+    python -m collab_megatron.demo.task_files --output DIR --train 3000 --heldout 1000 --seed 1
 
 `train.jsonl` holds single-turn problems for the data builder, `heldout.jsonl` rows in CollabLLM's flat format for
 evaluation. Within a file every opening is another one (rows are told apart by their `prompt`); between the files no
@@ -10,26 +10,24 @@ combination of intent and values is shared.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.demo.world import DeskTask, sample_task
+from collab_megatron.demo.desk import DeskTask, sample_task
 from collab_megatron.errors import UserError, run_cli
+from collab_megatron.json_lines import replace_rows
 
 MAX_TASKS = 100_000  # far below the number of openings, so that looking for a new one always ends soon
 
 
-def draw_tasks(rng: random.Random, split: str, count: int, ambiguous_share: float = 0.6) -> list[DeskTask]:
+def draw_tasks(rng: random.Random, split: str, count: int) -> list[DeskTask]:
     """`count` tasks of `split` with pairwise different openings. UserError if count lies outside [1, MAX_TASKS]."""
     if not 1 <= count <= MAX_TASKS:
         raise UserError(f"cannot draw {count} tasks: ask for 1 to {MAX_TASKS}")
     tasks: dict[str, DeskTask] = {}
     while len(tasks) < count:
-        task = sample_task(rng, split, ambiguous_share)
+        task = sample_task(rng, split)
         while task.opening in tasks:
             # Vague openings repeat more often than complete ones: redraw within the same kind, or the share drifts.
             task = sample_task(rng, split, float(task.ambiguous))
@@ -74,19 +72,15 @@ def write_tasks(output: Path, train: int, heldout: int, seed: int) -> None:
         raise UserError(f"--output {output} cannot be made ({error.strerror}): name another folder") from None
     train_tasks = draw_tasks(random.Random(f"{seed} train"), "train", train)
     heldout_tasks = draw_tasks(random.Random(f"{seed} heldout"), "heldout", heldout)
-    _write_jsonl(output / "train.jsonl", map(problem_row, train_tasks))
-    _write_jsonl(output / "heldout.jsonl", (conversation_row(task, i) for i, task in enumerate(heldout_tasks)))
-
-
-def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    aside.replace(path)
+    replace_rows(output / "train.jsonl", map(problem_row, train_tasks))
+    replace_rows(output / "heldout.jsonl", (conversation_row(task, i) for i, task in enumerate(heldout_tasks)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the demo's training problems and held-out tasks.")
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_megatron.demo.task_files",
+        description="Write the demo's training problems and held-out tasks.",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write into")
     parser.add_argument("--train", type=int, default=3000, help="number of training problems")
     parser.add_argument("--heldout", type=int, default=1000, help="number of held-out tasks")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.model.tables import EMBEDDING, OUTPUT, Row, canonical_name, rows
+from collab_megatron.model.tables import EMBEDDING, OUTPUT, ParameterRow, canonical_name, rows
 
 if TYPE_CHECKING:
     from collab_megatron.trainer.actor.grid import RankGrid
@@ -23,7 +23,7 @@ _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
 
 
-def stage_of(row: Row, spec: ModelSpec, *, pipeline: int, interleave: int = 1) -> int:
+def stage_of(row: ParameterRow, spec: ModelSpec, *, pipeline: int, interleave: int = 1) -> int:
     """The pipeline stage that owns the row: of a tied embedding, the first."""
     if row.layer is not None:
         layers_per_chunk = spec.layers // (pipeline * interleave)
@@ -31,13 +31,13 @@ def stage_of(row: Row, spec: ModelSpec, *, pipeline: int, interleave: int = 1) -
     return 0 if row.megatron == EMBEDDING.megatron else pipeline - 1
 
 
-def expert_owner(row: Row, spec: ModelSpec, *, expert_parallel: int) -> int:
+def expert_owner(row: ParameterRow, spec: ModelSpec, *, expert_parallel: int) -> int:
     """The expert-parallel rank that holds the row's expert."""
     assert row.expert is not None, f"{row.megatron} belongs to no expert"
     return row.expert // (spec.experts // expert_parallel)
 
 
-def local_rows(spec: ModelSpec, grid: RankGrid) -> Iterator[Row]:
+def local_rows(spec: ModelSpec, grid: RankGrid) -> Iterator[ParameterRow]:
     """The rows of which this rank holds a parameter, whole or cut, in the table's order."""
     stages = {"pipeline": grid.pp_size, "interleave": grid.parallel.interleave}
     for row in rows(spec):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from collab_megatron.data.bad_rows import BadRows
-from collab_megatron.data.schema import CollabRow, read_rows
+from collab_megatron.data.collab_rows import CollabRow, parse_rows
 from collab_megatron.errors import UserError
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -25,7 +25,7 @@ def load_rows(source: str, splits: Sequence[str] = (), bad: BadRows | None = Non
     Raises UserError if there is nothing, or something that cannot be read and that `bad` does not skip.
     """
     bad = bad or BadRows()
-    return read_rows(load_raw(source, splits, bad), source, bad)
+    return parse_rows(load_raw(source, splits, bad), source, bad)
 
 
 def load_raw(source: str, splits: Sequence[str] = (), bad: BadRows | None = None) -> list[Mapping[str, Any]]:

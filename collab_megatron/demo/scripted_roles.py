@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from collab_megatron.demo import world
+from collab_megatron.demo import desk
 from collab_megatron.types import TERMINATION_SIGNAL
 
 AMBIGUOUS_SHARE = 0.6  # of the openings that the user simulator makes up
@@ -60,19 +60,19 @@ def user_reply(turns: Sequence[Turn], rng: random.Random) -> str:
     """
     intent, slots, chat = _read_prompt(turns)
     if not chat:
-        missing = world.draw_missing(rng, intent, AMBIGUOUS_SHARE)
-        opening = world.render_opening(rng, intent, slots, missing)
+        missing = desk.draw_missing(rng, intent, AMBIGUOUS_SHARE)
+        opening = desk.render_opening(rng, intent, slots, missing)
         return _user_json("i open the chat" + (" without every detail" if missing else ""), opening)
     if chat[-1][0] != "assistant":
         raise ValueError("the chat must be empty or end with an assistant turn for the user to reply to")
-    reply = world.parse_reply(chat[-1][1])
-    if isinstance(reply, world.Command):
-        right = reply.text == world.command_text(intent, slots)
+    reply = desk.parse_reply(chat[-1][1])
+    if isinstance(reply, desk.Command):
+        right = reply.text == desk.command_text(intent, slots)
         verdict = "that is right" if right else "that is not right"
         return _user_json("the desk has acted", f"{verdict} {TERMINATION_SIGNAL}")
     asked = _asked_for(chat[-1][1], slots)
     if asked:
-        return _user_json(f"the desk asks for {', '.join(asked)}", world.render_answer(rng, slots, asked))
+        return _user_json(f"the desk asks for {', '.join(asked)}", desk.render_answer(rng, slots, asked))
     fruitless = sum(1 for role, text in chat if role == "assistant" and not _asked_for(text, slots))
     if fruitless >= FRUITLESS_TURNS:
         return _user_json("this leads nowhere", f"never mind {TERMINATION_SIGNAL}")
@@ -88,10 +88,10 @@ def judge_reply(turns: Sequence[Turn], rng: random.Random) -> str:
     intent, _, chat = _read_prompt(turns)
     if not chat or chat[0][0] != "user":
         raise ValueError("the chat must begin with the user's opening")
-    missing = set(world.find_missing(chat[0][1], intent))
+    missing = set(desk.find_missing(chat[0][1], intent))
     asked: list[str] = []
     for role, text in chat:
-        if role == "assistant" and not isinstance(world.parse_reply(text), world.Command):
+        if role == "assistant" and not isinstance(desk.parse_reply(text), desk.Command):
             asked += _question_slots(text) or [
                 "?"
             ]  # neither acting nor asking costs a turn like an off-target question
@@ -116,17 +116,17 @@ def assistant_reply(turns: Sequence[Turn], rng: random.Random) -> str:
     chat = [turn for turn in turns if turn[0] != "system"]
     if not chat or chat[0][0] != "user" or chat[-1][0] != "user":
         raise ValueError("the chat must begin and end with a user turn for the assistant to reply to")
-    intent = world.find_intent(chat[0][1])
-    names = world.INTENT_SLOTS[intent]
-    known = world.find_values(" ".join(text for role, text in chat if role == "user"), intent)
+    intent = desk.find_intent(chat[0][1])
+    names = desk.INTENT_SLOTS[intent]
+    known = desk.find_values(" ".join(text for role, text in chat if role == "user"), intent)
     missing = [slot for slot in names if slot not in known]
     questions = sum(1 for role, text in chat if role == "assistant" and _question_slots(text))
     if questions == 0 and rng.random() < _ask_rate(missing):
-        return world.question_text(missing or [rng.choice(names)])
+        return desk.question_text(missing or [rng.choice(names)])
     if 0 < questions < MAX_QUESTIONS and missing:
-        return world.question_text(missing)
-    guesses = {slot: rng.choice(world.SLOT_VALUES[slot]) for slot in missing}
-    return world.command_text(intent, {**known, **guesses})
+        return desk.question_text(missing)
+    guesses = {slot: rng.choice(desk.SLOT_VALUES[slot]) for slot in missing}
+    return desk.command_text(intent, {**known, **guesses})
 
 
 ROLES: dict[str, Callable[[Sequence[Turn], random.Random], str]] = {
@@ -144,8 +144,8 @@ def _ask_rate(missing: Sequence[str]) -> float:
 
 
 def _question_slots(text: str) -> list[str]:
-    reply = world.parse_reply(text)
-    return list(reply.slots) if isinstance(reply, world.Question) else []
+    reply = desk.parse_reply(text)
+    return list(reply.slots) if isinstance(reply, desk.Question) else []
 
 
 def _asked_for(text: str, slots: Mapping[str, str]) -> list[str]:
@@ -155,7 +155,7 @@ def _asked_for(text: str, slots: Mapping[str, str]) -> list[str]:
 def _read_prompt(turns: Sequence[Turn]) -> tuple[str, dict[str, str], list[Turn]]:
     """(intent, slots, chat) of the prompt that a simulator or judge is shown."""
     prompt = turns[-1][1]
-    intent, slots = world.read_request(_block(prompt, "request"))
+    intent, slots = desk.read_request(_block(prompt, "request"))
     lines = [line for line in _block(prompt, "chat").split("\n") if line.strip()]  # JSON may hold other line ends
     try:
         chat = [json.loads(line) for line in lines]

@@ -4,7 +4,7 @@ flat form      one row as it is here
 nested form    {single_turn_prompt, ..., turns: [{prompt, responses: [{completion, score, sessions, rewards}]}]}
 messages form  {messages: [{role, content}, ...]}: a finished chat, for supervised training only
 
-docs/DATA.md describes every column.
+docs/data.md describes every column.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class CollabRow:
         return self.conv_id, self.single_turn_prompt
 
 
-def read_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | None = None) -> list[CollabRow]:
+def parse_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | None = None) -> list[CollabRow]:
     """Rows of any form. In messages rows count from 1, as lines do.
 
     Raises UserError naming source, row and column for what cannot be read, over all rows, unless `bad` skips such rows;
@@ -112,7 +112,7 @@ def _lacks(lacking: Mapping[int, Sequence[str]], rows: Sequence[Any], source: st
             parts.append(f"{column!r} in {len(numbers):,} of {len(rows):,} rows ({shown})")
     columns = ", ".join(dict.fromkeys(str(name) for number in lacking for name in rows[number]))
     noun = "column" if len(parts) == 1 else "columns"
-    return f"{source} has no {noun} {', '.join(parts)}; its columns are {columns}; docs/DATA.md describes the forms"
+    return f"{source} has no {noun} {', '.join(parts)}; its columns are {columns}; docs/data.md describes the forms"
 
 
 def _read_row_of_any_form(row: Mapping[str, Any], number: int, where: str) -> list[CollabRow]:

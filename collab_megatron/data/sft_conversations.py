@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from collab_megatron.data.collab_rows import CollabRow
 from collab_megatron.data.parquet import Conversation
-from collab_megatron.data.rl import with_system
-from collab_megatron.data.schema import CollabRow
+from collab_megatron.data.rl_tasks import with_system
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message
 

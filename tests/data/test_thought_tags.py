@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collab_megatron.data.chat import ChatTemplate
-from collab_megatron.data.thoughts import split_thoughts
+from collab_megatron.data.thought_tags import split_thoughts
 from collab_megatron.demo.tokenizer import build_tokenizer
 from collab_megatron.types import Generation, Message
 from tests.data.test_chat_template import ALWAYS_THINKS, CHATML, FORGETS_THOUGHTS, byte_tokenizer

@@ -1,6 +1,6 @@
-"""What safetensors files claim to hold, held against their sizes: a file cut short is found before a process starts.
+"""Headers of safetensors files, checked against the file sizes: finds a truncated file before a process starts.
 
-A file is a length, a JSON header, then the tensors' bytes one after the other. Pure: no torch, only headers are read.
+A file is a length, a JSON header, then the tensors' bytes end to end. Pure: no torch, reads headers only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collab_megatron.errors import UserError
 INDEX = "model.safetensors.index.json"
 LENGTH_BYTES = 8
 LARGEST_HEADER = 100_000_000  # what safetensors itself accepts
-# bytes of an element; of others (sub-byte and later ones) nothing but the place in the file is checked
+# bytes of an element; for other dtypes (sub-byte, newer ones) only the position in the file is checked
 ELEMENT_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -39,7 +39,7 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """What `file` holds. Raises UserError when it cannot be read, is no safetensors file, or was cut short."""
+    """The tensors of `file`. Raises UserError when it cannot be read, is not a safetensors file, or is truncated."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -54,26 +54,26 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{file} is missing or not a safetensors file, it cannot be read: {reason}; fetch it again"
-        ) from error
+        raise UserError(f"{file} cannot be read as a safetensors file: {reason}; download it again") from error
     for tensor in found.values():
         if tensor.start + tensor.num_bytes > size:
             raise UserError(
-                f"tensor {tensor.name} goes beyond the end of {file}: the file was cut short; fetch it again"
+                f"tensor {tensor.name} goes beyond the end of {file}: the file is truncated; download it again"
             )
         needed = ELEMENT_BYTES.get(tensor.dtype, 0) * math.prod(tensor.shape)
         if needed and needed != tensor.num_bytes:
             raise UserError(
-                f"tensor {tensor.name} of {file} has {tensor.num_bytes:,} bytes, and {needed:,} for its shape "
-                f"{list(tensor.shape)} of {tensor.dtype}: the file is damaged; fetch it again"
+                f"tensor {tensor.name} of {file} has {tensor.num_bytes:,} bytes, but its shape {list(tensor.shape)} of "
+                f"{tensor.dtype} needs {needed:,}: the file is damaged; download it again"
             )
     return found
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model folder, by name; empty without safetensors. Raises UserError where a file is damaged or
-    differs from the index."""
+    """All tensors of a model folder by name; empty without safetensors files.
+
+    Raises UserError where a file is damaged or does not match the index.
+    """
     index = folder / INDEX
     if not index.is_file():
         return {
@@ -83,23 +83,25 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     headers = {file: read_header(folder / file) for file in sorted(set(weight_map.values()))}
     for name, file in weight_map.items():
         if name not in headers[file]:
-            raise UserError(f"tensor {name} is missing in {folder / file}, where {index.name} has it")
+            raise UserError(
+                f"tensor {name} is missing in {folder / file}, although {index.name} lists it: download both again"
+            )
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor -> file, of the same folder. Raises UserError."""
+    """Tensor name -> file name, all in the index's folder. Raises UserError."""
     try:
         content: Any = json.loads(index.read_text("utf-8"))
         weight_map = content["weight_map"]
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError("its weight_map is no mapping of tensors to files")
+            raise TypeError("its weight_map is not a mapping of tensors to files")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{index} cannot be read as an index with a weight_map: {reason}; fetch it again") from None
+        raise UserError(f"{index} cannot be read as an index with a weight_map: {reason}; download it again") from None
     for file in weight_map.values():
         if not file or Path(file).name != file:
-            raise UserError(f"{index} names the file {file!r}, which is not of its folder: fetch it again")
+            raise UserError(f"{index} names the file {file!r}, which is outside its folder: download it again")
     return weight_map
 
 

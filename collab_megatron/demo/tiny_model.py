@@ -1,6 +1,6 @@
 """Writes the demo model: an ordinary Hugging Face folder with a tiny random Llama and its tokenizer.
 
-    python -m collab_megatron.demo.model --output DIR --seed 1
+    python -m collab_megatron.demo.tiny_model --output DIR --seed 1
 
 Two wide layers learn the world about twice as fast as four narrow ones of the same size. The folder is written beside
 its place and renamed, so a reader never sees half a model.
@@ -9,8 +9,6 @@ its place and renamed, so a reader never sees half a model.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from collab_megatron.demo.tokenizer import VOCAB_SIZE, build_tokenizer
 from collab_megatron.errors import UserError, run_cli
+from collab_megatron.files import atomic_write
 
 MOST_SEEDS = 2**32  # as run.seed
 MAX_POSITIONS = 512  # tokens of a whole chat; the longest of the world has about 100
@@ -49,19 +48,16 @@ def write_model(output: Path, seed: int) -> int:
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with atomic_write(output) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the demo's random model and its tokenizer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_megatron.demo.tiny_model", description="Write the demo's random model and its tokenizer."
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""The whole road of the demo, stage by stage, each a command that a user could type.
+"""The demo's pipeline: each stage is a command that a user could type.
 
 model -> tasks -> endpoint -> base evaluation -> data -> SFT -> RL (evaluates before and after) -> export -> proof
 
-Every stage is a process of its own; a failure ends the road with that stage's exit code. The figures are collected into
+Each stage is a process of its own. If one fails, the demo ends with its exit code. The figures go to
 RUN_DIR/summary.json.
 """
 
@@ -27,8 +27,8 @@ KEY_VARIABLE = "DESK_API_KEY"
 
 
 @dataclass(frozen=True)
-class RoadSettings:
-    """How long the road is; the defaults are the demo's, tools/demo.py --short walks the same way in a few steps."""
+class DemoSettings:
+    """How much each stage does. The defaults are the demo's; `tools/demo.py --short` takes a few steps of each."""
 
     run_dir: Path
     seed: int = 1
@@ -39,10 +39,10 @@ class RoadSettings:
     overrides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stage -> further a.b=c
 
 
-class Road:
+class DemoPipeline:
     """Runs stages and keeps the time of each."""
 
-    def __init__(self, settings: RoadSettings, repository: Path) -> None:
+    def __init__(self, settings: DemoSettings, repository: Path) -> None:
         self._settings = settings
         self._repository = repository
         # as secret as a real one: it must show up nowhere
@@ -77,18 +77,18 @@ class Road:
         """Overrides that point these roles at the endpoint."""
         return [f"simulators.{name}.api_base={self._api_base}" for name in names]
 
-    def further(self, stage: str) -> list[str]:
+    def extra_overrides(self, stage: str) -> list[str]:
         return list(self._settings.overrides.get(stage, ()))
 
     # the stages, in order
 
     def make_model(self) -> None:
-        argv = ["-m", "collab_megatron.demo.model", "--output", str(self.run_dir / "model")]
+        argv = ["-m", "collab_megatron.demo.tiny_model", "--output", str(self.run_dir / "model")]
         self.stage("model", [*argv, "--seed", str(self._settings.seed)])
 
     def make_tasks(self) -> None:
         s = self._settings
-        argv = ["-m", "collab_megatron.demo.tasks", "--output", str(self.run_dir / "data" / "tasks")]
+        argv = ["-m", "collab_megatron.demo.task_files", "--output", str(self.run_dir / "data" / "tasks")]
         self.stage(
             "tasks", [*argv, "--train", str(s.conversations), "--heldout", str(s.held_out), "--seed", str(s.seed)]
         )
@@ -97,7 +97,7 @@ class Road:
         data = self.run_dir / "data"
         argv = ["tools/build_dataset.py", "conf/demo_data.yaml", *self.roles("user", "judge", "assistant")]
         argv += [f"problems={data / 'tasks' / 'train.jsonl'}", f"output={data / 'multiturn'}"]
-        argv += [f"tokenizer={self.run_dir / 'model'}", f"seed={self._settings.seed}", *self.further("data")]
+        argv += [f"tokenizer={self.run_dir / 'model'}", f"seed={self._settings.seed}", *self.extra_overrides("data")]
         self.stage("data", argv)
         prepare = ["tools/prepare_dataset.py", "--dataset", str(data / "multiturn"), "--output", str(data)]
         self.stage("data", [*prepare, "--dataset-type", "sft"])  # holds out its own share, for the loss
@@ -108,7 +108,7 @@ class Road:
     def evaluate_base(self) -> None:
         argv = ["-m", "collab_megatron.evaluate", "conf/demo_evaluate.yaml", *self.roles("user", "judge")]
         argv += [*self._common(), f"model.path={self.run_dir / 'model'}", *self._rl_data()]
-        argv += [f"output={self.run_dir / 'evaluation_base.json'}", *self.further("evaluate")]
+        argv += [f"output={self.run_dir / 'evaluation_base.json'}", *self.extra_overrides("evaluate")]
         self.stage("evaluate_base", argv)
 
     def train_sft(self) -> None:
@@ -116,13 +116,17 @@ class Road:
         data = self.run_dir / "data"
         argv += [f"model.path={self.run_dir / 'model'}", f"data.train={data / 'sft_train.parquet'}"]
         argv += [f"data.validation={data / 'sft_validation.parquet'}", "train.eval_interval=300"]
-        argv += [f"export_hf={self.run_dir / 'sft_hf'}", *self._steps(self._settings.sft_steps), *self.further("sft")]
+        argv += [
+            f"export_hf={self.run_dir / 'sft_hf'}",
+            *self._steps(self._settings.sft_steps),
+            *self.extra_overrides("sft"),
+        ]
         self.stage("sft", argv)
 
     def train_rl(self, name: str = "rl", run_dir: Path | None = None, overrides: Sequence[str] = ()) -> None:
         argv = ["-m", "collab_megatron.train_rl", "conf/demo_rl.yaml", *self.roles("user", "judge")]
         argv += [*self._common(run_dir), f"run.name={name}", f"model.path={self.run_dir / 'sft_hf'}", *self._rl_data()]
-        self.stage(name, [*argv, *self._steps(self._settings.rl_steps), *self.further("rl"), *overrides])
+        self.stage(name, [*argv, *self._steps(self._settings.rl_steps), *self.extra_overrides("rl"), *overrides])
 
     def export(self) -> None:
         checkpoints = self.run_dir / "checkpoints" / "rl"
@@ -163,22 +167,22 @@ def refuse_used_folder(run_dir: Path) -> None:
         raise UserError(f"{run_dir} is not empty: remove it (rm -r {run_dir}) or choose another with --run-dir")
 
 
-def walk(settings: RoadSettings, repository: Path) -> dict[str, Any]:
-    """The whole road; returns the summary that now stands in RUN_DIR/summary.json."""
+def run_demo(settings: DemoSettings, repository: Path) -> dict[str, Any]:
+    """Run all stages; returns the contents of RUN_DIR/summary.json."""
     from collab_megatron.demo.summary import write_summary  # reads files the stages have written
 
     refuse_used_folder(settings.run_dir)
-    road = Road(settings, repository)
+    pipeline = DemoPipeline(settings, repository)
     with Supervisor(settings.run_dir / "logs") as supervisor:
-        road.make_model()
-        road.make_tasks()
-        road.start_endpoint(supervisor)
-        road.build_data()
-        road.evaluate_base()
-        road.train_sft()
-        road.train_rl()
-        road.export()
-    return write_summary(settings.run_dir, wall_s=road.wall_s, settings=settings_json(settings))
+        pipeline.make_model()
+        pipeline.make_tasks()
+        pipeline.start_endpoint(supervisor)
+        pipeline.build_data()
+        pipeline.evaluate_base()
+        pipeline.train_sft()
+        pipeline.train_rl()
+        pipeline.export()
+    return write_summary(settings.run_dir, wall_s=pipeline.wall_s, settings=settings_json(settings))
 
 
 ABLATION: Mapping[str, tuple[str, ...]] = {
@@ -188,24 +192,24 @@ ABLATION: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def ablate(settings: RoadSettings, repository: Path) -> dict[str, Any]:
-    """Two more RL runs from the SFT model of an earlier `walk`; their figures join its summary."""
+def run_ablation(settings: DemoSettings, repository: Path) -> dict[str, Any]:
+    """Two more RL runs from the SFT model of an earlier `run_demo`; their figures join its summary."""
     from collab_megatron.demo.summary import read_summary, write_summary
 
     earlier = read_summary(settings.run_dir)
-    road = Road(settings, repository)
-    road.wall_s = dict(earlier["wall_s"])
+    pipeline = DemoPipeline(settings, repository)
+    pipeline.wall_s = dict(earlier["wall_s"])
     with Supervisor(settings.run_dir / "logs") as supervisor:
-        road.start_endpoint(supervisor)
+        pipeline.start_endpoint(supervisor)
         for name, overrides in ABLATION.items():
             folder = settings.run_dir / "ablation" / name
             refuse_used_folder(folder)
-            road.wall_s.pop(name, None)
-            road.train_rl(name, folder, [*overrides, "train.eval_at_start=false"])
-    return write_summary(settings.run_dir, wall_s=road.wall_s, settings=earlier["config"]["settings"])
+            pipeline.wall_s.pop(name, None)
+            pipeline.train_rl(name, folder, [*overrides, "train.eval_at_start=false"])
+    return write_summary(settings.run_dir, wall_s=pipeline.wall_s, settings=earlier["config"]["settings"])
 
 
-def settings_json(settings: RoadSettings) -> dict[str, Any]:
+def settings_json(settings: DemoSettings) -> dict[str, Any]:
     """The settings as they stand in the summary."""
     plain = {"seed": settings.seed, "conversations": settings.conversations, "held_out": settings.held_out}
     return {**plain, "sft_steps": settings.sft_steps, "rl_steps": settings.rl_steps}

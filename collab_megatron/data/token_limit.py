@@ -25,7 +25,7 @@ class PromptEncoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Fit(Generic[T]):
+class FittingRows(Generic[T]):
     """The rows of a dataset that a run can use."""
 
     kept: list[T]
@@ -39,7 +39,7 @@ class Fit(Generic[T]):
 
 def keep_fitting(
     rows: Sequence[T], tokens: Sequence[int], room: int, *, what: str, name: Callable[[T], str], remedy: str
-) -> Fit[T]:
+) -> FittingRows[T]:
     """The rows of at most `room` tokens; `tokens` has the length of each row.
 
     what: plural noun for messages; name: how a message calls one row; remedy: what to do against too little room.
@@ -48,7 +48,7 @@ def keep_fitting(
     kept = [row for row, length in zip(rows, tokens, strict=True) if length <= room]
     left_out = len(rows) - len(kept)
     if not left_out:
-        return Fit(kept, 0, "")
+        return FittingRows(kept, 0, "")
     longest = max(range(len(rows)), key=tokens.__getitem__)
     sentence = (
         f"{left_out:,} of {len(rows):,} {what} ({left_out / len(rows):.1%}) have more than {room:,} tokens; the "
@@ -56,12 +56,12 @@ def keep_fitting(
     )
     if left_out > MOST_LEFT_OUT * len(rows):
         raise UserError(f"{sentence}: {remedy}")
-    return Fit(kept, left_out, f"left out: {sentence}")
+    return FittingRows(kept, left_out, f"left out: {sentence}")
 
 
 def fitting_tasks(
     tasks: Sequence[Task], chat: PromptEncoder, *, max_prompt_tokens: int, max_context_tokens: int, max_new_tokens: int
-) -> Fit[Task]:
+) -> FittingRows[Task]:
     """The tasks whose prompt leaves room for a reply. Raises UserError where more than half do not."""
     room = min(max_prompt_tokens, max_context_tokens - max_new_tokens)
     if room < 1:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 
-from collab_megatron.data.schema import CollabRow
+from collab_megatron.data.collab_rows import CollabRow
 from collab_megatron.types import Message, Task
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from collab_megatron.data.fit import first_prompts, keep_fitting
+from collab_megatron.data.token_limit import first_prompts, keep_fitting
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message, Task
 

@@ -1,9 +1,8 @@
-"""Small questions about disks: is it full, and is what was written really there. Pure: no torch."""
+"""Is a disk full, and how much is free. Pure: no torch."""
 
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,16 +30,6 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def fsync_folder(folder: Path) -> None:
-    """Force a folder's files and its entries to the disk: a rename may otherwise arrive before the data."""
-    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _chain(error: BaseException, seen: set[int]) -> Iterator[BaseException]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from collab_megatron.data.chat import ChatTemplate
-from collab_megatron.data.fit import keep_fitting
 from collab_megatron.data.parquet import read_conversation_files
+from collab_megatron.data.token_limit import keep_fitting
 from collab_megatron.errors import UserError
 
 

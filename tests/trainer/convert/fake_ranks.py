@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.model.tables import Row, rows
+from collab_megatron.model.tables import ParameterRow, rows
 from collab_megatron.trainer.convert.reshape import gather
 
 
@@ -72,7 +72,7 @@ def whole_tensors(spec: ModelSpec, ranks: list[Rank]) -> Iterator[tuple[str, Ten
         yield from zip(row.hf, gather(row, [shard for shard in shards if shard is not None], spec), strict=True)
 
 
-def _held(row: Row, spec: ModelSpec, rank: Rank) -> Tensor | None:
+def _held(row: ParameterRow, spec: ModelSpec, rank: Rank) -> Tensor | None:
     for chunk in rank.chunks:
         name = row.megatron
         if row.layer is not None:
@@ -117,7 +117,7 @@ def _chunk(spec: ModelSpec, grid: Any, chunk: int) -> Chunk:
     return Chunk(parameters, first_layer, layers)
 
 
-def _parameter(row: Row, spec: ModelSpec, tp_size: int) -> nn.Parameter:
+def _parameter(row: ParameterRow, spec: ModelSpec, tp_size: int) -> nn.Parameter:
     shapes = [[spec.dims[dim] for dim in dims] for dims in row.shapes]
     if row.is_vocab:
         shapes[0][0] = spec.padded_vocab(tp_size)
