@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, field_validator
 
 from collab_megatron.config.sections.base import Finite, Named, Positive, Seconds, Section, Share
 from collab_megatron.config.sections.extra import check_address, check_extra
+from collab_megatron.types import TERMINATION_SIGNAL
 
 Address = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
 
@@ -67,7 +68,7 @@ class UserSection(SimulatorSection):
 
     # a user turn that contains this text ends the chat; prompts get it as $termination_signal. CollabLLM and the verl
     # recipe use [[TERMINATE CHAT]]
-    termination_signal: Annotated[str, Field(min_length=1, pattern=r"\S")] = "[TERMINATE]"
+    termination_signal: Annotated[str, Field(min_length=1, pattern=r"\S")] = TERMINATION_SIGNAL
     mixture: tuple[SimulatorSection, ...] = ()  # others next to this one
 
 
