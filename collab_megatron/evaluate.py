@@ -28,6 +28,7 @@ from collab_megatron.data.parquet import read_task_files
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.served import served_weights
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
+from collab_megatron.figures import values
 from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.cli import parse_arguments
 from collab_megatron.launch.converted import checkpoint_of, hf_folder_of
@@ -37,7 +38,7 @@ from collab_megatron.launch.preflight import check_evaluate
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.log import set_up_logging
 from collab_megatron.model.source import resolve_model_folder
-from collab_megatron.rollout.cast import assemble, usable_tasks
+from collab_megatron.rollout.clients import assemble, usable_tasks
 from collab_megatron.rollout.evaluation import Evaluation, evaluate
 from collab_megatron.rollout.journal.store import Journal, open_journal
 from collab_megatron.rollout.lineage import model_fingerprint
@@ -46,7 +47,6 @@ from collab_megatron.rollout.transcripts import write_transcripts
 from collab_megatron.rollout.worth import evaluation_calls
 from collab_megatron.trainer.report.evaluation_table import evaluation_table
 from collab_megatron.wire.checkpoints import read_info
-from collab_megatron.wire.figures import values
 from collab_megatron.wire.protocol import LOST_CONVERSATIONS, require_most
 
 NAME = "evaluate"

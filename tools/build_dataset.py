@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from collab_megatron.config import BuildDatasetConfig, load_config, show_config
-from collab_megatron.data_engine.processes import Progress, build_dataset
+from collab_megatron.data_engine.build import Progress, build_dataset
 from collab_megatron.errors import BudgetSpent, RunError, run_cli
 from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.lock import locked

@@ -12,8 +12,8 @@ from typing import Any
 
 from collab_megatron.config.entry import BuildDatasetConfig, llm_roles
 from collab_megatron.data_engine.grow import Growth, Players, grow_conversation
+from collab_megatron.data_engine.output import append_conversation, shard_path
 from collab_megatron.data_engine.problems import Problem
-from collab_megatron.data_engine.shards import append_conversation, shard_path
 from collab_megatron.errors import BudgetSpent, RunError
 from collab_megatron.rollout.journal.store import Journal, open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorError, user_simulator

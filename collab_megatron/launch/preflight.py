@@ -46,7 +46,7 @@ from collab_megatron.rollout.llm.health import SimulatorHealth
 from collab_megatron.rollout.rewards import configured_scorer
 from collab_megatron.types import Task
 from collab_megatron.wire.checkpoints import MARKER, named_checkpoint, newest_complete, read_info
-from collab_megatron.wire.origin import decisive_differences
+from collab_megatron.wire.provenance import decisive_differences
 from collab_megatron.wire.unfinished import METRICS_FILE, Start, is_exported, rl_lacks, sft_lacks
 
 REACH_TIMEOUT_S = 5.0

@@ -11,14 +11,14 @@ from typing import Any
 
 from collab_megatron.config.sections import EvaluationSection
 from collab_megatron.errors import BudgetSpent, RunError
-from collab_megatron.rollout.conversation import STOPS_ALL, Limits, Players
+from collab_megatron.figures import Figure, Figures
+from collab_megatron.rollout.evaluation_tasks import Numbered, has_both, sample_tasks, with_simulated_opening
+from collab_megatron.rollout.future import STOPS_ALL, Limits, Players
 from collab_megatron.rollout.group import TreeSeat, play_once
-from collab_megatron.rollout.held_out import Numbered, has_both, sample_tasks, with_simulated_opening
 from collab_megatron.rollout.metrics import evaluation_metrics
 from collab_megatron.rollout.rewards.scorer import is_of_own_metric
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import Future, Generation, Group, PolicyTurn, Reply, RolloutStatus, Task
-from collab_megatron.wire.figures import Figure, Figures
 from collab_megatron.wire.protocol import Tally
 
 

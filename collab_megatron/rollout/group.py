@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from collab_megatron.rollout.advantages import group_advantages
-from collab_megatron.rollout.conversation import Limits, Players, Seat, ask_policy, play_future
+from collab_megatron.rollout.future import Limits, Players, Seat, ask_policy, play_future
 from collab_megatron.rollout.rewards import multiturn_reward
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import Future, Group, PolicyTurn, Reply, RolloutStatus, Task, TrainingSample

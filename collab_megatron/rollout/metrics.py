@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from collab_megatron.rollout.held_out import is_opening
+from collab_megatron.figures import Figure, Figures
+from collab_megatron.rollout.evaluation_tasks import is_opening
 from collab_megatron.rollout.rewards import asks_question, clamped_share
 from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
-from collab_megatron.wire.figures import Figure, Figures
 
 
 def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> Figures:

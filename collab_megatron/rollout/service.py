@@ -28,12 +28,12 @@ from collab_megatron.errors import EXIT_DEFECT, BudgetSpent, NoEngineLeft, RunEr
 from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
 from collab_megatron.processes import die_with_parent
-from collab_megatron.rollout.cast import Cast, assemble, open_journal
+from collab_megatron.rollout.batch_collector import Steps
+from collab_megatron.rollout.clients import Cast, assemble, open_journal
 from collab_megatron.rollout.listener import Listener
 from collab_megatron.rollout.llm.usage import API_USAGE_FILE
-from collab_megatron.rollout.recorder import TreeRecorder
-from collab_megatron.rollout.steps import Steps
-from collab_megatron.rollout.work import Work
+from collab_megatron.rollout.record_files import TreeRecorder
+from collab_megatron.rollout.tree_grower import Work
 from collab_megatron.wire.protocol import POLL_S, Answer, Request
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_text
-from collab_megatron.rollout.record import held_out_line
+from collab_megatron.rollout.record_lines import held_out_line
 from collab_megatron.types import Group
 
 _NAME = re.compile(r"step_(\d{8})(\.shard\d+)?\.jsonl")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from collab_megatron.errors import UserError
-from collab_megatron.wire.origin import package_versions
+from collab_megatron.wire.provenance import package_versions
 
 MARKER = "complete.json"
 BEST = "best.json"

@@ -28,9 +28,9 @@ from collab_megatron.errors import (
     SimulatorSick,
     TooManyErrors,
 )
+from collab_megatron.figures import Figure, merged, values
 from collab_megatron.text import whole_text
 from collab_megatron.types import RolloutBatch, TrainingSample
-from collab_megatron.wire.figures import Figure, merged, values
 
 POLL_S = 2.0
 """How long the driver holds a request before it answers "not yet"."""

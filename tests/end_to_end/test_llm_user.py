@@ -30,7 +30,7 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Supervisor
-from collab_megatron.rollout.cast import assemble
+from collab_megatron.rollout.clients import assemble
 from collab_megatron.rollout.group import TreeSeat, play_once
 from collab_megatron.rollout.llm import RoleUsage
 from collab_megatron.rollout.llm.health import CHECKS, MALFORMED, verdict

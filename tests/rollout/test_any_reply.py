@@ -33,16 +33,16 @@ from collab_megatron.data.chat import ChatTemplate
 from collab_megatron.data.parquet import write_tasks
 from collab_megatron.data_engine.grow import Growth, grow_conversation
 from collab_megatron.data_engine.grow import Players as Builders
+from collab_megatron.data_engine.output import append_conversation
 from collab_megatron.data_engine.problems import Problem
-from collab_megatron.data_engine.shards import append_conversation
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.rollout.cast import assemble, open_journal
+from collab_megatron.figures import values
+from collab_megatron.rollout.clients import assemble, open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorError, user_simulator
-from collab_megatron.rollout.recorder import TreeRecorder, read_trees
+from collab_megatron.rollout.record_files import TreeRecorder, read_trees
 from collab_megatron.rollout.rewards import configured_scorer
 from collab_megatron.rollout.service import Service
 from collab_megatron.types import Generation, Message, Task
-from collab_megatron.wire.figures import values
 from collab_megatron.wire.protocol import Answer, Request, encode_answer
 from tests.rollout.any_reply import ONCE_DEADLY, WELL, replies
 from tests.rollout.runs import forget_deliveries

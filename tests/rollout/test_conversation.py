@@ -12,7 +12,7 @@ import pytest
 
 from collab_megatron.config.sections.rollout import CutReply
 from collab_megatron.errors import NoEngineLeft, RunError
-from collab_megatron.rollout.conversation import Limits, Seat, play_future
+from collab_megatron.rollout.future import Limits, Seat, play_future
 from collab_megatron.rollout.rewards import Scorer
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import Future, Generation, Message, PolicyTurn, RolloutStatus, ScoredConversation

@@ -13,12 +13,12 @@ import pytest
 
 from collab_megatron.config.sections import EvaluationSection
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, NoEngineLeft, RunError
-from collab_megatron.rollout.conversation import Players
+from collab_megatron.figures import merged, values
 from collab_megatron.rollout.evaluation import Evaluation, evaluate
-from collab_megatron.rollout.held_out import sample_tasks
+from collab_megatron.rollout.evaluation_tasks import sample_tasks
+from collab_megatron.rollout.future import Players
 from collab_megatron.rollout.transcripts import keep_newest, transcript_file, write_transcripts
 from collab_megatron.types import Message, RolloutStatus, Task
-from collab_megatron.wire.figures import merged, values
 from collab_megatron.wire.protocol import LOST_CONVERSATIONS, Tally, require_most
 from tests.rollout.fakes import LIMITS, LengthScorer, ScriptedEngine, ScriptedUser, players
 

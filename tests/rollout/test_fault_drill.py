@@ -33,12 +33,12 @@ from collab_megatron.config.sections import (
     UserSection,
 )
 from collab_megatron.data.parquet import write_tasks
-from collab_megatron.rollout.cast import assemble, open_journal
+from collab_megatron.figures import merged, values
+from collab_megatron.rollout.clients import assemble, open_journal
 from collab_megatron.rollout.journal.packing import unpack_texts
-from collab_megatron.rollout.recorder import TreeRecorder, read_trees
+from collab_megatron.rollout.record_files import TreeRecorder, read_trees
 from collab_megatron.rollout.service import Service
 from collab_megatron.types import Message, Task
-from collab_megatron.wire.figures import merged, values
 from collab_megatron.wire.protocol import Answer, Request
 from tests.rollout.llm.misbehaving import ALL_FAULTS, COUNTER_OF, FAULTY, MisbehavingEndpoint, faults_at
 from tests.rollout.stand_in import StandIn, Vocabulary, judge_text, user_text

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from collab_megatron.errors import NoEngineLeft, RunError
-from collab_megatron.rollout.conversation import Players
+from collab_megatron.figures import values
+from collab_megatron.rollout.future import Players
 from collab_megatron.rollout.group import (
     GroupRules,
     TreeSeat,
@@ -23,7 +24,6 @@ from collab_megatron.rollout.group import (
 )
 from collab_megatron.rollout.metrics import evaluation_metrics, rollout_metrics, staleness_metrics
 from collab_megatron.types import Future, Generation, Group, Message, Reply, RolloutStatus
-from collab_megatron.wire.figures import values
 from collab_megatron.wire.protocol import Tally
 from tests.rollout.fakes import (
     LIMITS,

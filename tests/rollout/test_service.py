@@ -31,16 +31,16 @@ from collab_megatron.config.sections import (
 )
 from collab_megatron.data.parquet import write_tasks
 from collab_megatron.engine.pool import EnginePool
+from collab_megatron.figures import values
 from collab_megatron.limiter import Slots
-from collab_megatron.rollout.cast import Cast, open_journal
+from collab_megatron.rollout.clients import Cast, open_journal
+from collab_megatron.rollout.journaled_engine import RecordedEngine
 from collab_megatron.rollout.llm import Gateway, SimulatorHealth
 from collab_megatron.rollout.llm.budget import Budget
 from collab_megatron.rollout.llm.usage import GatewaySnapshot
-from collab_megatron.rollout.recorded_engine import RecordedEngine
-from collab_megatron.rollout.recorder import TreeRecorder
+from collab_megatron.rollout.record_files import TreeRecorder
 from collab_megatron.rollout.service import Service
 from collab_megatron.types import Message, Task
-from collab_megatron.wire.figures import values
 from collab_megatron.wire.protocol import Answer, Request, Tally
 from tests.engine.servers import FakeServer, servers, slowly
 from tests.rollout.fakes import LIMITS, TASK, ScriptedUser, players

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from collab_megatron.errors import run_cli
 from collab_megatron.rollout import listener, service
-from collab_megatron.rollout.deliveries import Deliveries
-from collab_megatron.rollout.forest import Tree
-from collab_megatron.rollout.recorder import TreeRecorder
+from collab_megatron.rollout.delivered_batches import Deliveries
+from collab_megatron.rollout.record_files import TreeRecorder
+from collab_megatron.rollout.tree_scheduler import Tree
 from collab_megatron.wire.protocol import Answer
 
 SPOTS = 4

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import zmq
 
+from collab_megatron.figures import of_kind
 from collab_megatron.trainer.inbox import KINDS
-from collab_megatron.wire.figures import of_kind
 from collab_megatron.wire.protocol import WHY_STOP, Answer, Request, encode_answer, request_decoder
 from tests.trainer.parallel.ranks import run_ranks
 

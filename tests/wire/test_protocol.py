@@ -12,10 +12,10 @@ import pytest
 import zmq
 
 from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick, TooManyErrors
+from collab_megatron.figures import Figure
 from collab_megatron.launch.ports import free_port
 from collab_megatron.types import RolloutBatch, TrainingSample
 from collab_megatron.wire import protocol
-from collab_megatron.wire.figures import Figure
 from collab_megatron.wire.protocol import (
     Answer,
     Delivery,

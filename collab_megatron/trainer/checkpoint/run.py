@@ -21,7 +21,7 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.checkpoint.background import BackgroundSave, grid_beside
 from collab_megatron.trainer.checkpoint.store import Keep, begin, load_checkpoint, load_weights
 from collab_megatron.wire.checkpoints import named_checkpoint, newest_complete
-from collab_megatron.wire.origin import data_position, differences
+from collab_megatron.wire.provenance import data_position, differences
 
 
 class Checkpoints:

@@ -19,7 +19,7 @@ from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.rollout.journal.calls import CALLS
 from collab_megatron.rollout.journal.store import ReplayMiss
 from collab_megatron.rollout.rewards.scorer import is_of_own_metric
-from collab_megatron.rollout.unexpected import Unexpected
+from collab_megatron.rollout.unexpected_errors import Unexpected
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import (
     TERMINATION_SIGNAL,

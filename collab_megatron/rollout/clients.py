@@ -14,14 +14,14 @@ from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.limiter import Slots
 from collab_megatron.rollout.busy import BusyClock
-from collab_megatron.rollout.conversation import Limits, Players
+from collab_megatron.rollout.future import Limits, Players
 from collab_megatron.rollout.journal import store
 from collab_megatron.rollout.journal.store import Journal
+from collab_megatron.rollout.journaled_engine import RecordedEngine
 from collab_megatron.rollout.lineage import lineage_of
 from collab_megatron.rollout.llm import Gateway, SimulatorHealth, user_simulator
-from collab_megatron.rollout.recorded_engine import RecordedEngine
 from collab_megatron.rollout.rewards import configured_scorer
-from collab_megatron.rollout.unexpected import Unexpected
+from collab_megatron.rollout.unexpected_errors import Unexpected
 from collab_megatron.types import Task
 
 GC_THRESHOLDS = 100_000, 50, 1000

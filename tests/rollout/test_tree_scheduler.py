@@ -12,9 +12,9 @@ import pytest
 
 from collab_megatron.config.sections import BudgetSection
 from collab_megatron.errors import RunError
-from collab_megatron.rollout.forest import Forest, ForestRules, Tree
 from collab_megatron.rollout.llm.budget import Budget
-from collab_megatron.rollout.shard import Shard
+from collab_megatron.rollout.shard_plan import Shard
+from collab_megatron.rollout.tree_scheduler import Forest, ForestRules, Tree
 from collab_megatron.types import Group, Reply
 from tests.rollout.fakes import TASK, policy_turn
 

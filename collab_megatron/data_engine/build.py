@@ -12,8 +12,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from collab_megatron.config.entry import BuildDatasetConfig
+from collab_megatron.data_engine.output import claim_output
 from collab_megatron.data_engine.problems import Problem, read_problems
-from collab_megatron.data_engine.shards import claim_output
 from collab_megatron.data_engine.worker import Tally, build_share, journal_path
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.log import set_up_logging

@@ -8,9 +8,9 @@ import msgspec
 import zstandard
 
 from collab_megatron.errors import RunError
-from collab_megatron.rollout.forest import Tree
 from collab_megatron.rollout.journal.store import Journal
-from collab_megatron.rollout.record import SCHEMA
+from collab_megatron.rollout.record_lines import SCHEMA
+from collab_megatron.rollout.tree_scheduler import Tree
 from collab_megatron.wire.protocol import Answer
 
 

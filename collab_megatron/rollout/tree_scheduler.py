@@ -19,7 +19,7 @@ from typing import Any
 
 from collab_megatron.rollout.group import TreeSeat, has_spread
 from collab_megatron.rollout.llm.budget import Reservation
-from collab_megatron.rollout.shard import Shard
+from collab_megatron.rollout.shard_plan import Shard
 from collab_megatron.types import Group
 
 

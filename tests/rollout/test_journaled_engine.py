@@ -13,7 +13,7 @@ import pytest
 
 from collab_megatron.limiter import Slots
 from collab_megatron.rollout.journal.store import Journal, ReplayMiss
-from collab_megatron.rollout.recorded_engine import RecordedEngine, turn_key
+from collab_megatron.rollout.journaled_engine import RecordedEngine, turn_key
 from collab_megatron.types import Generation
 from tests.rollout.fakes import ScriptedEngine, generation
 

@@ -17,12 +17,12 @@ import pytest
 from collab_megatron.config.sections import LLMSection, SimulatorSection, SimulatorsSection, UserSection
 from collab_megatron.errors import RunError
 from collab_megatron.limiter import Slots
-from collab_megatron.rollout.deliveries import Deliveries
+from collab_megatron.rollout.delivered_batches import Deliveries
 from collab_megatron.rollout.group import GroupRules, TreeSeat, grow_group, sample_replies
 from collab_megatron.rollout.journal.store import Journal
+from collab_megatron.rollout.journaled_engine import RecordedEngine
 from collab_megatron.rollout.llm import Gateway, user_simulator
-from collab_megatron.rollout.record import SCHEMA, held_out_line, tree_line
-from collab_megatron.rollout.recorded_engine import RecordedEngine
+from collab_megatron.rollout.record_lines import SCHEMA, held_out_line, tree_line
 from collab_megatron.rollout.rewards import Scorer
 from collab_megatron.rollout.rewards.interactivity import Interactivity
 from collab_megatron.rollout.rewards.token_amount import TokenAmount

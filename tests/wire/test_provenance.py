@@ -8,7 +8,7 @@ from typing import Any
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import DataSection, ModelSection, SimulatorsSection, UserSection
 from collab_megatron.config.sections.llm import JudgeSection
-from collab_megatron.wire.origin import data_position, decisive_differences, differences, package_versions
+from collab_megatron.wire.provenance import data_position, decisive_differences, differences, package_versions
 
 ROWS = 32
 

@@ -10,18 +10,18 @@ from msgspec import structs
 from collab_megatron.config import RLConfig
 from collab_megatron.engine.usage import PoolUsage
 from collab_megatron.errors import RunError
-from collab_megatron.rollout.cast import Cast
-from collab_megatron.rollout.deliveries import Deliveries
-from collab_megatron.rollout.forest import Forest, Tree
+from collab_megatron.figures import Figure, Figures, of_kind
+from collab_megatron.rollout.clients import Cast
+from collab_megatron.rollout.delivered_batches import Deliveries
 from collab_megatron.rollout.group import tally, training_samples
 from collab_megatron.rollout.llm import GatewaySnapshot
 from collab_megatron.rollout.llm.health import parts_of_shares
 from collab_megatron.rollout.metrics import rollout_metrics, staleness_metrics
-from collab_megatron.rollout.record import tree_line
-from collab_megatron.rollout.recorder import TreeRecorder
-from collab_megatron.rollout.work import Work
+from collab_megatron.rollout.record_files import TreeRecorder
+from collab_megatron.rollout.record_lines import tree_line
+from collab_megatron.rollout.tree_grower import Work
+from collab_megatron.rollout.tree_scheduler import Forest, Tree
 from collab_megatron.types import Group, TrainingSample
-from collab_megatron.wire.figures import Figure, Figures, of_kind
 from collab_megatron.wire.protocol import Answer
 
 

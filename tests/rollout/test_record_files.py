@@ -12,7 +12,7 @@ import pytest
 from collab_megatron.config.sections import RecordSection, RunSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout import recorder
-from collab_megatron.rollout.recorder import TreeRecorder, read_trees
+from collab_megatron.rollout.record_files import TreeRecorder, read_trees
 from collab_megatron.trainer.reporter import append_evaluation, drop_evaluations
 
 PLAIN = RecordSection()

@@ -7,15 +7,15 @@ from functools import partial
 from collab_megatron.config import RLConfig
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.errors import RunError
-from collab_megatron.rollout.cast import Cast, usable_tasks
-from collab_megatron.rollout.conversation import STOPS_ALL
+from collab_megatron.rollout.clients import Cast, usable_tasks
 from collab_megatron.rollout.evaluation import evaluate
-from collab_megatron.rollout.forest import ForestRules, Tree
+from collab_megatron.rollout.future import STOPS_ALL
 from collab_megatron.rollout.group import GroupRules, grow_group, sample_replies
 from collab_megatron.rollout.llm.budget import Reservation
 from collab_megatron.rollout.rewards.configured import judge_calls
-from collab_megatron.rollout.shard import Shard
+from collab_megatron.rollout.shard_plan import Shard
 from collab_megatron.rollout.transcripts import keep_newest, transcript_file, write_transcripts
+from collab_megatron.rollout.tree_scheduler import ForestRules, Tree
 from collab_megatron.rollout.worth import evaluation_calls, tree_calls
 from collab_megatron.types import Group, Task
 from collab_megatron.wire.protocol import Answer
