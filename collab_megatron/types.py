@@ -43,6 +43,10 @@ class Message:
     role: str  # system | user | assistant
     content: str
 
+    def as_dict(self) -> dict[str, str]:
+        """{"role": ..., "content": ...}: chat templates, APIs, rows and records hold messages like this."""
+        return {"role": self.role, "content": self.content}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -93,6 +97,10 @@ class PolicyTurn:
     def broken(self) -> bool:
         """Whether a user would have nothing whole to answer: cut or empty."""
         return self.cut or not self.reply.strip()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.generation.token_ids_T)
 
 
 @dataclass(frozen=True)

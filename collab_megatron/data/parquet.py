@@ -51,7 +51,7 @@ def write_tasks(path: Path, tasks: Iterable[Task]) -> int:
     rows = [
         {
             "task_id": task.task_id,
-            "prompt": to_turns(task.prompt),
+            "prompt": [message.as_dict() for message in task.prompt],
             "single_turn_prompt": task.single_turn_prompt,
             "ground_truth": task.ground_truth,
             "task_desc": task.task_desc,
@@ -81,7 +81,9 @@ def read_task_files(files: Sequence[Path]) -> tuple[list[Task], int]:
 
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> int:
     """Write SFT conversations; returns how many."""
-    rows = [{"conv_id": row.conv_id, "messages": to_turns(row.messages)} for row in conversations]
+    rows = [
+        {"conv_id": row.conv_id, "messages": [message.as_dict() for message in row.messages]} for row in conversations
+    ]
     _write(path, rows, CONVERSATION_SCHEMA)
     return len(rows)
 
@@ -97,11 +99,6 @@ def read_conversation_files(files: Sequence[Path]) -> tuple[list[Conversation], 
     conv_ids count from 0 in every dataset: what decides is the messages. Raises UserError as read_conversations does.
     """
     return _join((read_conversations(file) for file in files), lambda row: row.messages)
-
-
-def to_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages as plain {role, content} mappings."""
-    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _to_tasks(columns: Columns) -> list[Task]:

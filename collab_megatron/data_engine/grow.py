@@ -11,23 +11,23 @@ conversation with SimulatorError.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from collab_megatron.data.parquet import to_turns
+from collab_megatron.concurrency import run_all
 from collab_megatron.data.thoughts import split_thoughts
 from collab_megatron.data_engine.problems import Problem
+from collab_megatron.rollout.conversation import Conversation, TurnLimits
 from collab_megatron.rollout.llm import SimulatorError, ends_chat
 from collab_megatron.rollout.rewards import Scorer, multiturn_reward
+from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import (
     TERMINATION_SIGNAL,
     ChatLLM,
     Future,
     Message,
     RolloutStatus,
-    ScoredConversation,
     Task,
     UserSimulator,
 )
@@ -36,7 +36,7 @@ SAMPLES_PER_PROBLEM = 1_000_000  # sample indices of one problem: no two simulat
 
 
 @dataclass(frozen=True)
-class Growth:
+class GrowthRules:
     """The shape of the conversations."""
 
     num_candidates: int
@@ -46,6 +46,15 @@ class Growth:
     system_prompt: str = ""
     termination_signal: str = TERMINATION_SIGNAL
 
+    @property
+    def turn_limits(self) -> TurnLimits:
+        """Of a scored future: the assistant answers every user turn."""
+        return TurnLimits(
+            max_user_turns=self.max_user_turns,
+            max_assistant_turns=self.max_user_turns + 1,
+            termination_signal=self.termination_signal,
+        )
+
     def calls_at_most(self, judges: int, *, opening: bool) -> int:
         """LLM requests of one conversation, where none has to be repeated; `judges`: those of one scored future."""
         future = 2 * self.max_user_turns + judges  # a user turn and the answer to it
@@ -54,13 +63,41 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Players:
+class BuildPlayers:
     """Everybody a conversation needs."""
 
     assistant: ChatLLM
     user: UserSimulator
     scorer: Scorer
     count_tokens: Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class AssistantTurn:
+    """One turn of the assistant, without its thought."""
+
+    reply: str
+    cut: bool  # it ended inside a thought
+    num_tokens: int
+
+    @property
+    def broken(self) -> bool:
+        return self.cut or not self.reply.strip()
+
+
+class AssistantPolicy:
+    """The policy of a simulated future: the LLM that proposes the replies."""
+
+    failure = RolloutStatus.SIMULATOR_FAILED
+
+    def __init__(self, players: BuildPlayers, sample_index: int) -> None:
+        self._players, self._sample_index = players, sample_index
+
+    async def answer(self, messages: Sequence[Message]) -> AssistantTurn:
+        """Waits for one LLM call. Raises SimulatorError."""
+        (answer,) = await self._players.assistant.complete(messages, sample_index=self._sample_index)
+        split = split_thoughts(answer.text.strip())
+        return AssistantTurn(split.reply, cut=not split.closed, num_tokens=self._players.count_tokens(answer.text))
 
 
 @dataclass(frozen=True)
@@ -72,59 +109,58 @@ class Candidate:
     mr: float | None  # None: no future carries a score
 
 
-async def grow_conversation(problem: Problem, growth: Growth, players: Players) -> list[dict[str, Any]]:
+async def grow_conversation(problem: Problem, rules: GrowthRules, players: BuildPlayers) -> list[dict[str, Any]]:
     """Flat CollabLLM rows of one conversation, one for each scored candidate of each turn; `score` is its MR.
 
     Waits for every call of the conversation; calls that do not depend on one another run at the same time.
     Raises SimulatorError if the conversation cannot be brought to an end.
     """
     samples = problem.index * SAMPLES_PER_PROBLEM
+    POSITION.set(RunPosition(problem.index))
     task = problem.task
     chat = list(task.prompt)
-    if growth.system_prompt:
-        chat = [Message("system", growth.system_prompt), *(m for m in chat if m.role != "system")]
+    if rules.system_prompt:
+        chat = [Message("system", rules.system_prompt), *(m for m in chat if m.role != "system")]
     if not task.prompt:
         opening = await players.user.reply(task, (), sample_index=samples)
-        if ends_chat(opening, growth.termination_signal):
+        if ends_chat(opening, rules.termination_signal):
             raise SimulatorError("the simulated user ended the chat in its opening")
         chat.append(Message("user", opening))
     rows: list[dict[str, Any]] = []
-    per_turn = growth.num_candidates * growth.num_futures
-    for turn_id in range(growth.max_total_turns):
+    per_turn = rules.num_candidates * rules.num_futures
+    for turn_id in range(rules.max_total_turns):
         first_sample = samples + 1 + turn_id * per_turn
-        candidates = await _propose(task, chat, first_sample, growth, players)
+        candidates = await _propose(task, chat, first_sample, rules, players)
         rows += [_row(problem, chat, turn_id, candidate) for candidate in candidates]
         best = max(candidates, key=lambda candidate: candidate.mr or 0.0)
         chat.append(Message("assistant", best.text))
-        if turn_id + 1 == growth.max_total_turns:
+        if turn_id + 1 == rules.max_total_turns:
             break
         user_text = await _next_user_turn(task, chat, best, first_sample, players)
-        if ends_chat(user_text, growth.termination_signal):
+        if ends_chat(user_text, rules.termination_signal):
             break
         chat.append(Message("user", user_text))
     return [{**row, "conv_rows": len(rows)} for row in rows]
 
 
 async def _propose(
-    task: Task, chat: Sequence[Message], first_sample: int, growth: Growth, players: Players
+    task: Task, chat: Sequence[Message], first_sample: int, rules: GrowthRules, players: BuildPlayers
 ) -> list[Candidate]:
     """The distinct candidate replies to `chat` that could be scored. Raises SimulatorError if none could."""
-    replies = await players.assistant.complete(chat, sample_index=first_sample, n=growth.num_candidates)
+    replies = await players.assistant.complete(chat, sample_index=first_sample, n=rules.num_candidates)
     splits = [split_thoughts(reply.text.strip()) for reply in replies]
     texts = list(dict.fromkeys(split.reply for split in splits if split.closed and split.reply.strip()))
     if not texts:
         raise SimulatorError("the assistant proposed no reply: its answers are empty or end inside a thought")
     # One scoring for equal texts: they are the same reply, and scoring them twice doubles the calls for nothing.
-    played = await asyncio.gather(
-        *(
-            _play_future(task, chat, text, k, first_sample + i * growth.num_futures + k, growth, players)
-            for i, text in enumerate(texts)
-            for k in range(growth.num_futures)
-        )
+    played = await run_all(
+        _play_future(task, chat, text, k, first_sample + i * rules.num_futures + k, rules, players)
+        for i, text in enumerate(texts)
+        for k in range(rules.num_futures)
     )
     candidates = []
     for i, text in enumerate(texts):
-        futures_K = tuple(played[i * growth.num_futures : (i + 1) * growth.num_futures])
+        futures_K = tuple(played[i * rules.num_futures : (i + 1) * rules.num_futures])
         candidates.append(Candidate(text, futures_K, multiturn_reward(futures_K)))
     scored = [candidate for candidate in candidates if candidate.mr is not None]
     if not scored:
@@ -138,41 +174,22 @@ async def _play_future(
     reply: str,
     index: int,
     sample_index: int,
-    growth: Growth,
-    players: Players,
+    rules: GrowthRules,
+    players: BuildPlayers,
 ) -> Future:
-    """Play one future of `reply` and score it. Never raises SimulatorError: a failed call becomes the status."""
-    messages = [*chat, Message("assistant", reply)]
-    tokens = players.count_tokens(reply)
-    status = RolloutStatus.MAX_TURNS
+    """Play future `index` of `reply` and score it. A failed call is a status. Waits for assistant, user and judges."""
+    opening = AssistantTurn(reply, cut=False, num_tokens=players.count_tokens(reply))
+    conversation = Conversation(task, chat, opening, sample_index=sample_index)
     try:
-        for _ in range(growth.max_user_turns):
-            user_text = await players.user.reply(task, messages, sample_index=sample_index)
-            messages.append(Message("user", user_text))
-            if ends_chat(user_text, growth.termination_signal):
-                status = RolloutStatus.TERMINATED
-                break
-            (turn,) = await players.assistant.complete(messages, sample_index=sample_index)
-            said = split_thoughts(turn.text.strip())
-            messages.append(Message("assistant", said.reply))
-            tokens += players.count_tokens(turn.text)
-            if not said.closed or not said.reply.strip():  # nobody could answer it
-                status = RolloutStatus.TRUNCATED
-                break
+        status = await conversation.play(players.user, AssistantPolicy(players, sample_index), rules.turn_limits)
+        scores = await conversation.score(players.scorer)
     except SimulatorError as error:
-        return Future(index, RolloutStatus.SIMULATOR_FAILED, tuple(messages[len(chat) + 1 :]), error=str(error))
-    future = Future(index, status, tuple(messages[len(chat) + 1 :]), policy_tokens=tokens)
-    try:
-        scores = await players.scorer.score(
-            ScoredConversation(task, tuple(messages), len(chat), policy_tokens=tokens, sample_index=sample_index)
-        )
-    except SimulatorError as error:
-        return replace(future, status=RolloutStatus.JUDGE_FAILED, error=str(error))
-    return replace(future, scores=scores, reward=players.scorer.reward(scores))
+        return conversation.future(index, conversation.waiting_for, str(error))
+    return replace(conversation.future(index, status), scores=scores, reward=players.scorer.reward(scores))
 
 
 async def _next_user_turn(
-    task: Task, chat: Sequence[Message], best: Candidate, sample_index: int, players: Players
+    task: Task, chat: Sequence[Message], best: Candidate, sample_index: int, players: BuildPlayers
 ) -> str:
     """The user's answer to the kept reply: from its first scored future, or asked for where futures have no users."""
     for future in best.futures_K:
@@ -185,7 +202,7 @@ def _row(problem: Problem, chat: Sequence[Message], turn_id: int, candidate: Can
     task = problem.task
     scored = [future for future in candidate.futures_K if future.status.scored]
     return {
-        "prompt": to_turns(chat),
+        "prompt": [message.as_dict() for message in chat],
         "completion": candidate.text,
         "conv_id": problem.index,
         "turn_id": turn_id,
@@ -194,7 +211,7 @@ def _row(problem: Problem, chat: Sequence[Message], turn_id: int, candidate: Can
         "single_turn_completion": task.ground_truth,
         "single_turn_metadata": dict(task.metadata),
         "task_desc": task.task_desc,
-        "sessions": [to_turns(future.messages) for future in scored],
+        "sessions": [[message.as_dict() for message in future.messages] for future in scored],
         "rewards": _mean_scores([future.scores for future in scored]),
     }
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from collab_megatron.concurrency import run_all
 from collab_megatron.config.entry import BuildDatasetConfig, llm_roles
-from collab_megatron.data_engine.grow import Growth, Players, grow_conversation
+from collab_megatron.data_engine.grow import BuildPlayers, GrowthRules, grow_conversation
 from collab_megatron.data_engine.output import append_conversation, shard_path
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.errors import BudgetSpent, RunError
@@ -21,7 +22,6 @@ from collab_megatron.rollout.llm.budget import Budget
 from collab_megatron.rollout.llm.usage import RoleUsage
 from collab_megatron.rollout.rewards import configured_scorer
 from collab_megatron.rollout.rewards.configured import judge_calls
-from collab_megatron.rollout.rewards.scorer import first_error
 
 HOPELESS_FAILURES = 50  # conversations that fail in a row before the build gives up
 REPORT_S = 1.0
@@ -29,7 +29,7 @@ LINEAGE = "build"  # decides what policy turns are found again, and a build has 
 
 
 @dataclass
-class Tally:
+class BuildCounts:
     """What one worker did so far."""
 
     done: int = 0
@@ -45,8 +45,8 @@ class Tally:
 
 
 async def build_share(
-    config: BuildDatasetConfig, problems: Sequence[Problem], worker: int, report: Callable[[Tally], None]
-) -> Tally:
+    config: BuildDatasetConfig, problems: Sequence[Problem], worker: int, report: Callable[[BuildCounts], None]
+) -> BuildCounts:
     """Grow a conversation from each problem, at most max_concurrency at a time; `report` is called about every second.
 
     What the journal has is not asked for again. A conversation is begun as long as the budget has room for all under
@@ -66,9 +66,9 @@ async def _build_share(
     config: BuildDatasetConfig,
     problems: Sequence[Problem],
     worker: int,
-    report: Callable[[Tally], None],
+    report: Callable[[BuildCounts], None],
     journal: Journal,
-) -> Tally:
+) -> BuildCounts:
     gateway = Gateway(
         llm_roles(config.simulators, config.reward),
         config.seed,
@@ -76,12 +76,12 @@ async def _build_share(
         budget=config.budget,
         go_on="give the same command again",
     )
-    tally = Tally()
+    counts = BuildCounts()
     shard = shard_path(config.output, worker)
     try:
         await gateway.check_reachable()
         players = make_players(config, gateway)
-        growth = Growth(
+        rules = GrowthRules(
             num_candidates=config.num_candidate_responses,
             num_futures=config.num_repeat_rollouts,
             max_total_turns=config.max_total_turns,
@@ -93,26 +93,22 @@ async def _build_share(
         # the modules behind LiteLLM are hundreds of thousands of objects that every full collection would walk
         gc.freeze()
         queue = iter(problems)
-        async with asyncio.TaskGroup() as group:
-            reporter = group.create_task(_report_often(tally, gateway, report))
-            growers = [
-                group.create_task(_grow_from(queue, growth, players, shard, tally, gateway.budget, judges))
-                for _ in range(min(config.max_concurrency, len(problems)))
-            ]
-            await asyncio.gather(*growers)
-            reporter.cancel()
-    except ExceptionGroup as errors:
-        raise first_error(errors) from None
+        growers = [
+            _grow_from(queue, rules, players, shard, counts, gateway.budget, judges)
+            for _ in range(min(config.max_concurrency, len(problems)))
+        ]
+        done = asyncio.Event()
+        await run_all([_grow_all(growers, done), _report_often(counts, gateway, report, done)])
     finally:
         await gateway.close()
-    _note_costs(tally, gateway)
-    report(tally)
-    return tally
+    _note_costs(counts, gateway)
+    report(counts)
+    return counts
 
 
-def make_players(config: BuildDatasetConfig, gateway: Gateway) -> Players:
+def make_players(config: BuildDatasetConfig, gateway: Gateway) -> BuildPlayers:
     """The players of the config. Raises UserError for a bad prompt file or tokenizer."""
-    return Players(
+    return BuildPlayers(
         assistant=gateway.role("assistant"),
         user=user_simulator(config.simulators, gateway),
         scorer=configured_scorer(config.reward, config.simulators, gateway),
@@ -138,10 +134,10 @@ def token_counter(tokenizer: str | None) -> Callable[[str], int]:
 
 async def _grow_from(
     queue: Iterator[Problem],
-    growth: Growth,
-    players: Players,
+    rules: GrowthRules,
+    players: BuildPlayers,
     shard: Path,
-    tally: Tally,
+    counts: BuildCounts,
     budget: Budget,
     judges: int,
 ) -> None:
@@ -151,25 +147,25 @@ async def _grow_from(
     """
     for problem in queue:
         try:
-            async with budget.room(growth.calls_at_most(judges, opening=not problem.task.prompt)):
-                rows = await grow_conversation(problem, growth, players)
+            async with budget.room(rules.calls_at_most(judges, opening=not problem.task.prompt)):
+                rows = await grow_conversation(problem, rules, players)
         except BudgetSpent as spent:
-            tally.spent = str(spent)
+            counts.spent = str(spent)
             return
         except SimulatorError as error:
-            tally.failed += 1
-            tally.failed_in_a_row += 1
-            tally.last_error = str(error)
-            if tally.failed_in_a_row >= HOPELESS_FAILURES:
-                raise RunError(f"{tally.failed_in_a_row} conversations failed in a row; the last: {error}") from None
+            counts.failed += 1
+            counts.failed_in_a_row += 1
+            counts.last_error = str(error)
+            if counts.failed_in_a_row >= HOPELESS_FAILURES:
+                raise RunError(f"{counts.failed_in_a_row} conversations failed in a row; the last: {error}") from None
             continue
         append_conversation(shard, rows)
         best = _best_scores(rows)
-        tally.failed_in_a_row = 0
-        tally.done += 1
-        tally.rows += len(rows)
-        tally.turns += len(best)
-        tally.mr_sum += sum(best)
+        counts.failed_in_a_row = 0
+        counts.done += 1
+        counts.rows += len(rows)
+        counts.turns += len(best)
+        counts.mr_sum += sum(best)
 
 
 def _best_scores(rows: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -180,14 +176,23 @@ def _best_scores(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     return list(best.values())
 
 
-async def _report_often(tally: Tally, gateway: Gateway, report: Callable[[Tally], None]) -> None:
-    """Post the tally every REPORT_S until cancelled; a copy, since it goes on growing."""
-    while True:
-        await asyncio.sleep(REPORT_S)
-        _note_costs(tally, gateway)
-        report(replace(tally))
+async def _grow_all(growers: Sequence[Coroutine[Any, Any, None]], done: asyncio.Event) -> None:
+    """Waits for all growers, then sets `done`. Raises what the first to fail raises."""
+    await run_all(growers)
+    done.set()
 
 
-def _note_costs(tally: Tally, gateway: Gateway) -> None:
-    tally.usage = dict(gateway.snapshot().roles)
-    tally.warning = tally.warning or next(iter(gateway.budget.warnings()), "")
+async def _report_often(
+    counts: BuildCounts, gateway: Gateway, report: Callable[[BuildCounts], None], done: asyncio.Event
+) -> None:
+    """Post a copy of the counts every REPORT_S. Unblocked by `done`."""
+    while not done.is_set():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), REPORT_S)
+        _note_costs(counts, gateway)
+        report(replace(counts))
+
+
+def _note_costs(counts: BuildCounts, gateway: Gateway) -> None:
+    counts.usage = dict(gateway.snapshot().roles)
+    counts.warning = counts.warning or next(iter(gateway.budget.warnings()), "")

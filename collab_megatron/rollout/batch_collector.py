@@ -11,118 +11,118 @@ from collab_megatron.config import RLConfig
 from collab_megatron.engine.usage import PoolUsage
 from collab_megatron.errors import RunError
 from collab_megatron.figures import Figure, Figures, of_kind
-from collab_megatron.rollout.clients import Cast
-from collab_megatron.rollout.delivered_batches import Deliveries
+from collab_megatron.rollout.clients import RolloutClients
+from collab_megatron.rollout.delivered_batches import DeliveredBatches
 from collab_megatron.rollout.group import tally, training_samples
 from collab_megatron.rollout.llm import GatewaySnapshot
-from collab_megatron.rollout.llm.health import parts_of_shares
+from collab_megatron.rollout.llm.health import share_figures
 from collab_megatron.rollout.metrics import rollout_metrics, staleness_metrics
-from collab_megatron.rollout.record_files import TreeRecorder
+from collab_megatron.rollout.record_files import RecordWriter
 from collab_megatron.rollout.record_lines import tree_line
-from collab_megatron.rollout.tree_grower import Work
-from collab_megatron.rollout.tree_scheduler import Forest, Tree
+from collab_megatron.rollout.tree_grower import TreeGrower
+from collab_megatron.rollout.tree_scheduler import Tree, TreeScheduler
 from collab_megatron.types import Group, TrainingSample
 from collab_megatron.wire.protocol import Answer
 
 
-class Steps:
+class BatchCollector:
     """One shard's. `begin` for every request, then `take` until one of them answers."""
 
-    def __init__(self, config: RLConfig, cast: Cast, work: Work, recorder: TreeRecorder) -> None:
-        assert cast.journal is not None, "training has a journal"
-        self._config, self._cast, self._work, self._recorder = config, cast, work, recorder
-        self._journal = cast.journal
-        self._deliveries = Deliveries(cast.journal, work.shard.index, work.shard.count)
-        self._forest: Forest | None = None
+    def __init__(self, config: RLConfig, clients: RolloutClients, grower: TreeGrower, recorder: RecordWriter) -> None:
+        assert clients.journal is not None, "training has a journal"
+        self._config, self._clients, self._grower, self._recorder = config, clients, grower, recorder
+        self._journal = clients.journal
+        self._delivered = DeliveredBatches(clients.journal, grower.plan.index, grower.plan.count)
+        self._scheduler: TreeScheduler | None = None
         self._horizon = 0
         self._saved = 0
-        self._counters = _Counters(cast)
+        self._counters = _Counters(clients)
 
     async def begin(self, step: int, version: int, saved: int) -> Answer | None:
         """The trainer asks for `step`; weights `version` are live, and a checkpoint holds `saved` steps.
 
         The answer, where the batch was delivered before.
         """
-        rules = self._work.forest_rules
+        rules = self._grower.scheduler_rules
         if saved > self._saved:
             self._saved = saved
             if not self._config.journal.keep_all:
                 self._journal.prune(before_step=saved - rules.lookback)
-        if self._forest is None:
-            delivered, self._horizon = self._deliveries.trees_around(step, rules.lookback)
-            self._forest = Forest(
-                self._work.shard, rules, self._work.grow, self._work.reserve, step=step, delivered=delivered
+        if self._scheduler is None:
+            delivered, self._horizon = self._delivered.trees_around(step, rules.lookback)
+            self._scheduler = TreeScheduler(
+                self._grower.plan, rules, self._grower.grow, self._grower.reserve, step=step, delivered=delivered
             )
         await self.live(version)
-        before = self._deliveries.get(step)
+        before = self._delivered.get(step)
         if before is None:
-            self._forest.advance(step)
+            self._scheduler.advance(step)
             return None
         return self._recorded(step, before.answer, before.unpacked())
 
     async def live(self, version: int) -> None:
         """Weights `version` are live."""
-        await self._cast.recorded.trainer_at(version, self._horizon)
+        await self._clients.engine.trainer_at(version, self._horizon)
 
     def take(self, step: int) -> Answer | None:
         """The batch of `step`; None as long as trees are missing. Trees for which the budget has room by now begin.
 
         Raises RunError if groups hold tokens older than allowed; what the trees raise.
         """
-        assert self._forest is not None, "begin comes first"
-        if (stop := self._cast.players.unexpected.verdict()) is not None:
-            self._forest.admitting = False  # what the trees under way have cost is in the journal
+        assert self._scheduler is not None, "begin comes first"
+        if (stop := self._clients.players.unexpected.verdict()) is not None:
+            self._scheduler.admitting = False  # what the trees under way have cost is in the journal
             return Answer(error=stop, stop="errors")
-        trees = self._forest.take(step)
+        trees = self._scheduler.take(step)
         if trees is not None:
             return self._deliver(step, trees)
-        spent = self._cast.gateway.budget.exhausted
-        if spent is not None and self._forest.idle:
+        spent = self._clients.gateway.budget.exhausted
+        if spent is not None and self._scheduler.idle:
             return Answer(error=spent, stop="budget")
-        self._forest.advance(step)
+        self._scheduler.advance(step)
         return None
 
     def state(self) -> str:
         """A few words on what is being waited for."""
-        assert self._forest is not None, "begin comes first"
-        calls = {role: usage.in_flight for role, usage in self._cast.gateway.snapshot().roles.items()}
+        assert self._scheduler is not None, "begin comes first"
+        calls = {role: usage.in_flight for role, usage in self._clients.gateway.snapshot().roles.items()}
         said = ", ".join(f"{count} {role} calls" for role, count in calls.items())
-        slots = self._cast.engine_slots
+        slots = self._clients.engine_limiter
         return (
-            f"{self._forest.under_way} trees are under way with {said} in flight and {slots.waiting} policy turns "
+            f"{self._scheduler.under_way} trees are under way with {said} in flight and {slots.waiting} policy turns "
             "waiting for the engines"
         )
 
     async def changed(self, timeout_s: float) -> None:
-        assert self._forest is not None, "begin comes first"
-        await self._forest.changed(timeout_s)
+        assert self._scheduler is not None, "begin comes first"
+        await self._scheduler.changed(timeout_s)
 
     async def discard(self, step: int) -> None:
         """The trainer refused the batch of `step`: whoever asks for it again gets another, made of the calls that the
         journal knows and of new ones in place of those that failed."""
-        self._deliveries.remove(step)
+        self._delivered.remove(step)
         await self.close()
-        self._forest = None
+        self._scheduler = None
 
     async def close(self) -> None:
-        if self._forest is not None:
-            await self._forest.close()
+        if self._scheduler is not None:
+            await self._scheduler.close()
 
     def _deliver(self, step: int, trees: Sequence[Tree]) -> Answer:
         groups = [tree.group for tree in trees if tree.group is not None]
         samples = tuple(sample for tree in trees for sample in self._samples(tree))
         _require_versions(samples, step, self._config.driver.max_staleness)
-        warnings, sick = self._cast.health.verdict()
+        warnings, sick = self._clients.health.verdict()
         if sick is not None:
             return Answer(error=sick, stop="health")
-        notes = [*with_examples(warnings, self._cast.health.examples()), *self._cast.gateway.budget.warnings()]
+        notes = [*with_examples(warnings, self._clients.health.examples()), *self._clients.gateway.budget.warnings()]
         figures = self._figures(step, trees, groups)
         figures["rollout/samples"] = Figure.of("sum", [len(samples)])
         answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
-        self._cast.players.unexpected.begin()
+        self._clients.players.unexpected.begin()
         wanted = self._recorder.wants(step + 1)
         lines = [self._line(step, tree, tree.group) for tree in trees if wanted and tree.group is not None]
-        self._deliveries.put(step, trees, answer, lines)
+        self._delivered.put(step, trees, answer, lines)
         return self._recorded(step, answer, lines)
 
     def _samples(self, tree: Tree) -> list[TrainingSample]:
@@ -134,7 +134,7 @@ class Steps:
 
     def _line(self, step: int, tree: Tree, group: Group) -> bytes:
         trained = bool(self._samples(tree))
-        return tree_line(step + 1, group, tree.seat, replaced=tree.replaced, trained=trained)
+        return tree_line(step + 1, group, tree.id, replaced=tree.replaced, trained=trained)
 
     def _recorded(self, step: int, answer: Answer, lines: Sequence[bytes]) -> Answer:
         """The answer, once its trees are in the record, where steps count from 1 as on the dashboard."""
@@ -144,28 +144,28 @@ class Steps:
     def _figures(self, step: int, trees: Sequence[Tree], groups: Sequence[Group]) -> Figures:
         now = time.monotonic()
         rollout_s = now - min(tree.born for tree in trees)
-        health = self._cast.health.metrics()
+        health = self._clients.health.metrics()
         return {
             **rollout_metrics(groups, self._config.reward.metric_weights),
             **staleness_metrics(groups, step),
             "rollout/groups_replaced": Figure.of("sum", [sum(tree.replaced for tree in trees)]),
-            "rollout/trees_carried_over": Figure.of("sum", [sum(tree.seat.step < step for tree in trees)]),
+            "rollout/trees_carried_over": Figure.of("sum", [sum(tree.id.step < step for tree in trees)]),
             "time_s/rollout": Figure.of("max", [rollout_s]),
             **self._counters.since_last(rollout_s),
             **of_kind("sum", health),
-            **{name: Figure.ratio(found, of) for name, (found, of) in parts_of_shares(health).items()},
-            **of_kind("max", self._cast.gateway.budget.metrics()),
+            **share_figures(health),
+            **of_kind("max", self._clients.gateway.budget.metrics()),
             **of_kind("max", self._journal.metrics()),
-            "data/prompts_left_out": Figure.of("max", [self._work.left_out]),  # every shard knows of all
-            "data/prompts_left_out_share": Figure.of("max", [self._work.left_out_share]),
+            "data/prompts_left_out": Figure.of("max", [self._grower.left_out]),  # every shard knows of all
+            "data/prompts_left_out_share": Figure.of("max", [self._grower.left_out_share]),
         }
 
 
 class _Counters:
     """Clocks and counters of the clients, as they grew since the last batch."""
 
-    def __init__(self, cast: Cast) -> None:
-        self._cast = cast
+    def __init__(self, clients: RolloutClients) -> None:
+        self._clients = clients
         self._before = self._now()
 
     def since_last(self, rollout_s: float) -> Figures:
@@ -173,17 +173,12 @@ class _Counters:
         before, self._before = self._before, self._now()
         clocks, calls, usage, at, replayed = self._before
         clocks_before, calls_before, usage_before, at_before, replayed_before = before
-        cast, seconds = self._cast, max(min(at - at_before, rollout_s), 1e-9)
-        slots = cast.engine_slots
+        clients, seconds = self._clients, max(min(at - at_before, rollout_s), 1e-9)
+        slots = clients.engine_limiter
         return {
             **of_kind("max", {name: value - clocks_before[name] for name, value in clocks.items()}),
             **of_kind("sum", (calls - calls_before).metrics()),
-            **{
-                name: Figure.ratio(value, over) if kind == "mean" else Figure.of(kind, [value])
-                for name, (kind, value, over) in usage.since(usage_before)
-                .figures(live=cast.engine.live, lost=len(cast.engine.lost), seconds=seconds)
-                .items()
-            },
+            **usage.since(usage_before).figures(live=clients.pool.live, lost=len(clients.pool.lost), seconds=seconds),
             "engine/turns_replayed": Figure.of("sum", [replayed - replayed_before]),
             "engine/slots_tokens": Figure.of("sum", [slots.limit]),
             "engine/slots_used_tokens": Figure.of("sum", [slots.used]),
@@ -191,13 +186,13 @@ class _Counters:
         }
 
     def _now(self) -> tuple[Mapping[str, float], GatewaySnapshot, PoolUsage, float, int]:
-        players, cast = self._cast.players, self._cast
+        players, clients = self._clients.players, self._clients
         clocks = {
             "time_s/engine": players.engine_clock.seconds(),
             "time_s/simulators": players.user_clock.seconds(),
             "time_s/judges": players.judge_clock.seconds(),
         }
-        return clocks, cast.gateway.snapshot(), cast.engine.usage.copy(), time.monotonic(), cast.recorded.replayed
+        return clocks, clients.gateway.snapshot(), clients.pool.usage.copy(), time.monotonic(), clients.engine.replayed
 
 
 def with_examples(warnings: Sequence[str], examples: Mapping[str, Sequence[str]]) -> Iterator[str]:

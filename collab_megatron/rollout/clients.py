@@ -17,11 +17,11 @@ from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.rollout.future import Limits, Players
 from collab_megatron.rollout.journal import store
 from collab_megatron.rollout.journal.store import Journal
-from collab_megatron.rollout.journaled_engine import RecordedEngine
+from collab_megatron.rollout.journaled_engine import JournaledEngine
 from collab_megatron.rollout.lineage import lineage_of
 from collab_megatron.rollout.llm import Gateway, SimulatorHealth, user_simulator
 from collab_megatron.rollout.rewards import configured_scorer
-from collab_megatron.rollout.unexpected_errors import Unexpected
+from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
 from collab_megatron.types import Task
 
 GC_THRESHOLDS = 100_000, 50, 1000
@@ -30,14 +30,14 @@ them over and over (10 % of a call's CPU)."""
 
 
 @dataclass(frozen=True)
-class Cast:
+class RolloutClients:
     """The players and the clients behind them whose counters go to the dashboard."""
 
     players: Players
     limits: Limits
-    engine: EnginePool
-    engine_slots: Slots  # tokens of the policy turns in flight
-    recorded: RecordedEngine
+    pool: EnginePool
+    engine_limiter: Slots  # tokens of the policy turns in flight
+    engine: JournaledEngine  # the pool behind journal and queue: what the conversations sample from
     gateway: Gateway
     health: SimulatorHealth
     journal: Journal | None
@@ -50,18 +50,18 @@ def open_journal(config: RLConfig) -> Journal:
 
 
 @asynccontextmanager
-async def assemble(
+async def open_clients(
     config: RLConfig | EvaluateConfig,
     *,
     engine_urls: Sequence[str],
     max_context_tokens: int,
     journal: Journal | None = None,
     engine_keys: EngineKeys | None = None,
-) -> AsyncIterator[Cast]:
+) -> AsyncIterator[RolloutClients]:
     """Clients that live as long as the block; `engine_keys` are those of engines that ask for some. Raises
     UserError for a missing key or an inexact chat template.
 
-    The engines serve whatever weights they have; none are needed where `cast.engine.use` names them later. Without a
+    The engines serve whatever weights they have; none are needed where `clients.pool.use` names them later. Without a
     journal nothing is kept.
     """
     rollout = config.rollout
@@ -95,23 +95,23 @@ async def assemble(
         ahead=staleness > 0,
         wait_for_engines=driver is not None,
         keys=engine_keys,
-    ) as engine:
-        engine.use(engine_urls, None)
-        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness if driver else None)
+    ) as pool:
+        pool.use(engine_urls, None)
+        engine = JournaledEngine(pool, journal, slots, max_staleness=staleness if driver else None)
         gc.collect()
         gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
         gc.set_threshold(*GC_THRESHOLDS)
         try:
-            yield Cast(
+            yield RolloutClients(
                 players=Players(
-                    engine=recorded,
+                    engine=engine,
                     user=user_simulator(config.simulators, gateway, health),
                     scorer=configured_scorer(config.reward, config.simulators, gateway),
                     chat=chat,
                     engine_clock=BusyClock(),
                     user_clock=BusyClock(),
                     judge_clock=BusyClock(),
-                    unexpected=Unexpected(driver.max_unexpected_errors) if driver else Unexpected(),
+                    unexpected=UnexpectedErrors(driver.max_unexpected_errors) if driver else UnexpectedErrors(),
                 ),
                 limits=Limits(
                     max_user_turns=rollout.max_user_turns,
@@ -124,9 +124,9 @@ async def assemble(
                     termination_signal=config.simulators.user.termination_signal,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
+                pool=pool,
+                engine_limiter=slots,
                 engine=engine,
-                engine_slots=slots,
-                recorded=recorded,
                 gateway=gateway,
                 health=health,
                 journal=journal,
@@ -135,14 +135,14 @@ async def assemble(
             await gateway.close()
 
 
-def usable_tasks(tasks: list[Task], cast: Cast, max_prompt_tokens: int) -> list[Task]:
+def usable_tasks(tasks: list[Task], clients: RolloutClients, max_prompt_tokens: int) -> list[Task]:
     """The tasks whose prompt fits; prints how many do not. Raises UserError if that is more than half."""
     fit = fitting_tasks(
         tasks,
-        cast.players.chat,
+        clients.players.chat,
         max_prompt_tokens=max_prompt_tokens,
-        max_context_tokens=cast.limits.max_context_tokens,
-        max_new_tokens=cast.limits.max_new_tokens,
+        max_context_tokens=clients.limits.max_context_tokens,
+        max_new_tokens=clients.limits.max_new_tokens,
     )
     if fit.notice:
         print(fit.notice, flush=True)

@@ -14,7 +14,7 @@ from collab_megatron.rollout.tree_scheduler import Tree
 from collab_megatron.wire.protocol import Answer
 
 
-class Delivered(msgspec.Struct):
+class DeliveredBatch(msgspec.Struct):
     """One step's batch of one shard."""
 
     trees: list[tuple[int, int, bool]]  # step, slot, whether another tree was begun in its place
@@ -31,15 +31,15 @@ class _Form(msgspec.Struct):
     schema: int = 0
 
 
-class Deliveries:
+class DeliveredBatches:
     """Those of one shard among `count`. Also holds the newest in memory: with replay off the journal gives none."""
 
     def __init__(self, journal: Journal, index: int, count: int) -> None:
         self._journal = journal
         self._key = count * 4096 + index  # dealt out anew, the batches are others
-        self._newest: tuple[int, Delivered] | None = None
+        self._newest: tuple[int, DeliveredBatch] | None = None
 
-    def get(self, step: int) -> Delivered | None:
+    def get(self, step: int) -> DeliveredBatch | None:
         """The batch of `step` as it was delivered. Raises RunError where another version of this package did."""
         if self._newest is not None and self._newest[0] == step:
             return self._newest[1]
@@ -51,13 +51,13 @@ class Deliveries:
                 f"the journal holds the batch of step {step + 1} in the form of another version of collab_megatron: go "
                 "on with the version that began the run, or set journal.path to a new file (the batch is made again)"
             )
-        return msgspec.msgpack.decode(content, type=Delivered)
+        return msgspec.msgpack.decode(content, type=DeliveredBatch)
 
     def put(self, step: int, trees: Sequence[Tree], answer: Answer, lines: Sequence[bytes]) -> None:
         """Durable when it returns."""
-        seats = [(tree.seat.step, tree.seat.slot, tree.replaced) for tree in trees]
+        trees_of_batch = [(tree.id.step, tree.id.slot, tree.replaced) for tree in trees]
         packed = zstandard.ZstdCompressor(level=1).compress(b"".join(lines)) if lines else b""
-        content = Delivered(seats, answer, packed, SCHEMA)
+        content = DeliveredBatch(trees_of_batch, answer, packed, SCHEMA)
         self._journal.record_delivery(self._key, step, msgspec.msgpack.encode(content))
         self._newest = step, content
 
@@ -67,8 +67,7 @@ class Deliveries:
         self._newest = None
 
     def trees_around(self, step: int, lookback: int) -> tuple[dict[tuple[int, int], bool], int]:
-        """The trees of the batches from `step - lookback` on, as forest.Delivered; and the first step from `step` on of
-        which the journal knows no batch."""
+        """The trees of the batches from `step - lookback` on; the first step from `step` on that has no batch here."""
         trees: dict[tuple[int, int], bool] = {}
         at = max(0, step - lookback)
         while True:

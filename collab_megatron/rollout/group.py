@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from collab_megatron.concurrency import run_all
 from collab_megatron.rollout.advantages import group_advantages
-from collab_megatron.rollout.future import Limits, Players, Seat, ask_policy, play_future
+from collab_megatron.rollout.future import Limits, Players, ask_policy, play_future
 from collab_megatron.rollout.rewards import multiturn_reward
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import Future, Group, PolicyTurn, Reply, RolloutStatus, Task, TrainingSample
@@ -29,7 +29,7 @@ class GroupRules:
 
 
 @dataclass(frozen=True)
-class TreeSeat:
+class TreeId:
     """Where a tree sits in the run."""
 
     step: int  # training step for which it was begun
@@ -45,7 +45,7 @@ async def grow_group(
     task: Task,
     prompt_ids: Sequence[int],
     turns_G: Sequence[PolicyTurn],
-    seat: TreeSeat,
+    tree_id: TreeId,
     *,
     rules: GroupRules,
     limits: Limits,
@@ -59,23 +59,27 @@ async def grow_group(
     Raises only what play_future raises; failed, late and cancelled futures are statuses.
     """
     count = max(rules.num_futures, 1)
-    playing = {
-        (g, k): asyncio.ensure_future(
+    played = [(g, k) for g, turn in enumerate(turns_G) for k in range(1 if limits.breaks_off(turn) else count)]
+    late = f"its group was taken after {rules.group_timeout_s:g} s"
+    results = await run_all(
+        (
             play_future(
                 task,
                 prompt_ids,
-                turn,
+                turns_G[g],
                 index=k,
-                seat=Seat(f"{seat}/{g}/{k}", seat.first_sample + g * count + k, seat.step),
+                name=f"{tree_id}/{g}/{k}",
+                sample_index=tree_id.first_sample + g * count + k,
                 simulate=rules.num_futures > 0,
                 limits=limits,
                 players=players,
             )
-        )
-        for g, turn in enumerate(turns_G)
-        for k in range(1 if limits.breaks_off(turn) else count)
-    }
-    futures = await _until_deadline(playing, rules.group_timeout_s)
+            for g, k in played
+        ),
+        timeout_s=rules.group_timeout_s,
+        late=lambda number: Future(played[number][1], RolloutStatus.LATE, (), error=late),
+    )
+    futures = dict(zip(played, results, strict=True))
     for g in range(len(turns_G)):
         for k in range(1, count):
             futures.setdefault((g, k), replace(futures[g, 0], index=k, calls=()))
@@ -88,25 +92,6 @@ async def grow_group(
         eps=rules.advantage_eps,
         min_std=rules.min_group_std,
     )
-
-
-async def _until_deadline(
-    playing: dict[tuple[int, int], asyncio.Task[Future]], timeout_s: float
-) -> dict[tuple[int, int], Future]:
-    """Every future, played or late. Whatever is raised, none goes on unseen."""
-    try:
-        done, pending = await asyncio.wait(playing.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()  # raises what ends all
-        late = f"its group was taken after {timeout_s:g} s"
-        return {
-            (g, k): Future(k, RolloutStatus.LATE, (), error=late) if task in pending else task.result()
-            for (g, k), task in playing.items()
-        }
-    finally:
-        for task in playing.values():
-            task.cancel()
-        await asyncio.gather(*playing.values(), return_exceptions=True)
 
 
 def _reply(turn: PolicyTurn, futures: Sequence[Future], min_futures: int) -> Reply:
@@ -164,27 +149,30 @@ def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> l
 
 
 async def sample_replies(
-    task: Task, seat: TreeSeat, count: int, limits: Limits, players: Players
+    task: Task, tree_id: TreeId, count: int, limits: Limits, players: Players
 ) -> tuple[list[int], list[PolicyTurn]]:
     """The prompt's ids and `count` replies to it. Raises RunError if they cannot be sampled."""
     prompt_ids = players.chat.prompt_ids(task.prompt)
-    POSITION.set(RunPosition(seat.step))
-    turns_G = await ask_policy(prompt_ids, count, affinity=task.task_id, name=str(seat), limits=limits, players=players)
+    POSITION.set(RunPosition(tree_id.step))
+    turns_G = await ask_policy(
+        prompt_ids, count, affinity=task.task_id, name=str(tree_id), limits=limits, players=players
+    )
     return prompt_ids, turns_G
 
 
-async def play_once(task: Task, seat: TreeSeat, *, limits: Limits, players: Players) -> Reply:
+async def play_once(task: Task, tree_id: TreeId, *, limits: Limits, players: Players) -> Reply:
     """One whole conversation from the prompt on, for evaluation: one reply, one future.
 
     Raises RunError if the first reply cannot be sampled.
     """
-    prompt_ids, (turn,) = await sample_replies(task, seat, 1, limits, players)
+    prompt_ids, (turn,) = await sample_replies(task, tree_id, 1, limits, players)
     future = await play_future(
         task,
         prompt_ids,
         turn,
         index=0,
-        seat=Seat(f"{seat}/0/0", seat.first_sample, seat.step),
+        name=f"{tree_id}/0/0",
+        sample_index=tree_id.first_sample,
         simulate=True,
         limits=limits,
         players=players,

@@ -19,7 +19,7 @@ ANY_VERSION = 2**62
 """Beyond the versions of any trainer, and of servers that no trainer feeds."""
 
 
-class RecordedEngine:
+class JournaledEngine:
     """Implements types.PolicyEngine. `slots` bounds the tokens of the calls in flight. `max_staleness` None: no trainer
     publishes versions; the journal's lineage alone says whose turns they are."""
 

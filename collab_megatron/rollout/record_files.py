@@ -1,4 +1,4 @@
-"""RUN_DIR/conversations/NAME: the lines of record_lines.py in files that stay small, whole steps, in the order of steps.
+"""RUN_DIR/conversations/NAME: the lines of record_lines.py in files of bounded size, in the order of steps.
 
     shard0.jsonl                        what shard 0 writes to
     shard0.00000001-00000040.jsonl.zst  steps 1 to 40: closed when it held PART_BYTES, compressed unless told otherwise
@@ -38,7 +38,7 @@ class _Part:
     last: int
 
 
-class TreeRecorder:
+class RecordWriter:
     """The files of one shard. Raises RunError when the disk refuses."""
 
     def __init__(

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
 import orjson
 
-from collab_megatron.rollout.group import TreeSeat
+from collab_megatron.rollout.group import TreeId
 from collab_megatron.text import on_one_line
-from collab_megatron.types import Future, Group, Message, PolicyTurn, Reply
+from collab_megatron.types import Future, Group, PolicyTurn, Reply
 
 SCHEMA = 1
 """Counts up when a field changes its meaning or goes; a field that is added leaves it."""
 
 
-def tree_line(step: int, group: Group, seat: TreeSeat, *, replaced: bool, trained: bool) -> bytes:
+def tree_line(step: int, group: Group, tree_id: TreeId, *, replaced: bool, trained: bool) -> bytes:
     """One tree as a line of the record.
 
     `step` as TensorBoard counts: the batch that the first optimizer step trains is that of step 1. `seat` tells for
     which step it was begun, `replaced` whether another tree was begun in its place, `trained` whether the trainer was
     given its replies.
     """
-    head = {"schema": SCHEMA, "step": step, "begun_for_step": seat.step + 1, "slot": seat.slot}
+    head = {"schema": SCHEMA, "step": step, "begun_for_step": tree_id.step + 1, "slot": tree_id.slot}
     return _line({**head, "replaced": replaced, "trained": trained, **tree_record(group)})
 
 
@@ -40,7 +40,7 @@ def tree_record(group: Group) -> dict[str, Any]:
         "ambiguous": group.task.ambiguous,
         "single_turn_prompt": group.task.single_turn_prompt,
         "ground_truth": group.task.ground_truth,
-        "prompt": _messages(group.task.prompt),
+        "prompt": [message.as_dict() for message in group.task.prompt],
         "prompt_ids": group.prompt_ids,
         "kept": group.kept,
         "error": group.error,
@@ -79,7 +79,7 @@ def _turn(turn: PolicyTurn) -> dict[str, Any]:
 def _future(future: Future) -> dict[str, Any]:
     return {
         "status": future.status.value,
-        "messages": _messages(future.messages),
+        "messages": [message.as_dict() for message in future.messages],
         "turns": [_turn(turn) for turn in future.turns],
         "calls": [vars(call) for call in future.calls],
         "scores": dict(future.scores),
@@ -88,10 +88,6 @@ def _future(future: Future) -> dict[str, Any]:
         "weight_versions": list(future.versions),
         "error": future.error,
     }
-
-
-def _messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _line(values: dict[str, Any]) -> bytes:

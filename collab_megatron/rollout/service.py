@@ -28,22 +28,23 @@ from collab_megatron.errors import EXIT_DEFECT, BudgetSpent, NoEngineLeft, RunEr
 from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
 from collab_megatron.processes import die_with_parent
-from collab_megatron.rollout.batch_collector import Steps
-from collab_megatron.rollout.clients import Cast, assemble, open_journal
+from collab_megatron.rollout.batch_collector import BatchCollector
+from collab_megatron.rollout.clients import RolloutClients, open_clients, open_journal
 from collab_megatron.rollout.listener import Listener
 from collab_megatron.rollout.llm.usage import API_USAGE_FILE
-from collab_megatron.rollout.record_files import TreeRecorder
-from collab_megatron.rollout.tree_grower import Work
+from collab_megatron.rollout.record_files import RecordWriter
+from collab_megatron.rollout.shard_evaluator import ShardEvaluator
+from collab_megatron.rollout.tree_grower import TreeGrower
 from collab_megatron.wire.protocol import POLL_S, Answer, Request
 
 
 class Service:
     """Answers one request at a time; trees may grow between two of them."""
 
-    def __init__(self, config: RLConfig, cast: Cast, recorder: TreeRecorder, *, shard: int = 0) -> None:
-        self._config, self._cast = config, cast
-        self._work = Work(config, cast, shard)
-        self._steps = Steps(config, cast, self._work, recorder)
+    def __init__(self, config: RLConfig, clients: RolloutClients, recorder: RecordWriter, *, shard: int = 0) -> None:
+        self._config, self._clients = config, clients
+        self._collector = BatchCollector(config, clients, TreeGrower(config, clients, shard), recorder)
+        self._evaluator = ShardEvaluator(config, clients, shard)
         self._engines: tuple[tuple[str, ...], int] | None = None
         self._evaluation: asyncio.Task[Answer] | None = None
         self._asked: Request | None = None
@@ -56,14 +57,14 @@ class Service:
             return Answer()
         if request.op == "discard":
             self._asked = None
-            await self._steps.discard(request.step)
+            await self._collector.discard(request.step)
             return Answer()
         if request != self._asked:
             await self._abandon_evaluation()
             self._asked, self._since = request, time.monotonic()
         if self._engines != (request.engines, request.version):
             self._engines = request.engines, request.version
-            self._cast.engine.use(request.engines, request.version)
+            self._clients.pool.use(request.engines, request.version)
         try:
             answer = await (self._step(request) if request.op == "step" else self._evaluate(request))
         except RunError as error:
@@ -72,7 +73,7 @@ class Service:
                 no_engine=isinstance(error, NoEngineLeft),
                 stop="budget" if isinstance(error, BudgetSpent) else "",
             )
-        answer.lost = self._cast.engine.lost
+        answer.lost = self._clients.pool.lost
         if answer.no_engine:
             self._engines, self._since = None, time.monotonic()
         return answer
@@ -80,32 +81,33 @@ class Service:
     async def close(self) -> None:
         """End whatever is under way."""
         await self._abandon_evaluation()
-        await self._steps.close()
+        await self._collector.close()
 
     async def _step(self, request: Request) -> Answer:
-        delivered = await self._steps.begin(request.step, request.version, request.saved)
+        delivered = await self._collector.begin(request.step, request.version, request.saved)
         if delivered is not None:
             return delivered
         until = time.monotonic() + POLL_S
         while True:
-            answer = self._steps.take(request.step)
+            answer = self._collector.take(request.step)
             if answer is not None:
                 return answer
             self._require_engines()
             timeout_s = self._config.rollout.step_timeout_s
             if time.monotonic() - self._since > timeout_s:
                 raise RunError(
-                    f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s; {self._steps.state()}"
+                    f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s; "
+                    f"{self._collector.state()}"
                 )
             left_s = until - time.monotonic()
             if left_s <= 0:
                 return Answer(pending=True)
-            await self._steps.changed(min(left_s, 0.5))
+            await self._collector.changed(min(left_s, 0.5))
 
     async def _evaluate(self, request: Request) -> Answer:
         if self._evaluation is None:
-            await self._steps.live(request.version)
-            self._evaluation = asyncio.create_task(self._work.evaluate(request.step))
+            await self._collector.live(request.version)
+            self._evaluation = asyncio.create_task(self._evaluator.evaluate(request.step))
         until = time.monotonic() + POLL_S
         while not self._evaluation.done():
             self._require_engines()
@@ -117,8 +119,8 @@ class Service:
         return self._evaluation.result()
 
     def _require_engines(self) -> None:
-        if not self._cast.engine.live:
-            reasons = "; ".join(f"{url}: {reason}" for url, reason in self._cast.engine.lost.items())
+        if not self._clients.pool.live:
+            reasons = "; ".join(f"{url}: {reason}" for url, reason in self._clients.pool.lost.items())
             raise NoEngineLeft(f"no engine is left ({reasons or 'none is live yet'})")
 
     async def _abandon_evaluation(self) -> None:
@@ -141,7 +143,7 @@ async def serve(
     engine_keys: EngineKeys | None,
 ) -> None:
     """Answer the requests that carry `token` until told to stop. Raises what nobody expected."""
-    recorder = TreeRecorder(
+    recorder = RecordWriter(
         config.run.conversations_dir,
         config.record,
         first_step=None if first_step is None else first_step + 1,
@@ -151,10 +153,10 @@ async def serve(
     context = zmq.asyncio.Context()
     listener = Listener(context, address, token)
     journal = open_journal(config)
-    async with assemble(
+    async with open_clients(
         config, engine_urls=(), max_context_tokens=max_context_tokens, journal=journal, engine_keys=engine_keys
-    ) as cast:
-        service = Service(config, cast, recorder, shard=shard)
+    ) as clients:
+        service = Service(config, clients, recorder, shard=shard)
         publish_text(ready_file, listener.address)
         running = True
         while running:
@@ -173,7 +175,7 @@ async def serve(
                 print(note, flush=True)
             running = request.op != "stop"
         usage = API_USAGE_FILE if shard == 0 else API_USAGE_FILE.replace(".json", f".shard{shard}.json")
-        publish_json(config.run.logs_dir / usage, cast.gateway.snapshot().metrics())  # of this attempt
+        publish_json(config.run.logs_dir / usage, clients.gateway.snapshot().metrics())  # of this attempt
     journal.close()
     listener.close()
     context.term()

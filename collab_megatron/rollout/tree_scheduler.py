@@ -17,14 +17,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from collab_megatron.rollout.group import TreeSeat, has_spread
+from collab_megatron.concurrency import cancel_all
+from collab_megatron.rollout.group import TreeId, has_spread
 from collab_megatron.rollout.llm.budget import Reservation
-from collab_megatron.rollout.shard_plan import Shard
+from collab_megatron.rollout.shard_plan import ShardPlan
 from collab_megatron.types import Group
 
 
 @dataclass(frozen=True)
-class ForestRules:
+class SchedulerRules:
     """A shard's share of the driver section."""
 
     max_staleness: int
@@ -48,7 +49,7 @@ class ForestRules:
 class Tree:
     """One conversation tree under way."""
 
-    seat: TreeSeat
+    id: TreeId
     born: float = field(default_factory=time.monotonic)
     version: int | None = None  # oldest weights that sampled its replies, once they are there
     group: Group | None = None  # once it has ended
@@ -61,34 +62,41 @@ class Tree:
         return math.inf if self.version is None else self.version + max_staleness
 
 
-Delivered = Mapping[tuple[int, int], bool]
+DeliveredTrees = Mapping[tuple[int, int], bool]
 """(step, slot) of a tree -> whether another one was begun in its place."""
 Grow = Callable[[Tree], Coroutine[Any, Any, Group]]
 Reserve = Callable[[], Reservation | None]
 """Room in the budget for one more tree; None where there is none."""
 
 
-class Forest:
+class TreeScheduler:
     """The trees of one shard. `grow` sets the tree's version as soon as its replies are there. For one asyncio loop."""
 
     def __init__(
-        self, shard: Shard, rules: ForestRules, grow: Grow, reserve: Reserve, *, step: int, delivered: Delivered
+        self,
+        shard: ShardPlan,
+        rules: SchedulerRules,
+        grow: Grow,
+        reserve: Reserve,
+        *,
+        step: int,
+        delivered: DeliveredTrees,
     ) -> None:
         """`step`: the first batch that will be asked for. `delivered`: trees of earlier batches, as far back as
         `rules.lookback`, and of later ones that the journal holds; where it names none of a step before `step`, all of
         that step are taken for delivered."""
-        self._shard, self._rules, self._grow, self._reserve = shard, rules, grow, reserve
+        self._plan, self._rules, self._grow, self._reserve = shard, rules, grow, reserve
         self._step = step
         self._base = max(0, step - rules.lookback)
         self._delivered = delivered
         known = {of for of, _ in delivered}
         self._unknown = {past for past in range(self._base, step) if past not in known}
-        self._seats: Iterator[TreeSeat] = shard.seats(self._base)
+        self._tree_ids: Iterator[TreeId] = shard.tree_ids(self._base)
         self._begun = 0  # seats passed, from the base on
         self._ended = 0
         self._refilled = Counter(of for (of, _), replaced in delivered.items() if replaced)
         self._owed = [shard.refill(of, number) for of, count in self._refilled.items() for number in range(count)]
-        self._next: TreeSeat | None = None  # whose turn it is to begin
+        self._next: TreeId | None = None  # whose turn it is to begin
         self._trees: list[Tree] = []
         self._news = asyncio.Event()
         self.failure: Exception | None = None  # what a tree raised: the work is over
@@ -108,10 +116,10 @@ class Forest:
         """The trainer asks for batch `step`: as many trees begin as that and the budget allow. Called again, those for
         which there was no room before."""
         self._step = max(self._step, step)
-        allowed = self._shard.quota * (self._step - self._base) + self._rules.capacity(self._shard.quota)
+        allowed = self._plan.quota * (self._step - self._base) + self._rules.capacity(self._plan.quota)
         while self._next is not None or self._owed or self._begun < allowed:
             if self._next is None:
-                self._next = self._owed.pop(0) if self._owed else self._pass_seat()
+                self._next = self._owed.pop(0) if self._owed else self._pass_tree_id()
             if not self._delivered_before(self._next) and not self._begin(self._next):
                 return
             self._next = None
@@ -125,7 +133,7 @@ class Forest:
             return None
         taken = set(map(id, chosen))
         self._trees = [tree for tree in self._trees if id(tree) not in taken]
-        return sorted(chosen, key=lambda tree: (tree.seat.step, tree.seat.slot))
+        return sorted(chosen, key=lambda tree: (tree.id.step, tree.id.slot))
 
     async def changed(self, timeout_s: float) -> None:
         """Until a tree has ended or failed, at most `timeout_s`."""
@@ -135,14 +143,11 @@ class Forest:
 
     async def close(self) -> None:
         """End everything that grows."""
-        tasks = [tree.running for tree in self._trees if tree.running is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(tree.running for tree in self._trees if tree.running is not None)
         self._trees = []
 
     def _first_ended(self, step: int) -> list[Tree] | None:
-        quota, staleness = self._shard.quota, self._rules.max_staleness
+        quota, staleness = self._plan.quota, self._rules.max_staleness
         ended = sorted((tree for tree in self._trees if tree.group is not None), key=lambda tree: tree.ended)
         chosen: list[Tree] = []
         # of the trees that may wait for j more batches, all but what fits into those must go now
@@ -159,25 +164,25 @@ class Forest:
         return chosen + replaced if len(chosen) >= quota else None
 
     def _of_step(self, step: int) -> list[Tree] | None:
-        chosen = [tree for tree in self._trees if tree.seat.step == step]
+        chosen = [tree for tree in self._trees if tree.id.step == step]
         if any(tree.group is None for tree in chosen):
             return None
-        return chosen if sum(not tree.replaced for tree in chosen) >= self._shard.quota else None
+        return chosen if sum(not tree.replaced for tree in chosen) >= self._plan.quota else None
 
-    def _pass_seat(self) -> TreeSeat:
+    def _pass_tree_id(self) -> TreeId:
         self._begun += 1
-        return next(self._seats)
+        return next(self._tree_ids)
 
-    def _delivered_before(self, seat: TreeSeat) -> bool:
-        return seat.step in self._unknown or (seat.step, seat.slot) in self._delivered
+    def _delivered_before(self, tree_id: TreeId) -> bool:
+        return tree_id.step in self._unknown or (tree_id.step, tree_id.slot) in self._delivered
 
-    def _begin(self, seat: TreeSeat) -> bool:
+    def _begin(self, tree_id: TreeId) -> bool:
         """Begin a tree; False where the budget has no room for it, or none may begin."""
         reservation = self._reserve() if self.admitting else None
         if reservation is None:
             return False
-        tree = Tree(seat)
-        tree.running = asyncio.create_task(self._run(tree, reservation), name=f"tree {seat}")
+        tree = Tree(tree_id)
+        tree.running = asyncio.create_task(self._run(tree, reservation), name=f"tree {tree_id}")
         tree.running.add_done_callback(lambda _: reservation.release())  # one that is cancelled may never have run
         self._trees.append(tree)
         return True
@@ -196,11 +201,11 @@ class Forest:
 
     def _refill(self, tree: Tree) -> None:
         """Begin another tree in place of one that teaches nothing, as long as the step has some left."""
-        step = tree.seat.step
+        step = tree.id.step
         number = self._refilled[step]
         assert tree.group is not None
         if has_spread(tree.group) or number >= self._rules.refills:
             return
-        if self._begin(self._shard.refill(step, number)):
+        if self._begin(self._plan.refill(step, number)):
             self._refilled[step] = number + 1
             tree.replaced = True

@@ -17,7 +17,7 @@ MOST = 3  # where no config says more
 SHORT_CHARS = 200  # of an exception's words
 
 
-class Unexpected:
+class UnexpectedErrors:
     """Counts those of one driver process since `begin`."""
 
     def __init__(self, most: int = MOST) -> None:

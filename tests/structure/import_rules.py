@@ -43,7 +43,10 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "rollout.journal": (),
     "rollout.llm": ("config", "limiter", "rollout.journal"),
     "rollout.rewards": ("config", "rollout.llm"),
-    "data_engine": ("config", "data", "limiter", "rollout.journal", "rollout.llm", "rollout.rewards"),
+    "data_engine": (
+        *("config", "data", "limiter"),
+        *("rollout.conversation", "rollout.journal", "rollout.llm", "rollout.rewards"),
+    ),
     "trainer.batching": (),
     "trainer.loss": ("trainer.batching",),
     "trainer.local": ("trainer.batching",),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from collab_megatron.config.sections import HealthSection
 from collab_megatron.errors import UserError
+from collab_megatron.figures import Figure, Figures, values
 from collab_megatron.rollout.llm.turn_checks import DETECTORS, Turn
 from collab_megatron.types import TERMINATION_SIGNAL, Message, Task
 
@@ -134,22 +135,22 @@ def check_limits(section: HealthSection) -> None:
             )
 
 
-def parts_of_shares(counts: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """health/CHECK_share -> (how many were found, of how many) over all roles, of counts as metrics() names them.
+def share_figures(counts: Mapping[str, float]) -> Figures:
+    """health/CHECK_share over all roles, of counts as metrics() names them.
 
     A check stands in the result where its role's turns or replies were counted at all.
     """
-    result = {}
+    result: Figures = {}
     for name, check in CHECKS.items():
         found, of = _found(counts, name), _found(counts, check.per)
         if of:
-            result[f"health/{name}_share"] = sum(found.values()), sum(of.values())
+            result[f"health/{name}_share"] = Figure.ratio(sum(found.values()), sum(of.values()))
     return result
 
 
 def shares(counts: Mapping[str, float]) -> dict[str, float]:
     """health/CHECK_share over all roles."""
-    return {name: found / max(of, 1.0) for name, (found, of) in parts_of_shares(counts).items()}
+    return values(share_figures(counts))
 
 
 def verdict(counts: Mapping[str, float], section: HealthSection) -> tuple[list[str], str | None]:

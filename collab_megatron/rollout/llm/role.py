@@ -98,7 +98,7 @@ class Role:
         asked and the journal lacks the answer, BudgetSpent where no more may be paid for.
         """
         section, usage = self.section, self.usage
-        wire = [{"role": message.role, "content": message.content} for message in messages]
+        wire = [message.as_dict() for message in messages]
         failure = Failure("NoAttempt", None, False, None)
         spent_s, attempt, sent, malformed, replayed = 0.0, 0, 0, 0, 0
         replies: list[LLMReply] = []

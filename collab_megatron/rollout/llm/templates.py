@@ -79,9 +79,7 @@ def prompts_by_content(node: Any) -> Any:
 def chat_lines(chat: Sequence[Message]) -> str:
     """The user and assistant turns, one JSON object a line. What fill() does to closing tags is JSON's own escape."""
     lines = [
-        json.dumps({"role": message.role, "content": message.content}, ensure_ascii=False)
-        for message in chat
-        if message.role in ("user", "assistant")
+        json.dumps(message.as_dict(), ensure_ascii=False) for message in chat if message.role in ("user", "assistant")
     ]
     return "\n".join(lines)
 
