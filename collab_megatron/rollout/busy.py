@@ -16,13 +16,11 @@ class BusyClock:
         self._open = 0
         self._since = 0.0
         self._total = 0.0
-        self.calls = 0
 
     def __enter__(self) -> None:
         if self._open == 0:
             self._since = time.monotonic()
         self._open += 1
-        self.calls += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

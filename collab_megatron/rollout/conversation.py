@@ -29,7 +29,7 @@ from collab_megatron.types import (
 UNTIMED = nullcontext()
 
 
-class Turn(Protocol):
+class PlayedTurn(Protocol):
     """One turn of a policy; types.PolicyTurn is one."""
 
     @property
@@ -42,7 +42,7 @@ class Turn(Protocol):
     def num_tokens(self) -> int: ...  # thoughts included
 
 
-T = TypeVar("T", bound=Turn)
+T = TypeVar("T", bound=PlayedTurn)
 
 
 class Policy(Protocol[T]):
@@ -75,7 +75,7 @@ class TurnLimits:
     cut_reply: CutReply = "score"  # what happens to a conversation with a broken policy turn
     termination_signal: str = TERMINATION_SIGNAL  # a user turn with this text is the last
 
-    def breaks_off(self, turn: Turn) -> bool:
+    def breaks_off(self, turn: PlayedTurn) -> bool:
         """Whether the conversation ends with `turn`, because no user could answer it."""
         return turn.broken and self.cut_reply != "play"
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from collab_megatron.errors import RunError
-from collab_megatron.rollout.llm.user import strip_signal
 from collab_megatron.types import Message, Task, UserSimulator
 
 Numbered = tuple[int, Task]
@@ -44,7 +43,7 @@ async def with_simulated_opening(task: Task, user: UserSimulator, *, sample_inde
     RunError where no opening comes.
     """
     system = tuple(message for message in task.prompt if message.role == "system")
-    opening = strip_signal(await user.reply(task, system, sample_index=sample_index), signal)
+    opening = (await user.reply(task, system, sample_index=sample_index)).replace(signal, "").strip()
     if not opening:
         raise RunError(f"the simulated user ended the conversation of task {task.task_id} instead of opening it")
     metadata = {name: value for name, value in task.metadata.items() if name != "ambiguous"}

@@ -23,7 +23,7 @@ MAX_REQUEST_BYTES = 2**20
 """A request is a few URLs; ZeroMQ itself closes a connection that sends more."""
 
 
-class Asked(NamedTuple):
+class Received(NamedTuple):
     """A request that got in, and whom to answer."""
 
     request: Request
@@ -48,17 +48,17 @@ class Listener:
             raise UserError(f"the driver cannot listen at {address}: {error.strerror}") from None
         self.address = cast(bytes, self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
-    async def next(self) -> Asked:
+    async def next(self) -> Received:
         """Waits for a request that carries the token."""
         while True:
             frames = await self._socket.recv_multipart()
-            asked = self._admitted(frames)
-            if asked is not None:
-                return asked
+            received = self._admitted(frames)
+            if received is not None:
+                return received
 
-    async def answer(self, asked: Asked, answer: Answer) -> None:
+    async def answer(self, received: Received, answer: Answer) -> None:
         """Drops the answer if the asking process is gone."""
-        await self._socket.send_multipart([asked.peer, b"", encode_answer(answer)])
+        await self._socket.send_multipart([received.peer, b"", encode_answer(answer)])
 
     def news(self) -> str | None:
         """A sentence on the messages that were dropped, for the terminal: at the first one, and whenever there are ten
@@ -74,7 +74,7 @@ class Listener:
         """Waits a second for the last answer to leave."""
         self._socket.close(linger=1000)
 
-    def _admitted(self, frames: list[bytes]) -> Asked | None:
+    def _admitted(self, frames: list[bytes]) -> Received | None:
         if len(frames) != 4 or frames[1]:
             self.dropped["malformed"] += 1
             return None
@@ -83,7 +83,7 @@ class Listener:
             self.dropped["without the run's token"] += 1
             return None
         try:
-            return Asked(self._decode(payload), peer)
+            return Received(self._decode(payload), peer)
         except (msgspec.DecodeError, ValueError):  # a UnicodeDecodeError is the latter
             self.dropped["unknown"] += 1
             return None

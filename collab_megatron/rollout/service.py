@@ -160,12 +160,12 @@ async def serve(
         publish_text(ready_file, listener.address)
         running = True
         while running:
-            asked = await listener.next()
-            request, start = asked.request, time.monotonic()
+            received = await listener.next()
+            request, start = received.request, time.monotonic()
             answer = await service.answer(request)
             if not answer.pending and (news := listener.news()):  # the trainer looks at no notes before the last answer
                 answer = msgspec.structs.replace(answer, notes=(*answer.notes, news))
-            await listener.answer(asked, answer)
+            await listener.answer(received, answer)
             what = f"evaluation after step {request.step}" if request.op == "evaluate" else f"step {request.step + 1}"
             if answer.error:
                 print(f"{what} failed after {time.monotonic() - start:.1f} s: {answer.error}")

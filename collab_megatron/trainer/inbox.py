@@ -26,7 +26,7 @@ from collab_megatron.errors import (
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.interrupt import Interrupt
 from collab_megatron.types import RolloutBatch
-from collab_megatron.wire.protocol import Delivery, DriverClient, DriverHasNoEngine
+from collab_megatron.wire.protocol import DriverClient, DriverHasNoEngine, DriverResult
 
 MARGIN_S = 120.0
 EVALUATION_GRACE_S = 30.0
@@ -107,7 +107,7 @@ class Inbox:
             self._driver.stop()
             self._driver.close()
 
-    def _shared(self, ask: Callable[[], Delivery[T]] | None, content: type[T]) -> T:
+    def _shared(self, ask: Callable[[], DriverResult[T]] | None, content: type[T]) -> T:
         """The content of rank 0's delivery, or its error, on every rank."""
         failure: Exception | None = None
         payload = b""

@@ -90,7 +90,7 @@ class Answer(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class Delivery(Generic[T]):
+class DriverResult(Generic[T]):
     """What was asked for, what the user should hear, and the engines that were given up on the way."""
 
     content: T
@@ -120,7 +120,7 @@ class DriverClient:
 
     def next_batch(
         self, step: int, version: int, engines: Sequence[str], *, saved: int = 0, timeout_s: float
-    ) -> Delivery[RolloutBatch]:
+    ) -> DriverResult[RolloutBatch]:
         """The finished groups of `step`, sampled by `engines`, all of which hold `version`.
 
         Raises RunError at the deadline, with the driver's own error, or when the shards together had to drop over half
@@ -135,13 +135,13 @@ class DriverClient:
             self._discard(step)
             raise
         samples = tuple(sample for answer in answers for sample in answer.samples)
-        delivery = _delivery(RolloutBatch(step, samples, _values(answers)), answers)
+        result = _result(RolloutBatch(step, samples, _values(answers)), answers)
         if samples:
-            return delivery
+            return result
         note = (
             f"step {step + 1}: no group has spread and algorithm.zero_advantage is drop, so no optimizer step is taken"
         )
-        return replace(delivery, notes=(*delivery.notes, note))
+        return replace(result, notes=(*result.notes, note))
 
     def _discard(self, step: int) -> None:
         """Have the refused batch of `step` made again: the journal would hand it to every attempt to resume. Raises
@@ -153,12 +153,12 @@ class DriverClient:
 
     def evaluate(
         self, step: int, version: int, engines: Sequence[str], *, timeout_s: float
-    ) -> Delivery[dict[str, float]]:
+    ) -> DriverResult[dict[str, float]]:
         """Held-out figures under the live weights. Raises as `next_batch` does, of conversations instead of groups."""
         request = Request("evaluate", step, version, tuple(engines))
         answers = self._ask_all(request, f"the evaluation after step {step}", timeout_s)
         require_most([answer.tally for answer in answers], LOST_CONVERSATIONS, EvaluationFailed)
-        return _delivery(_values(answers), answers)
+        return _result(_values(answers), answers)
 
     def stop(self) -> None:
         """Ask the driver to end; it answers before it does."""
@@ -263,9 +263,9 @@ def _values(answers: Sequence[Answer]) -> dict[str, float]:
     return values(merged(answer.figures for answer in answers))
 
 
-def _delivery(content: T, answers: Sequence[Answer]) -> Delivery[T]:
+def _result(content: T, answers: Sequence[Answer]) -> DriverResult[T]:
     lost = {url: why for answer in answers for url, why in answer.lost.items()}
-    return Delivery(content, lost, tuple(note for answer in answers for note in answer.notes))
+    return DriverResult(content, lost, tuple(note for answer in answers for note in answer.notes))
 
 
 def encode_answer(answer: Answer) -> bytes:

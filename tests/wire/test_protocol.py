@@ -18,9 +18,9 @@ from collab_megatron.types import RolloutBatch, TrainingSample
 from collab_megatron.wire import protocol
 from collab_megatron.wire.protocol import (
     Answer,
-    Delivery,
     DriverClient,
     DriverHasNoEngine,
+    DriverResult,
     Request,
     Tally,
     encode_answer,
@@ -78,7 +78,7 @@ def test_a_batch_arrives_as_it_was_sent_after_any_number_of_polls(served: Callab
         Answer(samples=DONE.samples, figures=DONE.figures, lost=lost, notes=("hear",)),
     ]
     client = DriverClient([served(answers)], TOKEN)
-    assert client.next_batch(7, 6, ["http://a", "http://b"], timeout_s=30) == Delivery(BATCH, lost, ("hear",))
+    assert client.next_batch(7, 6, ["http://a", "http://b"], timeout_s=30) == DriverResult(BATCH, lost, ("hear",))
     client.close()
 
 
@@ -183,9 +183,9 @@ def test_half_a_surrogate_pair_of_a_provider_can_be_sent(served: Callable[[list[
     client = DriverClient(
         [served([Answer(notes=("half \ud83d", "\ud83d\ude00"), lost=lost, tally=Tally(1, 0, "\udfff"))])], TOKEN
     )
-    delivery = client.next_batch(7, 6, [], timeout_s=30)
-    assert delivery.notes[:2] == ("half \ufffd", "\U0001f600")
-    assert delivery.lost == {"http://a": "half \ufffd"}
+    result = client.next_batch(7, 6, [], timeout_s=30)
+    assert result.notes[:2] == ("half \ufffd", "\U0001f600")
+    assert result.lost == {"http://a": "half \ufffd"}
     client.close()
 
 
