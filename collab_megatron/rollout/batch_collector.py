@@ -1,4 +1,4 @@
-"""The batches of a driver process: from the trainer's request for a step to the answer, and what is told of it."""
+"""Batch collector: turns the finished trees of a step into the answer to the trainer, with figures and records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from collab_megatron.wire.protocol import Answer
 
 
 class BatchCollector:
-    """One shard's. `begin` for every request, then `take` until one of them answers."""
+    """The batches of one shard. For every request: `begin`, then `take` until one of them returns the answer."""
 
     def __init__(self, config: RLConfig, clients: RolloutClients, grower: TreeGrower, recorder: RecordWriter) -> None:
         assert clients.journal is not None, "training has a journal"
@@ -39,9 +39,9 @@ class BatchCollector:
         self._counters = _Counters(clients)
 
     async def begin(self, step: int, version: int, saved: int) -> Answer | None:
-        """The trainer asks for `step`; weights `version` are live, and a checkpoint holds `saved` steps.
+        """Start the trees of `step`; weights `version` are live, and the newest checkpoint has `saved` steps.
 
-        The answer, where the batch was delivered before.
+        Returns the answer of a batch that was delivered before, else None.
         """
         rules = self._grower.scheduler_rules
         if saved > self._saved:
@@ -65,13 +65,13 @@ class BatchCollector:
         await self._clients.engine.trainer_at(version, self._horizon)
 
     def take(self, step: int) -> Answer | None:
-        """The batch of `step`; None as long as trees are missing. Trees for which the budget has room by now begin.
+        """The batch of `step`; None while trees are missing. Starts trees for which the budget now has room.
 
-        Raises RunError if groups hold tokens older than allowed; what the trees raise.
+        Raises RunError if groups have tokens older than allowed, and what the trees raise.
         """
         assert self._scheduler is not None, "begin comes first"
         if (stop := self._clients.players.unexpected.verdict()) is not None:
-            self._scheduler.admitting = False  # what the trees under way have cost is in the journal
+            self._scheduler.admitting = False  # the journal keeps what the running trees have paid for
             return Answer(error=stop, stop="errors")
         trees = self._scheduler.take(step)
         if trees is not None:
@@ -83,28 +83,30 @@ class BatchCollector:
         return None
 
     def state(self) -> str:
-        """A few words on what is being waited for."""
+        """What the current step waits for, for an error message."""
         assert self._scheduler is not None, "begin comes first"
         calls = {role: usage.in_flight for role, usage in self._clients.gateway.snapshot().roles.items()}
         said = ", ".join(f"{count} {role} calls" for role, count in calls.items())
         slots = self._clients.engine_limiter
         return (
-            f"{self._scheduler.under_way} trees are under way with {said} in flight and {slots.waiting} policy turns "
+            f"{self._scheduler.num_running} trees are running with {said} in flight and {slots.waiting} policy turns "
             "waiting for the engines"
         )
 
     async def changed(self, timeout_s: float) -> None:
+        """Waits at most `timeout_s`. Unblocked by a tree that finishes or fails."""
         assert self._scheduler is not None, "begin comes first"
         await self._scheduler.changed(timeout_s)
 
     async def discard(self, step: int) -> None:
-        """The trainer refused the batch of `step`: whoever asks for it again gets another, made of the calls that the
-        journal knows and of new ones in place of those that failed."""
+        """The trainer refused the batch of `step`: forget it and all trees. The next request makes another batch from
+        the calls in the journal, with new calls in place of those that failed. Waits until the trees have ended."""
         self._delivered.remove(step)
         await self.close()
         self._scheduler = None
 
     async def close(self) -> None:
+        """Cancel the running trees. Waits until they have ended."""
         if self._scheduler is not None:
             await self._scheduler.close()
 
@@ -126,8 +128,8 @@ class BatchCollector:
         return self._recorded(step, answer, lines)
 
     def _samples(self, tree: Tree) -> list[TrainingSample]:
-        """What the trainer is given of a tree: of a replaced one nothing, for it has taught nothing, another fills its
-        place, and it would thin out the others."""
+        """The tree's training samples. A replaced tree has none: it has no learning signal, and would dilute the batch
+        that its replacement completes."""
         if tree.group is None or tree.replaced:
             return []
         return training_samples(tree.group, self._config.algorithm.zero_advantage)
@@ -137,13 +139,13 @@ class BatchCollector:
         return tree_line(step + 1, group, tree.id, replaced=tree.replaced, trained=trained)
 
     def _recorded(self, step: int, answer: Answer, lines: Sequence[bytes]) -> Answer:
-        """The answer, once its trees are in the record, where steps count from 1 as on the dashboard."""
+        """Write the trees to the record, where steps count from 1 as on the dashboard; returns the answer."""
         note = self._recorder.write(step + 1, lines)
         return structs.replace(answer, notes=(*answer.notes, note)) if note else answer
 
     def _figures(self, step: int, trees: Sequence[Tree], groups: Sequence[Group]) -> Figures:
         now = time.monotonic()
-        rollout_s = now - min(tree.born for tree in trees)
+        rollout_s = now - min(tree.started_s for tree in trees)
         health = self._clients.health.metrics()
         return {
             **rollout_metrics(groups, self._config.reward.metric_weights),
@@ -156,20 +158,21 @@ class BatchCollector:
             **share_figures(health),
             **of_kind("max", self._clients.gateway.budget.metrics()),
             **of_kind("max", self._journal.metrics()),
-            "data/prompts_left_out": Figure.of("max", [self._grower.left_out]),  # every shard knows of all
+            "data/prompts_left_out": Figure.of("max", [self._grower.left_out]),  # every shard reads all prompts
             "data/prompts_left_out_share": Figure.of("max", [self._grower.left_out_share]),
         }
 
 
 class _Counters:
-    """Clocks and counters of the clients, as they grew since the last batch."""
+    """Clocks and counters of the clients, as growth since the last batch."""
 
     def __init__(self, clients: RolloutClients) -> None:
         self._clients = clients
         self._before = self._now()
 
     def since_last(self, rollout_s: float) -> Figures:
-        """`rollout_s`: how long the batch's trees took; tokens per second are of the shorter of the two times."""
+        """`rollout_s`: duration of the batch's trees. Tokens per second use this or the time since the last batch,
+        whichever is shorter."""
         before, self._before = self._before, self._now()
         clocks, calls, usage, at, replayed = self._before
         clocks_before, calls_before, usage_before, at_before, replayed_before = before
@@ -196,7 +199,7 @@ class _Counters:
 
 
 def with_examples(warnings: Sequence[str], examples: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Each warning, and below it what it is about."""
+    """Each warning, followed by examples."""
     for warning in warnings:
         yield f"simulators: {warning}"
         for check, texts in examples.items():
@@ -205,10 +208,10 @@ def with_examples(warnings: Sequence[str], examples: Mapping[str, Sequence[str]]
 
 
 def _require_versions(samples: Sequence[TrainingSample], step: int, max_staleness: int) -> None:
-    """Every trained token was sampled by weights of the last `max_staleness` updates, or by the newest."""
+    """Raises RunError for a token that was sampled by weights more than `max_staleness` updates old."""
     seen = {version for sample in samples for version in sample.versions_T}
     if seen and not (step - max_staleness <= min(seen) and max(seen) <= step):
         raise RunError(
-            f"driver: step {step + 1} holds tokens of weight versions {sorted(seen)}; driver.max_staleness is "
-            f"{max_staleness}"
+            f"driver: step {step + 1} has tokens of weight versions {sorted(seen)}, which driver.max_staleness="
+            f"{max_staleness} does not allow: report this bug, and resume"
         )

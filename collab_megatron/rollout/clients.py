@@ -1,4 +1,4 @@
-"""Builds the players of the conversations from a config: engine pool, simulated user, judges, chat template."""
+"""Opens the clients of a run from its config: engine pool, user simulator, judges, journal, chat template."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
 from collab_megatron.types import Task
 
 GC_THRESHOLDS = 100_000, 50, 1000
-"""Thousands of conversations are under way at a time, each of many objects that live for seconds: the defaults walk
-them over and over (10 % of a call's CPU)."""
+"""Thousands of concurrent conversations have many objects that live for seconds. With the default thresholds the
+garbage collector scans them again and again, at 10 % of a call's CPU time."""
 
 
 @dataclass(frozen=True)
 class RolloutClients:
-    """The players and the clients behind them whose counters go to the dashboard."""
+    """The players of the conversations, and the clients behind them with counters for the dashboard."""
 
     players: Players
     limits: Limits
     pool: EnginePool
-    engine_limiter: Slots  # tokens of the policy turns in flight
-    engine: JournaledEngine  # the pool behind journal and queue: what the conversations sample from
+    engine_limiter: Slots  # unit: tokens of the policy turns in flight
+    engine: JournaledEngine  # `pool` behind journal and limiter: conversations sample here
     gateway: Gateway
     health: SimulatorHealth
     journal: Journal | None
 
 
 def open_journal(config: RLConfig) -> Journal:
-    """The journal of a run; all driver processes share the file. Raises UserError for a file that is none."""
+    """The journal of a run; all driver processes share the file. Raises UserError for a file that is not a journal."""
     default = config.run.dir / "journal" / f"{config.run.name}.sqlite"
     return store.open_journal(config.journal, default, lineage_of(config))
 
@@ -58,11 +58,10 @@ async def open_clients(
     journal: Journal | None = None,
     engine_keys: EngineKeys | None = None,
 ) -> AsyncIterator[RolloutClients]:
-    """Clients that live as long as the block; `engine_keys` are those of engines that ask for some. Raises
-    UserError for a missing key or an inexact chat template.
+    """Clients that live as long as the block.
 
-    The engines serve whatever weights they have; none are needed where `clients.pool.use` names them later. Without a
-    journal nothing is kept.
+    `engine_urls` may be empty: `clients.pool.use` names engines later. `engine_keys`: API keys of engines that require
+    them. Without a journal nothing is kept. Raises UserError for a missing key or an inexact chat template.
     """
     rollout = config.rollout
     driver = config.driver if isinstance(config, RLConfig) else None
@@ -99,7 +98,7 @@ async def open_clients(
         pool.use(engine_urls, None)
         engine = JournaledEngine(pool, journal, slots, max_staleness=staleness if driver else None)
         gc.collect()
-        gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
+        gc.freeze()  # later collections skip the objects of the imports: 15 % of a call's CPU time
         gc.set_threshold(*GC_THRESHOLDS)
         try:
             yield RolloutClients(
@@ -136,7 +135,7 @@ async def open_clients(
 
 
 def usable_tasks(tasks: list[Task], clients: RolloutClients, max_prompt_tokens: int) -> list[Task]:
-    """The tasks whose prompt fits; prints how many do not. Raises UserError if that is more than half."""
+    """The tasks with a prompt that fits; prints how many do not. Raises UserError if more than half do not fit."""
     fit = fitting_tasks(
         tasks,
         clients.players.chat,

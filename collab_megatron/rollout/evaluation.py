@@ -1,4 +1,4 @@
-"""Whole conversations on held-out tasks."""
+"""Evaluation: plays whole conversations on held-out tasks and averages their scores."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from collab_megatron.wire.protocol import Tally
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was played."""
+    """The outcome of an evaluation."""
 
     figures: Figures
-    groups: tuple[Group, ...]  # a conversation each: one reply, one future; `kept` where it has a reward
-    wanted: int  # conversations that this shard was to play
-    stop: str = ""  # why no more were begun
+    groups: tuple[Group, ...]  # one conversation each: one reply, one future; `kept` if it has a reward
+    wanted: int  # conversations of this shard
+    stop: str = ""  # why the rest was not started
 
     @property
     def tally(self) -> Tally:
-        """Whether too many failed is for those to judge who see all shards."""
+        """Failed conversations. The trainer, which sees all shards, decides whether they are too many."""
         failures = [group.error for group in self.groups if not group.kept]
         return Tally(len(self.groups), len(failures), failures[0] if failures else "")
 
@@ -52,19 +52,20 @@ async def evaluate(
 ) -> Evaluation:
     """Play this shard's share of the sampled tasks.
 
-    A conversation that fails, or that is under way at `evaluation.timeout_s`, is counted and in no mean. Each is played
-    `within` a room of the budget's, which is waited for; once there is BudgetSpent in its place no more are begun, and
-    those under way are played to their end. A task has the same sample index at every step:
-    users and judges who are told the same answer the same, which the journal may know.
+    A conversation that fails, or is unfinished at `evaluation.timeout_s`, is counted and enters no mean. Every
+    conversation runs `within` a reservation of the budget. After BudgetSpent no more conversations start; those that
+    have started are finished. A task has the same sample index at every step, so equal calls to user and judges come
+    from the journal.
 
-    Raises NoEngineLeft, ReplayMiss, and a bug of the user's own metric.
+    Waits for budget and conversations, at most `evaluation.timeout_s`. Raises NoEngineLeft, ReplayMiss, and a bug of
+    the user's own metric.
     """
     limits = replace(
         limits,
         temperature=evaluation.temperature,
         max_assistant_turns=evaluation.max_assistant_turns,
         max_user_turns=evaluation.max_assistant_turns,
-        cut_reply="score" if limits.cut_reply == "penalty" else limits.cut_reply,  # measured, not punished
+        cut_reply="score" if limits.cut_reply == "penalty" else limits.cut_reply,  # measured, not penalized
     )
     simulated = evaluation.simulated_opening
     slots = asyncio.Semaphore(max(1, evaluation.max_concurrency // shards))
@@ -75,7 +76,7 @@ async def evaluate(
         async with slots:
             if stop:
                 return None
-            # in the journal an evaluation belongs to the step after which it is made: step - 1, counted from 0
+            # the journal files an evaluation under the step before it: step - 1, counted from 0
             tree_id = TreeId(step - 1, number, f"eval/{step}/{number}", first_sample=-1 - number)
             try:
                 async with within():
@@ -87,7 +88,7 @@ async def evaluate(
     chosen = sample_tasks(tasks, evaluation.num_tasks, evaluation.seed, openings_only=evaluation.simulated_opening)
     mine = chosen[shard::shards]
     start = time.monotonic()
-    late = f"the evaluation was ended after {evaluation.timeout_s:g} s (evaluation.timeout_s)"
+    late = f"the evaluation reached its deadline of {evaluation.timeout_s:g} s (evaluation.timeout_s)"
     played = await run_all(
         (play(number, task) for number, task in mine),
         timeout_s=evaluation.timeout_s,
@@ -109,7 +110,7 @@ def evaluation_calls(evaluation: EvaluationSection, judges: int) -> int:
 
 
 async def _play(task: Task, tree_id: TreeId, *, simulated: bool, limits: Limits, players: Players) -> Group:
-    """One conversation. Raises STOPS_ALL and a bug of the user's own metric alone."""
+    """One conversation. Waits for user, engine and judges. Raises only STOPS_ALL and a bug of the user's own metric."""
     POSITION.set(RunPosition(tree_id.step))
     status = RolloutStatus.SIMULATOR_FAILED
     try:
@@ -134,6 +135,6 @@ async def _play(task: Task, tree_id: TreeId, *, simulated: bool, limits: Limits,
 
 
 def _failed(task: Task, status: RolloutStatus, error: str) -> Group:
-    """A conversation without a turn of the policy's."""
+    """A conversation without a policy turn."""
     nothing = PolicyTurn("", "", "", cut=False, generation=Generation((), (), (), finish_reason="failed"))
     return Group(task, (), (Reply(nothing, (Future(0, status, (), error=error),)),), kept=False, error=error)

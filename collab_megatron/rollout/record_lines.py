@@ -1,4 +1,4 @@
-"""A conversation tree as a line of the run's record, readable without this package: docs/RECORD.md field by field."""
+"""Record lines: a conversation tree as one JSON line, readable without this package (fields: docs/RECORD.md)."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ from collab_megatron.text import on_one_line
 from collab_megatron.types import Future, Group, PolicyTurn, Reply
 
 SCHEMA = 1
-"""Counts up when a field changes its meaning or goes; a field that is added leaves it."""
+"""Increased when a field is removed or changes its meaning; not for a new field."""
 
 
 def tree_line(step: int, group: Group, tree_id: TreeId, *, replaced: bool, trained: bool) -> bytes:
     """One tree as a line of the record.
 
-    `step` as TensorBoard counts: the batch that the first optimizer step trains is that of step 1. `seat` tells for
-    which step it was begun, `replaced` whether another tree was begun in its place, `trained` whether the trainer was
-    given its replies.
+    `step` counts from 1, as in TensorBoard: the first optimizer step trains the batch of step 1. `tree_id` has the step
+    for which the tree was started. `replaced`: another tree was started in its place. `trained`: the trainer gets its
+    replies.
     """
     head = {"schema": SCHEMA, "step": step, "begun_for_step": tree_id.step + 1, "slot": tree_id.slot}
     return _line({**head, "replaced": replaced, "trained": trained, **tree_record(group)})
 
 
 def held_out_line(step: int, group: Group) -> bytes:
-    """A held-out conversation as a line: a tree of one reply and one future. `step` counts the optimizer steps that its
-    weights have behind them."""
+    """A held-out conversation as a line: a tree of one reply and one future. `step`: optimizer steps before it."""
     return _line({"schema": SCHEMA, "step": step, **tree_record(group)})
 
 
 def tree_record(group: Group) -> dict[str, Any]:
-    """What was played in a tree, as plain JSON values."""
+    """A tree as plain JSON values."""
     return {
         "task_id": group.task.task_id,
         "ambiguous": group.task.ambiguous,
@@ -93,13 +92,13 @@ def _future(future: Future) -> dict[str, Any]:
 def _line(values: dict[str, Any]) -> bytes:
     try:
         line = orjson.dumps(values)
-    except TypeError:  # an LLM wrote what the record's JSON does not have
+    except TypeError:  # an LLM wrote a surrogate or a large integer
         line = orjson.dumps(_writable(values))
     return on_one_line(line) + b"\n"
 
 
 def _writable(value: Any) -> Any:
-    """Halves of surrogate pairs written out as backslash and number, integers above 64 bits as text."""
+    """The value with lone surrogates as \\uXXXX escapes and integers above 64 bits as text."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, int) and not -(2**63) <= value < 2**64:

@@ -1,11 +1,11 @@
-"""A driver process: grows its shard of the conversation trees and answers the trainer's requests.
+"""Driver service: the process that grows one shard of the conversation trees and answers the trainer's requests.
 
     python -m collab_megatron.rollout.service RESOLVED.yaml --max-context-tokens N --ready-file FILE
         --address ADDRESS --token-file FILE [--engine-keys FILE] [--first-step N] [--shard N]
 
-It listens at ADDRESS (ipc://FILE, tcp://HOST:PORT) and writes it to the ready file; requests must carry the token of
-the token file. Which engines it may ask stands in every request. Killed, or ended by an exception that nobody
-expected, and started again it goes on from the journal.
+It listens at ADDRESS (ipc://FILE, tcp://HOST:PORT) and writes the address to the ready file. A request must carry the
+token of the token file, and names the engines to use. After a kill or an unexpected exception the launcher starts the
+process again, and it continues from the journal.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from collab_megatron.wire.protocol import POLL_S, Answer, Request
 
 
 class Service:
-    """Answers one request at a time; trees may grow between two of them."""
+    """Answers one request at a time. Trees also run between two requests."""
 
     def __init__(self, config: RLConfig, clients: RolloutClients, recorder: RecordWriter, *, shard: int = 0) -> None:
         self._config, self._clients = config, clients
@@ -51,7 +51,10 @@ class Service:
         self._since = 0.0
 
     async def answer(self, request: Request) -> Answer:
-        """What was asked for, or "pending" after POLL_S. The same request again goes on waiting for the same work."""
+        """The answer to a request, or "pending" after POLL_S. An equal request continues the same work.
+
+        Waits for a batch, an evaluation, or a discarded batch's trees to end.
+        """
         if request.op == "stop":
             await self.close()
             return Answer()
@@ -79,7 +82,7 @@ class Service:
         return answer
 
     async def close(self) -> None:
-        """End whatever is under way."""
+        """Cancel evaluation and trees. Waits until they have ended."""
         await self._abandon_evaluation()
         await self._collector.close()
 
@@ -96,8 +99,8 @@ class Service:
             timeout_s = self._config.rollout.step_timeout_s
             if time.monotonic() - self._since > timeout_s:
                 raise RunError(
-                    f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s; "
-                    f"{self._collector.state()}"
+                    f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s "
+                    f"(rollout.step_timeout_s); {self._collector.state()}"
                 )
             left_s = until - time.monotonic()
             if left_s <= 0:
@@ -115,7 +118,7 @@ class Service:
             if left_s <= 0:
                 return Answer(pending=True)
             await asyncio.wait({self._evaluation}, timeout=min(left_s, 0.5))
-        # kept until another request comes: this answer may be lost on its way
+        # kept until the next request: this answer may be lost on its way to the trainer
         return self._evaluation.result()
 
     def _require_engines(self) -> None:
@@ -124,7 +127,7 @@ class Service:
             raise NoEngineLeft(f"no engine is left ({reasons or 'none is live yet'})")
 
     async def _abandon_evaluation(self) -> None:
-        """End the evaluation that the trainer asks for no longer."""
+        """Cancel an evaluation that the trainer no longer asks for. Waits at most POLL_S."""
         evaluation, self._evaluation = self._evaluation, None
         if evaluation is not None:
             evaluation.cancel()
@@ -142,7 +145,8 @@ async def serve(
     token: bytes,
     engine_keys: EngineKeys | None,
 ) -> None:
-    """Answer the requests that carry `token` until told to stop. Raises what nobody expected."""
+    """Answer requests with `token` until one asks to stop. Waits for requests, without a deadline: the process dies
+    with its parent. Raises UserError, RunError of the disk, and bugs."""
     recorder = RecordWriter(
         config.run.conversations_dir,
         config.record,
@@ -163,7 +167,7 @@ async def serve(
             received = await listener.next()
             request, start = received.request, time.monotonic()
             answer = await service.answer(request)
-            if not answer.pending and (news := listener.news()):  # the trainer looks at no notes before the last answer
+            if not answer.pending and (news := listener.news()):  # the trainer reads notes in the final answer only
                 answer = msgspec.structs.replace(answer, notes=(*answer.notes, news))
             await listener.answer(received, answer)
             what = f"evaluation after step {request.step}" if request.op == "evaluate" else f"step {request.step + 1}"
@@ -185,12 +189,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--max-context-tokens", type=int, required=True)
-    parser.add_argument("--first-step", type=int, help="of this attempt; not given where a driver is started again")
+    parser.add_argument("--first-step", type=int, help="first step of this attempt; omitted when a driver is restarted")
     parser.add_argument("--ready-file", type=Path, required=True)
-    parser.add_argument("--shard", type=int, default=0, help="which of driver.shards this process is")
-    parser.add_argument("--address", required=True, help="where to listen: ipc://FILE or tcp://HOST:PORT")
+    parser.add_argument("--shard", type=int, default=0, help="index of this process among driver.shards")
+    parser.add_argument("--address", required=True, help="address to listen at: ipc://FILE or tcp://HOST:PORT")
     parser.add_argument("--token-file", type=Path, required=True)
-    parser.add_argument("--engine-keys", type=Path, help="file; not given where the engines ask for none")
+    parser.add_argument("--engine-keys", type=Path, help="file with API keys of the engines, if they require them")
     args = parser.parse_args()
     die_with_parent()
     set_up_logging(f"driver-{args.shard}")
@@ -211,17 +215,17 @@ def main() -> None:
         )
 
 
-def main_or_defect() -> None:
-    """`main`, but an exception that nobody expected has an exit code of its own: the launcher starts us again."""
+def main_or_bug() -> None:
+    """`main` with an exit code of its own for unexpected exceptions, at which the launcher restarts the driver."""
     try:
         main()
     except (RunError, UserError):
         raise
-    except Exception:  # noqa: BLE001  (whatever it is, the launcher must be able to tell it)
+    except Exception:  # noqa: BLE001 - any bug: reported to the launcher as an exit code
         traceback.print_exc()
         sys.stderr.flush()
         sys.exit(EXIT_DEFECT)
 
 
 if __name__ == "__main__":
-    run_cli(main_or_defect)
+    run_cli(main_or_bug)

@@ -15,7 +15,7 @@ from collab_megatron.wire.protocol import Answer
 
 
 class ShardEvaluator:
-    """Plays shard `index` of the held-out tasks. Raises UserError for a validation file that cannot be used."""
+    """Evaluates shard `index` of the held-out tasks. Raises UserError for a validation file that cannot be used."""
 
     def __init__(self, config: RLConfig, clients: RolloutClients, index: int) -> None:
         self._config, self._clients, self._index = config, clients, index

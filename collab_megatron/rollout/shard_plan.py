@@ -1,4 +1,4 @@
-"""Which trees are a driver process's own, in which order it begins them, and on which prompts."""
+"""Shard plan: the trees of one driver process, their order, and their prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collab_megatron.types import Task
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Pure functions of seed, step and shard number: any process, at any time, deals out the same."""
+    """Pure functions of seed, step and shard index: every process computes the same plan at any time."""
 
     tasks: Sequence[Task]
     seed: int
@@ -23,11 +23,11 @@ class ShardPlan:
 
     @property
     def quota(self) -> int:
-        """Trees of every batch that this shard brings."""
+        """The shard's number of trees in every batch."""
         return len(range(self.index, self.prompts_per_step, self.count))
 
     def tree_ids(self, first_step: int) -> Iterator[TreeId]:
-        """Its trees from `first_step` on, in the order of the prompts."""
+        """The shard's trees from `first_step` on, in order of step and prompt."""
         step = first_step
         while True:
             for slot in range(self.index, self.prompts_per_step, self.count):
@@ -35,7 +35,7 @@ class ShardPlan:
             step += 1
 
     def refill(self, step: int, number: int) -> TreeId:
-        """The tree that takes the place of one that taught nothing; `number` counts this shard's of the step."""
+        """Replacement number `number` of this shard in `step`."""
         return self._tree_id(step, self.prompts_per_step + number * self.count + self.index)
 
     def task(self, tree_id: TreeId) -> Task:
@@ -48,6 +48,6 @@ class ShardPlan:
         ]
 
     def _tree_id(self, step: int, slot: int) -> TreeId:
-        # refills stand behind all prompts: slots of a step are never more than twice as many as its prompts
+        # slots of refills follow those of the prompts: a step has at most twice as many slots as prompts
         number = step * 2 * self.prompts_per_step + slot
         return TreeId(step, slot, first_sample=number * self.futures_per_tree)

@@ -168,7 +168,7 @@ async def test_what_is_under_way_at_the_deadline_is_counted_as_failed() -> None:
     played = await play(tasks(3), players(ScriptedEngine(["a?"]), ScriptedUser(ends), Slow()), timeout_s=0.3)
     figures = values(played.figures)
     assert (figures["conversations"], figures["conversations_failed"], figures["accuracy"]) == (3, 2, 4.0)
-    with pytest.raises(EvaluationFailed, match=r"2 of 3 .* failed; the evaluation was ended after 0\.3 s"):
+    with pytest.raises(EvaluationFailed, match=r"2 of 3 .* failed; the evaluation reached its deadline of 0\.3 s"):
         require(played)
     assert len(asyncio.all_tasks()) == 1
 

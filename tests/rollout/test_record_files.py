@@ -142,7 +142,7 @@ def test_every_other_step_and_an_end_to_the_size(tmp_path: Path) -> None:
     said = [small.write(step, [line(step, "x" * 400)]) for step in range(1, 6)]
     assert steps(tmp_path / "small") == [1, 2]
     assert [bool(text) for text in said] == [False, False, True, False, False]
-    assert "record.max_mb=0.001: from step 3 on no conversations are written" in said[2]
+    assert "record.max_mb=0.001: no conversations are written from step 3 on" in said[2]
 
 
 def test_two_runs_in_one_folder_keep_their_files_whole(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_batch_in_another_versions_form_is_refused(tmp_path: Path) -> None:
     with closing(Journal(tmp_path / "j.sqlite", replay="auto", lineage="x")) as journal:
         old = {"trees": [[0, 0, False]], "answer": {}, "lines": [b'{"step":0}\n']}
         journal.record_delivery(4096, 0, msgspec.msgpack.encode(old))
-        with pytest.raises(RunError, match="the batch of step 1 in the form of another version"):
+        with pytest.raises(RunError, match="the batch of step 1 in the format of another version"):
             DeliveredBatches(journal, 0, 1).get(0)
 
 

@@ -124,7 +124,7 @@ async def test_oversampled_trees_are_carried_over_and_never_thrown_away() -> Non
         assert len(garden.begun) == 4 + 2
         await garden.end((0, 1), (0, 2), (1, 0), (1, 1))
         assert names(scheduler.take(0)) == [(0, 1), (0, 2), (1, 0), (1, 1)]
-        assert scheduler.under_way == 2  # the two slow ones go on
+        assert scheduler.num_running == 2  # the two slow ones go on
         garden.version = 1
         scheduler.advance(1)
         await settle()
@@ -242,7 +242,7 @@ async def test_no_token_is_older_than_the_bound_and_every_tree_leaves_once(seed:
             counted = [tree for tree in trees if not tree.replaced]
             assert len(counted) == quota
             assert all(step - (tree.version or 0) <= staleness for tree in counted)
-            assert scheduler.under_way <= rules.capacity(quota)
+            assert scheduler.num_running <= rules.capacity(quota)
             taken += names(trees) or []
             for _ in range(rng.randint(0, 3)):  # some end while the trainer trains
                 if garden.growing:

@@ -63,7 +63,7 @@ def main() -> None:
     DeliveredBatches.put = weak_put  # type: ignore[method-assign]
     RecordWriter.write = weak_write  # type: ignore[method-assign]
     listener.encode_answer = weak_encode
-    service.main_or_defect()
+    service.main_or_bug()
 
 
 if __name__ == "__main__":
