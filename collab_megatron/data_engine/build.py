@@ -1,4 +1,4 @@
-"""The data engine over several processes: problems sharded by index, one progress line, one set of final counts."""
+"""Builds a dataset with several worker processes: problems are split by index; progress and counts are summed."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from collab_megatron.rollout.journal.housekeeping import empty
 from collab_megatron.rollout.llm.usage import RoleUsage
 
 POLL_S = 0.5
-END_S = 10.0  # how long a worker may take to end once it was told to
+END_S = 10.0  # deadline for a worker to end
 
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """The build as a whole."""
+    """Progress of all workers together."""
 
-    total: int  # conversations asked for, the ones that were there before included
+    total: int  # conversations to build, including those of earlier runs
     before: int  # finished by earlier runs
     counts: BuildCounts
-    seconds: float  # since the first report of a worker: start-up is not part of the rate
+    seconds: float  # since the first report of a worker, so that the rate excludes start-up
 
     @property
     def per_s(self) -> float:
@@ -63,9 +63,9 @@ class BuildProgress:
 
 
 def build_dataset(config: BuildDatasetConfig, show: Callable[[BuildProgress], None]) -> BuildProgress:
-    """Grow the conversations that `config.output` lacks; `show` is called about every second.
+    """Grow the conversations that are missing in `config.output`; `show` is called about every second.
 
-    Raises UserError for bad settings or a role that nobody answers for, RunError if a worker dies or gives up.
+    Raises UserError for bad settings or an LLM that cannot be reached, RunError if a worker dies or gives up.
     """
     problems = read_problems(config.problems, config.num_conversations)
     done = claim_output(config)
@@ -94,7 +94,7 @@ class _ProgressTracker:
 
     def post(self, worker: int, counts: BuildCounts) -> None:
         if self._started_at is None:
-            self._started_at = time.monotonic() - 1.0  # the first report comes a second after the first call
+            self._started_at = time.monotonic() - 1.0  # the first report comes a second after the start
         self._counts[worker] = counts
         self._show(self.progress())
 
@@ -141,7 +141,7 @@ def _run_workers(config: BuildDatasetConfig, shares: list[list[Problem]], tracke
                     if not workers[worker].is_alive() and workers[worker].exitcode != 0:
                         raise RunError(
                             f"worker process {worker} died (exit code {workers[worker].exitcode}); finished "
-                            "conversations are kept, the same command goes on"
+                            "conversations are kept: run the same command again to continue"
                         ) from None
                 continue
             if kind == "counts":
@@ -159,8 +159,8 @@ def _run_workers(config: BuildDatasetConfig, shares: list[list[Problem]], tracke
 
 
 def _run_worker(config: BuildDatasetConfig, share: list[Problem], worker: int, news: Any) -> None:
-    """A worker process: its parts and its end go through `news`."""
-    die_with_parent()  # after a kill -9 of it the same command goes on with this share
+    """A worker process. It puts its counts, then its end or an error, into `news`."""
+    die_with_parent()  # after a kill -9 of the parent nobody else may write this share
     set_up_logging(f"build-{worker}")
     try:
         asyncio.run(build_share(config, share, worker, lambda counts: news.put((worker, "counts", counts))))

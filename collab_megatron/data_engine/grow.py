@@ -1,12 +1,12 @@
-"""One conversation, grown turn by turn: candidates, their simulated futures, the best one kept.
+"""Grows one conversation of a dataset turn by turn: candidate replies, their simulated futures, the best one kept.
 
-At every turn the assistant proposes replies (one call), each is scored by its multiturn-aware reward over simulated
-futures in which the same assistant plays the policy, and the best goes into the conversation. The first user turn of
-the best reply's first future then continues the chat, so what was scored is also what happens next.
+At every turn the assistant proposes replies (one call). Each reply gets its multiturn-aware reward over simulated
+futures, in which the same assistant is the policy. The best reply enters the conversation, and the first user turn of
+its first scored future continues the chat, so the conversation goes the way that was scored.
 
-What the assistant thinks (data/thoughts.py) is seen by nobody and stands in no row.
-A failed future is dropped; a candidate without a scored future drops out; a turn without candidates fails the whole
-conversation with SimulatorError.
+Thoughts of the assistant (data/thoughts.py) are in no row, and neither user nor judges see them. A failed future is
+dropped, and so is a candidate without a scored future. A turn without candidates fails the whole conversation with
+SimulatorError.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from collab_megatron.types import (
     UserSimulator,
 )
 
-SAMPLES_PER_PROBLEM = 1_000_000  # sample indices of one problem: no two simulated turns of a run share one
+SAMPLES_PER_PROBLEM = 1_000_000  # sample indices of one problem; no two futures of a build share one
 
 
 @dataclass(frozen=True)
 class GrowthRules:
-    """The shape of the conversations."""
+    """Size and limits of the conversations."""
 
     num_candidates: int
     num_futures: int
@@ -48,7 +48,7 @@ class GrowthRules:
 
     @property
     def turn_limits(self) -> TurnLimits:
-        """Of a scored future: the assistant answers every user turn."""
+        """Limits of a scored future, in which the assistant answers every user turn."""
         return TurnLimits(
             max_user_turns=self.max_user_turns,
             max_assistant_turns=self.max_user_turns + 1,
@@ -56,15 +56,15 @@ class GrowthRules:
         )
 
     def calls_at_most(self, judges: int, *, opening: bool) -> int:
-        """LLM requests of one conversation, where none has to be repeated; `judges`: those of one scored future."""
+        """The most LLM requests of one conversation, without retries; `judges`: those of one scored future."""
         future = 2 * self.max_user_turns + judges  # a user turn and the answer to it
-        turn = self.num_candidates * (1 + self.num_futures * future) + 1  # some providers give a reply a request
+        turn = self.num_candidates * (1 + self.num_futures * future) + 1  # some providers return one reply per request
         return int(opening) + self.max_total_turns * turn
 
 
 @dataclass(frozen=True)
 class BuildPlayers:
-    """Everybody a conversation needs."""
+    """Everybody that grows a conversation."""
 
     assistant: ChatLLM
     user: UserSimulator
@@ -102,18 +102,18 @@ class AssistantPolicy:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One proposed reply and what came of it."""
+    """One proposed reply and its futures."""
 
     text: str
     futures_K: tuple[Future, ...]
-    mr: float | None  # None: no future carries a score
+    mr: float | None  # None: no future has a score
 
 
 async def grow_conversation(problem: Problem, rules: GrowthRules, players: BuildPlayers) -> list[dict[str, Any]]:
     """Flat CollabLLM rows of one conversation, one for each scored candidate of each turn; `score` is its MR.
 
-    Waits for every call of the conversation; calls that do not depend on one another run at the same time.
-    Raises SimulatorError if the conversation cannot be brought to an end.
+    In the LLMs' queues earlier problems go first. Waits for every call of the conversation; independent calls run
+    concurrently. Raises SimulatorError if the conversation cannot be finished.
     """
     samples = problem.index * SAMPLES_PER_PROBLEM
     POSITION.set(RunPosition(problem.index))
@@ -124,7 +124,7 @@ async def grow_conversation(problem: Problem, rules: GrowthRules, players: Build
     if not task.prompt:
         opening = await players.user.reply(task, (), sample_index=samples)
         if ends_chat(opening, rules.termination_signal):
-            raise SimulatorError("the simulated user ended the chat in its opening")
+            raise SimulatorError("the simulated user ended the chat in its opening turn")
         chat.append(Message("user", opening))
     rows: list[dict[str, Any]] = []
     per_turn = rules.num_candidates * rules.num_futures
@@ -146,13 +146,13 @@ async def grow_conversation(problem: Problem, rules: GrowthRules, players: Build
 async def _propose(
     task: Task, chat: Sequence[Message], first_sample: int, rules: GrowthRules, players: BuildPlayers
 ) -> list[Candidate]:
-    """The distinct candidate replies to `chat` that could be scored. Raises SimulatorError if none could."""
+    """The distinct, scored candidate replies to `chat`. Waits for all their futures. Raises SimulatorError for none."""
     replies = await players.assistant.complete(chat, sample_index=first_sample, n=rules.num_candidates)
     splits = [split_thoughts(reply.text.strip()) for reply in replies]
+    # equal texts are one candidate: scoring them twice would only double the calls
     texts = list(dict.fromkeys(split.reply for split in splits if split.closed and split.reply.strip()))
     if not texts:
-        raise SimulatorError("the assistant proposed no reply: its answers are empty or end inside a thought")
-    # One scoring for equal texts: they are the same reply, and scoring them twice doubles the calls for nothing.
+        raise SimulatorError("the assistant proposed no reply: every answer is empty or ends inside a thought")
     played = await run_all(
         _play_future(task, chat, text, k, first_sample + i * rules.num_futures + k, rules, players)
         for i, text in enumerate(texts)
@@ -191,7 +191,7 @@ async def _play_future(
 async def _next_user_turn(
     task: Task, chat: Sequence[Message], best: Candidate, sample_index: int, players: BuildPlayers
 ) -> str:
-    """The user's answer to the kept reply: from its first scored future, or asked for where futures have no users."""
+    """The user's answer to the kept reply: from its first scored future, or a new call if it has no user turns."""
     for future in best.futures_K:
         if future.status.scored and future.messages:
             return future.messages[0].content

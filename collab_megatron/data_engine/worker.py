@@ -1,4 +1,4 @@
-"""One worker process of the data engine: many conversations at a time on one event loop, one shard."""
+"""One worker process of the data engine: many concurrent conversations on one event loop, one output shard."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from collab_megatron.rollout.llm.usage import RoleUsage
 from collab_megatron.rollout.rewards import configured_scorer
 from collab_megatron.rollout.rewards.configured import judge_calls
 
-HOPELESS_FAILURES = 50  # conversations that fail in a row before the build gives up
+HOPELESS_FAILURES = 50  # so many conversations that fail in a row end the build
 REPORT_S = 1.0
-LINEAGE = "build"  # decides what policy turns are found again, and a build has none; replies are found under any
+LINEAGE = "build"  # selects policy turns in the journal, which a build does not have; LLM replies have no lineage
 
 
 @dataclass
 class BuildCounts:
-    """What one worker did so far."""
+    """Counts of one worker so far."""
 
     done: int = 0
     failed: int = 0
@@ -40,8 +40,8 @@ class BuildCounts:
     mr_sum: float = 0.0  # over the kept replies
     usage: dict[str, RoleUsage] = field(default_factory=dict)
     last_error: str = ""
-    warning: str = ""  # a soft cap of the budget was passed
-    spent: str = ""  # the budget's hard cap was reached with work left: what to do
+    warning: str = ""  # about a soft cap of the budget
+    spent: str = ""  # the budget's hard cap is reached, with advice
 
 
 async def build_share(
@@ -49,16 +49,18 @@ async def build_share(
 ) -> BuildCounts:
     """Grow a conversation from each problem, at most max_concurrency at a time; `report` is called about every second.
 
-    What the journal has is not asked for again. A conversation is begun as long as the budget has room for all under
-    way; those are finished. A conversation that fails is counted and left out. Raises UserError if a role cannot be
-    reached at all, RunError if HOPELESS_FAILURES conversations fail in a row or the disk is full.
+    Replies in the journal are reused. A conversation starts while the budget has room for it and all running ones;
+    running ones are finished. A failed conversation is counted and left out.
+
+    Waits for all conversations; every LLM call has a deadline. Raises UserError if an LLM cannot be reached, RunError
+    if HOPELESS_FAILURES conversations fail in a row or the disk is full.
     """
     with closing(open_journal(config.journal, journal_path(config), LINEAGE)) as journal:
         return await _build_share(config, problems, worker, report, journal)
 
 
 def journal_path(config: BuildDatasetConfig) -> Path:
-    """Where the build's journal lies, one file for all its processes."""
+    """The journal of the build, one file for all its processes."""
     return config.journal.path or config.output / "journal.sqlite"
 
 
@@ -74,7 +76,7 @@ async def _build_share(
         config.seed,
         journal=journal,
         budget=config.budget,
-        go_on="give the same command again",
+        go_on="run the same command again",
     )
     counts = BuildCounts()
     shard = shard_path(config.output, worker)
@@ -90,7 +92,7 @@ async def _build_share(
             termination_signal=config.simulators.user.termination_signal,
         )
         judges = judge_calls(config.reward, config.simulators)
-        # the modules behind LiteLLM are hundreds of thousands of objects that every full collection would walk
+        # LiteLLM's modules have hundreds of thousands of objects: full garbage collections skip them from here on
         gc.freeze()
         queue = iter(problems)
         growers = [
@@ -107,7 +109,7 @@ async def _build_share(
 
 
 def make_players(config: BuildDatasetConfig, gateway: Gateway) -> BuildPlayers:
-    """The players of the config. Raises UserError for a bad prompt file or tokenizer."""
+    """Everybody that the config describes. Raises UserError for a bad prompt file or tokenizer."""
     return BuildPlayers(
         assistant=gateway.role("assistant"),
         user=user_simulator(config.simulators, gateway),
@@ -117,11 +119,11 @@ def make_players(config: BuildDatasetConfig, gateway: Gateway) -> BuildPlayers:
 
 
 def token_counter(tokenizer: str | None) -> Callable[[str], int]:
-    """Counts a reply's tokens, its end-of-turn id included as in RL; white-space words where there is no tokenizer."""
+    """A counter of a reply's tokens, including the end-of-turn id as in RL; of words if there is no tokenizer."""
     if tokenizer is None:
         return lambda text: len(text.split())
     fast = Path(tokenizer) / "tokenizer.json"
-    if fast.exists():  # the same ids without the seconds that importing transformers takes in every process
+    if fast.exists():  # the same ids, without seconds of importing transformers in every process
         from tokenizers import Tokenizer
 
         counter = Tokenizer.from_file(str(fast))
@@ -141,9 +143,10 @@ async def _grow_from(
     budget: Budget,
     judges: int,
 ) -> None:
-    """Take problems until there are none left or the budget is spent; `judges`: requests to them a future.
+    """Grow conversations from the queue until it is empty or the budget is spent; `judges`: their requests per future.
 
-    Raises RunError if too many fail in a row.
+    Waits for room in the budget, unblocked by finished conversations, and for LLM calls. Raises RunError if too many
+    conversations fail in a row.
     """
     for problem in queue:
         try:
@@ -157,7 +160,10 @@ async def _grow_from(
             counts.failed_in_a_row += 1
             counts.last_error = str(error)
             if counts.failed_in_a_row >= HOPELESS_FAILURES:
-                raise RunError(f"{counts.failed_in_a_row} conversations failed in a row; the last: {error}") from None
+                raise RunError(
+                    f"{counts.failed_in_a_row} conversations failed in a row; the last: {error}; correct the cause and "
+                    "run the same command again"
+                ) from None
             continue
         append_conversation(shard, rows)
         best = _best_scores(rows)

@@ -92,7 +92,7 @@ def test_why_a_batch_was_refused_is_told_though_it_cannot_be_removed(
 ) -> None:
     refused = Answer(tally=Tally(of=4, lost=3, why="the judge is away"))
     client = DriverClient([served([refused, Answer(error="driver: the disk is full")])], TOKEN)
-    with pytest.raises(RunError, match="3 of 4 groups of step 8 had to be dropped; the judge is away"):
+    with pytest.raises(RunError, match="3 of 4 groups of step 8 were dropped; the judge is away"):
         client.next_batch(7, 6, [], timeout_s=30)
     assert "the refused batch of step 8 stays in the journal: driver: the disk is full" in caplog.text
     client.close()
@@ -151,7 +151,7 @@ def test_the_limit_on_lost_work_is_that_of_all_shards(served: Callable[[list[Ans
     assert client.evaluate(2, 2, [], timeout_s=30).content == {}
     client.close()
     client = DriverClient([served([answer, Answer(), answer]) for answer in (dropped, dropped, kept, dropped)], TOKEN)
-    with pytest.raises(RunError, match="3 of 4 groups of step 3 had to be dropped; the engine refused"):
+    with pytest.raises(RunError, match="3 of 4 groups of step 3 were dropped; the engine refused"):
         client.next_batch(2, 2, [], timeout_s=30)
     with pytest.raises(RunError, match="3 of 4 held-out conversations failed; the engine refused"):
         client.evaluate(2, 2, [], timeout_s=30)
