@@ -86,11 +86,11 @@ class BatchCollector:
         """What the current step waits for, for an error message."""
         assert self._scheduler is not None, "begin comes first"
         calls = {role: usage.in_flight for role, usage in self._clients.gateway.snapshot().roles.items()}
-        said = ", ".join(f"{count} {role} calls" for role, count in calls.items())
+        calls_in_flight = ", ".join(f"{count} {role} calls" for role, count in calls.items())
         slots = self._clients.engine_limiter
         return (
-            f"{self._scheduler.num_running} trees are running with {said} in flight and {slots.waiting} policy turns "
-            "waiting for the engines"
+            f"{self._scheduler.num_running} trees are running with {calls_in_flight} in flight and {slots.waiting} "
+            "policy turns waiting for the engines"
         )
 
     async def changed(self, timeout_s: float) -> None:

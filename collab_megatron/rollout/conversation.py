@@ -43,15 +43,16 @@ class PlayedTurn(Protocol):
 
 
 T = TypeVar("T", bound=PlayedTurn)
+T_co = TypeVar("T_co", bound=PlayedTurn, covariant=True)
 
 
-class Policy(Protocol[T]):
+class Policy(Protocol[T_co]):
     """The assistant of one conversation. It may keep a context of its own."""
 
     @property
     def failure(self) -> RolloutStatus: ...  # of a future whose policy did not answer
 
-    async def answer(self, messages: Sequence[Message]) -> T | None:
+    async def answer(self, messages: Sequence[Message]) -> T_co | None:
         """The turn after `messages`, which end with the user's; None where the context has no room for one.
 
         Raises RunError without an answer.

@@ -67,7 +67,7 @@ class RecordWriter:
         return (step > self._newest or step == self._doubtful) and (step - 1) % self._section.every == 0
 
     def write(self, step: int, lines: Sequence[bytes]) -> str:
-        """Write the trees of `step` if `wants` says so. Returns a note for the user once the record is full."""
+        """Write the trees of `step` if `wants` is true. Returns a note for the user once the record is full."""
         if not self.wants(step):
             return ""
         try:

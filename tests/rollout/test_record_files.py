@@ -11,7 +11,7 @@ import pytest
 
 from collab_megatron.config.sections import RecordSection, RunSection
 from collab_megatron.errors import RunError, UserError
-from collab_megatron.rollout import recorder
+from collab_megatron.rollout import record_files
 from collab_megatron.rollout.record_files import RecordWriter, read_trees
 from collab_megatron.trainer.reporter import append_evaluation, drop_evaluations
 
@@ -55,7 +55,7 @@ def test_a_resumed_run_takes_out_what_will_be_run_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compress", ["zstd", "none"])
 def test_full_files_are_closed_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: str) -> None:
-    monkeypatch.setattr(recorder, "PART_BYTES", 100)
+    monkeypatch.setattr(record_files, "PART_BYTES", 100)
     section = RecordSection.model_validate({"compress": compress})
     first = RecordWriter(tmp_path, section, first_step=1)
 
@@ -86,7 +86,7 @@ def test_a_kill_while_a_file_is_closed_leaves_each_step_once(tmp_path: Path, mon
     """Between the closed file's name and the open one's end both hold the same steps."""
     first = RecordWriter(tmp_path, PLAIN, first_step=1)
     first.write(1, [line(1)])
-    monkeypatch.setattr(recorder, "PART_BYTES", 1)
+    monkeypatch.setattr(record_files, "PART_BYTES", 1)
     first.write(2, [line(2)])
     (tmp_path / "shard0.jsonl").write_bytes(line(1) + line(2))
     (tmp_path / "shard0.00000003-00000004.jsonl.zst.tmp").write_bytes(b"half")
@@ -101,7 +101,7 @@ def test_a_kill_while_a_closed_file_is_cut_leaves_each_step_once(
 ) -> None:
     """Between the shorter file's name and the longer one's end both hold the same steps."""
     section = RecordSection.model_validate({"compress": compress})
-    monkeypatch.setattr(recorder, "PART_BYTES", 100)
+    monkeypatch.setattr(record_files, "PART_BYTES", 100)
     first = RecordWriter(tmp_path, section, first_step=1)
     for step in (1, 2):
         first.write(step, [line(step, "x" * 50)])

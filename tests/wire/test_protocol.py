@@ -129,7 +129,7 @@ def test_a_silent_driver_is_noticed(monkeypatch: pytest.MonkeyPatch, served: Cal
     monkeypatch.setattr(protocol, "SILENT_S", 0.2)
     monkeypatch.setattr(protocol, "POLL_S", 0.1)
     client = DriverClient([served([])], TOKEN)
-    with pytest.raises(RunError, match="silent"):
+    with pytest.raises(RunError, match="has not answered for"):
         client.evaluate(0, 0, [], timeout_s=30)
     client.close()
 
@@ -162,7 +162,7 @@ def test_a_batch_without_samples_is_explained(served: Callable[[list[Answer]], s
     client = DriverClient([served([Answer(notes=("hear",))]), served([Answer()])], TOKEN)
     notes = client.next_batch(7, 7, [], timeout_s=30).notes
     assert notes[0] == "hear"
-    assert "step 8: no group has spread" in notes[1]
+    assert "step 8: the advantages of all groups are 0" in notes[1]
     client.close()
 
 
