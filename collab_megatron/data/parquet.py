@@ -7,7 +7,6 @@ Nothing that is read is ever evaluated. In messages rows count from 1, as lines 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collab_megatron.data.columns import Columns
-from collab_megatron.data.schema import ROLES
+from collab_megatron.data.collab_rows import ROLES
+from collab_megatron.data.parquet_columns import Columns
 from collab_megatron.errors import UserError
+from collab_megatron.files import atomic_write
 from collab_megatron.types import Message, Task
 
 T = TypeVar("T")
@@ -132,13 +132,8 @@ def _to_conversations(columns: Columns) -> list[Conversation]:
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), aside)
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic_write(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary)
 
 
 def _read(path: Path, schema: pa.Schema, kind: str, convert: Callable[[Columns], list[T]]) -> list[T]:

@@ -4,7 +4,7 @@ At every turn the assistant proposes replies (one call). Each reply gets its mul
 futures, in which the same assistant is the policy. The best reply enters the conversation, and the first user turn of
 its first scored future continues the chat, so the conversation goes the way that was scored.
 
-Thoughts of the assistant (data/thoughts.py) are in no row, and neither user nor judges see them. A failed future is
+Thoughts of the assistant (data/thought_tags.py) are in no row, and neither user nor judges see them. A failed future is
 dropped, and so is a candidate without a scored future. A turn without candidates fails the whole conversation with
 SimulatorError.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from collab_megatron.concurrency import run_all
-from collab_megatron.data.thoughts import split_thoughts
+from collab_megatron.data.thought_tags import split_thoughts
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.rollout.conversation import Conversation, TurnLimits
 from collab_megatron.rollout.llm import SimulatorError, ends_chat
@@ -26,6 +26,7 @@ from collab_megatron.types import (
     TERMINATION_SIGNAL,
     ChatLLM,
     Future,
+    LLMRequest,
     Message,
     RolloutStatus,
     Task,
@@ -95,9 +96,10 @@ class AssistantPolicy:
 
     async def answer(self, messages: Sequence[Message]) -> AssistantTurn:
         """Waits for one LLM call. Raises SimulatorError."""
-        (answer,) = await self._players.assistant.complete(messages, sample_index=self._sample_index)
-        split = split_thoughts(answer.text.strip())
-        return AssistantTurn(split.reply, cut=not split.closed, num_tokens=self._players.count_tokens(answer.text))
+        request = LLMRequest(messages, parse=str, sample_index=self._sample_index)
+        (text,) = await self._players.assistant.complete(request)
+        split = split_thoughts(text.strip())
+        return AssistantTurn(split.reply, cut=not split.closed, num_tokens=self._players.count_tokens(text))
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ async def _propose(
     task: Task, chat: Sequence[Message], first_sample: int, rules: GrowthRules, players: BuildPlayers
 ) -> list[Candidate]:
     """The distinct, scored candidate replies to `chat`. Waits for all their futures. Raises SimulatorError for none."""
-    replies = await players.assistant.complete(chat, sample_index=first_sample, n=rules.num_candidates)
-    splits = [split_thoughts(reply.text.strip()) for reply in replies]
+    request = LLMRequest(chat, parse=str, sample_index=first_sample, n=rules.num_candidates)
+    splits = [split_thoughts(reply.strip()) for reply in await players.assistant.complete(request)]
     # equal texts are one candidate: scoring them twice would only double the calls
     texts = list(dict.fromkeys(split.reply for split in splits if split.closed and split.reply.strip()))
     if not texts:

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from collab_megatron.concurrency import run_all
-from collab_megatron.config.entry import BuildDatasetConfig, llm_roles
+from collab_megatron.config.entry import BuildDatasetConfig
+from collab_megatron.config.roles import llm_roles
 from collab_megatron.data_engine.grow import BuildPlayers, GrowthRules, grow_conversation
 from collab_megatron.data_engine.output import append_conversation, shard_path
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.errors import BudgetSpent, RunError
 from collab_megatron.rollout.journal.store import Journal, open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorError, user_simulator
+from collab_megatron.rollout.llm.accounting import RoleUsage
 from collab_megatron.rollout.llm.budget import Budget
-from collab_megatron.rollout.llm.usage import RoleUsage
-from collab_megatron.rollout.rewards import configured_scorer
-from collab_megatron.rollout.rewards.configured import judge_calls
+from collab_megatron.rollout.rewards import configured_scorer, judge_calls
 
 HOPELESS_FAILURES = 50  # so many conversations that fail in a row end the build
 REPORT_S = 1.0

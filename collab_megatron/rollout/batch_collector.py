@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from msgspec import structs
 
 from collab_megatron.config import RLConfig
-from collab_megatron.engine.usage import PoolUsage
+from collab_megatron.engine.pool_usage import PoolUsage
 from collab_megatron.errors import RunError
 from collab_megatron.figures import Figure, Figures, of_kind
 from collab_megatron.rollout.clients import RolloutClients

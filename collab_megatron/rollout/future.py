@@ -15,8 +15,8 @@ from typing import Protocol
 from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError
 from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.rollout.conversation import Conversation, ConversationScorer, TurnLimits
-from collab_megatron.rollout.journal.calls import CALLS
 from collab_megatron.rollout.journal.store import ReplayMiss
+from collab_megatron.rollout.llm.accounting import CALLS
 from collab_megatron.rollout.rewards.scorer import is_of_own_metric
 from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
 from collab_megatron.types import (

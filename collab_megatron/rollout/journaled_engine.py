@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.journal.store import Journal
 from collab_megatron.types import Generation, PolicyEngine
 
@@ -25,7 +25,7 @@ class JournaledEngine:
     `max_staleness` None: no trainer publishes weight versions, and every turn of the journal's lineage is usable."""
 
     def __init__(
-        self, engine: PolicyEngine, journal: Journal | None, slots: Slots, *, max_staleness: int | None
+        self, engine: PolicyEngine, journal: Journal | None, slots: AdaptiveLimiter, *, max_staleness: int | None
     ) -> None:
         self._engine, self._journal, self._slots = engine, journal, slots
         self._max_staleness = max_staleness

@@ -25,7 +25,7 @@ from collab_megatron import __version__
 from collab_megatron.config.entry import EvaluateConfig, RLConfig
 from collab_megatron.errors import UserError
 from collab_megatron.files import contents, short_hash
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import resolve_model_folder
 from collab_megatron.rollout.llm.templates import prompts_by_content, shipped_prompts
 from collab_megatron.rollout.rewards.modules import module_sources
 from collab_megatron.wire.checkpoints import named_checkpoint
@@ -41,7 +41,6 @@ FREE: Mapping[str, frozenset[str]] = {
     "run": frozenset({"dir", "name", "resume", "init_from", "umask", "stopped_timeout_s"}),  # init_from by content
     "model": frozenset({"path"}),  # by content
     "data": frozenset({"train", "validation"}),  # by content; held-out rows do not change the training
-    "rollout": frozenset({"step_timeout_s"}),
     "reward": frozenset({"metric_modules"}),  # by content
     "optimizer": frozenset({"distributed", "overlap", "cpu_offload"}),
     "simulators": frozenset({"health", "assistant"}),  # limits of the health check; the data engine's LLM

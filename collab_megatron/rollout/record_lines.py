@@ -1,4 +1,4 @@
-"""Record lines: a conversation tree as one JSON line, readable without this package (fields: docs/RECORD.md)."""
+"""Record lines: a conversation tree as one JSON line, readable without this package (fields: docs/record.md)."""
 
 from __future__ import annotations
 

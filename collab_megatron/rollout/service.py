@@ -27,14 +27,14 @@ from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import EXIT_DEFECT, BudgetSpent, NoEngineLeft, RunError, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
-from collab_megatron.processes import die_with_parent
 from collab_megatron.rollout.batch_collector import BatchCollector
 from collab_megatron.rollout.clients import RolloutClients, open_clients, open_journal
 from collab_megatron.rollout.listener import Listener
-from collab_megatron.rollout.llm.usage import API_USAGE_FILE
+from collab_megatron.rollout.llm.accounting import API_USAGE_FILE
 from collab_megatron.rollout.record_files import RecordWriter
 from collab_megatron.rollout.shard_evaluator import ShardEvaluator
 from collab_megatron.rollout.tree_grower import TreeGrower
+from collab_megatron.signals import die_with_parent
 from collab_megatron.wire.protocol import POLL_S, Answer, Request
 
 
@@ -96,11 +96,11 @@ class Service:
             if answer is not None:
                 return answer
             self._require_engines()
-            timeout_s = self._config.rollout.step_timeout_s
+            timeout_s = self._config.driver.step_timeout_s
             if time.monotonic() - self._since > timeout_s:
                 raise RunError(
-                    f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s "
-                    f"(rollout.step_timeout_s); {self._collector.state()}"
+                    f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s; "
+                    f"{self._collector.state()}"
                 )
             left_s = until - time.monotonic()
             if left_s <= 0:

@@ -8,7 +8,7 @@ from collab_megatron.config import RLConfig
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.rollout.clients import RolloutClients, usable_tasks
 from collab_megatron.rollout.evaluation import evaluate, evaluation_calls
-from collab_megatron.rollout.rewards.configured import judge_calls
+from collab_megatron.rollout.rewards import judge_calls
 from collab_megatron.rollout.transcripts import keep_newest, transcript_file, write_transcripts
 from collab_megatron.types import Task
 from collab_megatron.wire.protocol import Answer

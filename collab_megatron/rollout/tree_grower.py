@@ -10,7 +10,7 @@ from collab_megatron.rollout.clients import RolloutClients, usable_tasks
 from collab_megatron.rollout.future import STOPS_ALL
 from collab_megatron.rollout.group import GroupRules, grow_group, sample_replies
 from collab_megatron.rollout.llm.budget import Reservation
-from collab_megatron.rollout.rewards.configured import judge_calls
+from collab_megatron.rollout.rewards import judge_calls
 from collab_megatron.rollout.shard_plan import ShardPlan
 from collab_megatron.rollout.tree_scheduler import SchedulerRules, Tree
 from collab_megatron.types import Group

@@ -16,8 +16,8 @@ from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Supervisor
 from tests.trainer.parallel.tiny import make_model
 
-START_S = 600.0  # 20 s on an idle machine; longer where other tests run beside it
-MOST = 3  # servers at a time: each is two processes and one per rank, of about 0.7 GB together each
+START_S = 600.0  # 20 s on an idle machine; longer while other tests run
+MOST = 3  # servers at a time; each is two processes and one per rank, about 0.7 GB each
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Servers:
 
 
 def end_at_once(supervisor: Supervisor) -> None:
-    """A graceful end takes a server six seconds, and nothing of it is kept."""
+    """Kill the server: a graceful end takes six seconds and saves nothing."""
     supervisor.note_shared_memory()  # while they have it mapped
     for child in supervisor._children:
         supervisor.kill(child)
