@@ -125,7 +125,7 @@ async def assemble(
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
                 engine=engine,
-                engine_limiter=slots,
+                engine_slots=slots,
                 recorded=recorded,
                 gateway=gateway,
                 health=health,
