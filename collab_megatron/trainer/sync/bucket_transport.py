@@ -92,8 +92,8 @@ class BucketTransport(ABC):
             failure = error
             self._give_up(attempt)
         # each of the loading calls has a deadline; an error of theirs names the server, so it comes first
-        if loading and (error := loading.exception()) and not (failure and isinstance(error, Abandoned)):
-            raise error
+        if loading and (load_error := loading.exception()) and not (failure and isinstance(load_error, Abandoned)):
+            raise load_error
         if failure is not None:
             raise failure
         if servers:
