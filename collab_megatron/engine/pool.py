@@ -31,7 +31,7 @@ from collab_megatron.engine.client import EngineClient, EngineGone, EngineSilent
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool_usage import PoolUsage
 from collab_megatron.errors import NoEngineLeft, RunError, masked
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.types import Generation
 
 PING_EVERY_S = 3.0
@@ -74,7 +74,7 @@ class EnginePool:
         health_timeout_s: float,
         max_concurrency: int,
         work_timeout_s: float = 120.0,
-        limiter: Slots | None = None,
+        limiter: AdaptiveLimiter | None = None,
         max_running_tokens: int | None = None,
         share: float = 1.0,
         updates_while_sampling: bool = False,

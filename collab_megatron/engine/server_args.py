@@ -90,7 +90,7 @@ def engine_command(
     env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"} | ON_LOOPBACK  # a server's ranks are all on this node
     if device == "cpu":
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
-        # overlapping the scheduler with a device's work only costs where there is no device (docs/BENCHMARKS.md)
+        # overlapping the scheduler with a device's work only costs where there is no device (docs/benchmarks.md)
         argv.append("--disable-overlap-schedule")
         # the pool gives up a server that reports no finished batch; SGLang's default, 15 decode steps, takes too long
         argv += ["--load-snapshot-publish-interval", "1"]

@@ -31,11 +31,11 @@ from collab_megatron.config.sections import (
 )
 from collab_megatron.data.parquet import write_tasks
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.cast import Cast, open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorHealth
+from collab_megatron.rollout.llm.accounting import GatewaySnapshot
 from collab_megatron.rollout.llm.budget import Budget
-from collab_megatron.rollout.llm.usage import GatewaySnapshot
 from collab_megatron.rollout.recorded_engine import RecordedEngine
 from collab_megatron.rollout.recorder import TreeRecorder
 from collab_megatron.rollout.service import Service
@@ -93,7 +93,7 @@ async def service(
             updates_while_sampling=config.driver.max_staleness > 0,
         ) as engine,
     ):
-        slots = Slots(1000)
+        slots = AdaptiveLimiter(1000)
         with contextlib.closing(open_journal(config)) as journal:
             recorded = RecordedEngine(engine, journal, slots, max_staleness=config.driver.max_staleness)
             everybody = players(cast(Any, recorded), ScriptedUser(go_on))

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 
 PRELOAD = ["tests.rollout.preload"]
 
@@ -34,7 +34,7 @@ class WarmSupervisor(Supervisor):
         restarted: bool = False,
         saves: bool = False,
         unset: Sequence[str] = (),
-    ) -> Child:
+    ) -> ChildProcess:
         assert list(argv[:2]) == [sys.executable, "-m"], argv
         assert not any((env, show, saves, unset))
         context = multiprocessing.get_context("forkserver")
@@ -42,13 +42,13 @@ class WarmSupervisor(Supervisor):
         log = self._logs_dir / f"{name}.log"
         process = context.Process(target=_run, args=(list(argv[2:]), log))
         process.start()
-        child = Child(name, cast("subprocess.Popen[bytes]", _Forked(process)), log, essential, restarted)
+        child = ChildProcess(name, cast("subprocess.Popen[bytes]", _Forked(process)), log, essential, restarted)
         self._children.append(child)
         return child
 
 
 class _Forked:
-    """A process with what Child wants of a subprocess.Popen."""
+    """A process with what ChildProcess wants of a subprocess.Popen."""
 
     def __init__(self, process: Any) -> None:
         self._process = process

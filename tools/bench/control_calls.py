@@ -35,7 +35,7 @@ from collab_megatron.engine.server_args import PYTHON_PLACES, engine_command
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.launch.ports import free_port
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 from collab_megatron.trainer.sync.servers import SyncServers
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
@@ -56,7 +56,7 @@ CALLS: dict[str, tuple[Callable[[EngineControl], object], dict[str, str], dict[s
 }
 
 
-def alive(supervisor: Supervisor, child: Child) -> bool:
+def alive(supervisor: Supervisor, child: ChildProcess) -> bool:
     """Raises with its own words if it has failed."""
     supervisor.check()
     return child.process.poll() is None
@@ -138,7 +138,9 @@ def measure(servers: int, repeats: int, smg: str | None) -> list[Row]:
     """Start everything, take turns, end everything."""
     from transformers.utils.logging import disable_progress_bar
 
-    from collab_megatron.demo.model import write_model  # torch with it: seconds that a mistyped option need not wait
+    from collab_megatron.demo.tiny_model import (
+        write_model,  # torch with it: seconds that a mistyped option need not wait
+    )
 
     disable_progress_bar()
     with (
@@ -174,7 +176,11 @@ def line(row: Row) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/control_calls.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=20, help="measured turns of each way")
     parser.add_argument("--smg", help="the router's executable; default: its rows are skipped")

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 
 from collab_megatron.config.sections import EngineSection, SyncSection
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.errors import NoEngineLeft, RunError, WeightsDiffer
+from collab_megatron.errors import RunError
 from collab_megatron.trainer.actor.actor import Actor
+from collab_megatron.trainer.actor.agreement import on_rank_zero
 from collab_megatron.trainer.sync.attempt import Abandoned, Attempt, shared_store
 from collab_megatron.trainer.sync.broadcast_transport import BroadcastTransport
 from collab_megatron.trainer.sync.disk_transport import DiskTransport
@@ -34,7 +34,6 @@ from collab_megatron.trainer.sync.servers import EnginesLost, SyncServers
 from collab_megatron.trainer.sync.transport import Transport
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
-T = TypeVar("T")
 MARGIN_S = 60.0
 MAX_ATTEMPTS = 10
 
@@ -161,7 +160,7 @@ class Publisher:
             )
             self._released = set(servers.members)
 
-        self._from_main(release)
+        on_rank_zero(self._actor.grid, release, group=self._all_ranks)
 
     def publish(self, version: int) -> SyncReport:
         """Send all weights, prove them and make them `version`. Collective: every trainer rank calls it.
@@ -179,7 +178,7 @@ class Publisher:
                 "sent to the engines; lower optimizer.lr, then go on from an earlier checkpoint"
             )
         for number in range(1, MAX_ATTEMPTS + 1):
-            members = self._from_main(self._find)
+            members = on_rank_zero(self._actor.grid, self._find, group=self._all_ranks)
             self._attempts += 1
             attempt = Attempt(
                 self._store,
@@ -194,7 +193,8 @@ class Publisher:
             if expected is None:
                 continue
             try:
-                report = self._from_main(partial(self._finish, version, units, expected, probe))
+                finish = partial(self._finish, version, units, expected, probe)
+                report = on_rank_zero(self._actor.grid, finish, group=self._all_ranks)
             except EnginesLost:
                 continue
             self._seen |= set(members)
@@ -287,24 +287,6 @@ class Publisher:
                 control.resume_memory([tag])
 
         self.servers.call_survivors("resume_memory_occupation", resume)
-
-    def _from_main(self, call: Callable[[], T]) -> T:
-        """Run `call` on rank 0; every rank returns or raises what it did there. Collective."""
-        reply: list[tuple[T | None, type[RunError] | None, str]] = [(None, None, "")]
-        failure: RunError | None = None
-        if self._actor.grid.is_main:
-            try:
-                reply = [(call(), None, "")]
-            except RunError as error:
-                failure = error
-                kinds = (NoEngineLeft, EnginesLost, WeightsDiffer, RunError)
-                known = next(kind for kind in kinds if isinstance(error, kind))
-                reply = [(None, known, str(error))]
-        dist.broadcast_object_list(reply, src=0, group=self._all_ranks)
-        value, kind, text = reply[0]
-        if kind is not None:
-            raise failure or kind(text)
-        return value  # type: ignore[return-value]
 
     def close(self) -> None:
         """Leave servers that outlive the run as they were found."""

@@ -40,7 +40,7 @@ def main(job_file: str) -> None:
     publisher = Publisher(
         actor,
         roster=Path(job["roster"]),
-        engine=EngineSection(wait_s=10, **job.get("engine", {})),
+        engine=EngineSection(startup_timeout_s=4, **job.get("engine", {})),
         sync=SyncSection(timeout_s=120, verify_every=4, **job["sync"]),
         probe_ids=list(range(5, 45)),
         weights_dir=out / "weights",

@@ -18,7 +18,7 @@ from collab_megatron.config.sections import EngineSection, ParallelSection, Sync
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import EngineCommand, engine_command
 from collab_megatron.launch.fleet import Fleet
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import close_grid, init_grid
 from collab_megatron.trainer.sync.publisher import Publisher, SyncReport
@@ -30,7 +30,7 @@ START_S = 400.0
 TIMEOUT_S = 10.0  # of a call: the time that a hung server costs
 NUM_TENSORS = 14  # of the tiny model, as the server holds it
 PROMPT = (3, 40, 41, 42, 2)
-ENGINE = EngineSection(count=2, max_total_tokens=4096, max_running_requests=8, max_restarts=9, wait_s=5)
+ENGINE = EngineSection(count=2, max_total_tokens=4096, max_running_requests=8, max_restarts=9, startup_timeout_s=2)
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Run:
     actor: Actor
     version: int = 0
 
-    def child(self, name: str) -> Child:
+    def child(self, name: str) -> ChildProcess:
         """The newest life of a server."""
         return next(child for child in reversed(self.supervisor._children) if child.name.startswith(name))
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, OUTPUT, Row, layer_rows
+from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, OUTPUT, ParameterRow, layer_rows
 
 Device = Literal["cpu", "cuda"]
 
@@ -99,7 +99,7 @@ def unit_count(spec: ModelSpec) -> int:
 def engine_tensors(spec: ModelSpec, unit: int, *, ranks: int, device: Device) -> Iterator[EngineTensor]:
     """The tensors of one unit, as a server of `ranks` tensor-parallel ranks on `device` holds them."""
     if unit == 0:
-        rows: Iterator[Row] = iter((EMBEDDING,))
+        rows: Iterator[ParameterRow] = iter((EMBEDDING,))
     elif unit <= spec.layers:
         rows = layer_rows(spec, unit - 1)
     else:
