@@ -1,4 +1,4 @@
-"""The whole road in a few steps: real Megatron-Core, real SGLang, real LiteLLM against a real endpoint."""
+"""The demo in a few steps: real Megatron-Core, real SGLang, real LiteLLM against a real endpoint."""
 
 from __future__ import annotations
 
