@@ -7,7 +7,7 @@ sync without its weights, two ways:
 
 - direct: `SyncServers.call_all`, as collab_megatron/trainer/sync does it; a thread and a connection for every server;
 - smg: one call to the router's RL control plane, which calls the servers. The requirements do not have it: install
-  smg==1.13.0 and setproctitle, without smg's dependencies, into their own environment. Without it the row says "skipped".
+  smg==1.13.0 and setproctitle, without smg's dependencies, into their own environment. Without it the row is "skipped".
 
 The ways take turns, sync by sync, so that other load slows both; two warm-up turns do not count.
 `seconds` is the median of the turns; `all` is the sum over one sync's calls. The servers are idle.
