@@ -93,7 +93,7 @@ async def play(
 
 def own_name(config: EvaluateConfig) -> EvaluateConfig:
     """The config with a run name of the evaluation's own: that of an RL config names the logs of a run that may be
-    under way."""
+    in progress."""
     if config.run.name.startswith(NAME):
         return config
     return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{NAME}-{config.run.name}"})})
@@ -120,7 +120,7 @@ def weights_name(config: EvaluateConfig, urls: Sequence[str]) -> str:
 
 def own_journal(config: EvaluateConfig, weights: str) -> Journal:
     """One file for each set of weights, so that a cap is the evaluation's; next to `journal.path` where that is set,
-    which may be the journal of a run that is under way. Raises UserError for a file that is no journal."""
+    which may be the journal of a run in progress. Raises UserError for a file that is no journal."""
     path = config.journal.path
     folder = config.run.dir / "journal" if path is None else path.parent
     section = config.journal.model_copy(update={"path": None})
