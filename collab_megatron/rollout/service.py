@@ -24,7 +24,7 @@ import zmq.asyncio
 
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.errors import EXIT_DEFECT, BudgetSpent, NoEngineLeft, RunError, UserError, run_cli
+from collab_megatron.errors import EXIT_UNEXPECTED, BudgetSpent, NoEngineLeft, RunError, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
 from collab_megatron.rollout.batch_collector import BatchCollector
@@ -224,7 +224,7 @@ def main_or_bug() -> None:
     except Exception:  # noqa: BLE001 - any bug: reported to the launcher as an exit code
         traceback.print_exc()
         sys.stderr.flush()
-        sys.exit(EXIT_DEFECT)
+        sys.exit(EXIT_UNEXPECTED)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     },
     "trainer.convert": {"trainer.actor.grid": "a type: the exporter is given the rank grid"},
     "trainer.local.layers": {"trainer.actor.backend": "a type: which layers the backend has"},
-    "trainer.sync.proof.probe": {"data.chat": "the probe prompt is said in the model's tokens"},
+    "trainer.sync.proof.probe": {"data.chat": "the probe prompt goes through the model's tokenizer"},
 }
 
 # entry points and what their loops are made of may import every room

@@ -27,7 +27,6 @@ class PromptTemplate:
     def __init__(self, text: str, *, required: Iterable[str], optional: Iterable[str] = (), source: str) -> None:
         """Raises UserError if `text` has a lone dollar, an unknown name, or not every required name."""
         self._template = Template(text)
-        self._source = source
         required, known = set(required), set(required) | set(optional)
         if not self._template.is_valid():
             raise UserError(f"prompt {source}: it contains a lone $; write $$ for a dollar sign")

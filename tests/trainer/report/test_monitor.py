@@ -1,4 +1,4 @@
-"""Clocks, progress line and dashboard."""
+"""Timers, alarms, progress line and dashboard."""
 
 from __future__ import annotations
 
