@@ -22,7 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 T = TypeVar("T")
 
 TERMINATION_SIGNAL = "[TERMINATE]"
-"""How a simulated user ends the chat unless `simulators.user.termination_signal` sets another string."""
+"""Default of simulators.user.termination_signal: a user turn that contains it ends the chat."""
 
 
 class RolloutStatus(StrEnum):

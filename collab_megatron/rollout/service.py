@@ -24,7 +24,7 @@ import zmq.asyncio
 
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.errors import EXIT_DEFECT, BudgetSpent, NoEngineLeft, RunError, UserError, run_cli
+from collab_megatron.errors import EXIT_UNEXPECTED, BudgetSpent, NoEngineLeft, RunError, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
 from collab_megatron.rollout.cast import Cast, assemble, open_journal
@@ -218,7 +218,7 @@ def main_or_defect() -> None:
     except Exception:  # noqa: BLE001  (whatever it is, the launcher must be able to tell it)
         traceback.print_exc()
         sys.stderr.flush()
-        sys.exit(EXIT_DEFECT)
+        sys.exit(EXIT_UNEXPECTED)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -25,7 +26,6 @@ from collab_megatron.config.sections import (
     SimulatorsSection,
     UserSection,
 )
-from collab_megatron.config.sections.llm import ResponseFormat
 from collab_megatron.data.parquet import read_tasks, write_tasks
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
@@ -47,6 +47,7 @@ REQUESTS = {
     "trip": ("Help me to plan a trip.", "Plan one day in Paris for two people who like paintings and hate crowds."),
 }
 SERVED = "smollm2"
+ResponseFormat = Literal["json_object", "json_schema"]
 FULL = os.environ.get("COLLAB_MEGATRON_FULL") == "1"
 
 

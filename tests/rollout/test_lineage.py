@@ -229,5 +229,5 @@ def test_weights_are_not_read_in_full(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_file_that_is_gone_is_named(folder: Path) -> None:
     (folder / "more.parquet").unlink()
-    with pytest.raises(UserError, match=r"more\.parquet cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"more\.parquet cannot be read \(No such file"):
         lineage_of(load(folder))
