@@ -16,13 +16,13 @@ One RL step, the same code on every rank:
     logprobs          this rank's share of the       log-probs of the reference,   ranks that share a model (tensor,
                       batch (rank_batch)             of the policy if mini-batches pipeline, context)
     update            micro-batches with log-probs   new weights, metrics          all ranks: gradients, their norm
-    weight_sync       the weights, roster of engines engines on the new weights    the engines, which prove what they hold
+    weight_sync       the weights, roster of engines engines on the new weights    the engines, and their proof
     reporting         metrics and times of the step  dashboard, progress line      rank 0
     checkpoint        weights, optimizer, RNG        a folder, if one is due       all ranks and the disk
     evaluate          live engines, if it is due     held-out figures              the driver's held-out conversations
 
 All ranks meet in every phase except logprobs. Rank 0 alone asks the driver, controls the engines and reports to the
 user. What it does for the others goes through actor/agreement.py: its result, or its error, reaches every rank, and no
-rank waits for one that has raised. saving.py also saves before whatever ends the run. An SFT step reads sft_data instead
-of waiting for rollouts and has no engines; the ranks measure its held-out loss themselves (held_out_loss).
+rank waits for one that has raised. saving.py also saves before whatever ends the run. An SFT step reads sft_data
+instead of waiting for rollouts and has no engines; the ranks measure its held-out loss themselves (held_out_loss).
 """
