@@ -18,6 +18,7 @@ test: install
 lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/vulture
 	.venv/bin/mypy
 
 format: install

@@ -148,7 +148,7 @@ def test_a_stopped_driver_comes_again_and_the_run_ends_well(
     running.child("collab_megatron.rollout.service").suspend()
     running.wait_until("killing driver: process ")
     running.wait_until("driver ended with signal SIGKILL: restarting it")
-    running.wait_until("rl 3/5")  # the family anew
+    running.wait_until("rl 3/5")  # the processes again
     ended = running.end()
     assert ended.code == 0, ended.output[-3000:]
     assert "rl 5/5" in ended.output
