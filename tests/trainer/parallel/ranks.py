@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from collab_megatron.launch.ports import free_port
-from tests.trainer.parallel.forks import REPO, SERVERS, Forked
+from tests.forks import REPO, SERVERS, Forked
 
 FORK = torch.version.cuda is None
 Started = list[subprocess.Popen[bytes] | Forked]

@@ -4,7 +4,7 @@ Those imports take 6 s of CPU, more than most ranks then work. A forked rank is 
 arguments, exit code and output of its own, the script as its __main__, the interpreter's whole way out. It must not be
 forked after CUDA has been touched or a thread started; neither happens while importing on a machine without CUDA.
 
-    python tests/trainer/parallel/forks.py
+    python tests/forks.py
 
 answers {"start": ...} and {"poll": pid}, one JSON value a line, until its standard input ends.
 """
@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[3]
+REPO = Path(__file__).resolve().parents[1]
 
 
 class Forked:
