@@ -1,12 +1,13 @@
-"""Ranks without the wait: a process imports torch and megatron once, and every rank is forked from it.
+"""Fork server: a process imports torch, megatron or SGLang once, and the processes of many tests are forked from it.
 
-Those imports take 6 s of CPU, more than most ranks then work. A forked rank is a process like any other: environment,
-arguments, exit code and output of its own, the script as its __main__, the interpreter's whole way out. It must not be
-forked after CUDA has been touched or a thread started; neither happens while importing on a machine without CUDA.
+Those imports take 6 to 20 s of CPU, more than most of these processes then work. A forked process is a process like any
+other: environment, arguments, exit code and output of its own, a process group, the script or module as its __main__,
+the interpreter's whole way out. The fork must not come after CUDA has been touched or a thread started; neither happens
+while importing on a machine without CUDA.
 
-    python tests/forks.py
+    python -m tests.forks MODULE ...
 
-answers {"start": ...} and {"poll": pid}, one JSON value a line, until its standard input ends.
+imports the modules and answers {"start": ...} and {"poll": pid}, one JSON value a line, until its standard input ends.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -24,13 +26,18 @@ import time
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.processes import die_with_parent
 
 REPO = Path(__file__).resolve().parents[1]
+SAFE_THREADS = frozenset({"jemalloc_bg_thd"})
+"""pyarrow's allocator stops its own thread before a fork and starts it again after it."""
 
 
 class Forked:
-    """One forked process: what run_ranks asks of a subprocess.Popen."""
+    """One forked process: what its starter asks of a subprocess.Popen."""
 
     def __init__(self, parent: ForkServer, pid: int) -> None:
         self._parent, self.pid = parent, pid
@@ -45,7 +52,7 @@ class Forked:
         end = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > end:
-                raise TimeoutError(f"process {self.pid} was not done after {timeout:g} s")
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
             time.sleep(0.02)
         return code
 
@@ -55,17 +62,22 @@ class Forked:
 
 
 class ForkServer:
-    """The process that has imported everything; started when first asked, ends with this one."""
+    """The process that has imported `modules`; started when first asked, ends with this one.
 
-    def __init__(self) -> None:
+    `env`: on top of ours, for what reads the environment while it is imported.
+    """
+
+    def __init__(self, modules: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        self._modules, self._env = tuple(modules), dict(env or {})
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     def start(
-        self, script: Path, args: Sequence[str], env: Mapping[str, str], out: Path, err: Path | None = None
+        self, main: str | Path, args: Sequence[str], env: Mapping[str, str], out: Path, err: Path | None = None
     ) -> Forked:
-        """`script` as `python script args` with all of `env`; stderr goes where stdout goes unless `err` is given."""
-        job = [str(script), list(args), dict(env), str(out), str(err or out)]
+        """The script or module `main` as `python main args` or `python -m main args`, in a process group of its own,
+        with all of `env`; stderr goes where stdout goes unless `err` is given."""
+        job = [str(main), list(args), dict(env), str(out), str(err or out)]
         return Forked(self, self.ask({"start": job}))
 
     def warm(self) -> None:
@@ -81,13 +93,13 @@ class ForkServer:
             pipe.stdin.write(json.dumps(question) + "\n")
             pipe.stdin.flush()
             answer = pipe.stdout.readline()
-        assert answer, "the process that ranks are forked from has ended; its error output is above"
+        assert answer, "the process that others are forked from has ended; its error output is above"
         return json.loads(answer)
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
-            env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-W", "ignore", __file__]
+            env = {**os.environ, **self._env, "PYTHONPATH": str(REPO)}
+            command = [sys.executable, "-W", "ignore", "-m", "tests.forks", *self._modules]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, cwd=REPO
             )
@@ -101,20 +113,33 @@ class ForkServer:
         self._process.wait(timeout=30)
 
 
-# what the scripts of tests/parallel and tests/convert import
-IMPORTED = (
-    "pytest",
-    "collab_megatron.trainer.actor.actor",
-    "collab_megatron.trainer.actor.reference",
-    "collab_megatron.trainer.checkpoint.background",
-    "collab_megatron.trainer.checkpoint.from_hf",
-    "collab_megatron.trainer.checkpoint.store",
-    "collab_megatron.trainer.checkpoint.to_hf",
-    "tests.trainer.parallel.tiny",
-)
+class ForkingSupervisor(Supervisor):
+    """A supervisor whose `python -m MODULE ...` processes are forked from `server`: ready without the imports."""
 
-# of two interpreters, so that neighbouring ranks hash strings differently, as ranks that are started one by one do
-SERVERS = (ForkServer(), ForkServer())
+    def __init__(self, server: ForkServer, logs_dir: Path) -> None:
+        super().__init__(logs_dir)
+        self._server = server
+
+    def start(
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        show: bool = False,
+        essential: bool = True,
+        restarted: bool = False,
+        saves: bool = False,
+        unset: Sequence[str] = (),
+    ) -> Child:
+        python, m, module, *args = argv
+        assert (python, m) == (sys.executable, "-m"), argv
+        assert not any((show, saves, unset))
+        log = self._logs_dir / f"{name}.log"
+        process = self._server.start(module, args, {**os.environ, "TMPDIR": str(self.scratch), **env}, log)
+        child = Child(name, cast("subprocess.Popen[bytes]", process), log, essential, restarted)
+        self._children.append(child)
+        return child
 
 
 def _serve() -> list[Any]:
@@ -126,6 +151,7 @@ def _serve() -> list[Any]:
                 pid = os.fork()
                 if pid == 0:
                     return list(question["start"])
+                os.setpgid(pid, pid)  # here, so that the group is there when the answer is
                 answer: int | None = pid
             else:
                 pid, status = os.waitpid(question["poll"], os.WNOHANG)
@@ -135,7 +161,8 @@ def _serve() -> list[Any]:
     raise SystemExit
 
 
-def _become(script: str, args: list[str], env: dict[str, str], out: str, err: str) -> None:
+def _become(name: str, args: list[str], env: dict[str, str], out: str, err: str) -> None:
+    die_with_parent()
     os.environ.clear()
     os.environ.update(env)
     for path, flags, number in ((os.devnull, os.O_RDONLY, 0), (out, os.O_WRONLY, 1), (err, os.O_WRONLY, 2)):
@@ -143,18 +170,23 @@ def _become(script: str, args: list[str], env: dict[str, str], out: str, err: st
         os.dup2(opened, number)
         os.close(opened)
     sys.stdin = os.fdopen(0, closefd=False)
-    sys.argv = [script, *args]
-    sys.path[0] = str(Path(script).parent)
+    sys.argv = [name, *args]
+    if not name.endswith(".py"):
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+        return
+    sys.path[0] = str(Path(name).parent)
     main = types.ModuleType("__main__")
-    main.__file__ = script
+    main.__file__ = name
     sys.modules["__main__"] = main
-    exec(compile(Path(script).read_bytes(), script, "exec"), vars(main))
+    exec(compile(Path(name).read_bytes(), name, "exec"), vars(main))
 
 
 def _main() -> None:
-    for name in IMPORTED:
+    for name in sys.argv[1:]:
         importlib.import_module(name)
-    assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1, "a thread would not survive the fork"
+    tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
+    threads = {(task / "comm").read_text().strip() for task in tasks} - SAFE_THREADS
+    assert not threads, f"{threads} would not survive the fork"
     gc.freeze()  # or collecting would copy every page
     _become(*_serve())
 
