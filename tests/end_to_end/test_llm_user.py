@@ -6,7 +6,6 @@ It is a poor user. That this is seen is the point; the checks look at the form o
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ from collab_megatron.rollout.llm.health import CHECKS, MALFORMED, verdict
 from collab_megatron.types import Message, Reply, RolloutStatus, Task
 from tests.end_to_end.test_smollm2 import smollm2
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.timeout(300)]
 
 REQUESTS = {
     "table": ("Can you book a table for me?", "Book a table for four people at noon on Friday in the name of Judy."),
@@ -46,7 +45,6 @@ REQUESTS = {
     "trip": ("Help me to plan a trip.", "Plan one day in Paris for two people who like paintings and hate crowds."),
 }
 SERVED = "smollm2"
-FULL = os.environ.get("COLLAB_MEGATRON_FULL") == "1"
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +115,7 @@ async def play(config: EvaluateConfig, url: str) -> tuple[dict[str, float], Role
         return cast.health.metrics(), cast.gateway.snapshot().roles["user"], replies
 
 
-@pytest.mark.parametrize(
-    "json_schema",
-    [False, pytest.param(True, marks=pytest.mark.skipif(not FULL, reason="with COLLAB_MEGATRON_FULL=1 only: time"))],
-    ids=["json_object", "json_schema"],
-)
+@pytest.mark.parametrize("json_schema", [False, True], ids=["json_object", "json_schema"])
 def test_a_poor_user_plays_and_is_seen(server: str, model: Path, tmp_path: Path, json_schema: bool) -> None:
     config = config_for(tmp_path, model, server, json_schema=json_schema)
     health, usage, replies = asyncio.run(play(config, server))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
 import zmq
 
 from collab_megatron.trainer.inbox import KINDS
@@ -24,6 +25,7 @@ def test_every_reason_to_stop_reaches_the_other_ranks_as_what_it_is() -> None:
     assert set(WHY_STOP.values()) <= set(KINDS.values())
 
 
+@pytest.mark.slow
 def test_every_rank_hears_of_a_batch_and_of_no_engine_being_left() -> None:
     context = zmq.Context()
     socket = context.socket(zmq.REP)
