@@ -1,3 +1,3 @@
 """collab_megatron: a Megatron-Core trainer for CollabLLM's multiturn-aware rewards."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

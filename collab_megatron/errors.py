@@ -71,6 +71,10 @@ class WeightsDiffer(RunError):
     """An engine does not serve the trainer's weights: training on what it samples would be silently wrong."""
 
 
+class DiskFull(RunError):
+    """A write met a full disk or quota."""
+
+
 class RunStops(RunError):
     """Nothing broke, but the run must not go on; it saves a checkpoint first."""
 

@@ -25,23 +25,23 @@ import uvloop
 from collab_megatron import __version__
 from collab_megatron.config import EvaluateConfig, load_config, show_config
 from collab_megatron.data.parquet import read_task_files
+from collab_megatron.engine.control import served_weights
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.engine.served import served_weights
-from collab_megatron.errors import BudgetSpent, EvaluationFailed, UserError, run_cli
+from collab_megatron.errors import BudgetSpent, EvaluationFailed, run_cli
 from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.cli import parse_arguments
-from collab_megatron.launch.converted import checkpoint_of, hf_folder_of
-from collab_megatron.launch.launch import launch_engine_only, on_chosen_device
+from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
 from collab_megatron.launch.lock import run_lock
 from collab_megatron.launch.preflight import check_evaluate
+from collab_megatron.launch.run_processes import launch_engine_only, on_chosen_device
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.log import set_up_logging
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import resolve_model_folder
 from collab_megatron.rollout.cast import assemble, usable_tasks
 from collab_megatron.rollout.evaluation import Evaluation, evaluate
 from collab_megatron.rollout.journal.store import Journal, open_journal
 from collab_megatron.rollout.lineage import model_fingerprint
-from collab_megatron.rollout.rewards.configured import judge_calls
+from collab_megatron.rollout.rewards import judge_calls
 from collab_megatron.rollout.transcripts import write_transcripts
 from collab_megatron.rollout.worth import evaluation_calls
 from collab_megatron.trainer.report.evaluation_table import evaluation_table
@@ -68,8 +68,6 @@ async def play(
     engine_keys: EngineKeys | None = None,
 ) -> Result:
     """The held-out conversations, and the API calls made for them."""
-    if config.data.validation is None:
-        raise UserError("data.validation is not set: name the held-out parquet")
     async with assemble(
         config,
         engine_urls=engine_urls,
@@ -113,7 +111,7 @@ def weights_name(config: EvaluateConfig, urls: Sequence[str]) -> str:
     said again."""
     decides = {
         "files": model_fingerprint(resolve_model_folder(config.model.path)),
-        "served": served_weights(urls, timeout_s=config.engine.request_timeout_s) if config.engine.urls else None,
+        "served": served_weights(urls, timeout_s=config.engine.startup_timeout_s) if config.engine.urls else None,
         "dtype": config.model.dtype,
         "engine": [config.engine.context_length, *config.engine.extra_args],
         "version": __version__,

@@ -1,11 +1,13 @@
-"""Text published on disk is written aside and renamed: a reader sees the old one or the new one, never half of it.
-And a file's contents in a few characters, to tell whether they changed."""
+"""Files: atomic writes (a reader sees the old file or the new one, never half of it), fsync, rights, content hashes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,13 +22,32 @@ def keep_from_others(umask: str) -> None:
     os.umask(int(umask, 8))
 
 
-def publish_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, making its folder. Raises RunError when the disk refuses."""
-    aside = path.with_name(path.name + ".tmp")
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path next to `path` for the block to write, a file or a folder; at the end it replaces `path`.
+
+    If the block fails, `path` stays as it was and nothing is left next to it. For one writer at a time. Makes the
+    parent folder. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text)
-        os.replace(aside, path)
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def publish_text(path: Path, text: str, *, rights: int = 0o666) -> None:
+    """Replace `path` by `text`; the umask takes from `rights`. Raises RunError when the disk refuses."""
+    try:
+        with atomic_write(path) as temporary:
+            temporary.unlink(missing_ok=True)  # a killed process left it, perhaps with other rights
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, rights), "w") as file:
+                file.write(text)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from None
 
@@ -37,16 +58,23 @@ def publish_json(path: Path, value: object) -> None:
 
 
 def publish_secret(path: Path, text: str) -> None:
-    """As `publish_text`, for this user's eyes alone: mode 600 from the first moment, whatever the umask is."""
-    aside = path.with_name(path.name + ".tmp")
+    """As `publish_text`, readable by this user alone: mode 600 from the first moment, whatever the umask is."""
+    publish_text(path, text, rights=0o600)
+
+
+def fsync(path: Path) -> None:
+    """Return once the data of a file, or the entries of a folder, survive a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.unlink(missing_ok=True)
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
-        os.replace(aside, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from None
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(folder: Path) -> None:
+    """`fsync` of a folder's files, then of the folder: a rename may otherwise reach the disk before the data."""
+    for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
+        fsync(path)
 
 
 def contents(file: Path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from collab_megatron.errors import UserError
+from collab_megatron.files import atomic_write, fsync
 
 BLOCK_BYTES = 2**16
 SHOWN_BYTES = 40  # of a bad line
@@ -104,26 +105,20 @@ def keep_rows(path: Path, keep: Callable[[Row], bool], *, numbers: Sequence[str]
     if found.torn_bytes or len(kept) < len(found.rows):
         if found.torn_bytes:
             _tell(path, found.torn_bytes)
-        replace_lines(path, (json.dumps(row).encode() + b"\n" for row in kept))
+        replace_rows(path, kept)
+
+
+def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the contents of `path` by objects, as `replace_lines` does."""
+    replace_lines(path, (json.dumps(row).encode() + b"\n" for row in rows))
 
 
 def replace_lines(path: Path, lines: Iterable[bytes]) -> None:
-    """Publish `lines` in the place of what `path` holds: written aside, on the disk, then renamed. Raises OSError."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def to_disk(path: Path) -> None:
-    """Return once what was appended outlives the machine's power. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Replace the contents of `path` by `lines`, atomically and on the disk. Raises OSError."""
+    with atomic_write(path) as temporary:
+        with temporary.open("wb") as file:
+            file.writelines(lines)
+        fsync(temporary)
 
 
 def _without_torn_end(descriptor: int, path: Path) -> int:

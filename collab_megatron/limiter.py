@@ -1,8 +1,8 @@
-"""Who may go next: a bound on what is in use, served by place in the run, that gives way when a server pushes back.
+"""Adaptive concurrency limiter: waiters are served in run order; the limit shrinks when a server pushes back.
 
-The unit is the caller's: calls of an API, tokens of an engine. The limit starts at its ceiling. `overloaded` cuts it by
-a share, `succeeded` lets it grow by one more request of the same size in each round of successes, the way TCP finds a
-link's width. Where answers become slow it stops growing before the server has to refuse.
+The caller chooses the unit: calls of an API, tokens of an engine. The limit starts at its ceiling. `overloaded` cuts
+it by a share; `succeeded` lets it grow by one request of the same size in each round of successes, as TCP finds the
+width of a link. When answers become slow, the limit stops growing before the server has to refuse requests.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from contextlib import asynccontextmanager
 
 from collab_megatron.run_order import POSITION
 
-CUT = 0.7  # of the limit that is left after an overload
-WINDOW = 32  # latencies whose median says how fast the server is
-WINDOWS = 64  # remembered: the best of them is what the server can do
-SLOW = 3.0  # times the best window's median: the server is full, more calls would only wait there
+LOWEST = 1.0  # limit
+CUT = 0.7  # share of the limit that remains after an overload
+WINDOW = 32  # latencies in one median
+WINDOWS = 64  # medians that are remembered; the lowest shows what the server can do
+SLOW = 3.0  # times the lowest median: the server is full, and more calls would only queue there
 LEAST_GAP_S = 1.0  # between two cuts, however fast the answers are
 
 
-class Slots:
-    """At most `limit` in use. Waiters go by POSITION, then first come. For one event loop.
+class AdaptiveLimiter:
+    """At most `limit` units in use at a time. Waiters are served by POSITION, then by arrival. For one event loop.
 
-    A big request that is next is not overtaken by small ones. A request above the limit is let in alone.
+    Small requests do not overtake a big one that is next. A request above the limit is admitted alone.
     """
 
-    def __init__(self, limit: float, *, floor: float = 1.0) -> None:
+    def __init__(self, limit: float) -> None:
         self.limit = limit
         self.used = 0.0
         self.waiting = 0
         self._ceiling = limit
-        self._floor = floor
         self._holders = 0
         self._queue: list[tuple[int, int, int, float, asyncio.Future[None]]] = []  # step, depth, arrival, amount
         self._arrivals = 0
@@ -45,7 +45,7 @@ class Slots:
 
     @asynccontextmanager
     async def take(self, amount: float = 1.0) -> AsyncIterator[None]:
-        """Hold `amount` for the length of the block; waits for it without a deadline of its own."""
+        """Hold `amount` units during the block. Waits for them without a deadline of its own."""
         await self._enter(amount)
         try:
             yield
@@ -53,14 +53,14 @@ class Slots:
             self._leave(amount)
 
     def overloaded(self) -> None:
-        """The server pushed back. Calls that were under way together count as one: a cut a latency, at most."""
+        """The server pushed back. Calls that were in flight together count once: at most one cut per latency."""
         now = time.monotonic()
         if now - self._cut_at >= max(LEAST_GAP_S, self._medians_s[-1] if self._medians_s else 0.0):
             self._cut_at = now
-            self.limit = max(min(self._floor, self._ceiling), self.limit * CUT)
+            self.limit = max(min(LOWEST, self._ceiling), self.limit * CUT)
 
     def succeeded(self, amount: float = 1.0, latency_s: float | None = None) -> None:
-        """A request of that size went through; its latency, where given, says whether the server keeps up."""
+        """A request of `amount` units was answered. Its latency, if given, shows whether the server keeps up."""
         if latency_s is not None:
             self._latencies_s.append(latency_s)
             if len(self._latencies_s) >= WINDOW:
@@ -71,7 +71,7 @@ class Slots:
             self._admit()
 
     def set_ceiling(self, ceiling: float) -> None:
-        """What the limit may be at most. A limit that stood at the old ceiling moves to the new one."""
+        """Set the highest limit. A limit at the old ceiling moves to the new one."""
         self.limit = ceiling if self.limit >= self._ceiling else min(self.limit, ceiling)
         self._ceiling = ceiling
         self._admit()
@@ -84,16 +84,16 @@ class Slots:
         if not self._queue and self._fits(amount):
             self._hold(amount)
             return
-        place = POSITION.get()
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        position = POSITION.get()
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._arrivals += 1
-        heapq.heappush(self._queue, (place.step, place.depth, self._arrivals, amount, turn))
+        heapq.heappush(self._queue, (position.step, position.depth, self._arrivals, amount, admitted))
         self.waiting += 1
         self._admit()
         try:
-            await turn
+            await admitted
         except asyncio.CancelledError:
-            if turn.cancelled():  # it was still waiting; whoever stood behind it may fit
+            if admitted.cancelled():  # it was still waiting; the next waiter may fit now
                 self.waiting -= 1
                 self._admit()
             else:
@@ -102,14 +102,14 @@ class Slots:
 
     def _admit(self) -> None:
         while self._queue:
-            *_, amount, turn = self._queue[0]
-            if not turn.done() and not self._fits(amount):
+            *_, amount, admitted = self._queue[0]
+            if not admitted.done() and not self._fits(amount):
                 return
             heapq.heappop(self._queue)
-            if not turn.done():  # done: it was cancelled while it waited
+            if not admitted.done():  # done: cancelled while it waited
                 self.waiting -= 1
                 self._hold(amount)
-                turn.set_result(None)
+                admitted.set_result(None)
 
     def _fits(self, amount: float) -> bool:
         return self._holders == 0 or self.used + amount <= self.limit
@@ -120,5 +120,5 @@ class Slots:
 
     def _leave(self, amount: float) -> None:
         self._holders -= 1
-        self.used = self.used - amount if self._holders else 0.0  # no rounding error is carried on
+        self.used = self.used - amount if self._holders else 0.0  # carries no rounding error on
         self._admit()

@@ -3,7 +3,7 @@
     set_up_logging("trainer-0")
 
 Lines go to stderr: the terminal for the launcher and the trainer's rank 0, the log file that the launcher opened for
-everybody else (cluster/processes.py). What a command is asked for (a plan, figures) is printed, not logged.
+everybody else (launch/supervisor.py). What a command is asked for (a plan, figures) is printed, not logged.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def set_up_logging(who: str, stream: TextIO | None = None) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """`12:03:44 trainer-0 actor.backend: ...`, with the level where it is more than news."""
+    """`12:03:44 trainer-0 trainer.actor.backend: ...`, with the level where it is more than news."""
 
     def __init__(self, who: str) -> None:
         super().__init__(datefmt="%H:%M:%S")

@@ -2,16 +2,22 @@
 
     python -m collab_megatron.train_rl conf/demo_rl.yaml [section.key=value ...] [--dry-run]
 
-A step's life: the driver samples n replies per prompt from the engines, plays K futures of each against the simulated
-user, judges them and turns the rewards into group advantages; the trainer scores the replies under the reference, takes
-a clipped policy-gradient step, and publishes the new weights to the engines, with proof that they arrived. `main`
-launches engines, driver and trainer ranks on this node; `train` is what every trainer rank runs.
+One step. The driver samples n replies per prompt from the engines, plays K futures of each against the simulated user,
+has them judged, and turns the rewards into group advantages. The trainer scores the replies under the reference, takes
+a clipped policy-gradient step, and publishes the new weights to the engines, with proof that they arrived.
+
+`main` launches engines, driver and trainer ranks on this node. `train` runs in every trainer rank:
+
+    driver --- wait_for_batch ---> update_policy ---> publish_weights ---> engines
+                                        |                                     |
+                        report_step, save_checkpoint               sample the next batch for the driver
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from collab_megatron.config import RLConfig, kept_config, load_config, show_config
 from collab_megatron.errors import RunError, run_cli, run_rank
@@ -19,26 +25,30 @@ from collab_megatron.files import keep_from_others
 from collab_megatron.launch.cli import TrainerArguments, parse_arguments
 from collab_megatron.log import set_up_logging
 
+if TYPE_CHECKING:
+    from collab_megatron.trainer.sync.publisher import SyncReport
+    from collab_megatron.types import RolloutBatch
+
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
     """The loop of one trainer rank."""
     # heavy and megatron-bound: the launcher, which shares this file, must start without them
     from collab_megatron.engine.keys import EngineKeys
     from collab_megatron.trainer.actor.actor import Actor
+    from collab_megatron.trainer.actor.agreement import fail_together
     from collab_megatron.trainer.actor.grid import close_grid, init_grid
     from collab_megatron.trainer.actor.reference import build_reference
-    from collab_megatron.trainer.checkpoint.run import Checkpoints
-    from collab_megatron.trainer.checkpoint.together import together
+    from collab_megatron.trainer.checkpoint.manager import CheckpointManager
     from collab_megatron.trainer.engine_probe import write_engine_probe
     from collab_megatron.trainer.engines import Engines
-    from collab_megatron.trainer.evaluations import Evaluations
-    from collab_megatron.trainer.inbox import Inbox
+    from collab_megatron.trainer.evaluation_schedule import EvaluationSchedule
     from collab_megatron.trainer.interrupt import Interrupt
     from collab_megatron.trainer.report.timers import PhaseTimer
-    from collab_megatron.trainer.reporter import Reporter
+    from collab_megatron.trainer.rl_reporter import RLReporter
     from collab_megatron.trainer.rl_step import update
+    from collab_megatron.trainer.rollout_client import RolloutClient
     from collab_megatron.trainer.saving import Saving, no_record
-    from collab_megatron.trainer.skipped import SkippedSteps
+    from collab_megatron.trainer.skipped_steps import SkippedSteps
     from collab_megatron.trainer.sync.proof.probe import probe_ids
     from collab_megatron.trainer.sync.publisher import Publisher
 
@@ -55,7 +65,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         temperature=config.rollout.temperature,
     )
     reference = build_reference(actor, config.algorithm, logits_chunk_mb=config.train.logits_chunk_mb)
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         actor,
         config.run,
         config.train,
@@ -66,11 +76,11 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
 
     arguments.wait_for_engine(config.engine.startup_timeout_s)
     interrupt = Interrupt(config.train.save_grace_s)
-    inbox = Inbox(
+    rollouts = RolloutClient(
         grid,
         driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
         driver_token=arguments.driver_token(),
-        step_timeout_s=config.rollout.step_timeout_s,
+        step_timeout_s=config.driver.step_timeout_s,
         eval_timeout_s=config.evaluation.timeout_s,
         interrupt=interrupt,
     )
@@ -83,13 +93,56 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         weights_dir=config.run.weights_dir,
         engine_keys=EngineKeys.read(arguments.engine_keys) if arguments.engine_keys else None,
     )
-    engines = Engines(publisher, inbox)
-    reporter = Reporter(config, first_step=first_step) if grid.is_main else None
+    engines = Engines(publisher, rollouts)
+    reporter = RLReporter(config, first_step=first_step) if grid.is_main else None
     timer = PhaseTimer()
-    evaluations = Evaluations(engines, reporter, grid, config)
+    evaluations = EvaluationSchedule(engines, reporter, grid, config)
     record = reporter.to_disk if reporter else no_record
     saving = Saving(checkpoints, grid, config.run, config.train, interrupt, record)
     skipped = SkippedSteps(config.train.max_skipped_steps)
+
+    def wait_for_batch() -> RolloutBatch:
+        with timer("wait_for_rollout"):
+            return engines.next_batch(saving.done, checkpoints.saved)
+
+    def update_policy(batch: RolloutBatch) -> Mapping[str, float]:
+        with saving.step():
+            metrics = update(
+                actor,
+                reference,
+                batch,
+                algorithm=config.algorithm,
+                train=config.train,
+                timer=timer,
+                skipped=skipped,
+            )
+        if reporter:
+            reporter.trained(saving.done, batch.metrics, metrics)
+        skipped.check(saving.done)
+        return metrics
+
+    def compare_logprobs(metrics: Mapping[str, float], sync: SyncReport) -> None:
+        # a request in flight across the sync can have kept a prefix cache of older weights; rank 0 knows
+        comparable = sync.flushed or not config.driver.max_staleness
+        with fail_together(grid, "the check of the engines' log-probs", config.run.dir):
+            if grid.is_main and comparable:
+                require_same_weights(metrics, config.sync.max_logprob_gap)
+
+    def publish_weights() -> SyncReport:
+        with timer("weight_sync"):
+            return engines.publish(saving.done)
+
+    def report_step(batch: RolloutBatch, metrics: Mapping[str, float], sync: SyncReport) -> None:
+        with fail_together(grid, "reporting", config.run.dir):
+            if reporter:
+                reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain())
+
+    def save_checkpoint() -> None:
+        with timer("checkpoint"):
+            saving.save()
+        with fail_together(grid, "reporting", config.run.dir):
+            if reporter:
+                reporter.saved(saving.done, timer.drain())
 
     with saving.before_any_end():
         sync = engines.publish(saving.done)
@@ -97,46 +150,21 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         evaluations.evaluate_missing(first_step)
         while saving.done < total:
             with timer("step"):
-                with timer("wait_for_rollout"):
-                    batch = engines.next_batch(saving.done, checkpoints.saved)
+                batch = wait_for_batch()
                 engines.make_room()
-                with saving.step():
-                    metrics = update(
-                        actor,
-                        reference,
-                        batch,
-                        algorithm=config.algorithm,
-                        train=config.train,
-                        timer=timer,
-                        skipped=skipped,
-                    )
-                if reporter:
-                    reporter.trained(saving.done, batch.metrics, metrics)
-                skipped.check(saving.done)
-                # what was in flight across the sync can have kept a prefix cache of older weights; rank 0 knows
-                comparable = sync.flushed or not config.driver.max_staleness
-                with together(grid, "the check of the engines' log-probs", config.run.dir):
-                    if grid.is_main and comparable:
-                        require_same_weights(metrics, config.sync.max_logprob_gap)
-                with timer("weight_sync"):
-                    sync = engines.publish(saving.done)
-            # before the checkpoint: one that has been written is gone on from, and its step is not run again
-            with together(grid, "reporting", config.run.dir):
-                if reporter:
-                    reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain())
+                metrics = update_policy(batch)
+                compare_logprobs(metrics, sync)
+                sync = publish_weights()
+            report_step(batch, metrics, sync)  # before the checkpoint: a resume from it does not run this step again
             if saving.due():
-                with timer("checkpoint"):
-                    saving.save()
-                with together(grid, "reporting", config.run.dir):
-                    if reporter:
-                        reporter.saved(saving.done, timer.drain())
+                save_checkpoint()
             evaluations.evaluate_if_due(saving.done)
         saving.go_on()
     checkpoints.wait()
     if reporter:
         write_engine_probe(config, publisher.control)
         reporter.close()
-    inbox.close()
+    rollouts.close()
     publisher.close()
     close_grid()
 
@@ -160,20 +188,20 @@ def main() -> None:
     keep_from_others(config.run.umask)
     if arguments.trainer is not None:
         run_rank(partial(train, config, arguments.trainer))
-    from collab_megatron.launch.ending import told_at_the_end
-    from collab_megatron.launch.launch import launch_rl
-    from collab_megatron.launch.length import with_steps
+    from collab_megatron.launch.end_report import report_at_end
+    from collab_megatron.launch.epochs import epochs_to_steps
     from collab_megatron.launch.lock import run_lock
     from collab_megatron.launch.preflight import check_rl
+    from collab_megatron.launch.run_processes import launch_rl
 
-    config = with_steps(config)
+    config = epochs_to_steps(config)
     if arguments.dry_run:
         print(show_config(config), flush=True)
         check_rl(config, dry_run=True, node=arguments.node)
         return
     with run_lock(config.run, config.train.save_grace_s) as lock:  # before the checks: they look for checkpoints
         start = check_rl(config, node=arguments.node)
-        with told_at_the_end(config.run, config.train.steps, arguments.config):
+        with report_at_end(config.run, config.train.steps, arguments.config):
             if not start.is_done:
                 launch_rl(config, start, lock)
 

@@ -28,20 +28,21 @@ def train(config: SFTConfig) -> None:
     """The loop of one trainer rank."""
     # heavy and megatron-bound: the launcher, which shares this file, must start without them
     from collab_megatron.trainer.actor.actor import Actor
-    from collab_megatron.trainer.actor.grid import close_grid, from_rank_zero, init_grid
+    from collab_megatron.trainer.actor.agreement import on_rank_zero
+    from collab_megatron.trainer.actor.grid import close_grid, init_grid
     from collab_megatron.trainer.batching import MicroBatch
-    from collab_megatron.trainer.checkpoint.run import Checkpoints
-    from collab_megatron.trainer.checkpoint.store import load_checkpoint
-    from collab_megatron.trainer.held_out import HeldOut, mean_loss
+    from collab_megatron.trainer.checkpoint.manager import CheckpointManager
+    from collab_megatron.trainer.checkpoint.save_load import load_checkpoint
+    from collab_megatron.trainer.held_out_loss import HeldOutLoss, mean_loss
     from collab_megatron.trainer.interrupt import Interrupt
     from collab_megatron.trainer.loss.losses import LossSum, sft_loss
     from collab_megatron.trainer.report.timers import PhaseTimer
     from collab_megatron.trainer.saving import Saving, no_record
     from collab_megatron.trainer.sft_data import SFTData
     from collab_megatron.trainer.sft_reporter import SFTReporter
-    from collab_megatron.trainer.skipped import SkippedSteps
+    from collab_megatron.trainer.skipped_steps import SkippedSteps
     from collab_megatron.wire.checkpoints import read_best, step_folder
-    from collab_megatron.wire.unfinished import export_label, exported_step, is_exported
+    from collab_megatron.wire.completion import METRICS_FILE, export_label, exported_step, is_exported, is_measured
 
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
@@ -55,7 +56,7 @@ def train(config: SFTConfig) -> None:
         logits_chunk_mb=config.train.logits_chunk_mb,
     )
     data = SFTData(config, grid, actor.spec)
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointManager(
         actor, config.run, config.train, config=kept_config(config), rows_per_step=config.batch_size
     )
     first_step = checkpoints.resume()
@@ -63,6 +64,7 @@ def train(config: SFTConfig) -> None:
     lowest = held.loss if held else math.inf  # held-out loss, of the steps that trained
     reporter = SFTReporter(config, first_step=first_step, data=data) if grid.is_main else None
     timer = PhaseTimer()
+    metrics = config.run.tensorboard_dir / METRICS_FILE
 
     def loss(logprobs: Tensor, batch: MicroBatch) -> LossSum:
         return sft_loss(logprobs, mask=batch.mask)
@@ -71,7 +73,7 @@ def train(config: SFTConfig) -> None:
         """Whether the weights have the lowest held-out loss so far. A loss that is not a number is never the lowest."""
         nonlocal lowest
         begin = time.monotonic()
-        found = HeldOut(
+        found = HeldOutLoss(
             mean_loss(actor, data.held_out_batches(), data.held_out_tokens), data.held_out_tokens, data.num_held_out
         )
         best = done > 0 and found.loss < lowest
@@ -82,7 +84,15 @@ def train(config: SFTConfig) -> None:
 
     def is_due(done: int) -> bool:
         """Whether the held-out loss is measured after so many steps."""
-        return data.num_held_out > 0 and _due(done, config.train.eval_interval, total)
+        return data.num_held_out > 0 and config.train.evaluates_after(done)
+
+    def is_best(done: int) -> bool:
+        """Measure the held-out loss if it is due; whether to keep these weights as the best."""
+        return is_due(done) and evaluate(done) and config.train.keep_best
+
+    def was_missed(done: int) -> bool:
+        """Whether an earlier attempt saved `done` steps and did not measure their held-out loss. Collective."""
+        return done > 0 and not on_rank_zero(grid, partial(is_measured, metrics, done))
 
     def save(best_loss: float | None = None) -> None:
         with timer("checkpoint"):
@@ -94,46 +104,47 @@ def train(config: SFTConfig) -> None:
     record = reporter.to_disk if reporter else no_record
     saving = Saving(checkpoints, grid, config.run, config.train, interrupt, record)
     skipped = SkippedSteps(config.train.max_skipped_steps)
+
+    def train_step() -> None:
+        with timer("data"):
+            batch, trained_tokens = data.step(saving.done)
+        with timer("update"), saving.step():
+            result = actor.train_step(batch.micro_batches, loss, normalizer=trained_tokens)
+        # before the checkpoint: a resume from it does not run this step again
+        if reporter:
+            reporter.step(saving.done, result, batch, trained_tokens, timer.drain())
+        skipped.count([result])
+        skipped.check(saving.done)
+
+    def export() -> None:
+        if config.export_hf is None:
+            return
+        exported = exported_step(config)
+        if not on_rank_zero(grid, partial(is_exported, config)):  # an earlier attempt may have exported it
+            if exported != total:
+                load_checkpoint(actor, step_folder(config.run.checkpoints_dir, exported))
+            actor.save_hf(config.export_hf, metadata=export_label(config, exported))
+        if reporter:
+            reporter.exported(exported, config.export_hf)
+
     with saving.before_any_end():
         if data.num_held_out and config.train.eval_at_start and first_step == 0:
             evaluate(0)
-        lacks = reporter is not None and first_step > 0 and not reporter.has_evaluation(first_step)
-        if from_rank_zero(grid, lacks) and is_due(first_step) and evaluate(first_step) and config.train.keep_best:
-            save(lowest)  # once more, by the name of the best
+        if was_missed(first_step) and is_best(first_step):
+            save(lowest)  # again, as the best
         while saving.done < total:
-            with timer("data"):
-                share, trained_tokens = data.step(saving.done)
-            with timer("update"), saving.step():
-                result = actor.train_step(share.micro_batches, loss, normalizer=trained_tokens)
-            # before the checkpoint: one that has been written is gone on from, and its step is not run again
-            if reporter:
-                reporter.step(saving.done, result, share, trained_tokens, timer.drain())
-            skipped.count([result])
-            skipped.check(saving.done)
-            keep = is_due(saving.done) and evaluate(saving.done) and config.train.keep_best
+            train_step()
+            keep = is_best(saving.done)
             if keep:  # before due(), which ends the run at a signal: its last save would not be named the best
                 save(lowest)
             if saving.due() and not keep:
                 save()
         saving.go_on()
     checkpoints.wait()
-    if config.export_hf is not None:
-        exported = exported_step(config)
-        # what is exported already was there before this attempt: an earlier one ended after it
-        if from_rank_zero(grid, grid.is_main and not is_exported(config)):
-            if exported != total:
-                load_checkpoint(actor, step_folder(config.run.checkpoints_dir, exported))
-            actor.save_hf(config.export_hf, metadata=export_label(config, exported))
-        if reporter:
-            reporter.exported(exported, config.export_hf)
+    export()
     if reporter:
         reporter.close()
     close_grid()
-
-
-def _due(done: int, interval: int, total: int) -> bool:
-    """After every `interval` steps (0: never) and after the last."""
-    return done == total or (interval > 0 and done % interval == 0)
 
 
 def main() -> None:
@@ -143,20 +154,20 @@ def main() -> None:
     keep_from_others(config.run.umask)
     if arguments.trainer is not None:
         run_rank(partial(train, config))
-    from collab_megatron.launch.ending import told_at_the_end
-    from collab_megatron.launch.launch import launch_sft
-    from collab_megatron.launch.length import with_steps
+    from collab_megatron.launch.end_report import report_at_end
+    from collab_megatron.launch.epochs import epochs_to_steps
     from collab_megatron.launch.lock import run_lock
     from collab_megatron.launch.preflight import check_sft
+    from collab_megatron.launch.run_processes import launch_sft
 
-    config = with_steps(config)
+    config = epochs_to_steps(config)
     if arguments.dry_run:
         print(show_config(config), flush=True)
         check_sft(config, dry_run=True, node=arguments.node)
         return
     with run_lock(config.run, config.train.save_grace_s) as lock:  # before the checks: they look for checkpoints
         start = check_sft(config, node=arguments.node)
-        with told_at_the_end(config.run, config.train.steps, None, exported=config.export_hf):
+        with report_at_end(config.run, config.train.steps, None, exported=config.export_hf):
             if not start.is_done:
                 launch_sft(config, lock)
 

@@ -1,10 +1,15 @@
-"""The data contract: what flows from a dataset row to a gradient.
+"""The data contract: the types from a dataset row to a training sample.
 
-    Task -> Reply[n] -> Future[n][K] -> metric scores -> MR -> advantage -> TrainingSample
+    Task -> Reply (G per group) -> Future (K per reply) -> scores -> mr -> advantage -> TrainingSample
 
-Everything here is a frozen dataclass of plain values: it travels between processes as msgpack and onto disk as JSON.
-Ragged axes are named by suffix: G replies of a group, K futures of a reply, M metrics, T tokens.
-The Protocols at the end are what the driver is given; a test gives it small fakes, a run the real clients.
+All are frozen dataclasses of plain values: they travel between processes as msgpack and go to disk as JSON. The
+Protocols at the end are the driver's dependencies; tests pass small fakes, a run passes the real clients.
+
+Ragged axes are suffixes of names:
+
+    _G  replies of a group      replies_G            rollout.num_replies
+    _K  futures of a reply      futures_K            rollout.num_repeat_rollouts
+    _T  tokens                  token_ids_T          ids, log-probs and versions of one sequence have the same length
 """
 
 from __future__ import annotations
@@ -12,24 +17,29 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
+
+T = TypeVar("T")
 
 TERMINATION_SIGNAL = "[TERMINATE]"
 """How a simulated user ends the chat unless `simulators.user.termination_signal` sets another string."""
 
 
 class RolloutStatus(StrEnum):
-    """How a future ended. Only the first three carry scores; a failure is a status, never a score of zero."""
+    """How a future ended. Only the first three have scores; a failure is a status, never a score of zero.
+
+    Example: RolloutStatus.TERMINATED.scored is True; RolloutStatus.JUDGE_FAILED.scored is False.
+    """
 
     TERMINATED = "terminated"  # the simulated user ended the chat
     MAX_TURNS = "max_turns"  # the turn limits were reached
-    TRUNCATED = "truncated"  # the policy ran into its token limit: scored as it stands
+    TRUNCATED = "truncated"  # the policy reached its token limit: scored as it is
     SIMULATOR_FAILED = "simulator_failed"
     JUDGE_FAILED = "judge_failed"
     ENGINE_FAILED = "engine_failed"
     TIMED_OUT = "timed_out"  # it reached its own deadline
     LATE = "late"  # its group reached its deadline and was taken without it
-    UNEXPECTED_ERROR = "unexpected_error"  # an exception that nobody foresaw; its traceback stands in the driver's log
+    UNEXPECTED_ERROR = "unexpected_error"  # an exception without a handler; its traceback is in the driver's log
 
     @property
     def scored(self) -> bool:
@@ -38,66 +48,79 @@ class RolloutStatus(StrEnum):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat."""
+    """One turn of a chat.
+
+    Example: Message("user", "Book a table for Friday.")
+    """
 
     role: str  # system | user | assistant
     content: str
 
+    def as_dict(self) -> dict[str, str]:
+        """{"role": ..., "content": ...}: chat templates, APIs, rows and records hold messages like this."""
+        return {"role": self.role, "content": self.content}
+
 
 @dataclass(frozen=True)
 class Task:
-    """One RL prompt: a chat history that ends with a user turn, and what simulator and metrics know beyond it."""
+    """One RL prompt: a chat history that ends with a user turn, and the request that only simulator and metrics know.
+
+    Example: Task("t1", (Message("user", "Book a table."),), "Book a table for 4 on Friday at 8.", "Done: Friday, 8.")
+    """
 
     task_id: str  # unique within its dataset
     prompt: tuple[Message, ...]  # system prompt first where there is one, user turn last
     single_turn_prompt: str  # the complete task, known to the simulator only
     ground_truth: str  # the reference answer
     task_desc: str = ""
-    metadata: Mapping[str, Any] = field(default_factory=dict)  # single_turn_metadata
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # the dataset's single_turn_metadata
 
     @property
     def ambiguous(self) -> bool | None:
-        """Whether the opening leaves something out; None where the dataset does not say."""
+        """Whether the opening leaves something out; None where the dataset does not record it."""
         return self.metadata.get("ambiguous")
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What an engine sampled for one context. Without ids it is a failed request."""
+    """One sample of an engine for one context; a failed request has no ids.
+
+    Example: Generation((523, 2), (-0.7, -0.1), (12, 12), "stop"): two tokens, both sampled with weight version 12.
+    """
 
     token_ids_T: tuple[int, ...]  # sampled ids, the end-of-turn id included where it was sampled
     logprobs_T: tuple[float, ...]  # log-probability of each id in the distribution that it was drawn from
     versions_T: tuple[int, ...]  # weight version that sampled each id
     finish_reason: str  # stop | length
     cached_tokens: int = 0  # prompt tokens served from the engine's prefix cache
-    replayed: bool = field(default=False, compare=False)  # it came from the journal: sampled before
+    replayed: bool = field(default=False, compare=False)  # from the journal: sampled before
 
 
 @dataclass(frozen=True)
 class PolicyTurn:
-    """One policy turn: its ids as they were sampled, and its text, split once into thought and reply.
+    """One policy turn: its ids as sampled, and its text, split into thought and reply.
 
     Example: sampled "<think>\\nno day yet\\n</think>\\n\\nWhich day?" has the thought "no day yet" and the reply
     "Which day?". Made by ChatTemplate.policy_turn (data/chat.py).
     """
 
-    thought: str  # for the record only; empty if it thought nothing
-    reply: str  # what simulator, judges and metrics see; empty if the turn ended inside a thought
-    sampled: str  # the whole text, an opening tag that the prompt brought included: what a template is given
-    cut: bool  # it ran into its token limit, or ended inside a thought
+    thought: str  # for the record only; empty without a thought
+    reply: str  # seen by simulator, judges and metrics; empty if the turn ended inside a thought
+    sampled: str  # the whole text, with an opening tag that is part of the prompt; input of the chat template
+    cut: bool  # it reached its token limit, or ended inside a thought
     generation: Generation
-    begin_s: float = 0.0  # epoch seconds when the engine was asked, and when it had answered
-    end_s: float = 0.0
+    begin_s: float = 0.0  # epoch seconds of the request to the engine
+    end_s: float = 0.0  # epoch seconds of its answer
 
     @property
     def broken(self) -> bool:
-        """Whether a user would have nothing whole to answer: cut or empty."""
+        """Whether the reply is cut or empty, so that a user cannot answer it."""
         return self.cut or not self.reply.strip()
 
 
 @dataclass(frozen=True)
 class CallRecord:
-    """One call to a user simulator or judge, with all its attempts, for the record (docs/RECORD.md).
+    """One call to a user simulator or judge, with all its attempts, for the record (docs/record.md).
 
     Example: the judge of `interactivity` answered {"thought": "it asked", "understanding": 1, ...}: `metric` is
     "interactivity", `thought` "it asked" and `marks` {"understanding": 1, ...}.
@@ -122,32 +145,38 @@ class CallRecord:
 
 @dataclass(frozen=True)
 class Future:
-    """One simulated rest of the conversation after a reply (a `session` of the CollabLLM datasets)."""
+    """One simulated continuation of the conversation after a reply (a `session` of the CollabLLM datasets).
+
+    Example: Future(0, RolloutStatus.TERMINATED, (Message("user", "Thanks. [TERMINATE]"),), {"accuracy": 1.0}, 1.0)
+    """
 
     index: int  # 0..K-1
     status: RolloutStatus
     messages: tuple[Message, ...]  # the turns after the reply, user first
     scores: Mapping[str, float] = field(default_factory=dict)  # metric name -> raw score; empty if not scored
     reward: float | None = None  # weighted, clamped sum of the scores; None if not scored
-    policy_tokens: int = 0  # assistant tokens from the trained reply on
+    policy_tokens: int = 0  # assistant tokens, the trained reply included
     versions: tuple[int, int] = (0, 0)  # lowest and highest weight version of its policy turns
     error: str = ""
     turns: tuple[PolicyTurn, ...] = ()  # the policy turns among `messages`, in order; the trained reply is not one
-    calls: tuple[CallRecord, ...] = ()  # to user and judges, in the order in which they ended
+    calls: tuple[CallRecord, ...] = ()  # to user and judges, in the order of their ends
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One sampled reply (step 1), its futures (step 2), its multiturn-aware reward (step 3) and advantage (step 4)."""
+    """One sampled reply (step 1), its futures (step 2), its multiturn-aware reward (step 3) and advantage (step 4).
+
+    Example: three futures with rewards 1.0, 0.5 and none (it timed out) have mr=0.75.
+    """
 
     turn: PolicyTurn
     futures_K: tuple[Future, ...]
-    mr: float | None = None  # mean reward over the scored futures; None if none is left
+    mr: float | None = None  # mean reward of the scored futures; None without a scored future
     advantage: float | None = None  # None if the reply or its group was dropped
 
     @property
     def text(self) -> str:
-        """What the user sees."""
+        """The part that the user sees."""
         return self.turn.reply
 
     @property
@@ -161,18 +190,24 @@ class Reply:
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt's conversation tree: the n replies that GRPO compares."""
+    """One prompt's conversation tree: the G replies that GRPO compares.
+
+    Example: rollout.num_replies=8 and num_repeat_rollouts=3 make groups of 8 replies with 3 futures each.
+    """
 
     task: Task
-    prompt_ids: tuple[int, ...]  # the token ids the replies were sampled from
+    prompt_ids: tuple[int, ...]  # token ids of the context that the replies were sampled from
     replies_G: tuple[Reply, ...]
-    kept: bool  # False: too few scored replies; trains nothing and is counted
+    kept: bool  # False: too few scored replies; not trained, and counted
     error: str = ""  # why its replies could not be sampled
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One reply as the trainer sees it: ids and numbers, no text."""
+    """One reply as the trainer sees it: ids and numbers, no text.
+
+    Example: TrainingSample((1, 40), (523, 2), (-0.7, -0.1), (12, 12), 0.8): a prompt of 2 and a reply of 2 tokens.
+    """
 
     prompt_ids: tuple[int, ...]
     reply_ids_T: tuple[int, ...]
@@ -187,29 +222,57 @@ class TrainingSample:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """What the driver hands to the trainer for one step."""
+    """The driver's result for one training step.
+
+    Example: 16 prompts with 8 replies each, none dropped, make 128 samples.
+    """
 
     step: int
     samples: tuple[TrainingSample, ...]
-    metrics: Mapping[str, float]  # names as they stand on the dashboard, e.g. "reward/mr_mean"
+    metrics: Mapping[str, float]  # named as on the dashboard, e.g. "reward/mr_mean"
+
+
+@dataclass(frozen=True)
+class LLMRequest(Generic[T]):
+    """What a role of the LLM gateway (user, judge, assistant) is asked for: `n` values of type T.
+
+    Example: LLMRequest([Message("user", "Is this kind? Answer 1 or 0.")], parse=float) asks for one number.
+    """
+
+    messages: Sequence[Message]
+    # makes the value from a reply's text; ValueError for a text that cannot be used (empty, no JSON, a field missing):
+    # the gateway counts it as malformed and asks again within the same retry budget
+    parse: Callable[[str], T]
+    sample_index: int = 0  # tells repeated requests with the same messages apart
+    n: int = 1
+    json_reply: bool = False  # the prompt asks for a JSON object; the role's config decides whether the API is told
+    schema: Mapping[str, Any] | None = None  # JSON Schema of that object
 
 
 @dataclass(frozen=True)
 class LLMReply:
-    """A simulator's or judge's answer."""
+    """One answered API request, as the journal stores it.
 
-    text: str
-    cost_usd: float = 0.0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    Example: two replies in one answer have texts ("yes", "no") and the tokens and dollars of both together.
+    """
+
+    texts: tuple[str, ...]  # malformed ones too; none if there is a `problem`
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float  # 0 if replayed
     latency_s: float = 0.0
-    model: str = ""  # what the provider says that it was
-    fingerprint: str = ""  # the provider's name for the version that answered
-    replayed: bool = False  # it came from the journal: paid for before
+    model: str = ""  # as the provider names it
+    fingerprint: str = ""  # the provider's name for the build that answered (system_fingerprint)
+    deployment: int = 0  # index of the role's deployment that answered
+    problem: str = ""  # why the answer as a whole cannot be used: wrong_role | too_long; not stored
+    replayed: bool = field(default=False, compare=False)  # it came from the journal: paid for before
 
 
 class PolicyEngine(Protocol):
-    """Samples policy turns: token ids in, token ids out."""
+    """Samples policy turns: token ids in, token ids out.
+
+    Example: await engine.generate(prompt_ids, n=8, temperature=1.0, max_new_tokens=2048) returns 8 generations.
+    """
 
     async def generate(
         self,
@@ -221,42 +284,31 @@ class PolicyEngine(Protocol):
         affinity: str = "",
         name: str = "",
     ) -> list[Generation]:
-        """n continuations of `input_ids`; requests of one `affinity` (the prompt's name) share prefixes; `name` is the
-        turn's own in the run.
+        """n continuations of `input_ids`. Requests with the same `affinity` (the prompt's name) share prefixes; `name`
+        identifies the turn in the run.
 
-        Raises NoEngineLeft when no server is there to ask, which ends the step; another RunError if this request was
-        refused or not answered within its deadline.
+        Raises NoEngineLeft without a live server, which ends the step; another RunError if this request was refused or
+        missed its deadline.
         """
         ...
 
 
 class ChatLLM(Protocol):
-    """One role of the LLM gateway (user, judge, assistant)."""
+    """One role of the LLM gateway."""
 
-    async def complete(
-        self,
-        messages: Sequence[Message],
-        *,
-        sample_index: int = 0,
-        n: int = 1,
-        json_reply: bool = False,
-        schema: Mapping[str, Any] | None = None,
-        check: Callable[[str], object] | None = None,
-    ) -> list[LLMReply]:
-        """n replies. `sample_index` tells apart repeated calls with the same messages.
+    async def complete(self, request: LLMRequest[T]) -> list[T]:
+        """The request's `n` values.
 
-        `json_reply` says that the prompt wants a JSON object, `schema` (JSON Schema) which one; whether the provider
-        is told, the role's config says.
-
-        `check` raises ValueError for a text that cannot be used (empty, no JSON, a field missing): the gateway counts
-        it as malformed and asks again inside the same retry budget.
-        Raises SimulatorError (collab_megatron.rollout.llm.gateway) once the retry budget is spent.
+        Raises SimulatorError (collab_megatron.rollout.llm) once the retry budget is spent.
         """
         ...
 
 
 class UserSimulator(Protocol):
-    """Plays the user of a conversation."""
+    """Plays the user of a conversation.
+
+    Example: await user.reply(task, chat, sample_index=0) returns "For four people, please."
+    """
 
     async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
         """The next user turn; contains the termination signal when the user ends the chat. Raises SimulatorError."""
@@ -265,12 +317,15 @@ class UserSimulator(Protocol):
 
 @dataclass(frozen=True)
 class ScoredConversation:
-    """What a metric sees: the whole finished conversation."""
+    """The input of a metric: the whole finished conversation.
+
+    Example: a prompt of 1 message, the trained reply and a future of 2 messages have num_prompt_messages=1 of 4.
+    """
 
     task: Task
     messages: tuple[Message, ...]  # prompt, reply and future, in order
     num_prompt_messages: int  # messages[:num_prompt_messages] is the prompt; the trained reply follows
-    policy_tokens: int  # assistant tokens from the trained reply on
+    policy_tokens: int  # assistant tokens, the trained reply included
     sample_index: int = 0
 
     @property
@@ -279,13 +334,16 @@ class ScoredConversation:
 
 
 class Metric(Protocol):
-    """One conversation-level metric; all metrics of a conversation are awaited at the same time."""
+    """One conversation-level metric; all metrics of a conversation run at the same time.
+
+    Example: docs/rewards.md has a metric of one class and one decorator.
+    """
 
     name: str
 
     def score(self, conversation: ScoredConversation) -> float | Awaitable[float]:
-        """The raw score, a finite number; `async def` for one that waits, a plain function for one that counts.
+        """The raw score, a finite number: `async def` for a metric that waits, a plain function for one that counts.
 
-        Raises SimulatorError if a judge could not be had.
+        Raises SimulatorError if the judge does not answer.
         """
         ...

@@ -1,7 +1,7 @@
-# Sourced by every job in slurm/: the one file to adapt to a site. Runs in the folder that sbatch was called in.
+# Site settings, sourced by every job in slurm/: the one file to adapt. Runs in the folder where sbatch was called.
 # Give account, partition, GPUs and time limit on sbatch's command line, or as SBATCH_ACCOUNT, SBATCH_PARTITION, ...
 
-# module load cuda/13 nccl          # what your site needs
+# module load cuda/13 nccl          # whatever your site needs
 # export NCCL_SOCKET_IFNAME=ib0
 
 # the interpreter of the environment that `make install` built, or of a container

@@ -87,7 +87,7 @@ def supervisor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model, randomly initialised, as a Hugging Face folder."""
-    from collab_megatron.demo.model import write_model
+    from collab_megatron.demo.tiny_model import write_model
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     write_model(folder, seed=3)

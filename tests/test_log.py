@@ -53,8 +53,8 @@ def test_a_line_names_who_wrote_it_and_third_parties_stay_quiet(written: io.Stri
     logging.getLogger("megatron.core.x").warning("noise")
     lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in written.getvalue().splitlines()]
     assert lines == [
-        "trainer-3 actor.backend: backend cpu",
-        "trainer-3 actor.backend: warning: near the limit",
+        "trainer-3 trainer.actor.backend: backend cpu",
+        "trainer-3 trainer.actor.backend: warning: near the limit",
         "trainer-3 some.package: warning: disk is slow",
     ]
 
@@ -68,9 +68,9 @@ def test_a_child_speaks_into_its_log_and_the_shown_one_on_the_terminal(
             supervisor.start(f"trainer-{rank}", argv, {}, show=rank == 0)
         supervisor.wait_for(supervisor._children, timeout_s=60)
     told = (tmp_path / "trainer-1.log").read_text()
-    assert told.endswith(" trainer-1 actor.backend: backend cpu\n")
+    assert told.endswith(" trainer-1 trainer.actor.backend: backend cpu\n")
     shown = capfd.readouterr().err
-    assert shown.endswith(" trainer-0 actor.backend: backend cpu\n")
+    assert shown.endswith(" trainer-0 trainer.actor.backend: backend cpu\n")
     assert KEY not in told + shown
 
 

@@ -22,7 +22,7 @@ from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.lock import locked
 from collab_megatron.launch.preflight import check_build
 from collab_megatron.log import set_up_logging
-from collab_megatron.rollout.llm.usage import API_USAGE_FILE, GatewaySnapshot
+from collab_megatron.rollout.llm.accounting import API_USAGE_FILE, GatewaySnapshot
 
 LOCK_FILE = "build.lock"
 QUIET_S = 10.0  # between progress lines where the output is a file
@@ -63,7 +63,9 @@ class Display:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Grow multi-turn conversations from single-turn problems.")
+    parser = argparse.ArgumentParser(
+        prog="python tools/build_dataset.py", description="Grow multi-turn conversations from single-turn problems."
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print config and plan, check both, ask for nothing")

@@ -119,7 +119,9 @@ def read_probe(file: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/check_export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hf", required=True, type=Path)
     parser.add_argument("--probe", required=True, type=Path)
     args = parser.parse_args()

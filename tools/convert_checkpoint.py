@@ -37,10 +37,10 @@ from collab_megatron.errors import EXIT_RUN, EXIT_USER, RunError, UserError, run
 from collab_megatron.files import keep_from_others
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Supervisor
-from collab_megatron.model.layout import check_layout, read_hf_config
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
+from collab_megatron.model.layout import check_layout
 from collab_megatron.trainer.convert.hf_folder import check_output, parse_size
-from collab_megatron.wire.checkpoints import BEST, MARKER, CheckpointInfo, newest_complete, read_best, read_info
+from collab_megatron.wire.checkpoints import BEST, CheckpointInfo, named_checkpoint, read_best, read_info
 
 if TYPE_CHECKING:
     from collab_megatron.trainer.actor.grid import RankGrid
@@ -95,7 +95,11 @@ def megatron_to_hf(info: CheckpointInfo, output: Path, grid: RankGrid, *, max_sh
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/convert_checkpoint.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     to_megatron = commands.add_parser("hf-to-megatron", help="a Hugging Face folder to a training checkpoint")
     to_megatron.add_argument("--hf-path", required=True, help="model folder or hub name")
@@ -120,10 +124,7 @@ def _checkpoint(path: Path, *, best: bool) -> CheckpointInfo:
         if named is None:
             raise UserError(f"{path} names no best checkpoint in {BEST}: leave --best out, or name a step folder")
         return read_info(named.folder)
-    folder = path if (path / MARKER).is_file() else newest_complete(path)
-    if folder is None:
-        raise UserError(f"{path} is not a complete checkpoint and holds none")
-    return read_info(folder)
+    return named_checkpoint(path)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 python tools/demo.py [--run-dir runs/demo] [--seed 1]
 python tools/demo.py --ablation [--run-dir runs/demo]
-python tools/demo.py --short --run-dir DIR     # the same road in a few steps; nothing is learned
+python tools/demo.py --short --run-dir DIR     # every stage for a few steps; nothing is learned
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import argparse
 from pathlib import Path
 
 from collab_megatron.config.sections import UMASKS
-from collab_megatron.demo.road import RoadSettings, ablate, walk
+from collab_megatron.demo.pipeline import DemoSettings, run_ablation, run_demo
 from collab_megatron.demo.summary import print_summary
 from collab_megatron.errors import run_cli
 from collab_megatron.files import keep_from_others
-from collab_megatron.launch.places import check_folder
+from collab_megatron.launch.path_checks import check_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def short_settings(run_dir: Path, seed: int) -> RoadSettings:
+def short_settings(run_dir: Path, seed: int) -> DemoSettings:
     """Every stage for real, none of them long."""
     few = ("evaluation.num_tasks=24",)
     rl = (
@@ -30,7 +30,7 @@ def short_settings(run_dir: Path, seed: int) -> RoadSettings:
         "train.save_interval=2",
         "optimizer.warmup_steps=1",
     )
-    return RoadSettings(
+    return DemoSettings(
         run_dir=run_dir,
         seed=seed,
         conversations=48,
@@ -46,7 +46,9 @@ def short_settings(run_dir: Path, seed: int) -> RoadSettings:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ablation", action="store_true", help="two more RL runs from an earlier demo's SFT model")
@@ -55,8 +57,8 @@ def main() -> None:
     keep_from_others(UMASKS[0])
     run_dir = args.run_dir.absolute()
     check_folder("--run-dir", run_dir)
-    settings = short_settings(run_dir, args.seed) if args.short else RoadSettings(run_dir, args.seed)
-    summary = ablate(settings, REPOSITORY) if args.ablation else walk(settings, REPOSITORY)
+    settings = short_settings(run_dir, args.seed) if args.short else DemoSettings(run_dir, args.seed)
+    summary = run_ablation(settings, REPOSITORY) if args.ablation else run_demo(settings, REPOSITORY)
     print_summary(summary, args.run_dir)
 
 

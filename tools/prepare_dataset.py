@@ -2,7 +2,7 @@
 
     python tools/prepare_dataset.py --dataset ROWS --dataset-type rl --output DIR [--split train,validation] [...]
 
-ROWS: a hub name, a saved `datasets` folder, a folder or file of parquet, JSON or JSONL; docs/DATA.md describes the
+ROWS: a hub name, a saved `datasets` folder, a folder or file of parquet, JSON or JSONL; docs/data.md describes the
 forms of rows. Writes DIR/{sft,rl}_train.parquet and {sft,rl}_validation.parquet. One task in ten is held out, chosen by
 the task's own text, so that calls for SFT and for RL hold out the same ones.
 Exit code 2 with one sentence for a mistake in the arguments or the data.
@@ -14,11 +14,11 @@ import argparse
 from pathlib import Path
 
 from collab_megatron.config.sections import UMASKS
-from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, text_or_file
+from collab_megatron.data.prepare import PrepareOptions, collaborative_prompt, prepare, text_or_file
 from collab_megatron.data.splits import DEFAULT_SHARE
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import keep_from_others
-from collab_megatron.launch.places import check_folder
+from collab_megatron.launch.path_checks import check_folder
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     _refuse_ignored(args)
     check_folder("--output", args.output)
     system_prompt = text_or_file(args.system_prompt, "--system-prompt")
-    shape = Shape(
+    options = PrepareOptions(
         system_prompt=collaborative_prompt() if args.collaborative_prompt else system_prompt,
         first_turn_only=args.turns == "first",
         max_rows=args.max_rows,
@@ -43,7 +43,7 @@ def main() -> None:
         validation=args.validation,
         validation_share=args.validation_share,
         skip_bad_rows=args.on_error == "skip",
-        shape=shape,
+        options=options,
     ):
         print(
             f"{written.path}: {written.rows_written} rows from {written.rows_read} dataset rows "
@@ -52,7 +52,9 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="CollabLLM rows to the parquet files that training reads.")
+    parser = argparse.ArgumentParser(
+        prog="python tools/prepare_dataset.py", description="CollabLLM rows to the parquet files that training reads."
+    )
     parser.add_argument("--dataset", required=True, help="hub name, folder or file with CollabLLM rows")
     parser.add_argument("--dataset-type", required=True, choices=("sft", "rl"))
     parser.add_argument("--output", required=True, type=Path, help="folder to write into")

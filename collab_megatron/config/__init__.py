@@ -1,7 +1,7 @@
 """Typed, frozen configuration. Pure: importing it loads neither torch nor megatron."""
 
+from collab_megatron.config.config_file import dump_config, kept_config, load_config, show_config
 from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
-from collab_megatron.config.load import dump_config, kept_config, load_config, show_config
 
 __all__ = [
     "BuildDatasetConfig",

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from collab_megatron.config.cross_checks import (
+    check_driver,
+    check_engine,
+    check_metrics,
+    check_packing,
+    check_ranks,
+    check_schedule,
+    check_transport,
+    check_validation,
+)
+from collab_megatron.config.roles import llm_roles, llms_of_conversations, role_place
 from collab_megatron.config.sections import (
     AlgorithmSection,
     BudgetSection,
@@ -17,7 +28,6 @@ from collab_megatron.config.sections import (
     EvaluationSection,
     FolderOrHubName,
     JournalSection,
-    LLMSection,
     ModelSection,
     OptimizerSection,
     ParallelSection,
@@ -32,106 +42,8 @@ from collab_megatron.config.sections import (
     SyncSection,
     TrainSection,
     Umask,
-    UserSection,
 )
-from collab_megatron.config.sections.addresses import host_and_port
-from collab_megatron.config.sections.extra import shown_address
 from collab_megatron.config.timeouts import check_timeouts
-
-MAX_PORT = 65535
-MOST_SAMPLES = 2**20  # of a step: the plan and the trainer hold them all at once
-JUDGE_OF = "judge-"  # begins the role of a metric's own judge
-
-
-def _check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
-    lacking = [name for name, judge in shipped_judges(reward, simulators).items() if judge is None]
-    if lacking:
-        raise ValueError(f"{lacking[0]} needs an LLM judge: set simulators.judge, or reward.judges.{lacking[0]}")
-    accuracy = reward.judges.get("accuracy")
-    if reward.accuracy_prompt_file is not None and accuracy is not None and accuracy.prompt_file is not None:
-        raise ValueError(
-            "reward.accuracy_prompt_file and reward.judges.accuracy.prompt_file name two prompts for one judge: remove "
-            "one of them"
-        )
-
-
-def _check_ranks(parallel: ParallelSection, samples: int, what: str) -> None:
-    """Work for all, in numbers that one step can hold. `what`: where `samples` stand in the config."""
-    if samples > MOST_SAMPLES:
-        raise ValueError(f"{what} makes {samples:,} samples in a step, more than {MOST_SAMPLES:,}: lower it")
-    if parallel.data > samples:
-        raise ValueError(
-            f"parallel.data={parallel.data} leaves data ranks without any of the {samples:,} samples of a step "
-            f"({what}): lower it"
-        )
-
-
-def _check_schedule(optimizer: OptimizerSection, steps: int) -> None:
-    if optimizer.schedule != "constant" and optimizer.warmup_steps >= steps:
-        raise ValueError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves nothing of {steps} optimizer steps to decay over: "
-            "lower it, or set optimizer.schedule=constant"
-        )
-
-
-def _check_packing(parallel: ParallelSection, train: TrainSection) -> None:
-    if train.packing and parallel.context > 1:
-        raise ValueError("train.packing and parallel.context > 1 do not go together yet: set one of them back")
-
-
-def _check_engine(engine: EngineSection) -> None:
-    if engine.urls and engine.count > 1:
-        raise ValueError("engine.urls names servers that run, engine.count starts some: set one of the two only")
-    if engine.port and engine.port + engine.count - 1 > MAX_PORT:
-        raise ValueError(f"engine.port={engine.port} leaves no ports for engine.count={engine.count} servers: lower it")
-    for url in engine.urls:
-        if not _host(url):
-            raise ValueError(f"engine.urls: {shown_address(url)!r} is no address of the form http://HOST:PORT")
-    if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
-        raise ValueError("engine.urls names a server twice: name each once")
-
-
-def _check_driver(driver: DriverSection, rollout: RolloutSection, engine: EngineSection, sync: SyncSection) -> None:
-    prompts = rollout.prompts_per_step
-    if driver.shards > prompts:
-        raise ValueError(f"driver.shards={driver.shards} leaves shards without any of {prompts} prompts: lower it")
-    if driver.oversample_prompts and not driver.max_staleness:
-        raise ValueError("driver.oversample_prompts carries trees over to the next step: set driver.max_staleness to 1")
-    if driver.oversample_prompts > prompts:
-        raise ValueError("driver.oversample_prompts is more than a batch: raise driver.max_staleness instead")
-    if driver.max_staleness and engine.placement == "colocated":
-        raise ValueError(
-            "driver.max_staleness needs engines that sample while the trainer trains: set "
-            "engine.placement=disaggregated"
-        )
-    if driver.max_staleness and sync.pause == "abort":
-        raise ValueError("sync.pause=abort would lose what is sampled across an update: set driver.max_staleness=0")
-    if driver.refill_groups > prompts:
-        raise ValueError("driver.refill_groups is more than a batch: lower it")
-    if driver.min_futures > max(rollout.num_repeat_rollouts, 1):
-        raise ValueError("driver.min_futures is larger than rollout.num_repeat_rollouts: no reply could have a reward")
-    if driver.order == "prompt" and driver.oversample_prompts:
-        raise ValueError("driver.order=prompt waits for every prompt of a step: set driver.oversample_prompts to 0")
-
-
-def _check_transport(engine: EngineSection, sync: SyncSection) -> None:
-    """Memory of one machine cannot be handed to another."""
-    far = [url for url in engine.urls if not _is_loopback(_host(url))]
-    if far and sync.transport_for(engine.placement) == "ipc":
-        raise ValueError(
-            f"sync.transport=ipc reaches engines on this machine only, and {far[0]} is not a loopback address: set "
-            "sync.transport=broadcast or disk, and engine.placement=disaggregated"
-        )
-
-
-def _host(url: str) -> str:
-    """Empty where there is none."""
-    found = host_and_port(url)
-    return found[0] if found else ""
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 class RLConfig(Section):
@@ -157,33 +69,31 @@ class RLConfig(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
-        _check_metrics(self.reward, self.simulators)
+        check_metrics(self.reward, self.simulators)
         if self.train.epochs is None:
-            _check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
-        _check_packing(self.parallel, self.train)
+            check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
+        check_packing(self.parallel, self.train)
         samples = self.rollout.prompts_per_step * self.rollout.num_replies
-        _check_ranks(self.parallel, samples, "rollout.prompts_per_step x num_replies")
+        check_ranks(self.parallel, samples, "rollout.prompts_per_step x num_replies")
         if not any(self.reward.metric_weights.values()):
             raise ValueError("reward.metric_weights are all 0: no reply could be better than another; raise one")
-        _check_engine(self.engine)
-        _check_transport(self.engine, self.sync)
-        _check_driver(self.driver, self.rollout, self.engine, self.sync)
+        check_engine(self.engine)
+        check_transport(self.engine, self.sync)
+        check_driver(self.driver, self.rollout, self.engine, self.sync)
         check_timeouts(
             run=self.run,
             parallel=self.parallel,
             sync=self.sync,
-            rollout=self.rollout,
             driver=self.driver,
             engine=self.engine,
             evaluation=self.evaluation if self.data.validation is not None else None,
-            llms=_llms_of_conversations(self.simulators, self.reward),
+            llms=llms_of_conversations(self.simulators, self.reward),
         )
         if self.rollout.min_replies > self.rollout.num_replies:
             raise ValueError("rollout.min_replies is larger than rollout.num_replies: no group could ever be kept")
         if self.algorithm.mini_batches > self.rollout.prompts_per_step:
             raise ValueError("algorithm.mini_batches is larger than rollout.prompts_per_step: lower it")
-        if self.train.eval_interval and self.data.validation is None:
-            raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
+        check_validation(self.data, self.train)
         return self
 
 
@@ -205,12 +115,11 @@ class SFTConfig(Section):
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         if self.train.epochs is None:
-            _check_schedule(self.optimizer, self.train.steps)
-        _check_packing(self.parallel, self.train)
-        _check_ranks(self.parallel, self.batch_size, "batch_size")
+            check_schedule(self.optimizer, self.train.steps)
+        check_packing(self.parallel, self.train)
+        check_ranks(self.parallel, self.batch_size, "batch_size")
         check_timeouts(run=self.run, parallel=self.parallel)
-        if self.train.eval_interval and self.data.validation is None:
-            raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
+        check_validation(self.data, self.train)
         return self
 
 
@@ -242,12 +151,12 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
-        _check_metrics(self.reward, self.simulators)
-        _check_engine(self.engine)
+        check_metrics(self.reward, self.simulators)
+        check_engine(self.engine)
         check_timeouts(
             engine=self.engine,
             evaluation=self.evaluation,
-            llms=_llms_of_conversations(self.simulators, self.reward),
+            llms=llms_of_conversations(self.simulators, self.reward),
         )
         if self.data.validation is None:
             raise ValueError("data.validation is not set: name the held-out parquet")
@@ -281,48 +190,8 @@ class BuildDatasetConfig(Section):
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
-        _check_metrics(self.reward, self.simulators)
+        check_metrics(self.reward, self.simulators)
         check_timeouts(llms={role_place(role): llm for role, llm in llm_roles(self.simulators, self.reward).items()})
         if self.simulators.assistant is None:
             raise ValueError("simulators.assistant is not set: name the model that proposes the replies")
         return self
-
-
-def llm_roles(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
-    """The roles that are configured, by name. A metric's own judge is `judge-METRIC`, where the metric has a weight."""
-    named: dict[str, Any] = {"user": simulators.user, "judge": simulators.judge, "assistant": simulators.assistant}
-    roles = {role: section for role, section in named.items() if section is not None}
-    own = {judge_role(metric): judge for metric, judge in reward.judges.items() if metric in reward.metric_weights}
-    return roles | own
-
-
-def _llms_of_conversations(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
-    """Place in the config -> an LLM that a conversation of the policy waits for."""
-    found: dict[str, LLMSection] = {}
-    for role, section in llm_roles(simulators, reward).items():
-        if role == "assistant":
-            continue
-        found[role_place(role)] = section
-        if isinstance(section, UserSection):
-            found |= {f"{role_place(role)}.mixture.{i}": other for i, other in enumerate(section.mixture)}
-    return found
-
-
-def judge_role(metric: str) -> str:
-    """The role of a metric's own judge."""
-    return f"{JUDGE_OF}{metric}"
-
-
-def role_place(role: str) -> str:
-    """Where in the config a role of `llm_roles` stands."""
-    return f"reward.judges.{role.removeprefix(JUDGE_OF)}" if role.startswith(JUDGE_OF) else f"simulators.{role}"
-
-
-def shipped_judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, LLMSection | None]:
-    """The judge of each weighted metric that is shipped and needs one; None where it lacks one."""
-    judged = ["accuracy"] if reward.accuracy_verifier == "judge" else []
-    return {
-        name: reward.judges.get(name, simulators.judge)
-        for name in (*judged, "interactivity")
-        if name in reward.metric_weights
-    }

@@ -15,6 +15,15 @@ from collab_megatron.errors import masked
 NEAR = 0.7
 """How alike two keys must be (difflib's ratio) for one to be taken for a slip of the other."""
 SHOWN = 60  # characters of a value
+REMOVED = {
+    "engine.wait_s": "it is 3 times engine.startup_timeout_s",
+    "engine.work_timeout_s": "engine.health_timeout_s is the deadline of a batch too, on CPU 6 times it",
+    "engine.request_timeout_s": "it is 1.5 times driver.future_timeout_s",
+    "json_mode": "response_format is text, json_object or json_schema",
+    "json_schema": "response_format is text, json_object or json_schema",
+    "rollout.step_timeout_s": "it is 1.5 times driver.future_timeout_s, plus driver.group_timeout_s",
+}
+"""Keys of earlier versions, or their ends, and what took their place."""
 
 
 def explain(kind: type[BaseModel], error: ValidationError) -> str:
@@ -44,6 +53,8 @@ def _sentence(kind: type[BaseModel], first: Any) -> str:
     loc, value, reason = first["loc"], first["input"], first["type"]
     dotted = ".".join(str(part) for part in loc)
     if reason == "extra_forbidden":
+        if successor := next((text for key, text in REMOVED.items() if f".{dotted}".endswith(f".{key}")), None):
+            return f"the key {dotted!r} was removed: {successor}; remove the line"
         known = _keys_at(kind, loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=NEAR)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"

@@ -1,11 +1,12 @@
-"""Deadlines that lie inside each other. Where an inner one is the longer, the outer one ends what could have gone on:
-a hung engine that would be noticed after 10 minutes ends the run whose step may take 5.
+"""Nested deadlines: where an inner one is longer than its outer one, the outer one ends work that could go on.
 
-    rollout.step_timeout_s > driver.group_timeout_s >= driver.future_timeout_s > an LLM's deadline_s >= its timeout_s
-    rollout.step_timeout_s > engine.request_timeout_s > driver.future_timeout_s > engine.health_ and work_timeout_s
-    evaluation.timeout_s   > an LLM's deadline_s, engine.health_ and work_timeout_s
-    engine.wait_s          > engine.startup_timeout_s
+    driver.group_timeout_s >= driver.future_timeout_s > an LLM's deadline_s >= its timeout_s
+    driver.future_timeout_s > engine.health_timeout_s
+    evaluation.timeout_s    > an LLM's deadline_s, engine.health_timeout_s
     sync.timeout_s, parallel.collective_timeout_s > run.stopped_timeout_s
+
+Other deadlines are derived, so they fit by construction: DriverSection.request_timeout_s and step_timeout_s,
+EngineSection.wait_s and work_timeout_on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from collab_megatron.config.sections import (
     EvaluationSection,
     LLMSection,
     ParallelSection,
-    RolloutSection,
     RunSection,
     SyncSection,
 )
@@ -46,7 +46,6 @@ def check_timeouts(
     run: RunSection | None = None,
     parallel: ParallelSection | None = None,
     sync: SyncSection | None = None,
-    rollout: RolloutSection | None = None,
     driver: DriverSection | None = None,
     engine: EngineSection | None = None,
     evaluation: EvaluationSection | None = None,
@@ -56,11 +55,11 @@ def check_timeouts(
 
     llms: place in the config -> an LLM that conversations wait for.
     """
-    rules = [*_of_processes(run, parallel, sync), *_of_engine(engine), *_of_llms(driver, evaluation, llms or {})]
+    rules = [*_of_processes(run, parallel, sync), *_of_llms(driver, evaluation, llms or {})]
     if engine is not None:
-        rules += _of_standstill(driver, evaluation, engine)
-    if driver is not None and rollout is not None and engine is not None:
-        rules += _of_steps(rollout, driver, engine)
+        rules += _of_health(driver, evaluation, engine)
+    if driver is not None:
+        rules += _of_trees(driver)
     for outer, inner, why, may_be_equal in rules:
         if inner.seconds > outer.seconds or (inner.seconds == outer.seconds and not may_be_equal):
             raise ValueError(
@@ -69,15 +68,10 @@ def check_timeouts(
             )
 
 
-def _of_steps(rollout: RolloutSection, driver: DriverSection, engine: EngineSection) -> Iterator[Rule]:
-    step = Deadline("rollout.step_timeout_s", rollout.step_timeout_s)
+def _of_trees(driver: DriverSection) -> Iterator[Rule]:
     group = Deadline("driver.group_timeout_s", driver.group_timeout_s)
-    request = Deadline("engine.request_timeout_s", engine.request_timeout_s)
     future = Deadline("driver.future_timeout_s", driver.future_timeout_s)
-    yield Rule(step, group, "a step waits for its trees, and one that is over ends the run")
-    yield Rule(step, request, "a step waits for its replies, and one that is over ends the run")
     yield Rule(group, future, "a tree waits for its futures", may_be_equal=True)
-    yield Rule(request, future, "a slow turn is to end its future, and not to count as an engine that failed")
 
 
 def _of_llms(
@@ -95,26 +89,16 @@ def _of_llms(
             yield Rule(whole, call, "an evaluation waits for many calls")
 
 
-def _of_standstill(
+def _of_health(
     driver: DriverSection | None, evaluation: EvaluationSection | None, engine: EngineSection
 ) -> Iterator[Rule]:
-    noticed = [Deadline("engine.health_timeout_s", engine.health_timeout_s)]
-    if engine.work_timeout_s is not None:
-        noticed.append(Deadline("engine.work_timeout_s", engine.work_timeout_s))
-    for inner in noticed:
-        if driver is not None:
-            future = Deadline("driver.future_timeout_s", driver.future_timeout_s)
-            yield Rule(future, inner, "a hung engine is to be noticed before its futures are over")
-        if evaluation is not None:
-            whole = Deadline("evaluation.timeout_s", evaluation.timeout_s)
-            yield Rule(whole, inner, "a hung engine is to be noticed before the evaluation is over")
-
-
-def _of_engine(engine: EngineSection | None) -> Iterator[Rule]:
-    if engine is not None and not engine.urls and engine.max_restarts:
-        wait = Deadline("engine.wait_s", engine.wait_s)
-        start = Deadline("engine.startup_timeout_s", engine.startup_timeout_s)
-        yield Rule(wait, start, "a run without engines waits for one that is started again")
+    health = Deadline("engine.health_timeout_s", engine.health_timeout_s)
+    if driver is not None:
+        future = Deadline("driver.future_timeout_s", driver.future_timeout_s)
+        yield Rule(future, health, "a hung engine must be found before its futures reach their deadline")
+    if evaluation is not None:
+        whole = Deadline("evaluation.timeout_s", evaluation.timeout_s)
+        yield Rule(whole, health, "a hung engine must be found before the evaluation reaches its deadline")
 
 
 def _of_processes(run: RunSection | None, parallel: ParallelSection | None, sync: SyncSection | None) -> Iterator[Rule]:

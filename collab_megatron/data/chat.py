@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from collab_megatron.data.control_tokens import MARK, ControlTokens
-from collab_megatron.data.thoughts import THOUGHT_TAGS, split_thoughts
+from collab_megatron.data.thought_tags import THOUGHT_TAGS, split_thoughts
 from collab_megatron.errors import UserError
 from collab_megatron.types import Generation, Message, PolicyTurn
 

@@ -7,7 +7,6 @@ Nothing that is read is ever evaluated. In messages rows count from 1, as lines 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from collab_megatron.data.columns import Columns
-from collab_megatron.data.schema import ROLES
+from collab_megatron.data.collab_rows import ROLES
+from collab_megatron.data.parquet_columns import Columns
 from collab_megatron.errors import UserError
+from collab_megatron.files import atomic_write
 from collab_megatron.types import Message, Task
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def write_tasks(path: Path, tasks: Iterable[Task]) -> int:
     rows = [
         {
             "task_id": task.task_id,
-            "prompt": to_turns(task.prompt),
+            "prompt": [message.as_dict() for message in task.prompt],
             "single_turn_prompt": task.single_turn_prompt,
             "ground_truth": task.ground_truth,
             "task_desc": task.task_desc,
@@ -81,7 +81,9 @@ def read_task_files(files: Sequence[Path]) -> tuple[list[Task], int]:
 
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> int:
     """Write SFT conversations; returns how many."""
-    rows = [{"conv_id": row.conv_id, "messages": to_turns(row.messages)} for row in conversations]
+    rows = [
+        {"conv_id": row.conv_id, "messages": [message.as_dict() for message in row.messages]} for row in conversations
+    ]
     _write(path, rows, CONVERSATION_SCHEMA)
     return len(rows)
 
@@ -97,11 +99,6 @@ def read_conversation_files(files: Sequence[Path]) -> tuple[list[Conversation], 
     conv_ids count from 0 in every dataset: what decides is the messages. Raises UserError as read_conversations does.
     """
     return _join((read_conversations(file) for file in files), lambda row: row.messages)
-
-
-def to_turns(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """Messages as plain {role, content} mappings."""
-    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _to_tasks(columns: Columns) -> list[Task]:
@@ -135,13 +132,8 @@ def _to_conversations(columns: Columns) -> list[Conversation]:
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), aside)
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic_write(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary)
 
 
 def _read(path: Path, schema: pa.Schema, kind: str, convert: Callable[[Columns], list[T]]) -> list[T]:

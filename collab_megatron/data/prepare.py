@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from collab_megatron.data.bad_rows import BadRows
-from collab_megatron.data.load import load_rows
+from collab_megatron.data.collab_rows import CollabRow
+from collab_megatron.data.dataset_source import load_rows
 from collab_megatron.data.parquet import write_conversations, write_tasks
-from collab_megatron.data.rl import rl_tasks
-from collab_megatron.data.schema import CollabRow
-from collab_megatron.data.sft import sft_conversations
+from collab_megatron.data.rl_tasks import rl_tasks
+from collab_megatron.data.sft_conversations import sft_conversations
 from collab_megatron.data.splits import DEFAULT_SHARE, refuse_overlap, split_rows
 from collab_megatron.errors import UserError
 
@@ -22,7 +22,7 @@ TEXT_SUFFIXES = (".txt", ".md")
 
 
 @dataclass(frozen=True)
-class Shape:
+class PrepareOptions:
     """How rows become training rows."""
 
     system_prompt: str = ""
@@ -52,8 +52,7 @@ def prepare(
     validation: str | None = None,
     validation_share: float | None = None,
     skip_bad_rows: bool = False,
-    shape: Shape = Shape(),
-    tell: Callable[[str], None] = print,
+    options: PrepareOptions = PrepareOptions(),
 ) -> list[Written]:
     """Write {kind}_train.parquet, and {kind}_validation.parquet where there is held-out data; tell what was written.
 
@@ -64,19 +63,19 @@ def prepare(
         raise UserError("give --validation or --validation-share, not both")
     if validation_share is not None and not 0 <= validation_share < 1:  # also for NaN
         raise UserError(f"--validation-share {validation_share:g}: it takes a share from 0 up to, not including, 1")
-    if shape.max_rows is not None and shape.max_rows < 1:
-        raise UserError(f"--max-rows {shape.max_rows}: it takes at least 1")
-    rows = _load(kind, dataset, splits, skip_bad_rows, tell)
+    if options.max_rows is not None and options.max_rows < 1:
+        raise UserError(f"--max-rows {options.max_rows}: it takes at least 1")
+    rows = _load(kind, dataset, splits, skip_bad_rows)
     held_out: Sequence[CollabRow] = ()
     share = DEFAULT_SHARE if validation_share is None else validation_share
     if validation is not None:
-        held_out = _load(kind, validation, (), skip_bad_rows, tell)
+        held_out = _load(kind, validation, (), skip_bad_rows)
         refuse_overlap(rows, held_out, dataset, validation)
     elif share:
         rows, held_out = split_rows(rows, share)
-    written = [_write(kind, rows, output / f"{kind}_train.parquet", shape)]
+    written = [_write(kind, rows, output / f"{kind}_train.parquet", options)]
     if held_out:
-        written.append(_write(kind, held_out, output / f"{kind}_validation.parquet", shape))
+        written.append(_write(kind, held_out, output / f"{kind}_validation.parquet", options))
     return written
 
 
@@ -103,33 +102,31 @@ def text_or_file(value: str, flag: str) -> str:
     return value
 
 
-def _load(
-    kind: Kind, source: str, splits: Sequence[str], skip_bad_rows: bool, tell: Callable[[str], None]
-) -> list[CollabRow]:
+def _load(kind: Kind, source: str, splits: Sequence[str], skip_bad_rows: bool) -> list[CollabRow]:
     bad = BadRows(skip=skip_bad_rows)
     rows = load_rows(source, splits, bad)
     if notice := bad.notice():
-        tell(notice)
+        print(notice)
     if kind == "rl" and (plain := sum(not row.has_task for row in rows)):
         raise UserError(
             f"{plain:,} of {len(rows):,} rows of {source} are plain messages without a single_turn_prompt, which the "
-            "simulated user of RL plays: use --dataset-type sft, or rows of the other forms (docs/DATA.md)"
+            "simulated user of RL plays: use --dataset-type sft, or rows of the other forms (docs/data.md)"
         )
     return rows
 
 
-def _write(kind: Kind, rows: Sequence[CollabRow], path: Path, shape: Shape) -> Written:
-    if shape.task_desc is not None:
-        rows = [replace(row, task_desc=shape.task_desc) for row in rows]
+def _write(kind: Kind, rows: Sequence[CollabRow], path: Path, options: PrepareOptions) -> Written:
+    if options.task_desc is not None:
+        rows = [replace(row, task_desc=options.task_desc) for row in rows]
     try:
         if kind == "rl":
-            tasks = rl_tasks(rows, system_prompt=shape.system_prompt, first_turn_only=shape.first_turn_only)
-            count = write_tasks(path, tasks[: shape.max_rows])
+            tasks = rl_tasks(rows, system_prompt=options.system_prompt, first_turn_only=options.first_turn_only)
+            count = write_tasks(path, tasks[: options.max_rows])
         else:
             conversations = sft_conversations(
-                rows, system_prompt=shape.system_prompt, metric=shape.metric, threshold=shape.threshold
+                rows, system_prompt=options.system_prompt, metric=options.metric, threshold=options.threshold
             )
-            count = write_conversations(path, conversations[: shape.max_rows])
+            count = write_conversations(path, conversations[: options.max_rows])
     except (OSError, UnicodeEncodeError) as error:
         raise UserError(f"{path} cannot be written: {error}") from None
     return Written(path, len(rows), count, len({row.conversation for row in rows}))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from collab_megatron.data.schema import CollabRow
+from collab_megatron.data.collab_rows import CollabRow
 from collab_megatron.errors import UserError
 
 DEFAULT_SHARE = 0.1
@@ -22,7 +22,7 @@ def task_key(single_turn_prompt: str) -> str:
     return " ".join(single_turn_prompt.split())
 
 
-def place(single_turn_prompt: str) -> float:
+def task_position(single_turn_prompt: str) -> float:
     """The task's place in [0, 1), evenly spread over tasks."""
     text = task_key(single_turn_prompt).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8, person=b"held out").digest()) / 2**64
@@ -35,8 +35,8 @@ def split_rows(rows: Sequence[CollabRow], share: float) -> tuple[list[CollabRow]
     """
     if not 0.0 < share < 1.0:
         raise UserError(f"--validation-share {share}: it takes 0 < share < 1, or 0 to hold out nothing")
-    held_out = [row for row in rows if place(row.single_turn_prompt) < share]
-    train = [row for row in rows if place(row.single_turn_prompt) >= share]
+    held_out = [row for row in rows if task_position(row.single_turn_prompt) < share]
+    train = [row for row in rows if task_position(row.single_turn_prompt) >= share]
     if not held_out or not train:
         tasks = len({task_key(row.single_turn_prompt) for row in rows})
         raise UserError(

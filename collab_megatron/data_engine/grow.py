@@ -4,7 +4,7 @@ At every turn the assistant proposes replies (one call), each is scored by its m
 futures in which the same assistant plays the policy, and the best goes into the conversation. The first user turn of
 the best reply's first future then continues the chat, so what was scored is also what happens next.
 
-What the assistant thinks (data/thoughts.py) is seen by nobody and stands in no row.
+What the assistant thinks (data/thought_tags.py) is seen by nobody and stands in no row.
 A failed future is dropped; a candidate without a scored future drops out; a turn without candidates fails the whole
 conversation with SimulatorError.
 """
@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from collab_megatron.data.parquet import to_turns
-from collab_megatron.data.thoughts import split_thoughts
+from collab_megatron.data.thought_tags import split_thoughts
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.rollout.llm import SimulatorError, ends_chat
 from collab_megatron.rollout.rewards import Scorer, multiturn_reward
@@ -25,6 +24,7 @@ from collab_megatron.types import (
     TERMINATION_SIGNAL,
     ChatLLM,
     Future,
+    LLMRequest,
     Message,
     RolloutStatus,
     ScoredConversation,
@@ -109,8 +109,8 @@ async def _propose(
     task: Task, chat: Sequence[Message], first_sample: int, growth: Growth, players: Players
 ) -> list[Candidate]:
     """The distinct candidate replies to `chat` that could be scored. Raises SimulatorError if none could."""
-    replies = await players.assistant.complete(chat, sample_index=first_sample, n=growth.num_candidates)
-    splits = [split_thoughts(reply.text.strip()) for reply in replies]
+    request = LLMRequest(chat, parse=str, sample_index=first_sample, n=growth.num_candidates)
+    splits = [split_thoughts(reply.strip()) for reply in await players.assistant.complete(request)]
     texts = list(dict.fromkeys(split.reply for split in splits if split.closed and split.reply.strip()))
     if not texts:
         raise SimulatorError("the assistant proposed no reply: its answers are empty or end inside a thought")
@@ -152,10 +152,11 @@ async def _play_future(
             if ends_chat(user_text, growth.termination_signal):
                 status = RolloutStatus.TERMINATED
                 break
-            (turn,) = await players.assistant.complete(messages, sample_index=sample_index)
-            said = split_thoughts(turn.text.strip())
+            request = LLMRequest(messages, parse=str, sample_index=sample_index)
+            (turn,) = await players.assistant.complete(request)
+            said = split_thoughts(turn.strip())
             messages.append(Message("assistant", said.reply))
-            tokens += players.count_tokens(turn.text)
+            tokens += players.count_tokens(turn)
             if not said.closed or not said.reply.strip():  # nobody could answer it
                 status = RolloutStatus.TRUNCATED
                 break
@@ -185,7 +186,7 @@ def _row(problem: Problem, chat: Sequence[Message], turn_id: int, candidate: Can
     task = problem.task
     scored = [future for future in candidate.futures_K if future.status.scored]
     return {
-        "prompt": to_turns(chat),
+        "prompt": [message.as_dict() for message in chat],
         "completion": candidate.text,
         "conv_id": problem.index,
         "turn_id": turn_id,
@@ -194,7 +195,7 @@ def _row(problem: Problem, chat: Sequence[Message], turn_id: int, candidate: Can
         "single_turn_completion": task.ground_truth,
         "single_turn_metadata": dict(task.metadata),
         "task_desc": task.task_desc,
-        "sessions": [to_turns(future.messages) for future in scored],
+        "sessions": [[message.as_dict() for message in future.messages] for future in scored],
         "rewards": _mean_scores([future.scores for future in scored]),
     }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.data.load import read_json_lines
+from collab_megatron.data.dataset_source import read_json_lines
 from collab_megatron.errors import UserError
 from collab_megatron.text import has_half
 from collab_megatron.types import Message, Task

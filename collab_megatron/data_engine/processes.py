@@ -17,9 +17,9 @@ from collab_megatron.data_engine.shards import claim_output
 from collab_megatron.data_engine.worker import Tally, build_share, journal_path
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.log import set_up_logging
-from collab_megatron.processes import die_with_parent
 from collab_megatron.rollout.journal.housekeeping import empty
-from collab_megatron.rollout.llm.usage import RoleUsage
+from collab_megatron.rollout.llm.accounting import RoleUsage
+from collab_megatron.signals import die_with_parent
 
 POLL_S = 0.5
 END_S = 10.0  # how long a worker may take to end once it was told to

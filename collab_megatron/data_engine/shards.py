@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.config.entry import BuildDatasetConfig, llm_roles, role_place
+from collab_megatron.config.entry import BuildDatasetConfig
+from collab_megatron.config.roles import llm_roles, role_place
 from collab_megatron.config.sections import UserSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.files import contents
@@ -34,8 +35,7 @@ SHAPING_LLM_SETTINGS = (
     "model",
     "temperature",
     "max_tokens",
-    "json_mode",
-    "json_schema",
+    "response_format",
     "prompt_file",
     "extra",
     "weight",

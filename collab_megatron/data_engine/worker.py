@@ -10,17 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from collab_megatron.config.entry import BuildDatasetConfig, llm_roles
+from collab_megatron.config.entry import BuildDatasetConfig
+from collab_megatron.config.roles import llm_roles
 from collab_megatron.data_engine.grow import Growth, Players, grow_conversation
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.data_engine.shards import append_conversation, shard_path
 from collab_megatron.errors import BudgetSpent, RunError
 from collab_megatron.rollout.journal.store import Journal, open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorError, user_simulator
+from collab_megatron.rollout.llm.accounting import RoleUsage
 from collab_megatron.rollout.llm.budget import Budget
-from collab_megatron.rollout.llm.usage import RoleUsage
-from collab_megatron.rollout.rewards import configured_scorer
-from collab_megatron.rollout.rewards.configured import judge_calls
+from collab_megatron.rollout.rewards import configured_scorer, judge_calls
 from collab_megatron.rollout.rewards.scorer import first_error
 
 HOPELESS_FAILURES = 50  # conversations that fail in a row before the build gives up

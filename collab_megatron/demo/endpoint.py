@@ -27,9 +27,10 @@ from typing import Any
 
 from aiohttp import web
 
-from collab_megatron.demo.roles import ROLES, answer
+from collab_megatron.demo.scripted_roles import ROLES, answer
 from collab_megatron.errors import UserError, run_cli
-from collab_megatron.processes import die_with_parent
+from collab_megatron.files import publish_text
+from collab_megatron.signals import die_with_parent
 
 API_KEY_VARIABLE = "DESK_API_KEY"
 FINGERPRINT = "desk-1"
@@ -124,7 +125,7 @@ async def serve(host: str, port: int, ready_file: Path | None, api_key: str | No
             ) from error
         bound = runner.addresses[0][1]
         if ready_file is not None:
-            _publish(ready_file, f"{host}:{bound}")
+            publish_text(ready_file, f"{host}:{bound}")
         print(f"desk endpoint listens on http://{host}:{bound}/v1", flush=True)
         await stop.wait()
     finally:
@@ -140,22 +141,18 @@ def _error(status: int, message: str, code: str, param: str | None = None) -> we
     return _json(status, {"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
-def _publish(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text)
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write --ready-file {path} ({error.strerror})") from error
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve the demo's user simulator, judge and assistant over HTTP.")
+    parser = argparse.ArgumentParser(
+        prog="python -m collab_megatron.demo.endpoint",
+        description="Serve the demo's user simulator, judge and assistant over HTTP.",
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port (default)")
     parser.add_argument("--ready-file", type=Path, help="receives host:port once the endpoint listens")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends (Linux)")
     args = parser.parse_args()
+    if args.ready_file is not None and not args.ready_file.parent.is_dir():
+        raise UserError(f"--ready-file {args.ready_file}: there is no folder {args.ready_file.parent}; make it first")
     if args.die_with_parent:
         die_with_parent()
     asyncio.run(serve(args.host, args.port, args.ready_file, os.environ.get(API_KEY_VARIABLE)))

@@ -13,7 +13,7 @@ from rich.table import Table
 from collab_megatron.errors import UserError
 from collab_megatron.files import publish_json
 from collab_megatron.json_lines import read_rows
-from collab_megatron.rollout.llm.usage import API_USAGE_FILE
+from collab_megatron.rollout.llm.accounting import API_USAGE_FILE
 
 HELD_OUT = ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr")
 STAGES = ("base", "sft", "rl", "rl_reply_only", "rl_no_interactivity")

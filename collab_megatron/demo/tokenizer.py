@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from collab_megatron.demo import world
-from collab_megatron.demo.roles import TERMINATION_SIGNAL
+from collab_megatron.demo import desk
+from collab_megatron.types import TERMINATION_SIGNAL
 
 VOCAB_SIZE = 384
 PAD, UNK, END = "<|pad|>", "<|unk|>", "<|end|>"
@@ -55,13 +55,13 @@ def world_texts() -> Iterator[str]:
     rng = random.Random(0)
     yield from (f"that is right {TERMINATION_SIGNAL}", f"that is not right {TERMINATION_SIGNAL}")
     yield from (f"never mind {TERMINATION_SIGNAL}", "i do not follow", "what do you mean")
-    for values in world.SLOT_VALUES.values():
+    for values in desk.SLOT_VALUES.values():
         yield from (f"it is {value}" for value in values)
-    for slot in world.SLOT_VALUES:
-        yield world.question_text([slot])
+    for slot in desk.SLOT_VALUES:
+        yield desk.question_text([slot])
     for _ in range(SAMPLED_TASKS):
-        task = world.sample_task(rng, "train")
+        task = desk.sample_task(rng, "train")
         yield from (task.opening, task.request, task.command)
-        asked = task.missing or world.INTENT_SLOTS[task.intent]
-        yield world.question_text(asked)
-        yield world.render_answer(rng, task.slots, asked)
+        asked = task.missing or desk.INTENT_SLOTS[task.intent]
+        yield desk.question_text(asked)
+        yield desk.render_answer(rng, task.slots, asked)

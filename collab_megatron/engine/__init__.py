@@ -1,1 +1,1 @@
-"""SGLang: how a server is started, asked for tokens and controlled. The servers themselves are unmodified."""
+"""SGLang: a server's command line, and the clients that sample from it and control it. The servers are unmodified."""

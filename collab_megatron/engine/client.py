@@ -1,4 +1,4 @@
-"""Asks one SGLang server for policy turns: token ids in, token ids with log-probs and weight versions out."""
+"""Asynchronous client of one SGLang server, for sampling: token ids in; tokens, log-probs and weight versions out."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import RunError
 from collab_megatron.types import Generation
 
-# SGLang's server closes a connection that was idle for 5 s; one taken from the pool at that moment fails. Between two
-# steps connections are idle for as long as the update takes, so ours are given up well before.
+# SGLang's server closes a connection that was idle for 5 s, and a request sent at that moment fails. Between two steps
+# connections are idle as long as the update takes, so the client closes them earlier.
 KEEPALIVE_S = 2.0
 
 UNPUBLISHED = -1
-"""The version of weights that no trainer has published (SGLang's "default")."""
+"""Version number of weights that no trainer has published (SGLang's "default")."""
 
 
 class EngineGone(RunError):
-    """The connection broke or was refused: the server is dead, or one connection of many was lost."""
+    """The connection broke or nobody listens: the server is dead, or one connection of many was lost."""
 
 
 class EngineSilent(RunError):
-    """No answer within the deadline."""
+    """No answer within the deadline: the server hangs, or waits for another one that does."""
+
+
+class EngineRefused(RunError):
+    """The server answered with an error."""
 
 
 @dataclass(frozen=True)
 class ServerLoad:
-    """SGLang's own figures."""
+    """What a server reports of itself."""
 
-    capacity_tokens: int  # of its KV cache; 0: it does not say
+    capacity_tokens: int  # of its KV cache; 0: not reported
     waiting_requests: int  # in its queue
-    stamps: tuple[float, ...] = ()  # of each scheduler: when it last finished a batch, by its own clock
+    batch_times: tuple[float, ...] = ()  # when each scheduler last finished a batch, by its own clock
 
 
 def open_session() -> aiohttp.ClientSession:
-    """Connections for any number of clients; each client bounds its own requests. The caller closes it."""
+    """An HTTP session for any number of clients, each of which bounds its own requests. The caller closes it."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
         json_serialize=lambda value: orjson.dumps(value).decode(),
@@ -66,7 +70,7 @@ class EngineClient:
         self._session = session
         self._stop_token_ids = list(stop_token_ids)
         self._timeout_s = timeout_s
-        self._slots = asyncio.Semaphore(max_concurrency)
+        self._permits = asyncio.Semaphore(max_concurrency)
 
     async def generate(
         self,
@@ -77,10 +81,10 @@ class EngineClient:
         max_new_tokens: int,
         cache_key: str | None = None,
     ) -> list[Generation]:
-        """n continuations of `input_ids`; waits for a slot, then for the server.
+        """n continuations of `input_ids`; waits for a permit, then for the server.
 
         The server's prefix cache serves only what was computed under the same `cache_key`.
-        Raises EngineGone, EngineSilent, or plain RunError if the server answers with a refusal; all name the server.
+        Raises EngineGone, EngineSilent, EngineRefused, or RunError for an answer that is no JSON; all name the server.
         """
         body: dict[str, Any] = {
             "input_ids": list(input_ids),
@@ -94,52 +98,52 @@ class EngineClient:
         }
         if cache_key is not None:
             body["extra_key"] = cache_key
-        async with self._slots:
+        async with self._permits:
             payload = await self._call("POST", "generate", self._timeout_s, body)
         return [parse_generation(item) for item in (payload if isinstance(payload, list) else [payload])]
 
     async def weight_version(self, *, timeout_s: float) -> int:
-        """The version that the server serves; it answers while it generates and while it is paused. Raises as
+        """The weight version that the server serves. It answers while it generates and while it is paused. Raises as
         `generate` does."""
         return version_number((await self._call("GET", "model_info", timeout_s)).get("weight_version"))
 
     async def load(self, *, timeout_s: float) -> ServerLoad:
-        """What it holds and who waits there. Raises as `generate` does."""
+        """The server's capacity, queue and progress. Raises as `generate` does."""
         loads = (await self._call("GET", "v1/loads?include=core", timeout_s)).get("loads") or [{}]
         return ServerLoad(
             capacity_tokens=sum(int(load.get("max_total_num_tokens", 0)) for load in loads),
             waiting_requests=sum(int(load.get("num_waiting_reqs", 0)) for load in loads),
-            stamps=tuple(float(load.get("timestamp", 0.0)) for load in loads),
+            batch_times=tuple(float(load.get("timestamp", 0.0)) for load in loads),
         )
 
     async def paused(self, *, timeout_s: float) -> bool:
-        """Whether it was told to pause, as in every weight sync. SGLang says so between two lines: a paused server is
-        not ready but well. Raises as `generate` does, plain RunError where the server does not know the question."""
+        """Whether the server is paused, as in every weight sync. SGLang has no call for it: a paused server answers
+        /ready with 503 and /ping with 200. Raises as `generate` does, EngineRefused where the server lacks a call."""
         if await self._is_up("ready", timeout_s):
             return False
         return await self._is_up("ping", timeout_s)
 
     async def _is_up(self, call: str, timeout_s: float) -> bool:
-        """200 or 503, from a flag of the server's HTTP side. Raises RunError for anything else."""
+        """Whether the answer is 200, not 503. Raises EngineRefused for anything else."""
         status, _ = await self._send("GET", call, timeout_s)
         if status not in (200, 503):
-            raise RunError(f"engine {self.url} refused {call} ({status})")
+            raise EngineRefused(f"engine {self.url} refused {call} ({status})")
         return status == 200
 
     async def _call(self, method: str, call: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
         status, payload = await self._send(method, call, timeout_s, body)
         if status != 200:
             text = payload[:300].decode(errors="replace")
-            raise RunError(f"engine {self.url} refused {call} ({status}): {text}")
+            raise EngineRefused(f"engine {self.url} refused {call} ({status}): {text}")
         try:
             return orjson.loads(payload)
         except orjson.JSONDecodeError as error:
-            raise RunError(f"engine {self.url} answered {call} with something else than JSON ({error})") from None
+            raise RunError(f"engine {self.url} answered {call} with text that is no JSON ({error})") from None
 
     async def _send(
         self, method: str, call: str, timeout_s: float, body: dict[str, Any] | None = None
     ) -> tuple[int, bytes]:
-        """Status and contents of the answer."""
+        """Status and body of the answer."""
         try:
             async with self._session.request(
                 method,
@@ -174,9 +178,9 @@ def parse_generation(item: dict[str, Any]) -> Generation:
     )
 
 
-def version_number(said: object) -> int:
-    """SGLang's weight version, a free text, as the number that a trainer gave it; else UNPUBLISHED."""
-    text = str(said)
+def version_number(value: object) -> int:
+    """SGLang's weight version, which is free text, as the number that a trainer gave it; else UNPUBLISHED."""
+    text = str(value)
     return int(text) if text.isdigit() else UNPUBLISHED
 
 

@@ -1,20 +1,20 @@
-"""Any number of SGLang servers as one policy engine; one that dies or hangs is given up and its requests asked anew.
+"""A pool of SGLang servers as one policy engine: requests of a server that dies or hangs are repeated at another one.
 
-Which servers are live, and under which weight version, is told by `use`: nothing but a weight sync makes a server live,
-so none comes back by itself. A server is lost for good, until `use` names it again, when
+`use` names the live servers and their weight version. Only a weight sync makes a server live, so none comes back by
+itself. A server is lost, until `use` names it again, when
 
-- a connection to it breaks and it does not answer a ping either (one broken connection of many condemns nobody),
-- it is silent for `health_timeout_s` while it owes answers,
-- its HTTP side answers, but its scheduler finishes no batch for `work_timeout_s` while it owes answers and was not told
-  to pause,
-- it ends no request at all for `request_timeout_s`,
+- a connection to it breaks and it does not answer a ping either (one broken connection among many is no proof),
+- it has been silent for `health_timeout_s` while it owes answers,
+- its HTTP side answers, but its scheduler finishes no batch for `work_timeout_s` while it owes answers and is not
+  paused,
+- it finishes no request at all for `request_timeout_s`,
 - it serves other weights than it should: somebody restarted it.
 
-Where sampling goes on while the trainer updates (`ahead`), a server may serve newer weights than were named last: the
-update reaches it before the news of it reaches us. An answer that was under way then may be of the older ones.
+With `updates_while_sampling` a server may serve newer weights than `use` has named: the server gets the update before
+the pool hears of it. An answer that was in flight at that moment may be of the older weights.
 
-Every request that it had is given up at once and sampled anew by another server; the caller does not notice. A request
-that a server refuses is the request's fault: a RunError, as ever.
+The requests of a lost server are repeated at once; the caller does not notice. A request that a server refuses raises
+RunError: another server would refuse it too.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ from typing import Any
 
 from collab_megatron.engine.client import EngineClient, EngineGone, EngineSilent, open_session
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.engine.usage import PoolUsage
+from collab_megatron.engine.pool_usage import PoolUsage
 from collab_megatron.errors import NoEngineLeft, RunError, masked
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.types import Generation
 
 PING_EVERY_S = 3.0
 PING_DEADLINE_S = 5.0
 MAX_BROKEN = 3
-"""So often may a request's connection break at servers that are well; once more, and it is the request that fails."""
+"""How often a request's connection may break at healthy servers; at the next break the request fails."""
 FULLER_SHARE, FULLER_SEQUENCES = 1.25, 8
-"""A prompt goes to its own server unless that has over 1.25 times the sequences of the emptiest one, plus 8."""
+"""A prompt goes to its own server unless that has more than 1.25 times the sequences of the emptiest one, plus 8."""
 
 
 @dataclass(eq=False)
-class _Server:
-    """One server between two calls of `use`."""
+class _PooledServer:
+    """A live server and the signs of life that the pool has seen."""
 
     client: EngineClient
-    version: int | None  # the weights that it must serve; None: whatever it has
-    lost: asyncio.Future[str]  # the reason, once it is lost
-    capacity: float | None = None  # tokens that its cache holds, once it has said so
-    sequences: int = 0  # that it was asked for and has not answered yet
-    heard: float = 0.0  # monotonic s of its last sign of life; of the request, where it was idle before
-    worked: float = 0.0  # the same of its last sign of work: a batch finished, or told to pause
-    stamps: tuple[float, ...] = ()  # of the batch that was last seen
-    finished: float = 0.0  # monotonic s of the last generate call that it answered
-    check: asyncio.Task[None] | None = None  # the ping after a broken connection
-    first_look: asyncio.Task[None] | None = None  # at what it holds
+    version: int | None  # the weights that it must serve; None: any
+    lost: asyncio.Future[str]  # done with the reason once it is lost
+    capacity_tokens: float | None = None  # of its KV cache; None: not known yet
+    sequences: int = 0  # requested and not answered yet
+    last_answer: float = 0.0  # monotonic s; for a server that was idle, that of the first request
+    last_progress: float = 0.0  # the same, of a finished batch or a pause
+    batch_times: tuple[float, ...] = ()  # ServerLoad.batch_times at last_progress
+    last_generation: float = 0.0  # monotonic s of the last generate call that it answered
+    ping: asyncio.Task[None] | None = None  # after a broken connection
+    first_load: asyncio.Task[None] | None = None  # reads its capacity
 
     @property
     def url(self) -> str:
@@ -64,7 +64,7 @@ class _Server:
 
 
 class EnginePool:
-    """A types.PolicyEngine over several servers. Use as an async context manager; for one asyncio loop."""
+    """A types.PolicyEngine over several servers. An async context manager, for one event loop."""
 
     def __init__(
         self,
@@ -74,41 +74,41 @@ class EnginePool:
         health_timeout_s: float,
         max_concurrency: int,
         work_timeout_s: float = 120.0,
-        slots: Slots | None = None,
+        limiter: AdaptiveLimiter | None = None,
         max_running_tokens: int | None = None,
         share: float = 1.0,
-        ahead: bool = False,
+        updates_while_sampling: bool = False,
         wait_for_engines: bool = False,
         keys: EngineKeys | None = None,
     ) -> None:
-        """`work_timeout_s`: longer than the longest batch takes.
-        `max_concurrency` is per server, and so is `max_running_tokens` (None: what its cache holds); `share` of the
-        latter is ours. The pool keeps the ceiling of `slots`, which others take, and cuts it where a server queues.
-        With `wait_for_engines` a request waits for the next `use` where no server is left."""
+        """`work_timeout_s`: more than the longest batch takes. `max_concurrency` is per server, and so is
+        `max_running_tokens` (None: what its cache holds), of which this pool may use `share`.
+        `limiter`: bounds the tokens in flight; the caller acquires from it, the pool sets its ceiling and reports
+        servers that queue requests. `wait_for_engines`: without a live server a request waits for the next `use`."""
         self._stop_token_ids = stop_token_ids
         self._request_timeout_s = request_timeout_s
         self._health_timeout_s = health_timeout_s
         self._work_timeout_s = work_timeout_s
         self._max_concurrency = max_concurrency
         self._ping_deadline_s = min(PING_DEADLINE_S, health_timeout_s / 2)
-        self._slots, self._max_running_tokens, self._share = slots, max_running_tokens, share
-        self._ahead, self._wait_for_engines = ahead, wait_for_engines
+        self._limiter, self._max_running_tokens, self._share = limiter, max_running_tokens, share
+        self._updates_while_sampling, self._wait_for_engines = updates_while_sampling, wait_for_engines
         self._keys = keys
-        self._came = asyncio.Event()  # there are live servers
-        self._live: list[_Server] = []
+        self._has_servers = asyncio.Event()
+        self._live: list[_PooledServer] = []
         self.usage = PoolUsage()
         self.lost: dict[str, str] = {}  # URL -> reason, since the last `use`
 
     async def __aenter__(self) -> EnginePool:
         self._session = open_session()
-        self._watching = asyncio.create_task(self._watch())
+        self._health_checks = asyncio.create_task(self._check_health())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._live = []
-        self._watching.cancel()
+        self._health_checks.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await self._watching
+            await self._health_checks
         await self._session.close()
 
     @property
@@ -117,9 +117,9 @@ class EnginePool:
         return tuple(server.url for server in self._live)
 
     def use(self, urls: Sequence[str], version: int | None) -> None:
-        """From now on these servers and no others; they serve the weights `version` (None: whatever they have).
+        """Replace the live servers; all serve the weights `version` (None: any) from now on.
 
-        What was lost before is forgotten. Requests go on at servers that stay; at others they may end there.
+        Clears `lost`. Requests in flight go on, also those at servers that are dropped.
         """
         staying = {server.url: server for server in self._live}
         self._live = []
@@ -128,13 +128,13 @@ class EnginePool:
             server.version = version
             self._live.append(server)
         self.lost = {}
-        self._note_capacity()
+        self._update_ceiling()
         if self._live:
-            self._came.set()
+            self._has_servers.set()
         else:
-            self._came.clear()
+            self._has_servers.clear()
 
-    def _new_server(self, url: str) -> _Server:
+    def _new_server(self, url: str) -> _PooledServer:
         client = EngineClient(
             self._session,
             url,
@@ -143,8 +143,8 @@ class EnginePool:
             max_concurrency=self._max_concurrency,
             keys=self._keys,
         )
-        server = _Server(client, None, lost=asyncio.get_running_loop().create_future())
-        server.first_look = asyncio.create_task(self._look_at_load(server))
+        server = _PooledServer(client, None, lost=asyncio.get_running_loop().create_future())
+        server.first_load = asyncio.create_task(self._check_load(server))
         return server
 
     async def generate(
@@ -157,24 +157,24 @@ class EnginePool:
         affinity: str = "",
         name: str = "",
     ) -> list[Generation]:
-        """n continuations of `input_ids`, all of one server; requests of the same `affinity` share a server's cache.
+        """n continuations of `input_ids`, all from one server; requests of the same `affinity` share a server's cache.
 
-        Waits for a slot and for the server, over again with another one if it is lost.
-        Raises NoEngineLeft when there is no other one, and RunError if the server refuses or is too slow.
+        Waits for a permit of the server and for its answer, and repeats both elsewhere if the server is lost.
+        Raises NoEngineLeft when no server is left, and RunError if the server refuses or is too slow.
         """
         broken = 0
         server = await self._choose(affinity)
         while True:
             try:
-                generations = await self._ask(server, input_ids, n, temperature, max_new_tokens)
+                generations = await self._request(server, input_ids, n, temperature, max_new_tokens)
                 if generations is not None:
                     return generations
             except EngineSilent as error:
-                if server.finished > time.monotonic() - self._request_timeout_s:
-                    raise  # it does answer others: slow, not hung
-                self._lose(server, str(error))
+                if server.last_generation > time.monotonic() - self._request_timeout_s:
+                    raise  # it answers other requests: slow, not hung
+                self._mark_lost(server, str(error))
             except EngineGone as error:
-                await self._check(server, error)
+                await self._ping_after(server, error)
                 broken += not server.lost.done()
                 if broken > MAX_BROKEN:
                     raise
@@ -182,10 +182,10 @@ class EnginePool:
             if server.lost.done() or broken > 1:
                 server = await self._choose(affinity, avoid=server)
 
-    async def _choose(self, affinity: str, avoid: _Server | None = None) -> _Server:
-        """The server of this prompt among those that are not far fuller than the emptiest; else the emptiest."""
+    async def _choose(self, affinity: str, avoid: _PooledServer | None = None) -> _PooledServer:
+        """The prompt's own server among those not far fuller than the emptiest; without `affinity` the emptiest."""
         if self._wait_for_engines:
-            await self._came.wait()
+            await self._has_servers.wait()
         servers = [server for server in self._live if server is not avoid] or self._live
         if not servers:
             reasons = "; ".join(f"{url}: {reason}" for url, reason in self.lost.items())
@@ -194,27 +194,27 @@ class EnginePool:
         if not affinity:
             return emptiest
         limit = FULLER_SHARE * emptiest.sequences + FULLER_SEQUENCES
-        # rendezvous hashing: when a server goes, only its own prompts move
+        # rendezvous hashing: when a server leaves, only its own prompts move
         return max(
             (server for server in servers if server.sequences <= limit),
             key=lambda server: hashlib.blake2b(f"{server.url} {affinity}".encode(), digest_size=8).digest(),
         )
 
-    async def _ask(
-        self, server: _Server, input_ids: Sequence[int], n: int, temperature: float, max_new_tokens: int
+    async def _request(
+        self, server: _PooledServer, input_ids: Sequence[int], n: int, temperature: float, max_new_tokens: int
     ) -> list[Generation] | None:
         """One request to one server; None as soon as the server is lost."""
         if not server.sequences:
-            server.heard = server.worked = time.monotonic()
+            server.last_answer = server.last_progress = time.monotonic()
         server.sequences += n
-        asked_of = server.version
+        asked_version = server.version
         call = asyncio.ensure_future(
             server.client.generate(
                 input_ids,
                 n=n,
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
-                # prefixes that older weights computed are never reused, whether the server's cache was emptied or not
+                # a prefix that older weights computed is never reused, even where the server's cache was not flushed
                 cache_key=None if server.version is None else str(server.version),
             )
         )
@@ -227,16 +227,16 @@ class EnginePool:
         finally:
             server.sequences -= n
             call.cancel()
-        server.heard = server.worked = server.finished = time.monotonic()
+        server.last_answer = server.last_progress = server.last_generation = time.monotonic()
         if not all(
-            self._serves(server, version, asked_of)
+            self._has_right_weights(server, version, asked_version)
             for version in {version for generation in generations for version in generation.versions_T}
         ):
             return None
         self.usage.count(server.url, len(input_ids), generations)
         return generations
 
-    def _lose(self, server: _Server, reason: str) -> None:
+    def _mark_lost(self, server: _PooledServer, reason: str) -> None:
         if server.lost.done():
             return
         server.lost.set_result(reason)
@@ -244,88 +244,88 @@ class EnginePool:
             self._live.remove(server)
             self.lost[server.url] = reason
             if not self._live:
-                self._came.clear()
+                self._has_servers.clear()
             print(masked(f"engine {server.url} is lost: {reason}"), flush=True)
 
-    def _serves(self, server: _Server, version: int, asked_of: int | None) -> bool:
-        """Whether that is the version the server must serve; if not, it is lost. `asked_of`: the one that was named
-        last when it was asked. An update, and the news of it, may have come while it answered."""
+    def _has_right_weights(self, server: _PooledServer, version: int, asked_version: int | None) -> bool:
+        """Whether the server may serve `version`; if not, it is lost. `asked_version`: `server.version` at the time of
+        the request. Update and `use` may have come since then."""
         if server.version is None or version == server.version:
             return True
-        if self._ahead and (asked_of is None or version >= asked_of):
+        if self._updates_while_sampling and (asked_version is None or version >= asked_version):
             return True
-        self._lose(server, f"it serves weight version {version} instead of {server.version}: was it restarted?")
+        self._mark_lost(server, f"it serves weight version {version} instead of {server.version}: was it restarted?")
         return False
 
-    async def _check(self, server: _Server, broke: EngineGone) -> None:
-        """After a broken connection: lose the server unless it answers a ping. All its broken requests share one."""
+    async def _ping_after(self, server: _PooledServer, broke: EngineGone) -> None:
+        """After a broken connection: mark the server lost unless it answers a ping, which all its requests share."""
 
         async def ping() -> None:
-            asked_of = server.version
+            asked_version = server.version
             try:
                 version = await server.client.weight_version(timeout_s=self._ping_deadline_s)
             except RunError:
-                self._lose(server, str(broke))
+                self._mark_lost(server, str(broke))
             else:
-                self._serves(server, version, asked_of)
+                self._has_right_weights(server, version, asked_version)
 
-        if server.check is None or server.check.done():
-            server.check = asyncio.create_task(ping())
-        await asyncio.shield(server.check)
+        if server.ping is None or server.ping.done():
+            server.ping = asyncio.create_task(ping())
+        await asyncio.shield(server.ping)
 
-    async def _watch(self) -> None:
+    async def _check_health(self) -> None:
         """Ping the servers that owe an answer, until cancelled."""
         while True:
             await asyncio.sleep(min(PING_EVERY_S, self._health_timeout_s / 4, self._work_timeout_s / 4))
-            await asyncio.gather(*(self._watch_one(server) for server in self._live if server.sequences))
+            await asyncio.gather(*(self._check_server(server) for server in self._live if server.sequences))
 
-    async def _watch_one(self, server: _Server) -> None:
-        asked_of = server.version
+    async def _check_server(self, server: _PooledServer) -> None:
+        asked_version = server.version
         try:
             version = await server.client.weight_version(timeout_s=self._ping_deadline_s)
         except (EngineGone, EngineSilent):
-            silent_s = time.monotonic() - server.heard
+            silent_s = time.monotonic() - server.last_answer
             if silent_s >= self._health_timeout_s:
-                self._lose(server, f"it was silent for {silent_s:.0f} s")
+                self._mark_lost(server, f"it was silent for {silent_s:.0f} s")
         except RunError:
-            server.heard = time.monotonic()  # it refuses, so it lives
+            server.last_answer = time.monotonic()  # it refuses, so it lives
         else:
-            server.heard = time.monotonic()
-            if self._serves(server, version, asked_of):
-                await self._look_at_load(server)
+            server.last_answer = time.monotonic()
+            if self._has_right_weights(server, version, asked_version):
+                await self._check_load(server)
 
-    async def _look_at_load(self, server: _Server) -> None:
-        """What its cache holds, whether requests wait in its own queue, where ours would be better placed, and whether
-        it works at all."""
+    async def _check_load(self, server: _PooledServer) -> None:
+        """Read the server's capacity, whether it queues requests (they should wait in the limiter) and whether it makes
+        progress."""
         try:
             load = await server.client.load(timeout_s=self._ping_deadline_s)
         except RunError:
-            return  # the ping before was answered: an older server without that call
-        if load.capacity_tokens and server.capacity is None:
-            server.capacity = load.capacity_tokens
-            self._note_capacity()
-        if load.waiting_requests and self._slots is not None:
-            self._slots.overloaded()
+            return  # it answers pings: an older server without that call
+        if load.capacity_tokens and server.capacity_tokens is None:
+            server.capacity_tokens = load.capacity_tokens
+            self._update_ceiling()
+        if load.waiting_requests and self._limiter is not None:
+            self._limiter.overloaded()
         if server.sequences:
-            await self._look_at_work(server, load.stamps)
+            await self._check_progress(server, load.batch_times)
 
-    async def _look_at_work(self, server: _Server, stamps: tuple[float, ...]) -> None:
-        """Lose a server that owes answers and stands still."""
+    async def _check_progress(self, server: _PooledServer, batch_times: tuple[float, ...]) -> None:
+        """Mark a server lost that owes answers and finishes no batch."""
         try:
-            works = stamps != server.stamps or await server.client.paused(timeout_s=self._ping_deadline_s)
+            progress = batch_times != server.batch_times or await server.client.paused(timeout_s=self._ping_deadline_s)
         except RunError:
-            return  # it does not tell whether it is paused
-        if works:
-            server.stamps, server.worked = stamps, time.monotonic()
+            return  # it does not report whether it is paused
+        if progress:
+            server.batch_times, server.last_progress = batch_times, time.monotonic()
             return
-        idle_s = time.monotonic() - server.worked
+        idle_s = time.monotonic() - server.last_progress
         if server.sequences and idle_s >= self._work_timeout_s:
-            self._lose(server, f"it finished no batch for {idle_s:.0f} s, {server.sequences} sequences under way")
+            self._mark_lost(server, f"it finished no batch for {idle_s:.0f} s, {server.sequences} sequences in flight")
 
-    def _note_capacity(self) -> None:
-        """The ceiling of the slots: our share of what the live servers hold."""
-        if self._slots is None:
+    def _update_ceiling(self) -> None:
+        """The limiter's ceiling is this pool's share of what the live servers hold."""
+        if self._limiter is None:
             return
-        each = [self._max_running_tokens or server.capacity or float("inf") for server in self._live]
+        each = [self._max_running_tokens or server.capacity_tokens or float("inf") for server in self._live]
         if each:
-            self._slots.set_ceiling(self._share * sum(each))
+            self._limiter.set_ceiling(self._share * sum(each))

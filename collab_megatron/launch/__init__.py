@@ -1,1 +1,1 @@
-"""Processes on this node: placement, launch, supervision, and the checks before anything is started."""
+"""The launcher: checks before the start, the plan, and the processes of a run on this node."""

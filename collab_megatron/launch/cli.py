@@ -1,4 +1,4 @@
-"""The command line that all entry points share, and how a launched trainer rank finds its peers."""
+"""The command line of all entry points, and the arguments by which a trainer rank finds engines and drivers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch.node import Node, parse_node
-from collab_megatron.processes import end_at_signals
+from collab_megatron.signals import end_at_signals
 
 
 @dataclass(frozen=True)
 class TrainerArguments:
-    """Given by the launcher to every trainer rank."""
+    """The launcher's arguments for every trainer rank."""
 
-    roster: Path | None = None  # folder that says which engines are up (engine/roster.py)
-    engine_ready_file: Path | None = None  # appears once all engines have answered
-    driver_ready_file: Path | None = None  # with .0, .1, ...: each appears once that shard listens; holds its address
-    engine_keys: Path | None = None  # the file of engine/keys.py; None: the engines ask for none
+    roster: Path | None = None  # folder that lists the engines that are up (wire/roster.py)
+    engine_ready_file: Path | None = None  # exists once all engines have answered
+    driver_ready_file: Path | None = None  # with .0, .1, ...: exists once that shard listens; holds its address
+    engine_keys: Path | None = None  # file of API keys (engine/keys.py); None: the engines need none
 
     def wait_for_engine(self, timeout_s: float) -> None:
         """Raises RunError at the deadline."""
@@ -28,7 +28,7 @@ class TrainerArguments:
             _wait_for_file(self.engine_ready_file, "the engines", timeout_s)
 
     def roster_folder(self) -> Path:
-        """Where the launcher says which engines are up."""
+        """The folder that lists the engines that are up (wire/roster.py)."""
         if self.roster is None:
             raise RuntimeError("this run has no engines")
         return self.roster
@@ -41,7 +41,7 @@ class TrainerArguments:
         return [_wait_for_file(file, f"driver {shard}", timeout_s) for shard, file in enumerate(files)]
 
     def driver_token(self) -> bytes:
-        """What every request to a driver must carry."""
+        """The secret in every request to a driver."""
         if self.driver_ready_file is None:
             raise RuntimeError("this run has no driver")
         return token_file(self.driver_ready_file).read_bytes()
@@ -54,8 +54,8 @@ class Arguments:
     config: Path
     overrides: list[str]
     dry_run: bool
-    node: Node | None  # the node of --gpus; None: this machine
-    trainer: TrainerArguments | None  # set in a process that the launcher started as a trainer rank
+    node: Node | None  # described by --gpus; None: this machine
+    trainer: TrainerArguments | None  # set in a trainer rank, None in the launcher
 
     @property
     def who(self) -> str:
@@ -70,10 +70,12 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved config and the plan, check what can be checked, start nothing",
+        help="print the resolved config and the plan, run all checks, start nothing",
     )
     parser.add_argument(
-        "--gpus", metavar="COUNTxGB", help="with --dry-run: plan for a node of so many GPUs of so much memory, as 8x80"
+        "--gpus",
+        metavar="COUNTxGB",
+        help="with --dry-run: plan for a node with COUNT GPUs of GB memory each, such as 8x80",
     )
     internal = parser.add_argument_group("set by the launcher")
     internal.add_argument("--trainer-rank", action="store_true", help=argparse.SUPPRESS)
@@ -83,12 +85,12 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     internal.add_argument("--engine-keys", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     if args.gpus is not None and not args.dry_run:
-        raise UserError("--gpus plans for a node that is not this machine: add --dry-run, or leave --gpus out")
+        raise UserError("--gpus plans for another machine and starts nothing: add --dry-run, or leave --gpus out")
     trainer = None
     if args.trainer_rank:
         trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys)
     else:
-        end_at_signals()  # before the first process is started too; a rank that waits in a collective ends at once
+        end_at_signals()  # also before the first child starts. Not in a rank, which must end inside a collective too
     return Arguments(
         config=args.config,
         overrides=args.overrides,
@@ -103,7 +105,7 @@ def shard_file(ready_file: Path, shard: int) -> Path:
 
 
 def token_file(ready_file: Path) -> Path:
-    """Next to the drivers' ready files; mode 600."""
+    """The drivers' secret, next to their ready files; mode 600."""
     return ready_file.with_name(f"{ready_file.name}.token")
 
 
@@ -111,6 +113,8 @@ def _wait_for_file(path: Path, what: str, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     while not path.exists():
         if time.monotonic() > deadline:
-            raise RunError(f"trainer waited over {timeout_s:g} s for {what}")
+            raise RunError(
+                f"trainer waited over {timeout_s:g} s for {what}: see its log, or raise engine.startup_timeout_s"
+            )
         time.sleep(0.05)
     return path.read_text()

@@ -1,14 +1,14 @@
-"""LLM calls, their tokens and their dollars, before a run asks for anything. Pure but for the price table.
+"""Cost estimate before a run: LLM calls, tokens and dollars. Pure, except for LiteLLM's price table.
 
-An upper bound on what can be bounded: every conversation goes on to its last turn, every answer has its `max_tokens`,
-nothing is retried and nothing comes from the journal. Lengths of data and prompts are means, a token for every
-CHARS_PER_TOKEN characters. Legend, in tokens: c the chat before the trained reply, a a policy turn, u a user turn, U
-user turns, p the text of a prompt file, r the hidden request, d the task's description, g the reference answer.
+An upper bound: every conversation runs to its last turn, every answer has `max_tokens`, nothing comes from the journal.
+Retries are not included. Lengths of data and prompts are means, with CHARS_PER_TOKEN characters per token. Legend, in
+tokens: c the chat before the trained reply, a a policy turn, u a user turn, U number of user turns, p a prompt file, r
+the hidden request, d the task's description, g the reference answer.
 
     user turn j of a future   in  p + d + r + c + j a + (j - 1) u            out  u
     judge                     in  p + r (+ g for accuracy) + c + (U + 1) a + U u    out  its max_tokens
 
-Input dominates: the chat so far is sent again with every user turn and to every judge.
+Input dominates, because every user turn and every judge gets the whole chat so far.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig, shipped_judges
+from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig
+from collab_megatron.config.roles import judge_role, role_place, shipped_judges, user_places
 from collab_megatron.config.sections import DeploymentSection, LLMSection, RewardSection, SimulatorsSection
 from collab_megatron.rollout.llm.prices import price
 from collab_megatron.types import Task
 
 CHARS_PER_TOKEN = 4  # of English text with the usual tokenizers; other languages take more tokens
-JUDGED = ("accuracy", "interactivity")  # the shipped metrics that may ask an LLM
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of a data set's texts."""
+    """Mean tokens of the texts of a dataset."""
 
-    chat: float = 0.0  # c: the prompt, from its opening on
+    chat: float = 0.0  # c: the prompt's messages
     request: float = 0.0  # r
     description: float = 0.0  # d
     reference: float = 0.0  # g
@@ -39,7 +39,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Calls:
-    """What one player is asked for."""
+    """The calls to one LLM role."""
 
     place: str  # simulators.user, simulators.user.mixture.0, simulators.judge ...
     section: LLMSection
@@ -52,15 +52,15 @@ class Calls:
 
     @property
     def usd(self) -> float | None:
-        """At the dearest of its deployments; None where the price of one is not known."""
-        ways: list[LLMSection | DeploymentSection] = [self.section, *self.section.deployments]
+        """Dollars at the most expensive deployment; None if a price is unknown."""
+        ways: list[DeploymentSection] = [self.section, *self.section.deployments]
         prices = [price(way) for way in ways]
         known = [item.cost_usd(round(self.tokens_in), round(self.tokens_out)) for item in prices if item is not None]
         return max(known) if len(known) == len(ways) else None
 
 
 def lengths_of(tasks: Sequence[Task]) -> Lengths:
-    """Means over `tasks`; all 0 where there are none."""
+    """Means over `tasks`; 0 without tasks."""
     count = max(len(tasks), 1) * CHARS_PER_TOKEN
     return Lengths(
         chat=sum(len(message.content) for task in tasks for message in task.prompt) / count,
@@ -71,7 +71,7 @@ def lengths_of(tasks: Sequence[Task]) -> Lengths:
 
 
 def step_calls(config: RLConfig, lengths: Lengths) -> list[Calls]:
-    """Of one training step."""
+    """Calls of one training step."""
     rollout = config.rollout
     futures = rollout.prompts_per_step * rollout.num_replies * max(rollout.num_repeat_rollouts, 1)
     turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.num_repeat_rollouts else 0
@@ -80,7 +80,7 @@ def step_calls(config: RLConfig, lengths: Lengths) -> list[Calls]:
 
 
 def evaluation_calls(config: RLConfig | EvaluateConfig, lengths: Lengths, tasks: int) -> list[Calls]:
-    """Of one evaluation over `tasks` held-out tasks (fewer where `evaluation.num_tasks` is)."""
+    """Calls of one evaluation on `tasks` held-out tasks, at most `evaluation.num_tasks`."""
     future = future_calls(
         config.simulators,
         config.reward,
@@ -94,7 +94,7 @@ def evaluation_calls(config: RLConfig | EvaluateConfig, lengths: Lengths, tasks:
 
 
 def evaluations(config: RLConfig) -> int:
-    """How many the whole run has: before the first step, at every interval, after the last step."""
+    """Number of evaluations in the run: before the first step, at every interval, after the last step."""
     if config.data.validation is None:
         return 0
     steps, interval = config.train.steps, config.train.eval_interval
@@ -104,7 +104,7 @@ def evaluations(config: RLConfig) -> int:
 
 
 def build_calls(config: BuildDatasetConfig, tasks: Sequence[Task]) -> list[Calls]:
-    """Of building a data set from `tasks`: candidates and their futures at every turn, the kept one goes on."""
+    """Calls of building a dataset from `tasks`: every turn has candidates with futures, and keeps one candidate."""
     simulators = config.simulators
     assert simulators.assistant is not None, "the config's own check"
     lengths, reply = lengths_of(tasks), simulators.assistant.max_tokens
@@ -132,7 +132,7 @@ def build_calls(config: BuildDatasetConfig, tasks: Sequence[Task]) -> list[Calls
 def future_calls(
     simulators: SimulatorsSection, reward: RewardSection, lengths: Lengths, *, turns: int, reply: int
 ) -> list[Calls]:
-    """Of one future, or of one whole conversation: `turns` user turns, policy turns of `reply` tokens, the judges."""
+    """Calls of one future or whole conversation: `turns` user turns, policy turns of `reply` tokens, the judges."""
     user = simulators.user.max_tokens
     chats = [lengths.chat + (turn + 1) * reply + turn * user for turn in range(turns)]
     found = _user_turns(simulators, lengths, chats)
@@ -147,22 +147,16 @@ def future_calls(
 
 
 def judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, tuple[str, LLMSection]]:
-    """Who marks which of the shipped metrics: metric -> (place in the config, section). What metrics of the user's own
-    ask is not known."""
+    """Shipped metric -> its judge: (key in the config, section). Calls of user-defined metrics are unknown."""
     return {
-        name: (f"reward.judges.{name}" if name in reward.judges else "simulators.judge", section)
+        name: (role_place(judge_role(name) if name in reward.judges else "judge"), section)
         for name, section in shipped_judges(reward, simulators).items()
         if section is not None
     }
 
 
-def own_metrics(reward: RewardSection) -> list[str]:
-    """Metrics whose calls cannot be counted here."""
-    return [name for name in reward.metric_weights if name not in (*JUDGED, "token_amount")]
-
-
 def summed(calls: Iterable[Calls]) -> list[Calls]:
-    """One entry a place, in the order of their first."""
+    """One entry per place, in the order of first appearance."""
     total: dict[str, Calls] = {}
     for item in calls:
         held = total.get(item.place, Calls(item.place, item.section))
@@ -177,7 +171,7 @@ def summed(calls: Iterable[Calls]) -> list[Calls]:
 
 
 def call_lines(heading: str, calls: Sequence[Calls]) -> list[str]:
-    """A line for everyone who is asked, under one heading."""
+    """One line per LLM role, under one heading."""
     lines = []
     for item in calls:
         usd = item.usd
@@ -192,7 +186,7 @@ def call_lines(heading: str, calls: Sequence[Calls]) -> list[str]:
 
 
 def dollar_lines(parts: Mapping[str, tuple[int, Sequence[Calls]]]) -> list[str]:
-    """What it comes to. parts: what -> (how many of it, the calls of one)."""
+    """The total in dollars. parts: name -> (number, the calls of one)."""
     calls = [item.times(count) for count, items in parts.values() for item in items]
     unknown = {item.place: item.section.model for item in calls if item.usd is None}
     known = sum(item.usd or 0.0 for item in calls)
@@ -203,16 +197,14 @@ def dollar_lines(parts: Mapping[str, tuple[int, Sequence[Calls]]]) -> list[str]:
         for place, model in unknown.items():
             lines.append(
                 f"            no price is known for {model}: set {place}.input_usd_per_mtoken and "
-                "output_usd_per_mtoken (0 for a server that is free)"
+                "output_usd_per_mtoken (0 for a free server)"
             )
     return lines
 
 
 def _user_turns(simulators: SimulatorsSection, lengths: Lengths, chats: Sequence[float]) -> list[Calls]:
-    """One user turn after each of `chats` tokens; a mixture shares them by weight."""
-    parts = {"simulators.user": simulators.user} | {
-        f"simulators.user.mixture.{number}": part for number, part in enumerate(simulators.user.mixture)
-    }
+    """One user turn after each chat of `chats` tokens; a mixture divides them by weight."""
+    parts = user_places(simulators.user)
     weight = sum(part.weight for part in parts.values())
     found = []
     for place, part in parts.items():
@@ -223,7 +215,7 @@ def _user_turns(simulators: SimulatorsSection, lengths: Lengths, chats: Sequence
 
 
 def _judge_prompt(metric: str, section: LLMSection, reward: RewardSection) -> tuple[str, Path | None]:
-    """The shipped prompt's name, and the file in its place, as rewards/configured.py chooses them."""
+    """Name of the shipped prompt, and the file that replaces it, as rewards/configured.py chooses them."""
     own = section.prompt_file if metric in reward.judges else None
     if metric == "accuracy":
         return "judge_accuracy", own or reward.accuracy_prompt_file
@@ -234,7 +226,7 @@ def _judge_prompt(metric: str, section: LLMSection, reward: RewardSection) -> tu
 
 
 def _prompt_tokens(name: str, file: Path | None) -> float:
-    """Of the shipped prompt, or of `file`, which the checks have read before."""
+    """Tokens of the shipped prompt, or of `file`, which the checks have already read."""
     shipped = resources.files("collab_megatron.rollout.llm").joinpath("prompts", f"{name}.txt")
     return len((shipped if file is None else file).read_text("utf-8")) / CHARS_PER_TOKEN
 

@@ -1,4 +1,4 @@
-"""Can the engines that a config asks for be started on this machine? Looked at before one is."""
+"""Checks before the start that this machine can start the configured engines."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from collab_megatron.model.spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 PARSE_TIMEOUT_S = 120.0  # SGLang's import takes some 6 s on an idle core
-LONGER_CONTEXT = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"  # SGLang's own switch
-# what its launcher does with a command line, and nothing after it
+LONGER_CONTEXT = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"  # environment variable of SGLang
+# parses a command line as SGLang's launcher does, and stops there
 PARSER = """
 import argparse, sys
 from sglang.srt.server_args import ServerArgs
@@ -29,14 +29,14 @@ parser.parse_args(sys.argv[1:])
 
 
 def check_engine(engine: EngineSection) -> None:
-    """Interpreter, address, ports and flags of servers that we start. Raises UserError."""
+    """Check interpreter, address, ports and our own flags of servers that we start. Raises UserError."""
     if engine.urls:
         return
     check_own_flags(engine.extra_args)
     if engine.python is not None and shutil.which(engine.python) is None:
         raise UserError(
             f"engine.python={engine.python} is not an executable file: name the bin/python of the engines' "
-            "environment, or leave it out to use ours"
+            "environment, or leave it out to use this one"
         )
     if reason := _refused(engine.host, 0):
         raise UserError(
@@ -46,13 +46,13 @@ def check_engine(engine: EngineSection) -> None:
     for port in range(engine.port, engine.port + engine.count) if engine.port else ():
         if reason := _refused(engine.host, port):
             raise UserError(
-                f"engine.port: port {port} on {engine.host} {reason}: end what listens there, or set engine.port=0 for "
-                "free ones"
+                f"engine.port: port {port} on {engine.host} {reason}: end the process that listens there, or set "
+                "engine.port=0 for free ports"
             )
 
 
 def check_context_length(engine: EngineSection, spec: ModelSpec) -> None:
-    """SGLang refuses a context that is longer than the model's. Raises UserError."""
+    """Raise UserError for a context longer than the model's, which SGLang refuses."""
     most = spec.max_positions * (spec.rope.factor if spec.rope.kind == "linear" else 1)
     asked = engine.context_length
     if asked is not None and asked > most and not engine.urls and LONGER_CONTEXT not in os.environ:
@@ -63,7 +63,7 @@ def check_context_length(engine: EngineSection, spec: ModelSpec) -> None:
 
 
 def check_flags(command: EngineCommand) -> None:
-    """SGLang's own parser reads the command line, in the interpreter that would run it. Raises UserError."""
+    """Parse the command line with SGLang's parser, in the interpreter that will run it. Raises UserError."""
     python, _, _, *flags = command.argv
     env = {key: value for key, value in os.environ.items() if key not in command.unset} | dict(command.env)
     try:
@@ -77,27 +77,27 @@ def check_flags(command: EngineCommand) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        logger.warning("engine.extra_args were not checked: SGLang's import took over %g s", PARSE_TIMEOUT_S)
+        logger.warning("engine.extra_args were not checked: the import of SGLang took over %g s", PARSE_TIMEOUT_S)
         return
     if done.returncode == 0:
         return
-    said = ([line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
-    if "error: " in said:  # argparse's
+    last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
+    if "error: " in last:  # argparse's
         raise UserError(
-            f"engine.extra_args: SGLang refuses them ({said.partition('error: ')[2]}): see python -m "
+            f"engine.extra_args: SGLang refuses them ({last.partition('error: ')[2]}): see python -m "
             "sglang.launch_server --help"
         )
-    raise UserError(f"SGLang cannot be imported by {python} ({said.strip()}): install it there, or set engine.python")
+    raise UserError(f"SGLang cannot be imported by {python} ({last.strip()}): install it there, or set engine.python")
 
 
 def _refused(host: str, port: int) -> str:
-    """Why nobody can listen there; empty where one can."""
+    """Why no server can listen there; empty if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except UnicodeError:
-            return "no host name"
+            return "is not a host name"
         except OSError as error:
-            return "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had: {error.strerror or error}"
+            return "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror or error}"
     return ""

@@ -1,10 +1,10 @@
-"""The SGLang servers of a run: started, watched, killed, started again; the roster says which of them are up.
+"""The SGLang servers of a run: started, watched, killed and restarted. The roster lists the servers that are up.
 
-A server has lives. The first one must come up, else the run ends with what the server said: a wrong flag must not loop.
-After that a server that dies, or that trainer or driver have given up (roster.py), is killed with whatever it started
-and begins another life, `engine.max_restarts` times; then it stays away. Servers given as URLs are only listed.
+The first start of a server must succeed, else the run ends with the server's error: a wrong flag must not restart
+forever. Later, a server that dies, or that trainer or driver have given up (wire/roster.py), is killed with all its
+processes and restarted, at most `engine.max_restarts` times. Servers given as URLs are only listed.
 
-`poll` belongs into a loop that watches everything else of the run too, and never waits; `wait_until_ready` does.
+`poll` never waits; call it in the loop that watches the rest of the run. `wait_until_ready` waits.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.server_args import EngineCommand
 from collab_megatron.errors import RunError, UserError, masked
 from collab_megatron.launch.ports import free_port
-from collab_megatron.launch.readiness import Readiness
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.readiness import ReadinessProbe
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
 POLL_S = 0.1
-ASK_S = 1.0  # between two questions to a server that starts beside a training run
-ASK_FIRST_S = 0.2  # the same while nothing else is under way
+ASK_S = 1.0  # between two requests to a server that starts during training
+ASK_FIRST_S = 0.2  # the same while nothing else runs
 INFO_S = 10.0
 
-BuildCommand = Callable[[int, int], EngineCommand]  # (number of the server, its port) -> what to execute
+BuildCommand = Callable[[int, int], EngineCommand]  # (number of the server, its port) -> command line
 
 
 @dataclass
-class _Server:
-    """One server in its present life."""
+class _ManagedServer:
+    """One server, from one start to its end."""
 
     number: int
     entry: EngineEntry
-    readiness: Readiness
-    child: Child | None = None  # None: given by its URL, or stays away
+    readiness: ReadinessProbe
+    child: ChildProcess | None = None  # None: given by its URL, or abandoned
     ready: bool = False
-    killed: bool = False  # this life is over; the next begins when nobody of its group is left
-    away: bool = False  # there is no next life
+    killed: bool = False  # the next start comes when no process of its group is left
+    abandoned: bool = False  # no next start
     began: float = field(default_factory=time.monotonic)
 
     @property
     def coming(self) -> bool:
-        return self.child is not None and not self.ready and not self.away
+        return self.child is not None and not self.ready and not self.abandoned
 
 
 class Fleet:
@@ -60,34 +60,34 @@ class Fleet:
         self._settings = settings
         self._folder = folder
         self._build = build
-        self._servers: list[_Server] = []
+        self._servers: list[_ManagedServer] = []
 
     @property
     def urls(self) -> list[str]:
-        """Of the servers that are up."""
+        """URLs of the servers that are up."""
         return [server.entry.url for server in self._servers if server.ready]
 
     def start(self) -> None:
-        """Start the first life of every server, or take note of the given ones. Raises RunError for a full disk."""
+        """Start every server, or list the given ones. Raises RunError for a full disk."""
         self._folder.clear()
         for number in range(self._settings.servers):
             name, ranks = f"engine-{number}", self._settings.tensor
             if self._settings.urls:
                 url = self._settings.urls[number].rstrip("/")
                 entry = EngineEntry(name, url, ranks, managed=False)
-                self._servers.append(_Server(number, entry, Readiness(url, every_s=ASK_FIRST_S)))
+                self._servers.append(_ManagedServer(number, entry, ReadinessProbe(url, every_s=ASK_FIRST_S)))
             else:
-                self._begin_life(number, EngineEntry(name, "", ranks), essential=True)
+                self._start_server(number, EngineEntry(name, "", ranks), essential=True)
         self._publish()
 
     def wait_until_ready(self) -> None:
-        """Until every server answered once, or `startup_timeout_s` is over.
+        """Wait until every server has answered once, at most `startup_timeout_s`.
 
-        Raises RunError if one of ours dies before that or is late, or if anything else of the run fails; UserError if
-        none of the given ones answers. Of given ones those that do not answer are left out.
+        Raises RunError if a server that we started dies or is late, or another child fails; UserError if none of the
+        given servers answers. Given servers that do not answer are left out.
         """
         deadline = time.monotonic() + self._settings.startup_timeout_s
-        while waiting := [server for server in self._servers if self._never_came(server)]:
+        while waiting := [server for server in self._servers if self._never_answered(server)]:
             self._supervisor.check()
             if self._settings.urls and time.monotonic() > deadline:
                 self._leave_out(waiting)
@@ -96,22 +96,22 @@ class Fleet:
             time.sleep(POLL_S)
 
     def poll(self) -> None:
-        """Look after every server once; returns at once. Raises RunError as `wait_until_ready`."""
+        """Check every server once; never waits. Raises RunError as `wait_until_ready`."""
         for server in self._servers:
             if server.killed:
-                self._bury(server)
-            elif server.child is not None and (reason := self._over(server, server.child)):
-                self._end_life(server, server.child, reason)
-            elif not server.ready and not server.away and server.readiness.answers():
-                self._welcome(server)
+                self._restart_when_gone(server)
+            elif server.child is not None and (reason := self._failure(server, server.child)):
+                self._kill_server(server, server.child, reason)
+            elif not server.ready and not server.abandoned and server.readiness.answers():
+                self._mark_ready(server)
 
-    def _never_came(self, server: _Server) -> bool:
+    def _never_answered(self, server: _ManagedServer) -> bool:
         if server.child is None:
             return not server.entry.managed and not server.ready
         return server.child.essential
 
-    def _over(self, server: _Server, child: Child) -> str | None:
-        """Why this life is over; None: it goes on."""
+    def _failure(self, server: _ManagedServer, child: ChildProcess) -> str | None:
+        """Why the server must be killed; None: it is fine."""
         if how := child.ended():
             return f"died ({how})"
         if reason := self._folder.condemned(server.entry):
@@ -123,16 +123,16 @@ class Fleet:
             return f"was not ready within {limit:g} s"
         return None
 
-    def _begin_life(self, number: int, entry: EngineEntry, *, essential: bool) -> None:
+    def _start_server(self, number: int, entry: EngineEntry, *, essential: bool) -> None:
         command = self._build(number, self._port(number))
         entry = replace(entry, url=command.url)
         every_s = ASK_FIRST_S if essential else ASK_S
         child = self._supervisor.start(entry.name, command.argv, command.env, essential=essential, unset=command.unset)
-        server = _Server(number, entry, Readiness(command.url, every_s=every_s), child)
+        server = _ManagedServer(number, entry, ReadinessProbe(command.url, every_s=every_s), child)
         self._servers[number : number + 1] = [server]
 
-    def _end_life(self, server: _Server, child: Child, reason: str) -> None:
-        """Kill it at once: a server that is given up must not answer anybody any more."""
+    def _kill_server(self, server: _ManagedServer, child: ChildProcess, reason: str) -> None:
+        """At once: a server that is given up must not answer requests any more."""
         if child.essential:
             if child.ended() is not None:
                 self._supervisor.fail(child)
@@ -141,41 +141,43 @@ class Fleet:
         server.readiness.close()
         server.ready, server.killed = False, True
         limit = self._settings.max_restarts
-        server.away = server.entry.life >= limit
-        if server.away:
-            self._say(server, f"{reason}: it stays away, engine.max_restarts={limit}; see {child.log}")
+        server.abandoned = server.entry.life >= limit
+        if server.abandoned:
+            self._say(server, f"{reason}: not restarted (engine.max_restarts={limit}); see {child.log}")
         else:
-            self._say(server, f"{reason}: starting it again ({server.entry.life + 1} of {limit})")
+            self._say(server, f"{reason}: restarting it ({server.entry.life + 1} of {limit})")
         self._publish()
 
-    def _bury(self, server: _Server) -> None:
-        """Begin the next life once nothing is left of this one: it held ports and GPU memory."""
+    def _restart_when_gone(self, server: _ManagedServer) -> None:
+        """Wait until the old processes have ended, because they hold ports and GPU memory."""
         assert server.child is not None
         if not self._supervisor.is_gone(server.child):
             return
-        if server.away:
+        if server.abandoned:
             server.child, server.killed = None, False
         else:
-            self._begin_life(server.number, replace(server.entry, life=server.entry.life + 1), essential=False)
+            self._start_server(server.number, replace(server.entry, life=server.entry.life + 1), essential=False)
 
-    def _welcome(self, server: _Server) -> None:
+    def _mark_ready(self, server: _ManagedServer) -> None:
         if server.child is None:
             server.entry = replace(server.entry, ranks=_ranks_of(server.entry.url))
         else:
-            server.child.essential = False  # from now on its death is mended
+            server.child.essential = False  # from here on it is restarted when it dies
             self._supervisor.note_shared_memory()
         server.ready = True
         word = "back" if server.entry.life else "ready"
         self._say(server, f"is {word} at {server.entry.url} after {time.monotonic() - server.began:.0f} s")
         self._publish()
 
-    def _leave_out(self, silent: list[_Server]) -> None:
-        """The given servers that did not answer."""
+    def _leave_out(self, silent: list[_ManagedServer]) -> None:
+        """Remove given servers that did not answer."""
         urls = masked(", ".join(server.entry.url for server in silent))
         limit = f"{self._settings.startup_timeout_s:g} s"
         if len(silent) == len(self._servers):
-            raise UserError(f"none of engine.urls answered within {limit} ({urls}): start them, or mend the addresses")
-        print(f"engine.urls: no answer within {limit} from {urls}: going on without", flush=True)
+            raise UserError(
+                f"none of engine.urls answered within {limit} ({urls}): start them, or correct the addresses"
+            )
+        print(f"engine.urls: no answer within {limit} from {urls}: continuing without them", flush=True)
         self._servers = [server for server in self._servers if server.ready]
         self._publish()
 
@@ -184,20 +186,22 @@ class Fleet:
             return self._settings.port + number
         taken = {urlsplit(server.entry.url).port for server in self._servers}
         while (port := free_port(self._settings.host)) in taken:
-            pass  # free, because the server that it was meant for has not opened it yet
+            pass  # a server that was given this port has not opened it yet
         return port
 
     def _publish(self) -> None:
         ready = [server.entry for server in self._servers if server.ready]
         self._folder.publish(ready, sum(server.coming for server in self._servers))
 
-    def _say(self, server: _Server, what: str) -> None:
+    def _say(self, server: _ManagedServer, what: str) -> None:
         print(masked(f"{server.entry.name} {what}"), flush=True)
 
 
 def _ranks_of(url: str) -> int:
-    """Tensor-parallel ranks of a server that was given, as it says itself. Raises RunError."""
+    """Tensor-parallel ranks of a given server, as the server reports. Raises RunError."""
     try:
         return int(httpx.get(f"{url}/server_info", timeout=INFO_S, trust_env=False).json()["tp_size"])
     except (httpx.HTTPError, ValueError, KeyError) as error:
-        raise RunError(f"engine {url} does not say its tp_size on /server_info ({type(error).__name__})") from None
+        raise RunError(
+            f"engine {url} does not report its tp_size on /server_info ({type(error).__name__}): is it SGLang?"
+        ) from None

@@ -1,4 +1,4 @@
-"""The machine that a run is checked and planned for: this one, or a node of GPUs that `--gpus 8x80` describes."""
+"""The machine that a run is planned for: this one, or the node that `--gpus 8x80` describes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from collab_megatron.errors import UserError
 
 @dataclass(frozen=True)
 class Node:
-    """What the checks need to know of a machine."""
+    """The hardware of a machine, as far as the checks need it."""
 
-    gpus: int  # that a run may use
-    gpu_bytes: int | None  # memory of each; None: not known
-    host_bytes: int | None  # memory of the machine; None: not known
-    here: bool = True  # this machine: its ports, disk and services can be looked at
+    gpus: int  # number of GPUs that a run may use
+    gpu_bytes: int | None  # memory of each GPU; None: unknown
+    host_bytes: int | None  # memory of the machine; None: unknown
+    here: bool = True  # this machine, so ports, disk and services can be checked
 
     def device(self, parallel: ParallelSection) -> str:
-        """cpu or cuda: what `parallel.device` comes to here."""
+        """cpu or cuda: `parallel.device`, with auto decided for this node."""
         if parallel.device != "auto":
             return parallel.device
         return "cuda" if self.gpus and (has_driver() or not self.here) else "cpu"
 
     def chosen(self, parallel: ParallelSection) -> str:
-        """The device and why, for the plan."""
+        """The device and the reason, for the plan."""
         device = self.device(parallel)
         if parallel.device != "auto":
             return f"{device} (parallel.device)"
         if not self.here:
             return f"{device} (--gpus)"
-        found = "GPUs are there" if device == "cuda" else "no GPU is there"
+        found = "GPUs found" if device == "cuda" else "no GPU found"
         return f"{device} (parallel.device=auto: {found})"
 
 
@@ -48,13 +48,13 @@ def parse_node(text: str) -> Node:
 
 
 def this_node() -> Node:
-    """This machine, without importing torch into the launcher."""
+    """This machine."""
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return Node(len(visible_gpus()), gpu_bytes(), pages * page if pages > 0 else None)
 
 
 def device_of(parallel: ParallelSection) -> str:
-    """cpu or cuda: what `parallel.device` comes to on this machine."""
+    """cpu or cuda: `parallel.device`, with auto decided for this machine."""
     return this_node().device(parallel) if parallel.device == "auto" else parallel.device
 
 
@@ -63,7 +63,7 @@ def has_driver() -> bool:
 
 
 def visible_gpus() -> list[str]:
-    """Ids of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES wants them."""
+    """Ids of the GPUs that this process may use, in the form of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [number for number in visible.split(",") if number]
@@ -71,12 +71,12 @@ def visible_gpus() -> list[str]:
 
 
 def gpu_bytes() -> int | None:
-    """Memory of this machine's first GPU, by nvidia-smi; None where there is none. torch stays out of the launcher."""
+    """Memory of this machine's first GPU from nvidia-smi; None without a GPU. The launcher does not import torch."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        return int(said.split()[0]) * 2**20
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return int(output.split()[0]) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None

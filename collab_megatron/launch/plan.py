@@ -1,4 +1,4 @@
-"""What a run will take, from config, data and node: ranks, bytes of each, work, calls and dollars per step."""
+"""The plan of a run, from config, data and node: ranks, memory per rank, work, LLM calls and dollars per step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config.roles import own_metrics
 from collab_megatron.config.sections import ParallelSection, RewardSection
-from collab_megatron.launch.cost import Calls, call_lines, dollar_lines, own_metrics
+from collab_megatron.launch.cost import Calls, call_lines, dollar_lines
 from collab_megatron.launch.node import Node
 from collab_megatron.model.flops import train_flops
 from collab_megatron.model.memory import RankMemory, Reference, engine_memory, size_of, trainer_memory
@@ -20,7 +21,7 @@ COLUMNS = ("weights", "gradients", "optimizer", "activations", "working", "refer
 
 
 def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str, tuple[int, Sequence[Calls]]]) -> str:
-    """Some lines of text. calls: `steps` and `evaluations`: how many there are, and the calls of one (cost.py)."""
+    """The plan as text. calls: for `steps` and `evaluations`, their number and the calls of one (cost.py)."""
     rollout = config.rollout
     replies = rollout.prompts_per_step * rollout.num_replies
     simulated = replies * rollout.num_repeat_rollouts
@@ -35,7 +36,7 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
         *call_lines("", steps[1]),
         *(call_lines("evaluation", evaluations[1]) if evaluations[0] else []),
         *dollar_lines(calls),
-        *_own_metrics(config.reward),
+        *_own_metric_lines(config.reward),
         *_driver_lines(config),
         f"training    {_count(config.train.steps, 'step')}",
         *_not_here(node, "the disk, ports, engine.python, addresses of the LLM services"),
@@ -44,7 +45,7 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
 
 
 def evaluate_plan(config: EvaluateConfig, spec: ModelSpec, *, node: Node, tasks: int, calls: Sequence[Calls]) -> str:
-    """Some lines of text. tasks: that are there; calls: of the evaluation."""
+    """The plan as text. tasks: number of held-out tasks; calls: of the evaluation."""
     chosen = min(tasks, config.evaluation.num_tasks)
     lines = [
         _model_line(spec, config.model.dtype),
@@ -53,46 +54,46 @@ def evaluate_plan(config: EvaluateConfig, spec: ModelSpec, *, node: Node, tasks:
         f"turns of {config.rollout.max_new_tokens} tokens each, on {node.chosen(config.parallel)}",
         *call_lines("calls", calls),
         *dollar_lines({"evaluation": (1, calls)}),
-        *_own_metrics(config.reward),
+        *_own_metric_lines(config.reward),
         *_not_here(node, "ports, engine.python, addresses of the LLM services"),
     ]
     return "\n".join(lines)
 
 
 def build_plan(config: BuildDatasetConfig, tasks: Sequence[Task], calls: Sequence[Calls]) -> str:
-    """Some lines of text. tasks: the problems that are to be grown."""
+    """The plan as text. tasks: the problems to grow conversations from."""
     lines = [
         f"grows       {len(tasks):,} conversations of at most {config.max_total_turns} assistant turns: "
         f"{config.num_candidate_responses} candidates x {config.num_repeat_rollouts} futures at each turn",
         *call_lines("calls", calls),
         *dollar_lines({"build": (1, calls)}),
-        *_own_metrics(config.reward),
+        *_own_metric_lines(config.reward),
     ]
     return "\n".join(lines)
 
 
 def reference_of(config: RLConfig | SFTConfig) -> Reference:
-    """Where the reference model is kept."""
+    """Where the reference model lives."""
     return config.algorithm.reference if isinstance(config, RLConfig) and config.algorithm.kl_coef else "none"
 
 
-def _own_metrics(reward: RewardSection) -> list[str]:
+def _own_metric_lines(reward: RewardSection) -> list[str]:
     own = own_metrics(reward)
-    return [f"            what metrics of your own ask ({', '.join(own)}) is not counted"] if own else []
+    return [f"            calls of your own metrics ({', '.join(own)}) are not counted"] if own else []
 
 
 def _not_here(node: Node, what: str) -> list[str]:
-    return [] if node.here else [f"not checked {what}: they are the node's"]
+    return [] if node.here else [f"not checked {what}: this is not that node"]
 
 
 def _driver_lines(config: RLConfig) -> list[str]:
-    """How far sampling runs ahead, on how many processes, and where the money ends."""
+    """Driver processes, trees in flight, staleness, and the budget."""
     driver, prompts = config.driver, config.rollout.prompts_per_step
     beyond = driver.oversample_prompts or prompts
     trees = prompts * driver.max_staleness + beyond
     updates = _count(driver.max_staleness, "update")
     policy = f"tokens at most {updates} old" if driver.max_staleness else "strictly on-policy"
-    lines = [f"driver      {_count(driver.shards, 'process', 'es')}, at most {trees} trees under way: {policy}"]
+    lines = [f"driver      {_count(driver.shards, 'process', 'es')}, at most {trees} trees in flight: {policy}"]
     budget = config.budget
     caps = [
         f"{kind} at {said}"
@@ -111,7 +112,7 @@ def _cap(usd: float | None, calls: int | None) -> str:
 
 
 def sft_plan(config: SFTConfig, spec: ModelSpec, *, node: Node) -> str:
-    """Some lines of text."""
+    """The plan as text."""
     lines = _training_lines(spec, config, node, samples=config.batch_size, longest=config.max_tokens)
     lines.append(f"training    {_count(config.train.steps, 'step')} of {_count(config.batch_size, 'conversation')}")
     return "\n".join([*lines, *_not_here(node, "the disk")])
@@ -142,7 +143,7 @@ def _model_line(spec: ModelSpec, dtype: str) -> str:
 def _training_lines(
     spec: ModelSpec, config: RLConfig | SFTConfig, node: Node, *, samples: int, longest: int
 ) -> list[str]:
-    """`samples` of at most `longest` tokens are trained per step, over all data ranks."""
+    """samples: trained per step, over all data ranks; longest: tokens of the longest sample."""
     parallel, train = config.parallel, config.train
     tokens = max(train.micro_batch_tokens, longest)
     stages = stages_of(config, spec, node.device(parallel))
@@ -161,9 +162,9 @@ def _training_lines(
 
 
 def _layout(parallel: ParallelSection) -> str:
-    """`tensor 2 x pipeline 4 x data 2`, and what else bears on memory; an axis of one rank goes unsaid."""
+    """`tensor 2 x pipeline 4 x data 2`, and other settings that change memory; axes of one rank are left out."""
     axes = [(axis, getattr(parallel, axis)) for axis in ("tensor", "pipeline", "context", "data")]
-    said = " x ".join(f"{axis} {size}" for axis, size in axes if size > 1) or "no axis divided"
+    said = " x ".join(f"{axis} {size}" for axis, size in axes if size > 1) or "no parallelism"
     more = [
         f"{parallel.interleave} chunks a stage" if parallel.interleave > 1 else "",
         f"experts over {parallel.expert}" if parallel.expert > 1 else "",
@@ -173,7 +174,7 @@ def _layout(parallel: ParallelSection) -> str:
 
 
 def _table(stages: Sequence[RankMemory]) -> list[str]:
-    """A heading and one line for every run of pipeline stages that hold the same; columns of nothing are left out."""
+    """A heading and one line for every run of equal pipeline stages; empty columns are left out."""
     columns = [name for name in COLUMNS if any(getattr(stage, name) for stage in stages)]
     lines = ["".join([" " * 12, f"{'stage':<10}", *(f"{name:>13}" for name in columns)])]
     for _, run in groupby(stages, key=lambda stage: [getattr(stage, name) for name in columns]):
@@ -186,20 +187,20 @@ def _table(stages: Sequence[RankMemory]) -> list[str]:
 
 
 def _room(stages: Sequence[RankMemory], there: int | None) -> list[str]:
-    """What a GPU of `there` bytes has beyond that."""
+    """Compare the need with a GPU of `there` bytes; None: no GPU."""
     if there is None:
         return []
     needed = max(stage.device for stage in stages)
-    said = f"{_amount(there - needed)} to spare" if needed <= there else f"{_amount(needed - there)} too few"
+    said = f"{_amount(there - needed)} free" if needed <= there else f"{_amount(needed - there)} too little"
     return [f"room        the GPU has {_amount(there)}: {said}"]
 
 
 def _engine_lines(spec: ModelSpec, config: RLConfig, device: str) -> list[str]:
-    """Which servers there are, what a rank of them holds, and what every sync sends them."""
+    """Servers, memory of one of their ranks, and bytes of one weight sync."""
     engine, sync, size = config.engine, config.sync, size_of(config.model.dtype)
     sent = parameter_count(spec) * size
     transport = sync.transport_for(engine.placement)
-    update = f"sync        {transport}, {_amount(sent)} per update to {_count(engine.servers, 'server')}"
+    update = f"sync        {transport}, {_amount(sent)} per sync to {_count(engine.servers, 'server')}"
     if transport != "disk":
         update += f", in buckets of at most {sync.bucket_mb_on(device):,} MB"
     return [*_engine_memory_lines(spec, config), update]
@@ -214,7 +215,7 @@ def _engine_memory_lines(spec: ModelSpec, config: RLConfig | EvaluateConfig) -> 
     if memory.kv_cache is not None:
         cache = f"KV cache {_amount(memory.kv_cache)} ({engine.max_total_tokens:,} tokens, {per_token})"
     else:
-        share = f"{engine.mem_fraction:.0%}" if engine.mem_fraction else "SGLang's own choice"
+        share = f"{engine.mem_fraction:.0%}" if engine.mem_fraction else "SGLang's choice"
         cache = f"KV cache {per_token}, up to {share} of the memory with the weights"
     return [
         f"engine      {_count(engine.count, 'SGLang server')} at tensor parallel {engine.tensor}, {engine.placement}; "
@@ -227,7 +228,7 @@ def _count(number: int, what: str, plural: str = "s") -> str:
 
 
 def _amount(size: int) -> str:
-    """Bytes in the unit that leaves three or four digits."""
+    """Bytes with a unit, in three or four digits."""
     for unit, scale in (("GB", 2**30), ("MB", 2**20)):
         if abs(size) >= 10 * scale:
             return f"{size / scale:,.0f} {unit}"

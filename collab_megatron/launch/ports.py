@@ -15,14 +15,16 @@ FREE_PORT_TRIES = 100
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port that was free a moment ago.
 
-    Not one of those that the kernel hands to outgoing connections: such a connection of anybody's could take it before
-    the server that it is meant for listens there.
+    It lies outside the kernel's range for outgoing connections: such a connection could take the port before the server
+    listens on it.
     """
     for _ in range(FREE_PORT_TRIES):
         port = random.SystemRandom().randrange(FIRST_PORT, max(_first_ephemeral(), FIRST_PORT + 1000))
         if not port_in_use(host, port):
             return port
-    raise RunError(f"no free port was found on {host} in {FREE_PORT_TRIES} tries")
+    raise RunError(
+        f"no free port was found on {host} in {FREE_PORT_TRIES} tries: set engine.host to an address of this machine"
+    )
 
 
 def _first_ephemeral() -> int:

@@ -1,6 +1,6 @@
-"""Asks a server's /health over and over without ever waiting for the answer.
+"""Readiness probe: requests a server's /health repeatedly and never blocks on the answer.
 
-SGLang takes a second and more over /health, because it generates a token; the launcher must not stand still for that.
+SGLang takes a second or more for /health, because it generates a token; the launcher must keep polling meanwhile.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ import select
 import time
 from urllib.parse import urlsplit
 
-CONNECT_S = 0.5  # the one thing that is waited for; at once on this machine
-ANSWER_S = 25.0  # then it is asked anew; SGLang itself gives up after 20
+CONNECT_S = 0.5  # the only wait; on this machine a connection takes no time
+ANSWER_S = 25.0  # then the request is sent again; SGLang itself gives up after 20
 
 
-class Readiness:
-    """One server's. Call `answers` often, `close` when it is of no use any more."""
+class ReadinessProbe:
+    """Probe of one server. Call `answers` often, and `close` at the end."""
 
     def __init__(self, url: str, *, every_s: float) -> None:
-        """At most one question every `every_s` seconds."""
+        """At most one request every `every_s` seconds."""
         self._address = urlsplit(url)
         self._every_s = every_s
         self._asked = -every_s
         self._connection: http.client.HTTPConnection | None = None
 
     def answers(self) -> bool:
-        """Whether the answer to an earlier question has come, and is yes."""
+        """Whether an earlier request has been answered with OK."""
         if self._connection is None:
             if time.monotonic() - self._asked >= self._every_s:
                 self._ask()
@@ -36,7 +36,7 @@ class Readiness:
             return False
         try:
             return self._connection.getresponse().status == http.client.OK
-        except (OSError, http.client.HTTPException):  # it broke off
+        except (OSError, http.client.HTTPException):  # the connection broke
             return False
         finally:
             self.close()
@@ -52,7 +52,7 @@ class Readiness:
         connection = kind(self._address.hostname or "", self._address.port, timeout=CONNECT_S)
         try:
             connection.request("GET", f"{self._address.path}/health")
-        except OSError:  # nobody listens yet
+        except OSError:  # the server does not listen yet
             connection.close()
         else:
             self._connection = connection

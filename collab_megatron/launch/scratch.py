@@ -1,14 +1,14 @@
-"""The temporary folder of a run: mode 0700, gone when the run ends, and after a kill -9 removed by the next start.
+"""The temporary folder of a run: mode 0700, removed when the run ends; after a kill -9 the next start removes it.
 
-    TMPDIR/collab_run_x3k9w2ab/      sockets, ready files, and what the run's processes make (it is their TMPDIR)
+    TMPDIR/collab_run_x3k9w2ab/      sockets, ready files, temporary files of the run's processes (it is their TMPDIR)
     TMPDIR/collab_run_x3k9w2ab/owner host and pid of the owner, for people
 
-Who owns a folder is told by a lock of the kernel's (flock) on its `owner` file. The owner passes the open file on to
-its children (`held`), so the folder stays as long as one of them runs, and no number of a process that is long gone can
-be mistaken for another. A folder whose lock is free has nobody left.
+The kernel's lock (flock) on the `owner` file shows that a folder is in use. The owner passes the open file to its
+children (`held`), so the lock lasts until the last of them ends, and a reused pid cannot be mistaken for the owner. A
+folder whose lock is free is a leftover.
 
-What the processes have in /dev/shm (semaphores and load counters of SGLang, which it leaves at every end) has random
-names and no folder of its own: `note_shared_memory` writes down what they have mapped.
+Files of the processes in /dev/shm (semaphores and load counters of SGLang, which it never removes) have random names
+and no folder: `note_shared_memory` writes down the files that the processes have mapped.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from collab_megatron.errors import RunError
 logger = logging.getLogger(__name__)
 
 PREFIX = "collab_run_"
-NEW = ".new_collab_run_"  # being made: it gets its last name once its lock is held
+NEW = ".new_collab_run_"  # being created: renamed once its lock is held
 TOUCH_EVERY_S = 3600.0
-NEW_S = 60.0  # one without a lock that is older was left by a kill in the middle of being made or removed
+NEW_S = 60.0  # an older one without a lock was left by a kill during its creation or removal
 OWNER = "owner"
 NOTED = "shared_memory"
 SHARED_MEMORY = Path("/dev/shm")
 MADE_BY_LIBRARIES = ("sem.mp-", "psm_", "sglang_", "sgl_", "torch_", "nccl-", "cuda.shm.")
-"""Of multiprocessing, SGLang, torch, NCCL and CUDA. A data set that somebody keeps in /dev/shm is mapped too."""
+"""Prefixes of multiprocessing, SGLang, torch, NCCL and CUDA. Other mapped files, such as a dataset, stay."""
 # bytes: the 107 of a Unix socket's address, less /collab_run_XXXXXXXX and torch's /torch-shm-dir-XXXXXX/manager.sock
 LONGEST_PATH = 107 - 20 - 34
 
 
-class Scratch:
-    """One folder, from `create` to `remove`."""
+class ScratchFolder:
+    """One temporary folder, from `create` to `remove`."""
 
     def __init__(self, folder: Path, owner: int) -> None:
         self.folder = folder
-        self.held = owner  # the descriptor that children must inherit
+        self.held = owner  # file descriptor that children must inherit
         self._touched = time.monotonic()
 
     @classmethod
-    def create(cls) -> Scratch:
-        """A new folder, after what dead runs of this user left has been removed. Raises RunError."""
+    def create(cls) -> ScratchFolder:
+        """A new folder; leftovers of this user's dead runs are removed first. Raises RunError."""
         where = _place()
         try:
             remove_leftovers(where)
@@ -65,22 +65,22 @@ class Scratch:
             aside.rename(folder)
         except OSError as error:
             raise RunError(
-                f"cannot make a temporary folder in {where} ({error.strerror or error}): free some space there, or set "
+                f"cannot create a temporary folder in {where} ({error.strerror or error}): free some space, or set "
                 "TMPDIR to another folder"
             ) from None
         return cls(folder, owner)
 
     def note_shared_memory(self, groups: Collection[int]) -> None:
-        """Write down which files of /dev/shm the processes of these groups have mapped, for the clean-up."""
+        """Write down the files of /dev/shm that these process groups have mapped, for the clean-up."""
         found = {str(path) for path in _mapped(groups)}
-        with contextlib.suppress(OSError):  # a full disk: those files stay, the run goes on
+        with contextlib.suppress(OSError):  # a full disk: those files stay, the run continues
             noted = self.folder / NOTED
             old = set(noted.read_text().splitlines()) if noted.exists() else set()
             if found - old:
                 noted.write_text("\n".join(sorted(found | old)) + "\n")
 
-    def stay_young(self) -> None:
-        """Call it often: what cleans temporary folders takes files of some days' age for nobody's."""
+    def touch(self) -> None:
+        """Call it often: clean-up services remove temporary files that are some days old."""
         now = time.monotonic()
         if now - self._touched < TOUCH_EVERY_S:
             return
@@ -91,8 +91,8 @@ class Scratch:
                     os.utime(path)
 
     def remove(self) -> None:
-        """Remove it, with what was noted in /dev/shm. Call it when no process of the run is left. What cannot go
-        is left to the next start: it says nothing of the run."""
+        """Remove the folder and the noted files in /dev/shm. Call it when no process of the run is left. The next start
+        removes the rest, so failures do not matter."""
         try:
             with contextlib.suppress(OSError):
                 _remove(self.folder)
@@ -101,9 +101,9 @@ class Scratch:
 
 
 def remove_leftovers(where: Path) -> None:
-    """Remove the folders of this user's runs of which no process is left."""
+    """Remove the folders of this user's runs that have no process left."""
     for folder in _own(where, PREFIX):
-        with contextlib.suppress(OSError), _owned(folder) as free:  # another start may be faster
+        with contextlib.suppress(OSError), _owned(folder) as free:  # another start may remove it first
             if free:
                 logger.info("removing %s: the run that made it was killed", folder)
                 _remove(folder)
@@ -114,17 +114,17 @@ def remove_leftovers(where: Path) -> None:
 
 
 def _place() -> Path:
-    """TMPDIR as Python finds it, unless its name is too long for the sockets that will lie in there."""
+    """Python's TMPDIR, unless its path is too long for the sockets in it."""
     where = Path(tempfile.gettempdir()).absolute()
     return where if len(os.fsencode(where)) <= LONGEST_PATH else Path("/tmp")
 
 
 def _own(where: Path, prefix: str) -> Iterator[Path]:
-    """This user's folders of that name; no link is followed, for anybody may put one there."""
+    """This user's folders with that prefix. Links are not followed, because any user can create one there."""
     for entry in list(os.scandir(where)):
         if not entry.name.startswith(prefix):
             continue
-        with contextlib.suppress(FileNotFoundError):  # removed while we looked
+        with contextlib.suppress(FileNotFoundError):  # just removed
             found = entry.stat(follow_symlinks=False)
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
                 yield Path(entry.path)
@@ -132,7 +132,7 @@ def _own(where: Path, prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _owned(folder: Path) -> Iterator[bool]:
-    """Whether nobody owns the folder any more; then it is ours for the length of the block."""
+    """Whether the folder has no owner; then we own it during the block."""
     try:
         owner = os.open(folder / OWNER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -140,7 +140,7 @@ def _owned(folder: Path) -> Iterator[bool]:
         return
     try:
         host = os.read(owner, 1024).decode(errors="replace").partition(" ")[0]
-        # the temporary folder of several machines: not every such file system carries locks from one to the other
+        # TMPDIR shared by several machines: not every file system shares locks between them
         yield host == socket.gethostname() and _lock(owner)
     finally:
         os.close(owner)
@@ -149,12 +149,12 @@ def _owned(folder: Path) -> Iterator[bool]:
 def _is_old(folder: Path) -> bool:
     try:
         return time.time() - folder.stat().st_mtime > NEW_S
-    except FileNotFoundError:  # removed while we looked
+    except FileNotFoundError:  # just removed
         return False
 
 
 def _lock(file: int) -> bool:
-    """Take the kernel's lock on an open file; False where another process has it."""
+    """Take the kernel's lock on an open file; False if another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -165,7 +165,7 @@ def _lock(file: int) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """The owner's file goes last: a folder that is half removed is found again by the next start."""
+    """Remove the owner's file last, so that the next start recognizes a folder that is half removed."""
     noted = folder / NOTED
     with contextlib.suppress(OSError):
         for line in noted.read_text().splitlines() if noted.exists() else ():
@@ -182,24 +182,24 @@ def _remove(folder: Path) -> None:
 
 
 def _unlink_shared(path: Path) -> None:
-    with contextlib.suppress(OSError):  # gone, or not ours
+    with contextlib.suppress(OSError):  # removed, or not ours
         if path.parent == SHARED_MEMORY and path.lstat().st_uid == os.getuid():
             path.unlink()
 
 
 def _mapped(groups: Collection[int]) -> Iterator[Path]:
-    """What libraries made in /dev/shm, as far as processes of these groups have it mapped.
+    """Files of libraries in /dev/shm that processes of these groups have mapped.
 
-    By number, not by name: a semaphore is mapped under another name than the one that stays.
+    Compared by inode, not by name: a semaphore is mapped under a temporary name.
     """
-    numbers: set[int] = set()
+    inodes: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             group = int((process / "stat").read_text(errors="replace").rpartition(")")[2].split()[2])
             lines = (process / "maps").read_text(errors="replace").splitlines() if group in groups else []
         except (OSError, IndexError):
-            continue  # it ended while we looked
-        numbers |= {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
-    for entry in os.scandir(SHARED_MEMORY) if numbers else ():
-        if entry.name.startswith(MADE_BY_LIBRARIES) and entry.inode() in numbers:
+            continue  # it has just ended
+        inodes |= {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
+    for entry in os.scandir(SHARED_MEMORY) if inodes else ():
+        if entry.name.startswith(MADE_BY_LIBRARIES) and entry.inode() in inodes:
             yield Path(entry.path)

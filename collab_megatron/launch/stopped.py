@@ -1,8 +1,8 @@
-"""Finds processes that a signal has stopped (SIGSTOP, Ctrl-Z, a job manager's suspend): they hold everything, do
-nothing, and nobody hears of it: sockets stay open, and the kernel still accepts connections for them.
+"""Finds processes that a signal has stopped (SIGSTOP, Ctrl-Z, a job manager's suspend).
 
-The state stands in /proc, so a look is cheap, whatever the process is: a server, one of its ranks, its detokenizer, a
-trainer rank, a driver. One that a debugger holds for a moment (state t) does not count.
+A stopped process keeps its memory, and the kernel still accepts connections for its sockets, so its peers notice
+nothing. Its state is in /proc, which is cheap to read for any process: a server, one of its ranks, a trainer rank, a
+driver. A process that a debugger holds (state t) does not count.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ from pathlib import Path
 
 LOOK_EVERY_S = 1.0
 LONGEST_LOOK_S = 5.0
-"""No look counts for more than this: when our own process was stopped too (a suspended job), all go on together."""
+"""One look adds at most this: when our own process was stopped too (a suspended job), all continue together."""
 
 
 @dataclass(frozen=True)
-class Process:
-    """One line of /proc."""
+class ProcessStat:
+    """One process as /proc reports it."""
 
     pid: int
-    name: str  # as the process calls itself, at most 15 characters
-    state: str  # R runs, S and D wait, T is stopped, Z and X have ended
+    name: str  # command name, at most 15 characters
+    state: str  # R running, S and D waiting, T stopped, Z and X ended
     group: int
 
 
-def all_processes() -> Iterator[Process]:
-    """Every process of this machine that we may look at."""
+def all_processes() -> Iterator[ProcessStat]:
+    """Every process of this machine that is visible to us."""
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
             head, _, rest = file.read_text(errors="replace").rpartition(")")
         except OSError:
-            continue  # it ended while we looked
+            continue  # it has just ended
         state, _, group = rest.split()[:3]
         pid, _, name = head.partition(" (")
-        yield Process(int(pid), name, state, int(group))
+        yield ProcessStat(int(pid), name, state, int(group))
 
 
 class StoppedWatch:
-    """Remembers for how long a stopped process has been seen stopped."""
+    """Measures how long processes have been stopped."""
 
     def __init__(
         self,
         limit_s: float,
         *,
-        look: Callable[[], Iterable[Process]] = all_processes,
+        look: Callable[[], Iterable[ProcessStat]] = all_processes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit_s, self._look, self._clock = limit_s, look, clock
@@ -54,8 +54,8 @@ class StoppedWatch:
         self._stopped_s: dict[int, float] = {}
 
     def over(self, groups: Iterable[int]) -> dict[int, str]:
-        """Process group -> a sentence part about its process that was stopped for `limit_s` or longer. Looks at most
-        every LOOK_EVERY_S; empty in between."""
+        """Process group -> why it is given up: a process of it has been stopped for `limit_s` or longer. Reads /proc at
+        most every LOOK_EVERY_S; empty in between."""
         now = self._clock()
         passed_s = min(now - self._looked, LONGEST_LOOK_S)
         if passed_s < LOOK_EVERY_S:
@@ -63,7 +63,7 @@ class StoppedWatch:
         self._looked = now
         wanted = set(groups)
         stopped = [process for process in self._look() if process.state == "T" and process.group in wanted]
-        # at the first look nothing is known of the time before it
+        # the time before the first look is unknown
         self._stopped_s = {
             process.pid: self._stopped_s[process.pid] + passed_s if process.pid in self._stopped_s else 0.0
             for process in stopped

@@ -1,1 +1,1 @@
-"""What a config.json says about a model: sizes, weight names, layouts, operations, memory. Loads no weights."""
+"""Facts about a model from its config.json: sizes, weight names, layouts, FLOPs, memory. Loads no weights."""

@@ -1,45 +1,25 @@
-"""Does this model fit this layout? Answered from config.json alone, before any process starts. Pure: no torch."""
+"""Check that a model can be split as the config asks, from config.json alone, before a process starts. No torch."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import UserError
-from collab_megatron.model.spec import ARCHITECTURES, ModelSpec, model_spec
-
-SUPPORTED: tuple[str, ...] = tuple(ARCHITECTURES)
-
-
-def read_hf_config(folder: str | Path) -> dict[str, Any]:
-    """The contents of config.json. Raises UserError when it is missing or is not a JSON object."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a Hugging Face model folder: it has no config.json") from error
-    except RecursionError:
-        raise UserError(f"{path} cannot be read: it is nested too deeply; take the model's own file") from None
-    except (OSError, ValueError) as error:  # ValueError: no JSON, no UTF-8
-        raise UserError(f"{path} cannot be read: {error}; take the model's own file") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return config
+from collab_megatron.model.spec import ModelSpec, model_spec
 
 
 def check_layout(hf_config: Mapping[str, Any], parallel: ParallelSection) -> None:
-    """Raise UserError, naming what to change, where the model cannot be split as `parallel` asks."""
+    """Raise UserError, with the key to change, if the model cannot be split as `parallel` asks."""
     spec = model_spec(hf_config)
     _check_tensor(spec, parallel)
     _check_pipeline(spec, parallel)
     _check_experts(spec, parallel)
     if parallel.context > 1 and spec.sliding_window:
         raise UserError(
-            f"parallel.context={parallel.context} does not go with the model's sliding_window={spec.sliding_window}: "
+            f"parallel.context={parallel.context} does not work with the model's sliding_window={spec.sliding_window}: "
             "set parallel.context=1"
         )
 
@@ -56,7 +36,7 @@ def _check_tensor(spec: ModelSpec, parallel: ParallelSection) -> None:
             )
     if spec.experts and parallel.tensor > 1 and not parallel.sequence_parallel:
         raise UserError(
-            f"a mixture of experts with parallel.tensor={parallel.tensor} needs parallel.sequence_parallel=true"
+            f"a mixture of experts with parallel.tensor={parallel.tensor} needs parallel.sequence_parallel=true: set it"
         )
 
 
@@ -79,7 +59,7 @@ def _check_pipeline(spec: ModelSpec, parallel: ParallelSection) -> None:
 def _check_experts(spec: ModelSpec, parallel: ParallelSection) -> None:
     expert, ranks = parallel.expert, parallel.tensor * parallel.context * parallel.data
     if expert > 1 and not spec.experts:
-        raise UserError(f"parallel.expert={expert} needs a mixture of experts, and the model is dense: set it to 1")
+        raise UserError(f"parallel.expert={expert} needs a mixture of experts, but the model is dense: set it to 1")
     if spec.experts % expert:
         raise UserError(
             f"parallel.expert={expert} does not divide the model's {spec.experts} experts; "

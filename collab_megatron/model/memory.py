@@ -1,32 +1,39 @@
-"""Bytes that a trainer rank and an engine rank will hold, by formula from the model's sizes and the config. Pure.
+"""Memory estimate: bytes that a trainer rank and an engine rank will hold, from the model's sizes and the config. Pure.
 
-Weights, gradients and optimizer are exact up to padding. Activations are what the layers keep for the backward pass, at
-the moment when most of it is alive (the first backward pass of a full pipeline): on CPU those of actor/layers.py, which
-tests hold against runs; on a GPU those of transformer-engine, by what its layers are known to keep, not measured. Rows
-are taken to be long: attention over short ones on a CPU keeps a square instead. Working memory (gradients of the layer
-or head at work) is an estimate, and every expert is taken to get as many tokens as the others. Left out: CUDA's and
-NCCL's own buffers, fragmentation, a bucket of the weight sync, gathers of a save.
+Weights, gradients and optimizer are exact up to padding. Activations are the tensors that layers keep for the backward
+pass, at the peak (the first backward pass of a full pipeline). On a CPU they are those of trainer/local/layers.py, and
+tests compare them with runs; on a GPU those that transformer-engine's layers are known to keep, not measured. Rows are
+assumed to be long: attention over short rows on a CPU keeps a square matrix instead. Working memory (gradients of the
+current layer or head) is an estimate, and all experts are assumed to get equally many tokens. Not included: buffers of
+CUDA and NCCL, fragmentation, a bucket of the weight sync, gathers of a save.
 
-Legend: `size` bytes of a weight or activation (2 or 4); what names no unit is bytes of a rank.
+Legend: `size` is the bytes of a weight or activation (2 or 4); values without a unit are bytes of a rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from collab_megatron.config.sections import EngineSection, OptimizerSection, ParallelSection, TrainSection
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, OUTPUT, Row, layer_rows, parameter_count
+from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, OUTPUT, ParameterRow, layer_rows, parameter_count
 
 Reference = Literal["none", "model", "swap"]
 FP32 = 4
 INT64 = 8
-# of actor/logprobs.py: fp32 logits worked on at a time, in bytes, and the fewest columns of a tile
+# of trainer/actor/logprobs.py: bytes of a tile's fp32 logits, few enough to stay in a CPU's cache and enough to fill a
+# GPU (measured on CPUs only); and its fewest columns: with fewer, matmuls of many tokens lose more than the cache gains
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
 TILE_COLUMNS = 1024
+
+
+def tile_columns(tokens: int, *, device: str, chunk_bytes: int) -> int:
+    """Vocabulary columns in one tile of trainer/actor/logprobs.py, whose fp32 logits take at most `chunk_bytes`."""
+    column_bytes = FP32 * max(1, tokens)
+    wanted = max(TILE_COLUMNS, TILE_BYTES.get(device, 0) // column_bytes)
+    return max(1, min(wanted, chunk_bytes // column_bytes))
 
 
 def size_of(dtype: str) -> int:
@@ -36,21 +43,21 @@ def size_of(dtype: str) -> int:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one trainer rank of a pipeline stage (all ranks of a stage are alike)."""
+    """Bytes of one trainer rank of a pipeline stage. All ranks of a stage are alike."""
 
     stage: int
     weights: int
-    gradients: int  # fp32, whatever the weights are
-    optimizer: int  # fp32 master weights (bf16 only) and two moments, this rank's shard of what stays on the device
+    gradients: int  # fp32, for weights of any dtype
+    optimizer: int  # fp32 master weights (bf16 only) and two moments: this rank's shard, the part on the device
     activations: int  # of all micro-batches in flight
-    working: int  # of the layer or head at work; an estimate
-    reference: int  # the frozen model beside the policy
-    host_optimizer: int  # what optimizer.cpu_offload puts on the host
-    host_reference: int  # two copies of the weights, where the reference is swapped in
+    working: int  # of the current layer or head; an estimate
+    reference: int  # the frozen model next to the policy
+    host_optimizer: int  # the part that optimizer.cpu_offload puts on the host
+    host_reference: int  # two copies of the weights, if the reference is swapped in
 
     @property
     def device(self) -> int:
-        """What the device holds at its fullest moment."""
+        """The device's peak."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.reference
 
     @property
@@ -64,7 +71,7 @@ class EngineMemory:
 
     weights: int
     kv_per_token: int
-    kv_cache: int | None  # None: as many tokens as engine.mem_fraction (or SGLang's own choice) leaves room for
+    kv_cache: int | None  # None: as many tokens as fit into engine.mem_fraction (or SGLang's own choice)
 
 
 def trainer_memory(
@@ -81,7 +88,7 @@ def trainer_memory(
 ) -> list[RankMemory]:
     """One entry per pipeline stage.
 
-    device: cpu | cuda. tokens: of one micro-batch, padding included; None: train.micro_batch_tokens. micro_batches: per
+    device: cpu | cuda. tokens: per micro-batch, padding included; None: train.micro_batch_tokens. micro_batches: per
     step and data rank; None: enough to fill the pipeline.
     """
     size = size_of(dtype)
@@ -110,15 +117,10 @@ def trainer_memory(
     return found
 
 
-def fullest(stages: Sequence[RankMemory]) -> RankMemory:
-    """The stage whose ranks need most on the device."""
-    return max(stages, key=lambda stage: stage.device)
-
-
 def stage_parameters(spec: ModelSpec, parallel: ParallelSection, stage: int) -> tuple[int, int]:
-    """Parameters on a rank of the stage: (those that all its data ranks hold, those of its experts)."""
+    """Parameters on a rank of the stage: (parameters that all its data ranks hold, parameters of its experts)."""
     last = parallel.pipeline - 1
-    # one layer stands for all; interleaving moves layers between chunks, not the number on a stage
+    # all layers are alike; interleaving moves layers between chunks, but their number on a stage stays
     layers = spec.layers // parallel.pipeline
     dense = layers * sum(_local(row, spec, parallel) for row in layer_rows(spec, 0) if row.expert is None)
     experts = layers * sum(_local(row, spec, parallel) for row in layer_rows(spec, 0) if row.expert == 0)
@@ -129,7 +131,7 @@ def stage_parameters(spec: ModelSpec, parallel: ParallelSection, stage: int) -> 
     return dense, experts * (spec.experts // parallel.expert)
 
 
-def _local(row: Row, spec: ModelSpec, parallel: ParallelSection) -> int:
+def _local(row: ParameterRow, spec: ModelSpec, parallel: ParallelSection) -> int:
     """Elements of one parameter on a rank that holds it."""
     dims = {**spec.dims, "vocab": spec.padded_vocab(parallel.tensor)}
     whole = sum(math.prod(dims[dim] for dim in shape) for shape in row.shapes)
@@ -137,13 +139,13 @@ def _local(row: Row, spec: ModelSpec, parallel: ParallelSection) -> int:
 
 
 def _copies(parallel: ParallelSection) -> tuple[int, int]:
-    """Ranks of a stage that hold the same (dense shard, expert shard), over which optimizer state is spread."""
+    """Ranks of a stage that hold the same (dense shard, expert shard). The optimizer state is split over them."""
     ranks = parallel.tensor * parallel.context * parallel.data
     return parallel.context * parallel.data, ranks // parallel.expert
 
 
 def engine_memory(spec: ModelSpec, *, dtype: str, engine: EngineSection) -> EngineMemory:
-    """KV heads are copied where there are fewer than ranks."""
+    """With fewer KV heads than ranks, ranks hold copies of a head."""
     size, ranks = size_of(dtype), engine.tensor
     kv_heads = max(1, spec.kv_heads // ranks)
     per_token = 2 * spec.layers * kv_heads * spec.head_dim * size
@@ -152,7 +154,7 @@ def engine_memory(spec: ModelSpec, *, dtype: str, engine: EngineSection) -> Engi
 
 
 class _Activations:
-    """What is kept for the backward pass; the figures of actor/layers.py, actor/logprobs.py and megatron's modules."""
+    """Bytes kept for the backward pass by trainer/local/layers.py, trainer/actor/logprobs.py, megatron's modules."""
 
     def __init__(
         self, spec: ModelSpec, size: int, parallel: ParallelSection, train: TrainSection, device: str, tokens: int
@@ -160,25 +162,25 @@ class _Activations:
         self.spec, self.size, self.parallel, self.train = spec, size, parallel, train
         self.device, self.fused = device, device == "cuda"
         self.tokens = math.ceil(tokens / parallel.context)
-        # of norms and residuals: sequence parallelism splits them
+        # tokens of norms and residuals, which sequence parallelism splits
         self.own_tokens = math.ceil(self.tokens / (parallel.tensor if parallel.sequence_parallel else 1))
 
     def of_stage(self, stage: int, micro_batches: int | None) -> int:
-        """At the first backward pass, when most micro-batches are in flight."""
+        """At the first backward pass, with the most micro-batches in flight."""
         parallel = self.parallel
         last = stage == parallel.pipeline - 1
         in_flight = chunks_in_flight(parallel, stage, micro_batches)
         layers = self.spec.layers // (parallel.pipeline * parallel.interleave)
         total = in_flight * (layers * self.kept_layer() + self.tokens * INT64)
-        # the head is done with before the first layer is computed a second time
+        # the head is freed before the first layer is recomputed
         return total + max(self.head() if last else 0, self.layer() - self.kept_layer())
 
     def layer(self) -> int:
-        """One layer, nothing recomputed."""
+        """One layer without recomputation."""
         return self._attention() + self._mlp_input() + self._mlp()
 
     def kept_layer(self) -> int:
-        """What of a layer outlives its forward pass."""
+        """The part of a layer that is kept after its forward pass."""
         if self.train.recompute == "full":
             return self.own_tokens * self.spec.hidden * self.size
         if self.train.recompute == "selective":
@@ -186,7 +188,7 @@ class _Activations:
         return self.layer()
 
     def head(self) -> int:
-        """Final norm, the hidden states that the logits are made of, and the softmax where its budget allows."""
+        """Final norm, the hidden states that the logits are computed from, and the softmax if its budget allows."""
         spec, size = self.spec, self.size
         columns = self._columns()
         tiles = math.ceil(columns / self._tile_columns())
@@ -196,7 +198,7 @@ class _Activations:
         return self._norm(spec.hidden) * self.own_tokens + self._hidden() + gathered + statistics + softmax
 
     def working(self, stage: int) -> int:
-        """The gradients that exist beside what is kept, where they are largest: an MLP's, or the head's."""
+        """The largest gradients next to the kept activations: those of an MLP, or of the head."""
         spec, size, tensor = self.spec, self.size, self.parallel.tensor
         width = spec.expert_ffn * spec.experts_per_token if spec.experts else spec.ffn / tensor
         own = self.own_tokens if spec.experts else self.tokens
@@ -207,12 +209,12 @@ class _Activations:
             return max(layer, vocabulary if stage == 0 else 0)
         tile = self.tokens * self._tile_columns() * (2 * FP32 + (size if size < FP32 else 0))
         gradients = vocabulary + self.tokens * spec.hidden * (FP32 + 3 * size)
-        # tiles are made in the forward pass; in the backward pass only where none was kept
+        # tiles are computed in the forward pass, and again in the backward pass only if none was kept
         return max(layer, tile, gradients + (0 if self._keeps_softmax() else tile))
 
     def _attention(self) -> int:
-        """Norm and its output; the joined projection, query and key after rotation, flash attention's statistics, and
-        its result (outside transformer-engine twice: as attention left it, and in the order of the next projection).
+        """Norm and its output; the fused projection; query and key after rotation; flash attention's statistics and its
+        result (twice without transformer-engine: in attention's layout, and in that of the next projection).
         """
         spec, size = self.spec, self.size
         query, key = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -226,7 +228,7 @@ class _Activations:
         return self._norm(self.spec.hidden) * self.own_tokens + self._hidden()
 
     def _mlp(self) -> int:
-        """Gate and up joined, and SwiGLU's result; of experts also its steps (where not fused), and the routing."""
+        """Gate and up fused, and SwiGLU's result; for experts also its unfused steps, and the routing."""
         spec, size = self.spec, self.size
         if not spec.experts:
             return math.ceil(3 * spec.ffn * size * self.tokens / self.parallel.tensor)
@@ -234,27 +236,26 @@ class _Activations:
         return (spec.experts_per_token * routed + spec.experts * (1 + size)) * self.own_tokens
 
     def _norm(self, width: int) -> int:
-        """Per token, without the output: the normalised input (transformer-engine: the input) and the scale."""
+        """Per token, without the output: the normalized input (transformer-engine: the input) and the scale."""
         return width * self.size + FP32
 
     def _hidden(self) -> int:
         return self.own_tokens * self.spec.hidden * self.size
 
     def _columns(self) -> int:
-        """Vocabulary on a rank."""
+        """Vocabulary rows on a rank."""
         return self.spec.padded_vocab(self.parallel.tensor) // self.parallel.tensor
 
     def _keeps_softmax(self) -> bool:
         return FP32 * self.tokens * self._columns() <= self.train.logits_chunk_mb * 2**20
 
     def _tile_columns(self) -> int:
-        wanted = max(TILE_COLUMNS, TILE_BYTES[self.device] // (FP32 * self.tokens))
-        budget = self.train.logits_chunk_mb * 2**20 // (FP32 * self.tokens)
-        return max(1, min(wanted, self._columns(), budget))
+        chunk_bytes = self.train.logits_chunk_mb * 2**20
+        return min(self._columns(), tile_columns(self.tokens, device=self.device, chunk_bytes=chunk_bytes))
 
 
 def chunks_in_flight(parallel: ParallelSection, stage: int, micro_batches: int | None) -> int:
-    """At most so many forward passes of a chunk wait for their backward pass; megatron's 1F1B and interleaved order."""
+    """The most forward passes of a chunk that wait for their backward pass, in megatron's 1F1B or interleaved order."""
     stages, chunks = parallel.pipeline, parallel.interleave
     most = stages - stage if chunks == 1 else 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
     return most if micro_batches is None else min(most, micro_batches * chunks)

@@ -1,8 +1,8 @@
-"""What a Hugging Face config says about a decoder, read once into one typed value. Pure: no torch.
+"""The architecture of a decoder, read once from config.json into one typed value. Pure: no torch.
 
-The mapping from config keys to fields is the same for Llama 2/3, Mistral, Qwen2, Qwen3 and Qwen3-MoE; what differs
-between them (biases, query/key norms, experts) is one row of `ARCHITECTURES`. Anything that would change the function
-computed and is not implemented is refused here, in one sentence, before a weight is read.
+Config keys map to fields in the same way for Llama 2/3, Mistral, Qwen2, Qwen3 and Qwen3-MoE. The differences (biases,
+query/key norms, experts) are one row of `ARCHITECTURES`. A feature that changes the computed function and is not
+implemented raises UserError here, before a weight is read.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collab_megatron.model.hf_values import flag, mapping, names, real, whole
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one Hugging Face class differs from plain Llama."""
+    """The differences of one Hugging Face class from plain Llama."""
 
-    qkv_bias: bool = False  # query, key and value projections carry a bias
+    qkv_bias: bool = False  # query, key and value projections have a bias
     qk_norm: bool = False  # RMSNorm over each head's query and key
-    sliding_window: bool = False  # `sliding_window` in the config is in force (Qwen2 has it behind use_sliding_window)
+    sliding_window: bool = False  # the config's `sliding_window` applies (in Qwen2 only with use_sliding_window)
     experts: bool = False  # every MLP is a mixture of experts
 
 
@@ -36,7 +36,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding: the base and, for Llama 3.x and linear scaling, how frequencies are stretched."""
+    """Rotary embedding: the base, and for Llama 3.x and linear scaling the factors that stretch the frequencies."""
 
     theta: float
     kind: str = "default"  # default | linear | llama3
@@ -48,7 +48,7 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only transformer; all sizes are of the whole model, not of a shard."""
+    """A decoder-only transformer. All sizes are those of the whole model, not of a shard."""
 
     architecture: str
     hidden: int
@@ -60,11 +60,11 @@ class ModelSpec:
     vocab: int
     max_positions: int
     norm_eps: float
-    tied: bool  # output projection shares the embedding's weight
+    tied: bool  # the output projection shares the embedding's weight
     qkv_bias: bool
     qk_norm: bool
     rope: RopeSpec
-    sliding_window: int | None  # a token sees itself and the window - 1 before it; None: all
+    sliding_window: int | None  # a token attends to itself and the window - 1 before it; None: to all
     init_std: float
     experts: int = 0  # MLPs per layer among which a router chooses; 0: dense
     experts_per_token: int = 0
@@ -73,7 +73,7 @@ class ModelSpec:
 
     @property
     def dims(self) -> dict[str, int]:
-        """The named dimensions that the tables in tables.py use for shapes."""
+        """The named dimensions of the shapes in tables.py."""
         return {
             "vocab": self.vocab,
             "hidden": self.hidden,
@@ -88,7 +88,7 @@ class ModelSpec:
     def padded_vocab(self, tensor_parallel: int) -> int:
         """Rows of the embedding: a multiple of 64 and of the tensor-parallel size.
 
-        A multiple of 64 whatever the layout, so that a checkpoint fits every tensor-parallel size of 1, 2, 4 ... 64.
+        With a multiple of 64 in every layout, a checkpoint fits each tensor-parallel size of 1, 2, 4 ... 64.
         """
         multiple = 64
         while multiple % tensor_parallel:
@@ -97,10 +97,10 @@ class ModelSpec:
 
 
 def model_spec(hf_config: Mapping[str, Any]) -> ModelSpec:
-    """Read the contents of a config.json.
+    """Parse the contents of a config.json.
 
-    Raises UserError for an unsupported architecture (naming those supported), a key that is missing or of the wrong
-    kind, or a feature that is not implemented.
+    Raises UserError for an unsupported architecture (with the supported ones), a key that is missing or has the wrong
+    type, or a feature that is not implemented.
     """
     name = next(iter(names(hf_config, "architectures")), None) or str(hf_config.get("model_type"))
     if name not in ARCHITECTURES:
@@ -111,8 +111,8 @@ def model_spec(hf_config: Mapping[str, Any]) -> ModelSpec:
     kv_heads = whole(hf_config, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise UserError(
-            f"config.json of the model has num_key_value_heads={kv_heads}, which does not divide its "
-            f"num_attention_heads={heads}: take the model's own file"
+            f"the model's config.json has num_key_value_heads={kv_heads}, which does not divide its "
+            f"num_attention_heads={heads}: use the original file"
         )
     windowed = traits.sliding_window and hf_config.get("sliding_window") is not None
     return ModelSpec(
@@ -139,31 +139,33 @@ def model_spec(hf_config: Mapping[str, Any]) -> ModelSpec:
 def _experts(name: str, hf_config: Mapping[str, Any]) -> dict[str, Any]:
     # transformers 5 writes `num_local_experts`; earlier versions, and the hub's files, `num_experts`
     experts = whole(hf_config, "num_local_experts" if "num_local_experts" in hf_config else "num_experts")
-    per_token, normalised = whole(hf_config, "num_experts_per_tok", least=0), flag(hf_config, "norm_topk_prob")
+    per_token, normalized = whole(hf_config, "num_experts_per_tok", least=0), flag(hf_config, "norm_topk_prob")
     if hf_config.get("mlp_only_layers") or hf_config.get("decoder_sparse_step", 1) != 1:
-        raise UserError(f"{name} with dense layers among those of experts is not supported; use a model without them")
-    if hf_config.get("shared_expert_intermediate_size") or hf_config.get("n_shared_experts"):
-        raise UserError(f"shared experts of {name} are not supported; use a model without them")
-    if not 1 <= per_token <= experts or (per_token == 1 and normalised):
         raise UserError(
-            f"{name} with num_experts_per_tok={per_token} of {experts} experts and norm_topk_prob={normalised} is not "
-            "supported; several experts, or one without norm_topk_prob, must be chosen"
+            f"{name} with dense layers between mixture-of-experts layers is not supported: use a model without them"
+        )
+    if hf_config.get("shared_expert_intermediate_size") or hf_config.get("n_shared_experts"):
+        raise UserError(f"shared experts of {name} are not supported: use a model without them")
+    if not 1 <= per_token <= experts or (per_token == 1 and normalized):
+        raise UserError(
+            f"{name} with num_experts_per_tok={per_token} of {experts} experts and norm_topk_prob={normalized} is not "
+            "supported: use a model that chooses several experts, or one without norm_topk_prob"
         )
     return {
         "experts": experts,
         "experts_per_token": per_token,
         "expert_ffn": whole(hf_config, "moe_intermediate_size"),
-        "norm_topk": normalised,
+        "norm_topk": normalized,
     }
 
 
 def _rope(hf_config: Mapping[str, Any]) -> RopeSpec:
-    # transformers 5 writes `rope_parameters`; earlier versions `rope_theta` beside an optional `rope_scaling`
+    # transformers 5 writes `rope_parameters`; earlier versions `rope_theta` and an optional `rope_scaling`
     rope = {**mapping(hf_config, "rope_scaling"), **mapping(hf_config, "rope_parameters")}
     theta = real(rope, "rope_theta", real(hf_config, "rope_theta", 10000.0))
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     if (share := rope.get("partial_rotary_factor") or hf_config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(f"partial_rotary_factor={share} is not supported; use a model that rotates whole heads")
+        raise UserError(f"partial_rotary_factor={share} is not supported: use a model that rotates whole heads")
     if kind == "default":
         return RopeSpec(theta)
     if kind == "linear":
@@ -178,14 +180,16 @@ def _rope(hf_config: Mapping[str, Any]) -> RopeSpec:
             whole(rope, "original_max_position_embeddings"),
         )
     raise UserError(
-        f"config.json of the model: rotary embeddings of type {kind!r} are not supported; supported are default, "
-        "linear, llama3"
+        f"the model's config.json has rotary embeddings of type {kind!r}; supported are default, linear, llama3: use a "
+        "model with one of them"
     )
 
 
 def _refuse_unsupported(name: str, hf_config: Mapping[str, Any]) -> None:
     if (act := hf_config.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"config.json of the model has hidden_act {act!r}; of {name} only silu is supported")
+        raise UserError(
+            f"the model's config.json has hidden_act {act!r}; for {name} only silu is supported: use another model"
+        )
     for key in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
         if hf_config.get(key):
-            raise UserError(f"{key} of {name} is not supported; use a model without it")
+            raise UserError(f"{key} of {name} is not supported: use a model without it")

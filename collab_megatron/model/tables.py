@@ -1,9 +1,9 @@
-"""Which Hugging Face tensors make up which Megatron parameter, one row each. Pure: no torch.
+"""Table of Megatron parameters and the Hugging Face tensors that each consists of, one row each. Pure: no torch.
 
-A row names its tensors' shapes by dimension (ModelSpec.dims), the dimension along which tensor parallelism cuts them,
-and how several tensors are joined into one. `{layer}` and `{expert}` count from 0 over the whole model. Names are those
-of Megatron's local spec. Transformer-engine's fuses two norms into the next projection and numbers the weights of
-grouped experts, which `ALIASES` undoes; the norm before a mixture of experts it leaves alone.
+A row holds the tensors' shapes by dimension name (ModelSpec.dims), the dimension that tensor parallelism cuts, and the
+way in which several tensors are joined into one. `{layer}` and `{expert}` count from 0 over the whole model. Names are
+those of Megatron's local layers. Transformer-engine's layers fuse two norms into the next projection and number the
+weights of grouped experts; `ALIASES` maps these names back. They leave the norm before a mixture of experts alone.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ Join = Literal["none", "qkv", "gate_up"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One Megatron parameter. A row of the tables below may hold `{layer}` and `{expert}`; one of `rows` never does."""
+class ParameterRow:
+    """One Megatron parameter. Names in the tables below may hold `{layer}` and `{expert}`; in `rows` they never do."""
 
     megatron: str
     hf: tuple[str, ...]
     shapes: tuple[tuple[str, ...], ...]  # of each HF tensor, as names of ModelSpec.dims
-    cut: int | None  # dimension that tensor parallelism cuts; None: every rank holds the whole tensor
+    cut: int | None  # the dimension that tensor parallelism cuts; None: every rank holds the whole tensor
     join: Join = "none"
     layer: int | None = None  # None: outside the layers
-    expert: int | None = None  # the expert it belongs to, of the whole model: only that expert's ranks hold it
+    expert: int | None = None  # its expert, numbered over the whole model: only that expert's ranks hold it
 
     @property
     def is_vocab(self) -> bool:
-        """Its rows are the vocabulary: padded in Megatron, not in Hugging Face."""
+        """Whether its rows are the vocabulary, which Megatron pads and Hugging Face does not."""
         return self.shapes[0][0] == "vocab"
 
-    def at(self, layer: int, expert: int | None = None) -> Row:
-        """The row with the numbers filled in."""
+    def at(self, layer: int, expert: int | None = None) -> ParameterRow:
+        """The row with the layer and expert numbers filled in."""
 
         def fill(name: str) -> str:
             return name.format(layer=layer, expert=expert)
@@ -49,56 +49,60 @@ _M = "decoder.layers.{layer}."
 _H = "model.layers.{layer}."
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0)
-FINAL_NORM = Row("decoder.final_layernorm.weight", ("model.norm.weight",), (("hidden",),), None)
-OUTPUT = Row("output_layer.weight", ("lm_head.weight",), (("vocab", "hidden"),), 0)
+EMBEDDING = ParameterRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0)
+FINAL_NORM = ParameterRow("decoder.final_layernorm.weight", ("model.norm.weight",), (("hidden",),), None)
+OUTPUT = ParameterRow("output_layer.weight", ("lm_head.weight",), (("vocab", "hidden"),), 0)
 
-INPUT_NORM = Row(_M + "input_layernorm.weight", (_H + "input_layernorm.weight",), (("hidden",),), None)
-QKV_WEIGHT = Row(
+INPUT_NORM = ParameterRow(_M + "input_layernorm.weight", (_H + "input_layernorm.weight",), (("hidden",),), None)
+QKV_WEIGHT = ParameterRow(
     _M + "self_attention.linear_qkv.weight",
     tuple(_H + name + ".weight" for name in _QKV),
     (("q", "hidden"), ("kv", "hidden"), ("kv", "hidden")),
     0,
     "qkv",
 )
-QKV_BIAS = Row(
+QKV_BIAS = ParameterRow(
     _M + "self_attention.linear_qkv.bias",
     tuple(_H + name + ".bias" for name in _QKV),
     (("q",), ("kv",), ("kv",)),
     0,
     "qkv",
 )
-Q_NORM = Row(_M + "self_attention.q_layernorm.weight", (_H + "self_attn.q_norm.weight",), (("head",),), None)
-K_NORM = Row(_M + "self_attention.k_layernorm.weight", (_H + "self_attn.k_norm.weight",), (("head",),), None)
-ATTENTION_OUT = Row(_M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), (("hidden", "q"),), 1)
-MLP_NORM = Row(_M + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",), (("hidden",),), None)
-MLP_IN = Row(
+Q_NORM = ParameterRow(_M + "self_attention.q_layernorm.weight", (_H + "self_attn.q_norm.weight",), (("head",),), None)
+K_NORM = ParameterRow(_M + "self_attention.k_layernorm.weight", (_H + "self_attn.k_norm.weight",), (("head",),), None)
+ATTENTION_OUT = ParameterRow(
+    _M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), (("hidden", "q"),), 1
+)
+MLP_NORM = ParameterRow(
+    _M + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",), (("hidden",),), None
+)
+MLP_IN = ParameterRow(
     _M + "mlp.linear_fc1.weight",
     (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"),
     (("ffn", "hidden"), ("ffn", "hidden")),
     0,
     "gate_up",
 )
-MLP_OUT = Row(_M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), (("hidden", "ffn"),), 1)
+MLP_OUT = ParameterRow(_M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), (("hidden", "ffn"),), 1)
 
-ROUTER = Row(_M + "mlp.router.weight", (_H + "mlp.gate.weight",), (("experts", "hidden"),), None)
-# experts are spread over expert-parallel ranks whole: their tensor-parallel size is 1
+ROUTER = ParameterRow(_M + "mlp.router.weight", (_H + "mlp.gate.weight",), (("experts", "hidden"),), None)
+# each expert is whole on one expert-parallel rank: its tensor-parallel size is 1
 _EXPERT = _M + "mlp.experts.local_experts.{expert}."
-EXPERT_IN = Row(
+EXPERT_IN = ParameterRow(
     _EXPERT + "linear_fc1.weight",
     (_H + "mlp.experts.{expert}.gate_proj.weight", _H + "mlp.experts.{expert}.up_proj.weight"),
     (("expert_ffn", "hidden"), ("expert_ffn", "hidden")),
     None,
     "gate_up",
 )
-EXPERT_OUT = Row(
+EXPERT_OUT = ParameterRow(
     _EXPERT + "linear_fc2.weight",
     (_H + "mlp.experts.{expert}.down_proj.weight",),
     (("hidden", "expert_ffn"),),
     None,
 )
 
-# transformer-engine's name, as a regular expression that ends the parameter's name -> the table's
+# end of transformer-engine's parameter name, as a regular expression -> the table's name
 ALIASES = {
     r"self_attention\.linear_qkv\.layer_norm_weight": "input_layernorm.weight",
     r"mlp\.linear_fc1\.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -107,7 +111,7 @@ ALIASES = {
 
 
 def canonical_name(megatron_name: str) -> str:
-    """A parameter's name as it stands in the table, whichever layer spec built the model."""
+    """A parameter's name in the table, whether local or transformer-engine layers built the model."""
     for theirs, ours in ALIASES.items():
         name, count = re.subn(rf"(?<=\.){theirs}$", ours, megatron_name)
         if count:
@@ -115,8 +119,8 @@ def canonical_name(megatron_name: str) -> str:
     return megatron_name
 
 
-def layer_rows(spec: ModelSpec, layer: int) -> Iterator[Row]:
-    """The rows of one layer, numbers filled in, in the order in which they are streamed."""
+def layer_rows(spec: ModelSpec, layer: int) -> Iterator[ParameterRow]:
+    """The rows of one layer, numbers filled in, in streaming order."""
     attention = [INPUT_NORM, QKV_WEIGHT]
     if spec.qkv_bias:
         attention.append(QKV_BIAS)
@@ -130,8 +134,8 @@ def layer_rows(spec: ModelSpec, layer: int) -> Iterator[Row]:
         yield EXPERT_OUT.at(layer, expert)
 
 
-def rows(spec: ModelSpec) -> Iterator[Row]:
-    """Every row of the model, numbers filled in, in the order in which tensors are streamed."""
+def rows(spec: ModelSpec) -> Iterator[ParameterRow]:
+    """All rows of the model, numbers filled in, in streaming order."""
     yield EMBEDDING
     for layer in range(spec.layers):
         yield from layer_rows(spec, layer)
@@ -141,5 +145,5 @@ def rows(spec: ModelSpec) -> Iterator[Row]:
 
 
 def parameter_count(spec: ModelSpec) -> int:
-    """Parameters of the whole model; a tied output projection counts once."""
+    """Number of parameters of the whole model. A tied output projection counts once."""
     return sum(math.prod(spec.dims[dim] for dim in dims) for row in rows(spec) for dims in row.shapes)

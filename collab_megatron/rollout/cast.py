@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from collab_megatron.config.entry import EvaluateConfig, RLConfig, llm_roles
+from collab_megatron.config.entry import EvaluateConfig, RLConfig
+from collab_megatron.config.roles import llm_roles
+from collab_megatron.config.sections import DriverSection
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
-from collab_megatron.data.fit import fitting_tasks
+from collab_megatron.data.token_limit import fitting_tasks
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.rollout.conversation import Limits, Players
 from collab_megatron.rollout.journal import store
@@ -36,7 +38,7 @@ class Cast:
     players: Players
     limits: Limits
     engine: EnginePool
-    engine_slots: Slots  # tokens of the policy turns in flight
+    engine_slots: AdaptiveLimiter  # tokens of the policy turns in flight
     recorded: RecordedEngine
     gateway: Gateway
     health: SimulatorHealth
@@ -82,17 +84,17 @@ async def assemble(
         shards=shards,
         go_on="set run.resume=true" if driver else "start the evaluation again",
     )
-    slots = Slots(config.engine.max_running_tokens or float("inf"))
+    slots = AdaptiveLimiter(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
         stop_token_ids=chat.end_ids,
-        request_timeout_s=config.engine.request_timeout_s,
+        request_timeout_s=(driver or DriverSection()).request_timeout_s,
         health_timeout_s=config.engine.health_timeout_s,
         work_timeout_s=config.engine.work_timeout_on("cuda" if config.parallel.device == "cuda" else "cpu"),
         max_concurrency=max(1, config.engine.max_concurrency // shards),
         max_running_tokens=config.engine.max_running_tokens,
         share=1 / shards,
-        slots=slots,
-        ahead=staleness > 0,
+        limiter=slots,
+        updates_while_sampling=staleness > 0,
         wait_for_engines=driver is not None,
         keys=engine_keys,
     ) as engine:

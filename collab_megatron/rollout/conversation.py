@@ -16,8 +16,8 @@ from typing import Protocol
 from collab_megatron.config.sections.rollout import CutReply
 from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError
 from collab_megatron.rollout.busy import BusyClock
-from collab_megatron.rollout.journal.calls import CALLS
 from collab_megatron.rollout.journal.store import ReplayMiss
+from collab_megatron.rollout.llm.accounting import CALLS
 from collab_megatron.rollout.rewards.scorer import is_of_own_metric
 from collab_megatron.rollout.unexpected import Unexpected
 from collab_megatron.run_order import POSITION, RunPosition

@@ -24,7 +24,7 @@ from collab_megatron import __version__
 from collab_megatron.config.entry import EvaluateConfig, RLConfig
 from collab_megatron.errors import UserError
 from collab_megatron.files import contents, short_hash
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import resolve_model_folder
 from collab_megatron.rollout.llm.templates import prompts_by_content, shipped_prompts
 from collab_megatron.rollout.rewards.modules import module_sources
 from collab_megatron.wire.checkpoints import named_checkpoint
@@ -40,7 +40,6 @@ FREE: Mapping[str, frozenset[str]] = {
     "run": frozenset({"dir", "name", "resume", "init_from", "umask", "stopped_timeout_s"}),  # init_from by content
     "model": frozenset({"path"}),  # by content
     "data": frozenset({"train", "validation"}),  # by content; the held-out rows decide nothing
-    "rollout": frozenset({"step_timeout_s"}),
     "reward": frozenset({"metric_modules"}),  # by content
     "optimizer": frozenset({"distributed", "overlap", "cpu_offload"}),
     "simulators": frozenset({"health", "assistant"}),  # limits of what is said; who builds data sets

@@ -1,4 +1,4 @@
-"""A conversation tree as a line of the run's record, readable without this package: docs/RECORD.md field by field."""
+"""A conversation tree as a line of the run's record, readable without this package: docs/record.md field by field."""
 
 from __future__ import annotations
 

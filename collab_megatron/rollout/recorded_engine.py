@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.journal.store import Journal
 from collab_megatron.types import Generation, PolicyEngine
 
@@ -24,7 +24,7 @@ class RecordedEngine:
     publishes versions; the journal's lineage alone says whose turns they are."""
 
     def __init__(
-        self, engine: PolicyEngine, journal: Journal | None, slots: Slots, *, max_staleness: int | None
+        self, engine: PolicyEngine, journal: Journal | None, slots: AdaptiveLimiter, *, max_staleness: int | None
     ) -> None:
         self._engine, self._journal, self._slots = engine, journal, slots
         self._max_staleness = max_staleness

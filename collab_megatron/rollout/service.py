@@ -27,13 +27,13 @@ from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import EXIT_DEFECT, BudgetSpent, NoEngineLeft, RunError, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
-from collab_megatron.processes import die_with_parent
 from collab_megatron.rollout.cast import Cast, assemble, open_journal
 from collab_megatron.rollout.listener import Listener
-from collab_megatron.rollout.llm.usage import API_USAGE_FILE
+from collab_megatron.rollout.llm.accounting import API_USAGE_FILE
 from collab_megatron.rollout.recorder import TreeRecorder
 from collab_megatron.rollout.steps import Steps
 from collab_megatron.rollout.work import Work
+from collab_megatron.signals import die_with_parent
 from collab_megatron.wire.protocol import POLL_S, Answer, Request
 
 
@@ -92,7 +92,7 @@ class Service:
             if answer is not None:
                 return answer
             self._require_engines()
-            timeout_s = self._config.rollout.step_timeout_s
+            timeout_s = self._config.driver.step_timeout_s
             if time.monotonic() - self._since > timeout_s:
                 raise RunError(
                     f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s; {self._steps.state()}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from collab_megatron.data.order import refill_index, step_indices
+from collab_megatron.data.row_order import refill_index, step_indices
 from collab_megatron.rollout.group import TreeSeat
 from collab_megatron.types import Task
 

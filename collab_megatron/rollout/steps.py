@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from msgspec import structs
 
 from collab_megatron.config import RLConfig
-from collab_megatron.engine.usage import PoolUsage
+from collab_megatron.engine.pool_usage import PoolUsage
 from collab_megatron.errors import RunError
 from collab_megatron.rollout.cast import Cast
 from collab_megatron.rollout.deliveries import Deliveries

@@ -1,4 +1,4 @@
-"""Every conversation of an evaluation as JSON lines, in the format of the record (docs/RECORD.md).
+"""Every conversation of an evaluation as JSON lines, in the format of the record (docs/record.md).
 
     RUN_DIR/evaluations/NAME/step_00000040.jsonl          a second driver process: step_00000040.shard1.jsonl
 

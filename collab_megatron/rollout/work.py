@@ -13,7 +13,7 @@ from collab_megatron.rollout.evaluation import evaluate
 from collab_megatron.rollout.forest import ForestRules, Tree
 from collab_megatron.rollout.group import GroupRules, grow_group, sample_replies
 from collab_megatron.rollout.llm.budget import Reservation
-from collab_megatron.rollout.rewards.configured import judge_calls
+from collab_megatron.rollout.rewards import judge_calls
 from collab_megatron.rollout.shard import Shard
 from collab_megatron.rollout.transcripts import keep_newest, transcript_file, write_transcripts
 from collab_megatron.rollout.worth import evaluation_calls, tree_calls

@@ -1,1 +1,28 @@
-"""What the step loops of train_rl.py and train_sft.py are made of. Runs on trainer ranks."""
+"""The trainer ranks: the parts of the step loops in train_rl.py and train_sft.py.
+
+One RL step, the same code on every rank:
+
+      rollout driver                                        engines
+            |  RolloutBatch                                    ^  weights of the new version
+            v                                                  |
+    +------------------+   +----------+   +--------+   +-------------+   +-----------+   +------------+   +----------+
+    | wait_for_rollout |-->| logprobs |-->| update |-->| weight_sync |-->| reporting |-->| checkpoint |-->| evaluate |
+    +------------------+   +----------+   +--------+   +-------------+   +-----------+   +------------+   +----------+
+       rollout_client        rl_step        rl_step     sync.publisher    rl_reporter        saving         evaluation_
+       engines               actor          actor       engines                              checkpoint     schedule
+
+    phase             consumes                       produces                      waits for
+    wait_for_rollout  step, URLs of live engines     RolloutBatch on every rank    the driver's rollouts of the step
+    logprobs          this rank's share of the       log-probs of the reference,   ranks that share a model (tensor,
+                      batch (rank_batch)             of the policy if mini-batches pipeline, context)
+    update            micro-batches with log-probs   new weights, metrics          all ranks: gradients, their norm
+    weight_sync       the weights, roster of engines engines on the new weights    the engines, with proof of arrival
+    reporting         figures of the phases          dashboard, progress line      rank 0
+    checkpoint        weights, optimizer, RNG        a folder, if one is due       all ranks and the disk
+    evaluate          live engines, if it is due     held-out figures              the driver's held-out conversations
+
+All ranks meet in every phase. Rank 0 alone talks to driver, engines, disk and user. What it does for the others goes
+through actor/agreement.py, so that its result, or its error, reaches every rank and none waits for a rank that has
+raised. saving.py decides when to save, also before whatever ends the run. An SFT step has data (sft_data) in the place
+of wait_for_rollout and no engines; its held-out loss (held_out_loss) is measured by the ranks themselves.
+"""

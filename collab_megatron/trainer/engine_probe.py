@@ -1,4 +1,4 @@
-"""What the engine answers greedily under the final weights, with its log-probs: an export must agree."""
+"""Engine probe: greedy replies of an engine with the final weights, with log-probs. An export is compared with it."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import json
 
 from collab_megatron.config import RLConfig
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
-from collab_megatron.data.fit import first_prompts, max_context_tokens
 from collab_megatron.data.parquet import read_task_files
+from collab_megatron.data.token_limit import first_prompts, max_context_tokens
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.files import publish_text
-from collab_megatron.model.layout import read_hf_config
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
 
 NUM_PROMPTS = 16
 
 
 def write_engine_probe(config: RLConfig, engine: EngineControl) -> None:
-    """Greedy replies to the first prompts of the training file: {"weight_version", "dtype", "rows": [{"input_ids",
-    "output_ids", "logprobs"}], ...}, log-probs in nats.
+    """Write greedy replies to the first prompts of the training file as JSON: {"weight_version", "dtype", "rows":
+    [{"input_ids", "output_ids", "logprobs"}], ...}, log-probs in nats.
 
-    The same prompts in every attempt: a run that was ended after its last step makes its probe on a resume.
+    Every attempt of a run takes the same prompts, so a resume after the last step can still write the probe.
     """
     chat = ChatTemplate(load_tokenizer(config.model.path))
     stop = list(chat.end_ids)

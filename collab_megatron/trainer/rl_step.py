@@ -1,4 +1,4 @@
-"""One RL update on one data rank's share: reference log-probs, then the optimizer steps."""
+"""One RL update of this rank: reference log-probs, then the optimizer steps."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from collab_megatron.config.sections import AlgorithmSection, TrainSection
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.batching import MicroBatch
 from collab_megatron.trainer.loss.grpo_step import make_grpo_loss, mini_batches, token_sample, with_values
+from collab_megatron.trainer.rank_batch import rank_batch
 from collab_megatron.trainer.report.timers import PhaseTimer
-from collab_megatron.trainer.shares import my_share
-from collab_megatron.trainer.skipped import SkippedSteps, largest_norm
+from collab_megatron.trainer.skipped_steps import SkippedSteps, largest_norm
 from collab_megatron.types import RolloutBatch
 
 
-class Scorer(Protocol):
-    """The actor, or a reference in one of its two forms."""
+class LogprobModel(Protocol):
+    """The actor, or a reference of either kind."""
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]: ...
 
 
 def update(
     actor: Actor,
-    reference: Scorer | None,
+    reference: LogprobModel | None,
     batch: RolloutBatch,
     *,
     algorithm: AlgorithmSection,
@@ -33,16 +33,16 @@ def update(
     timer: PhaseTimer,
     skipped: SkippedSteps,
 ) -> dict[str, float]:
-    """Train on `batch`; metrics by dashboard name, means over trained tokens, equal on every rank.
+    """Train on `batch`; returns metrics by dashboard name, means over trained tokens, equal on every rank.
 
-    With several mini-batches the figures are those of their mean, except lr (the last), grad_norm, dp_imbalance and
-    those that end in _max (the largest). A batch without samples (algorithm.zero_advantage: drop) takes no optimizer
-    step and is counted: its weights and its place in the schedule stay.
+    With several mini-batches a metric is their mean, except lr (the last), grad_norm, dp_imbalance and names that end
+    in _max (the largest). A batch without samples (algorithm.zero_advantage: drop) takes no optimizer step and is
+    counted; weights and learning-rate schedule stay as they are.
     """
     if not batch.samples:
         for phase in ("logprobs", "update"):
             with timer(phase):
-                pass  # the dashboard has both at every step
+                pass  # the dashboard shows both phases at every step
         idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "lr": actor.lr}
         return {f"train/{name}": value for name, value in idle.items()}
     parts = mini_batches(batch.samples, algorithm.mini_batches)
@@ -50,9 +50,9 @@ def update(
     imbalance = 1.0
     with timer("logprobs"):
         for part in parts:
-            share = my_share(actor.grid, actor.spec, [token_sample(sample, batch.step) for sample in part], train)
-            imbalance = max(imbalance, share.imbalance)
-            micro = share.micro_batches
+            mine = rank_batch(actor.grid, actor.spec, [token_sample(sample, batch.step) for sample in part], train)
+            imbalance = max(imbalance, mine.imbalance)
+            micro = mine.micro_batches
             if reference is not None:
                 micro = _attach(micro, "ref_logprobs", reference)
             if len(parts) > 1:
@@ -65,7 +65,7 @@ def update(
     metrics = {f"train/{name}": sum(r.metrics[name] for r in results) / len(results) for name in names}
     metrics |= {f"train/{name}": max(r.largest[name] for r in results) for name in results[0].largest}
     on_policy = metrics["train/on_policy_share"]
-    gap = metrics.pop("train/on_policy_gap")  # summed over those tokens, divided by all
+    gap = metrics.pop("train/on_policy_gap")  # a sum over on-policy tokens, divided by all tokens
     if on_policy:
         metrics["train/on_policy_gap"] = gap / on_policy
     metrics["train/grad_norm"] = largest_norm(results)
@@ -78,6 +78,6 @@ def update(
     return metrics
 
 
-def _attach(micro_batches: list[MicroBatch], name: str, model: Scorer) -> list[MicroBatch]:
+def _attach(micro_batches: list[MicroBatch], name: str, model: LogprobModel) -> list[MicroBatch]:
     logprobs, _ = model.logprobs(micro_batches)
     return [with_values(batch, name, values) for batch, values in zip(micro_batches, logprobs, strict=True)]

@@ -1,4 +1,4 @@
-"""Supervised training as the user sees it: progress line and dashboard."""
+"""Reports of a supervised run to the user: progress line and dashboard."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ from collections.abc import Mapping
 
 from collab_megatron.config import SFTConfig, show_config
 from collab_megatron.trainer.actor.actor import StepResult
-from collab_megatron.trainer.held_out import HeldOut
+from collab_megatron.trainer.held_out_loss import HeldOutLoss
+from collab_megatron.trainer.rank_batch import RankBatch
 from collab_megatron.trainer.report.dashboard import Dashboard
-from collab_megatron.trainer.report.progress import Progress, steps_between
+from collab_megatron.trainer.report.progress_line import ProgressLine, steps_between
 from collab_megatron.trainer.sft_data import SFTData
-from collab_megatron.trainer.shares import Share
-from collab_megatron.wire.unfinished import METRICS_FILE, is_measured
 
 MOST_LINES, MOST_POINTS = 100, 1000
-"""On the terminal and on the dashboard, over a whole run: a step may take milliseconds."""
+"""The most lines on the terminal and points on the dashboard in a whole run: a step may take milliseconds."""
 
 
 class SFTReporter:
     """For the trainer's rank 0."""
 
     def __init__(self, config: SFTConfig, *, first_step: int, data: SFTData) -> None:
-        self._metrics = config.run.tensorboard_dir / METRICS_FILE
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
         self._dashboard.text("config", show_config(config))
         self._name, self._data = config.run.name, data
         total = config.train.steps
-        self._progress = Progress(
+        self._progress = ProgressLine(
             config.run.name, first_step=first_step, total_steps=total, every=steps_between(total, MOST_LINES)
         )
         self._total, self._every = total, steps_between(total, MOST_POINTS)
@@ -37,33 +35,29 @@ class SFTReporter:
             print(f"{config.run.name}: {notice}", flush=True)
 
     def step(
-        self, done: int, result: StepResult, share: Share, trained_tokens: int, seconds: Mapping[str, float]
+        self, done: int, result: StepResult, batch: RankBatch, trained_tokens: int, seconds: Mapping[str, float]
     ) -> None:
-        """Figures of the step that has just ended; `done` counts from 1."""
+        """Report a finished step; `done` counts from 1."""
         tokens_per_s = trained_tokens / max(seconds["time_s/update"], 1e-9)
         if done % self._every == 0 or done == self._total:
             metrics = {f"train/{name}": value for name, value in result.metrics.items()}
             metrics |= {"train/grad_norm": result.grad_norm, "train/lr": result.lr, "train/tokens_per_s": tokens_per_s}
-            metrics["train/dp_imbalance"] = share.imbalance
+            metrics["train/dp_imbalance"] = batch.imbalance
             metrics["data/conversations_left_out"] = self._data.left_out
             metrics["data/conversations_left_out_share"] = self._data.share_left_out
             self._dashboard.log(done, {**metrics, **seconds})
         self._progress.step(done, {"loss": f"{result.metrics['loss']:.3f}", "trained tokens/s": f"{tokens_per_s:,.0f}"})
 
     def to_disk(self) -> None:
-        """Before a checkpoint: the figures of its steps are on the disk. Raises RunError when the disk refuses."""
+        """Force the figures to the disk; call it before a checkpoint. Raises RunError if the disk refuses."""
         self._dashboard.to_disk()
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the held-out loss of the weights after `step` steps was measured."""
-        return is_measured(self._metrics, step)
-
     def saved(self, done: int, seconds: Mapping[str, float]) -> None:
-        """A checkpoint of `done` steps has been written, or is being written while training goes on."""
+        """Times of a checkpoint of `done` steps, which is written or, with train.async_save, under way."""
         self._dashboard.log(done, seconds)
 
-    def evaluation(self, step: int, found: HeldOut, *, best: bool, seconds: float) -> None:
-        """Held-out figures of the weights after `step` steps; `best`: the lowest loss so far."""
+    def evaluation(self, step: int, found: HeldOutLoss, *, best: bool, seconds: float) -> None:
+        """Report the held-out loss of the weights after `step` steps. best: it is the lowest so far."""
         self._progress.pause(seconds)
         self._dashboard.log(step, {**found.metrics(), "time_s/evaluation": seconds})
         print(

@@ -11,7 +11,6 @@ checkpoints/NAME/
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from collab_megatron.errors import UserError
+from collab_megatron.files import atomic_write
 from collab_megatron.wire.origin import package_versions
 
 MARKER = "complete.json"
 BEST = "best.json"
 FORMAT = 2
-READABLE = (1, 2)  # 1 kept megatron's parameter groups in the common part and did not say the versions
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -37,7 +36,7 @@ class CheckpointInfo:
     step: int  # training steps done
     extra: dict[str, Any]  # the caller's own JSON: config, data position, weight version
     layout: dict[str, Any]  # state.layout_of: sizes of the grid, dtype, architecture, kind of optimizer
-    versions: dict[str, str]  # of Python and the packages that wrote it; empty in format 1
+    versions: dict[str, str]  # of Python and the packages that wrote it
 
     @property
     def model_folder(self) -> Path:
@@ -75,7 +74,7 @@ def write_marker(folder: Path, *, step: int, layout: Mapping[str, Any], extra: M
 
 
 def read_info(folder: Path) -> CheckpointInfo:
-    """Read the marker. Raises UserError where `folder` is not a complete checkpoint of a format that we know."""
+    """Read the marker. Raises UserError where `folder` is not a complete checkpoint of this format."""
     try:
         content = json.loads((folder / MARKER).read_text())
         found = content["format"]
@@ -84,9 +83,9 @@ def read_info(folder: Path) -> CheckpointInfo:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a complete checkpoint: its {MARKER} is missing or unreadable") from error
-    if found not in READABLE:
+    if found != FORMAT:
         raise UserError(
-            f"{folder} is a checkpoint of format {found}; this version reads formats up to {FORMAT}: use the "
+            f"{folder} is a checkpoint of format {found}; this version reads format {FORMAT}: use the "
             "version of collab_megatron that wrote it"
         )
     return info
@@ -118,9 +117,9 @@ def named_checkpoint(path: Path) -> CheckpointInfo:
 
 def write_best(directory: Path, step: int, loss: float) -> None:
     """Name the complete checkpoint of `step` as the best; the one named before loses its protection."""
-    aside = directory / (BEST + ".tmp")
-    aside.write_text(json.dumps({"step": step, "loss": loss, "folder": step_folder(directory, step).name}) + "\n")
-    os.replace(aside, directory / BEST)
+    best = {"step": step, "loss": loss, "folder": step_folder(directory, step).name}
+    with atomic_write(directory / BEST) as temporary:
+        temporary.write_text(json.dumps(best) + "\n")
 
 
 def read_best(directory: Path) -> BestCheckpoint | None:

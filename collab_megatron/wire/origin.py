@@ -1,6 +1,6 @@
 """Where a checkpoint comes from: versions, config, place in the data; and in what a run differs. Pure: no torch.
 
-The data order is a pure function of (seed, step) (data/order.py), so the place in it is a number of rows.
+The data order is a pure function of (seed, step) (data/row_order.py), so the place in it is a number of rows.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ _DECIDES = (
     *("model", "data.train", "algorithm", "optimizer", "rollout", "reward", "batch_size", "max_tokens"),
     *("run.seed", "run.init_from", "driver.max_staleness", "driver.oversample_prompts"),
 )
-_DECIDES_NOT = (
-    *("algorithm.reference", "optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload"),
-    "rollout.step_timeout_s",
-)
+_DECIDES_NOT = ("algorithm.reference", "optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload")
 _DECIDES_OF_LLMS = ("model", "temperature", "prompt_file", "max_tokens")
 """Of the LLMs around the policy, and all of `extra`; where they are and how patiently they are asked may change."""
 _NAMED_BY_THE_USER = (".metric_weights.", ".extra.")

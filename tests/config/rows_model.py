@@ -153,12 +153,12 @@ CONFIGS = [
 ]
 
 WEIGHTS = [
-    spoilt("truncated-weights", cut(MODEL, 0.5), MODEL, "cut short", "fetch it again"),
-    spoilt("truncated-weights-by-one-byte", cut(MODEL, 1 - 1e-7), MODEL, "cut short"),
-    spoilt("truncated-weights-sft", cut(MODEL, 0.9), MODEL, "cut short", program="train_sft"),
-    spoilt("truncated-weights-evaluate", cut(MODEL, 0.9), MODEL, "cut short", program="evaluate"),
+    spoilt("truncated-weights", cut(MODEL, 0.5), MODEL, "truncated", "download it again"),
+    spoilt("truncated-weights-by-one-byte", cut(MODEL, 1 - 1e-7), MODEL, "truncated"),
+    spoilt("truncated-weights-sft", cut(MODEL, 0.9), MODEL, "truncated", program="train_sft"),
+    spoilt("truncated-weights-evaluate", cut(MODEL, 0.9), MODEL, "truncated", program="evaluate"),
     spoilt("truncated-header", cut(MODEL, 0.00001), MODEL),
-    spoilt("weights-empty-file", write(MODEL, b""), MODEL, "fetch it again"),
+    spoilt("weights-empty-file", write(MODEL, b""), MODEL, "download it again"),
     spoilt("weights-no-safetensors", write(MODEL, b"PK\x03\x04" + b"\0" * 100), MODEL),
     spoilt("weights-header-huge", write(MODEL, b"\xff" * 64), MODEL),
     spoilt("weights-header-not-json", write(MODEL, (4).to_bytes(8, "little") + b"abcd"), MODEL),

@@ -36,7 +36,7 @@ def _other_database(own: Path, world: World) -> None:
 RUN = [
     place("run-dir-is-a-file", "run.dir=DIR/f", "is a file", "choose another", prepare=file("f")),
     place("run-dir-below-a-file", "run.dir=DIR/f/run", "is a file", "choose another", prepare=file("f")),
-    place("run-dir-in-proc", "run.dir=/proc/x", "cannot be made", "choose another"),
+    place("run-dir-in-proc", "run.dir=/proc/x", "is not writable", "choose another"),
     place("run-dir-empty", 'run.dir=""', "empty"),
     place("run-dir-nul", 'run.dir="a\\0b"', "NUL"),
     place("run-dir-over-long", "run.dir=" + "a" * 300, "too long"),
@@ -68,17 +68,17 @@ RUN = [
 JOURNAL = [
     place("journal-is-a-folder", "journal.path=DIR", "folder", "file"),
     place("journal-below-a-file", "journal.path=DIR/f/j.sqlite", "is a file", prepare=file("f")),
-    place("journal-in-proc", "journal.path=/proc/x/j.sqlite", "cannot be made"),
+    place("journal-in-proc", "journal.path=/proc/x/j.sqlite", "is not writable"),
     place("journal-no-sqlite", "journal.path=DIR/f", "SQLite", "move it away", prepare=file("f", b"x" * 5000)),
-    place("journal-other-database", "journal.path=DIR/other.sqlite", "no journal", prepare=_other_database),
+    place("journal-other-database", "journal.path=DIR/other.sqlite", "not a journal", prepare=_other_database),
     place("journal-nul", 'journal.path="a\\0b"', "NUL"),
     place("journal-empty", 'journal.path=""', "empty"),
     place("journal-only-without-one", "journal.replay=only", "no journal", "journal.path"),
-    place("evaluate-journal-in-proc", "journal.path=/proc/x/j.sqlite", "cannot be made", program="evaluate"),
+    place("evaluate-journal-in-proc", "journal.path=/proc/x/j.sqlite", "is not writable", program="evaluate"),
     Row(
         "journal-default-no-sqlite", "train_rl", (), ("SQLite", "journal.path"), prepare=file("run/journal/run.sqlite")
     ),
-    place("build-journal-in-proc", "journal.path=/proc/x/j.sqlite", "cannot be made", program="build"),
+    place("build-journal-in-proc", "journal.path=/proc/x/j.sqlite", "is not writable", program="build"),
 ]
 
 
@@ -115,12 +115,12 @@ OUTPUTS = [
     ),
     place("export-hf-below-a-file", "export_hf=DIR/f/hf", "is a file", prepare=file("f"), program="train_sft"),
     place("export-hf-not-empty", "export_hf=DIR/hf", "not empty", prepare=file("hf/a"), program="train_sft"),
-    place("export-hf-in-proc", "export_hf=/proc/x/hf", "cannot be made", program="train_sft"),
+    place("export-hf-in-proc", "export_hf=/proc/x/hf", "is not writable", program="train_sft"),
     place("export-hf-nul", 'export_hf="a\\0b"', "NUL", program="train_sft"),
     place("output-is-a-folder", "output=DIR/o", "folder", "name one", prepare=folder("o"), program="evaluate"),
     place("output-below-a-file", "output=DIR/f/o.json", "is a file", prepare=file("f"), program="evaluate"),
     place("output-jsonl", "output=DIR/o.jsonl", ".json file", program="evaluate"),
-    place("output-in-proc", "output=/proc/x/o.json", "cannot be made", program="evaluate"),
+    place("output-in-proc", "output=/proc/x/o.json", "is not writable", program="evaluate"),
 ]
 
 PROMPTS = [
@@ -193,7 +193,7 @@ MODULES = [
         "module-takes-a-name",
         OWN,
         "own_metric.py",
-        "registered already",
+        "already registered",
         content=b"from collab_megatron.rollout.rewards import register_metric\n"
         b"register_metric('accuracy')(lambda context: None)\n",
     ),

@@ -47,8 +47,8 @@ SHOW = [
     row("show-a-folder", "show", "DIR", "is a folder", "name"),
     row("show-nothing", "show", "DIR/none.sqlite", "no journal", "journal.path"),
     row("show-no-sqlite", "show", "DIR/f", "SQLite", prepare=file("f", b"x" * 5000)),
-    row("show-an-empty-file", "show", "DIR/f", "no journal", prepare=file("f", b"")),
-    row("show-other-database", "show", "DIR/other.sqlite", "no journal", prepare=_other_database),
+    row("show-an-empty-file", "show", "DIR/f", "not a journal", prepare=file("f", b"")),
+    row("show-other-database", "show", "DIR/other.sqlite", "not a journal", prepare=_other_database),
     Row("show-nul", "show", ("a\0b",), ("no journal",)),
 ]
 

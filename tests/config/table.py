@@ -37,8 +37,8 @@ MODULES = {
     "plot": "tools.plot_curves",
     "demo": "tools.demo",
     "show": "collab_megatron.rollout.journal.show",
-    "demo_model": "collab_megatron.demo.model",
-    "demo_tasks": "collab_megatron.demo.tasks",
+    "demo_model": "collab_megatron.demo.tiny_model",
+    "demo_tasks": "collab_megatron.demo.task_files",
     "endpoint": "collab_megatron.demo.endpoint",
 }
 WITH_CONFIG = ("train_rl", "train_sft", "evaluate", "build")

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from collab_megatron.data.bad_rows import BadRows
-from collab_megatron.data.load import load_rows
-from collab_megatron.data.order import refill_index, step_indices
+from collab_megatron.data.collab_rows import parse_rows
+from collab_megatron.data.dataset_source import load_rows
 from collab_megatron.data.parquet import (
     Conversation,
     read_conversation_files,
@@ -23,9 +23,9 @@ from collab_megatron.data.parquet import (
     write_conversations,
     write_tasks,
 )
-from collab_megatron.data.rl import rl_tasks
-from collab_megatron.data.schema import read_rows
-from collab_megatron.data.sft import sft_conversations
+from collab_megatron.data.rl_tasks import rl_tasks
+from collab_megatron.data.row_order import refill_index, step_indices
+from collab_megatron.data.sft_conversations import sft_conversations
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message, Task
 
@@ -81,12 +81,12 @@ NESTED = [
 
 
 def test_flat_and_nested_rows_are_the_same() -> None:
-    assert read_rows(NESTED, "n") == read_rows(FLAT[:4], "f")
+    assert parse_rows(NESTED, "n") == parse_rows(FLAT[:4], "f")
 
 
 def test_every_place_gives_the_same_rows(tmp_path: Path) -> None:
     rows = FLAT[:4]
-    expected = read_rows(rows, "memory")
+    expected = parse_rows(rows, "memory")
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "a.json").write_text(json.dumps(rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -143,7 +143,7 @@ def test_all_missing_columns_are_named_at_once() -> None:
         UserError,
         match=r"no columns 'conv_id', 'completion' in 7 of 8 rows \(2, 3, 4, 5, 6, \.\.\.\); its columns are prompt, ",
     ):
-        read_rows(rows, "rows")
+        parse_rows(rows, "rows")
 
 
 def test_a_turn_without_number_is_counted_from_its_prompt() -> None:
@@ -151,21 +151,21 @@ def test_a_turn_without_number_is_counted_from_its_prompt() -> None:
     rows = [flat(0, 5, "late", 1.0), flat(0, 0, "early", 2.0)]
     del rows[0]["turn_id"]
     rows[1]["turn_id"] = float("nan")  # as tables of numbers write what is missing
-    found = read_rows(rows, "rows")
+    found = parse_rows(rows, "rows")
     assert [row.turn_id for row in found] == [1, 0]
     assert sft_conversations(found)[0].messages[-1].content == "late"
 
 
 def test_plain_messages_are_conversations() -> None:
     chats = [[turn("system", "s"), *LONGER, turn("assistant", "BOOK")], [*OPENING, turn("assistant", "no")]]
-    found = read_rows([{"messages": chat} for chat in chats], "rows")
+    found = parse_rows([{"messages": chat} for chat in chats], "rows")
     assert [chat.messages for chat in sft_conversations(found)] == [
         tuple(Message(t["role"], t["content"]) for t in chat) for chat in chats
     ]
     assert [row.single_turn_prompt for row in found] == ["a table", "a table"]
     for bad, complaint in [(LONGER, "must end with a user turn and the assistant"), ([], "at least one entry")]:
         with pytest.raises(UserError, match=f"rows: row 1: messages.*{complaint}"):
-            read_rows([{"messages": bad}], "rows")
+            parse_rows([{"messages": bad}], "rows")
 
 
 def test_rows_that_cannot_be_read_may_be_skipped(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_rows_that_cannot_be_read_may_be_skipped(tmp_path: Path) -> None:
 def test_conversations_with_one_number_stay_apart() -> None:
     """Splits and files that are put together all count from 0."""
     rows = [flat(0, 0, "one", 1.0, single_turn_prompt="x"), flat(0, 1, "two", 1.0, single_turn_prompt="y")]
-    found = read_rows(rows, "rows")
+    found = parse_rows(rows, "rows")
     assert len(sft_conversations(found)) == 2
     assert len(rl_tasks(found, first_turn_only=True)) == 2
 
@@ -216,7 +216,7 @@ def test_conversations_with_one_number_stay_apart() -> None:
 )
 def test_a_bad_cell_is_named(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=f"rows: row 2: .*{complaint}|rows: row 2: {complaint}"):
-        read_rows([flat(0, 0, "a", 1.0), {**flat(0, 0, "a", 1.0), **changes}], "rows")
+        parse_rows([flat(0, 0, "a", 1.0), {**flat(0, 0, "a", 1.0), **changes}], "rows")
 
 
 def test_bad_places(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_bad_places(tmp_path: Path) -> None:
 
 
 def test_rl_tasks_are_the_distinct_histories() -> None:
-    tasks = rl_tasks(read_rows(FLAT, "f"), system_prompt="Be brief.")
+    tasks = rl_tasks(parse_rows(FLAT, "f"), system_prompt="Be brief.")
     assert [(task.prompt[-1].content, task.ground_truth) for task in tasks] == [
         ("a table", "answer 0"),
         ("monday", "answer 0"),
@@ -249,12 +249,12 @@ def test_rl_tasks_are_the_distinct_histories() -> None:
     assert all(task.prompt[0] == Message("system", "Be brief.") for task in tasks)
     assert len({task.task_id for task in tasks}) == 3
     assert tasks[0].ambiguous is True
-    assert len(rl_tasks(read_rows(FLAT, "f"), first_turn_only=True)) == 2
+    assert len(rl_tasks(parse_rows(FLAT, "f"), first_turn_only=True)) == 2
 
 
 def test_ground_truth_falls_back() -> None:
     def truth(**changes: Any) -> str:
-        return rl_tasks(read_rows([flat(0, 0, "reply", 1.0, **changes)], "f"))[0].ground_truth
+        return rl_tasks(parse_rows([flat(0, 0, "reply", 1.0, **changes)], "f"))[0].ground_truth
 
     assert truth(ground_truth="given") == "given"
     assert truth() == "answer 0"
@@ -262,17 +262,17 @@ def test_ground_truth_falls_back() -> None:
 
 
 def test_sft_takes_the_last_turn_then_the_best_score() -> None:
-    chats = sft_conversations(read_rows(FLAT, "f"))
+    chats = sft_conversations(parse_rows(FLAT, "f"))
     assert [(chat.conv_id, chat.messages[-1].content, len(chat.messages)) for chat in chats] == [
         ("0", "BOOK monday", 4),
         ("1", "BOOK now", 2),
     ]
-    strict = sft_conversations(read_rows(FLAT, "f"), metric="interactivity", threshold=0.5)
+    strict = sft_conversations(parse_rows(FLAT, "f"), metric="interactivity", threshold=0.5)
     assert [chat.conv_id for chat in strict] == ["0"]
     with pytest.raises(UserError, match="no row has a reward named 'bleu'"):
-        sft_conversations(read_rows(FLAT, "f"), metric="bleu")
+        sft_conversations(parse_rows(FLAT, "f"), metric="bleu")
     with pytest.raises(UserError, match="lower the threshold"):
-        sft_conversations(read_rows(FLAT, "f"), metric="accuracy", threshold=2.0)
+        sft_conversations(parse_rows(FLAT, "f"), metric="accuracy", threshold=2.0)
 
 
 def test_parquet_brings_back_what_was_written(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_parquet_brings_back_what_was_written(tmp_path: Path) -> None:
     ]
     assert write_tasks(tmp_path / "deep" / "t.parquet", tasks) == 2
     assert read_tasks(tmp_path / "deep" / "t.parquet") == tasks
-    chats = sft_conversations(read_rows(FLAT, "f"))
+    chats = sft_conversations(parse_rows(FLAT, "f"))
     write_conversations(tmp_path / "c.parquet", chats)
     assert read_conversations(tmp_path / "c.parquet") == chats
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.parquet", "deep"]
@@ -305,7 +305,7 @@ def test_all_rows_that_cannot_be_read_are_told_of() -> None:
     for row in (1, 2, 4, 5):
         rows[row]["score"] = "high"
     with pytest.raises(UserError, match=r"rows: row 2: score .*; rows: row 3: .*; rows: row 5: .*; and 1 more"):
-        read_rows(rows, "rows")
+        parse_rows(rows, "rows")
 
 
 def test_rows_of_several_files_follow_each_other(tmp_path: Path) -> None:

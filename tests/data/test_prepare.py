@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from collab_megatron.data.collab_rows import FLAT_COLUMNS, NESTED_COLUMNS, parse_rows
 from collab_megatron.data.parquet import read_conversations, read_tasks
-from collab_megatron.data.prepare import Shape, collaborative_prompt, prepare, text_or_file
-from collab_megatron.data.schema import FLAT_COLUMNS, NESTED_COLUMNS, read_rows
-from collab_megatron.data.splits import place, split_rows
+from collab_megatron.data.prepare import PrepareOptions, collaborative_prompt, prepare, text_or_file
+from collab_megatron.data.splits import split_rows, task_position
 from collab_megatron.data_engine.problems import NEEDED
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message
@@ -65,13 +65,13 @@ def test_an_sft_set_never_holds_what_an_rl_set_holds_out(tmp_path: Path) -> None
 
 
 def test_a_share_holds_out_whole_tasks_and_all_of_a_smaller_share() -> None:
-    rows = read_rows([flat(conv, t, "x", 1.0) for conv in range(400) for t in (0, 0, 1)], "f")
+    rows = parse_rows([flat(conv, t, "x", 1.0) for conv in range(400) for t in (0, 0, 1)], "f")
     train, held_out = split_rows(rows, 0.2)
     assert len(train) + len(held_out) == len(rows)
     assert not {row.single_turn_prompt for row in train} & {row.single_turn_prompt for row in held_out}
     assert 50 < len({row.conv_id for row in held_out}) < 110
     assert {row.conv_id for row in split_rows(rows, 0.1)[1]} < {row.conv_id for row in held_out}
-    assert place("a  b\n") == place("a b") != place("ab")
+    assert task_position("a  b\n") == task_position("a b") != task_position("ab")
     for share in (-0.1, 1.0):
         with pytest.raises(UserError, match="it takes 0 < share < 1"):
             split_rows(rows, share)
@@ -90,7 +90,7 @@ def test_held_out_rows_that_are_trained_on_are_refused(tmp_path: Path) -> None:
         prepare("rl", train, tmp_path / "out", validation=held_out)
     assert not (tmp_path / "out").exists()
     clean = write(tmp_path / "c.jsonl", rows_of(range(10, 12)))
-    written = prepare("rl", train, tmp_path / "out", validation=clean, shape=Shape(max_rows=3))
+    written = prepare("rl", train, tmp_path / "out", validation=clean, options=PrepareOptions(max_rows=3))
     assert [part.rows_written for part in written] == [3, 3]
     with pytest.raises(UserError, match="not both"):
         prepare("rl", train, tmp_path / "out", validation=clean, validation_share=0.2)
@@ -103,19 +103,19 @@ def test_nothing_is_held_out_where_the_share_is_zero(tmp_path: Path) -> None:
     assert {chat.messages[-1].content for chat in read_conversations(only.path)} == {"r1"}
 
 
-def test_bad_rows_stop_or_are_counted(tmp_path: Path) -> None:
+def test_bad_rows_stop_or_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*rows_of(range(2)), {**flat(3, 0, "x", 1.0), "prompt": "text"}]
-    source, told = write(tmp_path / "rows.jsonl", rows), list[str]()
+    source = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError, match="row 9: prompt must be a list"):
         prepare("rl", source, tmp_path, validation_share=0)
-    prepare("rl", source, tmp_path, validation_share=0, skip_bad_rows=True, tell=told.append)
-    assert told == [f"skipped 1 of 9 rows: {source}: row 9: prompt must be a list of mappings"]
+    prepare("rl", source, tmp_path, validation_share=0, skip_bad_rows=True)
+    assert capsys.readouterr().out == f"skipped 1 of 9 rows: {source}: row 9: prompt must be a list of mappings\n"
 
 
 def test_plain_messages_train_sft_alone(tmp_path: Path) -> None:
     chats = [{"messages": [turn("user", f"hi {i}"), turn("assistant", "yes")]} for i in range(40)]
     source = write(tmp_path / "chats.jsonl", chats)
-    train, held_out = prepare("sft", source, tmp_path / "out", shape=Shape(system_prompt="S"))
+    train, held_out = prepare("sft", source, tmp_path / "out", options=PrepareOptions(system_prompt="S"))
     assert train.rows_written + held_out.rows_written == 40
     assert read_conversations(train.path)[0].messages[0] == Message("system", "S")
     with pytest.raises(UserError, match=r"40 of 40 rows of .* are plain messages .*use --dataset-type sft"):
@@ -124,8 +124,8 @@ def test_plain_messages_train_sft_alone(tmp_path: Path) -> None:
 
 def test_the_shipped_prompt_and_a_task_description_stand_where_they_should(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", rows_of(range(3)))
-    shape = Shape(system_prompt=collaborative_prompt(), task_desc="booking")
-    (written,) = prepare("rl", source, tmp_path, validation_share=0, shape=shape)
+    options = PrepareOptions(system_prompt=collaborative_prompt(), task_desc="booking")
+    (written,) = prepare("rl", source, tmp_path, validation_share=0, options=options)
     for task in read_tasks(written.path):
         assert task.task_desc == "booking"
         assert task.prompt[0].role == "system"
@@ -143,9 +143,9 @@ def test_a_text_or_the_file_that_holds_it(tmp_path: Path) -> None:
 
 
 def test_the_rows_in_the_docs_can_be_read() -> None:
-    text = (REPOSITORY / "docs" / "DATA.md").read_text()
+    text = (REPOSITORY / "docs" / "data.md").read_text()
     rows = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)]
-    found = read_rows(rows, "docs")
+    found = parse_rows(rows, "docs")
     assert [row.completion for row in found] == [
         *("For which day?", "For which day?", "BOOK today", "Hello, what can I do for you?")
     ]
@@ -156,7 +156,7 @@ def test_the_rows_in_the_docs_can_be_read() -> None:
 def test_a_nested_row_without_a_response_is_refused_and_not_lost() -> None:
     for turns in ([], [{"prompt": [{"role": "user", "content": "hello"}], "responses": []}]):
         with pytest.raises(UserError, match="row 1: turns hold no response"):
-            read_rows([{"single_turn_prompt": "a task", "turns": turns}], "rows.jsonl")
+            parse_rows([{"single_turn_prompt": "a task", "turns": turns}], "rows.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from collab_megatron.data_engine.grow import Growth, Players, grow_conversation
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.rollout.llm import SimulatorError
-from collab_megatron.types import LLMReply, Message
+from collab_megatron.types import LLMRequest, T
 from tests.rollout.fakes import TASK, LengthScorer, ScriptedUser
 
 
@@ -20,9 +19,9 @@ class Assistant:
     def __init__(self, *texts: str) -> None:
         self._texts = texts
 
-    async def complete(self, messages: Sequence[Message], *, n: int = 1, **_: Any) -> list[LLMReply]:
-        assert not any("<think>" in message.content for message in messages)
-        return [LLMReply(text) for text in (self._texts if n > 1 else self._texts[:1])]
+    async def complete(self, request: LLMRequest[T]) -> list[T]:
+        assert not any("<think>" in message.content for message in request.messages)
+        return [request.parse(text) for text in (self._texts if request.n > 1 else self._texts[:1])]
 
 
 async def grown(*texts: str) -> tuple[list[dict[str, Any]], LengthScorer]:

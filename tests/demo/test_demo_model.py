@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from collab_megatron.demo import tasks, world
+from collab_megatron.demo import desk, task_files
 from collab_megatron.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from collab_megatron.demo.model import write_model
+    from collab_megatron.demo.tiny_model import write_model
 
     output = tmp_path_factory.mktemp("model") / "desk"
     assert 1.2e6 < write_model(output, seed=1) < 1.4e6
@@ -36,10 +36,10 @@ def chats(count: int) -> list[list[dict[str, str]]]:
     rng = random.Random(21)
     out = []
     for i in range(count):
-        task = world.sample_task(rng, world.SPLITS[i % 2])
-        asked = task.missing or tuple(rng.sample(world.INTENT_SLOTS[task.intent], 2))
-        turns = [("user", task.opening), ("assistant", world.question_text(asked))]
-        turns += [("user", world.render_answer(rng, task.slots, asked)), ("assistant", task.command)]
+        task = desk.sample_task(rng, desk.SPLITS[i % 2])
+        asked = task.missing or tuple(rng.sample(desk.INTENT_SLOTS[task.intent], 2))
+        turns = [("user", task.opening), ("assistant", desk.question_text(asked))]
+        turns += [("user", desk.render_answer(rng, task.slots, asked)), ("assistant", task.command)]
         turns += [("user", "that is not right [TERMINATE]"), ("system", task.request)]
         out.append([{"role": role, "content": content} for role, content in turns])
     return out
@@ -77,7 +77,7 @@ def test_the_model_loads_and_ends_its_turn_on_the_end_token(folder, tokenizer):
 
 
 def test_the_seed_decides_the_weights(folder, tmp_path):
-    from collab_megatron.demo.model import write_model
+    from collab_megatron.demo.tiny_model import write_model
 
     write_model(tmp_path / "same", seed=1)
     write_model(tmp_path / "other", seed=2)
@@ -86,7 +86,7 @@ def test_the_seed_decides_the_weights(folder, tmp_path):
 
 
 def test_task_files_hold_the_columns_of_both_formats(tmp_path):
-    tasks.write_tasks(tmp_path, train=50, heldout=30, seed=1)
+    task_files.write_tasks(tmp_path, train=50, heldout=30, seed=1)
     train = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     heldout = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
     assert (len(train), len(heldout)) == (50, 30)
@@ -95,12 +95,12 @@ def test_task_files_hold_the_columns_of_both_formats(tmp_path):
     assert set(heldout[0]) == problem | {"completion", "conv_id", "score", "turn_id", "sessions", "rewards"}
     assert len({row["conv_id"] for row in heldout}) == 30
     for row in [*train, *heldout]:
-        intent, slots = world.read_request(row["single_turn_prompt"])
-        assert row["single_turn_completion"] == world.command_text(intent, slots)
-        assert world.is_heldout(intent, slots) == (row in heldout)
-        missing = list(world.find_missing(row["prompt"][0]["content"], intent))
+        intent, slots = desk.read_request(row["single_turn_prompt"])
+        assert row["single_turn_completion"] == desk.command_text(intent, slots)
+        assert desk.is_heldout(intent, slots) == (row in heldout)
+        missing = list(desk.find_missing(row["prompt"][0]["content"], intent))
         meta = row["single_turn_metadata"]
         assert meta == {"ambiguous": bool(missing), "missing": missing, "intent": intent}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heldout.jsonl", "train.jsonl"]
     with pytest.raises(UserError, match="cannot draw 0 tasks"):
-        tasks.write_tasks(tmp_path, train=0, heldout=1, seed=1)
+        task_files.write_tasks(tmp_path, train=0, heldout=1, seed=1)

@@ -7,9 +7,10 @@ import random
 
 import pytest
 
-from collab_megatron.demo import roles, world
+from collab_megatron.demo import desk, scripted_roles
+from collab_megatron.types import TERMINATION_SIGNAL
 
-TASK = world.DeskTask(
+TASK = desk.DeskTask(
     intent="RIDE",
     slots={"from": "harbor", "to": "zoo", "time": "6pm"},
     missing=("from", "time"),
@@ -27,7 +28,7 @@ def prompt(chat: list[tuple[str, str]], request: str = TASK.request) -> list[dic
 
 
 def ask(model: str, messages: list[dict[str, str]], **options: object) -> list[str]:
-    return roles.answer({"model": model, "messages": messages, **options})
+    return scripted_roles.answer({"model": model, "messages": messages, **options})
 
 
 def user(chat: list[tuple[str, str]], **options: object) -> str:
@@ -45,9 +46,9 @@ def judge(*assistant: str, opening: str = TASK.opening) -> float:
 @pytest.mark.parametrize("asked", [("time",), ("from", "time"), ("to",), ("time", "size")])
 def test_user_reveals_what_is_asked_and_nothing_else(asked):
     for seed in range(20):
-        said = user([("user", TASK.opening), ("assistant", world.question_text(asked))], seed=seed)
+        said = user([("user", TASK.opening), ("assistant", desk.question_text(asked))], seed=seed)
         own = {slot: TASK.slots[slot] for slot in asked if slot in TASK.slots}
-        assert world.find_values(said, "RIDE") == own
+        assert desk.find_values(said, "RIDE") == own
         assert said.split()[0] not in own.values()  # a bare value would be another token
 
 
@@ -68,16 +69,16 @@ def test_a_turn_may_hold_any_line_end():
 def test_user_gives_up_after_the_second_fruitless_turn():
     chat = [("user", TASK.opening), ("assistant", "well well")]
     first = user(chat)
-    assert roles.TERMINATION_SIGNAL not in first
+    assert TERMINATION_SIGNAL not in first
     second = user([*chat, ("user", first), ("assistant", "which size?")])
-    assert roles.TERMINATION_SIGNAL in second
+    assert TERMINATION_SIGNAL in second
 
 
 def test_user_opens_an_empty_chat_vaguely_in_three_of_five():
     openings = [user([], seed=seed) for seed in range(2000)]
-    assert all(world.find_intent(opening) == "RIDE" for opening in openings)
-    vague = sum(bool(world.find_missing(opening, "RIDE")) for opening in openings)
-    assert abs(vague / 2000 - roles.AMBIGUOUS_SHARE) < 0.05
+    assert all(desk.find_intent(opening) == "RIDE" for opening in openings)
+    vague = sum(bool(desk.find_missing(opening, "RIDE")) for opening in openings)
+    assert abs(vague / 2000 - scripted_roles.AMBIGUOUS_SHARE) < 0.05
 
 
 def test_judge_multiplies_recall_and_precision():
@@ -103,20 +104,20 @@ def assistant(opening: str, **options: object) -> list[str]:
 @pytest.mark.parametrize(
     ("opening", "rate"),
     [
-        (TASK.opening, roles.ASK_RATE_OFTEN),
-        ("send me a taxi from the harbor to the zoo", roles.ASK_RATE_SELDOM),
-        (TASK.request, roles.ASK_RATE_NEEDLESS),
+        (TASK.opening, scripted_roles.ASK_RATE_OFTEN),
+        ("send me a taxi from the harbor to the zoo", scripted_roles.ASK_RATE_SELDOM),
+        (TASK.request, scripted_roles.ASK_RATE_NEEDLESS),
     ],
 )
 def test_assistant_asks_at_its_rates_and_for_the_right_slots(opening, rate):
     replies = [reply for seed in range(40) for reply in assistant(opening, n=100, seed=seed)]
-    questions = [reply for reply in replies if isinstance(world.parse_reply(reply), world.Question)]
+    questions = [reply for reply in replies if isinstance(desk.parse_reply(reply), desk.Question)]
     assert abs(len(questions) / len(replies) - rate) < 0.035
-    missing = world.find_missing(opening, "RIDE")
+    missing = desk.find_missing(opening, "RIDE")
     if missing:
-        assert set(questions) == {world.question_text(missing)}
+        assert set(questions) == {desk.question_text(missing)}
     commands = set(replies) - set(questions)
-    assert all(world.parse_reply(reply) == world.Command(reply) for reply in commands)
+    assert all(desk.parse_reply(reply) == desk.Command(reply) for reply in commands)
     assert len(commands) > 1 or not missing  # guesses vary
 
 
@@ -125,7 +126,7 @@ def test_assistant_is_right_once_told():
     messages += [{"role": "assistant", "content": "which from and time?"}]
     rng = random.Random(1)
     for _ in range(20):
-        told = world.render_answer(rng, TASK.slots, TASK.missing)
+        told = desk.render_answer(rng, TASK.slots, TASK.missing)
         assert ask("desk-assistant", [*messages, {"role": "user", "content": told}], n=3) == [TASK.command] * 3
 
 
@@ -152,4 +153,4 @@ def test_temperature_zero_ignores_the_seed_and_above_it_the_wording_varies():
 )
 def test_malformed_requests_say_what_is_wrong(request_, words):
     with pytest.raises(ValueError, match=words):
-        roles.answer(request_)
+        scripted_roles.answer(request_)

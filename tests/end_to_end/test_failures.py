@@ -144,8 +144,8 @@ def test_a_stopped_driver_comes_again_and_the_run_ends_well(
         running.wait_until("messages at ipc://")
     running.wait_until("rl 2/5")
     running.child("collab_megatron.rollout.service").suspend()
-    running.wait_until("driver is killed: process ")
-    running.wait_until("driver ended with signal SIGKILL: it is started again")
+    running.wait_until("killing driver: process ")
+    running.wait_until("driver ended with signal SIGKILL: restarting it")
     running.wait_until("rl 3/5")  # the family anew
     ended = running.end()
     assert ended.code == 0, ended.output[-3000:]
@@ -168,7 +168,7 @@ def test_a_stopped_trainer_rank_is_named_and_the_run_ends_saved(
     assert ended.errors[-1].startswith(f"error: trainer-1 is given up: process {rank.pid} ("), ended.output[-3000:]
     newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
     assert newest is not None, ended.output[-3000:]
-    assert f"is saved: {newest}; run.resume=true goes on" in ended.output
+    assert f"is saved: {newest}; run.resume=true continues" in ended.output
 
 
 def test_a_term_signal_ends_everything(
@@ -194,7 +194,7 @@ def test_a_term_signal_ends_everything(
     assert not (tmp_path / "run" / "locks" / "rl.lock").exists()
     assert ended.code == 130
     newest = require_figures_of_saved_steps(tmp_path / "run")
-    assert f"is saved: {newest}; run.resume=true goes on" in ended.output
+    assert f"is saved: {newest}; run.resume=true continues" in ended.output
     assert " of 500 steps: the same command with run.resume=true goes on from it" in ended.output
     assert "never awaited" not in ended.output
 
@@ -220,7 +220,7 @@ def test_simulators_that_go_away_end_the_run(
     # no save was due: it is the end of the run that saved, on both ranks
     newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
     assert newest is not None
-    assert f"is saved: {newest}; run.resume=true goes on" in ended.output
+    assert f"is saved: {newest}; run.resume=true continues" in ended.output
     assert "had to be dropped" in ended.errors[-1]
     assert f"connection refused by 127.0.0.1:{port}" in ended.errors[-1]
     assert "status" not in ended.errors[-1]

@@ -24,6 +24,7 @@ from collab_megatron.config.sections import (
     SimulatorsSection,
     UserSection,
 )
+from collab_megatron.config.sections.llm import ResponseFormat
 from collab_megatron.data.parquet import read_tasks, write_tasks
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
@@ -72,7 +73,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         yield command.url
 
 
-def config_for(folder: Path, model: Path, url: str, *, json_schema: bool) -> EvaluateConfig:
+def config_for(folder: Path, model: Path, url: str, response_format: ResponseFormat) -> EvaluateConfig:
     tasks = [
         Task(name, (Message("user", opening),), request, "none", metadata={"ambiguous": True})
         for name, (opening, request) in REQUESTS.items()
@@ -86,7 +87,7 @@ def config_for(folder: Path, model: Path, url: str, *, json_schema: bool) -> Eva
         timeout_s=60,
         deadline_s=120,
         max_attempts=3,
-        json_schema=json_schema,
+        response_format=response_format,
     )
     return EvaluateConfig(
         run=RunSection(dir=folder),
@@ -115,9 +116,11 @@ async def play(config: EvaluateConfig, url: str) -> tuple[dict[str, float], Role
         return cast.health.metrics(), cast.gateway.snapshot().roles["user"], replies
 
 
-@pytest.mark.parametrize("json_schema", [False, True], ids=["json_object", "json_schema"])
-def test_a_poor_user_plays_and_is_seen(server: str, model: Path, tmp_path: Path, json_schema: bool) -> None:
-    config = config_for(tmp_path, model, server, json_schema=json_schema)
+@pytest.mark.parametrize("response_format", ["json_object", "json_schema"])
+def test_a_poor_user_plays_and_is_seen(
+    server: str, model: Path, tmp_path: Path, response_format: ResponseFormat
+) -> None:
+    config = config_for(tmp_path, model, server, response_format)
     health, usage, replies = asyncio.run(play(config, server))
     counts = Counter({name.removeprefix("health/user/"): int(count) for name, count in health.items()})
     futures = [reply.futures_K[0] for reply in replies]
@@ -138,7 +141,7 @@ def test_a_poor_user_plays_and_is_seen(server: str, model: Path, tmp_path: Path,
     assert all(reply.mr is None for reply in replies if reply.futures_K[0] in failed)
     assert counts["model_changed"] == counts["fingerprint_changed"] == 0
     assert stop is None
-    if json_schema:
+    if response_format == "json_schema":
         assert turns, "the server sees to it that the fields are there"
     # 135 M parameters: most replies are poor, but now and then one is well formed
     poor = {name for name, check in CHECKS.items() if counts[name] and check.warn is not None}

@@ -51,7 +51,7 @@ def test_the_best_checkpoint_is_kept_resumed_with_and_exported(run: Run, tiny_mo
     metrics.write_bytes(b"".join(lines) + last[:9])
     ended = sft(8, f"export_hf={tmp_path / 'best'}", "run.resume=auto")
     assert ended.code == 0, ended.output[-4000:]
-    assert f"what is missing is made: the export to {tmp_path / 'best'}" in ended.output
+    assert f"still to do: the export to {tmp_path / 'best'}" in ended.output
     assert "sft 8/8" not in ended.output
     folder = tmp_path / "run" / "checkpoints" / "sft"
     best = read_best(folder)

@@ -268,7 +268,7 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     (tmp_path / "engine_probe" / "rl.json").unlink()
     finished = run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
     assert finished.code == 0, finished.output[-4000:]
-    assert "what is missing is made: the held-out evaluation after step 3, the engine probe" in finished.output
+    assert "still to do: the held-out evaluation after step 3, the engine probe" in finished.output
     assert "rl 3/3" not in finished.output
     made = read_rows(evaluations)
     assert made.torn_bytes == 0

@@ -25,7 +25,7 @@ def server_supervisor(logs: Path) -> Supervisor:
 
 
 def end_at_once(supervisor: Supervisor) -> None:
-    """A graceful end takes a server six seconds, and nothing of it is kept."""
+    """Kill the server: a graceful end takes six seconds and saves nothing."""
     supervisor.note_shared_memory()  # while they have it mapped
     for child in supervisor._children:
         supervisor.kill(child)

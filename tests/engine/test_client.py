@@ -117,9 +117,8 @@ def test_control_calls_of_the_real_server(tiny_engine: Server) -> None:
     assert control.weight_version() == "default"
     control.pause()
     control.resume()
-    assert len(control.generate(PROMPTS[0], max_new_tokens=3, stop_token_ids=[])) == 3
     ids, logprobs = control.greedy(PROMPTS[0], max_new_tokens=3, stop_token_ids=[])
-    assert ids == control.generate(PROMPTS[0], max_new_tokens=3, stop_token_ids=[])
+    assert len(ids) == 3
     assert len(logprobs) == 3
     assert max(logprobs) < 0
     with pytest.raises(RunError, match="refused update_weights_from_distributed"):

@@ -1,4 +1,4 @@
-"""The keys of a run's servers: in one private file, in no text, the right one for every call."""
+"""The keys of a run's servers: in one private file, in no printed text, the right one for every call."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_the_file_is_private_and_yaml(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "keys.yaml").stat().st_mode) == 0o600
-    said = yaml.safe_load((tmp_path / "keys.yaml").read_text())
-    assert said == {"api-key": keys.api, "admin-api-key": keys.admin}
+    content = yaml.safe_load((tmp_path / "keys.yaml").read_text())
+    assert content == {"api-key": keys.api, "admin-api-key": keys.admin}
     assert EngineKeys.read(tmp_path / "keys.yaml") == keys
     assert keys.api != keys.admin
-    assert EngineKeys.make(tmp_path / "keys.yaml") != keys  # every run its own
+    assert EngineKeys.make(tmp_path / "keys.yaml") != keys  # each run makes its own
     assert keys.api not in repr(keys) + str(keys)
 
 
@@ -65,7 +65,7 @@ def test_a_server_gets_its_keys_from_the_file(tmp_path: Path) -> None:
     assert keys.api not in str((argv, env))
     assert keys.admin not in str((argv, env))
     assert env["GLOO_SOCKET_IFNAME"] == env["NCCL_SOCKET_IFNAME"] == "lo"
-    # the ranks of a server, and of its next life, meet in a file of their own
+    # the ranks of a server, and those of its next life, meet in different files
     meet = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
     assert env[meet].startswith(f"file://{tmp_path}/")
     assert env[meet] != command()[1][meet]
@@ -80,12 +80,12 @@ def test_keys_of_the_users_own_are_refused(flag: str) -> None:
 
 
 async def test_every_call_carries_the_key_that_sglang_wants() -> None:
-    """Its own table of them is asked in tests/engine/test_lost.py."""
+    """The expected keys are those of sglang/srt/utils/auth.py."""
     keys = EngineKeys("question", "admin")
-    heard = []
+    received = []
 
     async def answer(request: web.Request) -> web.Response:
-        heard.append((request.path, request.headers.get("Authorization")))
+        received.append((request.path, request.headers.get("Authorization")))
         return web.json_response({"weight_version": "7", "loads": [], "success": True, "ranks": []})
 
     app = web.Application()
@@ -112,7 +112,7 @@ async def test_every_call_carries_the_key_that_sglang_wants() -> None:
     await asyncio.to_thread(control)
     await runner.cleanup()
     question, admin = "Bearer question", "Bearer admin"
-    assert heard == [
+    assert received == [
         ("/model_info", question),
         ("/v1/loads", question),
         ("/model_info", question),

@@ -27,7 +27,7 @@ VERSION = 3
 
 @pytest.fixture(scope="module")
 def doomed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A second server, which a test may stop or kill; under a supervisor of its own, who does not mind."""
+    """A second server, which a test may stop or kill; under a supervisor of its own, which ignores it."""
     section = EngineSection(max_total_tokens=16384, max_running_requests=64)
     command = engine_command(
         section, model_path=str(tiny_model), dtype="float32", device="cpu", port=free_port(), seed=1
@@ -82,7 +82,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def generate_while(pool: EnginePool, doomed: Server, happens: Callable[[], None]) -> None:
-    """64 calls of 64 tokens at most, all of them answered, though something happens to `doomed` once it is at work."""
+    """64 calls of at most 64 tokens, all answered, although `happens` hits `doomed` once it works."""
 
     async def ask(i: int) -> None:
         (generation,) = await pool.generate(
@@ -97,7 +97,7 @@ async def generate_while(pool: EnginePool, doomed: Server, happens: Callable[[],
     await asyncio.wait_for(asyncio.gather(*calls), timeout=120)
 
 
-# the order matters: what is stopped goes on, what is killed does not
+# the order matters: a stopped server goes on later, a killed one does not
 
 
 async def test_a_stopped_server_is_given_up_and_all_its_calls_end_elsewhere(survivor: Server, doomed: Server) -> None:
@@ -105,7 +105,7 @@ async def test_a_stopped_server_is_given_up_and_all_its_calls_end_elsewhere(surv
         pool.use([survivor.url, doomed.url], VERSION)
         start = time.monotonic()
         await generate_while(pool, doomed, lambda: os.killpg(doomed.pid, signal.SIGSTOP))
-        print(f"stopped: {time.monotonic() - start:.1f} s for 64 calls, {pool.usage.retried} asked again, {pool.lost}")
+        print(f"stopped: {time.monotonic() - start:.1f} s for 64 calls, {pool.usage.retried} retried, {pool.lost}")
         assert list(pool.lost) == [doomed.url]
         assert "silent for" in pool.lost[doomed.url]
         assert pool.usage.requests == 64
@@ -113,7 +113,7 @@ async def test_a_stopped_server_is_given_up_and_all_its_calls_end_elsewhere(surv
 
 
 async def test_a_stopped_scheduler_is_given_up_though_its_http_side_is_well(survivor: Server, doomed: Server) -> None:
-    """And a pause of the same length, as for every weight sync, is not taken for it."""
+    """A pause twice as long, as in a weight sync, does not count."""
     scheduler = scheduler_of(doomed)
     async with engine_pool(health_timeout_s=60, work_timeout_s=4) as pool:
         pool.use([doomed.url], VERSION)
@@ -134,7 +134,7 @@ async def test_a_stopped_scheduler_is_given_up_though_its_http_side_is_well(surv
         pool.use([survivor.url, doomed.url], VERSION)
         start = time.monotonic()
         await generate_while(pool, doomed, scheduler.suspend)
-        print(f"scheduler stopped: {time.monotonic() - start:.1f} s for 64 calls, {pool.usage.retried} asked again")
+        print(f"scheduler stopped: {time.monotonic() - start:.1f} s for 64 calls, {pool.usage.retried} retried")
         assert list(pool.lost) == [doomed.url]
         assert pool.lost[doomed.url].startswith("it finished no batch for ")
         assert control.answers(timeout_s=30)
@@ -150,7 +150,7 @@ async def test_a_killed_server_is_lost_at_once_and_all_its_calls_end_elsewhere(
         pool.use([survivor.url, doomed.url], VERSION)
         start = time.monotonic()
         await generate_while(pool, doomed, lambda: os.killpg(doomed.pid, signal.SIGKILL))
-        print(f"killed: {time.monotonic() - start:.1f} s for 64 calls, {pool.usage.retried} asked again, {pool.lost}")
+        print(f"killed: {time.monotonic() - start:.1f} s for 64 calls, {pool.usage.retried} retried, {pool.lost}")
         assert list(pool.lost) == [doomed.url]
         assert "gone during generate" in pool.lost[doomed.url]
         assert pool.usage.requests == 64

@@ -1,4 +1,4 @@
-"""The pool: who is asked, what is lost, and that no caller notices. Small real servers; SGLang's: test_lost.py."""
+"""The pool: which server is asked, which is lost, and that no caller notices. Fake servers; SGLang: test_lost.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aiohttp import web
 from collab_megatron.engine.pool import FULLER_SEQUENCES, EnginePool
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.types import Generation
-from tests.engine.servers import FakeServer, reply, servers, slowly
+from tests.engine.fake_servers import FakeServer, reply, servers, slowly
 
 
 @asynccontextmanager
@@ -23,7 +23,7 @@ async def pool(
     health_timeout_s: float = 30,
     request_timeout_s: float = 30,
     work_timeout_s: float = 60,
-    ahead: bool = False,
+    updates_while_sampling: bool = False,
 ) -> AsyncIterator[Any]:
     """A pool that uses all of `fakes` at version 1."""
     async with (
@@ -34,7 +34,7 @@ async def pool(
             health_timeout_s=health_timeout_s,
             work_timeout_s=work_timeout_s,
             max_concurrency=64,
-            ahead=ahead,
+            updates_while_sampling=updates_while_sampling,
         ) as engines,
     ):
         engines.use([fake.url for fake in fakes], 1)
@@ -46,7 +46,7 @@ async def ask(engines: EnginePool, key: str = "", n: int = 1) -> list[Generation
 
 
 async def ask_many(engines: EnginePool, count: int) -> None:
-    """All are answered, whoever is lost on the way."""
+    """All are answered, whichever server is lost on the way."""
     asked = (ask(engines, f"task {i}") for i in range(count))
     for answer in await asyncio.wait_for(asyncio.gather(*asked), timeout=30):
         assert answer[0].token_ids_T == (5, 2)
@@ -144,7 +144,7 @@ async def test_a_long_generation_is_not_silence() -> None:
 
 
 async def test_a_server_whose_scheduler_stands_still_is_given_up() -> None:
-    fakes = FakeServer(answer=slowly(60), tells_work=True), FakeServer(tells_work=True)
+    fakes = FakeServer(answer=slowly(60), reports_progress=True), FakeServer(reports_progress=True)
     async with pool(*fakes, work_timeout_s=0.4) as engines:
         await ask_many(engines, 40)
         assert list(engines.lost) == [fakes[0].url]
@@ -154,8 +154,8 @@ async def test_a_server_whose_scheduler_stands_still_is_given_up() -> None:
 
 async def test_work_a_pause_and_silence_about_it_are_no_standstill() -> None:
     works, pauses, old = fakes = (
-        FakeServer(answer=slowly(2.5), tells_work=True),
-        FakeServer(answer=slowly(2.5), tells_work=True, paused=True),
+        FakeServer(answer=slowly(2.5), reports_progress=True),
+        FakeServer(answer=slowly(2.5), reports_progress=True, paused=True),
         FakeServer(answer=slowly(2.5)),
     )
     async with pool(*fakes, work_timeout_s=1) as engines:
@@ -229,9 +229,9 @@ async def test_other_weights_than_announced_never_enter_a_batch() -> None:
         assert {version for answer in answers for version in answer[0].versions_T} == {1}
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-async def test_an_answer_that_was_under_way_at_an_update_is_taken_where_sampling_goes_on(ahead: bool) -> None:
-    """It is of the older weights, and it comes after the news of the newer ones."""
+@pytest.mark.parametrize("sampling_goes_on", [True, False])
+async def test_an_answer_in_flight_at_an_update_is_taken_where_sampling_goes_on(sampling_goes_on: bool) -> None:
+    """It is of the older weights, and it comes after `use` has named the newer ones."""
     go_on = asyncio.Event()
 
     async def begun_before(body: dict[str, Any]) -> web.Response | None:
@@ -239,13 +239,13 @@ async def test_an_answer_that_was_under_way_at_an_update_is_taken_where_sampling
         return web.json_response([reply("1")])
 
     fake = FakeServer(answer=begun_before)
-    async with pool(fake, ahead=ahead) as engines:
+    async with pool(fake, updates_while_sampling=sampling_goes_on) as engines:
         asked = asyncio.create_task(ask(engines))
         await until(lambda: fake.bodies)
         fake.version = "2"
         engines.use([fake.url], 2)
         go_on.set()
-        if ahead:
+        if sampling_goes_on:
             assert (await asked)[0].versions_T == (1, 1)
             assert engines.lost == {}
             with pytest.raises(NoEngineLeft, match="version 1 instead of 2"):  # asked for after the news

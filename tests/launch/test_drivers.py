@@ -86,7 +86,7 @@ def test_a_killed_driver_comes_again_at_its_address(stage: Stage, capsys: pytest
     first, other = drivers.children
     stage.kill(drivers, shard=0)
     lives = stage.wait_for_lives(3)
-    assert capsys.readouterr().out == "driver-0 ended with signal SIGKILL: it is started again\n"
+    assert capsys.readouterr().out == "driver-0 ended with signal SIGKILL: restarting it\n"
     assert drivers.children[0].process.pid != first.process.pid
     assert drivers.children[1] is other
     assert other.process.poll() is None
@@ -104,7 +104,7 @@ def test_a_killed_driver_comes_again_at_its_address(stage: Stage, capsys: pytest
 def test_one_that_an_unexpected_exception_ended_comes_again_a_few_times(stage: Stage) -> None:
     drivers = stage.drivers(DEFECT, max_restarts=2)
     lives = []
-    with pytest.raises(RunError, match=r"driver ended with exit code 70 and was started again 2 times already"):
+    with pytest.raises(RunError, match=r"driver ended with exit code 70 after 2 restarts"):
         while True:
             (child,) = drivers.children
             lives.append(child)
@@ -123,7 +123,7 @@ def test_a_stopped_driver_is_killed_and_comes_again(stage: Stage, capsys: pytest
     wait_until(lambda: drivers.poll() or drivers.children[0] is not old)  # type: ignore[func-returns-value]
     assert len(stage.wait_for_lives(2)) == 2
     told = capsys.readouterr().out
-    assert told == "driver is killed: it is stopped\ndriver ended with signal SIGKILL: it is started again\n"
+    assert told == "killing driver: it is stopped\ndriver ended with signal SIGKILL: restarting it\n"
 
 
 def test_one_killed_before_it_was_ready_is_told_the_first_step_again(stage: Stage) -> None:
@@ -142,7 +142,7 @@ def test_one_that_is_killed_too_often_ends_the_run(stage: Stage) -> None:
         stage.wait_for_lives(life)
         stage.kill(drivers)
     stage.wait_for_lives(3)
-    with pytest.raises(RunError, match=r"driver ended with signal SIGKILL and was started again 2 times already \(dri"):
+    with pytest.raises(RunError, match=r"driver ended with signal SIGKILL after 2 restarts \(dri"):
         stage.kill(drivers)
     assert len(stage.lives()) == 3
 

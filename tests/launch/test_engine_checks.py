@@ -12,7 +12,7 @@ from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.server_args import EngineCommand, engine_command
 from collab_megatron.errors import UserError
 from collab_megatron.launch.engine_checks import LONGER_CONTEXT, check_context_length, check_engine, check_flags
-from collab_megatron.launch.places import check_file, check_folder
+from collab_megatron.launch.path_checks import check_file, check_folder
 from collab_megatron.model.spec import model_spec
 
 HF = {
@@ -66,7 +66,7 @@ def test_a_parser_that_takes_too_long_stops_no_run(
 def test_a_port_is_refused_for_its_own_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is in use: end what listens there"):
+        with pytest.raises(UserError, match=f"port {port} on 127.0.0.1 is in use: end the process that listens"):
             check_engine(EngineSection(port=port))
     bind = socket.socket.bind
 
@@ -76,7 +76,7 @@ def test_a_port_is_refused_for_its_own_reason(monkeypatch: pytest.MonkeyPatch) -
         bind(self, address)
 
     monkeypatch.setattr(socket.socket, "bind", forbidden)
-    with pytest.raises(UserError, match=r"port 80 on 127\.0\.0\.1 cannot be had: Permission denied"):
+    with pytest.raises(UserError, match=r"port 80 on 127\.0\.0\.1 cannot be used: Permission denied"):
         check_engine(EngineSection(port=80))
 
 
@@ -105,6 +105,6 @@ def test_a_folder_that_nobody_may_write_to(tmp_path: Path, monkeypatch: pytest.M
     def refuse(*, prefix: str, dir: Path) -> str:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("collab_megatron.launch.places.tempfile.mkdtemp", refuse)
-    with pytest.raises(UserError, match=r"run\.dir=.* takes no new folder \(Read-only file system\); choose another"):
+    monkeypatch.setattr("collab_megatron.launch.path_checks.tempfile.mkdtemp", refuse)
+    with pytest.raises(UserError, match=r"run\.dir=.* refused a new folder \(Read-only file system\); choose another"):
         check_folder("run.dir", tmp_path / "run")

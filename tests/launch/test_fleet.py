@@ -128,7 +128,7 @@ def test_a_server_that_dies_comes_again_elsewhere(stage: Stage, capsys: pytest.C
     assert stage.folder.read().coming == 0
     assert stage.ready()[1].url != entry.url
     said = capsys.readouterr().out
-    assert "engine-1 died (signal SIGKILL): starting it again (1 of 3)\n" in said
+    assert "engine-1 died (signal SIGKILL): restarting it (1 of 3)\n" in said
     assert f"engine-1 is back at {stage.ready()[1].url}" in said
     # its own child did not outlive it
     assert not [pid for pid in group if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
@@ -147,7 +147,7 @@ def test_a_server_that_hangs_is_killed_once_it_is_given_up(stage: Stage, capsys:
     assert (stage.ready(), stage.folder.read().coming) == ([], 1)
     stage.poll_until(fleet, lambda: not psutil.pid_exists(pid), within_s=2.0)
     stage.poll_until(fleet, lambda: stage.names() == ["engine-0.1"])
-    assert "engine-0 was given up (no answer for 60 s): starting it again (1 of 3)\n" in capsys.readouterr().out
+    assert "engine-0 was given up (no answer for 60 s): restarting it (1 of 3)\n" in capsys.readouterr().out
     for _ in range(20):  # the marker was of the earlier life
         fleet.poll()
     assert stage.names() == ["engine-0.1"]
@@ -172,7 +172,7 @@ def test_a_server_with_a_stopped_process_is_killed_and_comes_again(
         stage.poll_until(fleet, again, within_s=30.0)
     said = f"engine-0 was given up (process {helper.pid} (python"
     assert said in (told := capsys.readouterr().out)
-    assert "(run.stopped_timeout_s=1)): starting it again (1 of 3)\n" in told
+    assert "(run.stopped_timeout_s=1)): restarting it (1 of 3)\n" in told
 
 
 def test_restarts_have_a_limit(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,8 +185,8 @@ def test_restarts_have_a_limit(stage: Stage, capsys: pytest.CaptureFixture[str])
     os.kill(stage.pid(stage.ready()[0]), signal.SIGTERM)
     stage.poll_until(fleet, lambda: stage.folder.read().coming == 0 and not stage.ready())
     said = capsys.readouterr().out
-    assert "engine-0 died (exit code 7): starting it again (2 of 2)" in said
-    assert "engine-0 died (exit code 7): it stays away, engine.max_restarts=2; see " in said
+    assert "engine-0 died (exit code 7): restarting it (2 of 2)" in said
+    assert "engine-0 died (exit code 7): not restarted (engine.max_restarts=2); see " in said
     for _ in range(20):
         fleet.poll()
     stage.supervisor.check()  # nor does it end the run
@@ -201,7 +201,7 @@ def test_a_later_life_that_does_not_come_up_is_given_up(stage: Stage, capsys: py
     fleet.wait_until_ready()
     os.kill(stage.pid(stage.ready()[0]), signal.SIGKILL)
     stage.poll_until(fleet, lambda: stage.folder.read().coming == 0 and not stage.ready())
-    assert "engine-0 was not ready within 1 s: it stays away" in capsys.readouterr().out
+    assert "engine-0 was not ready within 1 s: not restarted" in capsys.readouterr().out
 
 
 def test_a_first_life_that_dies_ends_the_run(stage: Stage) -> None:
@@ -250,7 +250,7 @@ def test_given_servers_are_listed_and_never_started(stage: Stage, capsys: pytest
     (entry,) = stage.ready()
     # as many ranks as it says itself
     assert (entry.url, entry.ranks, entry.managed) == (f"http://127.0.0.1:{port}", 4, False)
-    assert f"no answer within 1.5 s from {nobody}: going on without" in capsys.readouterr().out
+    assert f"no answer within 1.5 s from {nobody}: continuing without" in capsys.readouterr().out
     stage.folder.condemn(entry, "silent")
     fleet.poll()
     assert stage.ready() == [entry]

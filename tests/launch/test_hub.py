@@ -49,5 +49,5 @@ def test_a_model_that_the_hub_does_not_have_is_one_sentence(tiny_model: Path, tm
         done = dry_run(hub, tmp_path)
     assert done.returncode == 2, done.stdout
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert f"model {NAME} is neither a folder nor can it be fetched from the hub" in sentence
+    assert f"model {NAME} is not a folder and cannot be fetched from the hub" in sentence
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""A run has one writer: a lock of a living holder is refused, one of a dead holder taken over."""
+"""A run has one writer: a lock of a living owner is refused, one of a dead owner taken over."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from collab_megatron.config.sections import RunSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch import lock as lock_module
-from collab_megatron.launch.lock import Holder, locked, run_lock
+from collab_megatron.launch.lock import LockOwner, locked, run_lock
 
 DEADLINE_S = 30.0
 HOLD = """
@@ -83,9 +83,9 @@ def test_the_lock_of_a_killed_run_is_taken_over(tmp_path: Path) -> None:
             assert json.loads(run_section(tmp_path).lock_file.read_text())["pid"] == os.getpid()
 
 
-def test_a_number_that_another_process_got_since_is_no_holder(tmp_path: Path) -> None:
+def test_a_number_that_another_process_got_since_is_no_owner(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
-    path.write_text(json.dumps(asdict(replace(Holder.this_process(), started=1))))
+    path.write_text(json.dumps(asdict(replace(LockOwner.this_process(), started=1))))
     with locked(path, "it", "choose another"):
         pass
 
@@ -105,7 +105,7 @@ def test_what_a_killed_launcher_left_is_waited_for(tmp_path: Path, monkeypatch: 
         with run_lock(run_section(tmp_path)):
             pass
     assert len(told) >= 2
-    assert set(told) == {f"process {first.pid} was killed: waiting until what it started has ended"}
+    assert set(told) == {f"process {first.pid} was killed: waiting until its children have ended"}
 
 
 def test_what_never_ends_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_what_never_ends_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         first.wait()
         try:
             with (  # 0.0: it does not save
-                pytest.raises(UserError, match=rf"what it started still runs \(processes {child}\): end that"),
+                pytest.raises(UserError, match=rf"its children still run \(processes {child}\): end them"),
                 run_lock(run_section(tmp_path), 0.0),
             ):
                 pass
@@ -128,7 +128,7 @@ def elsewhere(tmp_path: Path) -> Path:
     """A lock that another machine made."""
     path = run_section(tmp_path).lock_file
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(asdict(replace(Holder.this_process(), host="node7", boot="another", pid=4711))))
+    path.write_text(json.dumps(asdict(replace(LockOwner.this_process(), host="node7", boot="another", pid=4711))))
     return path
 
 
@@ -148,7 +148,9 @@ def test_a_lock_of_another_machine_that_stays_silent_is_taken_over(
 ) -> None:
     monkeypatch.setattr(lock_module, "SILENT_S", 0.5)
     with run_lock(run_section(tmp_path)):
-        assert re.search("process 4711 on node7 has it since .* watching for a sign of life", capsys.readouterr().out)
+        assert re.search(
+            "process 4711 on node7 has it since .* waiting up to .* for a sign of life", capsys.readouterr().out
+        )
 
 
 def test_a_lock_of_another_machine_that_was_silent_for_an_hour_is_taken_over_at_once(
@@ -168,7 +170,7 @@ def test_a_lock_that_a_kill_left_half_written_is_taken_over(tmp_path: Path, monk
         pass
 
 
-def test_the_holder_touches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_owner_touches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "BEAT_S", 0.05)
     with run_lock(run_section(tmp_path)):
         before = run_section(tmp_path).lock_file.stat().st_mtime_ns
@@ -178,12 +180,12 @@ def test_the_holder_touches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             time.sleep(0.02)
 
 
-def test_a_holder_whose_lock_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_whose_lock_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "BEAT_S", 0.05)
     handler = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with pytest.raises(RunError, match="is no longer ours"), run_lock(run_section(tmp_path)) as lock:
+        with pytest.raises(RunError, match="is lost"), run_lock(run_section(tmp_path)) as lock:
             code = "import time; time.sleep(60)"
             child = subprocess.Popen([sys.executable, "-c", code], pass_fds=lock.held)
             path = run_section(tmp_path).lock_file
@@ -201,7 +203,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "demo"):
         with (
-            pytest.raises(UserError, match=r"/file is a file, and a folder .*choose another"),
+            pytest.raises(UserError, match=r"/file is a file, but a folder .*choose another"),
             run_lock(run_section(folder)),
         ):
             pass

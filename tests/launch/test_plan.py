@@ -58,7 +58,7 @@ def test_one_line_for_stages_that_are_alike(planned: Callable[..., list[str]]) -
     stages = [text.split()[0] for text in lines[heading + 1 : heading + 5]]
     assert stages == ["0", "1", "2", "3"]  # fewer micro-batches are in flight on each
     assert lines[heading + 1].split()[1:3] == ["2.1", "GB"]
-    assert "no axis divided" in line(planned(), "trainer")
+    assert "no parallelism" in line(planned(), "trainer")
 
 
 def test_reference_and_offload_have_columns_where_they_hold_something(planned: Callable[..., list[str]]) -> None:
@@ -79,9 +79,9 @@ def test_room_is_told_where_a_gpus_memory_is_known(planned: Callable[..., list[s
     assert not [text for text in planned() if text.startswith("room")]
     node = parse_node("8x80")
     assert line(planned(node=node), "room").startswith("room        the GPU has 80 GB: ")
-    assert line(planned(node=node), "room").endswith(" too few")
+    assert line(planned(node=node), "room").endswith(" too little")
     roomy = planned("parallel.tensor=8", "optimizer.distributed=true", node=node)
-    assert line(roomy, "room").endswith(" to spare")
+    assert line(roomy, "room").endswith(" free")
 
 
 def test_the_engine_says_what_a_token_costs(planned: Callable[..., list[str]]) -> None:
@@ -96,33 +96,33 @@ def test_servers_and_what_a_sync_sends_them(planned: Callable[..., list[str]]) -
     assert line(lines, "engine").startswith(
         "engine      3 SGLang servers at tensor parallel 2, disaggregated; per rank "
     )
-    assert line(lines, "sync") == "sync        broadcast, 15 GB per update to 3 servers, in buckets of at most 512 MB"
+    assert line(lines, "sync") == "sync        broadcast, 15 GB per sync to 3 servers, in buckets of at most 512 MB"
     assert "1 SGLang server at tensor parallel 1, colocated" in line(planned("engine.placement=colocated"), "engine")
     assert line(planned("engine.placement=colocated"), "sync").startswith(
-        "sync        ipc, 15 GB per update to 1 server,"
+        "sync        ipc, 15 GB per sync to 1 server,"
     )
     lines = planned("engine.urls=[http://a:1, http://b:2]", "sync.transport=disk")
     assert line(lines, "engine") == "engine      the SGLang servers at http://a:1, http://b:2, disaggregated"
-    assert line(lines, "sync") == "sync        disk, 15 GB per update to 2 servers"
+    assert line(lines, "sync") == "sync        disk, 15 GB per sync to 2 servers"
 
 
 def test_how_far_sampling_runs_ahead_and_where_the_money_ends(planned: Callable[..., list[str]]) -> None:
     lines = planned(
         "driver={max_staleness: 1, oversample_prompts: 4, shards: 2}", "budget={soft_usd: 10, hard_usd: 20}"
     )
-    assert "driver      2 processes, at most 20 trees under way: tokens at most 1 update old" in lines
+    assert "driver      2 processes, at most 20 trees in flight: tokens at most 1 update old" in lines
     assert "budget      warns at $10.00, stops at $20.00" in lines
     lines = planned()
-    assert "driver      1 process, at most 16 trees under way: strictly on-policy" in lines
+    assert "driver      1 process, at most 16 trees in flight: strictly on-policy" in lines
     assert "budget      none (budget.hard_usd)" in lines
 
 
 def test_the_device_is_told_with_its_reason(planned: Callable[..., list[str]]) -> None:
     auto = "parallel.device=auto"
     assert "1 rank on cuda (--gpus): " in line(planned(auto, node=parse_node("1x24")), "trainer")
-    assert "1 rank on cpu (parallel.device=auto: no GPU is there): " in line(planned(auto), "trainer")
+    assert "1 rank on cpu (parallel.device=auto: no GPU found): " in line(planned(auto), "trainer")
     assert not any(text.startswith("not checked") for text in planned())
-    assert line(planned(node=parse_node("1x24")), "not checked").endswith(": they are the node's")
+    assert line(planned(node=parse_node("1x24")), "not checked").endswith(": this is not that node")
 
 
 def test_a_node_that_is_not_there_is_for_planning_only() -> None:

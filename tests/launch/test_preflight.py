@@ -16,16 +16,15 @@ import torch
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, load_config
 from collab_megatron.data.parquet import Conversation, write_conversations, write_tasks
 from collab_megatron.errors import UserError
-from collab_megatron.launch import launch
-from collab_megatron.launch.cautions import NEAR, memory_warnings
-from collab_megatron.launch.launch import engine_gpus, on_chosen_device
-from collab_megatron.launch.length import with_steps
+from collab_megatron.launch import run_processes
+from collab_megatron.launch.config_warnings import NEAR, memory_warnings
+from collab_megatron.launch.epochs import epochs_to_steps
 from collab_megatron.launch.node import Node, parse_node
 from collab_megatron.launch.plan import stages_of
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.preflight import check_evaluate, check_rl, check_sft
-from collab_megatron.model.layout import read_hf_config
-from collab_megatron.model.memory import fullest
+from collab_megatron.launch.run_processes import engine_gpus, on_chosen_device
+from collab_megatron.model.folder import read_hf_config
 from collab_megatron.model.spec import model_spec
 from collab_megatron.trainer.actor.backend import choose_backend
 from collab_megatron.types import Message
@@ -85,16 +84,16 @@ def test_checkpoints_of_this_run_and_of_another(load: Load, tmp_path: Path) -> N
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "metadata.json").write_text("{}")
     write_marker(folder, step=7, layout={}, extra={"config": load().model_dump(mode="json")})
-    assert "set run.resume=true to go on from step_00000007" in refusal(load())
+    assert "set run.resume=true to resume from step_00000007" in refusal(load())
     assert [check_rl(load(f"run.resume={value}")).first_step for value in ("true", "auto")] == [7, 7]
     changed = ("optimizer.lr=0.5", "algorithm.kl_coef=0.5")
     sentence = refusal(load("run.resume=auto", *changed))
     assert "another config (algorithm.kl_coef: 0.005 -> 0.5, and 1 more)" in sentence
-    assert sentence.endswith("choose another run.dir or run.name, or set run.resume=true to go on with this one")
+    assert sentence.endswith("choose another run.dir or run.name, or set run.resume=true to use this one")
     assert check_rl(load("run.resume=true", *changed)).first_step == 7
     assert check_rl(load("run.resume=auto", "train.steps=99", "engine.count=2", "parallel.tensor=1")).first_step == 7
     end = ("run.resume=true", "optimizer.warmup_steps=1")
-    assert check_rl(load(*end, "train.steps=7")).lacks == ("the held-out evaluation after step 7", "the engine probe")
+    assert check_rl(load(*end, "train.steps=7")).missing == ("the held-out evaluation after step 7", "the engine probe")
     assert "has already done 7 of 6 steps: raise train.steps" in refusal(load(*end, "train.steps=6"))
     fresh = (f"run.init_from={folder.parent}", "run.name=fresh")
     assert check_rl(load(*fresh)).first_step == 0
@@ -110,14 +109,16 @@ def test_epochs_become_steps_of_the_rows_that_can_be_used(
     tasks[4] = replace(tasks[4], prompt=(Message("user", "word " * 400),))
     write_tasks(tmp_path / "nine.parquet", tasks)
     short = ("rollout.prompts_per_step=3", "rollout.max_prompt_tokens=100", "optimizer.warmup_steps=1")
-    config = with_steps(load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 2.5, steps: null}", *short))
+    config = epochs_to_steps(
+        load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 2.5, steps: null}", *short)
+    )
     assert (config.train.steps, config.train.epochs) == (7, None)  # 2.5 x 8 / 3
     assert "train.epochs=2.5: 8 usable prompts in steps of 3 make 7 steps" in capsys.readouterr().out
-    assert with_steps(config) is config
+    assert epochs_to_steps(config) is config
     with pytest.raises(UserError, match=r"train.epochs=2 and train.steps=40 are both set"):
         load("train.epochs=2")
     with pytest.raises(UserError, match=r"with the 3 steps of train.epochs: optimizer.warmup_steps=3 leaves nothing"):
-        with_steps(load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 1, steps: null}", *short[:2]))
+        epochs_to_steps(load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 1, steps: null}", *short[:2]))
     chat = (Message("user", "a"), Message("assistant", "b"))
     rows = [Conversation(f"c{number}", chat) for number in range(5)]
     rows[0] = Conversation("c0", (Message("user", "a"), Message("assistant", "b " * 400)))
@@ -131,7 +132,7 @@ def test_epochs_become_steps_of_the_rows_that_can_be_used(
             "max_tokens": 100,
         }
     )
-    assert with_steps(sft).train.steps == 6  # 3 x 4 / 2
+    assert epochs_to_steps(sft).train.steps == 6  # 3 x 4 / 2
 
 
 def test_a_layout_that_does_not_divide(load: Load) -> None:
@@ -175,7 +176,7 @@ def test_prompts_that_are_too_long_are_told_and_most_of_them_refused(
     write_tasks(tmp_path / "some.parquet", [TASK, other, long])
     write_tasks(tmp_path / "most.parquet", [TASK, long, replace(long, task_id="longer")])
     limit = "rollout.max_prompt_tokens=40"
-    assert check_rl(load(f"data.train={tmp_path / 'some.parquet'}", limit)).usable_prompts == 2
+    check_rl(load(f"data.train={tmp_path / 'some.parquet'}", limit))
     assert (
         "left out: 1 of 3 prompts (33.3%) have more than 40 tokens; the longest, task long" in capsys.readouterr().out
     )
@@ -256,7 +257,7 @@ def test_engines_use_gpus_of_their_own_or_the_trainers(load: Load, monkeypatch: 
 def test_the_device_is_decided_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the launcher found stands in the config that the ranks read, where their torch must agree with it."""
     for found in ("cuda", "cpu"):
-        monkeypatch.setattr(launch, "device_of", lambda parallel, found=found: found)
+        monkeypatch.setattr(run_processes, "device_of", lambda parallel, found=found: found)
         assert on_chosen_device(load()).parallel.device == found
     monkeypatch.undo()
     assert on_chosen_device(load("parallel.device=cpu")).parallel.device == "cpu"
@@ -330,7 +331,7 @@ def test_a_user_that_cannot_end_a_chat_is_told(load: Load, tmp_path: Path, caplo
     prompt = tmp_path / "user.txt"
     prompt.write_text("You want $request. $chat")
     check_rl(load(f"simulators.user.prompt_file={prompt}"))
-    assert f"simulators.user.prompt_file={prompt} holds no $termination_signal" in caplog.text
+    assert f"simulators.user.prompt_file={prompt} does not contain $termination_signal" in caplog.text
     caplog.clear()
     prompt.write_text("You want $request. $chat End with ${termination_signal}.")
     check_rl(load(f"simulators.user.prompt_file={prompt}"))
@@ -342,7 +343,7 @@ def test_a_user_that_cannot_end_a_chat_is_told(load: Load, tmp_path: Path, caplo
 def test_memory_near_the_limit_is_told(load: Load, tiny_model: Path) -> None:
     config = load("parallel.device=cuda")
     spec = model_spec(read_hf_config(tiny_model))
-    needed = fullest(stages_of(config, spec, "cuda")).device
+    needed = max(stage.device for stage in stages_of(config, spec, "cuda"))
     roomy = Node(gpus=8, gpu_bytes=round(needed / NEAR) + 1, host_bytes=2**60)
     assert not list(memory_warnings(config, spec, roomy))
     (tight,) = memory_warnings(config, spec, replace(roomy, gpu_bytes=needed))
@@ -392,7 +393,7 @@ def test_an_evaluation_is_told_and_refused_what_its_start_would_be(
     ]
     config = load_config(EvaluateConfig, REPOSITORY / "conf" / "demo_evaluate.yaml", overrides)
     check_evaluate(config, dry_run=True)
-    assert f"simulators.user.prompt_file={prompt} holds no $termination_signal" in caplog.text
+    assert f"simulators.user.prompt_file={prompt} does not contain $termination_signal" in caplog.text
     narrow = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_prompt_tokens": 1})})
     with pytest.raises(UserError, match=r"1 of 1 prompts .* raise rollout.max_prompt_tokens"):
         check_evaluate(narrow, dry_run=True)

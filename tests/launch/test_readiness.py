@@ -11,7 +11,7 @@ import pytest
 
 from collab_megatron.launch import readiness
 from collab_megatron.launch.ports import free_port
-from collab_megatron.launch.readiness import Readiness
+from collab_megatron.launch.readiness import ReadinessProbe
 
 
 class Listener:
@@ -49,7 +49,7 @@ def listener() -> Iterator[Listener]:
     listening.close()
 
 
-def ask_until(ready: Readiness, listener: Listener, questions: int) -> None:
+def ask_until(ready: ReadinessProbe, listener: Listener, questions: int) -> None:
     deadline = time.monotonic() + 5
     while len(listener.asked) < questions:
         assert not ready.answers()
@@ -57,7 +57,7 @@ def ask_until(ready: Readiness, listener: Listener, questions: int) -> None:
         time.sleep(0.005)
 
 
-def answer_of(ready: Readiness, within_s: float = 1.0) -> bool:
+def answer_of(ready: ReadinessProbe, within_s: float = 1.0) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if ready.answers():
@@ -67,7 +67,7 @@ def answer_of(ready: Readiness, within_s: float = 1.0) -> bool:
 
 
 def test_silence_is_waited_for_without_standing_still(listener: Listener) -> None:
-    ready = Readiness(listener.url, every_s=0.05)
+    ready = ReadinessProbe(listener.url, every_s=0.05)
     begin = time.monotonic()
     ask_until(ready, listener, 1)
     polls = [ready.answers() for _ in range(200)]
@@ -81,7 +81,7 @@ def test_silence_is_waited_for_without_standing_still(listener: Listener) -> Non
 
 @pytest.mark.parametrize("said", [b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", b"", b"nonsense\r\n\r\n"])
 def test_any_other_answer_is_a_no_and_it_is_asked_again(listener: Listener, said: bytes) -> None:
-    ready = Readiness(listener.url, every_s=0.05)
+    ready = ReadinessProbe(listener.url, every_s=0.05)
     ask_until(ready, listener, 1)
     listener.answer(said)
     ask_until(ready, listener, 2)
@@ -90,11 +90,11 @@ def test_any_other_answer_is_a_no_and_it_is_asked_again(listener: Listener, said
 
 def test_a_question_that_nobody_answers_is_given_up(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "ANSWER_S", 0.1)
-    ready = Readiness(listener.url, every_s=0.01)
+    ready = ReadinessProbe(listener.url, every_s=0.01)
     ask_until(ready, listener, 3)
     ready.close()
 
 
 def test_nobody_there_is_a_no() -> None:
-    ready = Readiness(f"http://127.0.0.1:{free_port()}", every_s=0.0)
+    ready = ReadinessProbe(f"http://127.0.0.1:{free_port()}", every_s=0.0)
     assert not any(ready.answers() for _ in range(20))

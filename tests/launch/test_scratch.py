@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from collab_megatron.launch.scratch import NEW, NEW_S, SHARED_MEMORY, Scratch
+from collab_megatron.launch.scratch import NEW, NEW_S, SHARED_MEMORY, ScratchFolder
 from collab_megatron.launch.supervisor import Supervisor
 
 DEADLINE_S = 30.0
@@ -76,16 +76,16 @@ def test_what_a_killed_launcher_left_goes_at_the_next_start(temporary: Path, tmp
     (folder / "weights" / "shard").touch()
     dead.kill()
     dead.wait()
-    Scratch.create().remove()
+    ScratchFolder.create().remove()
     assert folder.exists(), "a child of that run is still there: it may use the folder"
     os.kill(child, signal.SIGKILL)
     wait_until_ended(child)
-    Scratch.create().remove()
+    ScratchFolder.create().remove()
     assert list(temporary.iterdir()) == []
 
 
 def test_the_folder_of_a_run_that_goes_on_stays(temporary: Path) -> None:
-    first, second = Scratch.create(), Scratch.create()
+    first, second = ScratchFolder.create(), ScratchFolder.create()
     assert first.folder.exists()
     first.remove()
     assert second.folder.exists()
@@ -93,20 +93,20 @@ def test_the_folder_of_a_run_that_goes_on_stays(temporary: Path) -> None:
 
 
 def test_folders_of_others_stay(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = Scratch.create()
+    elsewhere = ScratchFolder.create()
     os.close(elsewhere.held)
     (elsewhere.folder / "owner").write_text("another-host 12\n")
     (temporary / "target").mkdir()
     (temporary / "collab_run_link").symlink_to(temporary / "target")
     young = temporary / f"{NEW}1"
     young.mkdir()
-    Scratch.create().remove()
+    ScratchFolder.create().remove()
     assert elsewhere.folder.exists()
     assert (temporary / "target").exists()
     assert young.exists(), "somebody is about to take its lock"
     then = time.time() - 2 * NEW_S
     os.utime(young, (then, then))
-    Scratch.create().remove()
+    ScratchFolder.create().remove()
     assert not young.exists()
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from collab_megatron.errors import RunError
-from collab_megatron.launch.stopped import LONGEST_LOOK_S, Process, StoppedWatch, all_processes
+from collab_megatron.launch.stopped import LONGEST_LOOK_S, ProcessStat, StoppedWatch, all_processes
 from collab_megatron.launch.supervisor import Supervisor
 
 SLEEP = "import time; time.sleep(60)"
@@ -26,7 +26,7 @@ class Proc:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self.found: list[Process] = []
+        self.found: list[ProcessStat] = []
         self.watch = StoppedWatch(10, look=lambda: self.found, clock=lambda: self.now)
 
     def after(self, seconds: float) -> dict[int, str]:
@@ -36,16 +36,23 @@ class Proc:
 
 def test_a_process_is_over_the_limit_once_it_was_seen_stopped_for_so_long() -> None:
     proc = Proc()
-    proc.found = [Process(70, "scheduler", "T", 7), Process(80, "python", "S", 8), Process(90, "vim", "T", 9)]
+    proc.found = [
+        ProcessStat(70, "scheduler", "T", 7),
+        ProcessStat(80, "python", "S", 8),
+        ProcessStat(90, "vim", "T", 9),
+    ]
     assert proc.after(1000) == {}  # the first look: nobody knows since when
     assert [proc.after(3) for _ in range(3)] == [{}, {}, {}]
     assert proc.after(0.5) == {}  # not looked at
     assert proc.after(0.5) == {
         7: "process 70 (scheduler) has been stopped by a signal for 10 s (run.stopped_timeout_s=10)"
     }
-    proc.found = [Process(70, "scheduler", "R", 7), Process(80, "python", "t", 8)]  # goes on; in a debugger's hands
+    proc.found = [
+        ProcessStat(70, "scheduler", "R", 7),
+        ProcessStat(80, "python", "t", 8),
+    ]  # goes on; in a debugger's hands
     assert proc.after(4) == {}
-    proc.found = [Process(70, "scheduler", "T", 7)]
+    proc.found = [ProcessStat(70, "scheduler", "T", 7)]
     assert [proc.after(4) for _ in range(3)] == [{}, {}, {}]
     assert list(proc.after(4)) == [7]
 
@@ -53,7 +60,7 @@ def test_a_process_is_over_the_limit_once_it_was_seen_stopped_for_so_long() -> N
 def test_while_we_were_stopped_ourselves_nothing_counts() -> None:
     """A job manager that suspends a job stops all of its processes, and lets all go on."""
     proc = Proc()
-    proc.found = [Process(70, "scheduler", "T", 7)]
+    proc.found = [ProcessStat(70, "scheduler", "T", 7)]
     proc.after(0)
     assert proc.after(3600) == {}
     proc.found = []
@@ -64,7 +71,7 @@ def test_while_we_were_stopped_ourselves_nothing_counts() -> None:
 def test_processes_are_read_from_proc() -> None:
     me = psutil.Process()
     (found,) = [process for process in all_processes() if process.pid == me.pid]
-    assert found == Process(me.pid, found.name, "R", os.getpgrp())
+    assert found == ProcessStat(me.pid, found.name, "R", os.getpgrp())
     assert me.name().startswith(found.name)
 
 

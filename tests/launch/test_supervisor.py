@@ -225,11 +225,11 @@ def test_a_rank_that_was_signalled_alone_ends_the_run_as_interrupted(
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from collab_megatron import processes
+from collab_megatron import signals
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.errors import run_cli
 
-processes.SAME_S = float(sys.argv[2])
+signals.SAME_S = float(sys.argv[2])
 
 def main():
     with Supervisor(Path(sys.argv[1]), save_grace_s=30) as supervisor:

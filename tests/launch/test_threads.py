@@ -8,44 +8,44 @@ import pytest
 
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, load_config
 from collab_megatron.config.sections import EngineSection
-from collab_megatron.launch import launch
-from collab_megatron.launch.threads import Threads, share_threads
+from collab_megatron.launch import run_processes
+from collab_megatron.launch.threads import ThreadCounts, share_threads
 
 
 @pytest.mark.parametrize(
     "cores, trainers, engines, at_once, expected",
     [
-        (2, 1, 1, False, Threads(2, 2)),  # they take turns: each has the machine
-        (2, 2, 1, False, Threads(1, 2)),
-        (16, 4, 2, False, Threads(4, 8)),
-        (2, 1, 1, True, Threads(1, 1)),  # both at once
-        (16, 4, 4, True, Threads(2, 2)),
-        (2, 4, 4, True, Threads(1, 1)),  # never none
-        (8, 2, 0, False, Threads(4, 8)),  # engines elsewhere, or none at all
+        (2, 1, 1, False, ThreadCounts(2, 2)),  # they take turns: each has the machine
+        (2, 2, 1, False, ThreadCounts(1, 2)),
+        (16, 4, 2, False, ThreadCounts(4, 8)),
+        (2, 1, 1, True, ThreadCounts(1, 1)),  # both at once
+        (16, 4, 4, True, ThreadCounts(2, 2)),
+        (2, 4, 4, True, ThreadCounts(1, 1)),  # never none
+        (8, 2, 0, False, ThreadCounts(4, 8)),  # engines elsewhere, or none at all
     ],
 )
-def test_cores_are_shared(cores: int, trainers: int, engines: int, at_once: bool, expected: Threads) -> None:
+def test_cores_are_shared(cores: int, trainers: int, engines: int, at_once: bool, expected: ThreadCounts) -> None:
     assert share_threads(cores, trainer_ranks=trainers, engine_ranks=engines, at_once=at_once) == expected
 
 
 def test_a_run_that_alternates_uses_every_core_and_one_that_overlaps_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "usable_cores", lambda: 8)
+    monkeypatch.setattr(run_processes, "usable_cores", lambda: 8)
 
-    def of(*overrides: str) -> Threads:
-        return launch.threads_of(load_config(RLConfig, Path("conf/demo_rl.yaml"), overrides))
+    def of(*overrides: str) -> ThreadCounts:
+        return run_processes.threads_of(load_config(RLConfig, Path("conf/demo_rl.yaml"), overrides))
 
-    assert of("parallel.tensor=2") == Threads(4, 8)
-    assert of("parallel.tensor=2", "driver.max_staleness=1") == Threads(2, 2)
-    assert of("parallel.threads=3", "engine.threads=5") == Threads(3, 5)
-    assert launch.threads_of(load_config(SFTConfig, Path("conf/demo_sft.yaml"))).trainer >= 4
-    assert launch.threads_of(load_config(EvaluateConfig, Path("conf/demo_evaluate.yaml"))).engine == 8
+    assert of("parallel.tensor=2") == ThreadCounts(4, 8)
+    assert of("parallel.tensor=2", "driver.max_staleness=1") == ThreadCounts(2, 2)
+    assert of("parallel.threads=3", "engine.threads=5") == ThreadCounts(3, 5)
+    assert run_processes.threads_of(load_config(SFTConfig, Path("conf/demo_sft.yaml"))).trainer >= 4
+    assert run_processes.threads_of(load_config(EvaluateConfig, Path("conf/demo_evaluate.yaml"))).engine == 8
 
 
 def test_ranks_are_told_and_soon_sleep() -> None:
-    env = launch._rank_env(1, 2, 29500, "cpu", 3)
+    env = run_processes._rank_env(1, 2, 29500, "cpu", 3)
     assert (env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"], env["LOCAL_RANK"]) == ("3", "PASSIVE", "1")
     assert 0 < int(env["GOMP_SPINCOUNT"]) < 300_000  # libgomp's own choice, which starves those that work meanwhile
-    assert "OMP_NUM_THREADS" not in launch._rank_env(0, 1, 29500, "cuda", 3)
+    assert "OMP_NUM_THREADS" not in run_processes._rank_env(0, 1, 29500, "cuda", 3)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,6 @@ def test_ranks_are_told_and_soon_sleep() -> None:
     ],
 )
 def test_ranks_listen_on_loopback_unless_an_engine_is_elsewhere(urls: tuple[str, ...], here: bool) -> None:
-    assert launch.engines_are_here(EngineSection(urls=urls)) is here
-    env = launch._rank_env(0, 2, 29500, "cuda", 1, here)
+    assert run_processes.engines_are_here(EngineSection(urls=urls)) is here
+    env = run_processes._rank_env(0, 2, 29500, "cuda", 1, here)
     assert [env.get(f"{kind}_SOCKET_IFNAME") for kind in ("GLOO", "NCCL")] == (["lo"] * 2 if here else [None] * 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from collab_megatron.data.thoughts import split_thoughts
+from collab_megatron.data.thought_tags import split_thoughts
 from collab_megatron.errors import RunError
 from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.rollout.conversation import Limits, Players

@@ -37,7 +37,7 @@ from collab_megatron.config.sections import (
     UserSection,
 )
 from collab_megatron.data.parquet import write_tasks
-from collab_megatron.demo import world
+from collab_megatron.demo import desk
 from collab_megatron.demo.tokenizer import build_tokenizer
 from collab_megatron.launch.cli import shard_file, token_file
 from collab_megatron.launch.drivers import Drivers
@@ -108,7 +108,7 @@ def config(folder: Path, url: str, *, replay: str = "auto", min_group_std: float
 
 
 def _task(rng: random.Random, number: int) -> Task:
-    told = world.sample_task(rng, "train")
+    told = desk.sample_task(rng, "train")
     return Task(f"task-{number}", (Message("user", told.opening),), told.request, told.command)
 
 

@@ -36,7 +36,7 @@ from aiohttp import web
 
 from collab_megatron.demo.tokenizer import build_tokenizer
 from collab_megatron.files import publish_text
-from collab_megatron.processes import die_with_parent
+from collab_megatron.signals import die_with_parent
 from collab_megatron.types import TERMINATION_SIGNAL
 
 SHORTEST, LONGEST = 2, 12

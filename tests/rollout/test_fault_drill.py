@@ -40,6 +40,7 @@ from collab_megatron.rollout.service import Service
 from collab_megatron.types import Message, Task
 from collab_megatron.wire.figures import merged, values
 from collab_megatron.wire.protocol import Answer, Request
+from tests.rollout.llm.calls import HELLO
 from tests.rollout.llm.misbehaving import ALL_FAULTS, COUNTER_OF, FAULTY, MisbehavingEndpoint, faults_at
 from tests.rollout.stand_in import StandIn, Vocabulary, judge_text, user_text
 
@@ -168,7 +169,7 @@ async def play(config: RLConfig, user: Drill, dead: Drill, judge: Drill) -> tupl
         ):
             service = Service(config, cast, recorder)
             for role in ROLES:  # the client's imports would hold up the first wave of calls
-                await cast.gateway.role(role).complete([Message("user", "hello")])
+                await cast.gateway.role(role).complete(HELLO)
             for drill in (user, judge):
                 drill.faults = FAULTS
             for step in range(STEPS):
@@ -301,7 +302,7 @@ def test_the_health_counters_are_what_was_injected(drilled: Drilled) -> None:
     turns = sum(message["role"] == "user" for future in drilled.futures for message in future["messages"])
     assert drilled.figures["health/user/turns"] == turns > 0
     said = [note for answer in drilled.answers for note in answer.notes]
-    assert any("hold no readable JSON (unreadable: user " in note for note in said)
+    assert any("contain no readable JSON (unreadable: user " in note for note in said)
 
 
 def test_what_failed_has_no_score_and_is_in_no_reward(drilled: Drilled) -> None:

@@ -137,7 +137,7 @@ def test_a_changed_shipped_prompt_or_version_is_another_run(
     [
         "simulators.user.max_tokens=7",
         "simulators.user.temperature=0.3",
-        "simulators.user.json_schema=true",
+        "simulators.user.response_format=json_schema",
         "simulators.user.mixture=[{model: w}]",
         "simulators.judge.max_tokens=7",
         "rollout.max_new_tokens=7",
@@ -166,7 +166,7 @@ def test_settings_that_shape_conversations_or_weights_are_another_run(override: 
         "simulators.judge.max_concurrency=3",
         "simulators.user.mixture=[{model: v, timeout_s: 9}]",
         "simulators.health={min_replies: 5}",
-        "rollout.step_timeout_s=5000",
+        "driver.group_timeout_s=5000",
         "driver.max_restarts=9",
         "engine.count=3",
         "train.steps=7",

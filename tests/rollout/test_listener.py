@@ -21,7 +21,7 @@ from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout.listener import MAX_REQUEST_BYTES, Listener
 from collab_megatron.wire import protocol
 from collab_megatron.wire.protocol import Answer, DriverClient, Request
-from tests.engine.servers import FakeServer
+from tests.engine.fake_servers import FakeServer
 from tests.rollout.test_service import service, until
 
 TOKEN = b"0123456789abcdef"

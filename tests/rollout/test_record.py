@@ -1,4 +1,4 @@
-"""A line of the record: what stands in it, where it comes from, and that docs/RECORD.md describes every field."""
+"""A line of the record: what stands in it, where it comes from, and that docs/record.md describes every field."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from collab_megatron.config.sections import LLMSection, SimulatorSection, SimulatorsSection, UserSection
 from collab_megatron.errors import RunError
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.deliveries import Deliveries
 from collab_megatron.rollout.group import GroupRules, TreeSeat, grow_group, sample_replies
 from collab_megatron.rollout.journal.store import Journal
@@ -30,7 +30,7 @@ from collab_megatron.types import CallRecord, Future, Generation, Group, Message
 from tests.rollout.fakes import LIMITS, TASK, ScriptedEngine, ScriptedUser, players
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint
 
-DOCS = Path(__file__).parents[2] / "docs" / "RECORD.md"
+DOCS = Path(__file__).parents[2] / "docs" / "record.md"
 SEAT = TreeSeat(3, 1, first_sample=100)
 RULES = GroupRules(2, 4, min_replies=2, min_futures=1, group_timeout_s=60, advantage_eps=0.05, min_group_std=0.01)
 PRICES: dict[str, Any] = {"input_usd_per_mtoken": 10.0, "output_usd_per_mtoken": 100.0}
@@ -60,7 +60,7 @@ async def grow(url: str, journal: Journal) -> dict[str, Any]:
     simulators = SimulatorsSection(user=user, judge=LLMSection(**part("judge")))
     gateway = Gateway({"user": user, "judge": cast(LLMSection, simulators.judge)}, 7, journal=journal)
     try:
-        engine = RecordedEngine(ScriptedEngine(["(why?)ok", "b"]), journal, Slots(1000), max_staleness=0)
+        engine = RecordedEngine(ScriptedEngine(["(why?)ok", "b"]), journal, AdaptiveLimiter(1000), max_staleness=0)
         scorer = Scorer(
             [Interactivity(gateway.role("judge")), TokenAmount()], {"interactivity": 1.0, "token_amount": 0.0}
         )

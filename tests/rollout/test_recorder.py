@@ -13,7 +13,7 @@ from collab_megatron.config.sections import RecordSection, RunSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout import recorder
 from collab_megatron.rollout.recorder import TreeRecorder, read_trees
-from collab_megatron.trainer.reporter import append_evaluation, drop_evaluations
+from collab_megatron.trainer.rl_reporter import append_evaluation, drop_evaluations
 
 PLAIN = RecordSection()
 

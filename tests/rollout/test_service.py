@@ -31,18 +31,18 @@ from collab_megatron.config.sections import (
 )
 from collab_megatron.data.parquet import write_tasks
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.limiter import Slots
+from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.cast import Cast, open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorHealth
+from collab_megatron.rollout.llm.accounting import GatewaySnapshot
 from collab_megatron.rollout.llm.budget import Budget
-from collab_megatron.rollout.llm.usage import GatewaySnapshot
 from collab_megatron.rollout.recorded_engine import RecordedEngine
 from collab_megatron.rollout.recorder import TreeRecorder
 from collab_megatron.rollout.service import Service
 from collab_megatron.types import Message, Task
 from collab_megatron.wire.figures import values
 from collab_megatron.wire.protocol import Answer, Request, Tally
-from tests.engine.servers import FakeServer, servers, slowly
+from tests.engine.fake_servers import FakeServer, servers, slowly
 from tests.rollout.fakes import LIMITS, TASK, ScriptedUser, players
 
 RECORD = Path("conversations", "run", "shard0.jsonl")
@@ -90,10 +90,10 @@ async def service(
             health_timeout_s=30,
             max_concurrency=8,
             wait_for_engines=True,
-            ahead=config.driver.max_staleness > 0,
+            updates_while_sampling=config.driver.max_staleness > 0,
         ) as engine,
     ):
-        slots = Slots(1000)
+        slots = AdaptiveLimiter(1000)
         with contextlib.closing(open_journal(config)) as journal:
             recorded = RecordedEngine(engine, journal, slots, max_staleness=config.driver.max_staleness)
             everybody = players(cast(Any, recorded), ScriptedUser(go_on))

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from collab_megatron.config.sections import LLMSection
+from collab_megatron.config.sections import LLMSection, UserSection
 from collab_megatron.data.chat import ChatTemplate
 from collab_megatron.demo.tokenizer import build_tokenizer
 from collab_megatron.engine.client import EngineClient, open_session
@@ -70,7 +70,7 @@ async def test_user_and_judges_get_what_their_prompts_want(url: str) -> None:
         for name in ("user", "judge")
     }
     gateway = Gateway(roles, seed=1)
-    user, judge = LLMUserSimulator(gateway.role("user")), gateway.role("judge")
+    user, judge = LLMUserSimulator(UserSection(model="user"), gateway.role("user")), gateway.role("judge")
     messages = (*TASK.prompt, Message("assistant", "when?"))
     turns = await asyncio.gather(*(user.reply(TASK, messages, sample_index=i) for i in range(40)))
     assert len(set(turns)) > 30

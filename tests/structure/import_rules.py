@@ -13,9 +13,9 @@ from pathlib import Path
 
 PACKAGE = "collab_megatron"
 
-# the ground floor: data contract, errors, files and records, text, processes; and the config sections that leaf
+# the ground floor: data contract, errors, files and records, text, signals; and the config sections that leaf
 # functions take
-EVERYWHERE = ("types", "errors", "files", "json_lines", "log", "processes", "run_order", "text", "config.sections")
+EVERYWHERE = ("types", "errors", "files", "json_lines", "log", "signals", "run_order", "text", "config.sections")
 
 # A room, and the rooms it may import. The longest name that fits a file counts; a row of its own replaces that of the
 # room around it.
@@ -25,7 +25,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "files": (),
     "json_lines": (),
     "log": (),
-    "processes": (),
+    "signals": (),
     "run_order": (),
     "text": (),
     "limiter": (),
@@ -53,15 +53,14 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
 
 # what single files of the rooms above need besides, each with its reason
 ADDED: Mapping[str, Mapping[str, str]] = {
-    "demo.summary": {"rollout.llm.usage": "reads the file of API calls that a run left"},
+    "demo.summary": {"rollout.llm.accounting": "reads the file of API calls that a run left"},
     "launch.cost": {"rollout.llm.prices": "the plan's dollars come from LiteLLM's price table"},
-    "launch.places": {"rollout.journal.store": "can the journal be opened?"},
+    "launch.path_checks": {"rollout.journal.store": "can the journal be opened?"},
     "launch.preflight": {
         "data_engine": "can the problems of build_dataset be read?",
         "rollout.llm": "do the LLM services answer?",
         "rollout.rewards": "does the config name metrics that exist?",
     },
-    "rollout.rewards": {"rollout.journal.calls": "a judge's call is recorded under the metric that asked"},
     "trainer.convert": {"trainer.actor.grid": "a type: the exporter is given the rank grid"},
     "trainer.local.layers": {"trainer.actor.backend": "a type: which layers the backend has"},
     "trainer.sync.proof.probe": {"data.chat": "the probe prompt is said in the model's tokens"},
@@ -86,7 +85,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "files": (),
     "json_lines": (),
     "log": (),
-    "processes": (),
+    "signals": (),
     "run_order": (),
     "text": (),
     "config": ("pydantic", "yaml"),
@@ -96,7 +95,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "rollout.rewards": (),
     "demo": ("aiohttp", "rich"),
     "demo.tokenizer": ("tokenizers", "transformers"),
-    "demo.model": ("torch", "tokenizers", "transformers"),
+    "demo.tiny_model": ("torch", "tokenizers", "transformers"),
 }
 NOT_DISTRIBUTED = ("types", "config", "model", "rollout", "trainer.loss", "trainer.batching")
 

@@ -18,9 +18,8 @@ from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.rollout.llm.user import read_user_turn
 from collab_megatron.rollout.rewards.interactivity import read_marks
 from tests.conftest import REPOSITORY, Run
-from tools.bench.driver_api import SimulatorEndpoint
-from tools.bench.driver_bound import chains_s, lower_bound, same_calls
-from tools.bench.driver_shapes import SMALL, Load
+from tools.bench.driver_loads import SMALL, Load, chains_s, lower_bound, same_calls
+from tools.bench.driver_servers import SimulatorEndpoint
 
 TOOL = "tools/bench/driver.py"
 TOOL_S = 240.0

@@ -20,11 +20,11 @@ import pytest
 import yaml
 
 from collab_megatron.config import BuildDatasetConfig, load_config
-from collab_megatron.data.load import load_rows
+from collab_megatron.data.dataset_source import load_rows
 from collab_megatron.data.parquet import read_conversations, read_tasks
 from collab_megatron.data.prepare import collaborative_prompt
 from collab_megatron.data_engine.processes import Progress, build_dataset
-from collab_megatron.demo.tasks import write_tasks
+from collab_megatron.demo.task_files import write_tasks
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout.journal.database import connect
 from collab_megatron.types import Message

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from collab_megatron.demo.model import write_model
+from collab_megatron.demo.tiny_model import write_model
 from collab_megatron.errors import RunError, UserError
 from tools.check_export import TOLERANCES, Tolerance, check, compare
 

@@ -46,7 +46,7 @@ def main() -> None:
     now = [0.0]
     saves = Saves()
     train = TrainSection(save_every_s=100)
-    asked = SimpleNamespace(asked=case == "interrupted" and rank == 1, install=lambda: None)
+    asked = cast(Any, SimpleNamespace(asked=case == "interrupted" and rank == 1, install=lambda: None))
     saving = Saving(saves, grid, RunSection(dir=Path("run")), train, asked, clock=lambda: now[0])
     if case == "clock":
         for _ in range(3):

@@ -13,10 +13,9 @@ from collab_megatron.config import RLConfig
 from collab_megatron.errors import BudgetSpent, GradientsNotFinite, NoEngineLeft, RunError, WeightsDiffer
 from collab_megatron.json_lines import read_rows
 from collab_megatron.train_rl import require_same_weights
-from collab_megatron.trainer import evaluations
 from collab_megatron.trainer.actor.actor import StepResult
-from collab_megatron.trainer.evaluations import Evaluations
-from collab_megatron.trainer.skipped import SkippedSteps, largest_norm
+from collab_megatron.trainer.evaluation_schedule import EvaluationSchedule
+from collab_megatron.trainer.skipped_steps import SkippedSteps, largest_norm
 
 
 class Engines:
@@ -41,11 +40,11 @@ class Reporter:
         self.said.append((step, why))
 
 
-@pytest.fixture
-def config(monkeypatch: pytest.MonkeyPatch) -> RLConfig:
-    import contextlib
+ALONE = cast(Any, SimpleNamespace(world_size=1, is_main=True))
 
-    monkeypatch.setattr(evaluations, "together", lambda *_: contextlib.nullcontext())  # no ranks here
+
+@pytest.fixture
+def config() -> RLConfig:
     return RLConfig.model_validate(
         {
             "model": {"path": "m"},
@@ -58,7 +57,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> RLConfig:
 
 def told(engines: Engines, config: RLConfig) -> list[tuple[int, str]]:
     reporter = Reporter()
-    found = Evaluations(engines, cast(Any, reporter), cast(Any, None), config)
+    found = EvaluationSchedule(cast(Any, engines), cast(Any, reporter), ALONE, config)
     found.evaluate_at_start(0)
     for done in range(1, 6):
         found.evaluate_if_due(done)
@@ -69,21 +68,19 @@ def test_evaluations_come_at_the_start_at_the_interval_and_at_the_end(config: RL
     engines = Engines()
     assert told(engines, config) == [(step, "accuracy 0.5") for step in (0, 2, 4, 5)]
     resumed = Engines()
-    Evaluations(resumed, None, cast(Any, None), config).evaluate_at_start(2)
+    EvaluationSchedule(cast(Any, resumed), None, ALONE, config).evaluate_at_start(2)
     assert resumed.asked == []
 
 
 def test_a_resume_evaluates_what_an_earlier_attempt_did_not_get_to(config: RLConfig, tmp_path: Path) -> None:
     """After a step that an evaluation was due at, and only where its line is missing or torn."""
-    from collab_megatron.trainer.reporter import Reporter as RealReporter
-    from collab_megatron.trainer.reporter import append_evaluation
+    from collab_megatron.trainer.rl_reporter import RLReporter, append_evaluation
 
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path})})
-    alone = cast(Any, SimpleNamespace(world_size=1))
 
     def asked(done: int) -> list[int]:
-        engines, reporter = Engines(), RealReporter(config, first_step=done)
-        Evaluations(engines, reporter, alone, config).evaluate_missing(done)
+        engines, reporter = Engines(), RLReporter(config, first_step=done)
+        EvaluationSchedule(cast(Any, engines), reporter, ALONE, config).evaluate_missing(done)
         reporter.close()
         return engines.asked
 
@@ -101,10 +98,10 @@ def test_a_resume_evaluates_what_an_earlier_attempt_did_not_get_to(config: RLCon
 def test_the_figures_of_a_step_that_was_cut_short_are_written_once(config: RLConfig, tmp_path: Path) -> None:
     """By the end of the run, which saves the step, where the weights did not reach the engines any more."""
     from collab_megatron.trainer.report.dashboard import read_metrics
-    from collab_megatron.trainer.reporter import Reporter as RealReporter
+    from collab_megatron.trainer.rl_reporter import RLReporter
 
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path})})
-    reporter = RealReporter(config, first_step=0)
+    reporter = RLReporter(config, first_step=0)
     reporter.to_disk()
     reporter.trained(1, {"reward/mr_mean": 0.5}, {"train/tokens": 3.0})
     sync = cast(Any, SimpleNamespace(metrics=lambda: {"sync/engines": 1.0}))
@@ -131,10 +128,10 @@ def test_what_ends_the_run_is_not_swallowed(config: RLConfig, kind: type[RunErro
 
 def test_a_failed_evaluation_is_a_counter_on_the_dashboard(config: RLConfig, tmp_path: Path) -> None:
     from collab_megatron.trainer.report.dashboard import read_metrics
-    from collab_megatron.trainer.reporter import Reporter as RealReporter
+    from collab_megatron.trainer.rl_reporter import RLReporter
 
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path})})
-    reporter = RealReporter(config, first_step=0)
+    reporter = RLReporter(config, first_step=0)
     reporter.evaluation_failed(0, "x")
     reporter.evaluation_failed(2, "x")
     reporter.evaluation(4, {"accuracy": 0.5, "conversations": 3})
@@ -146,11 +143,11 @@ def test_a_failed_evaluation_is_a_counter_on_the_dashboard(config: RLConfig, tmp
 def test_a_start_over_an_attempt_without_a_checkpoint_keeps_one_line_a_step(config: RLConfig, tmp_path: Path) -> None:
     import json
 
-    from collab_megatron.trainer.reporter import Reporter as RealReporter
+    from collab_megatron.trainer.rl_reporter import RLReporter
 
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path})})
     for accuracy in (0.25, 0.5):
-        reporter = RealReporter(config, first_step=0)
+        reporter = RLReporter(config, first_step=0)
         reporter.evaluation(0, {"accuracy": accuracy, "conversations": 3})
         reporter.close()
     rows = [json.loads(line) for line in config.run.evaluations_file.read_text().splitlines()]

@@ -54,7 +54,7 @@ def saving_of(
 ) -> Saving:
     grid = cast(Any, SimpleNamespace(rank=0, world_size=1, is_main=True, timeout_s=5.0))
     clock = [0.0] if now is None else now
-    interrupt = SimpleNamespace(asked=False, install=lambda: None) if asked is None else asked
+    interrupt = cast(Any, asked or SimpleNamespace(asked=False, install=lambda: None))
     section = TrainSection.model_validate({"steps": 100, **train})
     return Saving(saves, grid, RunSection(dir=Path("run")), section, interrupt, record, clock=lambda: clock[0])
 
@@ -67,7 +67,7 @@ def take(saving: Saving, steps: int) -> None:
             saving.save()
 
 
-@pytest.mark.parametrize("failure", [RunError("the API is away"), ValueError("a defect"), TimeoutError()])
+@pytest.mark.parametrize("failure", [RunError("the API is away"), ValueError("a bug"), TimeoutError()])
 def test_a_whole_state_is_saved_whatever_ends_the_run(failure: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     saves = Saves(saved=4)
     saving = saving_of(saves)
@@ -75,7 +75,7 @@ def test_a_whole_state_is_saved_whatever_ends_the_run(failure: Exception, capsys
         take(saving, 3)
         raise failure
     assert saves.tries == [7]
-    assert "step 7 is saved: run/checkpoints/run/step_00000007; run.resume=true goes on" in capsys.readouterr().out
+    assert "step 7 is saved: run/checkpoints/run/step_00000007; run.resume=true continues" in capsys.readouterr().out
 
 
 def test_half_a_step_is_not_saved(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_half_a_step_is_not_saved(capsys: pytest.CaptureFixture[str]) -> None:
         with saving.step():
             raise RunError("a peer died")
     assert saves.tries == [2]
-    assert "step 2 is saved, 1 behind what was trained: " in capsys.readouterr().out
+    assert "step 2 is saved (training was at step 3): " in capsys.readouterr().out
 
 
 def test_nothing_is_saved_twice_nor_before_the_first_step(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +96,7 @@ def test_nothing_is_saved_twice_nor_before_the_first_step(capsys: pytest.Capture
             take(saving, steps)
             raise RunError("away")
         assert saves.tries == expected
-    assert "no checkpoint of this run is complete" in capsys.readouterr().out
+    assert "this run has no complete checkpoint" in capsys.readouterr().out
 
 
 def test_a_save_that_fails_is_not_tried_again_and_hides_no_failure(caplog: pytest.LogCaptureFixture) -> None:
@@ -254,7 +254,7 @@ def test_the_grace_time_ends_a_save_that_does_not(number: int) -> None:
     argv = [sys.executable, "-c", NEVER_SAVES, str(int(number))]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=90, check=False)
     assert (done.returncode, done.stdout) == (EXIT_INTERRUPTED, "saves\n"), done.stderr
-    assert "nothing more was saved within 0.2 s; raise train.save_grace_s" in done.stderr
+    assert "no checkpoint was completed within 0.2 s; raise train.save_grace_s" in done.stderr
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.errors import UserError
-from collab_megatron.trainer.convert.disk import is_disk_full
+from collab_megatron.trainer.convert.disk_space import is_disk_full
 from collab_megatron.wire.checkpoints import (
     BEST,
     MARKER,

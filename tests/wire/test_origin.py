@@ -66,7 +66,7 @@ def test_what_decides_the_weights_makes_another_run() -> None:
     same["train"] |= {"steps": 500, "save_interval": 3}
     same["parallel"]["tensor"] = 2
     same["engine"]["count"] = 4
-    same["rollout"]["step_timeout_s"] = 7.0
+    same["driver"]["group_timeout_s"] = 7.0
     same["simulators"]["user"] |= {"timeout_s": 1.0, "api_base": "http://elsewhere"}
     same["optimizer"]["distributed"] = True
     del same["algorithm"]["clip_dual"]  # a version that did not know it

@@ -28,7 +28,11 @@ HIDDEN, VOCABULARY, SAMPLES, LENGTH = 512, 8192, 4, 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/checkpoint.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -51,11 +55,11 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         close_grid,
         init_grid,
     )
-    from collab_megatron.trainer.checkpoint.background import BackgroundSave, grid_beside
-    from collab_megatron.trainer.checkpoint.store import Keep, begin, load_checkpoint, save_checkpoint
+    from collab_megatron.trainer.checkpoint.async_save import AsyncSave, grid_for_saves
+    from collab_megatron.trainer.checkpoint.save_load import Retention, begin_save, load_checkpoint, save_checkpoint
 
     grid = init_grid(ParallelSection(), seed=1)
-    beside, actor = grid_beside(grid), build(folder / "model", grid, args)
+    beside, actor = grid_for_saves(grid), build(folder / "model", grid, args)
     step = stepper(actor)
     step()
     saves, blocking, written, meanwhile, loads = [], [], [], [], []
@@ -63,8 +67,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         saves.append(seconds(lambda: save_checkpoint(actor, folder / "at-once", step=1, extra={}, keep_last=1)))
         loads.append(seconds(lambda: load_checkpoint(actor, folder / "at-once" / "step_00000001")))
         start = time.monotonic()
-        pending = begin(actor, folder / "beside", step=1, extra={}, keep=Keep(1), copy=True)
-        running = BackgroundSave(pending, beside)
+        pending = begin_save(actor, folder / "beside", step=1, extra={}, keep=Retention(1), copy=True)
+        running = AsyncSave(pending, beside)
         blocking.append(time.monotonic() - start)
         while running.is_running:
             meanwhile.append(seconds(step))

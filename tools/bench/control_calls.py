@@ -5,7 +5,7 @@
 Starts real SGLang servers with a tiny model on CPU and measures one fan-out of each control call, in the order of a
 sync without its weights, two ways:
 
-- direct: `Receivers.each`, as collab_megatron/resharding does it; a thread and a connection for every server;
+- direct: `SyncServers.call_all`, as collab_megatron/trainer/sync does it; a thread and a connection for every server;
 - smg: one call to the router's RL control plane, which calls the servers. The requirements do not have it: install
   smg==1.13.0 and setproctitle, without smg's dependencies, into an environment of their own. Without it a row says so.
 
@@ -35,8 +35,8 @@ from collab_megatron.engine.server_args import PYTHON_PLACES, engine_command
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.launch.ports import free_port
-from collab_megatron.launch.supervisor import Child, Supervisor
-from collab_megatron.trainer.sync.receivers import Receivers
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.trainer.sync.servers import SyncServers
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
 WARM_UPS = 2
@@ -56,7 +56,7 @@ CALLS: dict[str, tuple[Callable[[EngineControl], object], dict[str, str], dict[s
 }
 
 
-def alive(supervisor: Supervisor, child: Child) -> bool:
+def alive(supervisor: Supervisor, child: ChildProcess) -> bool:
     """Raises with its own words if it has failed."""
     supervisor.check()
     return child.process.poll() is None
@@ -95,9 +95,9 @@ def start_router(supervisor: Supervisor, executable: str, servers: Sequence[Engi
         time.sleep(0.2)
 
 
-def direct(receivers: Receivers, name: str) -> None:
+def direct(servers: SyncServers, name: str) -> None:
     """One fan-out. Raises RunError unless every server did it."""
-    answers = receivers.each(name, lambda control, _: CALLS[name][0](control))
+    answers = servers.call_all(name, lambda control, _: CALLS[name][0](control))
     if False in answers.values():  # what flush_cache says of a refusal
         raise RunError(f"a server refused {name}")
 
@@ -138,7 +138,9 @@ def measure(servers: int, repeats: int, smg: str | None) -> list[Row]:
     """Start everything, take turns, end everything."""
     from transformers.utils.logging import disable_progress_bar
 
-    from collab_megatron.demo.model import write_model  # torch with it: seconds that a mistyped option need not wait
+    from collab_megatron.demo.tiny_model import (
+        write_model,  # torch with it: seconds that a mistyped option need not wait
+    )
 
     disable_progress_bar()
     with (
@@ -150,10 +152,10 @@ def measure(servers: int, repeats: int, smg: str | None) -> list[Row]:
         entries = start_servers(supervisor, servers, Path(work) / "model")
         roster = RosterFolder(Path(work) / "roster")
         roster.publish(entries, coming=0)
-        with closing(Receivers(roster, timeout_s=CALL_S, wait_s=CALL_S)) as receivers:
-            if len(receivers.find()) != servers:
+        with closing(SyncServers(roster, timeout_s=CALL_S, wait_s=CALL_S)) as sync_servers:
+            if len(sync_servers.find()) != servers:
                 raise RunError("a server was ready and does not answer any more")
-            ways = {"direct": partial(direct, receivers)}
+            ways = {"direct": partial(direct, sync_servers)}
             if smg is not None:
                 start_router(supervisor, smg, entries, client)
                 ways["smg"] = partial(through_router, client)
@@ -174,7 +176,11 @@ def line(row: Row) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/control_calls.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=20, help="measured turns of each way")
     parser.add_argument("--smg", help="the router's executable; default: its rows are skipped")

@@ -33,7 +33,9 @@ PARTS = ("main", "recipe", "ahead", "shards")
 def parse() -> argparse.Namespace:
     from collab_megatron.errors import UserError
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/driver.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is left out is null")
     parser.add_argument("--small", action="store_true", help="seconds instead of minutes, for tests")

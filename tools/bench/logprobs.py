@@ -38,7 +38,7 @@ EVERYTHING = 2**62  # chunk bytes that any logits fit into
 
 
 @dataclass(frozen=True)
-class Problem:
+class HeadInputs:
     """What all variants are given."""
 
     tokens: int
@@ -51,7 +51,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Row:
+class HeadRow:
     """What one variant took."""
 
     variant: str
@@ -66,18 +66,18 @@ class Row:
 class Heads:
     """The variants over one set of inputs."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, inputs: HeadInputs) -> None:
         import torch
 
-        torch.set_num_threads(problem.threads)
-        self.problem = problem
-        device, dtype = torch.device(problem.device), getattr(torch, problem.dtype)
+        torch.set_num_threads(inputs.threads)
+        self.inputs = inputs
+        device, dtype = torch.device(inputs.device), getattr(torch, inputs.dtype)
         generator = torch.Generator().manual_seed(0)
         self.hidden, self.weight = (
-            (torch.randn(rows, problem.hidden, generator=generator) * scale).to(device, dtype).requires_grad_()
-            for rows, scale in ((problem.tokens, 1.0), (problem.vocab, problem.hidden**-0.5))
+            (torch.randn(rows, inputs.hidden, generator=generator) * scale).to(device, dtype).requires_grad_()
+            for rows, scale in ((inputs.tokens, 1.0), (inputs.vocab, inputs.hidden**-0.5))
         )
-        self.labels = torch.randint(0, problem.vocab, (problem.tokens,), generator=generator).to(device)
+        self.labels = torch.randint(0, inputs.vocab, (inputs.tokens,), generator=generator).to(device)
 
     def forward(self, variant: str) -> tuple[Tensor, Tensor]:
         """Log-probability of the label and entropy, [tokens] fp32."""
@@ -90,8 +90,8 @@ class Heads:
                 self.hidden,
                 self.weight,
                 self.labels,
-                vocab=self.problem.vocab,
-                chunk_bytes=EVERYTHING if variant == "ours, kept" else self.problem.chunk_mb * 2**20,
+                vocab=self.inputs.vocab,
+                chunk_bytes=EVERYTHING if variant == "ours, kept" else self.inputs.chunk_mb * 2**20,
             )
         every = (self.hidden @ self.weight.t()).float().log_softmax(dim=-1)
         with torch.no_grad():
@@ -112,12 +112,12 @@ class Heads:
         """On a CPU it is that of the process so far: ask a fresh one, once."""
         import torch
 
-        if self.problem.device == "cuda":
+        if self.inputs.device == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             self.forward_backward(variant)
             return (torch.cuda.max_memory_allocated() - before) / 2**20
-        small = Heads(Problem(8, 16, 8, self.problem.dtype, 1, self.problem.threads, "cpu"))
+        small = Heads(HeadInputs(8, 16, 8, self.inputs.dtype, 1, self.inputs.threads, "cpu"))
         small.forward_backward(variant)  # libraries load their code on first use
         before_kib, peak_before = _status_kib("VmRSS"), _status_kib("VmHWM")
         self.forward_backward(variant)
@@ -144,19 +144,19 @@ def _seconds(work: Callable[[], None], cuda: bool) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def _peak_in_fresh_process(problem: Problem, variant: str) -> float:
-    request = json.dumps({"problem": asdict(problem), "variant": variant})
+def _peak_in_fresh_process(inputs: HeadInputs, variant: str) -> float:
+    request = json.dumps({"inputs": asdict(inputs), "variant": variant})
     done = subprocess.run([sys.executable, __file__, "--peak-of", request], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RunError(f"measuring the memory of {variant} failed:\n{done.stderr}")
     return float(done.stdout.split()[-1])
 
 
-def measure(problem: Problem, repeats: int) -> list[Row]:
+def measure(inputs: HeadInputs, repeats: int) -> list[HeadRow]:
     """One row per variant; the naive one's fp32 matrices must fit in memory."""
-    cuda = problem.device == "cuda"
-    heads = Heads(problem)
-    peaks = {v: heads.peak_mib(v) if cuda else _peak_in_fresh_process(problem, v) for v in VARIANTS}
+    cuda = inputs.device == "cuda"
+    heads = Heads(inputs)
+    peaks = {v: heads.peak_mib(v) if cuda else _peak_in_fresh_process(inputs, v) for v in VARIANTS}
     forward: dict[str, list[float]] = {v: [] for v in VARIANTS}
     both: dict[str, list[tuple[float, float]]] = {v: [] for v in VARIANTS}
     for repeat in range(repeats + 1):
@@ -168,9 +168,9 @@ def measure(problem: Problem, repeats: int) -> list[Row]:
                 both[variant].append(whole)
     wall = {v: min(seconds for seconds, _ in both[v]) for v in VARIANTS}
     return [
-        Row(
+        HeadRow(
             variant=v,
-            dtype=problem.dtype,
+            dtype=inputs.dtype,
             peak_mib=peaks[v],
             forward_s=min(forward[v]),
             forward_backward_s=wall[v],
@@ -181,7 +181,7 @@ def measure(problem: Problem, repeats: int) -> list[Row]:
     ]
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[HeadRow]) -> str:
     """The rows as text, one line each."""
     lines = [
         f"{'head':<14} {'dtype':<9} {'peak MiB':>9} {'forward s':>10} {'f+b s':>8} {'f+b cpu s':>10} {'speedup':>8}"
@@ -197,7 +197,9 @@ def table(rows: Sequence[Row]) -> str:
 def main() -> None:
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/logprobs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--hidden", type=int, default=576)
@@ -211,14 +213,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.peak_of is not None:
         request = json.loads(args.peak_of)
-        print(Heads(Problem(**request["problem"])).peak_mib(request["variant"]))
+        print(Heads(HeadInputs(**request["inputs"])).peak_mib(request["variant"]))
         return
     if min(args.tokens, args.vocab, args.hidden, args.chunk_mb, args.threads, args.repeats) < 1:
         raise UserError("sizes, --chunk-mb, --threads and --repeats must be 1 or more")
-    rows: list[Row] = []
+    rows: list[HeadRow] = []
     for dtype in args.dtypes:
-        problem = Problem(args.tokens, args.vocab, args.hidden, dtype, args.chunk_mb, args.threads, args.device)
-        rows += measure(problem, args.repeats)
+        inputs = HeadInputs(args.tokens, args.vocab, args.hidden, dtype, args.chunk_mb, args.threads, args.device)
+        rows += measure(inputs, args.repeats)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
     print(f"{args.tokens} tokens, vocabulary {args.vocab}, hidden {args.hidden}; {where}")
     print(table(rows))

@@ -49,7 +49,7 @@ TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (0.1, 0.05)}
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A model and how many tokens it is given at a time."""
 
     architecture: str
@@ -65,17 +65,17 @@ def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab:
 
 
 _LLAMA, _QWEN2, _QWEN3 = "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
-SHAPES: dict[str, Shape] = {
-    "tiny": Shape(_QWEN3, _sizes(64, 2, 4, 2, 128, 512), rows=2, length=32),
-    "8m": Shape(_LLAMA, _sizes(256, 6, 8, 4, 768, 12288), rows=4, length=256),  # 7.9 M parameters, 40% embedding
-    "135m": Shape(_LLAMA, _sizes(576, 30, 9, 3, 1536, 49152), rows=2, length=256),  # SmolLM2-135M
-    "qwen2.5-1.5b": Shape(_QWEN2, _sizes(1536, 28, 12, 2, 8960, 151936), rows=4, length=2048),
-    "qwen2.5-7b": Shape(_QWEN2, _sizes(3584, 28, 28, 4, 18944, 152064), rows=4, length=2048, tied=False),
+SHAPES: dict[str, ModelShape] = {
+    "tiny": ModelShape(_QWEN3, _sizes(64, 2, 4, 2, 128, 512), rows=2, length=32),
+    "8m": ModelShape(_LLAMA, _sizes(256, 6, 8, 4, 768, 12288), rows=4, length=256),  # 7.9 M parameters, 40% embedding
+    "135m": ModelShape(_LLAMA, _sizes(576, 30, 9, 3, 1536, 49152), rows=2, length=256),  # SmolLM2-135M
+    "qwen2.5-1.5b": ModelShape(_QWEN2, _sizes(1536, 28, 12, 2, 8960, 151936), rows=4, length=2048),
+    "qwen2.5-7b": ModelShape(_QWEN2, _sizes(3584, 28, 28, 4, 18944, 152064), rows=4, length=2048, tied=False),
 }
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainStepRow:
     shape: str
     dtype: str
     phase: str
@@ -98,7 +98,7 @@ class Skipped:
     skipped: str  # why
 
 
-def make_model(shape: Shape, dtype: Dtype, folder: Path) -> None:
+def make_model(shape: ModelShape, dtype: Dtype, folder: Path) -> None:
     """Random weights, wide enough for distributions that are not all alike, written as a Hugging Face folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -113,7 +113,7 @@ def make_model(shape: Shape, dtype: Dtype, folder: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
 
 
-def make_samples(shape: Shape, packing: bool, tokens: int | None) -> list[TokenSample]:
+def make_samples(shape: ModelShape, packing: bool, tokens: int | None) -> list[TokenSample]:
     """Random tokens of a conversation's proportions: the first quarter is the prompt, the rest is trained."""
     from collab_megatron.trainer.batching.micro_batch import TokenSample
 
@@ -254,7 +254,7 @@ def gpu_clock() -> float:
     return time.perf_counter()
 
 
-class Bench:
+class Comparison:
     """One shape in one dtype: both sides built, checked, and ready to be measured."""
 
     def __init__(self, name: str, dtype: Dtype, packing: bool, tokens: int | None) -> None:
@@ -278,7 +278,7 @@ class Bench:
         self.ours = Ours(actor, cut(packed=packing)[0], loss_fn)
         check_same(self.ours, self.reference, dtype)
 
-    def row(self, phase: str, repeats: int, cpu_time: bool) -> Row:
+    def row(self, phase: str, repeats: int, cpu_time: bool) -> TrainStepRow:
         import torch
 
         from collab_megatron.model.flops import forward_flops, peak_flops, train_flops
@@ -300,7 +300,7 @@ class Bench:
         peak = peak_flops(torch.cuda.get_device_name()) if on_gpu and self.dtype == "bfloat16" else None
         flops = (forward_flops if phase == "logprobs" else train_flops)(self.spec, lengths)
         speeds = [sum(lengths) / t for t in seconds]
-        return Row(
+        return TrainStepRow(
             shape=self.name,
             dtype=self.dtype,
             phase=phase,
@@ -316,26 +316,26 @@ class Bench:
         )
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row | Skipped]:
+def measure(args: argparse.Namespace) -> Iterator[TrainStepRow | Skipped]:
     """Every phase of every shape in every dtype, as soon as it is there."""
     import torch
 
     for name in args.shapes:
         for dtype in args.dtypes:
-            bench: Bench | None = None
+            comparison: Comparison | None = None
             for phase in args.phases:
                 try:
-                    bench = bench or Bench(name, dtype, args.packing, args.tokens)
-                    yield bench.row(phase, args.repeats, args.cpu_time)
+                    comparison = comparison or Comparison(name, dtype, args.packing, args.tokens)
+                    yield comparison.row(phase, args.repeats, args.cpu_time)
                 except torch.OutOfMemoryError as error:
                     yield Skipped(name, dtype, phase, f"out of memory: {str(error).splitlines()[0]}")
-            del bench
+            del comparison
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
 
-def line(row: Row | Skipped) -> str:
+def line(row: TrainStepRow | Skipped) -> str:
     """For people."""
     head = f"{row.shape:14s} {row.dtype:9s} {row.phase:17s}"
     if isinstance(row, Skipped):
@@ -350,7 +350,11 @@ def line(row: Row | Skipped) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/train_step.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 8m 135m; on CUDA the two qwen2.5")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both; on CUDA bfloat16")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))

@@ -45,11 +45,11 @@ START_S, SYNC_S = 600.0, 300.0
 RANK_SCRIPT = Path(__file__).resolve().with_name("weight_sync_rank.py")
 
 Row = dict[str, Any]
-"""As weight_sync_rank.Row, with the name of the shape; or {"transport", "shape", "skipped": why}."""
+"""As weight_sync_rank.SyncRow, with the name of the shape; or {"transport", "shape", "skipped": why}."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class LlamaShape:
     """A llama with tied embeddings."""
 
     hidden: int
@@ -102,16 +102,16 @@ class Shape:
         }
 
 
-SHAPES: dict[str, Shape] = {
-    "tiny": Shape(64, 2, 4, 2, 128, 512),
-    "10m": Shape(256, 8, 8, 4, 768, 12288),
-    "135m": Shape(576, 30, 9, 3, 1536, 49152),  # SmolLM2-135M
-    "135m-deep": Shape(288, 120, 9, 3, 768, 98304),
-    "1b": Shape(2048, 16, 32, 8, 8192, 128256, "bfloat16"),  # Llama-3.2-1B
+SHAPES: dict[str, LlamaShape] = {
+    "tiny": LlamaShape(64, 2, 4, 2, 128, 512),
+    "10m": LlamaShape(256, 8, 8, 4, 768, 12288),
+    "135m": LlamaShape(576, 30, 9, 3, 1536, 49152),  # SmolLM2-135M
+    "135m-deep": LlamaShape(288, 120, 9, 3, 768, 98304),
+    "1b": LlamaShape(2048, 16, 32, 8, 8192, 128256, "bfloat16"),  # Llama-3.2-1B
 }
 
 
-def write_model(shape: Shape, folder: Path) -> None:
+def write_model(shape: LlamaShape, folder: Path) -> None:
     """Random weights as a Hugging Face folder: a block of random numbers, repeated, since 1 G of them take long."""
     import torch
     from safetensors.torch import save_file
@@ -240,7 +240,11 @@ def line(row: Row) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tools/bench/weight_sync.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["10m", "135m", "135m-deep", "1b"])
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=list(TRANSPORTS))
     parser.add_argument("--repeats", type=int, default=5, help="measured syncs of each row")

@@ -49,7 +49,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Row:
+class SyncRow:
     transport: str
     bytes: int  # of weights
     seconds: float
@@ -102,7 +102,7 @@ def main() -> None:
     close_grid()
 
 
-def measure(job: Job, transport: Literal["broadcast", "ipc", "disk"], actor: Actor) -> Row:
+def measure(job: Job, transport: Literal["broadcast", "ipc", "disk"], actor: Actor) -> SyncRow:
     """Collective over the trainer's ranks; what rank 0 returns counts."""
     grid, plan = actor.grid, actor.tensor_plan()
     num_bytes = sum(tensor.num_bytes for tensor in plan)
@@ -121,7 +121,7 @@ def measure(job: Job, transport: Literal["broadcast", "ipc", "disk"], actor: Act
     publisher.close()
     floors, samples = floors[1:], samples[1:]
     best = min(samples, key=lambda sample: sample.seconds)
-    return Row(
+    return SyncRow(
         transport=transport,
         bytes=num_bytes,
         seconds=best.seconds,
@@ -146,17 +146,17 @@ def measure(job: Job, transport: Literal["broadcast", "ipc", "disk"], actor: Act
     )
 
 
-class TimedDelivery:
-    """A delivery that says how long it took: a whole publish has the probe prompt, too, which is no transfer."""
+class TimedTransport:
+    """A transport that reports how long it took: a whole publish has the probe prompt, too, which is no transfer."""
 
-    def __init__(self, delivery: Any) -> None:
-        self._delivery = delivery
-        self.leave = delivery.leave
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self.close = transport.close
         self.seconds = 0.0
 
     def deliver(self, *args: Any) -> None:
         start = time.monotonic()
-        self._delivery.deliver(*args)
+        self._transport.deliver(*args)
         self.seconds = time.monotonic() - start
 
 
@@ -181,7 +181,7 @@ def make_publisher(
         probe_ids=PROBE_IDS,
         weights_dir=folder / "weights",
     )
-    publisher._delivery = TimedDelivery(publisher._delivery)  # only a benchmark wants that
+    publisher._transport = TimedTransport(publisher._transport)  # only a benchmark wants that
     return publisher
 
 
@@ -201,8 +201,8 @@ def take(publisher: Publisher, version: int, before: int) -> Sample:
     extra = (torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM")) - before
     every = [0] * dist.get_world_size()
     dist.all_gather_object(every, max(extra, 0))
-    delivery: Any = publisher._delivery
-    return Sample(delivery.seconds + report.proof_s, report, max(every))
+    timed_transport: Any = publisher._transport
+    return Sample(timed_transport.seconds + report.proof_s, report, max(every))
 
 
 def memory() -> int:
@@ -224,7 +224,7 @@ def make_floor(
     """What measures the least that `num_bytes` can cost, in seconds; its first call warms it up."""
     import torch
 
-    from collab_megatron.trainer.convert.disk import fsync_folder
+    from collab_megatron.files import fsync_folder
 
     # as large as the weights: a smaller one, used again and again, would stay in the processor's cache
     source = torch.ones(num_bytes, dtype=torch.uint8, device=actor.grid.device)
@@ -246,11 +246,11 @@ def make_floor(
             stream.write(data)
         fsync_folder(folder)
 
-    def write_anew() -> float:
+    def write_new_file() -> float:
         (folder / "weights").unlink(missing_ok=True)
         return timed(write)()
 
-    return write_anew
+    return write_new_file
 
 
 def timed(action: Callable[[], None]) -> Callable[[], float]:

@@ -46,8 +46,8 @@ Umask = Annotated[Literal["077", "027", "022", "007", "002", "000"], BeforeValid
 
 
 class Section(BaseModel):
-    """Unknown keys are refused (load.py names the nearest known one); values cannot change after loading. No number is
-    infinite, and none is true or false."""
+    """Frozen; an unknown key is an error (explain.py names the nearest known one). Numbers are finite; true and false
+    are no numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 

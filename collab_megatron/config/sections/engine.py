@@ -27,14 +27,13 @@ class EngineSection(Section):
     context_length: Positive | None = None
     # further flags of sglang.launch_server; not those that keys of this config set
     extra_args: tuple[Named, ...] = ()
+    # a server must answer within this time after its start. A run with no server left waits 3 times as long for one,
+    # then saves and stops
     startup_timeout_s: Seconds = 300.0
-    request_timeout_s: Seconds = 900.0  # deadline of one generate call
-    health_timeout_s: Seconds = 20.0  # a server that was silent for so long is given up
-    # so is one that answers, but owes replies, was not told to pause and finished no batch for so long; above what its
-    # longest batch takes. None: health_timeout_s on GPUs; on CPU, where one prefill can take a minute, 6 times that
-    work_timeout_s: Seconds | None = None
-    max_restarts: Count = 3  # of each server that we started; then it stays away
-    wait_s: Seconds = 900.0  # with no server left, wait this long for one; then save and stop
+    # a server is given up after this long without an answer, and after this long without a finished batch while it has
+    # requests and is not paused (on CPU, where one prefill can take a minute: 6 times as long)
+    health_timeout_s: Seconds = 20.0
+    max_restarts: Count = 3  # of each server that the run started; then the run goes on without it
     max_concurrency: Positive = 256  # generate calls in flight, per server
     max_running_tokens: Positive | None = None  # tokens of the calls in flight, per server; None: what its cache holds
     # CPU threads of each rank. None: all cores while the trainer waits; shared with it where driver.max_staleness > 0
@@ -61,9 +60,14 @@ class EngineSection(Section):
         """Servers of the run, started or given."""
         return len(self.urls) or self.count
 
+    @property
+    def wait_s(self) -> float:
+        """With no server left, how long the run waits for one: two failed starts and a good one."""
+        return 3 * self.startup_timeout_s
+
     def work_timeout_on(self, device: str) -> float:
-        """Seconds of `work_timeout_s` where the engines run on `device` (cpu | cuda)."""
-        return self.work_timeout_s or {"cuda": 1.0, "cpu": 6.0}[device] * self.health_timeout_s
+        """Seconds without a finished batch after which a server on `device` (cpu | cuda) is given up."""
+        return {"cuda": 1.0, "cpu": 6.0}[device] * self.health_timeout_s
 
 
 class SyncSection(Section):

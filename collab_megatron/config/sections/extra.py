@@ -29,7 +29,7 @@ OWN: Mapping[str, str] = {
     "fallbacks": "deployments",
     "api_base": "api_base",
     "base_url": "api_base",
-    "response_format": "json_mode and json_schema",
+    "response_format": "response_format",
     "stream": "nothing: replies are read whole",
     "mock_response": "nothing: it would answer without a model",
     "input_cost_per_token": "input_usd_per_mtoken",

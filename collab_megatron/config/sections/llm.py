@@ -1,4 +1,4 @@
-"""The sections of what is asked over an LLM API: simulated users, judges, rewards, the budget."""
+"""The sections of the LLM roles (simulated users, judges, assistant), the reward and the budget."""
 
 from __future__ import annotations
 
@@ -11,41 +11,36 @@ from collab_megatron.config.sections.base import Finite, Named, Positive, Second
 from collab_megatron.config.sections.extra import check_address, check_extra
 
 Address = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
+ResponseFormat = Literal["text", "json_object", "json_schema"]
 
 
 class DeploymentSection(Section):
-    """Another way to the same model: a second server, account or provider. LiteLLM's Router spreads calls over all."""
+    """One way to a model: a server, account or provider. Calls are spread over all deployments of a role."""
 
-    model: Named  # in LiteLLM's terms
-    api_base: Address | None = None
-    api_key_env: Named | None = "OPENAI_API_KEY"
+    model: Named  # in LiteLLM's terms: gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
+    api_base: Address | None = None  # URL of a compatible server; None: the provider's own
+    api_key_env: Named | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
     requests_per_minute: Positive | None = None
-    tokens_per_minute: Positive | None = None
-    input_usd_per_mtoken: float | None = Field(default=None, ge=0)
+    tokens_per_minute: Positive | None = None  # prompt and completion tokens together
+    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table. 0: free
     output_usd_per_mtoken: float | None = Field(default=None, ge=0)
 
 
-class LLMSection(Section):
-    """One role behind an LLM API, in LiteLLM's terms."""
+class LLMSection(DeploymentSection):
+    """One role behind an LLM API: its first deployment, and what holds for all of them."""
 
-    model: Named  # e.g. gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
-    api_base: Address | None = None  # URL of a compatible server; None: the provider's own
-    api_key_env: Named | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
     temperature: float = Field(default=1.0, ge=0)
     max_tokens: Positive = 1024
     timeout_s: Seconds = 60.0  # deadline of one attempt
     deadline_s: Seconds = 240.0  # deadline of one call, its retries included
     max_attempts: Positive = 5
     max_concurrency: Positive = 64  # calls in flight, over all deployments; fewer while the provider pushes back
-    requests_per_minute: Positive | None = None  # of the first deployment, the one that stands here
-    tokens_per_minute: Positive | None = None  # prompt and completion tokens together
     deployments: tuple[DeploymentSection, ...] = ()  # further ones, of equal standing: fail-over, more limits
-    cooldown_s: Seconds = 20.0  # a deployment that failed is left alone for so long, or for what it asked for
-    json_mode: bool = True  # ask the provider for a JSON object where the prompt wants one
-    json_schema: bool = False  # ask for the very fields too, where the model can
+    cooldown_s: Seconds = 20.0  # a deployment that failed is left alone for this long, or for as long as it asks
+    # response_format of requests whose prompt asks for JSON: text (none), json_object, or json_schema, which names the
+    # fields too (json_object for models without it)
+    response_format: ResponseFormat = "json_object"
     prompt_file: Path | None = None  # replaces the shipped prompt template
-    input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table. 0: it is free
-    output_usd_per_mtoken: float | None = Field(default=None, ge=0)
     # further arguments of every call, in LiteLLM's terms, e.g. {top_p: 0.9, reasoning_effort: low}; no secrets.
     # LiteLLM leaves out OpenAI's arguments that it knows a provider not to take
     extra: dict[str, Any] = Field(default={})
@@ -57,34 +52,34 @@ class LLMSection(Section):
 
 
 class JudgeSection(LLMSection):
-    """An LLM that scores. It gives the same conversation the same score as far as its provider can."""
+    """An LLM that scores. At temperature 0 it repeats its scores as far as its provider can."""
 
     temperature: float = Field(default=0.0, ge=0)
 
 
 class SimulatorSection(LLMSection):
-    """A simulated user. A mixture of several keeps the policy from learning one simulator's habits."""
+    """A simulated user. With a mixture of several, the policy does not learn the habits of one simulator."""
 
-    weight: float = Field(default=1.0, gt=0)  # share of the conversations, relative to the others' weights
+    weight: float = Field(default=1.0, gt=0)  # share of the conversations, relative to the other weights
 
 
 class UserSection(SimulatorSection):
-    """The simulated users; each conversation keeps the one that it began with."""
+    """The simulated users. A conversation keeps the one that it started with."""
 
-    # what a user turn holds that ends the chat: prompts get it as $termination_signal. The original and the verl recipe
-    # have [[TERMINATE CHAT]]
+    # a user turn that contains this text ends the chat; prompts get it as $termination_signal. CollabLLM and the verl
+    # recipe use [[TERMINATE CHAT]]
     termination_signal: Annotated[str, Field(min_length=1, pattern=r"\S")] = "[TERMINATE]"
-    mixture: tuple[SimulatorSection, ...] = ()  # others next to the one that stands here
+    mixture: tuple[SimulatorSection, ...] = ()  # others next to this one
 
 
 class HealthSection(Section):
-    """How many of a simulator's replies may be odd (share of a step's replies), by name of the check: see
-    simulators/health.py. Nothing happens before `min_replies` replies of a step."""
+    """Limits on odd replies of a simulator, as shares of a step's replies, by name of the check.
 
-    warn: dict[str, Share] = Field(
-        default={}
-    )  # said on the terminal; the shipped limits hold for checks that are not named
-    stop: dict[str, Share] = Field(default={})  # saves a checkpoint and stops the run; none by default
+    The checks are those of rollout/llm/health.py. A limit takes effect from `min_replies` replies of a step on.
+    """
+
+    warn: dict[str, Share] = Field(default={})  # warns; checks that are not named keep their default limits
+    stop: dict[str, Share] = Field(default={})  # saves a checkpoint and stops the run; no limit by default
     min_replies: Positive = 50
 
 
@@ -92,51 +87,53 @@ class SimulatorsSection(Section):
     """The LLMs around the policy."""
 
     user: UserSection
-    # needed by interactivity and by accuracy_verifier: judge, unless reward.judges names others for them
+    # needed by interactivity and by accuracy_verifier: judge, unless reward.judges has one for them
     judge: JudgeSection | None = None
-    assistant: LLMSection | None = None  # only tools/build_dataset.py: who proposes the candidate replies
+    assistant: LLMSection | None = None  # only for tools/build_dataset.py: proposes the candidate replies
     health: HealthSection = HealthSection()
 
     @field_validator("judge", mode="before")
     @classmethod
     def _any_llm(cls, value: Any) -> Any:
-        """Made in Python, another LLM's section may judge too."""
+        """Take the section of another LLM role, for configs that are made in Python."""
         if isinstance(value, LLMSection) and not isinstance(value, JudgeSection):
             return value.model_dump(exclude_unset=True, include=set(LLMSection.model_fields))
         return value
 
 
 class RewardSection(Section):
-    """R* = sum over metrics of clamp(weight * score, -1, 1). token_amount counts assistant tokens in thousands."""
+    """R* = sum over metrics of clamp(weight * score, -1, 1). token_amount is in thousands of assistant tokens."""
 
     metric_weights: dict[str, Finite] = Field(default={"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1})
     accuracy_verifier: Literal["exact", "judge"] = "judge"
-    # request: the judge of interactivity knows the whole task and can tell what a question should have asked; chat: it
-    # knows the conversation alone, as the paper's ITR judge does
+    # what the judge of interactivity sees. request: the whole task too, so that it can tell what a question should have
+    # asked; chat: the conversation only, like the paper's ITR judge
     interactivity_sees: Literal["request", "chat"] = "request"
-    # replaces the shipped prompt of accuracy's judge; simulators.judge.prompt_file replaces that of interactivity
+    # replaces the shipped prompt of the accuracy judge; simulators.judge.prompt_file replaces that of interactivity
     accuracy_prompt_file: Path | None = None
-    # Python modules that register metrics of your own (docs/METRICS.md): names that Python finds, or files; of a module
-    # that lies next to the config file the name is enough
+    # Python modules that register metrics of your own (docs/rewards.md): names that Python can import, or files; for a
+    # module next to the config file the name is enough
     metric_modules: tuple[str, ...] = ()
-    judges: dict[str, JudgeSection] = Field(default={})  # by metric: an LLM of its own, in place of simulators.judge
-    settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: what it is made with (docs/METRICS.md)
+    judges: dict[str, JudgeSection] = Field(default={})  # by metric: its own LLM instead of simulators.judge
+    settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: its settings (docs/rewards.md)
 
     @field_validator("metric_weights")
     @classmethod
     def _some_metric(cls, value: dict[str, float]) -> dict[str, float]:
         if not value:
-            raise ValueError("it is empty: name at least one metric with its weight, such as {accuracy: 1.0}")
+            raise ValueError("it is empty: set at least one metric with its weight, such as {accuracy: 1.0}")
         return value
 
 
 class BudgetSection(Section):
-    """What the LLM APIs may cost over the whole run, resumes included, over all its processes. At a soft cap the run
-    reports it. A hard cap is kept by what begins: a conversation tree (in an evaluation and in the data engine a
-    conversation) begins only while what was spent, and what all that are under way may still cost, is below the cap. So
-    the run ends within one tree's cost above the cap, after saving a checkpoint, with exit code 3; trees that do not
-    make a whole batch are in the journal, and a resumed run does not pay for them again. A cap in dollars needs a known
-    price of every model: LiteLLM's, or a typed one; the first tree then runs alone, until its price is known."""
+    """Caps on the cost of the LLM APIs over the whole run: all its processes, resumes included.
+
+    At a soft cap the run warns. A hard cap limits what may start: a conversation tree (in an evaluation and in the data
+    engine, a conversation) starts only while the cost so far, plus what all work in progress may still cost, is below
+    the cap. So the run ends within one tree's cost above the cap: it saves a checkpoint and exits with code 3. Trees
+    that do not fill a batch are in the journal; a resumed run does not pay for them again. A cap in dollars needs the
+    price of every model, from LiteLLM's table or from the config; the first tree runs alone, until its cost is known.
+    """
 
     soft_usd: float | None = Field(default=None, gt=0)
     hard_usd: float | None = Field(default=None, gt=0)

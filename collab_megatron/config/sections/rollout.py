@@ -46,7 +46,6 @@ class RolloutSection(Section):
     # as it sampled them; rendered: the context of every turn after the trained reply is rendered again by the template
     inexact_template: Literal["refuse", "as_sampled", "rendered"] = "refuse"
     min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
-    step_timeout_s: Seconds = 1800.0  # deadline of one step's rollouts
 
     @model_validator(mode="after")
     def _whole_distribution(self) -> Self:
@@ -68,8 +67,11 @@ class DriverSection(Section):
     # what is unfinished goes on in the next step. 0: a whole batch
     oversample_prompts: Count = 0
     order: Literal["completion", "prompt"] = "completion"  # which trees make a batch: the first that end, or by prompt
-    future_timeout_s: Seconds = 600.0  # deadline of one future, waiting for free slots included
-    group_timeout_s: Seconds = 900.0  # at this age a tree is taken with the futures that are there
+    # deadline of one future, waiting for a free slot included. One request to an engine may take 1.5 times as long
+    future_timeout_s: Seconds = 600.0
+    # a tree is taken with the futures that are there, this long after its replies. A step may take the time of one
+    # request more; then the run ends
+    group_timeout_s: Seconds = 900.0
     # futures of a step (of an evaluation) that may end with an exception that nobody foresaw, each logged with its
     # traceback, in one driver process; one more saves the run and stops it
     max_unexpected_errors: Count = 3
@@ -78,6 +80,16 @@ class DriverSection(Section):
     # their prompts stand half an epoch from the step's own in the epoch's order
     refill_groups: Count = 0
     max_restarts: Count = 3  # of a driver process that died; it goes on from the journal
+
+    @property
+    def request_timeout_s(self) -> float:
+        """Deadline of one generate call. Above a future's: a slow turn ends its future and leaves the engine in use."""
+        return 1.5 * self.future_timeout_s
+
+    @property
+    def step_timeout_s(self) -> float:
+        """Deadline of one step's rollouts: the replies, then their futures."""
+        return self.request_timeout_s + self.group_timeout_s
 
 
 class JournalSection(Section):
@@ -91,7 +103,7 @@ class JournalSection(Section):
 
 
 class RecordSection(Section):
-    """RUN_DIR/conversations/NAME: every conversation tree with its texts, tokens, scores and calls (docs/RECORD.md)."""
+    """RUN_DIR/conversations/NAME: every conversation tree with its texts, tokens, scores and calls (docs/record.md)."""
 
     every: Positive = 1  # steps; 1: every step is written, n: the first and every n-th after it
     # MB on disk of the run's whole record; at the limit the run goes on, without more trees written, and says so. None:

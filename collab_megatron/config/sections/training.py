@@ -18,6 +18,7 @@ from collab_megatron.config.sections.base import (
     Share,
     Umask,
 )
+from collab_megatron.errors import UserError
 
 LONGEST_NAME = 100  # bytes of a run's name; file names have 255, and the longest that are made of it add some 60
 _RUN_NAME = re.compile(r"\w[\w.+=@-]*")
@@ -154,6 +155,14 @@ class ParallelSection(Section):
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.context * self.data
 
+    def require_transformer_engine(self, is_there: bool) -> None:
+        """Raise UserError where the layout needs transformer-engine and this machine does not have it."""
+        if self.context > 1 and not is_there:
+            raise UserError(
+                f"parallel.context={self.context} needs transformer-engine, because no other attention shares a "
+                "sequence between ranks: install it on a machine with GPUs, or set parallel.context=1"
+            )
+
 
 class OptimizerSection(Section):
     """AdamW and its schedule; one unit of the schedule is one training step."""
@@ -221,6 +230,14 @@ class TrainSection(Section):
                 "(train.steps=null takes an inherited one away)"
             )
         return given
+
+    def saves_after(self, done: int) -> bool:
+        """Whether a checkpoint is due after `done` steps, whatever the clock says: at the interval and at the end."""
+        return done == self.steps or (self.save_interval > 0 and done % self.save_interval == 0)
+
+    def evaluates_after(self, done: int) -> bool:
+        """Whether an evaluation is due after `done` steps: at the interval and at the end."""
+        return done == self.steps or (self.eval_interval > 0 and done % self.eval_interval == 0)
 
 
 class AlgorithmSection(Section):

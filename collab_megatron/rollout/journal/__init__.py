@@ -1,1 +1,1 @@
-"""What was sampled and paid for, on disk before it is used."""
+"""The journal: policy turns, LLM replies and batches on disk before they are used."""

@@ -1,8 +1,8 @@
-"""The journal's SQLite file: its tables, how it is made and opened, and what is said when it fails.
+"""The journal's SQLite file: tables, creation, connections and error messages.
 
-The write-ahead log with synchronous=NORMAL: what was committed survives a kill -9 of every process. A power cut may
-lose the newest rows (about the last second's), and leaves the file whole. Several processes read and write the file. It
-must lie on a local disk: the log's index is shared memory, which a network file system does not have.
+It uses the write-ahead log with synchronous=NORMAL: committed rows survive a kill -9 of every process. A power cut may
+lose the newest rows (about a second's), but does not damage the file. Several processes read and write it. It must be
+on a local disk: the log's index is shared memory, which a network file system does not have.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collab_megatron.errors import RunError, UserError
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x436F4A6C  # tells a journal from other SQLite files
 BUSY_S = 10.0
-"""How long a write waits for those of other processes."""
+"""Longest wait of a write for those of other processes."""
 
 TABLES = f"""
 PRAGMA auto_vacuum = INCREMENTAL;
@@ -47,11 +47,11 @@ CREATE TABLE spend (
 PRAGMA journal_mode = WAL;
 """
 STEP_TABLES = ("replies", "turns", "deliveries")
-"""What is removed with its step; `spend` stays."""
+"""Tables whose rows are removed with their step; `spend` stays."""
 
-# wal_autocheckpoint: a checkpoint inside a commit would hold up the event loop (housekeeping.py makes them)
-# secure_delete: some builds overwrite what is deleted, which costs a write for every page
-# journal_size_limit: a log that was long once is cut when it begins anew (bytes)
+# wal_autocheckpoint: a checkpoint inside a commit would block the event loop (housekeeping.py makes them)
+# secure_delete: some builds overwrite deleted rows, which costs a write for every page
+# journal_size_limit (bytes): a longer log is cut when it starts over
 SETTINGS = (
     "synchronous = NORMAL",
     "wal_autocheckpoint = 0",
@@ -62,8 +62,11 @@ SETTINGS = (
 
 
 def create(path: Path) -> None:
-    """Make an empty journal unless there is a file. It is made aside and linked, so that of several processes one wins
-    and nobody sees half of it. Raises UserError where it cannot be made."""
+    """Create an empty journal unless the file exists. Raises UserError if that is not possible.
+
+    The file is written under another name and then linked: if several processes create it, one of them wins, and none
+    sees an incomplete file.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,15 +77,16 @@ def create(path: Path) -> None:
             os.link(aside, path)
         aside.unlink()
     except OSError as error:
-        raise UserError(f"cannot make the journal {path} ({error.strerror}): set journal.path") from None
+        raise UserError(f"cannot create the journal {path} ({error.strerror}): set journal.path") from None
     except sqlite3.Error as error:
         raise explain(error, path) from None
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """A connection in autocommit mode to a journal that is there; for one thread.
+    """A connection in autocommit mode to an existing journal, for one thread.
 
-    Raises UserError for a file that is no journal, a newer version's or cannot be opened, RunError for a damaged one.
+    Raises UserError for a file that is not a journal, is of a newer version or cannot be opened; RunError for a damaged
+    one.
     """
     mode = "ro" if read_only else "rw"
     connection = None
@@ -103,30 +107,34 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
 
 
 def explain(error: sqlite3.Error, path: Path) -> UserError | RunError:
-    """The failure of an SQLite call in a sentence with the way out."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of it says more than anybody needs
+    """The failure of an SQLite call, in a sentence with what to do."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest is detail
     if code == sqlite3.SQLITE_NOTADB:
-        return UserError(f"{path} is no SQLite file: move it away, or set journal.path")
+        return UserError(f"{path} is not an SQLite file: move it away, or set journal.path")
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY):
-        return UserError(f"cannot open the journal {path} for writing ({error}): mend its rights, or set journal.path")
+        return UserError(
+            f"cannot open the journal {path} for writing ({error}): fix its permissions, or set journal.path"
+        )
     if code == sqlite3.SQLITE_CORRUPT:
         return RunError(damaged(path))
     if code == sqlite3.SQLITE_FULL:
-        return RunError(f"the disk of the journal {path} is full: free some space and resume; what it has is kept")
+        return RunError(f"the disk of the journal {path} is full: free some space and resume; the journal is kept")
     if code == sqlite3.SQLITE_BUSY:
-        return RunError(f"the journal {path} was locked by another process for {BUSY_S:g} s: end that one and resume")
-    return RunError(f"the journal {path} cannot be read or written ({error}): see to its disk and resume")
+        return RunError(
+            f"the journal {path} was locked by another process for {BUSY_S:g} s: end that process and resume"
+        )
+    return RunError(f"the journal {path} cannot be read or written ({error}): check its disk and resume")
 
 
 def damaged(path: Path) -> str:
-    return f"the journal {path} is damaged: move it away; the run then asks anew for what it held"
+    return f"the journal {path} is damaged: move it away; the run then asks again for what it contained"
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:
     ((application,),) = connection.execute("PRAGMA application_id")
     ((version,),) = connection.execute("PRAGMA user_version")
     if application != APPLICATION_ID:
-        raise UserError(f"{path} is no journal but another SQLite file: move it away, or set journal.path")
+        raise UserError(f"{path} is an SQLite file but not a journal: move it away, or set journal.path")
     if version > SCHEMA_VERSION:
         raise UserError(
             f"the journal {path} is of a newer version ({version}; this one reads {SCHEMA_VERSION}): update "

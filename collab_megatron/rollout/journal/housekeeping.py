@@ -1,7 +1,7 @@
-"""Keeps the journal's file small beside the run: checkpoints of the write-ahead log, and rows of old steps removed.
+"""Housekeeping of the journal's file during a run: checkpoints of the write-ahead log, and removal of old steps' rows.
 
-A thread with a connection of its own, so that the event loop's writes meet short locks only. Every process that has the
-journal open runs one; SQLite lets one of them at a time work.
+It runs in a thread with its own connection, so that writes of the event loop meet only short locks. Every process with
+an open journal has one; SQLite lets one of them work at a time.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from collab_megatron.rollout.journal.database import BUSY_S, STEP_TABLES, connec
 
 TICK_S = 0.5
 CATCH_UP = 5
-"""Checkpoints in a row. The log begins anew from its start only if nobody wrote during the last one."""
+"""Checkpoints in a row. The log starts over only if nobody wrote during the last one."""
 MAX_LOG_PAGES = 8192
-"""Pages (of 4 KiB) from which on writers are made to wait for the rest of a checkpoint: without it a log that is
-written to all the time would grow without end."""
+"""Pages (of 4 KiB) above which writers must wait for the rest of a checkpoint; otherwise a log that is written to all
+the time would grow without end."""
 RESTART_WAIT_S = 0.05
-"""How long they may wait for a reader of the old log to end."""
+"""Longest wait of theirs for a reader of the old log."""
 BATCH_ROWS, BATCH_PAGES, BATCH_PAUSE_S = 50, 50, 0.004
-"""Of one transaction: it keeps writers waiting for about a millisecond. The pause lets them in."""
+"""Size of one transaction, which blocks writers for about a millisecond; the pause after it lets them in."""
 
 
 class Housekeeper:
-    """The thread; begins with `start`, ends with `stop` or with the process."""
+    """The thread. It starts with `start` and ends with `stop` or with the process."""
 
     def __init__(self, path: Path) -> None:
         self.written = False  # set by the owner at each commit
-        self.error: UserError | RunError | None = None  # what ended the thread, for the owner to raise
+        self.error: UserError | RunError | None = None  # ended the thread; for the owner to raise
         self._path = path
         self._before_step: int | None = None
         self._checked_at = time.monotonic()
@@ -48,7 +48,7 @@ class Housekeeper:
         self._wake.set()
 
     def stop(self) -> None:
-        """Waits for the transaction under way. What is left to remove is removed after a later `prune`."""
+        """Waits for the current transaction. Rows that are left are removed by a later `prune`."""
         self._stopped.set()
         self._wake.set()
         self._thread.join()
@@ -80,10 +80,10 @@ class Housekeeper:
         while connection.execute("PRAGMA freelist_count").fetchone()[0] and self._go_on(connection):
             # not execute: that takes one step of the pragma, which frees one page
             connection.executescript(f"PRAGMA incremental_vacuum({BATCH_PAGES})")
-        checkpoint(connection)  # only now the file is cut
+        checkpoint(connection)  # the file is cut only now
 
     def _go_on(self, connection: sqlite3.Connection) -> bool:
-        """Between two batches: writers are let in, and the log is kept short."""
+        """Between two batches: let writers in, and keep the log short. False once stopped."""
         if time.monotonic() - self._checked_at > TICK_S:
             checkpoint(connection)
             self._checked_at = time.monotonic()
@@ -91,12 +91,12 @@ class Housekeeper:
 
 
 def checkpoint(connection: sqlite3.Connection) -> None:
-    """Bring the log's pages into the file without holding up anybody; where the log has grown too long, with."""
+    """Move the log's pages into the file; blocks writers only if the log has become too long."""
     before = pages = 0
     for _ in range(CATCH_UP):
         busy, pages, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         if busy or pages == before:
-            return  # another process is at it, or nobody wrote during the last one
+            return  # another process does it, or nobody wrote during the last one
         before = pages
     if pages > MAX_LOG_PAGES:
         connection.execute(f"PRAGMA busy_timeout = {RESTART_WAIT_S * 1000:.0f}")
@@ -105,9 +105,9 @@ def checkpoint(connection: sqlite3.Connection) -> None:
 
 
 def empty(path: Path) -> None:
-    """Remove all rows but what was spent, and give their space back. For a journal that nobody else writes to.
+    """Remove all rows except the costs, and free their space. For a journal that nobody else writes to.
 
-    Raises UserError or RunError as `connect` does, RunError where the disk refuses.
+    Raises UserError or RunError as `connect` does, and RunError if the disk fails.
     """
     with closing(connect(path)) as connection:
         try:

@@ -1,4 +1,4 @@
-"""Policy turns and reply texts as bytes: log-probs come back bit for bit, texts character for character."""
+"""Policy turns and reply texts as bytes. Log-probs are restored bit for bit, texts character for character."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import msgspec
 from collab_megatron.types import Generation
 
 IDS, LOGPROBS = "i", "d"
-"""array types in the machine's byte order, since the file stays on its node; a log-prob is a Python float, 8 bytes."""
+"""Array types in the machine's byte order, since the file stays on its node. A log-prob is a Python float, 8 bytes."""
 
 
 class _Turn(msgspec.Struct, array_like=True):
     ids: bytes
     logprobs: bytes
-    spans: list[tuple[int, int]]  # (weight version, tokens in a row that it sampled)
+    spans: list[tuple[int, int]]  # (weight version, number of consecutive tokens that it sampled)
     finish_reason: str
     cached_tokens: int
 
@@ -28,7 +28,7 @@ _texts = msgspec.msgpack.Decoder(list[bytes])
 
 
 def pack_generations(generations: Sequence[Generation]) -> bytes:
-    """About 12 bytes for a token."""
+    """About 12 bytes per token."""
     return _encoder.encode([_pack(generation) for generation in generations])
 
 
@@ -38,7 +38,7 @@ def unpack_generations(content: bytes) -> tuple[Generation, ...]:
 
 
 def pack_texts(texts: Sequence[str]) -> bytes:
-    """As UTF-8, with the halves of surrogate pairs that a model's JSON may hold."""
+    """As UTF-8; halves of surrogate pairs, which a model's JSON may contain, are kept."""
     return _encoder.encode([text.encode("utf-8", "surrogatepass") for text in texts])
 
 

@@ -1,8 +1,8 @@
-"""Prints what a journal holds: for every step its replies with dollars and seconds, and its policy turns.
+"""Prints the contents of a journal: replies with dollars and seconds, policy turns and deliveries of every step.
 
     python -m collab_megatron.rollout.journal.show RUN_DIR/journal/NAME.sqlite
 
-The file is opened for reading only; a run that writes it goes on.
+The file is opened read-only, so a run that writes to it goes on.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SPEND = "SELECT role, model, calls, cost_usd FROM spend ORDER BY role, model"
 
 
 def lines(connection: sqlite3.Connection) -> Iterator[str]:
-    """One for each step and kind of row, then the run's totals. Steps count from 1, as on the dashboard; step 0 is what
-    was done before the first."""
+    """One line per step and kind of row, then the totals of the run. Steps count from 1, as on the dashboard; step 0 is
+    work before the first."""
     by_step: dict[int, list[str]] = {}
     for step, role, model, count, usd, mean_s, prompt, completion in connection.execute(REPLIES):
         by_step.setdefault(step, []).append(
@@ -45,13 +45,13 @@ def lines(connection: sqlite3.Connection) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print what a journal holds, step by step.")
+    parser = argparse.ArgumentParser(description="Print the contents of a journal, step by step.")
     parser.add_argument("file", type=Path)
     args = parser.parse_args()
     if not args.file.exists():
-        raise UserError(f"there is no journal {args.file}: it lies in RUN_DIR/journal, or where journal.path says")
+        raise UserError(f"there is no journal {args.file}: look in RUN_DIR/journal, or at the run's journal.path")
     if args.file.is_dir():
-        raise UserError(f"{args.file} is a folder: name a journal, a file such as RUN_DIR/journal/NAME.sqlite")
+        raise UserError(f"{args.file} is a folder: give a journal's file, such as RUN_DIR/journal/NAME.sqlite")
     with closing(connect(args.file, read_only=True)) as connection:
         try:
             for line in lines(connection):

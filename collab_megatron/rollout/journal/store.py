@@ -1,14 +1,14 @@
-"""The journal of a run: every policy turn and every paid reply, committed before it is used, and found again.
+"""The journal of a run: every policy turn and every paid reply is stored before it is used, and looked up later.
 
     with closing(Journal(path, replay="auto", lineage=lineage)) as journal:
         if (reply := journal.reply(key)) is None:
             journal.record_reply(key, "user", reply := await ask())
 
-A record_* call returns once a kill -9 can no longer lose it (database.py says what a power cut does). Rows carry the
-step of POSITION. Several processes may have the same file open; each Journal belongs to one thread. The file holds what
-was given: keys of requests are hashes, and nothing is read from the environment.
+A record_* call returns once a kill -9 can no longer lose the row (for a power cut see database.py). Rows have the step
+of POSITION. Several processes may open the same file; a Journal belongs to one thread. Request keys are hashes, and
+nothing is read from the environment, so the file contains no secrets.
 
-replay: auto looks up; only raises ReplayMiss where that finds nothing; off finds nothing. All three record.
+replay: auto looks up; only looks up and raises ReplayMiss if nothing is found; off finds nothing. All three record.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout.journal.database import STEP_TABLES, connect, create, damaged, explain
 from collab_megatron.rollout.journal.housekeeping import Housekeeper
 from collab_megatron.rollout.journal.packing import pack_generations, pack_texts, unpack_generations, unpack_texts
-from collab_megatron.rollout.journal.replies import RecordedReply
-from collab_megatron.rollout.journal.reserved import held_by_others, set_aside
+from collab_megatron.rollout.journal.reservations import held_by_others, set_aside
 from collab_megatron.run_order import POSITION
-from collab_megatron.types import Generation
+from collab_megatron.types import Generation, LLMReply
 
 Replay = Literal["auto", "only", "off"]
 T = TypeVar("T")
@@ -58,40 +57,44 @@ COUNT_ROWS = "SELECT " + " + ".join(f"(SELECT count(*) FROM {table})" for table 
 
 
 def open_journal(section: JournalSection, default: Path, lineage: str) -> Journal:
-    """The journal that a config describes, at `default` where it names no path; all processes of a run share the file.
+    """The journal of a config, at `default` unless journal.path is set. All processes of a run share the file.
 
-    Raises UserError for a file that is no journal.
+    Raises UserError for a file that is not a journal.
     """
     return Journal(section.path or default, replay=section.replay, lineage=lineage)
 
 
 def check_journal(path: Path, replay: Replay) -> None:
-    """Raise UserError unless `path` is a journal, or is not there and may be made; RunError for a damaged one."""
+    """Raise UserError unless `path` is a journal, or does not exist and may be created; RunError for a damaged one."""
     if path.exists():
         connect(path, read_only=True).close()
     elif replay == "only":
-        raise UserError(f"journal.replay is only, and there is no journal {path}: set journal.path to the run's")
+        raise UserError(
+            f"journal.replay is only, but there is no journal {path}: set journal.path to the run's journal"
+        )
 
 
 class ReplayMiss(RunError):
-    """With replay: only, the journal lacks what the run needs."""
+    """With replay: only, the journal does not have what the run needs."""
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a role's model was paid for in the whole run."""
+    """Paid LLM requests: of a role and model over the whole run, or of a reservation."""
 
     calls: int  # answered requests
     cost_usd: float
 
 
 class Journal:
-    """Raises UserError for a file that cannot be used. Its calls raise RunError when the disk refuses, or when another
-    process keeps the file locked for BUSY_S."""
+    """One process's view of the journal's file. Raises UserError for a file that cannot be used.
+
+    All methods raise RunError if the disk fails or another process keeps the file locked for BUSY_S.
+    """
 
     def __init__(self, path: Path, *, replay: Replay, lineage: str) -> None:
-        """Makes the file where there is none. `lineage` says what decides the weights: policy turns and deliveries are
-        found under the lineage only that they were recorded with, replies under any."""
+        """Creates the file if there is none. `lineage` names everything that decides the weights: policy turns and
+        deliveries are found only under the lineage that recorded them, replies under any."""
         if replay == "only":
             check_journal(path, replay)
         create(path)
@@ -109,18 +112,18 @@ class Journal:
     def replay(self) -> Replay:
         return self._replay
 
-    def reply(self, key: bytes, *, what: str = "a reply") -> RecordedReply | None:
-        """The newest reply recorded for `key`. Raises ReplayMiss, which names `what`, where it must be there."""
+    def reply(self, key: bytes, *, what: str = "a reply") -> LLMReply | None:
+        """The newest reply recorded for `key`, or None. With replay: only, raises ReplayMiss naming `what` instead."""
         if self._replay == "off":
             return None
         rows = self._read(FIND_REPLY, key)
         if not self._found(rows, what):
             return None
         content, *rest = rows[0]
-        return RecordedReply(self._unpacked(unpack_texts, content), *rest)
+        return LLMReply(self._unpacked(unpack_texts, content), *rest)
 
-    def record_reply(self, key: bytes, role: str, reply: RecordedReply) -> None:
-        """Keep it and count it as paid, in one transaction."""
+    def record_reply(self, key: bytes, role: str, reply: LLMReply) -> None:
+        """Store it and count it as paid, in one transaction."""
         model = _utf8(reply.model)
         row = (
             key, POSITION.get().step, role, pack_texts(reply.texts), reply.prompt_tokens, reply.completion_tokens,
@@ -131,15 +134,17 @@ class Journal:
     def turn(
         self, key: bytes, *, oldest: int, newest: int, what: str = "a policy turn"
     ) -> tuple[Generation, ...] | None:
-        """What was sampled for `key` under this lineage by weight versions in [oldest, newest]; of several the one of
-        the newest weights. Raises ReplayMiss as `reply` does."""
+        """What weight versions in [oldest, newest] sampled for `key` under this lineage, the newest weights first.
+
+        Raises ReplayMiss as `reply` does.
+        """
         if self._replay == "off":
             return None
         rows = self._read(FIND_TURN, key, self._lineage, newest, oldest)
         return self._unpacked(unpack_generations, rows[0][0]) if self._found(rows, what) else None
 
     def record_turn(self, key: bytes, generations: Sequence[Generation]) -> None:
-        """Keep what one request to an engine sampled. Without a single token it is of no version, and not kept."""
+        """Store what one engine request sampled. Without any tokens it has no version and is not stored."""
         versions = {version for generation in generations for version in generation.versions_T}
         if not versions:
             return
@@ -148,14 +153,14 @@ class Journal:
         self._commit((ADD_TURN, (*where, len(generations), tokens, pack_generations(generations))))
 
     def spent(self) -> dict[tuple[str, str], Spent]:
-        """(role, model) -> what was paid for by all processes, over restarts; pruning takes nothing from it."""
+        """(role, model) -> paid requests of all processes, restarts included. Pruning does not change it."""
         return {(role, model): Spent(calls, usd) for role, model, calls, usd in self._read("SELECT * FROM spend")}
 
     def reserve(self, held: Spent, decide: Callable[[Spent, Spent], Spent | None]) -> Spent | None:
-        """What `decide` wants to set aside for new work, next to `held` for work under way; None: no new work.
+        """Add what `decide` returns for new work to `held`, this process's reservation; None: no new work.
 
-        `decide` is given what all processes have spent and what the others hold; none of them spends or reserves until
-        the answer is in the file, where the others see it.
+        `decide` gets what all processes have spent and what the others reserve. No process can spend or reserve until
+        the result is in the file.
         """
         with self._transaction():
             rows = self._execute("SELECT calls, cost_usd FROM spend").fetchall()
@@ -166,26 +171,28 @@ class Journal:
         return wanted
 
     def delivered(self, shard: int, step: int) -> bytes | None:
-        """What `record_delivery` was given for it under this lineage; None as well with replay: off."""
+        """The content from `record_delivery` under this lineage; None if there is none, or with replay: off."""
         rows = self._read(FIND_DELIVERY, self._lineage, shard, step) if self._replay != "off" else []
         return rows[0][0] if rows else None
 
     def record_delivery(self, shard: int, step: int, content: bytes) -> None:
-        """Keep what a shard hands over for a step, before it does."""
+        """Store the content that a shard delivers for a step, before it does."""
         self._commit((ADD_DELIVERY, (self._lineage, shard, step, content)))
 
     def remove_delivery(self, shard: int, step: int) -> None:
-        """Forget what a shard handed over for a step, if anything."""
+        """Remove the delivery of a shard for a step, if there is one."""
         self._commit((REMOVE_DELIVERY, (self._lineage, shard, step)))
 
     def prune(self, *, before_step: int) -> None:
-        """Remove the rows of older steps, of every lineage, and give their space back. Returns at once: the work is
-        done beside the run, in transactions of about a millisecond."""
+        """Remove the rows of older steps, of every lineage, and free their space.
+
+        Returns at once: a thread does the work, in transactions of about a millisecond.
+        """
         self._keeper.prune(before_step)
 
     def metrics(self) -> dict[str, float]:
-        """Dashboard names to numbers. MB of the file and its log, and how many more since the last call (fewer, after
-        pruning); rows; look-ups since the last call that found something (hits) and that did not (misses)."""
+        """Values by dashboard name: MB of the file and its log, and their growth since the last call (negative after
+        pruning); rows; lookups since the last call with a result (hits) and without (misses)."""
         before, self._bytes = self._bytes, self._size()
         figures = {
             "journal/mb": self._bytes / 1e6,
@@ -198,44 +205,44 @@ class Journal:
         return figures
 
     def close(self) -> None:
-        """Nothing is lost without it; the last process that closes leaves one file instead of three."""
+        """Not needed to keep rows; the last process that closes leaves one file instead of three."""
         self._keeper.stop()
         self._connection.close()
 
     def _found(self, rows: list[Any], what: str) -> bool:
-        """Counts it."""
+        """Whether a lookup has a result; counts it as a hit or a miss. Raises ReplayMiss."""
         if rows:
             self._hits += 1
             return True
         self._misses += 1
         if self._replay == "only":
             raise ReplayMiss(
-                f"the journal {self._path} lacks {what} of step {POSITION.get().step + 1}, and journal.replay is only: "
-                "set it to auto to ask for what is missing"
+                f"the journal {self._path} does not have {what} of step {POSITION.get().step + 1}, and journal.replay "
+                "is only: set it to auto to ask for what is missing"
             )
         return False
 
     def _unpacked(self, unpack: Callable[[bytes], T], content: bytes) -> T:
         try:
             return unpack(content)
-        except ValueError:  # msgspec's errors are some
+        except ValueError:  # msgspec's errors are ValueErrors
             raise RunError(damaged(self._path)) from None
 
     def _read(self, query: str, *values: object) -> list[Any]:
         try:
-            return self._execute(query, values).fetchall()  # all of them: an open cursor would hold the log
+            return self._execute(query, values).fetchall()  # all of them: an open cursor would keep the log
         except sqlite3.Error as error:
             raise explain(error, self._path) from None
 
     def _commit(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
-        """All or nothing, and on disk's side of a kill -9 when it returns."""
+        """All or nothing; safe from a kill -9 when it returns."""
         with self._transaction():
             for statement, values in statements:
                 self._execute(statement, values)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """The only writer of the file while it lasts."""
+        """A block in which this process is the only writer of the file."""
         if self._keeper.error is not None:
             raise self._keeper.error
         try:
@@ -256,5 +263,5 @@ class Journal:
 
 
 def _utf8(text: str) -> str:
-    """A provider's word for itself, with what SQLite cannot keep as text written out."""
+    """A provider's text, with characters that SQLite cannot store as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,9 +1,9 @@
-"""The LLMs around the policy: the one room that talks to an LLM API (and the only one that imports litellm)."""
+"""Clients of LLM APIs for simulated users, judges and assistants. Only this room imports litellm."""
 
+from collab_megatron.rollout.llm.accounting import GatewaySnapshot, RoleUsage
 from collab_megatron.rollout.llm.failure import SimulatorError
 from collab_megatron.rollout.llm.gateway import Gateway
 from collab_megatron.rollout.llm.health import SimulatorHealth
-from collab_megatron.rollout.llm.usage import GatewaySnapshot, RoleUsage
 from collab_megatron.rollout.llm.user import LLMUserSimulator, ends_chat, strip_signal, user_simulator
 
 __all__ = [

@@ -1,14 +1,14 @@
-"""What the LLM APIs have cost, over the whole run, what the work under way may still cost, and whether more may begin.
+"""The budget of a run: the cost of the LLM APIs so far, reservations for work in progress, and admission of new work.
 
-A hard cap is kept by admission. A piece of work (a conversation tree, an evaluation's conversation, a conversation of
-the data engine) names the most requests that it may need. It begins as long as what was spent and what all work under
-way may still cost, in every process of the run, are under the cap: what is begun last may pass the cap, by its own cost
-at most. Near the cap fewer pieces are therefore under way at a time.
+A hard cap is kept by admission. A piece of work (a conversation tree, or a conversation of an evaluation or of the data
+engine) states the most requests that it may need. It starts only while the cost so far plus the reservations of all
+work in progress, in every process of the run, is below the cap. The piece that starts last may exceed the cap, by its
+own cost at most. Close to the cap, fewer pieces therefore run at a time.
 
-What a call costs is known from calls alone: dollars are reserved at the dearest mean price that a finished piece had,
-and at least at the run's. Before there is one, a cap in dollars lets one piece run alone. Where replies that had to be
-asked for again, or dearer calls, take the work further than was reserved, requests are refused once the cap is passed
-by the largest piece's cost.
+The price of a call is known only from calls: dollars are reserved at the highest mean price of a finished piece, and at
+least at the mean of the run. Until the first piece has finished, a cap in dollars lets one piece run alone. If repeated
+requests or more expensive calls exceed the reservations, requests are refused once the cap is exceeded by the cost of
+the largest piece.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from collab_megatron.config.sections import BudgetSection
 from collab_megatron.errors import BudgetSpent
 from collab_megatron.rollout.journal.store import Journal, Spent
 
-FRESH_S = 1.0  # the journal's totals are read again after so long: other driver processes write to it too
-POLL_S = 0.5  # who waits for room asks again after so long: other processes free some too
+FRESH_S = 1.0  # age at which the journal's totals are read again: other processes write to it too
+POLL_S = 0.5  # between two tries to reserve: other processes release reservations too
 
 Costs = Mapping[tuple[str, str], tuple[int, float]]
 """(role, model) -> answered requests, dollars."""
@@ -34,22 +34,22 @@ NOTHING = Spent(0, 0.0)
 
 
 class Reservation:
-    """What one piece of work may cost, and what it has cost. Held until `release`."""
+    """The budget that is set aside for one piece of work, and what the work has cost so far. Held until `release`."""
 
     def __init__(self, budget: Budget, asked: int, worth: Spent) -> None:
-        """`asked`: the most requests that the work is known to need; `worth`: what is set aside for it."""
+        """`asked`: the most requests that the work should need; `worth`: the amount that is set aside for it."""
         self._budget = budget
         self.asked, self.worth = asked, worth
         self.calls, self.cost_usd = 0, 0.0  # answered so far
 
     @property
     def left(self) -> Spent:
-        """What it may still cost."""
+        """The part that is not spent yet."""
         return Spent(max(0, self.worth.calls - self.calls), max(0.0, self.worth.cost_usd - self.cost_usd))
 
     @contextmanager
     def spending(self) -> Iterator[None]:
-        """In this block, and in the tasks that it starts, answered requests are this piece of work's."""
+        """Charge the answered requests of this block, and of the tasks that it starts, to this reservation."""
         before = _SPENDING.set(self)
         try:
             yield
@@ -57,7 +57,7 @@ class Reservation:
             _SPENDING.reset(before)
 
     def release(self) -> None:
-        """The work has ended, however it did."""
+        """The work has ended, with or without success."""
         self._budget._released(self)
 
 
@@ -65,7 +65,7 @@ _SPENDING: ContextVar[Reservation | None] = ContextVar("spending", default=None)
 
 
 def note_answer(cost_usd: float) -> None:
-    """A request was answered, and paid for."""
+    """Charge an answered request to the current reservation."""
     reservation = _SPENDING.get()
     if reservation is not None:
         reservation.calls += 1
@@ -73,7 +73,7 @@ def note_answer(cost_usd: float) -> None:
 
 
 class Budget:
-    """Who begins work asks `reserve`, or waits for `room`; who sends a request asks `require_room`. For one thread."""
+    """Work starts with `reserve` or inside `room`; every request calls `require_room` first. For one thread."""
 
     def __init__(
         self,
@@ -82,19 +82,19 @@ class Budget:
         own: Callable[[], Costs],
         go_on: str = "set run.resume=true",
     ) -> None:
-        """`go_on`: what the user does, once the cap is raised, to go on."""
+        """`go_on`: how the run goes on once the cap is raised, for the error message."""
         self._go_on = go_on
         self._section = section
         self._journal = journal
-        self._own = own  # this process's counters: all there is without a journal, and newer than its totals
+        self._own = own  # this process's counters: the only ones without a journal, and newer than its totals
         self._costs: Costs = {}
         self._own_at_read: tuple[int, float] = (0, 0.0)
         self._read_at = float("-inf")
         self._warned = False
         self._held: set[Reservation] = set()
-        self._largest = Spent(0, 0.0)  # worth of a piece, so far
-        self._overrun = 1.0  # most that a piece has cost, as a multiple of what it asked for
-        self._usd_per_call: float | None = None  # dearest mean of a piece
+        self._largest = Spent(0, 0.0)  # largest reservation so far
+        self._overrun = 1.0  # most requests of a piece, as a multiple of what it asked for
+        self._usd_per_call: float | None = None  # highest mean of a piece
         self._freed = asyncio.Event()
 
     def costs(self) -> Costs:
@@ -112,12 +112,14 @@ class Budget:
 
     @property
     def exhausted(self) -> str | None:
-        """Once a hard cap is reached: a sentence with the figures and the way out."""
+        """Once a hard cap is reached: a sentence with the figures and what to do."""
         return self._reached(Spent(*self._totals()))
 
     def reserve(self, calls: int) -> Reservation | None:
-        """Room for work that needs `calls` requests at most, to be released when it ends. None where there is no room:
-        for now, or for good once `exhausted`."""
+        """A reservation for work that needs at most `calls` requests; release it when the work ends.
+
+        None if there is no room: for the moment, or for good once `exhausted`.
+        """
         worth: Spent | None = NOTHING
         if self._capped:
             if self._journal is None:
@@ -133,8 +135,10 @@ class Budget:
 
     @asynccontextmanager
     async def room(self, calls: int) -> AsyncIterator[None]:
-        """A block of work that needs `calls` requests at most. Waits for room, which comes as other work ends. Raises
-        BudgetSpent once the cap is reached."""
+        """A block of work that needs at most `calls` requests. Waits until other work ends and leaves room for it.
+
+        Raises BudgetSpent once the cap is reached.
+        """
         while (reservation := self.reserve(calls)) is None:
             if (spent := self.exhausted) is not None:
                 raise BudgetSpent(spent)
@@ -148,17 +152,20 @@ class Budget:
             reservation.release()
 
     def require_room(self, in_flight: int) -> None:
-        """Before a request is sent, next to `in_flight` others. Raises BudgetSpent where the cap is passed by a whole
-        piece of work's cost: what is under way costs more than was expected of it."""
+        """Called before a request is sent, with `in_flight` others.
+
+        Raises BudgetSpent if the cap is exceeded by the cost of a whole piece of work: work in progress costs more than
+        was reserved.
+        """
         if self._capped and self._largest.calls:
             calls, usd = self._totals()
-            beyond = Spent(self._largest.calls, self._largest.cost_usd or math.inf)  # no price is known yet
+            beyond = Spent(self._largest.calls, self._largest.cost_usd or math.inf)  # the price is still unknown
             spent = self._reached(Spent(calls + in_flight, usd), beyond)
             if spent is not None:
                 raise BudgetSpent(self.exhausted or spent)
 
     def warnings(self) -> list[str]:
-        """A sentence for the terminal, the first time that it is asked for after a soft cap was passed."""
+        """A warning, at the first call after a soft cap was passed."""
         section = self._section
         calls, usd = self._totals()
         name, limit = "soft_usd", section.soft_usd
@@ -170,12 +177,12 @@ class Budget:
             return []
         self._warned = True
         return [
-            f"the LLM APIs have cost {usd:.2f} dollars in {calls} answered requests: budget.{name} ({limit:g}) is "
-            "passed; the run goes on"
+            f"the LLM APIs have cost {usd:.2f} dollars in {calls} answered requests, above budget.{name} ({limit:g}); "
+            "the run goes on"
         ]
 
     def metrics(self) -> dict[str, float]:
-        """budget/usd_to_date, budget/calls_to_date, both by role and model too, and budget/hard_share (1: used up)."""
+        """budget/usd_to_date and budget/calls_to_date, in total and by role and model; budget/hard_share of the cap."""
         self._read_at = float("-inf")  # a step may be shorter than FRESH_S
         calls, usd = self._totals()
         section = self._section
@@ -199,7 +206,7 @@ class Budget:
         return self._section.hard_usd is not None or self._section.hard_calls is not None
 
     def _room_for(self, calls: int, spent: Spent, others: Spent) -> Spent | None:
-        """What work of `calls` requests at most is worth, where it may begin."""
+        """The reservation for work of at most `calls` requests; None if it may not start."""
         section, own = self._section, self._left()
         calls = math.ceil(calls * self._overrun)
         held_calls, held_usd = own.calls + others.calls, own.cost_usd + others.cost_usd
@@ -210,14 +217,14 @@ class Budget:
         if spent.cost_usd + held_usd >= section.hard_usd:
             return None
         means = [] if self._usd_per_call is None else [self._usd_per_call]
-        if spent.calls >= max(calls, 1):  # fewer may all be of the cheapest role
+        if spent.calls >= max(calls, 1):  # fewer calls may all be those of the cheapest role
             means.append(spent.cost_usd / spent.calls)
         if not means and (held_calls or self._held):
             return None
         return Spent(calls, calls * max(means, default=0.0))
 
     def _left(self) -> Spent:
-        """What this process's work under way may still cost."""
+        """What is left of this process's reservations."""
         left = [reservation.left for reservation in self._held]
         return Spent(sum(each.calls for each in left), sum(each.cost_usd for each in left))
 
@@ -228,7 +235,7 @@ class Budget:
         if not self._capped:
             return
         self._overrun = max(self._overrun, reservation.calls / max(reservation.asked, 1))
-        # of few fresh calls, as after a resume, all may be those of the dearest role
+        # a few new calls, as after a resume, may all be those of the most expensive role
         if reservation.calls and 2 * reservation.calls >= reservation.asked:
             self._usd_per_call = max(self._usd_per_call or 0.0, reservation.cost_usd / reservation.calls)
         if self._journal is not None:
@@ -250,7 +257,7 @@ class Budget:
         return None
 
     def _totals(self) -> tuple[int, float]:
-        """Calls and dollars: what stood there at the last reading, and what this process has spent since."""
+        """Calls and dollars: the totals at the last reading, plus what this process has spent since."""
         calls, usd = _sums(self.costs())
         own_calls, own_usd = _sums(self._own())
         return calls + (own_calls - self._own_at_read[0]), usd + (own_usd - self._own_at_read[1])

@@ -1,42 +1,72 @@
-"""The ways to one role's model: which is asked next, which is left alone for a while, and how fast each may be asked.
+"""The deployments of one role: which of them gets the next request, cool-downs, and limits per minute.
 
-LiteLLM's Router chooses among those that are well and keeps the cool-downs; what is to be cooled down it is told. Its
-own judgement never cools a server that refuses connections, does not see attempts that our deadline ended, and refuses
-a call above the limits per minute where ours waits. A role with one deployment needs no Router.
+A request goes to a random one of the deployments that have room and are not cooling down; if all are cooling down, to
+the one with the fewest failures since its last answer. A request above the limits per minute waits for its permit.
+
+LiteLLM's Router is not used: in its documented use it sends the requests itself, with its own retries. It refuses a
+call above the limits instead of letting it wait, does not cool down a server that refuses connections, and does not see
+attempts that our deadline ended.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from collab_megatron.rollout.llm.litellm_api import Endpoint, Request
-from collab_megatron.rollout.llm.pacing import Bucket
+from collab_megatron.rollout.llm.litellm_api import ApiRequest, Endpoint
 
-CHARS_PER_TOKEN = 4.0  # of a prompt, roughly: what was wrong about it is settled when the answer comes
-NEWS = 0.1  # weight of the newest answer in the mean length
+CHARS_PER_TOKEN = 4.0  # of a prompt, roughly; corrected when the answer comes
+NEWEST_SHARE = 0.1  # weight of the newest answer in the mean length
+BURST_S = 5.0  # seconds' worth that may go at once: many providers would refuse a whole minute's worth
+NEVER = float("-inf")
+
+
+class RateLimit:
+    """Requests or tokens per minute: a token bucket. Callers pay first and wait afterwards, so nobody is overtaken."""
+
+    def __init__(self, per_minute: float) -> None:
+        self._per_s = per_minute / 60.0
+        self._burst = max(1.0, self._per_s * BURST_S)
+        self._level = self._burst
+        self._filled_at = time.monotonic()
+
+    def delay_s(self, amount: float) -> float:
+        """Seconds until `amount` may go. More than the burst may go when the bucket is full."""
+        self._fill()
+        return max(0.0, (min(amount, self._burst) - self._level) / self._per_s)
+
+    def pay(self, amount: float) -> None:
+        """Take `amount` out, below zero if need be. A negative amount is given back."""
+        self._fill()
+        self._level = min(self._burst, self._level - amount)
+
+    def _fill(self) -> None:
+        now = time.monotonic()
+        self._level = min(self._burst, self._level + (now - self._filled_at) * self._per_s)
+        self._filled_at = now
 
 
 @dataclass(eq=False)
 class Deployment:
-    """One endpoint with its limits per minute and its bad moments."""
+    """One endpoint with its limits per minute and its recent failures. Times are those of time.monotonic()."""
 
     index: int
     endpoint: Endpoint
-    requests: Bucket | None
-    tokens: Bucket | None
+    requests: RateLimit | None
+    tokens: RateLimit | None
     mean_completion_tokens: float  # a guess until answers came
-    failed_at: float = float("-inf")
-    failures: int = 0  # since it last answered
-    asked_until: float = field(default=float("-inf"))  # Retry-After: nobody asks before
+    failures: int = 0  # since its last answer
+    failed_at: float = NEVER
+    cooling_until: float = NEVER  # avoided until then
+    closed_until: float = NEVER  # Retry-After: gets no request until then
 
     def delay_s(self, tokens: float) -> float:
-        """Seconds until a call of so many tokens may go here."""
-        delay_s = self.asked_until - time.monotonic()
+        """Seconds until a request of that many tokens may be sent here."""
+        delay_s = self.closed_until - time.monotonic()
         if self.requests is not None:
             delay_s = max(delay_s, self.requests.delay_s(1.0))
         if self.tokens is not None:
@@ -51,49 +81,50 @@ class Deployment:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """The right to send one request."""
+class Permit:
+    """A permit to send one request."""
 
     deployment: Deployment
     tokens: float  # paid in advance
 
     def settle(self, prompt_tokens: int, completion_tokens: int, answers: int) -> None:
-        """The answer's own figures in place of the estimate; zeros for a request that brought none."""
-        where = self.deployment
+        """Replace the estimate by the answer's own figures; zeros for a request without an answer."""
+        deployment = self.deployment
         if answers:
-            where.failures = 0
-        if where.tokens is None:
+            deployment.failures = 0
+        if deployment.tokens is None:
             return
-        where.tokens.pay(prompt_tokens + completion_tokens - self.tokens)
+        deployment.tokens.pay(prompt_tokens + completion_tokens - self.tokens)
         if answers:
-            where.mean_completion_tokens += NEWS * (completion_tokens / answers - where.mean_completion_tokens)
+            newest = completion_tokens / answers
+            deployment.mean_completion_tokens += NEWEST_SHARE * (newest - deployment.mean_completion_tokens)
 
 
-class NoTurn(Exception):
-    """None has room within the time that is left."""
+class NoPermit(Exception):
+    """No deployment has room before the call's deadline."""
 
 
 class Deployments:
-    """Those of one role. `router` is LiteLLM's, None for a single one."""
+    """All deployments of one role."""
 
-    def __init__(self, group: str, items: Sequence[Deployment], cooldown_s: float, router: Any) -> None:
+    def __init__(self, items: Sequence[Deployment], cooldown_s: float) -> None:
         self.items = tuple(items)
         self.keys = tuple(item.endpoint.key for item in items if item.endpoint.key)
-        self._group = group
         self._cooldown_s = cooldown_s
-        self._router = router
-        self._ids = [str(item.index) for item in self.items]
 
-    async def turn(self, request: Request, refused: AbstractSet[int], wait_s: float) -> Turn:
-        """The right to ask a deployment that is not `refused`; waits for room. Raises NoTurn after, at most, wait_s."""
+    async def permit(self, request: ApiRequest, refused: AbstractSet[int], wait_s: float) -> Permit:
+        """A permit for a deployment that is not `refused`. Waits for room.
+
+        Raises NoPermit at once if that would take longer than `wait_s`.
+        """
         usable = [item for item in self.items if item.index not in refused]
         tokens = _estimate(request, usable)
         delays_s = [item.delay_s(tokens) for item in usable]
         least_s = min(delays_s)
         if least_s > wait_s:
-            raise NoTurn(f"no room within the limits per minute for {least_s:.0f} s")
+            raise NoPermit(f"no room within the limits per minute for {least_s:.0f} s")
         ready = [item for item, delay_s in zip(usable, delays_s, strict=True) if delay_s <= 0.0]
-        chosen = await self._choose(ready) if ready else usable[delays_s.index(least_s)]
+        chosen = _choose(ready) if ready else usable[delays_s.index(least_s)]
         chosen.pay(1.0, tokens)
         if not ready:
             try:
@@ -101,51 +132,38 @@ class Deployments:
             except asyncio.CancelledError:
                 chosen.pay(-1.0, -tokens)
                 raise
-        return Turn(chosen, tokens)
+        return Permit(chosen, tokens)
 
-    def cool(self, deployment: Deployment, kind: str, asked_s: float | None) -> bool:
-        """Leave it alone for a while; whether there is another to ask meanwhile, so that this makes a difference."""
-        if self._router is None:
+    def cool_down(self, deployment: Deployment, retry_after_s: float | None) -> bool:
+        """Avoid a deployment that failed. False for a single one, which is asked all the same."""
+        if len(self.items) == 1:
             return False
-        now = time.monotonic()
-        deployment.failed_at = now
         deployment.failures += 1
-        if asked_s is not None:
-            deployment.asked_until = max(deployment.asked_until, now + asked_s)
-        self._router.cooldown_cache.add_deployment_to_cooldown(
-            model_id=str(deployment.index),
-            original_exception=RuntimeError(kind),  # the Router keeps its text: the provider's own may quote a key
-            exception_status=500,
-            cooldown_time=self._cooldown_s if asked_s is None else asked_s,
-        )
+        deployment.failed_at = now = time.monotonic()
+        deployment.cooling_until = now + (self._cooldown_s if retry_after_s is None else retry_after_s)
+        if retry_after_s is not None:
+            deployment.closed_until = max(deployment.closed_until, now + retry_after_s)
         return True
 
-    def another_well(self, deployment: Deployment, refused: AbstractSet[int]) -> bool:
-        """Whether one beside it may be asked at once."""
-        if self._router is None:
-            return False
-        cooling = {name for name, _ in self._router.cooldown_cache.get_active_cooldowns(self._ids, None)}
-        return any(
-            item is not deployment and item.index not in refused and str(item.index) not in cooling
-            for item in self.items
-        )
-
-    async def _choose(self, ready: Sequence[Deployment]) -> Deployment:
-        if self._router is None or len(ready) == 1:
-            return ready[0]
-        excluded = [str(item.index) for item in self.items if item not in ready]
-        try:
-            found = await self._router.async_get_available_deployment(
-                model=self._group, request_kwargs={"_excluded_deployment_ids": excluded}
-            )
-        except ValueError:  # its RouterRateLimitError: all are cooling down
-            # one that fails now and then before one that is dead; of equals the one that had the longest rest
-            return min(ready, key=lambda item: (item.failures, item.failed_at))
-        return self.items[int(found["model_info"]["id"])]
+    def another_healthy(self, deployment: Deployment, refused: AbstractSet[int]) -> bool:
+        """Whether another deployment may be asked at once."""
+        now = time.monotonic()
+        others = (item for item in self.items if item is not deployment and item.index not in refused)
+        return any(item.cooling_until <= now for item in others)
 
 
-def _estimate(request: Request, usable: Sequence[Deployment]) -> float:
+def _choose(ready: Sequence[Deployment]) -> Deployment:
+    now = time.monotonic()
+    healthy = [item for item in ready if item.cooling_until <= now]
+    if healthy:
+        return random.choice(healthy)
+    # one that fails now and then before a dead one; among equals the one whose failure is the oldest
+    return min(ready, key=lambda item: (item.failures, item.failed_at))
+
+
+def _estimate(request: ApiRequest, usable: Sequence[Deployment]) -> float:
+    """Tokens of the prompt and of the answers."""
     if all(item.tokens is None for item in usable):
         return 0.0
-    prompt = sum(len(message["content"]) for message in request.messages) / CHARS_PER_TOKEN
+    prompt = sum(len(message.content) for message in request.asked.messages) / CHARS_PER_TOKEN
     return prompt + request.n * usable[0].mean_completion_tokens

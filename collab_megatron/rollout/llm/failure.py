@@ -1,4 +1,4 @@
-"""What can go wrong with an LLM call, which of it is worth another attempt, and as what it is counted. Pure."""
+"""Failures of an LLM call: what went wrong, whether another attempt can help, and which counter it goes to. Pure."""
 
 from __future__ import annotations
 
@@ -15,32 +15,28 @@ from collab_megatron.errors import RunError, masked
 from collab_megatron.text import whole_text
 
 FATAL_STATUSES = frozenset({400, 401, 402, 403, 404, 405, 413, 415, 422})
-"""Asking again there cannot help: a wrong key, model, address or request."""
+"""Another attempt there cannot help: wrong key, model, address or request."""
 
 EXPLAINED_STATUSES = frozenset({400, 404, 422})
-"""The provider's own words help to mend these; those of 401 and 403 may quote the key, so they are left out."""
+"""The provider's words help to fix these. Those of 401 and 403 may quote the key and are left out."""
 
 REQUEST_STATUSES = frozenset({400, 413, 415, 422})
-"""They speak of this request, not of the deployment: others may go on there."""
+"""The fault is in the request, not in the deployment: other requests may go there."""
 
 OVERLOAD_STATUSES = frozenset({429, 503, 529})
 
 NOBODY_ANSWERED = frozenset({"timeouts", "connection_errors"})
-"""Counters of what no server answered: the client's class and status for it are inventions."""
+"""Counters of attempts without an answer: LiteLLM makes up a class and a status for them."""
 
 UNREACHABLE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN})
 NOT_HTTP = frozenset({"BadStatusLine", "BadHttpMessage"})
 DETAIL_CHARS = 200
-LONGEST_CHAIN = 16  # causes of an exception that are looked at
-PROVIDER = "the provider"  # where the address is not known
+LONGEST_CHAIN = 16  # causes of an exception that are examined
+PROVIDER = "the provider"  # if its address is not known
 
 
 class SimulatorError(RunError):
-    """A simulator or judge could not be had. `fatal`: every later call of this role would fail in the same way."""
-
-    def __init__(self, message: str, *, fatal: bool = False) -> None:
-        super().__init__(message)
-        self.fatal = fatal
+    """A simulated user or judge gave no usable reply."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +44,20 @@ class Failure:
     """One failed attempt."""
 
     kind: str  # class name of the error, or "MalformedReply"
-    status: int | None  # HTTP status where there was one
-    fatal: bool
-    retry_after_s: float | None  # what the server asked for
-    detail: str = ""  # the provider's words, shortened, without the key; of a broken connection, what happened to it
+    status: int | None = None  # HTTP status, if there was one
+    fatal: bool = False  # another attempt there cannot help
+    retry_after_s: float | None = None  # what the server asked for
+    detail: str = ""  # the provider's words, shortened, without the key; what happened to a broken connection
     counter: str = ""  # the field of RoleUsage that counts it
 
     @property
     def overload(self) -> bool:
-        """The server says that it has too much to do. A spent account says so too, and is not meant."""
+        """Whether the server is overloaded. Status 429 for a spent account does not count."""
         return self.status in OVERLOAD_STATUSES and not self.fatal
 
     @property
-    def ill(self) -> bool:
-        """Whether the deployment is to be left alone for a while."""
+    def cools_down(self) -> bool:
+        """Whether the deployment should cool down."""
         return self.status not in REQUEST_STATUSES
 
     def __str__(self) -> str:
@@ -72,26 +68,28 @@ class Failure:
 
 
 def timed_out(timeout_s: float, address: str = "") -> Failure:
-    """No whole answer of `address` (HOST:PORT) within the attempt's own deadline."""
+    """No complete answer from `address` (HOST:PORT) before the attempt's deadline."""
     detail = f"no answer from {address or PROVIDER} within {timeout_s:.1f} s (Timeout)"
-    return Failure("Timeout", None, False, None, detail, counter="timeouts")
+    return Failure("Timeout", detail=detail, counter="timeouts")
 
 
 def classify(error: BaseException, secrets: Iterable[str], address: str = "") -> Failure:
-    """Read an API client's exception about a request to `address` (HOST:PORT; empty: the provider's own). The secrets
-    are cut out of whatever text is kept."""
+    """The failure behind an exception of the API client, without the `secrets` in its text.
+
+    `address` is the server's HOST:PORT; empty: the provider's own.
+    """
     status = getattr(error, "status_code", None)
     status = status if isinstance(status, int) else None
     counter = _counter(error, status)
     if counter in NOBODY_ANSWERED:
         links = list(_chain(error))
-        return Failure(type(links[-1]).__name__, None, False, None, _what_broke(links, counter, address), counter)
+        return Failure(type(links[-1]).__name__, detail=_what_broke(links, counter, address), counter=counter)
     text = str(error)
-    # A spent account answers 429 like a busy one, but no waiting fills it.
+    # A spent account answers 429 like a busy server, but waiting does not help.
     fatal = status in FATAL_STATUSES or (status == 429 and "insufficient_quota" in text)
     detail = ""
     if status in EXPLAINED_STATUSES:
-        detail = masked(" ".join(text.split())[:4096])  # before the last cut: half an address is not known as one
+        detail = masked(" ".join(text.split())[:4096])  # before the last cut: half an address is not recognized
         for secret in secrets:
             detail = detail.replace(secret, "***")
         detail = whole_text(detail[:DETAIL_CHARS])
@@ -100,17 +98,17 @@ def classify(error: BaseException, secrets: Iterable[str], address: str = "") ->
 
 
 def address_of(api_base: str | None) -> str:
-    """HOST:PORT of a URL, for messages: never a user name, password or path. Empty where there is no URL."""
+    """HOST:PORT of a URL, for messages: never a user name, password or path. Empty without a URL."""
     try:
         parts = urlsplit(api_base or "")
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         return ""
     return _host_and_port(parts.hostname, port) if parts.hostname else ""
 
 
 def why_not_connected(error: BaseException, address: str) -> str:
-    """In plain words, why there is no connection to `address` (HOST:PORT)."""
+    """Why there is no connection to `address` (HOST:PORT), in plain words."""
     if isinstance(error, TimeoutError):
         return f"no connection to {address} in time"
     return _what_broke([error], "connection_errors", address)
@@ -122,14 +120,16 @@ def _host_and_port(host: object, port: object) -> str:
 
 
 def _what_broke(links: Sequence[BaseException], counter: str, address: str) -> str:
-    """The connection's failure in plain words, of an exception and its causes. Only the system's own words are quoted:
-    the client's hold whole URLs."""
+    """What happened to the connection, in plain words, from an exception and its causes.
+
+    Only the operating system's words are quoted: the client's contain whole URLs.
+    """
     classes = _classes(links)
-    for link in links:  # the one that tried to connect knows where; through a proxy that is another place
+    for link in links:  # the exception of the connect has the address; through a proxy it is another one
         if getattr(link, "host", None) and hasattr(link, "port"):
             address = _host_and_port(link.host, link.port)  # type: ignore[attr-defined]
     where = address or PROVIDER
-    number, said = next(
+    number, system_words = next(
         ((link.errno, link.strerror) for link in reversed(links) if isinstance(link, OSError) and link.errno), (0, "")
     )
     if counter == "timeouts":
@@ -137,29 +137,29 @@ def _what_broke(links: Sequence[BaseException], counter: str, address: str) -> s
         return f"no {'connection to' if connecting else 'answer from'} {where} in time (Timeout)"
     if classes & {"gaierror", "ClientConnectorDNSError"}:
         host = where.rpartition(":")[0] or where
-        return f"no address is known for {host} (DNS: {said or 'no answer'})"
+        return f"no address found for {host} (DNS: {system_words or 'no answer'})"
     if classes & {"SSLError", "ClientSSLError", "CertificateError"}:
         named = (getattr(link, name, None) for link in reversed(links) for name in ("verify_message", "reason"))
         why = next(filter(None, named), "no reason is given")
-        return f"no TLS connection with {where} ({str(why).replace('_', ' ').lower()})"
+        return f"no TLS connection to {where} ({str(why).replace('_', ' ').lower()})"
     if number == errno.ECONNREFUSED:
         return f"connection refused by {where}"
     if number in UNREACHABLE:
         return f"{where} cannot be reached ({os.strerror(number)})"
     if "ClientHttpProxyError" in classes:
-        return f"the HTTP proxy gives no connection to {where}"
+        return f"the HTTP proxy refused the connection to {where}"
     if classes & NOT_HTTP:
-        return f"{where} answers with something else than HTTP"
+        return f"{where} did not answer in HTTP"
     return f"connection broken by {where} ({type(links[-1]).__name__})"
 
 
 def _classes(links: Iterable[BaseException]) -> set[str]:
-    """The HTTP client's classes are known by name here, so that reading a failure imports no client."""
+    """Class names: the HTTP client's classes are known by name, so that this file imports no client."""
     return {kind.__name__ for link in links for kind in type(link).__mro__}
 
 
 def _counter(error: BaseException, status: int | None) -> str:
-    """LiteLLM gives a status of its own to whatever went wrong, mostly 500; the chain of causes says what it was."""
+    """The counter of a failure. LiteLLM sets a status of its own, mostly 500; the chain of causes has the real one."""
     classes = _classes(_chain(error))
     if "HTTPStatusError" not in classes:
         if classes & {"TimeoutException", "TimeoutError"}:
@@ -167,7 +167,7 @@ def _counter(error: BaseException, status: int | None) -> str:
         if classes & {"TransportError", "OSError", "ClientError"}:
             return "connection_errors"
         if status in (None, 200, 500):
-            return "bad_bodies"  # an answer came with status 200, and the client could make nothing of it
+            return "bad_bodies"  # an answer with status 200 that the client could not read
     if status == 429:
         return "rate_limited"
     return "rejected" if status is not None and status < 500 else "server_errors"
@@ -183,7 +183,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that `Retry-After` (a number or a date; `retry-after-ms` too) asks to wait; None if it does not."""
+    """Seconds to wait by `Retry-After` (a number or a date) or `retry-after-ms`; None without such a header."""
     lower = {name.lower(): value for name, value in headers.items()}
     value = lower.get("retry-after")
     try:
@@ -196,7 +196,7 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
         else:
             asked_s = email.utils.parsedate_to_datetime(value).timestamp() - now
     except (ValueError, OverflowError):
-        return None  # a header that nobody can read asks for nothing
+        return None  # an unreadable header asks for nothing
     return max(0.0, asked_s) if math.isfinite(asked_s) else None
 
 

@@ -1,10 +1,10 @@
-"""Simulator health: how many replies are odd, in which way, and whether that is worth a warning or the end of the run.
+"""Simulator health: shares of odd replies by check, with limits above which the run warns or stops.
 
-    health = SimulatorHealth(config.simulators.health)  # sees turns and replies; one in each process
+    health = SimulatorHealth(config.simulators.health)  # sees turns and replies; one per process
     counts = health.metrics()                           # since the last call; sums over processes
     warnings, stop = verdict(counts, config.simulators.health)
 
-Counts are plain sums. Every share is derived from them by shares(), so several processes' counts are added up first.
+Counts are plain sums, so those of several processes are added up before shares() turns them into shares.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from collab_megatron.config.sections import HealthSection
 from collab_megatron.errors import UserError
+from collab_megatron.rollout.llm.accounting import MALFORMED
 from collab_megatron.rollout.llm.turn_checks import DETECTORS, Turn
 from collab_megatron.types import TERMINATION_SIGNAL, Message, Task
 
-EXAMPLES = 3  # texts kept for each check
+EXAMPLES = 3  # texts kept per check
 EXAMPLE_CHARS = 200
 
 
@@ -26,46 +27,43 @@ EXAMPLE_CHARS = 200
 class Check:
     """One way in which a reply can be odd."""
 
-    meaning: str  # as it stands in a warning: "12 of 80 user turns ..."
-    per: str  # what its share is of: turns (played by the user simulator) | replies (all that came, malformed ones too)
-    warn: float | None = None  # largest share without a warning; None: counted only
+    meaning: str  # for the warning: "12 % of the turns ..."
+    per: str  # denominator of its share: turns (of the user simulator) | replies (all, malformed ones included)
+    warn: float | None = None  # highest share without a warning; None: only counted
 
 
 CHECKS: Mapping[str, Check] = {
     "role_swapped": Check("talk like the assistant", "turns", 0.05),
     "goal_copied": Check("copy the hidden request", "turns", 0.05),
-    "restarted": Check("begin the chat anew", "turns", 0.05),
+    "restarted": Check("start the chat over", "turns", 0.05),
     "scratchpad_leaked": Check("show the simulator's thoughts", "turns", 0.01),
     "early_end": Check("end the chat before the assistant has done anything", "turns", 0.05),
-    "bare_end": Check("are a bare end of the chat", "turns"),
+    "bare_end": Check("only end the chat", "turns"),
     "empty": Check("are empty", "replies", 0.05),
-    "unreadable": Check("hold no readable JSON", "replies", 0.05),
-    "wrong_role": Check("are not the assistant's in the API's terms", "replies", 0.05),
-    "too_long": Check("ran into max_tokens", "replies", 0.05),
+    "unreadable": Check("contain no readable JSON", "replies", 0.05),
+    "wrong_role": Check("have a role other than assistant in the API's answer", "replies", 0.05),
+    "too_long": Check("are far longer than max_tokens", "replies", 0.05),
     "model_changed": Check("come from another model than the run's first", "replies", 0.0),
-    # providers serve one model from several builds side by side
+    # providers serve one model from several builds at the same time
     "fingerprint_changed": Check("come from another build of the model than the run's first", "replies", 0.5),
 }
-MALFORMED = ("empty", "wrong_role", "too_long", "unreadable")
 
 
 class SimulatorHealth:
-    """Counts for one process. Implements the gateway's observer. Raises UserError for a limit of an unknown check."""
+    """The counts of one process. Implements role_client.Observer. Raises UserError for a limit on an unknown check."""
 
     def __init__(self, section: HealthSection) -> None:
         check_limits(section)
         self._section = section
         self._counts: Counter[str] = Counter()
-        self._roles: dict[str, set[str]] = {}  # role -> what its checks' shares are of
-        self._first: dict[
-            tuple[str, int, str], str
-        ] = {}  # (role, deployment, check) -> model or fingerprint first seen
+        self._roles: dict[str, set[str]] = {}  # role -> denominators (Check.per) of its checks
+        self._first: dict[tuple[str, int, str], str] = {}  # (role, deployment, check) -> first model or fingerprint
         self._examples: dict[str, list[str]] = {}
 
     def observe_turn(
         self, role: str, task: Task, chat: Sequence[Message], text: str, *, signal: str = TERMINATION_SIGNAL
     ) -> None:
-        """Look at a user turn that was accepted; `chat` ends before it, `text` may hold the termination `signal`."""
+        """Check an accepted user turn. `chat` ends before it; `text` may contain the termination `signal`."""
         self._count(role, "turns", "turns")
         turn = Turn.of(task, chat, text, signal)
         for name, detect in DETECTORS.items():
@@ -74,15 +72,15 @@ class SimulatorHealth:
                 self._keep(name, text)
 
     def malformed(self, role: str, kind: str) -> None:
-        """A reply that could not be used came; `kind` is one of MALFORMED. Raises ValueError for another kind."""
+        """A reply could not be used; `kind` is one of MALFORMED. Raises ValueError for another kind."""
         if kind not in MALFORMED:
             raise ValueError(f"unknown kind of malformed reply {kind!r}; known are {', '.join(MALFORMED)}")
         self._count(role, kind, "replies")
 
     def provider(self, role: str, model: str, fingerprint: str, deployment: int = 0) -> None:
-        """A reply came, malformed or not; what the provider says answered. Empty words say nothing.
+        """A reply came, malformed or not. Model and build are those that the provider reports, or empty.
 
-        Each of a role's deployments is measured by its own first reply: they need not name the model alike.
+        Each deployment is compared with its own first reply: deployments may name the same model differently.
         """
         self._count(role, "replies", "replies")
         for name, now in (("model_changed", model), ("fingerprint_changed", fingerprint)):
@@ -91,17 +89,17 @@ class SimulatorHealth:
                 self._keep(name, f"{role}: {now} instead of {first}")
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last call as health/ROLE/CHECK, for every role seen so far."""
+        """Counts since the last call, as health/ROLE/CHECK, for every role seen so far."""
         counts = self._metrics()
         self._counts.clear()
         return counts
 
     def verdict(self) -> tuple[list[str], str | None]:
-        """verdict() of what was counted since the last metrics()."""
+        """verdict() of the counts since the last metrics()."""
         return verdict(self._metrics(), self._section)
 
     def examples(self) -> dict[str, tuple[str, ...]]:
-        """Up to 3 texts for each check since the last call, shortened to 200 characters, in one line each."""
+        """Up to 3 texts per check since the last call, each on one line of at most 200 characters."""
         examples = {name: tuple(texts) for name, texts in self._examples.items()}
         self._examples.clear()
         return examples
@@ -125,7 +123,7 @@ class SimulatorHealth:
 
 
 def check_limits(section: HealthSection) -> None:
-    """Raises UserError for a limit whose check does not exist."""
+    """Raises UserError for a limit on a check that does not exist."""
     for field, limits in (("warn", section.warn), ("stop", section.stop)):
         unknown = sorted(set(limits) - set(CHECKS))
         if unknown:
@@ -135,9 +133,9 @@ def check_limits(section: HealthSection) -> None:
 
 
 def parts_of_shares(counts: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """health/CHECK_share -> (how many were found, of how many) over all roles, of counts as metrics() names them.
+    """health/CHECK_share -> (found, denominator) over all roles, from counts with the names of metrics().
 
-    A check stands in the result where its role's turns or replies were counted at all.
+    A check without any turns or replies is left out.
     """
     result = {}
     for name, check in CHECKS.items():
@@ -153,9 +151,9 @@ def shares(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def verdict(counts: Mapping[str, float], section: HealthSection) -> tuple[list[str], str | None]:
-    """(warnings, a sentence that stops the run or None) of a step's counts. Raises UserError for an unknown check.
+    """(warnings, a sentence that stops the run or None) for a step's counts. Raises UserError for an unknown check.
 
-    A share above its limit counts; nothing does before `min_replies` turns or replies.
+    Limits take effect from `min_replies` turns or replies on.
     """
     check_limits(section)
     warnings, stop = [], None
@@ -167,16 +165,16 @@ def verdict(counts: Mapping[str, float], section: HealthSection) -> tuple[list[s
         limit = section.stop.get(name)
         if limit is not None and share > limit:
             stop = stop or (
-                f"{_told(counts, name)}, more than simulators.health.stop.{name}={limit:g} allows: mend the "
+                f"{_in_words(counts, name)}, more than simulators.health.stop.{name}={limit:g} allows: fix the "
                 "simulator's prompt or model, or raise the limit, and resume"
             )
         limit = section.warn.get(name, CHECKS[name].warn)
         if limit is not None and share > limit:
-            warnings.append(f"{_told(counts, name)} (simulators.health.warn.{name}={limit:g})")
+            warnings.append(f"{_in_words(counts, name)} (simulators.health.warn.{name}={limit:g})")
     return warnings, stop
 
 
-def _told(counts: Mapping[str, float], name: str) -> str:
+def _in_words(counts: Mapping[str, float], name: str) -> str:
     check = CHECKS[name]
     found, of = _found(counts, name), _found(counts, check.per)
     by_role = ", ".join(f"{role} {count:.0f} of {of.get(role, 0):.0f}" for role, count in found.items() if count)

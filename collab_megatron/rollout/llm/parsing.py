@@ -1,27 +1,29 @@
-"""A JSON object out of an LLM's reply: strict first, repaired where that fails, never guessed.
+"""Parsing of LLM replies: a JSON object, strictly at first, then with repairs, never by guessing; and its fields.
 
-Every function raises MalformedReply (a ValueError) with a few words for a reply that cannot be used, and nothing else,
-whatever stands in it: one reply must not end a run. Length and nesting are bounded before anything is parsed, and all
-time is linear in the text.
+Every function raises MalformedReply (a ValueError) for a reply that cannot be used, and nothing else, whatever the text
+is: one reply must not end a run. Length and nesting are bounded before parsing, and time is linear in the text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 from collab_megatron.rollout.llm.repair import last_object
 from collab_megatron.text import has_half
+from collab_megatron.types import LLMReply
+
+T = TypeVar("T")
 
 LONGEST_CHARS = 1_000_000
-"""Of a reply that is parsed at all; the gateway's own bound (Request.longest_chars) mostly comes first."""
+"""Longest reply that is parsed; the gateway's own bound (ApiRequest.longest_chars) is lower in most cases."""
 LONGEST_REPAIRED_CHARS = 16_384
-"""Of a reply that is not quite JSON: 4,000 tokens, repaired in about 10 ms. Well-formed ones take a tenth of that."""
+"""Longest reply that is repaired: 4,000 tokens, in about 10 ms. Well-formed JSON takes a tenth of that."""
 DEEPEST = 32
-"""Objects and lists inside one another; what the prompts ask for has one."""
+"""Most levels of nested objects and lists; the prompts ask for one."""
 
 OPENING = re.compile(r"<(think|thinking|scratchpad|reasoning)>", re.IGNORECASE | re.ASCII)
 CLOSING = {
@@ -30,18 +32,36 @@ CLOSING = {
 FENCE = "```"
 STRINGS = re.compile(r'"(?:[^"\\]++|\\(?:.|\Z))*+(?:"|\Z)', re.DOTALL)
 DECODER = json.JSONDecoder(strict=False)
-"""Takes line breaks and tabs inside strings as they are."""
+"""Accepts line breaks and tabs inside strings."""
 STEP_OF = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 class MalformedReply(ValueError):
-    """A reply that came, but cannot be used."""
+    """A reply that came but cannot be used; `kind` is one of accounting.MALFORMED."""
+
+    def __init__(self, message: str, kind: str = "unreadable") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def parsed(reply: LLMReply, parse: Callable[[str], T]) -> list[T]:
+    """The value of each text. Raises MalformedReply if `parse` refuses one, or if there is nothing to parse."""
+    if reply.problem:
+        raise MalformedReply(f"the reply was {reply.problem.replace('_', ' ')}", reply.problem)
+    if not all(text.strip() for text in reply.texts) or not reply.texts:
+        raise MalformedReply("the reply is empty", "empty")
+    if any(map(has_half, reply.texts)):  # from the journal of an older version; new replies are repaired on arrival
+        raise MalformedReply("half a surrogate pair in the reply")
+    try:
+        return [parse(text) for text in reply.texts]
+    except (ValueError, RecursionError, OverflowError) as error:  # the last two: of `json.loads`, of `int`
+        raise MalformedReply(str(error)) from None
 
 
 def object_schema(**fields: str) -> Mapping[str, Any]:
     """The JSON Schema of an object with exactly these fields: name -> type (string, number, boolean).
 
-    Without bounds on numbers, which some providers refuse: the readers below check them.
+    It has no bounds on numbers, which some providers refuse: share_field checks them.
     """
     return {
         "type": "object",
@@ -52,9 +72,9 @@ def object_schema(**fields: str) -> Mapping[str, Any]:
 
 
 def strip_scratchpad(text: str) -> str:
-    """The reply without the thinking blocks that some models put first, and without a code fence around it."""
+    """The reply without thinking blocks and without a code fence around it."""
     kept, at = [], 0
-    unclosed = set()  # tags without an end from here on: looked for once, not for each opening
+    unclosed = set()  # tags without an end from here on: searched once, not once per opening
     for opening in OPENING.finditer(text):
         tag = opening[1].lower()
         if opening.start() < at or tag in unclosed:
@@ -75,7 +95,7 @@ def strip_scratchpad(text: str) -> str:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The JSON object in `text`; words around it and small mistakes in it are forgiven. Raises MalformedReply."""
+    """The JSON object in `text`, which may have words around it and small syntax errors. Raises MalformedReply."""
     if len(text) > LONGEST_CHARS:
         raise MalformedReply(f"the reply has {len(text):,} characters, more than the {LONGEST_CHARS:,} that are parsed")
     text = strip_scratchpad(text)
@@ -88,22 +108,22 @@ def json_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of over 4,300 digits
         raise MalformedReply(f"the reply cannot be parsed: {error}") from None
     if not isinstance(value, dict) or not value:
-        raise MalformedReply("no JSON object in the reply")
-    if _has_half(value):  # no tokenizer takes it
+        raise MalformedReply("there is no JSON object in the reply")
+    if _has_half(value):  # no tokenizer accepts it
         raise MalformedReply("half a surrogate pair in the reply")
     return value
 
 
 def text_field(reply: dict[str, Any], name: str) -> str:
-    """A field that must be text with something in it."""
+    """A field that must be non-empty text."""
     value = _field(reply, name)
     if not isinstance(value, str) or not value.strip():
-        raise MalformedReply(f"field {name!r} holds no text")
+        raise MalformedReply(f"field {name!r} has no text")
     return value.strip()
 
 
 def share_field(reply: dict[str, Any], name: str) -> float:
-    """A field that must be a number in [0, 1]; a number in quotes will do."""
+    """A field that must be a number in [0, 1], possibly in quotes."""
     value = _field(reply, name)
     if isinstance(value, str):
         try:
@@ -116,7 +136,7 @@ def share_field(reply: dict[str, Any], name: str) -> float:
 
 
 def verdict_field(reply: dict[str, Any], name: str) -> bool:
-    """A field that must be true or false; 1, 0 and the words will do."""
+    """A field that must be true or false, or the same in words or as 1 and 0."""
     value = _field(reply, name)
     text = str(value).strip().lower() if isinstance(value, (str, bool, float)) or value in (0, 1) else ""
     if text in ("true", "yes", "1", "1.0"):
@@ -127,8 +147,10 @@ def verdict_field(reply: dict[str, Any], name: str) -> bool:
 
 
 def read_for_record(text: str) -> tuple[str, dict[str, Any], str]:
-    """The `thought` of a reply in JSON; its other plain values, except the `response`, which stands in the chat; and
-    the text itself where it is no JSON: a caller without a check takes it as it comes."""
+    """(thought, other plain values, text) of a reply for the record of calls.
+
+    `response` is left out, since the chat has it. The text is kept only if it is not JSON.
+    """
     try:
         reply = json_object(text)
     except MalformedReply:
@@ -148,7 +170,7 @@ def _field(reply: dict[str, Any], name: str) -> Any:
 
 
 def _among_words(text: str) -> dict[str, Any] | None:
-    """The last of the well-formed objects with words around them; None where a brace begins something else."""
+    """The last well-formed object among words; None if a brace begins something else."""
     found, at = None, text.find("{")
     while at >= 0:
         try:
@@ -161,12 +183,12 @@ def _among_words(text: str) -> dict[str, Any] | None:
 
 def _repaired(text: str) -> dict[str, Any] | None:
     if len(text) > LONGEST_REPAIRED_CHARS:
-        raise MalformedReply(f"the reply is no JSON, and with {len(text):,} characters too long to be repaired")
+        raise MalformedReply(f"the reply is not JSON, and with {len(text):,} characters too long to be repaired")
     return last_object(text, max_depth=DEEPEST)
 
 
 def _depth(text: str) -> int:
-    """How deep brackets stand inside one another, strings aside: at least as deep as a parser would go."""
+    """Levels of nested brackets outside strings: at least as many as a parser would see."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return 0
     outside = STRINGS.sub("", text)
@@ -174,7 +196,7 @@ def _depth(text: str) -> int:
 
 
 def _has_half(value: dict[str, Any]) -> bool:
-    """Whether a name or text of it holds half of a surrogate pair."""
+    """Whether a name or a text in it contains half of a surrogate pair."""
     left: list[Any] = [value]
     while left:
         each = left.pop()

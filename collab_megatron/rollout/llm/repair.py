@@ -1,11 +1,11 @@
-r"""An object out of nearly-JSON, in one pass: the time is linear in the text, whatever stands in it.
+r"""A lenient JSON parser: reads an object from text that is nearly JSON, in one pass and linear time.
 
-What is forgiven: words around the object, a missing or extra comma, a comment, single or typographic quotes, names and
-words without quotes, Python's True, False and None, a line break or a quote inside a string, an end that was cut off.
-A quote ends a string only where JSON could go on behind it, so `"she said "hi" to me"}` is one string.
+It accepts words around the object, missing and extra commas, comments, single and typographic quotes, names and words
+without quotes, Python's True, False and None, line breaks and quotes inside a string, and a missing end. A quote ends a
+string only if JSON could continue after it, so `"she said "hi" to me"}` is one string.
 
-General repairers go back over the text for every guess, which takes minutes for 32,000 braces. Here no character is
-looked at again once it is read: where an object cannot be read, the search for the next one begins at the same place.
+General repair tools go back over the text for every guess, which takes minutes for 32,000 braces. Here no character is
+read twice: if an object cannot be read, the search for the next one starts where reading stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collab_megatron.text import joined
 
 SPACE = re.compile(r"(?:\s++|//[^\n]*+|/\*(?:[^*]|\*(?!/))*+(?:\*/|\Z))*+")
 CLOSERS = {'"': '"', "'": "'", "\u201c": '\u201d"', "\u201d": '\u201d"', "\u2018": "\u2019'"}
-"""Opening quote -> what may close it."""
+"""Opening quote -> possible closing quotes."""
 NAME_AHEAD = r"[\"'\u201c\u201d\u2018]?[\w \-]{1,64}+[\"'\u201d\u2019]?\s*+:"
 AFTER_NAME = re.compile(r"\s*+:")
 AFTER_VALUE = re.compile(rf"\s*+(?:\Z|[}}\]]|,\s*+(?:\Z|[,}}\]]|//|/\*|{NAME_AHEAD})|{NAME_AHEAD})")
@@ -32,12 +32,14 @@ MEANING = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"} | {c: c for c 
 
 
 class _Unreadable(Exception):
-    """No object begins there."""
+    """No object can be read there."""
 
 
 def last_object(text: str, *, max_depth: int) -> dict[str, Any] | None:
-    """The last object in `text` that can be read and has a field; None if there is none. An object or list that is
-    nested more than `max_depth` deep cannot be read."""
+    """The last readable object in `text` that has a field; None if there is none.
+
+    An object or list that is nested deeper than `max_depth` is not readable.
+    """
     reader = _Reader(text, max_depth)
     found = None
     while (start := text.find("{", reader.at)) >= 0:
@@ -50,14 +52,14 @@ def last_object(text: str, *, max_depth: int) -> dict[str, Any] | None:
 
 
 class _Reader:
-    """Reads from `at` on, which only grows."""
+    """Reads from position `at`, which only grows."""
 
     def __init__(self, text: str, max_depth: int) -> None:
         self.at = 0
         self._text, self._max_depth = text, max_depth
 
     def members(self, depth: int) -> dict[str, Any]:
-        """An object whose brace was passed. Raises _Unreadable."""
+        """The members of an object, after its opening brace. Raises _Unreadable."""
         read: dict[str, Any] = {}
         while True:
             self._skip(",")
@@ -79,7 +81,7 @@ class _Reader:
                 raise _Unreadable
 
     def _value(self, depth: int, after: re.Pattern[str]) -> Any:
-        """A value; what may stand behind it tells where a string in quotes ends."""
+        """A value. A quoted string ends at a quote that `after` matches behind."""
         start = self._here()
         if start and start in "{[":
             if depth >= self._max_depth:
@@ -111,7 +113,7 @@ class _Reader:
         return found[0]
 
     def _quoted(self, after: re.Pattern[str]) -> str:
-        """The string whose opening quote stands here, up to a quote with `after` behind it or to the end."""
+        """The string from its opening quote to a closing quote that `after` matches behind, or to the end."""
         closers = CLOSERS[self._text[self.at]]
         start = end = self.at + 1
         while True:
@@ -128,7 +130,7 @@ class _Reader:
         return joined(ESCAPE.sub(_unescaped, self._text[start:end]))
 
     def _here(self) -> str:
-        """The next character that is neither space nor comment; empty at the end."""
+        """The next character that is not in white space or a comment; empty at the end."""
         found = SPACE.match(self._text, self.at)
         assert found is not None
         self.at = found.end()
@@ -139,7 +141,7 @@ class _Reader:
             self.at += 1
 
     def _ends(self, closer: str) -> bool:
-        """Whether the list or object ends here; the end of the text ends it too."""
+        """Whether the list or object ends here, possibly because the text ends."""
         here = self._here()
         self.at += here == closer
         return here in ("", closer)

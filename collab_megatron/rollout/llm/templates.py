@@ -1,8 +1,7 @@
-"""Prompt templates: text files with `$name` places, filled in one pass.
+"""Prompt templates: text files with `$name` placeholders.
 
-Values go in verbatim, closing tags of the prompt's blocks aside, and are never looked at again, so braces, dollars and
-percent signs in a user's text are harmless.
-A literal dollar in a template is written `$$`.
+Values are inserted verbatim, except for closing tags of the prompt's blocks, and are not expanded again: braces,
+dollars and percent signs in a user's text are harmless. A literal dollar in a template is written `$$`.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ BLOCK_END = re.compile(r"</(?=\s*(?:chat|request|reference|task_desc)\s*>)", re.
 
 
 class PromptTemplate:
-    """One template whose names were checked when it was loaded."""
+    """One template, whose names are checked when it is made."""
 
     def __init__(self, text: str, *, required: Iterable[str], optional: Iterable[str] = (), source: str) -> None:
-        """Raises UserError if `text` lacks a required name, has an unknown one, or a lone dollar."""
+        """Raises UserError if `text` has a lone dollar, an unknown name, or not every required name."""
         self._template = Template(text)
         self._source = source
         required, known = set(required), set(required) | set(optional)
         if not self._template.is_valid():
-            raise UserError(f"prompt {source}: a lone $ stands in it; write $$ for a dollar sign")
+            raise UserError(f"prompt {source}: it contains a lone $; write $$ for a dollar sign")
         found = set(self._template.get_identifiers())
         if found - known:
             raise UserError(f"prompt {source}: unknown name ${min(found - known)}; known: {_listed(known)}")
@@ -41,7 +40,7 @@ class PromptTemplate:
     def fill(self, **values: str) -> str:
         r"""The prompt. Raises KeyError if a name of the template has no value.
 
-        A closing tag of the prompt's blocks inside a value is written `<\/chat>`, so that no text can end its block.
+        A closing tag of a block inside a value becomes `<\/chat>`, so that no text can end its block.
         """
         return self._template.substitute({name: BLOCK_END.sub(r"<\\/", value) for name, value in values.items()})
 
@@ -49,7 +48,7 @@ class PromptTemplate:
 def load_template(
     name: str, prompt_file: Path | None, *, required: Iterable[str], optional: Iterable[str] = ()
 ) -> PromptTemplate:
-    """`prompt_file` where given, else the shipped `prompts/{name}.txt`. Raises UserError if it cannot be used."""
+    """`prompt_file`, or the shipped `prompts/{name}.txt` if it is None. Raises UserError if it cannot be used."""
     if prompt_file is None:
         text = resources.files("collab_megatron.rollout.llm").joinpath("prompts", f"{name}.txt").read_text("utf-8")
         return PromptTemplate(text, required=required, optional=optional, source=f"{name}.txt")
@@ -61,13 +60,13 @@ def load_template(
 
 
 def shipped_prompts() -> list[Path]:
-    """All of them: which of them a config uses, its other settings decide."""
+    """All of them. Which ones a config uses depends on its other settings."""
     folder = Path(str(resources.files("collab_megatron.rollout.llm"))) / "prompts"
     return sorted(folder.glob("*.txt"))
 
 
 def prompts_by_content(node: Any) -> Any:
-    """`node` with the text's hash in place of the path of every `...prompt_file`."""
+    """`node` with the hash of the text instead of the path of every `...prompt_file`."""
     if isinstance(node, Mapping):
         return {
             key: contents(Path(value)) if key.endswith("prompt_file") and value else prompts_by_content(value)
@@ -77,7 +76,7 @@ def prompts_by_content(node: Any) -> Any:
 
 
 def chat_lines(chat: Sequence[Message]) -> str:
-    """The user and assistant turns, one JSON object a line. What fill() does to closing tags is JSON's own escape."""
+    """The user and assistant turns, one JSON object per line. fill() escapes closing tags the way JSON does."""
     lines = [
         json.dumps({"role": message.role, "content": message.content}, ensure_ascii=False)
         for message in chat

@@ -1,8 +1,8 @@
-"""Checks of a simulated user's turn: what the person it plays would not have typed.
+"""Checks of a simulated user's turn for text that a real user would not have typed.
 
-Pure functions of a Turn, each with what it catches and what it does not. They count odd turns for a figure that is
-watched; none of them drops or changes a turn. Words are compared without case and punctuation. In scripts that are
-written without spaces (Chinese, Japanese, Thai, ...) every character is a word and counts half.
+Pure functions of a Turn; each docstring lists what the check finds and what it does not. The results are counted for
+the health figures; no check drops or changes a turn. Words are compared without case and punctuation. In scripts
+without spaces (Chinese, Japanese, Thai, ...) every character is a word and counts half.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collab_megatron.types import TERMINATION_SIGNAL, Message, Task
 
 LONG_STRETCH = 12  # words in a row that nobody writes twice by chance
 REQUEST_SHARE = 0.6  # of a short request
-SHORT_REQUEST = 6  # words; a request as short as this can hardly be put in other words
-LEAST_TRUTH = 4  # words of a reference answer that cannot be said in passing
-LEAST_OPENING, LEAST_REPEATED = 4, 10  # words of a turn that is said again; short answers may be
-SAME_WORDS = 0.85  # of all words of two turns, for them to be the same turn
-SHORT_QUESTION = 40  # words of an assistant turn that asks and delivers nothing
+SHORT_REQUEST = 6  # words; a request this short can hardly be rephrased
+LEAST_TRUTH = 4  # words of a reference answer that cannot appear by chance
+LEAST_OPENING, LEAST_REPEATED = 4, 10  # words of a repeated turn; short answers may repeat
+SAME_WORDS = 0.85  # share of common words that makes two turns the same
+SHORT_QUESTION = 40  # words of an assistant turn that only asks
 
 SPACELESS = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -39,7 +39,7 @@ USER_LABELS = frozenset(
     ["user", "human", "benutzer", "nutzer", "utilisateur", "usuario", "usuário", "utente", "用户", "ユーザー"]
 )
 
-# What only the helping side says. A pattern is looked for where its key stands in the text.
+# Phrases of the helping side. A pattern is searched only if its key is in the text.
 OFFERS: Mapping[str, re.Pattern[str]] = {
     "help": re.compile(
         r"(?:how|what) (?:can|may|could) i help you|anything else i can help"
@@ -66,10 +66,10 @@ LEAKS = re.compile(
     r"</?(?:think|thinking|thought|scratchpad|reasoning|request|reference|chat)>"
     r"|[\"'](?:thought|response|role)[\"']\s*:|^\W*thoughts?\s*:"
 )
-PLACEHOLDER = WORD.findall("the person's next message")  # for a turn in our prompt; small models say just that
+PLACEHOLDER = WORD.findall("the person's next message")  # of our prompt, for the turn; small models repeat it
 QUESTION_ENDS = ("?", "？", "؟")
 AFTER_QUESTION = " \t\n\"'*_)]»”’」"
-COURTESIES = (  # questions that may stand under an answer
+COURTESIES = (  # questions that may close an answer
     *("anything else", "something else", "does that", "does this", "is that", "look good", "sound good"),
     *("sonst noch", "noch etwas", "autre chose", "algo más", "还有", "他に"),
 )
@@ -77,7 +77,7 @@ COURTESIES = (  # questions that may stand under an answer
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A user's new turn and what came before it."""
+    """A user's new turn and the chat before it."""
 
     task: Task
     chat: Sequence[Message]
@@ -87,7 +87,7 @@ class Turn:
 
     @classmethod
     def of(cls, task: Task, chat: Sequence[Message], text: str, signal: str = TERMINATION_SIGNAL) -> Turn:
-        """`chat` ends before the turn, whose text may hold the termination `signal`."""
+        """`chat` ends before the turn; `text` may contain the termination `signal`."""
         said = text.replace(signal, "").strip().casefold()
         return cls(task, chat, said, WORD.findall(said), signal in text)
 
@@ -99,11 +99,11 @@ class Turn:
 def role_swapped(turn: Turn) -> bool:
     """The user talks like the assistant.
 
-    In any language: a code block where neither request nor chat has one, an assistant turn said again word for word (10
-    words or more), the reference answer (the whole of it, or 12 words in a row) where neither request nor chat has it,
-    lines with speakers' names before a colon (the names in eight languages).
+    In any language: a code block if neither request nor chat has one; an assistant turn repeated word for word (10
+    words or more); the reference answer (in full, or 12 words in a row) if neither request nor chat has it; lines
+    with a speaker's name and a colon (names in eight languages).
     In English, German, French, Spanish, Portuguese, Italian, Chinese, Japanese: phrases that offer help.
-    Not: a solution in words of its own, a short reference answer (under 4 words), other phrases and languages.
+    Not found: a solution in the user's own words, a reference answer under 4 words, other phrases and languages.
     """
     return (
         _has_labels(turn.said)
@@ -115,19 +115,19 @@ def role_swapped(turn: Turn) -> bool:
 
 
 def goal_copied(turn: Turn) -> bool:
-    """The turn holds a verbatim stretch of the hidden request which the chat did not hold already.
+    """The turn copies a stretch of the hidden request that is not in the chat yet.
 
-    12 words in a row, or 60 % of a request that is shorter than 20; in any language. Not: a request of up to 6
-    words, one that is retold in other words or piece by piece.
+    12 words in a row, or 60 % of a request that is shorter than 20; in any language. Not found: a request of up to 6
+    words, or one that is retold in other words or piece by piece.
     """
     return _copies(turn, _secrets(turn.task.single_turn_prompt, turn.task.ground_truth).request)
 
 
 def restarted(turn: Turn) -> bool:
-    """The turn says the opening again (4 words or more), or another earlier turn of the user's (10 or more).
+    """The turn repeats the opening (4 words or more), or another earlier user turn (10 or more).
 
-    Nearly word by word, in any order and language. Not: a repetition in other words, or inside a longer turn. A long
-    answer that is rightly given twice counts too.
+    Nearly word by word, in any order and language. Not found: a repetition in other words, or inside a longer turn. A
+    long answer that is given twice for good reason counts too.
     """
     earlier = turn.before("user")
     opening = next(earlier, None)
@@ -137,11 +137,11 @@ def restarted(turn: Turn) -> bool:
 
 
 def scratchpad_leaked(turn: Turn) -> bool:
-    """Thinking tags, the JSON fields of the simulator's reply, or tags of its prompt stand in the turn, or it is no
-    more than the prompt's placeholder for it.
+    """The turn contains thinking tags, JSON fields of the simulator's reply or tags of its prompt, or is the prompt's
+    placeholder.
 
-    In any language, since the names are those of our prompt. Not: thoughts in plain words, another prompt's
-    placeholder. Names that the request or the chat holds are the person's own matter.
+    In any language, since the names are those of our prompt. Not found: thoughts in plain words, another prompt's
+    placeholder. Names that are in the request or the chat do not count.
     """
     if turn.words == PLACEHOLDER:
         return True
@@ -150,11 +150,11 @@ def scratchpad_leaked(turn: Turn) -> bool:
 
 
 def early_end(turn: Turn) -> bool:
-    """The user ends the chat before the assistant said anything, or where all it did was ask.
+    """The user ends the chat before the assistant has answered anything: it said nothing, or only asked.
 
-    That is: the last assistant turn ends with a question mark, has 40 words or fewer, holds no usual closing question
-    ("anything else?") and not the reference answer. In any language but for the closing questions (six). Not: an end
-    after a promise, after a long turn, after a question without its mark.
+    It only asked if its last turn ends with a question mark, has 40 words or fewer and no usual closing question
+    ("anything else?"), and no turn has the reference answer. In any language, with closing questions in six. Not found:
+    an end after a promise, after a long turn, or after a question without a question mark.
     """
     if not turn.ended:
         return False
@@ -172,12 +172,12 @@ def early_end(turn: Turn) -> bool:
 
 
 def bare_end(turn: Turn) -> bool:
-    """Nothing stands beside the termination signal. The shipped prompt allows it: a figure without a limit."""
+    """The turn is the termination signal alone. The shipped prompt allows it, so it has no limit."""
     return turn.ended and not turn.words
 
 
 def empty(turn: Turn) -> bool:
-    """Blank or punctuation only, and the chat goes on."""
+    """The turn is blank or only punctuation, and the chat goes on."""
     return not turn.ended and not turn.words
 
 
@@ -189,7 +189,7 @@ DETECTORS: Mapping[str, Callable[[Turn], bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Stretches:
-    """Hashes of all stretches of `size` words of a text."""
+    """Hashes of all stretches of `size` words in a text."""
 
     size: int
     hashes: frozenset[int]
@@ -197,7 +197,7 @@ class _Stretches:
 
 @dataclass(frozen=True, slots=True)
 class _Secrets:
-    """What only the simulator or the judge may know of a task; None: too short to tell."""
+    """The texts that only simulator and judge may know; None: too short to recognize."""
 
     request: _Stretches | None
     truth: _Stretches | None
@@ -232,7 +232,7 @@ def _hashes(words: Sequence[str], size: int) -> Iterator[int]:
 
 
 def _same(turn: Turn, text: str, least: int) -> bool:
-    """Whether the turn is nearly `text`, and has at least so many words."""
+    """Whether the turn is nearly `text` and has at least `least` words."""
     if len(turn.words) < least or not 0.7 < (len(text) + 1) / (len(turn.said) + 1) < 1.4:
         return False
     if len(turn.words) < least * _scale(turn.words):
@@ -244,12 +244,12 @@ def _same(turn: Turn, text: str, least: int) -> bool:
 
 @lru_cache(maxsize=2048)
 def _word_set(text: str) -> frozenset[str]:
-    """A turn is looked at again at every later turn of its chat, and in every future that shares it."""
+    """Cached: a turn is compared at every later turn of its chat, and in every future that shares it."""
     return frozenset(WORD.findall(text.casefold()))
 
 
 def _scale(words: Sequence[str]) -> int:
-    """2 where most words are characters of a script without spaces, else 1."""
+    """2 if most words are characters of a script without spaces, else 1."""
     single = sum(len(word) == 1 and word >= "\u0e00" for word in words)
     return 2 if 2 * single > len(words) else 1
 
@@ -262,5 +262,5 @@ def _has_labels(said: str) -> bool:
 
 
 def _known(turn: Turn, text: str) -> bool:
-    """Whether request or chat hold a text, case aside."""
+    """Whether request or chat contain a text in any case."""
     return text in turn.task.single_turn_prompt.casefold() or any(text in m.content.casefold() for m in turn.chat)

@@ -1,9 +1,18 @@
-"""Conversation-level metrics, and the pure arithmetic that turns them into the multiturn-aware reward."""
+"""Conversation-level metrics, and the arithmetic from their scores to the multiturn-aware reward."""
 
-from collab_megatron.rollout.rewards.aggregate import clamped_share, conversation_reward, multiturn_reward
-from collab_megatron.rollout.rewards.clarify import asks_question
-from collab_megatron.rollout.rewards.configured import configured_scorer
-from collab_megatron.rollout.rewards.registry import MetricContext, known_metrics, make_scorer, register_metric
+from collab_megatron.rollout.rewards.aggregate import (
+    asks_question,
+    clamped_share,
+    conversation_reward,
+    multiturn_reward,
+)
+from collab_megatron.rollout.rewards.registry import (
+    MetricContext,
+    configured_scorer,
+    judge_calls,
+    make_scorer,
+    register_metric,
+)
 from collab_megatron.rollout.rewards.scorer import Scorer
 
 __all__ = [
@@ -13,7 +22,7 @@ __all__ = [
     "clamped_share",
     "configured_scorer",
     "conversation_reward",
-    "known_metrics",
+    "judge_calls",
     "make_scorer",
     "multiturn_reward",
     "register_metric",

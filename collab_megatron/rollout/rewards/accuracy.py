@@ -1,6 +1,6 @@
 """accuracy: 1.0 if the conversation reached the reference answer, else 0.0.
 
-`exact` compares the last assistant turn with the reference, white space aside: for tasks whose answer has one form.
+`exact` compares the last assistant turn with the reference except for white space, for tasks whose answer has one form.
 `judge` asks an LLM that sees task, reference and conversation.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from collab_megatron.rollout.llm.parsing import json_object, object_schema, verdict_field
 from collab_megatron.rollout.llm.templates import chat_lines, load_template
-from collab_megatron.types import ChatLLM, Message, ScoredConversation
+from collab_megatron.types import ChatLLM, LLMRequest, Message, ScoredConversation
 
 VERDICT_SCHEMA = object_schema(thought="string", correct="boolean")
 
@@ -42,18 +42,19 @@ class JudgedAccuracy:
         prompt = self._template.fill(
             request=task.single_turn_prompt, reference=task.ground_truth, chat=chat_lines(conversation.messages)
         )
-        replies = await self._judge.complete(
+        request = LLMRequest(
             [Message("user", prompt)],
+            parse=read_verdict,
             sample_index=conversation.sample_index,
             json_reply=True,
             schema=VERDICT_SCHEMA,
-            check=read_verdict,
         )
-        return float(read_verdict(replies[0].text))
+        (verdict,) = await self._judge.complete(request)
+        return float(verdict)
 
 
 def same_text(left: str, right: str) -> bool:
-    """Equality after every run of white space became one space; an empty reference equals nothing."""
+    """Whether two texts are equal except for white space; an empty reference equals nothing."""
     return bool(right.split()) and left.split() == right.split()
 
 

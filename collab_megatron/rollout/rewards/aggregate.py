@@ -1,7 +1,7 @@
-"""Scores to rewards. Pure.
+"""From scores to rewards, and figures about replies. Pure.
 
 R* of one conversation = sum over metrics of clamp(weight * score, -1, 1)
-MR of a reply          = mean of R* over the futures that carry scores
+MR of a reply          = mean of R* over the scored futures
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from collab_megatron.types import Future
 
 LIMIT = 1.0
+QUESTION_MARKS = "?？؟"  # Latin, full-width, Arabic
 
 
 def conversation_reward(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -23,23 +24,31 @@ def conversation_reward(scores: Mapping[str, float], weights: Mapping[str, float
 
 
 def multiturn_reward(futures: Iterable[Future]) -> float | None:
-    """MR: the mean reward of the scored futures; None if none is left."""
+    """MR: the mean reward of the scored futures; None if there are none."""
     rewards = [future.reward for future in _scored(futures) if future.reward is not None]
     return sum(rewards) / len(rewards) if rewards else None
-
-
-def beyond_clamp(scores: Mapping[str, float], weights: Mapping[str, float]) -> bool:
-    """Whether some weighted metric is cut by the clamp. A score that just reaches the limit is not: nothing is lost."""
-    return any(abs(weight * scores[name]) > LIMIT for name, weight in weights.items())
 
 
 def clamped_share(futures: Iterable[Future], weights: Mapping[str, float]) -> float:
     """Share of the scored futures in which the clamp cuts a metric; 0 without scored futures.
 
-    Where it is high that metric no longer tells replies apart: lower its weight.
+    If it is high, that metric no longer tells replies apart: lower its weight. A score that just reaches the limit is
+    not cut.
     """
-    cut = [beyond_clamp(future.scores, weights) for future in _scored(futures) if future.scores]
+    cut = [
+        any(abs(weight * future.scores[name]) > LIMIT for name, weight in weights.items())
+        for future in _scored(futures)
+        if future.scores
+    ]
     return sum(cut) / len(cut) if cut else 0.0
+
+
+def asks_question(text: str) -> bool:
+    """Whether `text` contains a question mark; measured on tasks that need no question.
+
+    Marks in code or URLs count too: this is a figure for the dashboard, not a reward.
+    """
+    return any(mark in text for mark in QUESTION_MARKS)
 
 
 def _clamp(name: str, value: float) -> float:

@@ -1,7 +1,7 @@
 """interactivity: how well the assistant works together with the user, by an LLM judge.
 
-The mean of three marks in [0, 1]: understanding, clarification, helpful suggestion. The judge sees the hidden request,
-or, as the paper's ITR judge (arXiv 2502.00640), the chat alone.
+The mean of three marks in [0, 1]: understanding, clarification, helpful suggestion. The judge sees the hidden request
+too, or only the chat, like the paper's ITR judge (arXiv 2502.00640).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Literal
 
 from collab_megatron.rollout.llm.parsing import json_object, object_schema, share_field
 from collab_megatron.rollout.llm.templates import chat_lines, load_template
-from collab_megatron.types import ChatLLM, Message, ScoredConversation
+from collab_megatron.types import ChatLLM, LLMRequest, Message, ScoredConversation
 
 MARKS = ("understanding", "clarification", "suggestion")
 Sees = Literal["request", "chat"]
-PROMPTS: Mapping[Sees, tuple[str, tuple[str, ...]]] = {  # the shipped prompt, and what may stand in it next to $chat
+PROMPTS: Mapping[Sees, tuple[str, tuple[str, ...]]] = {  # the shipped prompt, and its optional names next to $chat
     "request": ("judge_interactivity", ("request",)),
     "chat": ("judge_interactivity_chat", ()),
 }
@@ -29,7 +29,7 @@ class Interactivity:
     name = "interactivity"
 
     def __init__(self, judge: ChatLLM, prompt_file: Path | None = None, *, sees: Sees = "request") -> None:
-        """A prompt file may leave $request out; with sees="chat" it must."""
+        """A prompt file may leave out $request; with sees="chat" it must."""
         self._judge = judge
         name, optional = PROMPTS[sees]
         self._template = load_template(name, prompt_file, required=("chat",), optional=optional)
@@ -39,14 +39,15 @@ class Interactivity:
         prompt = self._template.fill(
             request=conversation.task.single_turn_prompt, chat=chat_lines(conversation.messages)
         )
-        replies = await self._judge.complete(
+        request = LLMRequest(
             [Message("user", prompt)],
+            parse=read_marks,
             sample_index=conversation.sample_index,
             json_reply=True,
             schema=MARKS_SCHEMA,
-            check=read_marks,
         )
-        return read_marks(replies[0].text)
+        (mark,) = await self._judge.complete(request)
+        return mark
 
 
 def read_marks(text: str) -> float:

@@ -1,8 +1,8 @@
-"""The Python modules of the user that register metrics: an importable name, or a file.
+"""Import of the user's own modules that register metrics: by an importable name, or by file.
 
-config/load.py has turned the name of a module that lies next to the config file into that file's path, so that every
-process finds it, whatever its working directory. A file is run once in a process. Its folder joins the end of the
-search path, so that it may import others that lie next to it.
+config/config_file.py has replaced the name of a module next to the config file by its path, so that every process
+finds it from any working directory. A file runs once per process. Its folder is appended to the search path, so that it
+can import its neighbors.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from collab_megatron.errors import UserError
 
 
 def import_metric_module(name: str) -> ModuleType:
-    """Run the module, once. Raises UserError where it cannot be found or imported."""
+    """Run the module once. Raises UserError if it cannot be found or imported."""
     if not is_file(name) and not all(part.isidentifier() for part in name.split(".")):
         raise UserError(
-            f"reward.metric_modules: {name!r} is no module: name a module that Python finds, such as my_metrics or "
-            "package.metrics, or a .py file"
+            f"reward.metric_modules: {name!r} is not a module: give a name that Python can import, such as my_metrics "
+            "or package.metrics, or a .py file"
         )
     try:
         return _import_file(Path(name)) if is_file(name) else importlib.import_module(name)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a module that the user wrote raises anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a module of the user's may raise anything
         raise UserError(
-            f"reward.metric_modules: {name} cannot be imported ({_told(error)}); name a module that Python finds, or a "
-            "file next to the config, and see that it imports by itself"
+            f"reward.metric_modules: {name} cannot be imported ({_where_it_failed(error)}); give a module that Python "
+            "finds, or a file next to the config, and check that it can be imported on its own"
         ) from None
 
 
-def _told(error: BaseException) -> str:
-    """The kind of an exception, its text, and the line of the user's file that raised it."""
+def _where_it_failed(error: BaseException) -> str:
+    """The class of an exception, its text, and the line of the user's file that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = str(Path(__file__).parent)
     last = next((frame for frame in reversed(frames) if _is_users(frame.filename, ours)), None)
@@ -51,7 +51,7 @@ def _is_users(file: str, ours: str) -> bool:
 
 
 def module_sources(name: str) -> Iterator[Path]:
-    """The module's own source files, for fingerprints; those that it imports from elsewhere are not among them."""
+    """The module's own source files, for fingerprints; not those that it imports."""
     if is_file(name):
         origin = Path(name)
     else:
@@ -63,7 +63,7 @@ def module_sources(name: str) -> Iterator[Path]:
 
 
 def is_file(name: str) -> bool:
-    """Whether an entry of reward.metric_modules is a path and not a dotted name."""
+    """Whether an entry of reward.metric_modules is a path, not a dotted name."""
     return name.endswith(".py")
 
 
@@ -81,9 +81,9 @@ def _import_file(path: Path) -> ModuleType:
         name, path, submodule_search_locations=[str(path.parent)] if package else None
     )
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it is being run
+    sys.modules[name] = module  # dataclasses look up their module while it runs
     try:
         spec.loader.exec_module(module)
     except BaseException:

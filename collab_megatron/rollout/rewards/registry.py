@@ -1,11 +1,11 @@
-"""Metrics by name. A metric of your own:
+"""Registry of metrics by name, and the scorer of a run. A metric of your own:
 
     @register_metric("brevity")
     def brevity(context: MetricContext) -> Metric:
         return Brevity()
 
-in a module that `reward.metric_modules` names, and `reward.metric_weights: {brevity: 0.2}`; no trainer code changes.
-docs/METRICS.md tells the rest.
+in a module listed in `reward.metric_modules`, and `reward.metric_weights: {brevity: 0.2}`; no trainer code changes.
+docs/rewards.md has the details.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from collab_megatron.config.sections import Section
+from collab_megatron.config.roles import judge_role, own_metrics, shipped_judges
+from collab_megatron.config.sections import RewardSection, Section, SimulatorsSection
 from collab_megatron.errors import UserError
+from collab_megatron.rollout.llm import Gateway
 from collab_megatron.rollout.rewards.accuracy import ExactAccuracy, JudgedAccuracy
 from collab_megatron.rollout.rewards.interactivity import Interactivity, Sees
 from collab_megatron.rollout.rewards.modules import import_metric_module
@@ -29,26 +31,26 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class MetricContext:
-    """What a metric may be made of."""
+    """The arguments of a metric's factory."""
 
     judge: ChatLLM | None  # None: no judge is configured
     accuracy_verifier: str = "judge"  # exact | judge
     interactivity_sees: Sees = "request"
-    prompt_file: Path | None = None  # of the metric's judge; replaces a shipped prompt
-    name: str = ""  # under which the metric was registered
-    raw_settings: Mapping[str, Any] = field(default_factory=dict)  # reward.settings.<name>, as it stands in the config
-    read: list[type[Section]] = field(default_factory=list, compare=False)  # kinds of settings that were asked for
+    prompt_file: Path | None = None  # replaces the shipped prompt of the metric's judge
+    name: str = ""  # the metric's
+    raw_settings: Mapping[str, Any] = field(default_factory=dict)  # reward.settings.<name> from the config
+    read: list[type[Section]] = field(default_factory=list, compare=False)  # classes that `settings` was called with
 
     def settings(self, kind: type[S]) -> S:
-        """reward.settings.<name> as the metric's own section, a frozen, typed subclass of config.sections.Section.
+        """reward.settings.<name> as the metric's own frozen, typed subclass of config.sections.Section.
 
-        Raises UserError naming the key that is unknown or has a bad value.
+        Raises UserError naming a key that is unknown or has a bad value.
         """
         self.read.append(kind)
         return kind.read(self.raw_settings, f"reward.settings.{self.name}")
 
     def need_judge(self, metric: str) -> ChatLLM:
-        """The judge. Raises UserError naming the metric that cannot do without."""
+        """The judge. Raises UserError naming the metric if there is none."""
         if self.judge is None:
             raise UserError(f"metric {metric} needs an LLM judge: set simulators.judge, or reward.judges.{metric}")
         return self.judge
@@ -60,20 +62,15 @@ _FACTORIES: dict[str, MetricFactory] = {}
 
 
 def register_metric(name: str) -> Callable[[MetricFactory], MetricFactory]:
-    """Decorator that makes a metric known by `name`. Raises ValueError if the name is taken."""
+    """Decorator that registers a metric's factory by `name`. Raises ValueError if the name is taken."""
 
     def register(factory: MetricFactory) -> MetricFactory:
         if name in _FACTORIES:
-            raise ValueError(f"a metric named {name!r} is registered already")
+            raise ValueError(f"a metric named {name!r} is already registered")
         _FACTORIES[name] = factory
         return factory
 
     return register
-
-
-def known_metrics() -> tuple[str, ...]:
-    """The registered names, sorted."""
-    return tuple(sorted(_FACTORIES))
 
 
 def make_scorer(
@@ -87,11 +84,11 @@ def make_scorer(
     metric_modules: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Scorer:
-    """The scorer of a run. `metric_modules` are imported first, so that they may register metrics. By metric:
-    `judges`, who stand in for `judge` there, the `prompt_files` of their judges, and `settings`.
+    """The scorer of a run. `metric_modules` are imported first, so that they can register metrics.
 
-    Raises UserError for a module that cannot be imported, an unknown metric, one that lacks its judge, settings that no
-    metric takes, or a factory that makes no metric.
+    By metric: `judges`, which replace `judge`; the `prompt_files` of the judges; and `settings`. Raises UserError for a
+    module that cannot be imported, an unknown metric, a metric without its judge, settings that the metric does not
+    take, or a factory that returns no metric.
     """
     for module in metric_modules:
         import_metric_module(module)
@@ -100,7 +97,7 @@ def make_scorer(
     for place, names in (("", metric_weights), ("reward.settings: ", settings), ("reward.judges: ", judges)):
         unknown = sorted(set(names) - set(_FACTORIES))
         if unknown:
-            raise UserError(f"{place}unknown metric {unknown[0]!r}; known are {', '.join(known_metrics())}")
+            raise UserError(f"{place}unknown metric {unknown[0]!r}; known are {', '.join(sorted(_FACTORIES))}")
     metrics = [
         _make(
             replace(
@@ -117,19 +114,50 @@ def make_scorer(
     return Scorer(metrics, metric_weights)
 
 
+def judge_calls(reward: RewardSection, simulators: SimulatorsSection) -> int:
+    """Requests to judges per conversation, without retries.
+
+    A metric of the user's own counts as one request, since the real number is unknown; the budget learns it from the
+    first conversations.
+    """
+    return len(shipped_judges(reward, simulators)) + len(own_metrics(reward))
+
+
+def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gateway: Gateway) -> Scorer:
+    """The scorer of a config. Raises UserError as make_scorer does, and for a bad prompt file."""
+    judge = simulators.judge
+    own = {name: section for name, section in reward.judges.items() if name in reward.metric_weights}
+    return make_scorer(
+        reward.metric_weights,
+        None if judge is None else gateway.role("judge"),
+        accuracy_verifier=reward.accuracy_verifier,
+        judges={name: gateway.role(judge_role(name)) for name in own},
+        prompt_files={
+            "interactivity": None if judge is None else judge.prompt_file,
+            "accuracy": reward.accuracy_prompt_file,
+            **{name: section.prompt_file for name, section in own.items() if section.prompt_file is not None},
+        },
+        interactivity_sees=reward.interactivity_sees,
+        metric_modules=reward.metric_modules,
+        settings=reward.settings,
+    )
+
+
 def _make(context: MetricContext) -> Metric:
-    """The metric of one factory. Raises UserError for what is none."""
+    """The metric from its factory. Raises UserError if the factory returns something else."""
     name = context.name
     metric = _FACTORIES[name](context)
     if not callable(getattr(metric, "score", None)):
-        raise UserError(f"metric {name}: its factory gave a {type(metric).__name__} without a `score` function")
+        raise UserError(
+            f"metric {name}: its factory returned a {type(metric).__name__} without a `score` method; add one"
+        )
     if getattr(metric, "name", None) != name:
         raise UserError(
-            f"metric {name}: its factory gave one that is named {getattr(metric, 'name', None)!r}; set name = {name!r} "
-            f"on {type(metric).__name__}"
+            f"metric {name}: its factory returned a metric that is named {getattr(metric, 'name', None)!r}; "
+            f"set name = {name!r} on {type(metric).__name__}"
         )
     if context.raw_settings and not context.read:
-        raise UserError(f"reward.settings.{name}: metric {name} takes no settings; remove them")
+        raise UserError(f"reward.settings.{name}: metric {name} takes no settings: remove them")
     return metric
 
 

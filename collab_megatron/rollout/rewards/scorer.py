@@ -1,7 +1,7 @@
-"""All metrics of one conversation, at the same time.
+"""The scorer: runs all metrics of a conversation at the same time.
 
-A score must be a finite number. Anything else (NaN, None, text) would become a reward: `max(-1, min(1, nan))` is 1. It
-is a judge failure instead, with the metric's name.
+A score must be a finite number. Anything else (NaN, None, text) is a judge failure with the metric's name; clamping
+would turn it into a reward, since `max(-1, min(1, nan))` is 1.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 
-from collab_megatron.rollout.journal.calls import METRIC
 from collab_megatron.rollout.llm import SimulatorError
+from collab_megatron.rollout.llm.accounting import METRIC
 from collab_megatron.rollout.rewards.aggregate import conversation_reward
 from collab_megatron.types import Metric, ScoredConversation
 
-SHORT_CHARS = 60  # of a wrong value in a sentence
+SHORT_CHARS = 60  # of a wrong value in an error message
 OURS = f"{__name__.partition('.')[0]}."
-"""Modules of this package; a metric of another one is the user's own."""
+"""Prefix of this package's modules; a metric from elsewhere is the user's own."""
 OWN_METRIC = "_own_metric"
-"""Attribute of an exception that the user's own metric raised."""
+"""Attribute of an exception: whether a metric of the user's own raised it."""
 
 
 class Scorer:
-    """The metrics of a run and their weights. Raises ValueError if the two do not name the same metrics."""
+    """The metrics of a run and their weights. Raises ValueError if they are not for the same metrics."""
 
     def __init__(self, metrics: Sequence[Metric], weights: Mapping[str, float]) -> None:
         names = [metric.name for metric in metrics]
@@ -35,15 +35,15 @@ class Scorer:
         self.weights = dict(weights)
 
     async def score(self, conversation: ScoredConversation) -> dict[str, float]:
-        """Metric name -> raw score. Waits for the slowest metric; if one fails the others are cancelled.
+        """Metric name -> raw score. Waits for the slowest metric; if one fails, the others are cancelled.
 
-        Raises SimulatorError if a judge could not be had or a metric gave no finite number: a conversation is scored
-        by all metrics or not at all.
+        Raises SimulatorError if a judge gave no usable reply or a metric no finite number: a conversation is scored by
+        all metrics or not at all.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = {m.name: group.create_task(_score(m, conversation)) for m in self.metrics}
-        except ExceptionGroup as errors:  # `except*` would wrap what is raised in a group again
+        except ExceptionGroup as errors:  # `except*` would wrap the exception in a group again
             raise first_error(errors) from None
         return {name: task.result() for name, task in tasks.items()}
 
@@ -53,7 +53,7 @@ class Scorer:
 
 
 async def _score(metric: Metric, conversation: ScoredConversation) -> float:
-    """One metric's score; its `score` may be a plain function. In a task of its own: its calls bear its name."""
+    """The score of one metric, whose `score` may be a plain function. Runs in its own task, since it sets METRIC."""
     METRIC.set(metric.name)
     try:
         value = metric.score(conversation)
@@ -67,21 +67,18 @@ async def _score(metric: Metric, conversation: ScoredConversation) -> float:
 
 
 def is_of_own_metric(error: Exception) -> bool:
-    """Whether it is a bug in a metric of the user's own, which ends the run (docs/METRICS.md)."""
+    """Whether it comes from a bug in a metric of the user's own, which ends the run (docs/rewards.md)."""
     return getattr(error, OWN_METRIC, False)
 
 
 def finite_score(metric: str, value: object) -> float:
-    """A score as a float. Raises SimulatorError for what is no finite number."""
+    """A score as a float. Raises SimulatorError if it is not a finite number."""
     if not isinstance(value, Real):
-        raise SimulatorError(
-            f"metric {metric} gave {_short(value)}, which is no number: its `score` must return a float"
-        )
+        raise SimulatorError(f"metric {metric} returned {_short(value)}, not a number: its `score` must return a float")
     number = float(value)
     if not math.isfinite(number):
         raise SimulatorError(
-            f"metric {metric} gave {number}, which is no score: return a finite number, or raise SimulatorError where "
-            "there is none"
+            f"metric {metric} returned {number}: return a finite number, or raise SimulatorError if there is no score"
         )
     return number
 

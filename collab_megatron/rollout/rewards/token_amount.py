@@ -1,6 +1,6 @@
-"""token_amount: what the conversation cost the reader, in thousands of assistant tokens from the trained reply on.
+"""token_amount: length of the conversation for the reader, in thousands of assistant tokens from the trained reply on.
 
-The unit is the paper's. It is counted in policy tokens as the engine sampled them; user turns do not count.
+The unit is the paper's. Tokens are those that the engine sampled; user turns do not count.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     old_logprobs, _ = actor.logprobs(micro_batches)
     result = actor.train_step(micro_batches, loss_fn, normalizer=trained_tokens_of_all_ranks)
 
-The loss of a step is sum / normalizer. Nothing else scales it: not the number of micro-batches, not the data ranks. So
-one batch has one gradient, however it is cut.
+The loss of a step is sum / normalizer. Neither the number of micro-batches nor the number of data ranks scales it, so a
+batch has the same gradient however it is divided.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from collab_megatron.config.sections import OptimizerSection
-from collab_megatron.errors import RunError, UserError, WeightsNotFinite
-from collab_megatron.model.layout import check_layout, read_hf_config
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.errors import WeightsNotFinite
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
+from collab_megatron.model.layout import check_layout
 from collab_megatron.model.spec import ModelSpec, model_spec
-from collab_megatron.trainer.actor.grid import RankGrid, agree, phase
-from collab_megatron.trainer.actor.model import PolicyModel, Recompute, build_model
+from collab_megatron.trainer.actor.agreement import fail_together, gather, phase
+from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.actor.optimizer import build_optimizer, parts, step_if_finite, wrap_for_training
+from collab_megatron.trainer.actor.policy_model import PolicyModel, Recompute, build_model
 from collab_megatron.trainer.actor.schedule import forward, from_last_stage, run_schedule, token_aligned
 from collab_megatron.trainer.batching.micro_batch import MicroBatch
 from collab_megatron.trainer.convert.buckets import BucketStream, TensorInfo, bucket_plan, is_cut, tensor_plan
@@ -41,34 +42,34 @@ from collab_megatron.trainer.convert.loader import load_hf_weights
 from collab_megatron.trainer.loss.losses import LossSum
 
 LossFn = Callable[[Tensor, MicroBatch], LossSum]
-StepMetrics = tuple[dict[str, Tensor], dict[str, Tensor]]  # of a micro-batch: sums, and the largest values
+StepMetrics = tuple[dict[str, Tensor], dict[str, Tensor]]  # of a micro-batch: sums, largest values
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step; the same on every rank."""
 
-    grad_norm: float  # before clipping; not finite when skipped
-    lr: float  # what this step used
+    grad_norm: float  # before clipping; not finite if the step was skipped
+    lr: float  # of this step
     metrics: dict[str, float]  # sums over all trained tokens of all ranks / normalizer; always "loss" and "entropy"
-    skipped: bool  # the gradient was not finite: weights, optimizer and schedule are as before
-    largest: dict[str, float] = field(default_factory=dict)  # over all trained tokens of all ranks, see LossSum
+    skipped: bool  # the gradient was not finite: weights, optimizer and schedule are unchanged
+    largest: dict[str, float] = field(default_factory=dict)  # over all trained tokens of all ranks, as in LossSum
 
 
 @dataclass
 class Actor:
-    """One model on this rank of the grid. Every method is collective over the ranks that it says."""
+    """One model on this rank of the grid. Every method is collective over the ranks that its docstring names."""
 
     grid: RankGrid
     spec: ModelSpec
     dtype: torch.dtype
-    source_folder: Path  # config, tokenizer and first weights come from here
-    chunks: list[PolicyModel]  # unwrapped; several where the pipeline is interleaved
+    source_folder: Path  # of config, tokenizer and initial weights
+    chunks: list[PolicyModel]  # unwrapped; several if the pipeline is interleaved
     section: OptimizerSection | None = None  # None: frozen
     wrapped: list[Any] = field(default_factory=list)  # the chunks inside megatron's DDP
     optimizer: MegatronOptimizer | None = None
     scheduler: OptimizerParamScheduler | None = None
-    _weights_scattered: bool = False  # after a step of the overlapping distributed optimizer, until they are gathered
+    _weights_sharded: bool = False  # after a step of the overlapping distributed optimizer, until gather_weights
 
     @classmethod
     def build(
@@ -84,11 +85,11 @@ class Actor:
         logits_chunk_mb: int = 512,
         temperature: float = 1.0,
     ) -> Actor:
-        """Load a model folder onto the grid. `optimizer` None: frozen reference, which keeps no gradients.
+        """Load a model folder onto the grid.
 
-        temperature: of the sampling; log-probs, entropies and losses are of the distribution at it.
-        `load_weights` False leaves them undefined, for a checkpoint that is loaded next (source: its own `hf` folder).
-        Raises UserError where folder, layout or schedule do not fit.
+        optimizer: None for a frozen reference, which has no gradients. temperature: of the sampling; log-probs,
+        entropies and losses are of the distribution at it. load_weights: False leaves the weights undefined, if a
+        checkpoint is loaded next. Raises UserError if the folder is not a supported model or the layout does not fit.
         """
         folder = resolve_model_folder(model_path)
         hf_config = read_hf_config(folder)
@@ -111,7 +112,7 @@ class Actor:
 
     @property
     def temperature(self) -> float:
-        """What logits are divided by."""
+        """Divisor of the logits."""
         return self.chunks[0].temperature
 
     @contextlib.contextmanager
@@ -134,15 +135,15 @@ class Actor:
 
     @property
     def num_params(self) -> int:
-        """Of the whole model, padding left out."""
+        """Parameters of the whole model, without padding."""
         return sum(torch.Size(info.shape).numel() for info in self.tensor_plan())
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
-        """Per micro-batch [B, S] fp32 on the CPU: log-probability of each token, and entropy where it was chosen.
+        """Per micro-batch [B, S] fp32 on the CPU: log-probability of each token, and entropy of its distribution.
 
-        A sample's first token has zero; padding holds numbers without meaning. Collective over the ranks that share the
-        model, which must pass the same micro-batches; with expert parallelism over all ranks.
+        Both are 0 at a sample's first token and meaningless at padding. Collective over the ranks that share the model,
+        which must pass the same micro-batches; with expert parallelism over all ranks.
         """
         self.gather_weights()
         found: list[Tensor] = []
@@ -166,12 +167,12 @@ class Actor:
     def train_step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float) -> StepResult:
         """Gradient of (sum of loss_fn over all micro-batches of all data ranks) / normalizer, clipped, then AdamW.
 
-        `loss_fn` is given log-probs [B, S] and a micro-batch of the same shape on grid.device, in which every entry
-        speaks of the token whose log-probability stands there (its columns are shifted by one, and under context
-        parallelism are this rank's part): sums under the mask are all that it may form. `normalizer` is the number of
-        trained tokens of the global batch. Collective over all ranks: every rank needs at least one micro-batch and the
-        same metric names; ranks that share a replica the same micro-batches. Raises WeightsNotFinite where the step
-        left weights that are no numbers; a step whose gradient is not finite is skipped before that.
+        loss_fn: takes log-probs [B, S] and a micro-batch of the same shape on grid.device, in which every entry belongs
+        to the token whose log-probability is there (columns are shifted by one, and under context parallelism are this
+        rank's part); it may only form sums under the mask. normalizer: trained tokens of the global batch. Collective
+        over all ranks: each needs at least one micro-batch and the same metric names; ranks of one replica need the
+        same micro-batches. A step whose gradient is not finite is skipped. Raises WeightsNotFinite if the step left
+        weights that are NaN or infinite.
         """
         if self.optimizer is None or self.scheduler is None or self.section is None:
             raise RuntimeError("train_step on a frozen actor")
@@ -183,24 +184,23 @@ class Actor:
         with phase(self.grid, "the training step"):
             sums = self._gradients(micro_batches, loss_fn, normalizer)
             grad_norm, stepped = step_if_finite(self.optimizer, self.section.clip_grad)
-            self._weights_scattered = stepped and self.wrapped[0].ddp_config.overlap_param_gather
+            self._weights_sharded = stepped and self.wrapped[0].ddp_config.overlap_param_gather
             metrics, largest = self._reduce(sums, normalizer)
         if stepped:
             if (name := self.not_finite()) is not None:
                 raise WeightsNotFinite(
                     f"an optimizer step with lr {lr:.3g} and gradient norm {grad_norm:.3g} left weights that are NaN "
-                    f"or infinite ({name}): they are neither saved nor sent to an engine; lower optimizer.lr and go on "
-                    "from the newest checkpoint with run.resume=true"
+                    f"or infinite ({name}); they are neither saved nor sent to an engine: lower optimizer.lr and "
+                    "continue from the newest checkpoint with run.resume=true"
                 )
             self.scheduler.step(increment=1)
         return StepResult(grad_norm, lr, metrics, skipped=not stepped, largest=largest)
 
     @torch.no_grad()
     def not_finite(self) -> str | None:
-        """The name of a weight that is NaN or infinite on some rank, alike on every rank; None where there is none.
+        """Rank and name of a weight that is NaN or infinite, the same on every rank; None if all are finite.
 
-        What the optimizer holds is scanned: of weights that it shards over the data ranks each rank's own shard.
-        Collective.
+        Scans the optimizer's weights: of those that it shards over the data ranks, each rank's own shard. Collective.
         """
         held = (
             [p for part in parts(self.optimizer) for p in part.get_parameters()] if self.optimizer else self._weights()
@@ -213,14 +213,15 @@ class Actor:
                 return None
             self.gather_weights()
             names = [name for chunk in self.chunks for name, _ in chunk.named_parameters()]
-            said = agree(self.grid, next((names[place] for place in not_finite(self._weights())), None))
-        return said[0] if said else "in the optimizer's copy"
+            mine = next((names[place] for place in not_finite(self._weights())), None)
+            found_on = [f"rank {rank}: {name}" for rank, name in enumerate(gather(self.grid, mine)) if name is not None]
+        return found_on[0] if found_on else "in the optimizer's copy"
 
     def _weights(self) -> list[Tensor]:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def _gradients(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float) -> list[StepMetrics]:
-        """Fill the gradient buffers, summed over all ranks; on the last stage what each micro-batch measured."""
+        """Fill the gradient buffers, summed over all ranks; returns the last stage's metrics per micro-batch."""
         assert self.optimizer is not None
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
@@ -231,7 +232,7 @@ class Actor:
     def _loss_step(
         self, loss_fn: LossFn, normalizer: float, batches: Iterator[MicroBatch], model: Any
     ) -> tuple[Tensor, Any]:
-        """Megatron's forward_step_func: the output that goes on to the loss function, and that function."""
+        """Megatron's forward_step_func: returns the output and the function that makes the loss of it."""
         output, batch = forward(model, next(batches), self.grid)
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, StepMetrics]:
@@ -248,9 +249,8 @@ class Actor:
         return output, loss
 
     def _reduce(self, measured: list[StepMetrics], normalizer: float) -> tuple[dict[str, float], dict[str, float]]:
-        """What the last stage's micro-batches measured, over the data ranks and on every rank: sums / normalizer, and
-        the largest values."""
-        said: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})]
+        """The last stage's metrics over all micro-batches and data ranks, on every rank: sums / normalizer, largest."""
+        reduced: list[tuple[dict[str, float], dict[str, float]]] = [({}, {})]
         if self.grid.is_last_stage:
             sums = _stacked([sums for sums, _ in measured]).sum(dim=0)
             largest = _stacked([largest for _, largest in measured]).amax(dim=0)
@@ -258,34 +258,36 @@ class Actor:
                 dist.all_reduce(sums, group=self.grid.dp_cp_group)
                 if largest.numel():
                     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.grid.dp_cp_group)
-            names, most = sorted(measured[0][0]), sorted(measured[0][1])
+            sum_names, largest_names = sorted(measured[0][0]), sorted(measured[0][1])
             means = (sums / normalizer).tolist()
-            said = [(dict(zip(names, means, strict=True)), dict(zip(most, largest.tolist(), strict=True)))]
+            reduced = [
+                (dict(zip(sum_names, means, strict=True)), dict(zip(largest_names, largest.tolist(), strict=True)))
+            ]
         if self.grid.pp_size == 1:
-            return said[0]
+            return reduced[0]
         group = self.grid.pp_cpu_group
-        dist.broadcast_object_list(said, src=dist.get_process_group_ranks(group)[-1], group=group)
-        return said[0]
+        dist.broadcast_object_list(reduced, src=dist.get_process_group_ranks(group)[-1], group=group)
+        return reduced[0]
 
     def gather_weights(self) -> None:
-        """Make the unwrapped chunks whole after a step: the overlapping distributed optimizer leaves that to the next
-        forward pass of the wrapped ones. Collective over the data ranks; a no-op otherwise.
+        """All-gather the weights of the unwrapped chunks after a step, which the overlapping distributed optimizer
+        leaves to the next forward pass of the wrapped ones; else do nothing. Collective over the data ranks.
         """
-        if self._weights_scattered:
+        if self._weights_sharded:
             for chunk in self.wrapped:
                 chunk.start_param_sync(force_sync=True)
-            self._weights_scattered = False
+            self._weights_sharded = False
 
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights as whole Hugging Face tensors, one at a time; every rank must drain it (convert/exporter.py).
+        """The weights as whole Hugging Face tensors, one at a time; every rank must exhaust it (convert/exporter.py).
 
-        All of them on rank 0; elsewhere those of the rank's own pipeline stage.
+        Rank 0 gets all of them, other ranks those of their own pipeline stage.
         """
         self.gather_weights()
         return hf_tensors(self.chunks, self.spec, self.grid)
 
     def bucket_stream(self, bucket_bytes: int) -> BucketStream:
-        """The weights as flat buckets, each on the ranks of its own pipeline stage (convert/buckets.py)."""
+        """The weights as flat buckets, each on the ranks of its pipeline stage (convert/buckets.py)."""
         grid = self.grid
         plan = bucket_plan(
             self.spec,
@@ -298,27 +300,23 @@ class Actor:
         return BucketStream(self.chunks, self.spec, grid, plan)
 
     def tensor_plan(self) -> list[TensorInfo]:
-        """What hf_tensors will yield, in order."""
+        """The tensors of hf_tensors, in order."""
         return tensor_plan(self.spec, self.dtype)
 
     def save_hf(
         self, output: Path, *, max_shard_size: str | int = "5GB", metadata: Mapping[str, str] | None = None
     ) -> None:
-        """Write a Hugging Face folder. Collective over all ranks; rank 0 writes, all raise RunError if it fails."""
-        failure: Exception | None = None
+        """Write a Hugging Face folder. Collective over all ranks: rank 0 writes, all raise if it fails."""
         stream = self.hf_tensors()
-        if self.grid.is_main:
+        with fail_together(self.grid, f"saving the model to {output}", output.parent):
             try:
-                write_hf_folder(stream, self.source_folder, output, max_shard_size=max_shard_size, metadata=metadata)
-            except Exception as error:  # noqa: BLE001  (raised again below, once no rank waits for this one)
-                failure = error
-        for _ in stream:  # the other ranks take part in every gather, and so does rank 0 after a failure
-            continue
-        said = agree(self.grid, None if failure is None else str(failure))
-        if isinstance(failure, UserError | RunError):
-            raise failure
-        if said:
-            raise RunError(f"saving the model to {output} failed: {said[0]}") from failure
+                if self.grid.is_main:
+                    write_hf_folder(
+                        stream, self.source_folder, output, max_shard_size=max_shard_size, metadata=metadata
+                    )
+            finally:
+                for _ in stream:  # the other ranks take part in every gather, and so does rank 0 after a failure
+                    continue
 
 
 def _stacked(parts: list[dict[str, Tensor]]) -> Tensor:

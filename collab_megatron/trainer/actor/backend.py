@@ -1,4 +1,4 @@
-"""The one device choice: process-group backend, device, layer spec, fusions, optimizer; logged, with the reason."""
+"""Backend of a rank: process groups, device, layers, fusions, optimizer; chosen once, and logged with the reason."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Backend:
-    """Everything that differs between a CPU rank and a GPU rank."""
+    """All differences between a CPU rank and a GPU rank."""
 
     name: str  # cpu | cuda
     device: torch.device
     process_group: str  # gloo | nccl
-    transformer_engine: bool  # layers from transformer-engine; else megatron's local spec with our attention and norm
-    gradient_fusion: bool  # weight gradients added to the buffer inside the matmul (apex extension, on CUDA)
-    overlap: bool  # gradient reduction beside the backward pass
-    optimizer: str  # whose Adam megatron picked: transformer_engine | apex | torch; optimizer.cpu_offload takes torch's
+    transformer_engine: bool  # its layers; else those of local/layers.py
+    gradient_fusion: bool  # weight gradients are added to the buffer inside the matmul (apex extension, on CUDA)
+    overlap: bool  # gradients are reduced during the backward pass
+    optimizer: str  # whose Adam megatron uses: transformer_engine | apex | torch; optimizer.cpu_offload uses torch's
 
 
 def choose_backend(wanted: str, local_rank: int) -> Backend:
-    """`wanted`: auto | cpu | cuda. Raises UserError where the machine cannot give it."""
+    """wanted: auto | cpu | cuda. Raises UserError if the machine does not have it."""
     has_cuda = torch.cuda.is_available()
     if wanted == "cuda" and not has_cuda:
         raise UserError(
-            "parallel.device is cuda (auto: the start saw a GPU), but torch finds no CUDA device: install a torch "
-            "built for CUDA and a driver that it fits, or set parallel.device=cpu to train on the CPU"
+            "parallel.device is cuda (with auto, the launcher found a GPU), but torch finds no CUDA device: install a "
+            "torch built for CUDA and a matching driver, or set parallel.device=cpu to train on the CPU"
         )
     if wanted == "cpu" and has_cuda:
         raise UserError(
-            "parallel.device is cpu (auto: at the start no GPU was seen), but torch finds CUDA devices: set "
+            "parallel.device is cpu (with auto, the launcher found no GPU), but torch finds CUDA devices: set "
             "parallel.device=cuda, or hide them with CUDA_VISIBLE_DEVICES=''"
         )
     has_te, has_apex = _importable("transformer_engine"), _importable("apex")
@@ -45,26 +45,29 @@ def choose_backend(wanted: str, local_rank: int) -> Backend:
         reason = "torch finds no CUDA device"
     else:
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank} has no device: this machine has {torch.cuda.device_count()}")
+            raise UserError(
+                f"local rank {local_rank} has no GPU, because this machine has {torch.cuda.device_count()}: start "
+                "fewer ranks on it"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         # megatron asserts on this extension when the fusion is asked for without it
         fusion = _importable("fused_weight_gradient_mlp_cuda")
         backend = Backend("cuda", device, "nccl", has_te, fusion, True, _adam())
         reason = f"CUDA is there; transformer-engine {_has(has_te)}, apex {_has(has_apex)}"
-    logger.info("backend %s: %s (%s)", backend.name, _said(backend), reason)
+    logger.info("backend %s: %s (%s)", backend.name, _summary(backend), reason)
     return backend
 
 
-def _said(backend: Backend) -> str:
-    """The choice in a few words."""
+def _summary(backend: Backend) -> str:
+    """The backend in a few words, for the log."""
     layers = "transformer-engine's layers" if backend.transformer_engine else "megatron's local layers"
     fusion = "fused" if backend.gradient_fusion else "plain"
     return f"{backend.process_group}, {layers}, {fusion} weight gradients, Adam of {backend.optimizer}"
 
 
 def _adam() -> str:
-    """Megatron tries them in turn while it is imported, and what is installed may still fail to import: it is asked."""
+    """Asked of megatron, which tries each while it is imported: an installed package may still fail to import."""
     from megatron.core.optimizer import Adam  # here: importing it before cpu_support has run would fail without CUDA
 
     return str(Adam.__module__).split(".")[0]

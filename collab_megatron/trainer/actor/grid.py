@@ -1,16 +1,14 @@
-"""The rank grid: this rank's tensor-, pipeline-, context-, expert- and data-parallel place and groups. Set once.
+"""Rank grid: this rank's position and process groups in tensor, pipeline, context, expert and data parallelism.
 
-Ranks are laid out in megatron's default order: tensor parallelism innermost, so that its heavy collectives stay on
-neighbouring devices, pipeline stages outermost. Experts are never cut (expert tensor parallelism is 1): the ranks of
-one pipeline stage hold expert shards first and copies of those second.
+Set once per process. Ranks are in megatron's default order: tensor parallelism is innermost, so that its heavy
+collectives stay on neighboring devices; pipeline stages are outermost. An expert is never cut (expert tensor
+parallelism is 1): along the ranks of a pipeline stage come the expert-parallel shards, then their copies.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankGrid:
-    """This process's place among the trainer ranks."""
+    """This process's position among the trainer ranks, and its process groups."""
 
     rank: int
     world_size: int
@@ -50,7 +48,7 @@ class RankGrid:
     dp_group: dist.ProcessGroup  # data ranks of the same context rank
     dp_cp_group: dist.ProcessGroup  # all ranks that hold the same dense shard
     ep_group: dist.ProcessGroup
-    cpu_group: dist.ProcessGroup  # gloo over all ranks: small messages and agreements, never in NCCL's way
+    cpu_group: dist.ProcessGroup  # gloo over all ranks: for small messages (agreement.py), apart from NCCL
     pp_cpu_group: dist.ProcessGroup  # gloo over the pipeline stages
     backend: Backend
     sequence_parallel: bool
@@ -71,7 +69,7 @@ class RankGrid:
 
     @property
     def place(self) -> str:
-        """For messages: "tp 0, pp 1, dp 0"; what has one rank only is left out."""
+        """For messages: "tp 0, pp 1, dp 0", without axes of one rank."""
         axes = {"tp": self.tp_size, "pp": self.pp_size, "cp": self.cp_size, "ep": self.ep_size, "dp": self.dp_size}
         return ", ".join(f"{axis} {getattr(self, axis + '_rank')}" for axis, size in axes.items() if size > 1)
 
@@ -79,7 +77,7 @@ class RankGrid:
     def pad_multiple(self) -> int:
         """Row lengths must be multiples of this (batching.split_by_tokens).
 
-        Sequence parallelism gives each tensor-parallel rank an equal part; context parallelism each of its ranks two.
+        Sequence parallelism cuts a row into one part per tensor-parallel rank, context parallelism into two per rank.
         """
         sequence = self.tp_size if self.sequence_parallel else 1
         return sequence * (2 * self.cp_size if self.cp_size > 1 else 1)
@@ -89,18 +87,17 @@ _grid: RankGrid | None = None
 
 
 def grid() -> RankGrid:
-    """The grid in force. Raises RuntimeError before init_grid."""
+    """The grid of this process. Raises RuntimeError before init_grid."""
     if _grid is None:
         raise RuntimeError("init_grid has not been called in this process")
     return _grid
 
 
 def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
-    """Join the process groups (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT from the environment) and seed.
+    """Join the process groups and seed. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are in the environment.
 
-    A single rank needs no environment at all. Waits at most `collective_timeout_s` for the other ranks.
-    Raises UserError if WORLD_SIZE is not that of the layout or the layout cannot be run here, RunError if the other
-    ranks do not come in time.
+    A single rank needs none of them. Waits at most `collective_timeout_s` for the other ranks. Raises UserError if
+    WORLD_SIZE does not fit the layout or the layout cannot run here, RunError if the other ranks do not come in time.
     """
     global _grid
     if _grid is not None:
@@ -113,14 +110,10 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
             f"context={parallel.context} * data={parallel.data} is {parallel.world_size}"
         )
     backend = choose_backend(parallel.device, local_rank)
-    if parallel.context > 1 and not backend.transformer_engine:
-        raise UserError(
-            f"parallel.context={parallel.context} needs transformer-engine's attention, which this machine does not "
-            "have: set parallel.context=1"
-        )
+    parallel.require_transformer_engine(backend.transformer_engine)
     _set_threads(backend)
     timeout = timedelta(seconds=parallel.collective_timeout_s)
-    if not dist.is_initialized():  # else: close_grid(leave_world=False) went before
+    if not dist.is_initialized():  # else close_grid(leave_world=False) was called before
         _join_world(backend, rank, world_size, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -129,7 +122,7 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
-        # megatron types it int, but only ever builds a timedelta of it
+        # an int by megatron's annotation, but it only makes a timedelta of it
         distributed_timeout_minutes=parallel.collective_timeout_s / 60,
     )
     torch.manual_seed(seed)
@@ -175,9 +168,7 @@ def _join_world(backend: Backend, rank: int, world_size: int, timeout: timedelta
 
 
 def close_grid(*, leave_world: bool = True) -> None:
-    """Leave the process groups; a no-op where there is none. `leave_world` False: the same ranks go on to another
-    layout.
-    """
+    """Leave the process groups, if there are any. leave_world: False if the same ranks join another layout next."""
     global _grid
     if _grid is not None:
         parallel_state.destroy_model_parallel()
@@ -186,66 +177,8 @@ def close_grid(*, leave_world: bool = True) -> None:
         _grid = None
 
 
-def barrier(rank_grid: RankGrid) -> None:
-    """Wait for every rank, at most the grid's deadline. Raises RunError naming this rank when one does not come."""
-    try:
-        dist.monitored_barrier(rank_grid.cpu_group, timeout=timedelta(seconds=rank_grid.timeout_s))
-    except RuntimeError as error:
-        raise RunError(f"rank {rank_grid.rank}: {error}") from error
-
-
-def meet(rank_grid: RankGrid, where: str, timeout_s: float) -> None:
-    """Wait until every rank has come to `where` (a name used once), also where some may not come at all.
-
-    Over the store of the rendezvous: a gloo collective's deadline is its group's, on all ranks but the first.
-    Raises RunError naming this rank at the deadline.
-    """
-    if rank_grid.world_size == 1:
-        return
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        store.set(f"{where}/{rank_grid.rank}", "here")
-        store.wait([f"{where}/{rank}" for rank in range(rank_grid.world_size)], timedelta(seconds=timeout_s))
-    except RuntimeError as error:  # DistStoreError at the deadline, DistNetworkError where rank 0 is gone
-        raise RunError(f"rank {rank_grid.rank}: not every rank came to {where} within {timeout_s:g} s") from error
-
-
-def agree(rank_grid: RankGrid, failure: str | None) -> list[str]:
-    """Every rank says what failed on it (None: nothing) and hears of all failures, in rank order. Collective."""
-    said: list[str | None] = [None] * rank_grid.world_size
-    dist.all_gather_object(said, failure, group=rank_grid.cpu_group)
-    return [f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None]
-
-
-def from_rank_zero(rank_grid: RankGrid, value: bool) -> bool:
-    """Rank 0's `value` on every rank. Collective."""
-    told = torch.tensor([value], dtype=torch.int32)
-    if rank_grid.world_size > 1:
-        dist.broadcast(told, src=0, group=rank_grid.cpu_group)
-    return bool(told.item())
-
-
-@contextlib.contextmanager
-def phase(rank_grid: RankGrid, name: str) -> Iterator[None]:
-    """Name the phase and this rank where a collective fails because a peer died or missed the deadline.
-
-    Raises RunError for those; anything else passes through as it is.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        # gloo raises plain RuntimeErrors that only their source path gives away
-        if not isinstance(error, dist.DistError) and "gloo" not in first_line:
-            raise
-        raise RunError(
-            f"rank {rank_grid.rank} ({rank_grid.place}) in {name}: a peer died or did not answer within "
-            f"{rank_grid.timeout_s:g} s; its own log says why ({first_line})"
-        ) from error
-
-
 def _every_group_on_cpu(group: dist.ProcessGroup, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
-    """The same ranks over gloo. Collective over the world: torch wants every rank at every new_group."""
+    """The same ranks over gloo. Collective over all ranks, because torch needs every rank in every new_group."""
     every: list[Any] = [None] * world_size
     dist.all_gather_object(every, tuple(dist.get_process_group_ranks(group)))
     mine = None
@@ -258,7 +191,7 @@ def _every_group_on_cpu(group: dist.ProcessGroup, world_size: int, timeout: time
 
 
 def _set_threads(backend: Backend) -> None:
-    """CPU ranks of one machine share its cores; OMP_NUM_THREADS, where set, is the user's own choice."""
+    """Divide a machine's cores between its CPU ranks, unless the user has set OMP_NUM_THREADS."""
     if backend.name == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))

@@ -1,14 +1,14 @@
-"""Log-probability of the label and entropy straight from hidden states: the logits of all tokens never exist at once.
+"""Log-probability of the label and entropy from hidden states, without the logits of all tokens at once.
 
-The vocabulary is walked in tiles. A tile's softmax is reduced to two numbers per token (the log of its total, its
-entropy) and those of all tiles, then of all ranks, are merged exactly. Cutting columns, not tokens, means that each row
-of the weight's gradient is written once, by one matmul: nothing is accumulated over chunks.
+The vocabulary is processed in tiles. A tile's softmax is reduced to two numbers per token (the log of its total, its
+entropy); those of all tiles, then of all ranks, are merged exactly. Tiles of columns, not of tokens, mean that one
+matmul writes each row of the weight's gradient, without accumulation.
 
-The backward pass needs a tile's softmax again. It is kept from the forward pass where all of them fit the caller's
-budget (three matmuls per step, as many as a plain head), else made anew (four). What is kept is each tile's own
-softmax, so that no pass over it remains: the rest of the gradient's factor belongs to the token and goes to the small
-side of each matmul. The label's entry alone is overwritten, in fp32 and before any rounding, because "probability - 1"
-of a sure token is lost otherwise.
+The backward pass needs every tile's softmax again. They are kept from the forward pass if all fit the caller's budget
+(three matmuls per step, as in a plain head), else recomputed (four). The kept softmax is that of the tile alone, so it
+is not touched again: the rest of the gradient's factor belongs to the token and goes to the small side of each matmul.
+Only the label's entry is overwritten, in fp32 and before any rounding, which would lose "probability - 1" of a token
+that is almost certain.
 
 Legend: N tokens (sequence times batch, flattened), H hidden size, V rows of the output matrix on this rank, C columns
 of a tile, T tiles.
@@ -23,16 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# a tile's fp32 logits: few enough to stay in a CPU's cache, enough to fill a GPU; measured on CPUs only
-TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
-TILE_COLUMNS = 1024  # at least: with fewer, matmuls of many tokens lose more than the cache gains
-NO_COLUMNS = -1e30  # log-normalizer of a rank that holds padding only: weighs nothing, and no nan comes of it
-# a tile with less than 1 / MOST_RARE of the probability counts as if it had that much: its factors stay finite
+from collab_megatron.model.memory import tile_columns
+
+NO_COLUMNS = -1e30  # log-normalizer of a rank with padding only: its weight is 0, without NaN
+# a tile with less than 1 / MOST_RARE of the probability counts as if it had that much, so that its factors are finite
 MOST_RARE = 1e15
 
 
 class _Workspace:
-    """Memory of one tile, used for all of them in turn."""
+    """Memory for one tile, used for each in turn."""
 
     def __init__(self, hidden: Tensor, columns: int, temperature: float) -> None:
         self.temperature = temperature
@@ -44,8 +43,9 @@ class _Workspace:
         self.softmax = torch.empty(size, dtype=wide, device=hidden.device)
 
     def fill(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [N, H], weight [C, H] -> logits over the temperature, and their softmax over the tile, fp32 [N, C];
-        valid until the next."""
+        """hidden [N, H], weight [C, H] -> logits / temperature, and their softmax over the tile, fp32 [N, C].
+
+        Valid until the next call."""
         shape = hidden.shape[0], weight.shape[0]
         product, logits, softmax = (_view(flat, shape) for flat in (self.product, self.logits, self.softmax))
         torch.mm(hidden, weight.t(), out=product)
@@ -56,7 +56,7 @@ class _Workspace:
         return logits, torch.softmax(logits, 1, out=softmax)
 
     def narrow(self, softmax: Tensor) -> Tensor:
-        """The softmax that `fill` gave, in the matmul's dtype; valid until the next."""
+        """The softmax of `fill` in the matmul's dtype; valid until the next call."""
         return _view(self.product, softmax.shape).copy_(softmax) if self.rounded else softmax
 
 
@@ -74,7 +74,7 @@ class _HeadLogprobs(torch.autograd.Function):
         is_embedding: bool,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        """local: [N] labels counted from this rank's first column; real: columns of this rank that are no padding."""
+        """local: [N] labels, counted from this rank's first column. real: columns of this rank without padding."""
         tiles = [(i, min(i + columns, real)) for i in range(0, real, columns)]
         work = _Workspace(hidden, min(columns, real), temperature)
         label_logit = work.softmax.new_zeros(hidden.shape[0])
@@ -82,12 +82,12 @@ class _HeadLogprobs(torch.autograd.Function):
         kept = []
         for t, (i, j) in enumerate(tiles):
             logits, softmax = work.fill(hidden, weight[i:j])
-            # the fused softmax keeps its total to itself; the highest logit has the share exp(highest - log total)
+            # the fused softmax does not return its total, but the highest logit's share is exp(highest - log total)
             highest, log_share = logits.amax(dim=1), softmax.amax(dim=1).log_()
             torch.sub(highest, log_share, out=log_totals[t])
             inside, column = _columns(local, i, j)
             label_logit = torch.where(inside, logits.gather(1, column[:, None])[:, 0], label_logit)
-            # measured from the highest logit, or the rounding of great logits would show in a small entropy
+            # relative to the highest logit: the rounding of large logits would show in a small entropy
             mean = logits.sub_(highest[:, None]).mul_(softmax).sum(dim=1)
             torch.add(log_share, mean, out=entropies[t]).neg_()
             if keep:
@@ -102,12 +102,12 @@ class _HeadLogprobs(torch.autograd.Function):
             label_logit = every[2].sum(dim=0)
         logprobs = label_logit - log_normalizer
         rarity = (log_normalizer - log_totals).exp_().clamp_(max=MOST_RARE)  # 1 / (the tile's share of probability)
-        label_share = (label_logit - log_totals).exp_()  # the label's share of the tile, in the one tile that has it
+        label_share = (label_logit - log_totals).exp_()  # the label's share of the tile that has it
         for softmax, (i, j), rare, share in zip(kept, tiles, rarity, label_share, strict=keep):
             _subtract_label(softmax, local, i, j, share - rare)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(hidden, local, rarity, label_share, *kept)
-            ctx.weight = weight  # itself, not a saved copy of it: megatron hangs the gradient's buffer on it
+            ctx.weight = weight  # the parameter, not a saved copy: megatron's gradient buffer is an attribute of it
             ctx.tiles, ctx.is_embedding, ctx.temperature = tiles, is_embedding, temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -139,10 +139,10 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 class _WeightGrad:
-    """Where the rows of the weight's gradient go: into megatron's buffer if the weight has one, else into a tensor.
+    """Target of the weight gradient's rows: megatron's buffer if the weight has one, else a new tensor.
 
     The protocol of the buffer is that of kernels._into_buffer, unless the weight is the embedding too: then autograd
-    is given nothing from here, and megatron's hook adds the embedding's gradient to what already lies in the buffer.
+    gets no gradient from here, and megatron's hook adds the embedding's gradient to the buffer.
     """
 
     def __init__(self, weight: Any, is_embedding: bool) -> None:
@@ -152,7 +152,7 @@ class _WeightGrad:
         self._rows: Tensor = torch.empty_like(weight) if self._buffer is None else self._buffer
 
     def write(self, i: int, j: int, softmax: Tensor, scaled: Tensor) -> None:
-        """Rows i..j are softmax [N, j - i] transposed times scaled [N, H]."""
+        """Write rows i..j: softmax [N, j - i] transposed, times scaled [N, H]."""
         rows = self._rows[i:j]
         if rows.dtype != softmax.dtype:
             product = softmax.t() @ scaled
@@ -163,7 +163,7 @@ class _WeightGrad:
             torch.mm(softmax.t(), scaled, out=rows)
 
     def finish(self, written: int) -> Tensor | None:
-        """What autograd is told; rows from `written` on are padding."""
+        """The gradient for autograd. Rows from `written` on are padding."""
         if self._buffer is None:
             self._rows[written:] = 0.0
             return self._rows
@@ -181,12 +181,12 @@ def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _columns(local: Tensor, i: int, j: int) -> tuple[Tensor, Tensor]:
-    """[N] labels -> whether each lies in columns i..j, and its column in that tile (any column where it does not)."""
+    """[N] labels -> whether each is in columns i..j, and its column in that tile (any column if it is not)."""
     return (local >= i) & (local < j), (local - i).clamp_(0, j - i - 1)
 
 
 def _subtract_label(softmax: Tensor, local: Tensor, i: int, j: int, value: Tensor) -> None:
-    """Overwrite the label's entry in a tile [N, C] with `value` [N], where the tile has it; no synchronization."""
+    """Overwrite the label's entry in a tile [N, C] with `value` [N], if the tile has it; no synchronization."""
     inside, column = _columns(local, i, j)
     here = column[:, None]
     softmax.scatter_(1, here, torch.where(inside[:, None], value[:, None].to(softmax.dtype), softmax.gather(1, here)))
@@ -216,16 +216,15 @@ def head_logprobs(
     """Per token: log-probability of its label (differentiable) and entropy of its distribution (not); fp32 [N] each.
 
     hidden: [N, H], any float dtype (statistics of float64 are float64), all tokens of this data rank, gathered over
-    sequence parallelism; weight: [V, H], same dtype, this rank's rows of the padded output matrix; labels: [N] int64,
-    global ids below `vocab`, the true size of the vocabulary: the padding beyond it takes no probability. chunk_bytes:
-    the most that fp32 logits of this rank may take; where those of all tokens fit, they live until the backward pass,
-    in `hidden`'s dtype, else they are made again there. The weight's gradient goes to its `main_grad`, if any;
-    is_embedding: the weight embeds tokens in the same pass too. temperature: logits are divided by it, in fp32, before
-    anything else, so that both results are of the distribution that is sampled from at that temperature. Raises
-    ValueError where shapes or dtypes do not fit.
+    sequence parallelism. weight: [V, H], same dtype, this rank's rows of the padded output matrix. labels: [N] int64,
+    global ids below `vocab`, the size of the vocabulary without padding, which has no probability. chunk_bytes: limit
+    of this rank's fp32 logits; if those of all tokens fit, their softmax is kept until the backward pass, in `hidden`'s
+    dtype, else recomputed there. is_embedding: the weight is the embedding of the same pass too. temperature: logits
+    are divided by it first, in fp32, so both results are of the distribution that is sampled at that temperature. The
+    weight's gradient goes into its `main_grad`, if any. Raises ValueError if shapes or dtypes do not fit.
 
-    One all-gather of [3, N] fp32 over `group`, in the forward pass; results are the same on all its ranks. The gradient
-    that comes back to `hidden` is only this rank's part of the sum over the vocabulary: put megatron's
+    One all-gather of [3, N] fp32 over `group` in the forward pass; results are equal on all its ranks. The gradient of
+    `hidden` is only this rank's part of the sum over the vocabulary: put megatron's
     copy_to_tensor_model_parallel_region (or gather_from_sequence_parallel_region) in front, which sums it over `group`.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
@@ -235,13 +234,12 @@ def head_logprobs(
         )
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels {tuple(labels.shape)} must be one for each of the {hidden.shape[0]} tokens")
-    if hidden.dtype == torch.float16:  # its range holds neither a rare tile's factor nor the gradient
+    if hidden.dtype == torch.float16:  # its range is too small for a rare tile's factor and for the gradient
         hidden, weight = hidden.float(), weight.float()
     first = tp_rank * weight.shape[0]
     real = min(max(vocab - first, 0), weight.shape[0])
     column_bytes = 4 * max(1, hidden.shape[0])
-    wanted = max(TILE_COLUMNS, TILE_BYTES.get(hidden.device.type, 0) // column_bytes)
-    columns = max(1, min(wanted, chunk_bytes // column_bytes))
+    columns = tile_columns(hidden.shape[0], device=hidden.device.type, chunk_bytes=chunk_bytes)
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = keep and column_bytes * real <= chunk_bytes
     logprobs, entropy = _HeadLogprobs.apply(

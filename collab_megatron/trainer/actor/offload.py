@@ -1,11 +1,11 @@
-"""AdamW of which a share lives on the host: fp32 master weights, both moments, and the step itself.
+"""AdamW with CPU offload: a share of the fp32 master weights, of both moments and of the step is on the host.
 
-Megatron has an optimizer of this kind (HybridDeviceOptimizer, 0.16.1); it takes parameters that are not on a GPU for a
-mistake, works with the distributed optimizer only, and keeps a second master copy on the device otherwise. This one
-replaces the optimizer inside megatron's, whatever that is, and leaves gradients, their norm and clipping on the device.
+Megatron's optimizer of this kind (HybridDeviceOptimizer, 0.16.1) rejects parameters that are not on a GPU, works with
+the distributed optimizer only, and otherwise keeps a second master copy on the device. This one replaces the optimizer
+inside megatron's, of whatever kind, and leaves gradients, their norm and clipping on the device.
 
-What travels in a step, per offloaded parameter: the gradient down (4 bytes; the next one's copy runs beside the
-arithmetic), the weight up (4 bytes; in fp32, where the weight itself stays on the device, also down).
+Traffic of a step per offloaded weight: the gradient to the host (4 bytes; the next copy overlaps the arithmetic), the
+weight to the device (4 bytes; with fp32 weights, which stay on the device, also to the host).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _HOST = torch.device("cpu")
 
 
 class HostMaster(Tensor):
-    """A master weight on the host whose gradient may be on the device, where norm and clipping want it.
+    """A master weight on the host whose gradient may be on the device, where norm and clipping need it.
 
-    torch refuses such a gradient for a plain tensor. Made of a plain one by `to_host`, in place: megatron holds it.
+    torch refuses such a gradient for a plain tensor. `to_host` changes a plain one in place, because megatron holds it.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -40,7 +40,7 @@ class HostMaster(Tensor):
 
 
 def to_host(master: Tensor) -> None:
-    """Move a master weight to the host (page-locked, where there is a GPU). Whoever holds the tensor holds it still."""
+    """Move a master weight to the host (pinned if it was on a GPU), in place."""
     assert type(master) is Tensor, f"{type(master)} is not a plain tensor"
     master.data = _pinned_like(master, master.is_cuda).copy_(master.data)
     master.__class__ = HostMaster
@@ -49,14 +49,13 @@ def to_host(master: Tensor) -> None:
 class OffloadedAdamW(torch.optim.AdamW):
     """AdamW over `groups`; a `share` (0..1, by number of weights) of them is stepped on the host.
 
-    groups: the parameter groups of the optimizer that this one replaces; the dicts are shared with it. masters: which
-    of their tensors are master weights, apart from the model's own. The share is filled from the largest parameter down
-    and not exceeded.
+    groups: the parameter groups of the replaced optimizer; the dicts are shared with it. masters: the tensors among
+    them that are master weights and not the model's own. Parameters are chosen from the largest down, up to the share.
     """
 
     def __init__(self, groups: list[dict[str, Any]], masters: list[Tensor], share: float) -> None:
         super().__init__([torch.empty(0)], fused=True)
-        # not through the constructor: the distributed optimizer's fp32 shards are views, which it refuses
+        # not through the constructor, which refuses views, as the distributed optimizer's fp32 shards are
         self.param_groups = groups
         apart = {id(master) for master in masters}
         self._on_host = {id(parameter) for parameter in _largest(self._parameters(), share)}
@@ -70,7 +69,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         return sum(p.numel() for p in self._parameters() if self.is_on_host(p))
 
     def is_on_host(self, parameter: Tensor) -> bool:
-        """Whether its moments are on the host, and its master weight where it has one of its own."""
+        """Whether its moments, and its master weight if it has one, are on the host."""
         return id(parameter) in self._on_host
 
     @torch.no_grad()
@@ -88,7 +87,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                         here.append(parameter)
             self._update(group, here, here, [p.grad for p in here])
         for parameter, group, grad in _gradients_on_host(waiting):
-            # a copy even where the device is the host: one path for all
+            # a copy even if the device is the host: one path for all
             own = isinstance(parameter, HostMaster)
             weight = parameter if own else _pinned_like(parameter, parameter.is_cuda).copy_(parameter)
             self._update(group, [parameter], [weight], [grad])
@@ -98,7 +97,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     def _update(
         self, group: dict[str, Any], parameters: list[Tensor], weights: list[Tensor], grads: list[Tensor]
     ) -> None:
-        """AdamW in place on `weights`, which stand for `parameters`, all on one device; the moments go there too."""
+        """AdamW in place on `weights`, which are `parameters` or copies of them, on one device with their moments."""
         states = [self._state(parameter, weight) for parameter, weight in zip(parameters, weights, strict=True)]
         beta1, beta2 = group["betas"]
         adamw(
@@ -119,7 +118,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         )
 
     def _state(self, parameter: Tensor, weight: Tensor) -> dict[str, Any]:
-        """The parameter's state, on the device where its step is taken: loading leaves it beside the parameter."""
+        """The parameter's state, moved to the weight's device: loading puts it on the parameter's."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
@@ -134,7 +133,7 @@ class OffloadedAdamW(torch.optim.AdamW):
 
 
 def _largest(parameters: Iterator[Tensor], share: float) -> list[Tensor]:
-    """As many of the parameters, from the largest down, as fit into the share of their numbers."""
+    """As many parameters, from the largest down, as fit into the share of all weights."""
     by_size = sorted(parameters, key=lambda p: -p.numel())
     room = share * sum(p.numel() for p in by_size)
     chosen = []
@@ -148,9 +147,9 @@ def _largest(parameters: Iterator[Tensor], share: float) -> list[Tensor]:
 def _gradients_on_host(
     waiting: list[tuple[Tensor, dict[str, Any]]],
 ) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
-    """(parameter, group, gradient on the host), the copy of the next gradient already under way.
+    """(parameter, group, gradient on the host), while the copy of the next gradient is running.
 
-    The gradient lies in one of two buffers and holds until the next but one is asked for.
+    There are two buffers, so a gradient is valid until the one after the next is requested.
     """
     if not waiting:
         return

@@ -1,4 +1,4 @@
-"""Megatron's DDP, optimizer and schedule for one model, and the guarded step."""
+"""Megatron's DDP, optimizer and learning-rate schedule for one model, and a step that skips infinite gradients."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from collab_megatron.config.sections import OptimizerSection
-from collab_megatron.errors import UserError
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.actor.model import PolicyModel
 from collab_megatron.trainer.actor.offload import OffloadedAdamW
+from collab_megatron.trainer.actor.policy_model import PolicyModel
 from collab_megatron.trainer.local.cpu_support import patch_torch_adamw
 
 logger = logging.getLogger(__name__)
 
 
 def overlaps(section: OptimizerSection, grid: RankGrid) -> bool:
-    """Whether gradients are reduced (and, with the distributed optimizer, weights gathered) beside the computation."""
+    """Whether gradients are reduced (and, with the distributed optimizer, weights gathered) during computation."""
     return grid.backend.overlap if section.overlap is None else section.overlap
 
 
@@ -40,14 +39,14 @@ def wrap_for_training(
         use_distributed_optimizer=section.distributed,
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and section.distributed,
-        check_for_nan_in_grad=False,  # step_if_finite does it; a rank that raised would leave the others waiting
+        check_for_nan_in_grad=False,  # step_if_finite does; a rank that raises would leave the others waiting
     )
     wrapped = [
         DistributedDataParallel(
             config=config,
             ddp_config=ddp_config,
             module=Float16Module(config, chunk) if config.bf16 else chunk,
-            disable_bucketing=number > 0,  # upstream's own choice for the later chunks of an interleaved stage
+            disable_bucketing=number > 0,  # as upstream does for the later chunks of an interleaved stage
         )
         for number, chunk in enumerate(chunks)
     ]
@@ -59,21 +58,17 @@ def wrap_for_training(
 
 
 def _finalize(model: list[Any], _num_tokens: Any = None, **kwargs: Any) -> None:
-    """Upstream's reduction without its scaling: our loss is already divided by the global token count."""
+    """Upstream's reduction without its scaling: the loss is already divided by the global token count."""
     finalize_model_grads(model, None, **kwargs)
 
 
 def build_optimizer(
     wrapped: list[DistributedDataParallel], section: OptimizerSection, dtype: torch.dtype, total_steps: int
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW (no decay on biases and norms) and its schedule. Raises UserError for a schedule that makes no sense.
+    """AdamW (no decay on biases and norms) and its schedule, whose bounds the config has checked.
 
-    The warm-up's first step has lr/warmup_steps, not 0, which would waste it.
+    The first warm-up step has lr / warmup_steps: at 0 it would train nothing.
     """
-    if section.min_lr > section.lr:
-        raise UserError(f"optimizer.min_lr={section.min_lr} is above optimizer.lr={section.lr}")
-    if section.schedule != "constant" and section.warmup_steps >= total_steps:
-        raise UserError(f"optimizer.warmup_steps={section.warmup_steps} must be below the {total_steps} training steps")
     patch_torch_adamw()
     config = OptimizerConfig(
         optimizer="adam",
@@ -93,7 +88,7 @@ def build_optimizer(
     logger.info(
         "optimizer: %s, state %s, lr %g %s",
         type(parts(optimizer)[0].optimizer).__name__,
-        "shared out over the data ranks" if section.distributed else "whole on every data rank",
+        "sharded over the data ranks" if section.distributed else "whole on every data rank",
         section.lr,
         section.schedule,
     )
@@ -102,7 +97,7 @@ def build_optimizer(
     for part in parts(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
-                group["fused"], group["foreach"] = True, False  # one kernel a parameter instead of ten
+                group["fused"], group["foreach"] = True, False  # one kernel per parameter instead of ten
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=section.lr / section.warmup_steps if section.warmup_steps else 0.0,
@@ -116,13 +111,13 @@ def build_optimizer(
         wd_incr_steps=1,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # on resume the config's schedule holds; only its position is restored
+        override_opt_param_scheduler=True,  # a resume uses the config's schedule and restores only its position
     )
     return optimizer, scheduler
 
 
 def _offload(optimizer: MegatronOptimizer, share: float) -> None:
-    """Put AdamW with a share of it on the host in the place of whatever megatron chose."""
+    """Replace megatron's optimizer by AdamW with a share of it on the host."""
     for part in parts(optimizer):
         if part.optimizer is None:  # a rank without trainable parameters of this kind
             continue
@@ -130,7 +125,7 @@ def _offload(optimizer: MegatronOptimizer, share: float) -> None:
         masters = [master for group in groups for master in group]
         replaced, part.optimizer = part.optimizer, OffloadedAdamW(part.optimizer.param_groups, masters, share)
         logger.info(
-            "optimizer: torch's AdamW in the place of %s, %d of %d weights stepped on the host",
+            "optimizer: torch's AdamW instead of %s, %d of %d weights updated on the host",
             type(replaced).__name__,
             part.optimizer.host_numel,
             sum(p.numel() for p in part.get_parameters()),
@@ -146,7 +141,7 @@ def step_if_finite(optimizer: MegatronOptimizer, clip_grad: float) -> tuple[floa
     """Clip and step unless the gradient norm is not finite. Returns (norm before clipping, stepped).
 
     megatron's own step() would write NaN into every weight. The norm is reduced over all ranks that share the model, so
-    all of them decide alike.
+    they decide alike.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
@@ -160,7 +155,7 @@ def step_if_finite(optimizer: MegatronOptimizer, clip_grad: float) -> tuple[floa
 
 
 def _scale(part: Any, factor: float) -> None:
-    """Upstream's clipping writes a second copy of every gradient where it has no fused kernel."""
+    """Scale in place: without a fused kernel, upstream's clipping writes a second copy of every gradient."""
     gradients = [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]
     if gradients and gradients[0].is_cuda:
         torch._foreach_mul_(gradients, factor)
@@ -170,7 +165,7 @@ def _scale(part: Any, factor: float) -> None:
 
 
 def set_learning_rates(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
-    """After loading a checkpoint: its parameter groups brought their old lr limits along; the config's hold."""
+    """Call it after loading a checkpoint: the config's lr limits replace those of the loaded parameter groups."""
     for group in optimizer.param_groups:
         group["max_lr"], group["min_lr"] = scheduler.max_lr, scheduler.min_lr
     scheduler.step(0)

@@ -1,4 +1,4 @@
-"""The frozen policy that the KL term compares with: a second model, or the first weights waiting on the host."""
+"""Frozen reference policy of the KL term: a second model, or the initial weights on the host, swapped in for use."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from collab_megatron.trainer.batching.micro_batch import MicroBatch
 
 
 class SwappedReference:
-    """The actor's weights of this moment, kept on the host and put into its place while they are needed.
+    """A copy of the actor's current weights on the host, swapped into the actor for each use.
 
-    Nothing more on the device; on the host two copies of this rank's shard (these weights, and the actor's own while
-    they are out). A swap moves the shard over the bus four times. Build it before a checkpoint is loaded.
+    It takes no device memory; on the host it takes two copies of this rank's shard (the frozen weights, and the actor's
+    own during a swap). A swap moves the shard over the bus four times. Create it before a checkpoint is loaded.
     """
 
     def __init__(self, actor: Actor) -> None:
@@ -28,7 +28,7 @@ class SwappedReference:
         self._own = [torch.empty_like(kept, pin_memory=kept.is_pinned()) for kept in self._frozen]
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
-        """As Actor.logprobs, under the frozen weights. Collective alike."""
+        """As Actor.logprobs, with the frozen weights. Collective over the same ranks."""
         with self._swapped_in():
             return self._actor.logprobs(micro_batches)
 
@@ -57,7 +57,7 @@ def _on_host(parameter: Tensor) -> Tensor:
 def build_reference(
     actor: Actor, algorithm: AlgorithmSection, *, logits_chunk_mb: int
 ) -> Actor | SwappedReference | None:
-    """None where the KL weight is 0: then nobody asks for its log-probs."""
+    """None if the KL weight is 0: then its log-probs are not used."""
     if algorithm.kl_coef == 0:
         return None
     kind: Literal["model", "swap"] = algorithm.reference

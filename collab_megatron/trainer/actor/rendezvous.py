@@ -1,7 +1,7 @@
-"""Stores through which ranks find each other, listening on the one interface that is needed.
+"""Rendezvous stores of the ranks that listen only on the interface that is needed.
 
-torch's TCPStore binds to all interfaces, whatever its host name says, and takes orders from anybody. Given a socket
-that listens already it uses that one.
+torch's TCPStore binds to all interfaces, whatever its host name, and has no authentication. If it is given a listening
+socket, it uses that one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch.distributed as dist
 def listening_store(
     host: str, port: int, *, timeout: timedelta, world_size: int | None = None, wait_for_workers: bool = False
 ) -> dist.TCPStore:
-    """The store's server, on the interface of the address `host` alone; `port` 0: a free one, see `.port`. With
-    `wait_for_workers` it returns once all `world_size` users are connected. Raises OSError where the address cannot be
-    had. A host's name may mean another interface to others than to itself: there torch's server listens on all."""
+    """The store's server, listening only on the interface of the address `host`. port: 0 for a free one, see `.port`.
+    wait_for_workers: return once all `world_size` ranks are connected. Raises OSError if the address cannot be used.
+    A host name may resolve to another interface on other machines: for a name torch's server listens on all."""
     descriptor = None
     if _is_address(host):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -38,11 +38,11 @@ def listening_store(
 
 
 def local_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
-    """The store of ranks that are all on this node, as MASTER_ADDR says; None where they are not, or where the agent of
-    torchrun has the store: torch then meets as it always does. Raises OSError and what TCPStore raises."""
+    """The store of ranks that are all on this node, by MASTER_ADDR. None if they are not, or if torchrun's agent has
+    the store: then torch uses its own rendezvous. Raises OSError and the errors of TCPStore."""
     host = os.environ.get("MASTER_ADDR", "")
     if world_size == 1:
-        return dist.HashStore()  # nobody to meet, no port to fight over
+        return dist.HashStore()  # no other rank, so no port is needed
     if not _is_loopback(host) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     port = int(os.environ["MASTER_PORT"])

@@ -1,4 +1,4 @@
-"""One pass of micro-batches through this rank's model chunks, whatever the layout: the seam to megatron's schedules."""
+"""Passes of micro-batches through this rank's model chunks with megatron's schedules, under every layout."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.batching.context import context_columns, from_context_parts
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, idle_like
+from collab_megatron.trainer.batching.partition import context_columns, from_context_parts
 from collab_megatron.trainer.local.layers import Packing
 
 # megatron's forward_step_func: (iterator, model) -> (output, function of the output that makes the loss)
@@ -20,11 +20,11 @@ ForwardStep = Callable[[Iterator[MicroBatch], Any], tuple[Tensor, Any]]
 
 
 def forward(model: Any, batch: MicroBatch, grid: RankGrid) -> tuple[Tensor, MicroBatch]:
-    """Returns the chunk's output and the batch as the loss sees it.
+    """One forward pass; returns the chunk's output and the batch for the loss function.
 
-    The output is [2, B, S] fp32 on the last stage (log-probability and entropy of each label), elsewhere hidden states.
-    The batch is on grid.device, its entries moved to the position that predicts them; under context parallelism both
-    are this rank's columns.
+    The output is [2, B, S] fp32 on the last stage (log-probability and entropy of each label), else hidden states. The
+    batch is on grid.device, with its entries at the positions that predict them; under context parallelism both are
+    this rank's columns.
     """
     batch = batch.to(grid.device)
     inputs, labelled = batch.ids, batch.by_predicting_position()
@@ -44,9 +44,9 @@ def forward(model: Any, batch: MicroBatch, grid: RankGrid) -> tuple[Tensor, Micr
 def run_schedule(
     step: ForwardStep, chunks: Sequence[Any], micro_batches: Sequence[MicroBatch], grid: RankGrid, *, forward_only: bool
 ) -> list[Any]:
-    """Every micro-batch forward (and backward). What the loss functions gave, in order; empty but on the last stage.
+    """Run every micro-batch forward (and backward). Returns the loss functions' results in order, on the last stage.
 
-    Idle micro-batches are added where ranks or the schedule need equal numbers; they come last.
+    Idle micro-batches are added at the end if ranks or the schedule need equal numbers.
     """
     batches = _with_idle(micro_batches, grid)
     iterators = [iter(batches) for _ in chunks]
@@ -56,7 +56,7 @@ def run_schedule(
         data_iterator=iterators if several else iterators[0],
         model=list(chunks),
         num_microbatches=len(batches),
-        # read only where stages do not tell each other the shapes, which they do
+        # unused, because stages send each other the shapes
         seq_length=batches[0].ids.shape[1],
         micro_batch_size=batches[0].ids.shape[0],
         forward_only=forward_only,
@@ -70,13 +70,13 @@ def _with_idle(micro_batches: Sequence[MicroBatch], grid: RankGrid) -> list[Micr
         most = torch.tensor([count])
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=grid.cpu_group)
         count = int(most)
-    if grid.parallel.interleave > 1:  # the interleaved schedule works in rounds of one micro-batch a stage
+    if grid.parallel.interleave > 1:  # the interleaved schedule has rounds of one micro-batch per stage
         count = -(-count // grid.pp_size) * grid.pp_size
     return [*micro_batches, *[idle_like(micro_batches[0], grid.pad_multiple)] * (count - len(micro_batches))]
 
 
 def token_aligned(output: Tensor, batch: MicroBatch, grid: RankGrid) -> Tensor:
-    """The last stage's [2, B, S] (this context rank's columns) -> whole rows, each entry at the token it speaks of."""
+    """The last stage's [2, B, S] (this context rank's columns) -> whole rows, each entry at the token it belongs to."""
     if grid.cp_size > 1:
         parts = [torch.empty_like(output) for _ in range(grid.cp_size)]
         dist.all_gather(parts, output.contiguous(), group=grid.cp_group)

@@ -1,4 +1,4 @@
-"""Ragged samples to micro-batches. Pure: no megatron, no torch.distributed."""
+"""Division of samples between ranks, and into micro-batches. Pure: no megatron, no torch.distributed."""
 
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample, collate, idle_like, split_by_tokens
 

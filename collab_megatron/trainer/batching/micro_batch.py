@@ -1,13 +1,13 @@
 """Micro-batches: ragged samples as padded rows or packed end to end, bounded by tokens.
 
 Legend: B rows, S row length, T tokens of one sample. Every per-token tensor is [B, S] and aligned with `ids`: entry
-[b, t] speaks of token [b, t] (its log-probability given the tokens before it); a sample's first token is never trained.
-A packed micro-batch has one row (B = 1) in which samples stand end to end; whatever sums over [B, S] under the mask,
-as every loss does, need not know which of the two it is given.
+[b, t] belongs to token [b, t] (its log-probability given the tokens before it); a sample's first token is never
+trained. A packed micro-batch has one row (B = 1) with its samples end to end. A sum over [B, S] under the mask, as
+every loss is, is the same for both kinds.
 
-In a packed row the replies to one prompt can share it: the prompt's tokens stand there once, behind them each reply
-with the prompt's last token in front, for that token predicts another first token in each of them. Attention lets every
-reply see the prompt and itself (actor/layers.py), so that numbers are those of whole samples, for fewer tokens.
+In a packed row the replies to one prompt can share it: the prompt's tokens are there once, followed by each reply with
+the prompt's last token in front, because that token predicts a different first token in each reply. Attention lets a
+reply see the prompt and itself (local/layers.py), so the results equal those of whole samples, with fewer tokens.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenSample:
-    """One sequence with per-token values; shorter than any padding."""
+    """One sequence with per-token values, without padding."""
 
     ids: Sequence[int]  # T tokens
     mask: Sequence[float]  # T; 1.0 where the token is trained
     values: Mapping[str, Sequence[float]] = field(default_factory=dict)  # name -> T numbers (advantages, log-probs...)
-    shareable: int = 0  # leading tokens that may stand in a row once for several samples; neither they nor the token
-    # behind them are trained
+    shareable: int = 0  # leading tokens that several samples may share in a packed row; neither they nor the token
+    # after them are trained
 
     @property
     def prefix(self) -> tuple[int, ...]:
         return tuple(self.ids[: self.shareable])
 
 
-class Group(NamedTuple):
-    """Neighbours in a packed row."""
+class PackedGroup(NamedTuple):
+    """Samples next to each other in a packed row, with a shared prefix or none."""
 
-    prefix: int  # tokens that they share, in front of them; 0: none, each is a sequence of its own
-    own: tuple[int, ...]  # tokens of each, the prefix left out
+    prefix: int  # tokens that they share, in front of them; 0: each is a sequence of its own
+    own: tuple[int, ...]  # tokens of each, without the prefix
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass takes."""
+    """The input of one forward pass."""
 
     ids: Tensor  # [B, S] int64; padding is pad_id, right of the tokens
     mask: Tensor  # [B, S] float32; 1.0 where the token is trained
     values: dict[str, Tensor]  # name -> [B, S] float32, zero on padding
-    sample_indices: tuple[int, ...]  # where each sample came from in the list that was split
-    lengths: tuple[int, ...]  # tokens of each sample, in the order of sample_indices; a shared prefix among them
+    sample_indices: tuple[int, ...]  # index of each sample in the list that was split
+    lengths: tuple[int, ...]  # tokens of each sample, in the order of sample_indices, with a shared prefix
     packed: bool = False
-    groups: tuple[Group, ...] = ()  # packed: what stands in the row, in order, without the padding
+    groups: tuple[PackedGroup, ...] = ()  # packed: the row's samples in order, without padding
 
     @property
     def num_trained_tokens(self) -> int:
@@ -61,18 +61,17 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens that are computed; padding left out, a shared prefix counted once."""
+        """Tokens that are computed, without padding; a shared prefix counts once."""
         return sum(group.prefix + sum(group.own) for group in self.groups) if self.packed else sum(self.lengths)
 
     @property
-    def segments(self) -> tuple[Group, ...]:
-        """Packed: what attention keeps apart; the padding at the end is a sequence too."""
+    def segments(self) -> tuple[PackedGroup, ...]:
+        """Packed: the groups that attention keeps apart, the padding at the end as one of them."""
         tail = self.ids.shape[1] - self.num_tokens
-        return (*self.groups, Group(0, (tail,))) if tail else self.groups
+        return (*self.groups, PackedGroup(0, (tail,))) if tail else self.groups
 
     def spans(self) -> Iterator[tuple[int, slice]]:
-        """(row, columns) of each sample's own tokens, in the order of sample_indices: the flat view that hides the
-        layout."""
+        """(row, columns) of each sample's own tokens, in the order of sample_indices, for padded and packed alike."""
         if not self.packed:
             yield from ((row, slice(0, length)) for row, length in enumerate(self.lengths))
             return
@@ -85,15 +84,15 @@ class MicroBatch:
 
     @property
     def first_columns(self) -> list[int]:
-        """Where a sequence, a shared prefix or what follows it begins: entries there speak of a token that the one
-        before it does not predict. The same columns in every row."""
+        """Columns at which a sequence, a shared prefix or a reply after one starts: their tokens are not predicted by
+        the token before. The same columns in every row."""
         if not self.packed:
             return [0]
         lengths = (length for prefix, own in self.groups for length in ((prefix, *own) if prefix else own))
         return list(itertools.accumulate(lengths, initial=0))[:-1] or [0]
 
     def per_sample(self, values: Tensor) -> list[Tensor]:
-        """values [B, S] -> a [T] tensor for each sample, padding left out, a shared prefix in front."""
+        """values [B, S] -> a [T] tensor per sample, without padding, with a shared prefix in front."""
         found = []
         for length, (row, columns), prefix in zip(self.lengths, self.spans(), self._prefixes(), strict=True):
             own = values[row, columns]
@@ -101,7 +100,7 @@ class MicroBatch:
         return found
 
     def _prefixes(self) -> Iterator[slice]:
-        """Columns of the prefix of each sample; empty where it shares none."""
+        """Columns of each sample's shared prefix; empty if it shares none."""
         if not self.packed:
             yield from [slice(0, 0)] * len(self.lengths)
             return
@@ -116,7 +115,7 @@ class MicroBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def by_predicting_position(self) -> MicroBatch:
-        """Everything moved one place to the left: entry [b, t] now speaks of token t + 1, which position t predicts.
+        """Every tensor shifted left by one: entry [b, t] now belongs to token t + 1, which position t predicts.
 
         So `ids` are the labels of the model's outputs. The last column is masked.
         """
@@ -142,10 +141,10 @@ def split_by_tokens(
     packed: bool = False,
     share: bool = False,
 ) -> list[MicroBatch]:
-    """Cut into micro-batches of at most `micro_batch_tokens` tokens, padding included (one sample may exceed it alone).
+    """Micro-batches of at most `micro_batch_tokens` tokens with padding (one sample alone may exceed it).
 
-    Sorted by length. `pad_multiple`: row lengths are multiples of it (RankGrid.pad_multiple). share: packed rows in
-    which samples with equal prefixes stand together and have them once. Raises ValueError for an empty list.
+    Sorted by length. pad_multiple: row lengths are multiples of it (RankGrid.pad_multiple). share: packed rows, in
+    which samples with equal prefixes are neighbors and share them. Raises ValueError for an empty list.
     """
     if not samples:
         raise ValueError("no samples to batch")
@@ -172,7 +171,7 @@ def split_by_tokens(
 def _with_shared_prefixes(
     samples: Sequence[TokenSample], micro_batch_tokens: int, pad_multiple: int
 ) -> list[list[int]]:
-    """Indices of each row. A group that does not fit a row is cut, each part with its prefix; small groups first."""
+    """Indices of each row. A group that does not fit a row is split, each part with the prefix; small groups first."""
     room = micro_batch_tokens // pad_multiple * pad_multiple
     by_prefix: dict[tuple[int, ...], list[int]] = {}
     for i, sample in enumerate(samples):
@@ -206,9 +205,9 @@ def collate(
     packed: bool,
     share: bool = False,
 ) -> MicroBatch:
-    """All `samples` as one micro-batch. share (packed only): neighbours with equal prefixes have them once.
+    """All `samples` as one micro-batch. share (packed only): neighbors with equal prefixes share them.
 
-    Raises ValueError where a token is trained that stands once for several samples, or that nothing predicts.
+    Raises ValueError if a sample trains a shared token or the token after the shared ones.
     """
     groups = tuple(_groups(samples, share)) if packed else ()
     lengths = tuple(len(sample.ids) for sample in samples)
@@ -228,7 +227,7 @@ def collate(
     for sample, (row, columns), prefix in zip(samples, batch.spans(), batch._prefixes(), strict=True):
         shared = prefix.stop - prefix.start
         if shared and any(sample.mask[: shared + 1]):
-            raise ValueError(f"a token among the first {shared + 1} of a sample is trained, which others share")
+            raise ValueError(f"a sample trains one of its first {shared + 1} tokens, which it shares with others")
         batch.ids[row, prefix] = torch.tensor(sample.ids[:shared], dtype=torch.int64)
         batch.ids[row, columns] = torch.tensor(sample.ids[shared:], dtype=torch.int64)
         batch.mask[row, columns] = torch.tensor(sample.mask[shared:], dtype=torch.float32)
@@ -238,17 +237,17 @@ def collate(
     return batch
 
 
-def _groups(samples: Sequence[TokenSample], share: bool) -> Iterator[Group]:
+def _groups(samples: Sequence[TokenSample], share: bool) -> Iterator[PackedGroup]:
     if not share:
-        yield from (Group(0, (len(sample.ids),)) for sample in samples)
+        yield from (PackedGroup(0, (len(sample.ids),)) for sample in samples)
         return
     for prefix, members in itertools.groupby(samples, key=lambda sample: sample.prefix):
         own = tuple(len(sample.ids) - len(prefix) for sample in members)
-        yield Group(len(prefix), own) if len(own) > 1 else Group(0, (len(prefix) + own[0],))
+        yield PackedGroup(len(prefix), own) if len(own) > 1 else PackedGroup(0, (len(prefix) + own[0],))
 
 
 def idle_like(batch: MicroBatch, pad_multiple: int) -> MicroBatch:
-    """As small a batch as can be, which trains nothing: for a rank that has less to do than its peers must see done."""
+    """The smallest micro-batch, which trains nothing: for a rank that must take part in more passes than it has."""
     shape = (1, pad_multiple)
     values = {name: torch.zeros(shape, dtype=value.dtype) for name, value in batch.values.items()}
     ids = batch.ids[:1, :1].cpu().expand(shape).clone()

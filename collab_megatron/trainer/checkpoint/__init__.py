@@ -1,1 +1,1 @@
-"""Training state on disk: Megatron's distributed checkpoints, written aside, marked complete, kept few."""
+"""Training checkpoints in Megatron's distributed format: save, load, resume, convert to and from Hugging Face."""

@@ -1,8 +1,8 @@
-"""A Hugging Face folder as a training checkpoint, one tensor at a time; on several ranks, each its share of them.
+"""Conversion of a Hugging Face folder to a training checkpoint, one tensor at a time, divided over the ranks.
 
-torch.distributed.checkpoint asks its planner for a tensor when it is about to write it. Here that is the moment in
-which the tensor is read, so the model is never in memory. All that the folder's headers can tell is checked before a
-byte is written. The result is byte for byte what an Actor that loaded the folder would save.
+torch.distributed.checkpoint asks its planner for a tensor when it is about to write it. The tensor is read only then,
+so the model is never in memory. The folder's headers are checked before a byte is written. The result is byte for byte
+the checkpoint that an Actor with the folder's weights would save.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
 from collab_megatron.errors import RunError, UserError
-from collab_megatron.model.headers import StoredTensor, read_headers
-from collab_megatron.model.inventory import check_names
-from collab_megatron.model.layout import read_hf_config
+from collab_megatron.files import fsync_folder
+from collab_megatron.model.folder import read_hf_config
+from collab_megatron.model.safetensors_headers import StoredTensor, read_headers
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tables import rows
+from collab_megatron.model.tensor_check import check_tensor_names
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.actor.grid import RankGrid, phase
-from collab_megatron.trainer.checkpoint.pieces import Piece, memoryless_actor, pieces
+from collab_megatron.trainer.actor.agreement import fail_together, phase
+from collab_megatron.trainer.actor.grid import RankGrid
+from collab_megatron.trainer.checkpoint.manifest import ManifestEntry, manifest, meta_actor
 from collab_megatron.trainer.checkpoint.state import PROGRESS, layout_of
-from collab_megatron.trainer.checkpoint.together import together
-from collab_megatron.trainer.convert.disk import fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.disk_space import is_disk_full
 from collab_megatron.trainer.convert.hf_folder import copy_companions
 from collab_megatron.trainer.convert.loader import SafetensorsFolder, require_finite
-from collab_megatron.trainer.convert.progress import Advance, progress
+from collab_megatron.trainer.convert.progress_bar import Advance, progress
 from collab_megatron.trainer.convert.reshape import join
 from collab_megatron.trainer.convert.safetensors_io import DTYPES, read_into
 from collab_megatron.wire.checkpoints import step_folder, write_marker
@@ -45,30 +46,29 @@ _SUPPORTED = (torch.float32, torch.bfloat16)
 def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: Mapping[str, Any]) -> Path:
     """Write directory/step_00000000 with the weights of `source` in their own dtype; returns the folder.
 
-    Collective over the ranks of `grid`, which must not cut the model (data ranks only). Raises UserError, naming
-    tensor, shape and file, where the folder is not the model that its config.json describes, or holds several dtypes or
-    values that are no numbers;
-    RunError where it cannot be written. Then nothing of the attempt is left.
+    Collective over the ranks of `grid`, which must not cut the model (data ranks only). Raises UserError if the folder
+    is not the model that its config.json describes, has several dtypes, or weights that are NaN or infinite; RunError
+    if the checkpoint cannot be written. After an error nothing of the attempt is left.
     """
     doing = f"converting {source}"
-    with together(grid, doing, directory):
+    with fail_together(grid, doing, directory):
         spec = model_spec(read_hf_config(source))
         with SafetensorsFolder(source) as names:
-            check_names(names.names, spec, names.folder)
+            check_tensor_names(names.names, spec, names.folder)
         stored = read_headers(source)
-        actor = memoryless_actor(source, _check_tensors(stored, spec), grid)
-        mine = share(pieces(actor), grid.rank, grid.world_size)
+        actor = meta_actor(source, _check_tensors(stored, spec), grid)
+        mine = share(manifest(actor), grid.rank, grid.world_size)
     final = step_folder(directory, 0)
     aside = final.with_name(final.name + ".tmp")
     made = not directory.exists()
     try:
-        with together(grid, doing, directory):
+        with fail_together(grid, doing, directory):
             if grid.is_main:
                 _prepare(source, aside)
-        total = sum(piece.num_bytes for piece in mine)
+        total = sum(entry.num_bytes for entry in mine)
         with progress("hf-to-megatron", total, show=grid.is_main) as advance:
             _write_tensors(mine, aside / "model", grid, _Planner(mine, stored, spec, advance))
-        with together(grid, doing, directory):
+        with fail_together(grid, doing, directory):
             if grid.is_main:
                 _publish(actor, aside, final, extra)
     finally:
@@ -79,20 +79,20 @@ def checkpoint_from_hf(source: Path, directory: Path, grid: RankGrid, *, extra: 
     return final
 
 
-def share(items: Iterable[Piece], rank: int, ranks: int) -> list[Piece]:
-    """What one rank of several converts: a stretch of the table's order, of about the same bytes for each."""
+def share(items: Iterable[ManifestEntry], rank: int, ranks: int) -> list[ManifestEntry]:
+    """The tensors that one rank converts: consecutive ones in the table's order, about the same bytes for each rank."""
     every = list(items)
-    total = sum(piece.num_bytes for piece in every)
+    total = sum(entry.num_bytes for entry in every)
     mine, before = [], 0
-    for piece in every:
+    for entry in every:
         if before * ranks // total == rank:
-            mine.append(piece)
-        before += piece.num_bytes
+            mine.append(entry)
+        before += entry.num_bytes
     return mine
 
 
 def _check_tensors(stored: Mapping[str, StoredTensor], spec: ModelSpec) -> torch.dtype:
-    """The one dtype of the model's tensors. Raises UserError where one has another shape or dtype."""
+    """The dtype that all tensors of the model have. Raises UserError for a wrong shape or a second dtype."""
     first: StoredTensor | None = None
     for row in rows(spec):
         for name, dims in zip(row.hf, row.shapes, strict=True):
@@ -118,38 +118,38 @@ def _check_tensors(stored: Mapping[str, StoredTensor], spec: ModelSpec) -> torch
 
 
 class _Planner(upstream.MCoreSavePlanner):
-    """Megatron's plan of a save; the tensors themselves are read when they are asked for."""
+    """Megatron's plan of a save; each tensor is read when torch asks for it."""
 
     def __init__(
-        self, mine: Iterable[Piece], stored: Mapping[str, StoredTensor], spec: ModelSpec, advance: Advance
+        self, mine: Iterable[ManifestEntry], stored: Mapping[str, StoredTensor], spec: ModelSpec, advance: Advance
     ) -> None:
         super().__init__(flatten_state_dict=False, dedup_replicated_tensors=False)
-        self._pieces = {(piece.key, piece.offset): piece for piece in mine}
+        self._entries = {(entry.key, entry.offset): entry for entry in mine}
         self._stored, self._spec, self._advance = stored, spec, advance
         self._given: Tensor | None = None
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The tensor with megatron's leading axes. The one given before is emptied: torch's writer holds on to the last
-        tensor of every name until its file is done."""
+        """The tensor with megatron's leading axes. The one before it is freed: torch's writer keeps the last tensor of
+        every name until its file is complete."""
         if self._given is not None:
             self._given.untyped_storage().resize_(0)
         assert write_item.tensor_data is not None, write_item
-        piece = self._pieces[write_item.index.fqn, tuple(write_item.index.offset or ())]
-        self._given = self._read(piece).view(write_item.tensor_data.chunk.sizes)
-        self._advance(piece.num_bytes)
+        entry = self._entries[write_item.index.fqn, tuple(write_item.index.offset or ())]
+        self._given = self._read(entry).view(write_item.tensor_data.chunk.sizes)
+        self._advance(entry.num_bytes)
         return self._given
 
-    def _read(self, piece: Piece) -> Tensor:
-        """The piece's value; the padding of the vocabulary is zero."""
-        stored = [self._stored[name] for name in piece.names]
-        dtype = piece.place.dtype
+    def _read(self, entry: ManifestEntry) -> Tensor:
+        """The entry's value; the padding of the vocabulary is zero."""
+        stored = [self._stored[name] for name in entry.names]
+        dtype = entry.place.dtype
         if len(stored) > 1:
             parts = [torch.empty(tensor.shape, dtype=dtype) for tensor in stored]
             for tensor, part in zip(stored, parts, strict=True):
                 read_into(tensor, part)
                 require_finite(tensor.name, tensor.file, part)
-            return join(piece.row, parts, self._spec, 1)
-        whole = torch.empty(piece.shape, dtype=dtype)
+            return join(entry.row, parts, self._spec, 1)
+        whole = torch.empty(entry.shape, dtype=dtype)
         count = stored[0].shape[0]
         read_into(stored[0], whole[:count])
         require_finite(stored[0].name, stored[0].file, whole[:count])
@@ -157,12 +157,12 @@ class _Planner(upstream.MCoreSavePlanner):
         return whole
 
 
-def _write_tensors(mine: list[Piece], folder: Path, grid: RankGrid, planner: _Planner) -> None:
-    """Collective; raises on every rank when any rank cannot read or write."""
+def _write_tensors(mine: list[ManifestEntry], folder: Path, grid: RankGrid, planner: _Planner) -> None:
+    """Collective; raises on every rank if any rank cannot read or write."""
     places: dict[str, list[Any]] = {}
-    for piece in mine:
-        places.setdefault(piece.key, []).append(piece.place)
-    # no copying ahead, which would keep several tensors and use the one that resolve_data has emptied
+    for entry in mine:
+        places.setdefault(entry.key, []).append(entry.place)
+    # no copying ahead: it would keep several tensors and use one that resolve_data has freed
     writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
     try:
         with phase(grid, "converting"):
@@ -172,13 +172,13 @@ def _write_tensors(mine: list[Piece], folder: Path, grid: RankGrid, planner: _Pl
                 planner=planner,
                 process_group=grid.cpu_group,
             )
-    except CheckpointException as error:  # a BaseException: what failed, by rank
+    except CheckpointException as error:  # a BaseException: rank -> (exception, traceback)
         rank, (reason, _) = next(iter(error.failures.items()))
         if is_disk_full(error, folder):
-            raise RunError(f"disk full while writing to {folder.parent.parent}; free space and repeat") from error
+            raise RunError(f"disk full while writing to {folder.parent.parent}: free space and repeat") from error
         if isinstance(reason, KeyboardInterrupt | UserError):
             raise reason from error
-        raise RunError(f"rank {rank} could not convert its share: {type(reason).__name__}: {reason}") from error
+        raise RunError(f"rank {rank} could not convert its tensors: {type(reason).__name__}: {reason}") from error
 
 
 def _prepare(source: Path, aside: Path) -> None:
@@ -189,12 +189,12 @@ def _prepare(source: Path, aside: Path) -> None:
 
 
 def _publish(actor: Actor, aside: Path, final: Path, extra: Mapping[str, Any]) -> None:
-    """What megatron's save puts beside the tensors, then the marker, then the name."""
+    """Write megatron's files next to the tensors, then the marker; then rename the folder."""
     torch.save({PROGRESS: {}}, aside / "model" / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(aside / "model"))
     fsync_folder(aside / "model")
     fsync_folder(aside / "hf")
-    # the ranks of a conversion hold no shard of anything
+    # the ranks of a conversion hold no shards
     write_marker(aside, step=0, layout={**layout_of(actor), "data": 1}, extra=extra)
     fsync_folder(aside)
     aside.rename(final)

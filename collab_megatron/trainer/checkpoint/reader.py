@@ -1,7 +1,7 @@
-"""Load strategies that never run what a checkpoint says: a file of a stranger is data.
+"""Safe loading of checkpoints: no file of a checkpoint can execute code.
 
-Upstream reads `.metadata` with pickle.load and would hand byte entries to an unrestricted torch.load. Here a pickle may
-name the few classes that describe tensors and nothing else, and byte entries, which we never write, are refused.
+Upstream reads `.metadata` with pickle.load and passes byte entries to an unrestricted torch.load. Here a pickle may
+name only the few classes that describe tensors, and byte entries, which are never written, are refused.
 Upstream: megatron/core/dist_checkpointing/strategies/{torch,common}.py (0.16.1), torch/distributed/checkpoint.
 """
 
@@ -49,7 +49,7 @@ _CLASSES = frozenset(
 
 
 class _Refused(pickle.UnpicklingError):
-    """What a pickle names is not on the list."""
+    """A pickle names something that is not on the list."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -62,13 +62,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(file: Path) -> Metadata:
-    """torch's `.metadata`. Raises UserError where it holds anything but descriptions of tensors."""
+    """Read torch's `.metadata`. Raises UserError if it holds anything but descriptions of tensors."""
     try:
         with file.open("rb") as stream:
             metadata = _Unpickler(stream).load()
         assert isinstance(metadata, Metadata)
         assert all(isinstance(item, TensorStorageMetadata) for item in metadata.state_dict_metadata.values())
-        # a file of its own folder, whatever the pickle says
+        # only files of the checkpoint's own folder
         assert all(Path(item.relative_path).name == item.relative_path for item in metadata.storage_data.values())
     except OSError as error:
         raise RunError(f"cannot read {file}: {error}") from error
@@ -78,7 +78,7 @@ def read_metadata(file: Path) -> Metadata:
 
 
 def read_common(file: Path) -> dict[str, Any]:
-    """Megatron's `common.pt`: plain numbers, strings, tensors. Raises UserError where it holds anything else."""
+    """Read megatron's `common.pt`: plain numbers, strings, tensors. Raises UserError if it holds anything else."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         assert isinstance(content, dict)
@@ -90,7 +90,7 @@ def read_common(file: Path) -> dict[str, Any]:
 
 
 def refusal(folder: Path, error: BaseException) -> str | None:
-    """A sentence where `error` is torch's refusal of a pickle in one of the tensor files; else None."""
+    """A message for the user if `error` is torch's refusal of a pickle in a tensor file; else None."""
     failures = getattr(error, "failures", {})  # of a CheckpointException: rank -> (exception, traceback)
     found = [error, *(failure[0] for failure in failures.values())]
     if any(isinstance(one, pickle.UnpicklingError) for one in found):
@@ -104,32 +104,32 @@ def _refusal(path: Path, error: BaseException) -> str:
 
 
 class SafeCommon(upstream_common.TorchCommonLoadStrategy):
-    """Gives megatron no common part: ours is read beforehand (read_common)."""
+    """Gives megatron an empty common part: read_common has read it already."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
         return {}
 
     def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: str | Path) -> Any:
-        raise AssertionError("we save tensors only")
+        raise AssertionError("checkpoints hold tensors only")
 
 
 class SafeLoad(upstream.TorchDistLoadShardedStrategy):
-    """Upstream's load with a metadata file that was read with care, and without bytes."""
+    """Upstream's load with safely read metadata, and without byte entries."""
 
     def __init__(self, group: dist.ProcessGroup, metadata: Metadata) -> None:
         super().__init__()
         self._group, self._metadata = group, metadata
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
-        """Collective. Raises torch's CheckpointException on every rank when any rank cannot read."""
+        """Collective. Raises torch's CheckpointException on every rank if any rank cannot read."""
         tensors = list(nested_values(sharded_state_dict))
-        # the vocabulary is padded to the tensor-parallel size: its tensors differ in length between layouts
+        # the vocabulary is padded for the tensor-parallel size: its tensors differ in length between layouts
         padded = {tensor.key: tensor for tensor in tensors if tensor.allow_shape_mismatch}
         flat, flat_mapping, renamed = upstream._replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         state = upstream.mcore_to_pyt_state_dict(flat, True)
         dcp.load(
             state,
-            storage_reader=_Reader(checkpoint_dir, self._metadata),
+            storage_reader=_PreparsedReader(checkpoint_dir, self._metadata),
             planner=_TensorPlanner(
                 shapes_validation_sharded_tensors=[tensor for tensor in tensors if tensor.key not in padded],
                 allow_shape_mismatch_sharded_tensors=padded,
@@ -140,12 +140,12 @@ class SafeLoad(upstream.TorchDistLoadShardedStrategy):
         return upstream._replace_sharded_keys_with_state_dict_keys(plain, flat_mapping, renamed)
 
 
-class _Reader(dcp.FileSystemReader):
+class _PreparsedReader(dcp.FileSystemReader):
     def __init__(self, path: str | Path, metadata: Metadata) -> None:
         super().__init__(path)
         self._metadata = metadata
 
-    def read_metadata(self) -> Metadata:  # torch looks for **kwargs and does without
+    def read_metadata(self) -> Metadata:  # no **kwargs: torch checks for them
         return self._metadata
 
 

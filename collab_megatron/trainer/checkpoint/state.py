@@ -1,20 +1,18 @@
-"""What a checkpoint holds of an Actor, as megatron's sharded state dict, and how it is put back.
+"""An Actor's state as megatron's sharded state dict, for saving and loading.
 
-Model and optimizer are sharded tensors, which load under any layout. Of everything else in megatron's optimizer state
-nothing is kept: parameter groups belong to a rank of one layout, and what they say (rates, betas, decay) the config of
-the run says too. What remains are two numbers, AdamW's step and the schedule's. Random states belong to a rank of one
-layout as well: they are restored under the same layout and left alone under another.
+Model and optimizer are sharded tensors, which load under any layout. The rest of megatron's optimizer state is not
+saved: parameter groups belong to one layout, and their rates, betas and decay are in the run's config. Two numbers are
+saved besides, AdamW's step and the schedule's. Random states belong to one layout too: they are restored under the same
+layout and left alone under another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_items_iter
 
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.optimizer import set_learning_rates
@@ -24,7 +22,7 @@ PROGRESS = "progress"
 
 
 def layout_of(actor: Actor) -> dict[str, Any]:
-    """What must or may differ between saving and loading; plain JSON."""
+    """Model, dtype and rank grid of a checkpoint, as plain JSON: some must be equal when it is loaded."""
     return {
         **grid_of(actor),
         "architecture": actor.spec.architecture,
@@ -36,7 +34,7 @@ def layout_of(actor: Actor) -> dict[str, Any]:
 
 
 def grid_of(actor: Actor) -> dict[str, Any]:
-    """The part of the layout that says which rank holds what."""
+    """The part of the layout that determines which rank holds what."""
     grid = actor.grid
     return {
         "tensor": grid.tp_size,
@@ -50,10 +48,10 @@ def grid_of(actor: Actor) -> dict[str, Any]:
 
 
 class ShardedState:
-    """A sharded state dict of `actor`: to save, or to load into and restore from. Building it may be collective.
+    """A sharded state dict of `actor`, to save or to load into. Collective.
 
-    `tree` holds the model's chunks, the optimizer and the random states without upstream's nesting, which differs from
-    layout to layout: names of ours lead to sharded tensors, and only these reach the file.
+    `tree` holds the model's chunks, the optimizer and the random states under names of its own, without upstream's
+    nesting, which differs between layouts. Only the sharded tensors in it reach the file.
     """
 
     def __init__(
@@ -62,15 +60,13 @@ class ShardedState:
         *,
         loading: bool,
         random_states: bool,
-        stored: Collection[str] = (),
         optimizer: bool = True,
     ) -> None:
-        """stored: when loading, the names of the tensors that the checkpoint has. optimizer: with the actor's, where it
-        has one."""
+        """optimizer: include the actor's, where it has one."""
         self._actor = actor
-        actor.gather_weights()  # the last step's weights may still lie scattered over the data ranks
+        actor.gather_weights()  # the last step may have left the weights sharded over the data ranks
         metadata = {"singleton_local_shards": False, "dp_cp_group": actor.grid.dp_cp_group}
-        # transformer-engine's fp8 bookkeeping is left out: empty in fp32 and bf16, and a pickle
+        # without transformer-engine's fp8 bookkeeping: empty in fp32 and bf16, and a pickle
         chunks = {
             str(number): {
                 name: tensor
@@ -82,7 +78,7 @@ class ShardedState:
         self.tree: dict[str, Any] = {"model": chunks}
         self._optimizer: OptimizerState | None = None
         if optimizer and actor.optimizer is not None:
-            self._optimizer = OptimizerState(actor.optimizer, chunks, loading=loading, stored=stored)
+            self._optimizer = OptimizerState(actor.optimizer, chunks, loading=loading)
             self.tree["optimizer"] = self._optimizer.leaves
         if random_states:
             self.tree["random"] = {
@@ -94,13 +90,13 @@ class ShardedState:
 
     @property
     def progress(self) -> dict[str, int]:
-        """The numbers beside the tensors."""
+        """The numbers that are saved next to the tensors."""
         if self._optimizer is None or self._actor.scheduler is None:
             return {}
         return {"optimizer_steps": self._optimizer.steps, "schedule_steps": int(self._actor.scheduler.num_steps)}
 
     def restore(self, loaded: dict[str, Any], progress: dict[str, int]) -> None:
-        """Put a loaded tree into the actor, with the progress that was saved beside it."""
+        """Put a loaded tree and its progress into the actor."""
         for number, chunk in enumerate(self._actor.chunks):
             missing, unexpected = chunk.load_state_dict(loaded["model"][str(number)], strict=False)
             lost = [name for name in missing if not name.endswith("_extra_state")]
@@ -117,18 +113,8 @@ class ShardedState:
             _restore_random(loaded["random"])
 
 
-def progress_in(common: dict[str, Any]) -> dict[str, int]:
-    """The numbers in a checkpoint's common part; format 1 kept them inside upstream's own state."""
-    if PROGRESS in common or "scheduler" not in common:
-        return dict(common.get(PROGRESS, {}))
-    steps = [
-        int(leaf) for _, key, leaf in nested_items_iter(common.get("optimizer", {})) if key in ("step", "common_step")
-    ]
-    return {"optimizer_steps": max(steps, default=0), "schedule_steps": int(common["scheduler"]["num_steps"])}
-
-
 def _random_states() -> dict[str, torch.Tensor]:
-    """This rank's generators by name, each a uint8 vector."""
+    """States of this rank's random generators by name, each a uint8 vector."""
     states = {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state()}
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
     return {**states, **{f"tracker.{name}": state for name, state in tracker.items()}}

@@ -1,9 +1,9 @@
-"""Megatron's `torch_dist` format, written in the training process itself: at once, or later from a copy of the state.
+"""Writer of megatron's `torch_dist` format inside the training process: at once, or later from a copy of the state.
 
-Upstream's torch_dist strategy hands its buffers to processes, and its results queue to a multiprocessing manager that
-it spawns: the first save waits 3-6 s for an interpreter that imports torch again, and needs a `__main__` guard. Here
-megatron plans the save and stops; the tensors it would write are kept, and `write_tensors` puts them into the same
-files through torch.distributed.checkpoint, on any thread that has a process group of its own.
+Upstream's strategy writes in child processes with a multiprocessing manager: its first save waits 3-6 s for an
+interpreter that imports torch again, and needs a `__main__` guard. Here megatron only plans the save; the tensors are
+kept, and `write_tensors` writes the same files through torch.distributed.checkpoint, on any thread that has a process
+group of its own.
 Upstream: megatron/core/dist_checkpointing/strategies/torch.py (0.16.1).
 """
 
@@ -18,17 +18,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.strategies import torch as upstream
+from torch.distributed.checkpoint import CheckpointException
 
-# upstream warns of an "old incomplete checkpoint" when another rank has begun to write into the folder that is new
+# upstream warns about an "old incomplete checkpoint" when another rank has already written into the new folder
 logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
 
 
 class DeferredSave(upstream.TorchDistSaveShardedStrategy):
-    """Keeps what this rank has to write in `tensors`, in torch's own terms, ready for write_tensors.
+    """Collects this rank's tensors in `tensors`, in torch's terms, ready for write_tensors.
 
-    `before` runs on every rank ahead of that: rank 0 has written its common part by then or has failed, and this is
-    where the others hear of it. `copy`: the tensors are copied to host memory, so that training may go on. What fails
-    after `before` is kept in `failure`: raised here, it would leave the other ranks in a barrier of upstream's.
+    before: called on every rank first. Rank 0 has written its common part by then, or failed, and `before` is where the
+    other ranks learn of that. copy: copy the tensors to host memory, so that training can go on. An error after
+    `before` is kept in `failure`: raised here, it would leave the other ranks in a barrier of upstream's.
     """
 
     def __init__(self, before: Callable[[], None], *, copy: bool) -> None:
@@ -49,20 +50,23 @@ class DeferredSave(upstream.TorchDistSaveShardedStrategy):
 
 
 def write_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup) -> None:
-    """Write and force to disk. Collective over `group`, which no other thread may use meanwhile.
+    """Write and force to disk. Collective over `group`, which no other thread may use at the same time.
 
-    Raises torch's CheckpointException, a BaseException, on every rank when any rank cannot write.
+    Raises on every rank the error of the first rank that cannot write.
     """
-    dcp.save(
-        tensors,
-        storage_writer=dcp.FileSystemWriter(folder, thread_count=1),
-        planner=upstream.MCoreSavePlanner(flatten_state_dict=False, dedup_replicated_tensors=False),
-        process_group=group,
-    )
+    try:
+        dcp.save(
+            tensors,
+            storage_writer=dcp.FileSystemWriter(folder, thread_count=1),
+            planner=upstream.MCoreSavePlanner(flatten_state_dict=False, dedup_replicated_tensors=False),
+            process_group=group,
+        )
+    except CheckpointException as error:  # a BaseException: rank -> (exception, traceback)
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _copy_to_host(shards: list[Any]) -> None:
-    """Replace the data of megatron's ShardedTensors by host copies, in place; pinned, and all at once, from a GPU."""
+    """Replace the data of megatron's ShardedTensors by host copies, in place; pinned and asynchronous from a GPU."""
     on_gpu = False
     for shard in shards:
         live = shard.data.detach()

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.model.tables import Row, rows
-from collab_megatron.trainer.convert.place import expert_owner, local_parameters, stage_of
+from collab_megatron.model.tables import ParameterRow, rows
+from collab_megatron.trainer.convert.placement import expert_owner, local_parameters, stage_of
 from collab_megatron.trainer.convert.reshape import gather, parts_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Bucket:
 
     number: int  # place in the plan, from 0
     stage: int
-    rows: tuple[Row, ...]
+    rows: tuple[ParameterRow, ...]
     tensors: tuple[TensorInfo, ...]
     apart: bool = False  # large tensors that lie whole on one rank: they may travel one by one, without being packed
 
@@ -64,7 +64,7 @@ class Bucket:
             start = end
 
 
-def row_tensors(row: Row, spec: ModelSpec, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+def row_tensors(row: ParameterRow, spec: ModelSpec, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
     """The Hugging Face tensors of a row."""
     return tuple(
         TensorInfo(name, tuple(spec.dims[dim] for dim in dims), dtype)
@@ -86,7 +86,7 @@ def bucket_plan(
     so that it may go from where it lies, without a copy, however small its neighbours are. The fused parts of a row
     (q, k, v; gate, up) stay together.
     """
-    runs: list[tuple[int, list[Row], list[TensorInfo]]] = []
+    runs: list[tuple[int, list[ParameterRow], list[TensorInfo]]] = []
     room = 0  # bytes left in the last bucket
     for row in rows(spec):
         stage = stage_of(row, spec, pipeline=pipeline, interleave=interleave)
@@ -164,7 +164,7 @@ class BucketStream:
                 self._shards[row.megatron] = [view.view(local.dtype).view(local.shape) for view in views]
         self._fetch_experts(away, room[shard_bytes * tp_size :], experts)
 
-    def _fetch_experts(self, away: list[Row], room: Tensor, sizes: list[int]) -> None:
+    def _fetch_experts(self, away: list[ParameterRow], room: Tensor, sizes: list[int]) -> None:
         """One broadcast per owner: the experts of one owner stand next to each other in the table."""
         runs: list[tuple[int, int, int]] = []  # owner, first byte, end
         start = 0
@@ -218,13 +218,13 @@ class BucketStream:
         self._shards.clear()
         self._gathered = None
 
-    def _parts(self, row: Row) -> list[Tensor]:
+    def _parts(self, row: ParameterRow) -> list[Tensor]:
         return self._shards.get(row.megatron) or [self._local(row)]
 
-    def _local(self, row: Row) -> Tensor:
+    def _local(self, row: ParameterRow) -> Tensor:
         return self._parameters[row.megatron].detach()
 
-    def _infos(self, row: Row) -> tuple[TensorInfo, ...]:
+    def _infos(self, row: ParameterRow) -> tuple[TensorInfo, ...]:
         return row_tensors(row, self._spec, next(iter(self._parameters.values())).dtype)
 
     def _room(self, num_bytes: int) -> Tensor:

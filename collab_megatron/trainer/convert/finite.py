@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from collab_megatron.errors import UserError
 
 
 @torch.no_grad()
@@ -25,3 +28,14 @@ def not_finite(tensors: Sequence[Tensor]) -> list[int]:
         sums = torch.stack([tensors[place].sum(dtype=torch.float32) for place in here]).tolist()
         suspects += [place for place, value in zip(here, sums, strict=True) if not math.isfinite(value)]
     return [place for place in suspects if not bool(tensors[place].isfinite().all())]
+
+
+def require_finite(name: str, path: Path, values: Tensor) -> None:
+    """Of a tensor that was just read, while it is in memory. Raises UserError naming tensor and file where it holds NaN
+    or an infinity."""
+    if not_finite([values]):
+        bad = int((~values.isfinite()).sum())
+        raise UserError(
+            f"tensor {name} in {path} holds {bad:,} of {values.numel():,} values that are NaN or infinite: the file is "
+            "damaged or its training diverged; fetch it again, or take an earlier checkpoint"
+        )

@@ -17,8 +17,10 @@ from pathlib import Path
 from torch import Tensor
 
 from collab_megatron.errors import RunError, UserError
+from collab_megatron.files import fsync_folder
+from collab_megatron.model.safetensors_headers import INDEX
 from collab_megatron.trainer.convert.buckets import TensorInfo
-from collab_megatron.trainer.convert.disk import fsync_folder, is_disk_full
+from collab_megatron.trainer.convert.disk_space import is_disk_full
 from collab_megatron.trainer.convert.safetensors_io import write_file
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -66,7 +68,7 @@ def copy_companions(source: Path, target: Path, *, dtype: str | None = None) -> 
 
 
 @contextlib.contextmanager
-def whole_or_absent(output: Path) -> Iterator[Path]:
+def atomic_folder(output: Path) -> Iterator[Path]:
     """A hidden folder beside `output` to write into; it becomes `output` at the end, or is removed on any error.
 
     Raises UserError if `output` holds something already, RunError if the disk is full.
@@ -120,7 +122,7 @@ def write_hf_folder(
     plan: list[TensorInfo] = []
     shards: list[list[TensorInfo]] = []
     size = 0
-    with whole_or_absent(output) as aside:
+    with atomic_folder(output) as aside:
 
         def flush() -> None:
             write_shard(aside, len(shards), plan, pending, metadata)
@@ -171,7 +173,7 @@ def finish_folder(folder: Path, shards: Sequence[Sequence[TensorInfo]], source_f
             (folder / f"shard-{i}").rename(folder / file)
             weight_map |= {info.name: file for info in shard}
         index = {"metadata": {"total_size": sum(map(_size, shards))}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     copy_companions(source_folder, folder, dtype=str(shards[-1][-1].dtype).removeprefix("torch."))
 
 

@@ -7,7 +7,6 @@ would train and be wrong.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from collab_megatron.errors import UserError
-from collab_megatron.model.inventory import check_names
+from collab_megatron.model.safetensors_headers import INDEX, read_index
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.model.tables import Row
-from collab_megatron.trainer.convert.finite import not_finite
-from collab_megatron.trainer.convert.place import local_parameters, local_rows
+from collab_megatron.model.tables import ParameterRow
+from collab_megatron.model.tensor_check import check_tensor_names
+from collab_megatron.trainer.convert.finite import require_finite
+from collab_megatron.trainer.convert.placement import local_parameters, local_rows
 from collab_megatron.trainer.convert.reshape import join
 
 if TYPE_CHECKING:
@@ -36,16 +36,12 @@ class SafetensorsFolder:
         self.folder = folder
         self._files: dict[Path, safe_open] = {}
         self._where: dict[str, Path] = {}
-        index = folder / "model.safetensors.index.json"
-        try:
-            if index.is_file():
-                weight_map = json.loads(index.read_text())["weight_map"]
-                self._where = {name: folder / file for name, file in weight_map.items()}
-            else:
-                for path in sorted(folder.glob("*.safetensors")):
-                    self._where.update(dict.fromkeys(self._open(path).keys(), path))
-        except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"the weights in {folder} cannot be read: {error!r}") from error
+        index = folder / INDEX
+        if index.is_file():
+            self._where = {name: folder / file for name, file in read_index(index).items()}
+        else:
+            for path in sorted(folder.glob("*.safetensors")):
+                self._where.update(dict.fromkeys(self._open(path).keys(), path))
         if not self._where:
             raise UserError(f"{folder} has no *.safetensors; convert the model's weights to safetensors first")
 
@@ -84,17 +80,6 @@ class SafetensorsFolder:
         return self._files[path]
 
 
-def require_finite(name: str, path: Path, values: Tensor) -> None:
-    """Of a tensor that was just read, while it is in memory. Raises UserError naming tensor and file where it holds NaN
-    or an infinity."""
-    if not_finite([values]):
-        bad = int((~values.isfinite()).sum())
-        raise UserError(
-            f"tensor {name} in {path} holds {bad:,} of {values.numel():,} values that are NaN or infinite: the file is "
-            "damaged or its training diverged; fetch it again, or take an earlier checkpoint"
-        )
-
-
 @torch.no_grad()
 def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, grid: RankGrid) -> None:
     """Fill every parameter of this rank's model chunks (any dtype and device) from the folder's safetensors.
@@ -105,7 +90,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, 
     """
     parameters = local_parameters(chunks, spec, grid)
     with SafetensorsFolder(folder) as source:
-        check_names(source.names, spec, source.folder)
+        check_tensor_names(source.names, spec, source.folder)
         for row in local_rows(spec, grid):
             parameter = parameters.pop(row.megatron)
             value = read_shard(source, row, spec, grid.tp_rank, grid.tp_size)
@@ -114,7 +99,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, 
     assert not parameters, f"parameters that were not filled: {sorted(parameters)[:5]}"
 
 
-def read_shard(source: SafetensorsFolder, row: Row, spec: ModelSpec, tp_rank: int, tp_size: int) -> Tensor:
+def read_shard(source: SafetensorsFolder, row: ParameterRow, spec: ModelSpec, tp_rank: int, tp_size: int) -> Tensor:
     """One rank's value of the row's Megatron parameter, in the file's dtype; vocabulary padding is zero."""
     parts = []
     for name, dims in zip(row.hf, row.shapes, strict=True):

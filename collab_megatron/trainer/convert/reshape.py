@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.model.tables import Row
+from collab_megatron.model.tables import ParameterRow
 
 
 def merge_qkv(q: Tensor, k: Tensor, v: Tensor, *, kv_heads: int, head_dim: int) -> Tensor:
@@ -37,7 +37,7 @@ def split_qkv(fused: Tensor, *, kv_heads: int, head_dim: int) -> tuple[Tensor, T
     return q.reshape(-1, *tail), k.reshape(-1, *tail), v.reshape(-1, *tail)
 
 
-def join(row: Row, parts: Sequence[Tensor], spec: ModelSpec, tensor_parallel: int) -> Tensor:
+def join(row: ParameterRow, parts: Sequence[Tensor], spec: ModelSpec, tensor_parallel: int) -> Tensor:
     """One rank's slices of the row's Hugging Face tensors -> that rank's Megatron parameter."""
     if row.join == "qkv":
         q, k, v = parts
@@ -47,7 +47,7 @@ def join(row: Row, parts: Sequence[Tensor], spec: ModelSpec, tensor_parallel: in
     return parts[0]
 
 
-def split(row: Row, parameter: Tensor, spec: ModelSpec, tensor_parallel: int) -> tuple[Tensor, ...]:
+def split(row: ParameterRow, parameter: Tensor, spec: ModelSpec, tensor_parallel: int) -> tuple[Tensor, ...]:
     """The inverse of `join`: one rank's Megatron parameter -> its slices of the row's Hugging Face tensors."""
     if row.join == "qkv":
         return split_qkv(parameter, kv_heads=spec.kv_heads // tensor_parallel, head_dim=spec.head_dim)
@@ -56,7 +56,7 @@ def split(row: Row, parameter: Tensor, spec: ModelSpec, tensor_parallel: int) ->
     return (parameter,)
 
 
-def parts_of(row: Row, shards: Sequence[Tensor], spec: ModelSpec) -> list[tuple[Tensor, ...]]:
+def parts_of(row: ParameterRow, shards: Sequence[Tensor], spec: ModelSpec) -> list[tuple[Tensor, ...]]:
     """Every tensor-parallel rank's parameter, in rank order -> per Hugging Face tensor of the row the
     unpadded parts that make it up along `row.cut`. Nothing is copied but what the fused layout of q, k, v forces.
 
@@ -73,7 +73,7 @@ def parts_of(row: Row, shards: Sequence[Tensor], spec: ModelSpec) -> list[tuple[
     return [tuple(part for part in kept if part.shape[0])]
 
 
-def gather(row: Row, shards: Sequence[Tensor], spec: ModelSpec) -> tuple[Tensor, ...]:
+def gather(row: ParameterRow, shards: Sequence[Tensor], spec: ModelSpec) -> tuple[Tensor, ...]:
     """As parts_of, joined: the row's whole, contiguous Hugging Face tensors. Memory is shared where one part is all."""
     return tuple(
         (torch.cat(parts, dim=row.cut or 0) if len(parts) > 1 else parts[0]).contiguous()

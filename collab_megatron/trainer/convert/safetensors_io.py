@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from collab_megatron.model.headers import LENGTH_BYTES, StoredTensor
+from collab_megatron.model.safetensors_headers import LENGTH_BYTES, StoredTensor
 from collab_megatron.trainer.convert.buckets import TensorInfo
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -1,1 +1,1 @@
-"""Layers and kernels for machines without transformer-engine, and what Megatron needs on one without CUDA."""
+"""Layers and kernels for machines without transformer-engine, and patches for Megatron on machines without CUDA."""

@@ -1,10 +1,10 @@
-"""What Megatron-Core 0.16 needs on a machine without CUDA. No effect where CUDA is there.
+"""Patches that let Megatron-Core 0.16 run without CUDA, and with torch's own AdamW.
 
-Megatron names the device "cuda" in literals and asks torch.cuda for devices, streams and random states. On CPU each
-of these has one obvious answer, given here: the device is the CPU, streams and events do nothing, the CUDA generator
-is the CPU generator. Three optimizer patches (A, B, C) mend what upstream leaves undone for torch's own AdamW, which
-megatron falls back to without transformer-engine and apex; they are needed wherever it is used, also on a GPU. A fourth
-(D) lets a mixture of experts run without transformer-engine.
+Megatron has the device "cuda" in literals and asks torch.cuda for devices, streams and random states. `install` answers
+on a machine without CUDA, and does nothing on one with it: the device is the CPU, streams and events do nothing, the
+CUDA generator is the CPU generator. Three patches (A, B, C) fix what upstream does not do for torch's AdamW, its
+fallback without transformer-engine and apex; they are needed on a GPU too. A fourth (D) lets a mixture of experts run
+without transformer-engine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FACTORIES = (
 
 
 class _Stream:
-    """Stands for torch.cuda.Stream: a real class, since libraries name it in annotations."""
+    """Stand-in for torch.cuda.Stream: a real class, because libraries use it in annotations."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -41,7 +41,7 @@ class _Stream:
 
 
 class _Event:
-    """Stands for torch.cuda.Event: everything it could wait for is already done."""
+    """Stand-in for torch.cuda.Event: everything it could wait for is already done."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -57,13 +57,13 @@ class _Event:
 
 @functools.cache
 def install() -> bool:
-    """Make megatron importable and usable; returns whether anything was done. Call before importing megatron."""
+    """Make megatron importable and usable; returns whether anything was patched. Call it before importing megatron."""
     if torch.cuda.is_available():
         return False
     _runtime()
     _factories()
     _tensor_type_names()
-    # before any other megatron module: they decorate with what they find; torch.compile would need a C++ compiler
+    # before any other megatron module, all of which use its decorator; torch.compile would need a C++ compiler
     import megatron.core.jit
 
     megatron.core.jit.disable_jit_fuser()
@@ -72,7 +72,7 @@ def install() -> bool:
 
 
 def _runtime() -> None:
-    """torch.cuda's questions about device, streams and memory."""
+    """torch.cuda's functions for device, streams and memory."""
 
     def answer(value: Any = None) -> Callable[..., Any]:
         return lambda *_, **__: value
@@ -100,9 +100,9 @@ def _random_states() -> None:
     cuda.get_rng_state = cuda.random.get_rng_state = get_state
     cuda.set_rng_state = set_state
     cuda.manual_seed = lambda seed: torch.random.default_generator.manual_seed(int(seed))
-    setattr(tracker, "_get_cuda_rng_state", get_state)  # noqa: B010  (private names mypy does not know)
+    setattr(tracker, "_get_cuda_rng_state", get_state)  # noqa: B010  (private names that mypy does not know)
     setattr(tracker, "_set_cuda_rng_state", set_state)  # noqa: B010
-    # true of every fork here, and of no consequence: both states are the same one
+    # upstream warns at every fork, but here both states are the same
     logging.getLogger(tracker.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
 
 
@@ -124,8 +124,8 @@ def _factories() -> None:
 
         return made
 
-    # `with torch.device(...)` (transformers' from_pretrained uses it) knows factories by identity and looks them up
-    # once: let it see the originals, which the wrapped ones call
+    # `with torch.device(...)` (in transformers' from_pretrained) knows factories by identity and looks them up once:
+    # show it the originals, which the wrapped ones call
     torch.utils._device._device_constructors()
     for name in _FACTORIES.split():
         setattr(torch, name, on_cpu(getattr(torch, name)))
@@ -164,8 +164,8 @@ def _tensor_type_names() -> None:
 def patch_experts() -> None:
     """D: megatron's mixture of experts without transformer-engine and on a CPU.
 
-    The router asks whether transformer-engine's matmul is None before it falls back to torch's, but the name does not
-    exist without it; and the dispatcher takes numpy arrays that it only makes of CUDA tensors.
+    The router falls back to torch's matmul if transformer-engine's is None, but without transformer-engine its name is
+    missing; and the dispatcher needs numpy arrays, which it makes of CUDA tensors only.
     """
     import megatron.core.transformer.moe.moe_utils as moe
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
@@ -187,7 +187,7 @@ def patch_torch_adamw() -> None:
 
     A: setting a parameter's restored state would drop or overwrite `step`; the one already restored is kept.
     B: after loading, all parameters share one `step` tensor, which AdamW then increments once per parameter: training
-       diverges in silence. Each parameter gets its own. Upstream: optimizer/distrib_optimizer.py (0.16.1).
+       diverges without an error. Each parameter gets its own. Upstream: optimizer/distrib_optimizer.py (0.16.1).
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

@@ -1,8 +1,8 @@
-"""Norm, rotary embedding, gated activation, linear layer and short bf16 attention with backward passes written by hand.
+"""Norm, rotary embedding, gated activation, linear layer and short bf16 attention with hand-written backward passes.
 
-Autograd would derive the same gradients from the same formulas, but operation by operation: each writes a whole tensor
-that the next reads. On a CPU that traffic, not the arithmetic, is what is left beside the matrix products. Plain torch
-on any device; gradients are tested against autograd's. Legend: s sequence, b batch, h heads, g key/value heads, d head
+Autograd derives the same gradients operation by operation: each writes a whole tensor that the next one reads. On a CPU
+this memory traffic is most of the time besides the matrix products. Plain torch on any device; gradients are tested
+against autograd's. Legend: s sequence, b batch, h heads, g key/value heads, d head
 size, n any leading dimensions.
 """
 
@@ -24,7 +24,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:
     """x * scale in x's dtype, for a scale per row that is at least fp32; in bf16 rounded once, like any product.
 
-    A scale rounded to bf16 would put the same error on the whole row; with its remainder beside it, it does not.
+    A scale rounded to bf16 would give the whole row the same error; the remainder of the rounding is added to avoid it.
     """
     if x.dtype == scale.dtype:
         return x * scale
@@ -81,7 +81,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    """[s, b, h, d] by [s, 1, 1, d/2]; in memory the result is [b, h, s, d], as attention wants it."""
+    """[s, b, h, d] by [s, 1, 1, d/2]; in memory the result is [b, h, s, d], as attention needs it."""
     length, batch, heads, size = x.shape
     out = torch.empty(batch, heads, length, size, dtype=x.dtype, device=x.device).permute(2, 0, 1, 3)
     (first, second), (to_first, to_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
@@ -114,7 +114,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight = weight  # itself, not a saved copy of it: megatron hangs the gradient's buffer on it
+        ctx.weight = weight  # the parameter itself, not a saved copy: megatron's gradient buffer is an attribute of it
         ctx.has_bias = bias is not None
         return F.linear(x, weight, bias)
 
@@ -131,10 +131,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _into_buffer(weight: Any, rows: Tensor, inputs: Tensor) -> Tensor:
-    """Add the weight's gradient to megatron's buffer; returns an empty stand-in, without which no hook would run.
+    """Add the weight's gradient to megatron's buffer; returns an empty placeholder, so that autograd runs its hook.
 
-    The protocol of megatron's fused kernel: `grad_added_to_main_grad`, reset with the buffer, tells its hook to leave
-    the stand-in alone. Here it also tells whether this is the buffer's first gradient, which needs no addition.
+    The protocol is that of megatron's fused kernel: `grad_added_to_main_grad`, reset with the buffer, makes its hook
+    ignore the placeholder. Here it also shows whether this is the buffer's first gradient, which needs no addition.
     """
     buffer, first = weight.main_grad, not weight.grad_added_to_main_grad
     if buffer.dtype == rows.dtype:
@@ -148,7 +148,7 @@ def _into_buffer(weight: Any, rows: Tensor, inputs: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [n, in], weight [out, in], bias [out] -> [n, out]; the weight's gradient goes to its `main_grad`, if any."""
+    """x [n, in], weight [out, in], bias [out] -> [n, out]; the weight's gradient goes into its `main_grad`, if any."""
     out: Tensor = _Linear.apply(x, weight, bias)
     return out
 
@@ -156,7 +156,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
-        # scores rounded to bf16 would be wrong by up to 1/256 of themselves, which the exponential shows
+        # in fp32: scores rounded to bf16 have a relative error of up to 1/256, which the exponential magnifies
         wide = _wide(q.dtype)
         scores = torch.matmul(q.to(wide) * scale, k.to(wide).transpose(-1, -2))
         scores.view(*q.shape[:2], -1, *hidden.shape).add_(hidden)
@@ -176,11 +176,11 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Causal attention by way of all scores: q [b, h, s, d], k and v [b, g, p + s, d] -> [b, h, s, d]; the first p keys
-    come before all queries.
+    """Causal attention with the whole score matrix: q [b, h, s, d], k and v [b, g, p + s, d] -> [b, h, s, d]; the first
+    p keys come before all queries.
 
-    Scores and softmax in fp32, as in torch's CPU kernel, but the products of the backward pass are large enough for the
-    bf16 units: with up to some hundred tokens two to three times faster there. Longer squares leave the cache.
+    Scores and softmax are fp32, as in torch's CPU kernel, but the matrix products of the backward pass are large enough
+    for the CPU's bf16 units: two to three times faster up to some hundred tokens. Longer matrices do not fit the cache.
     """
     batch, heads, length, size = q.shape
     groups = k.shape[1]

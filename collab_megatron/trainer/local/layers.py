@@ -1,7 +1,7 @@
-"""The parts of megatron's local layer spec that we replace: plain torch, on any device, aware of sequence parallelism.
+"""Layers in plain torch for any device, with packed rows and sequence parallelism, in megatron's local layer spec.
 
-Upstream's own local attention builds the whole score matrix, knows no packed rows, and its norm refuses sequence
-parallelism; transformer-engine has all three but needs CUDA. Legend: s sequence, b batch, t tokens of a packed row,
+Upstream's local attention builds the whole score matrix and does not know packed rows, and its norm refuses sequence
+parallelism. transformer-engine has all three but needs CUDA. Legend: s sequence, b batch, t tokens of a packed row,
 h heads of this rank, d head size.
 """
 
@@ -30,23 +30,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from collab_megatron.trainer.actor.backend import Backend
-from collab_megatron.trainer.batching.micro_batch import Group
+from collab_megatron.trainer.batching.micro_batch import PackedGroup
 from collab_megatron.trainer.local.kernels import linear, rms_norm, rope, short_attention, swiglu
 
 SHORT = 256  # tokens up to which short_attention trains faster than torch's CPU kernel
-COPIES = 2  # keys of a group, its prefix copied for each reply and shorter replies padded, per token that it has; above
-# it replies are attended to one by one, and their copies made again in the backward pass
+COPIES = 2  # keys per token of a group, if its prefix is copied for each reply and shorter replies are padded; above
+# this replies are attended to one by one, and their copies are recomputed in the backward pass
 
 
 @dataclass
 class Packing(PackedSeqParams):
-    """How a packed row is divided; the lengths also as numbers, so that nothing waits for a device to read them."""
+    """Division of a packed row; the lengths also as numbers, so that no code waits for a device to read them."""
 
-    groups: tuple[Group, ...] = ()
+    groups: tuple[PackedGroup, ...] = ()
 
     @classmethod
-    def of(cls, groups: tuple[Group, ...], device: torch.device) -> Packing:
-        """The boundaries that transformer-engine reads know no shared prefix: with it, nothing may be shared."""
+    def of(cls, groups: tuple[PackedGroup, ...], device: torch.device) -> Packing:
+        """transformer-engine reads the boundaries, which cannot express a shared prefix: use none with it."""
         lengths = tuple(length for prefix, own in groups for length in ((prefix, *own) if prefix else own))
         ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
         longest = max(group.prefix + max(group.own) for group in groups)
@@ -63,16 +63,16 @@ class Packing(PackedSeqParams):
 class SdpaAttention(MegatronModule):
     """Causal core attention through torch's scaled_dot_product_attention.
 
-    Padding is on the right, where a causal mask already hides it from every real token. A packed row is attended to
-    group by group, so packing also saves the work on padding; the replies to one prompt in one call.
+    Padding is on the right, where a causal mask hides it from every real token. A packed row is attended to group by
+    group, which also saves the work on padding; the replies to one prompt are one call.
     """
 
     def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any) -> None:
-        """The remaining keywords are those of upstream's DotProductAttention; none of them matters here."""
+        """The other keywords of upstream's DotProductAttention are ignored."""
         super().__init__(config=config)
         self.scale = softmax_scale
         window = config.window_size
-        self.window = window[0] + 1 if window is not None else None  # tokens seen, the token itself included
+        self.window = window[0] + 1 if window is not None else None  # visible tokens, with the token itself
 
     def forward(
         self,
@@ -93,7 +93,7 @@ class SdpaAttention(MegatronModule):
         outs = [out for group, qkv in zip(groups, parts, strict=True) for out in self._group(group, *qkv)]
         return torch.cat(outs).reshape(query.shape[0], -1)
 
-    def _group(self, group: Group, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
+    def _group(self, group: PackedGroup, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
         """query [t, h, d], key and value [t, kv_h, d] of one group -> the t tokens as parts [.., h, d], in order."""
         prefix, own = group
         if prefix:
@@ -105,12 +105,12 @@ class SdpaAttention(MegatronModule):
         longest = prefix + max(own)
         before, rest = (key[:prefix], value[:prefix]), [x[prefix:] for x in (query, key, value)]
         if longest <= SHORT or len(own) * longest <= COPIES * (prefix + sum(own)):
-            yield self._behind(*before, own, *rest)
+            yield self._with_prefix(*before, own, *rest)
             return
         for length, qkv in zip(own, zip(*(x.split(own) for x in rest), strict=True), strict=True):
-            yield checkpoint(self._behind, *before, (length,), *qkv, use_reentrant=False, preserve_rng_state=False)
+            yield checkpoint(self._with_prefix, *before, (length,), *qkv, use_reentrant=False, preserve_rng_state=False)
 
-    def _behind(self, keys: Tensor, values: Tensor, own: tuple[int, ...], *qkv: Tensor) -> Tensor:
+    def _with_prefix(self, keys: Tensor, values: Tensor, own: tuple[int, ...], *qkv: Tensor) -> Tensor:
         """keys and values [p, kv_h, d] that come before each of the sequences in q, k, v [t, .., d] -> [t, h, d]."""
         q, k, v = (_stack(x, own) for x in qkv)
         if len(keys):
@@ -121,8 +121,8 @@ class SdpaAttention(MegatronModule):
         return torch.cat([x[:n] for x, n in zip(out, own, strict=True)])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[b, h, s, d], [b, kv_h, s, d] twice -> [b, h, s, d]. More keys than queries: those in front come before all
-        queries."""
+        """[b, h, s, d], [b, kv_h, s, d] twice -> [b, h, s, d]. If there are more keys than queries, the first keys come
+        before all queries."""
         queries, keys = q.shape[2], k.shape[2]
         unwindowed = self.window is None or keys <= self.window
         in_training = q.requires_grad and torch.is_grad_enabled()
@@ -135,9 +135,9 @@ class SdpaAttention(MegatronModule):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale, enable_gqa=grouped)
 
 
-@functools.lru_cache(maxsize=4)  # one for all layers: autograd keeps it, and of a bool mask a copy for each
+@functools.lru_cache(maxsize=4)  # one for all layers: autograd keeps it, and would keep a copy per layer of a bool mask
 def _mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to scores [queries, keys]: 0 where a key is seen, else -inf."""
+    """Mask to add to scores [queries, keys]: 0 where the key is visible, else -inf."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     if window is not None:
         seen = seen.triu(keys - queries + 1 - window)
@@ -145,16 +145,16 @@ def _mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, devic
 
 
 def _stack(tokens: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """[t, h, d] -> [sequences, longest, h, d], zeros behind shorter ones; no copy where all are of one length."""
+    """[t, h, d] -> [sequences, longest, h, d], zeros after shorter ones; no copy if all have one length."""
     if len(set(lengths)) == 1:
         return tokens.unflatten(0, (len(lengths), lengths[0]))
     return nn.utils.rnn.pad_sequence(tokens.split(lengths), batch_first=True)
 
 
-@functools.lru_cache(maxsize=8)  # all layers and micro-batches of one length ask for the same
-def _cos_sin(angles: Tensor, groups: tuple[Group, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """angles [s, 1, 1, d], both halves alike -> two [s, 1, 1, d/2]; packed: positions begin again in each group, and
-    behind its prefix in each sequence."""
+@functools.lru_cache(maxsize=8)  # the same for all layers and for micro-batches of one length
+def _cos_sin(angles: Tensor, groups: tuple[PackedGroup, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """angles [s, 1, 1, d], both halves equal -> two [s, 1, 1, d/2]; packed: positions start at 0 in each group, and
+    after its prefix in each sequence."""
     half = angles[..., : angles.shape[-1] // 2]
     if groups:
         spans = [span for p, own in groups for span in ((0, p), *((p, p + length) for length in own))]
@@ -163,7 +163,7 @@ def _cos_sin(angles: Tensor, groups: tuple[Group, ...], dtype: torch.dtype) -> t
 
 
 class CausalSelfAttention(SelfAttention):
-    """Upstream's, without what inference and its fused kernels need: project, rotate, attend, project."""
+    """Upstream's attention without the parts for inference and fused kernels: project, rotate, attend, project."""
 
     def forward(
         self,
@@ -187,26 +187,26 @@ class CausalSelfAttention(SelfAttention):
 
 
 def _alone(layer: Any) -> bool:
-    """Whether a parallel linear layer has nothing to exchange with other ranks."""
+    """Whether a parallel linear layer has no other tensor-parallel rank."""
     return layer.tp_group is None or layer.tp_group.size() == 1
 
 
-class Column(ColumnParallelLinear):
-    """Upstream's; on one tensor-parallel rank the gradient goes straight into the buffer."""
+class ColumnLinear(ColumnParallelLinear):
+    """Upstream's layer; with one tensor-parallel rank the weight gradient goes straight into the buffer."""
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """[n, in] -> [n, out / tp], and the bias where the caller adds it."""
+        """[n, in] -> [n, out / tp], and the bias if the caller adds it."""
         if args or kwargs or not _alone(self):
             return super().forward(input_, *args, **kwargs)
         skipped = self.bias if self.skip_bias_add else None
         return linear(input_, self.weight, None if self.skip_bias_add else self.bias), skipped
 
 
-class Row(RowParallelLinear):
-    """Upstream's; on one tensor-parallel rank the gradient goes straight into the buffer."""
+class RowLinear(RowParallelLinear):
+    """Upstream's layer; with one tensor-parallel rank the weight gradient goes straight into the buffer."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[n, in / tp] -> [n, out], and the bias where the caller adds it."""
+        """[n, in / tp] -> [n, out], and the bias if the caller adds it."""
         if not _alone(self):
             return super().forward(input_)
         skipped = self.bias if self.skip_bias_add else None
@@ -214,11 +214,11 @@ class Row(RowParallelLinear):
 
 
 class GatedMlp(MLP):
-    """Upstream's dense MLP with the activation in one piece."""
+    """Upstream's dense MLP with the gated activation as one operation."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__(
-            config, MLPSubmodules(linear_fc1=Column, linear_fc2=Row), ffn_hidden_size=config.ffn_hidden_size
+            config, MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear), ffn_hidden_size=config.ffn_hidden_size
         )
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
@@ -246,9 +246,9 @@ class RmsNorm(nn.Module):
 def layer_spec(
     config: TransformerConfig, backend: Backend, model_chunk: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layers GPTModel is built of: transformer-engine's where the backend has it, else the local ones above.
+    """The layers of GPTModel: transformer-engine's if the backend has it, else the local ones above.
 
-    `model_chunk`: which chunk of an interleaved pipeline stage; None where a stage is one chunk.
+    model_chunk: the chunk of an interleaved pipeline stage; None if a stage is one chunk.
     """
     if backend.transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(
@@ -265,14 +265,14 @@ def layer_spec(
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RmsNorm
     if config.num_moe_experts:
-        # in checkpoints under the name of transformer-engine's layers, which fuse this norm into a dense MLP only
+        # its name in checkpoints is that of transformer-engine's layers, which fuse this norm into a dense MLP only
         del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     else:
         parts.mlp = GatedMlp
     parts.self_attention.module = CausalSelfAttention
     attention = parts.self_attention.submodules
     attention.core_attention = SdpaAttention
-    attention.linear_qkv, attention.linear_proj = Column, Row
+    attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RmsNorm
     num_layers = get_num_layers_to_build(config, vp_stage=model_chunk)

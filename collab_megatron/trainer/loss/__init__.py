@@ -1,1 +1,1 @@
-"""Pure tensors and numbers: advantages, policy losses, KL. No megatron, no torch.distributed."""
+"""Losses as functions of tensors: policy gradient, KL, negative log-likelihood. No megatron, no torch.distributed."""

@@ -1,4 +1,4 @@
-"""From a rollout batch to what one optimizer step needs: token samples in, loss function out. Pure."""
+"""The GRPO step's inputs from a rollout batch: token samples, mini-batches, loss function. Pure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from collab_megatron.types import TrainingSample
 
 
 def token_sample(sample: TrainingSample, version: int) -> TokenSample:
-    """Prompt and reply as one sequence; only reply tokens are trained. `version`: the weights that are trained now."""
+    """Prompt and reply as one sequence, of which the reply is trained. version: of the weights that are trained now."""
     before, reply = len(sample.prompt_ids), len(sample.reply_ids_T)
-    # of a reply that went on across an update the later tokens stand on a cache that the older weights have made
+    # a reply that continued across a weight update has a cache of the older weights under its later tokens
     on_policy = float(set(sample.versions_T) == {version})
     return TokenSample(
         ids=[*sample.prompt_ids, *sample.reply_ids_T],
@@ -33,7 +33,7 @@ def token_sample(sample: TrainingSample, version: int) -> TokenSample:
 
 
 def mini_batches(samples: Sequence[TrainingSample], count: int) -> list[list[TrainingSample]]:
-    """`count` consecutive parts of nearly equal size, none empty; groups stay together as far as sizes allow.
+    """`count` consecutive parts of nearly equal size, none empty; groups stay together as far as the sizes allow.
 
     Raises ValueError without samples.
     """
@@ -45,13 +45,14 @@ def mini_batches(samples: Sequence[TrainingSample], count: int) -> list[list[Tra
 
 
 def with_values(batch: MicroBatch, name: str, values: Tensor) -> MicroBatch:
-    """The batch with one more per-token tensor [B, S]."""
+    """The batch with another per-token tensor [B, S]."""
     return replace(batch, values={**batch.values, name: values})
 
 
 def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch], LossSum]:
-    """The loss of a micro-batch. Without "old_logprobs" the policy at the start of the step is the policy itself,
-    which is exact for one optimizer step per batch and saves a forward pass; without "ref_logprobs" there is no KL.
+    """The loss of a micro-batch. Without "old_logprobs" the policy itself is taken as the policy at the start of the
+    step, which is exact for one optimizer step per batch and saves a forward pass. Without "ref_logprobs" there is no
+    KL.
     """
 
     def loss(logprobs: Tensor, batch: MicroBatch) -> LossSum:
@@ -71,7 +72,7 @@ def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch]
             clip_dual=algorithm.clip_dual,
         )
         gap = ((old - rollout).abs() * batch.mask).detach()
-        # where older weights had a hand in it the gap is the policy's own way since then, and says nothing of engines
+        # only for tokens of the newest weights: otherwise the gap includes the policy's own change since then
         on_policy = batch.values.get("on_policy", batch.mask) * batch.mask
         metrics = {
             "logprob_gap": torch.sum(gap),

@@ -1,6 +1,6 @@
-"""Policy losses as (sum, metric sums): the caller divides by the global token count.
+"""Losses as sums over tokens, with metric sums: the caller divides by the global token count.
 
-So the same batch gives the same gradient for every micro-batch size and every data-parallel width.
+So a batch has the same gradient for every micro-batch size and every number of data ranks.
 Shapes: every tensor is [B, S], aligned with the tokens; `mask` is 1.0 where a token is trained.
 """
 
@@ -21,17 +21,16 @@ none. k3's grows with exp(ref - policy), so without the cut one token in 5,000 t
 
 @dataclass(frozen=True)
 class LossSum:
-    """A differentiable sum over tokens; per metric a detached sum, or the largest value, over the same tokens."""
+    """A differentiable sum over trained tokens, with detached metrics over the same tokens."""
 
     loss: Tensor  # scalar, sum over trained tokens
     metrics: dict[str, Tensor]  # scalars, sums over trained tokens
-    largest: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # scalars >= 0, the largest of the trained tokens; inf: NaN
+    # scalars >= 0, the largest value over trained tokens; inf for NaN
+    largest: dict[str, Tensor] = field(default_factory=dict)
 
 
 def clamped_exp(log_ratio: Tensor) -> Tensor:
-    """exp of a difference of log-probs, finite whatever it is; no gradient where it was clamped."""
+    """exp of a difference of log-probs, clamped so that it is finite; no gradient where it is clamped."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
@@ -54,7 +53,7 @@ def _k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def importance_weights(logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
-    """Truncated exp(trainer - engine) per token, without gradient: corrects for what the engine really sampled from."""
+    """Truncated exp(trainer - engine) per token, without gradient: corrects for the engine's sampling distribution."""
     return clamped_exp((logprobs - rollout_logprobs).detach()).clamp(max=cap)
 
 
@@ -74,12 +73,12 @@ def grpo_loss(
 ) -> LossSum:
     """Clipped policy gradient on group-relative advantages plus KL to the reference.
 
-    `old_logprobs` are the trainer's own at the start of the step; `rollout_logprobs` the engine's at sampling time.
-    `clip_dual` (> 1) bounds the surrogate of a negative advantage from below by clip_dual * advantage; None: it has no
-    bound, because PPO's clip leaves large ratios alone there.
+    old_logprobs: the trainer's at the start of the step. rollout_logprobs: the engine's at sampling time. clip_dual:
+    (> 1) bounds the surrogate of a negative advantage from below by clip_dual * advantage; None: no bound, because
+    PPO's clip does not limit large ratios there.
     Sources: PPO-clip (Schulman et al. 2017, eq. 7); GRPO (Shao et al. 2024, eq. 3); dual-clip (Ye et al. 2019, eq. 6).
     """
-    # padding holds zeros on both sides, so the ratio there is exp(logprob) of nothing: masked before the exponential
+    # masked before the exponential: log-probs at padding are meaningless, and their ratio may overflow
     log_ratio = (logprobs - old_logprobs) * mask
     ratio = clamped_exp(log_ratio)
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)

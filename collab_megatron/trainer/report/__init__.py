@@ -1,1 +1,1 @@
-"""What a run shows: clocks, metrics, TensorBoard, the progress line."""
+"""Reports of a run: phase timers, dashboard (TensorBoard and metrics.jsonl), progress line, alarms, tables."""

@@ -1,4 +1,4 @@
-"""What ruins a run quietly, from a step's figures: told when it begins, not at every step. Pure."""
+"""Alarms about figures that ruin a run without an error: one warning when a figure passes its limit. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 WINDOW = 5
-"""Steps over whose mean a figure is judged: one odd step is no news."""
+"""A figure is compared as its mean over this many steps: one outlier gives no alarm."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A figure, the limit that it must not pass, and what to say with the mean in percent."""
+    """A figure, its limit, and the warning."""
 
     figure: str
     limit: float
-    below: bool  # the figure must not fall below the limit; else not rise above it
-    sentence: str  # follows the percentage
+    below: bool  # the limit is a minimum; else a maximum
+    sentence: str  # follows the mean as a percentage
 
     def rings(self, mean: float) -> bool:
         return mean < self.limit if self.below else mean > self.limit
@@ -35,33 +35,33 @@ ALARMS = (
         "advantage/groups_with_signal",
         0.5,
         True,
-        "of the groups have rewards that differ: the others teach nothing; look for tasks that are too easy or too "
-        "hard, raise rollout.num_replies, or set driver.refill_groups",
+        "of the groups have rewards that differ, and only these teach anything: look for tasks that are too easy or "
+        "too hard, raise rollout.num_replies, or set driver.refill_groups",
     ),
     Alarm(
         "system/host_memory_share",
         0.9,
         False,
-        "of the machine's memory are in use: lower train.micro_batch_tokens, engine.max_total_tokens or driver.shards",
+        "of the machine's memory is in use: lower train.micro_batch_tokens, engine.max_total_tokens or driver.shards",
     ),
     Alarm(
         "system/gpu_memory_share",
         0.95,
         False,
-        "of the GPU's memory are in use: lower train.micro_batch_tokens, or set train.recompute",
+        "of the GPU's memory is in use: lower train.micro_batch_tokens, or set train.recompute",
     ),
 )
 
 
 class Alarms:
-    """Those of one run."""
+    """The alarms of one run."""
 
     def __init__(self, alarms: tuple[Alarm, ...] = ALARMS) -> None:
         self._seen = {alarm: deque[float](maxlen=WINDOW) for alarm in alarms}
         self._ringing: set[Alarm] = set()
 
-    def heard(self, done: int, metrics: Mapping[str, float]) -> list[str]:
-        """A sentence for every alarm that begins with step `done`; figures that are not there are left alone."""
+    def check(self, done: int, metrics: Mapping[str, float]) -> list[str]:
+        """A warning for every alarm that begins at step `done`. A step without the figure changes nothing."""
         sentences = []
         for alarm, values in self._seen.items():
             if alarm.figure not in metrics:

@@ -1,6 +1,6 @@
-"""Writes a run's figures: TensorBoard events and one JSON line per step. The only writer of TensorBoard.
+"""Writer of a run's figures: TensorBoard events and one JSON line per step. Nothing else writes to TensorBoard.
 
-Each attempt (a start, a resume) gets an event file of its own; steps that are run again overwrite what stood there.
+Each attempt (a start, a resume) has an event file of its own. A step that is run again replaces its earlier points.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from collab_megatron.errors import RunError
-from collab_megatron.json_lines import append_rows, keep_rows, read_rows, to_disk
+from collab_megatron.files import fsync
+from collab_megatron.json_lines import append_rows, keep_rows, read_rows
 
 FILE = "metrics.jsonl"
 
@@ -21,9 +22,9 @@ class Dashboard:
     """For one process (the trainer's rank 0)."""
 
     def __init__(self, folder: Path, *, first_step: int) -> None:
-        """first_step: steps that are done, which this attempt does not run again; 0 where it begins from the start.
+        """first_step: steps that are done and not run again; 0 for a new run.
 
-        Raises UserError where metrics.jsonl holds a line that is none of ours.
+        Raises UserError if metrics.jsonl has a damaged line.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._jsonl = folder / FILE
@@ -32,15 +33,15 @@ class Dashboard:
             keep_rows(self._jsonl, lambda row: row["step"] < first, numbers=("step",))
         except OSError as error:
             raise self._refused(error) from None
-        # always given: a start over an earlier attempt's events would double its curves
+        # also for a new run: one over an earlier attempt's events would draw every curve twice
         self._writer = SummaryWriter(str(folder), purge_step=first)
 
     def text(self, name: str, text: str) -> None:
-        """A page of text, such as the resolved config."""
+        """Add a page of text, such as the resolved config."""
         self._writer.add_text(name, f"```\n{text}\n```")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Finite figures of `step` under their names. Raises RunError when the disk refuses."""
+        """Write the finite figures of `step` under their names. Raises RunError if the disk refuses."""
         finite = {name: float(value) for name, value in sorted(metrics.items()) if math.isfinite(value)}
         for name, value in finite.items():
             self._writer.add_scalar(name, value, step)
@@ -51,9 +52,9 @@ class Dashboard:
             raise self._refused(error) from None
 
     def to_disk(self) -> None:
-        """Return once the lines of metrics.jsonl outlive the machine's power. Raises RunError when the disk refuses."""
+        """Force metrics.jsonl to the disk, so that it survives a power failure. Raises RunError if the disk refuses."""
         try:
-            to_disk(self._jsonl)
+            fsync(self._jsonl)
         except FileNotFoundError:
             return  # no line yet
         except OSError as error:
@@ -67,13 +68,13 @@ class Dashboard:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, in order; none where there is no file. Raises UserError for a damaged line."""
+    """The lines of metrics.jsonl in order; empty without the file. Raises UserError for a damaged line."""
     return read_rows(folder / FILE, numbers=("step",)).rows
 
 
 def first_again(first_step: int) -> int:
-    """The first step whose points are written again; readers forget what earlier attempts wrote for it and after it.
+    """The first step whose points are written again; points from it on are dropped.
 
-    The checkpoint's own step has its points already. A start from 0 evaluates before its first step again.
+    After a resume that is the step after the checkpoint's; a new run evaluates step 0 again.
     """
     return first_step + 1 if first_step else 0

@@ -1,4 +1,4 @@
-"""The figures of an evaluation as a short table. Pure: names and numbers in, lines out."""
+"""Table of an evaluation's figures. Pure: names and numbers in, lines out."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NAME_WIDTH, WIDTH = 22, 12
 
 
 def evaluation_table(figures: Mapping[str, float], metrics: Sequence[str]) -> list[str]:
-    """Metrics first, then the reward, the share of openings that ask, counts, LLM calls and dollars. What was not
-    measured has no row; openings and later turns have columns where both were played."""
+    """Rows: metrics, reward, share of openings that ask, counts, LLM calls with dollars. A figure that was not measured
+    has no row. Openings and later turns have columns of their own if both were played."""
     parts = [part for part in PARTS if f"{part}/conversations" in figures]
     lines = [_row("", ["all", *parts])] if parts else []
     for name, shown in {**{metric: metric for metric in metrics}, **RATES}.items():
@@ -41,7 +41,7 @@ def _keys(name: str, parts: Sequence[str]) -> list[str]:
 
 
 def _roles(figures: Mapping[str, float]) -> list[str]:
-    """Those that an LLM API played, as simulator/ROLE/answers names them."""
+    """Roles that an LLM API played, from the figures simulator/ROLE/answers."""
     names = (name.split("/") for name in figures)
     return [parts[1] for parts in names if len(parts) == 3 and (parts[0], parts[2]) == ("simulator", "answers")]
 

@@ -1,4 +1,4 @@
-"""Wall seconds per phase of a step."""
+"""Timer of the phases of a step, in wall seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class PhaseTimer:
-    """`with timer("update"):` adds up; `drain()` gives {"time_s/update": seconds} and starts anew."""
+    """`with timer("update"):` adds up; `drain()` returns {"time_s/update": seconds} and starts again at zero."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from collab_megatron.rollout.journal.replies import RecordedReply
-from collab_megatron.types import Generation
+from collab_megatron.types import Generation, LLMReply
 
 
 def key(name: object) -> bytes:
     return hashlib.blake2b(str(name).encode(), digest_size=16).digest()
 
 
-def reply(text: str = "hello", *, cost_usd: float = 0.25, model: str = "model-a") -> RecordedReply:
-    return RecordedReply((text,), 10, 3, cost_usd, 0.5, model, "fp_1", 1)
+def reply(text: str = "hello", *, cost_usd: float = 0.25, model: str = "model-a") -> LLMReply:
+    return LLMReply((text,), 10, 3, cost_usd, 0.5, model, "fp_1", 1)
 
 
 def turn(version: int = 5, *, tokens: int = 3) -> Generation:

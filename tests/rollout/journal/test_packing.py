@@ -1,4 +1,4 @@
-"""What is packed comes back as it was, and requests get keys by content."""
+"""Packed turns and texts come back as they were."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collab_megatron.rollout.journal.packing import pack_generations, pack_texts, unpack_generations, unpack_texts
-from collab_megatron.rollout.journal.replies import reply_key
 from collab_megatron.types import Generation
 
 TOKENS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(allow_nan=False), st.integers(-1, 10**9)), max_size=20)
@@ -51,33 +50,3 @@ def test_texts_come_back(texts: list[str]) -> None:
 def test_other_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(ValueError):
         unpack_generations(content)
-
-
-MESSAGES = [{"role": "user", "content": "hi"}]
-PARAMETERS = {"temperature": 1.0, "seed": 3, "n": 1}
-
-
-def test_a_key_depends_on_all_of_the_request_and_on_no_order_of_names() -> None:
-    same = reply_key("m", MESSAGES, PARAMETERS, 0)
-    assert len(same) == 16
-    assert reply_key("m", [{"content": "hi", "role": "user"}], dict(reversed(PARAMETERS.items())), 0) == same
-    others = [
-        reply_key("n", MESSAGES, PARAMETERS, 0),
-        reply_key("m", [{"role": "user", "content": "hi "}], PARAMETERS, 0),
-        reply_key("m", [*MESSAGES, *MESSAGES], PARAMETERS, 0),
-        reply_key("m", MESSAGES, {**PARAMETERS, "seed": 4}, 0),
-        reply_key("m", MESSAGES, {**PARAMETERS, "response_format": {"type": "json_object"}}, 0),
-        reply_key("m", MESSAGES, PARAMETERS, 1),
-        reply_key("m", [{"role": "user", "content": "\ud800"}], PARAMETERS, 0),
-    ]
-    assert len({same, *others}) == 8
-
-
-def test_a_key_is_the_same_on_every_day() -> None:
-    """A change of this would make every journal useless."""
-    assert reply_key("m", MESSAGES, PARAMETERS, 0).hex() == "a5429ce238415d9059db47d83c070e84"
-
-
-def test_what_json_lacks_has_no_key() -> None:
-    with pytest.raises(ValueError):
-        reply_key("m", MESSAGES, {"temperature": math.nan}, 0)

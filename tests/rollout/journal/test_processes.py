@@ -1,4 +1,4 @@
-"""Several processes with one journal, and processes that are killed: what was said to be committed is there."""
+"""Several processes with one journal, and processes that are killed: what was reported as committed is there."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_what_a_killed_process_had_committed_is_there(path: Path) -> None:
     with closing(Journal(path, replay="only", lineage="one")) as journal:
         spent = journal.spent()
         for name, count in expected.items():
-            assert count <= spent[name, "model-a"].calls <= count + 1  # the last one was not said any more
+            assert count <= spent[name, "model-a"].calls <= count + 1  # the last one was not reported any more
             for i in range(count):
                 assert journal.reply(key((name, i))) == reply(f"{name} {i}", cost_usd=0.5)
                 assert journal.turn(key((name, i)), oldest=i, newest=i) is not None

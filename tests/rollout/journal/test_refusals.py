@@ -1,4 +1,4 @@
-"""Files that are no journal, or no whole one: a sentence with the way out."""
+"""Files that are not a journal, or a damaged one: a sentence with what to do."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ def change(path: Path, statement: str) -> None:
 @pytest.mark.parametrize("content", [b"step,reward\n" * 100, b"{}"])
 def test_no_sqlite_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"run\.sqlite is no SQLite file: move it away, or set journal\.path"):
+    with pytest.raises(UserError, match=r"run\.sqlite is not an SQLite file: move it away, or set journal\.path"):
         open_and_close(path)
     assert path.read_bytes() == content
 
 
 def test_an_empty_file_and_another_program_s_database(path: Path) -> None:
     path.touch()
-    with pytest.raises(UserError, match="is no journal but another SQLite file: move it away"):
+    with pytest.raises(UserError, match="is an SQLite file but not a journal: move it away"):
         open_and_close(path)
     change(path, "CREATE TABLE things (name TEXT)")
-    with pytest.raises(UserError, match="is no journal but another SQLite file: move it away"):
+    with pytest.raises(UserError, match="is an SQLite file but not a journal: move it away"):
         open_and_close(path)
 
 
@@ -56,7 +56,7 @@ def test_a_newer_version_s_journal(path: Path) -> None:
 
 def test_a_place_that_cannot_hold_it(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot make the journal .*: set journal\.path"):
+    with pytest.raises(UserError, match=r"cannot create the journal .*: set journal\.path"):
         open_and_close(tmp_path / "file" / "run.sqlite")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="cannot open the journal"):
@@ -71,7 +71,7 @@ def test_a_damaged_file(path: Path) -> None:
     content[4096 * 2 :] = b"\xa5" * (len(content) - 4096 * 2)
     path.write_bytes(content)
     journal = Journal(path, replay="auto", lineage="one")
-    with pytest.raises(RunError, match="is damaged: move it away; the run then asks anew"):
+    with pytest.raises(RunError, match="is damaged: move it away; the run then asks again"):
         for i in range(300):
             journal.reply(key(i))
     with pytest.raises(RunError, match="is damaged: move it away"):

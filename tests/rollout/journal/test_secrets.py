@@ -9,8 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from collab_megatron.rollout.journal.replies import RecordedReply, reply_key
 from collab_megatron.rollout.journal.store import Journal
+from collab_megatron.rollout.llm.role_journal import reply_key
+from collab_megatron.types import LLMReply
 from tests.conftest import DESK_KEY, Server
 from tests.rollout.journal.samples import key, raw, turn
 
@@ -29,7 +30,7 @@ def test_no_secret_reaches_the_file(desk: Server, tmp_path: Path, monkeypatch: p
     )
     body = response.raise_for_status().json()
     text = body["choices"][0]["message"]["content"]
-    recorded = RecordedReply((text,), 6, 8, 0.001, 0.1, body["model"], body["system_fingerprint"])
+    recorded = LLMReply((text,), 6, 8, 0.001, 0.1, body["model"], body["system_fingerprint"])
     with closing(Journal(path, replay="auto", lineage="of these weights")) as journal:
         journal.record_reply(reply_key("desk-assistant", messages, parameters, 0), "assistant", recorded)
         journal.record_turn(key(1), [turn()])

@@ -43,4 +43,4 @@ def test_show_says_what_it_cannot_show(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("x" * 5000)
     other = run("-m", "collab_megatron.rollout.journal.show", str(tmp_path / "text"))
     assert other.code == 2
-    assert "is no SQLite file" in other.errors[0]
+    assert "is not an SQLite file" in other.errors[0]

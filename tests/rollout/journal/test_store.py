@@ -134,7 +134,7 @@ def test_only_says_what_it_lacks(path: Path) -> None:
         assert journal.reply(key(1)) == reply()
         with pytest.raises(ReplayMiss, match=r"a reply of judge of step 13, and journal\.replay is only"):
             journal.reply(key(2), what="a reply of judge")
-        with pytest.raises(ReplayMiss, match="lacks a policy turn of step 13"):
+        with pytest.raises(ReplayMiss, match="does not have a policy turn of step 13"):
             journal.turn(key(1), oldest=0, newest=9)
         assert journal.delivered(0, 12) is None
 

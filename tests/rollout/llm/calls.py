@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from collab_megatron.config.sections import DeploymentSection, LLMSection
 from collab_megatron.rollout.llm import Gateway, RoleUsage
-from collab_megatron.rollout.llm.role import Role
-from collab_megatron.types import Message
+from collab_megatron.rollout.llm.role_client import RoleClient
+from collab_megatron.types import LLMRequest, Message
 
-HELLO = [Message("user", "hello")]
+HELLO = LLMRequest([Message("user", "hello")], parse=str)
 GOOD = "a good answer"
+
+
+def hello(**changes: Any) -> LLMRequest[Any]:
+    return replace(HELLO, **changes)
 
 
 def good(body: dict[str, Any]) -> str:
@@ -28,7 +33,7 @@ def config_for(*urls: str, provider: str = "hosted_vllm", **changes: Any) -> LLM
 
 
 def use_role(
-    config: LLMSection, body: Callable[[Role], Awaitable[Any]], *, limit_s: float = 60.0, **options: Any
+    config: LLMSection, body: Callable[[RoleClient], Awaitable[Any]], *, limit_s: float = 60.0, **options: Any
 ) -> tuple[Any, RoleUsage]:
     """Run `body` with the one role of a gateway; (what it returned, the counters)."""
 
@@ -37,7 +42,7 @@ def use_role(
         try:
             async with asyncio.timeout(limit_s):
                 role = gateway.role("user")
-                assert isinstance(role, Role)
+                assert isinstance(role, RoleClient)
                 return await body(role), gateway.snapshot().roles["user"]
         finally:
             await gateway.close()

@@ -17,11 +17,11 @@ START_S = 10.0
 
 @dataclass
 class Endpoint:
-    """`script` holds what the next requests get, in order; an empty script answers well."""
+    """`script`: what the next requests get, in order; an empty script answers well."""
 
     url: str = ""
     script: list[Any] = field(default_factory=list)  # (status, headers) | "hang" | text of the reply
-    requests: list[dict[str, Any]] = field(default_factory=list)  # bodies, with the authorization header beside
+    requests: list[dict[str, Any]] = field(default_factory=list)  # bodies, with the authorization header
     honour_n: bool = True
     delay_s: float = 0.0
     in_flight: int = 0

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint that misbehaves at a given rate and counts what it did, in a thread of its own.
+"""An OpenAI-compatible endpoint that misbehaves at a given rate and counts what it did, in its own thread.
 
 with MisbehavingEndpoint(lambda body: "hello", faults={"500": 0.1, "hang": 0.05}, seed=1) as endpoint:
     ...  # endpoint.url, endpoint.counts["500"], endpoint.counts_of["model-name"]["good"]
@@ -19,7 +19,7 @@ from aiohttp import web
 
 START_S = 10.0
 HANG_S = 60.0  # longer than any client waits here
-FAULTY = "FAULTY"  # stands in the text of every answer that nobody may use
+FAULTY = "FAULTY"  # in the text of every answer that must not be used
 HUGE_CHARS = 5_000_000
 
 COUNTER_OF = {  # what it does -> the field of RoleUsage that must count it

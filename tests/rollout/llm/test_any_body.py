@@ -13,9 +13,11 @@ from aiohttp import web
 
 from collab_megatron.rollout.journal.store import Journal
 from collab_megatron.rollout.llm import SimulatorError
+from collab_megatron.rollout.llm.accounting import CALLS
 from collab_megatron.rollout.llm.parsing import json_object
-from collab_megatron.rollout.llm.role import Role
-from tests.rollout.llm.calls import HELLO, config_for, use_role
+from collab_megatron.rollout.llm.role_client import RoleClient
+from collab_megatron.types import CallRecord
+from tests.rollout.llm.calls import config_for, hello, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint, completion
 
 BODIES = 60
@@ -63,17 +65,18 @@ def test_no_body_raises_anything_but_a_failed_call(tmp_path: Path) -> None:
     odd = _odd_bodies()
     random.Random(1).shuffle(odd)
     count = len(odd) + BODIES
-    kept: list[str] = []
+    kept: list[dict[str, Any]] = []
 
-    async def body(role: Role) -> None:
+    async def body(role: RoleClient) -> None:
+        calls: list[CallRecord] = []
+        CALLS.set(calls)
         for index in range(count):
             try:
-                (reply,) = await role.complete(HELLO, sample_index=index, check=json_object)
+                kept.extend(await role.complete(hello(sample_index=index, parse=json_object)))
             except SimulatorError as error:
                 str(error).encode()
-            else:
-                reply.model.encode()
-                kept.append(reply.text)
+        for call in calls:
+            call.answered_by.encode()
 
     with Mutating(odd) as endpoint, closing(Journal(tmp_path / "j", replay="auto", lineage="t")) as journal:
         _, usage = use_role(config_for(endpoint.url, max_attempts=1), body, journal=journal)
@@ -81,5 +84,5 @@ def test_no_body_raises_anything_but_a_failed_call(tmp_path: Path) -> None:
     assert usage.attempts == count
     assert usage.answers + usage.bad_bodies + usage.rejected + usage.server_errors == count
     assert min(usage.bad_bodies, len(kept)) > 10
-    for text in kept:
-        text.encode()
+    for value in kept:
+        json.dumps(value, ensure_ascii=False).encode()

@@ -1,4 +1,4 @@
-"""A hard cap is kept: what work under way may still cost is set aside before other work begins, in all processes."""
+"""A hard cap is kept: what work in progress may still cost is reserved before other work starts, in all processes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 
 from collab_megatron.config.sections import BudgetSection
 from collab_megatron.errors import BudgetSpent
-from collab_megatron.rollout.journal import reserved
-from collab_megatron.rollout.journal.replies import RecordedReply
+from collab_megatron.rollout.journal import reservations
 from collab_megatron.rollout.journal.store import Journal, Spent
 from collab_megatron.rollout.llm import Gateway, SimulatorError
 from collab_megatron.rollout.llm import budget as budget_module
 from collab_megatron.rollout.llm.budget import Budget, Reservation, note_answer
-from tests.rollout.llm.calls import HELLO, config_for, good
+from collab_megatron.types import LLMReply
+from tests.rollout.llm.calls import config_for, good, hello
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint
 
 
@@ -120,12 +120,12 @@ def test_processes_see_what_the_others_set_aside_until_they_end(
         ):
             here, there = Budget(section, mine, nothing), Budget(section, theirs, nothing)
             with monkeypatch.context() as patch:
-                patch.setattr(reserved.os, "getpid", lambda: other.pid)
+                patch.setattr(reservations.os, "getpid", lambda: other.pid)
                 assert there.reserve(9) is not None
             first = here.reserve(4)
             assert first is not None  # 9 of 10 are set aside: the last piece may pass the cap
             assert here.reserve(4) is None
-            mine.record_reply(b"k", "user", RecordedReply(("a",), 1, 1, 0.0, 0.1, "m", "", 0))
+            mine.record_reply(b"k", "user", LLMReply(("a",), 1, 1, 0.0, 0.1, "m"))
             first.release()
             assert here.reserve(4) is None  # 1 was spent, 9 are set aside
             other.kill()
@@ -152,7 +152,7 @@ def test_replies_that_are_asked_for_again_end_at_one_more_piece(caps: dict[str, 
                 async with gateway.budget.room(2):
                     for turn in range(2):
                         try:
-                            await gateway.role("user").complete(HELLO, sample_index=2 * index + turn, check=refuse)
+                            await gateway.role("user").complete(hello(sample_index=2 * index + turn, parse=refuse))
                         except SimulatorError:
                             ends.append("failed")
             except BudgetSpent as spent:

@@ -7,12 +7,15 @@ import sys
 
 CANCELS = """
 import asyncio, gc, time
-from collab_megatron.rollout.llm.litellm_api import Endpoint, LiteLLMApi, Request
+from collab_megatron.config.sections import LLMSection
+from collab_megatron.rollout.llm.litellm_api import ApiRequest, Endpoint, LiteLLMApi
+from collab_megatron.types import LLMRequest, Message
 
 async def main():
     api = LiteLLMApi()
-    endpoint = Endpoint("hosted_vllm/x", "http://127.0.0.1:9/v1", None, None, False, False)
-    request = Request([{"role": "user", "content": "a"}], 1.0, 5, 1, 1, False, None)
+    section = LLMSection(model="hosted_vllm/x", api_base="http://127.0.0.1:9/v1", max_tokens=5)
+    endpoint = Endpoint(section, None, None, False)
+    request = ApiRequest(LLMRequest([Message("user", "a")], str), section, n=1, seed=1, temperature=1.0)
     for turns in range(1, 40):
         task = asyncio.create_task(api.chat(endpoint, request, 5.0))
         for _ in range(turns):
@@ -36,5 +39,5 @@ def test_a_call_cancelled_at_any_moment_leaves_no_coroutine_behind() -> None:
     done = subprocess.run([sys.executable, "-c", CANCELS], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "never awaited" in line] == [
-        "<string>:24: RuntimeWarning: coroutine 'forgotten' was never awaited"  # those of our own are still told
+        "<string>:27: RuntimeWarning: coroutine 'forgotten' was never awaited"  # our own are still reported
     ]

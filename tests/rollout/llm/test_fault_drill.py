@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 
 from collab_megatron.rollout.llm import SimulatorError
-from collab_megatron.rollout.llm.role import Role
-from tests.rollout.llm.calls import GOOD, HELLO, closed_port, config_for, good, use_role
+from collab_megatron.rollout.llm.role_client import RoleClient
+from tests.rollout.llm.calls import GOOD, HELLO, closed_port, config_for, good, hello, use_role
 from tests.rollout.llm.misbehaving import ALL_FAULTS, COUNTER_OF, FAULTY, MisbehavingEndpoint, faults_at
 
 
-async def ask(role: Role, count: int) -> Counter[str]:
+async def ask(role: RoleClient, count: int) -> Counter[str]:
     """`count` calls at once, by how they ended."""
 
     async def one(index: int) -> str:
         try:
-            (reply,) = await role.complete(HELLO, sample_index=index)
+            (text,) = await role.complete(hello(sample_index=index))
         except SimulatorError as error:
             return str(error) if FAULTY in str(error) else "failed"
-        return reply.text
+        return str(text)
 
     return Counter(await asyncio.gather(*(one(index) for index in range(count))))
 
@@ -32,7 +32,7 @@ async def ask(role: Role, count: int) -> Counter[str]:
 def test_with_a_third_of_the_calls_faulty_every_counter_is_what_was_injected(provider: str, calls: int) -> None:
     with MisbehavingEndpoint(good, seed=3) as endpoint:
 
-        async def body(role: Role) -> Counter[str]:
+        async def body(role: RoleClient) -> Counter[str]:
             await ask(role, 1)  # the client's imports hold up the loop, and would hold up a whole wave of calls
             endpoint.faults = faults_at(0.3)
             return await ask(role, calls - 1)
@@ -68,7 +68,7 @@ def test_a_deployment_that_is_down_costs_no_pause_and_is_left_alone() -> None:
     with MisbehavingEndpoint(good) as endpoint:
         took_s = []
 
-        async def body(role: Role) -> Counter[str]:
+        async def body(role: RoleClient) -> Counter[str]:
             began = time.monotonic()
             answers = await ask(role, 20) + await ask(role, 40)
             took_s.append(time.monotonic() - began)
@@ -87,7 +87,7 @@ def test_a_dead_deployment_is_asked_less_than_one_that_fails_now_and_then(endpoi
     with MisbehavingEndpoint(good) as dead:
         dead.down_until = float("inf")
 
-        async def body(role: Role) -> Counter[str]:
+        async def body(role: RoleClient) -> Counter[str]:
             return sum([await ask(role, 1) for _ in range(6)], Counter())
 
         ended, usage = use_role(config_for(endpoint.url, dead.url), body)
@@ -121,7 +121,7 @@ def test_retry_after_is_granted_while_others_are_asked() -> None:
         MisbehavingEndpoint(good, delay_s=0.02) as free,
     ):
 
-        async def body(role: Role) -> None:
+        async def body(role: RoleClient) -> None:
             began = time.monotonic()
             while time.monotonic() - began < 2.5:
                 assert await ask(role, 1) == {GOOD: 1}
@@ -141,7 +141,7 @@ def test_nobody_is_asked_before_the_time_that_all_asked_for() -> None:
         MisbehavingEndpoint(good, faults=busy, retry_after_s=1.6) as other,
     ):
 
-        async def body(role: Role) -> None:
+        async def body(role: RoleClient) -> None:
             await ask(role, 1)
             one.faults = other.faults = {}
             assert await ask(role, 5) == {GOOD: 5}
@@ -164,22 +164,20 @@ def test_a_key_that_one_deployment_refuses_is_not_the_end(endpoint: Any) -> None
 def test_what_every_deployment_refuses_is_the_end(endpoint: Any) -> None:
     endpoint.script = [(404, {})] * 100
 
-    async def body(role: Role) -> bool:
-        with pytest.raises(SimulatorError) as caught:
+    async def body(role: RoleClient) -> None:
+        with pytest.raises(SimulatorError):
             await role.complete(HELLO)
-        return caught.value.fatal
 
-    fatal, usage = use_role(config_for(endpoint.url, endpoint.url), body)
-    assert fatal
+    _, usage = use_role(config_for(endpoint.url, endpoint.url), body)
     assert usage.attempts == 2
 
 
 def test_hung_calls_hold_nothing() -> None:
     with MisbehavingEndpoint(good, faults={"hang": 1.0}) as endpoint:
 
-        async def body(role: Role) -> float:
+        async def body(role: RoleClient) -> float:
             assert await ask(role, 50) == {"failed": 50}
-            assert role.slots.used == 0
+            assert role.limiter.used == 0
             async with asyncio.timeout(5.0):
                 while endpoint.live_connections():  # noqa: ASYNC110 - it lives in another thread
                     await asyncio.sleep(0.02)
@@ -197,12 +195,12 @@ def test_hung_calls_hold_nothing() -> None:
 def test_a_server_that_pushes_back_is_asked_less() -> None:
     with MisbehavingEndpoint(good, faults={"503": 1.0}) as endpoint:
 
-        async def body(role: Role) -> float:
+        async def body(role: RoleClient) -> float:
             await ask(role, 30)
-            cut = role.slots.limit
+            cut = role.limiter.limit
             endpoint.faults = {}
             await ask(role, 30)
-            assert role.slots.limit > cut
+            assert role.limiter.limit > cut
             return cut
 
         cut, usage = use_role(config_for(endpoint.url, max_attempts=1, max_concurrency=10), body)

@@ -24,11 +24,12 @@ from collab_megatron.rollout.llm import (
     SimulatorHealth,
     user_simulator,
 )
-from collab_megatron.rollout.llm.role import request_seed
-from collab_megatron.types import TERMINATION_SIGNAL, Message, Task
+from collab_megatron.rollout.llm.role_client import request_seed
+from collab_megatron.types import TERMINATION_SIGNAL, LLMRequest, Message, Task
+from tests.rollout.llm.calls import HELLO, hello
 
 SECRET = "sk-very-secret-0123456789"
-HELLO = [Message("user", "hello")]
+USER = UserSection(model="m", api_key_env=None)
 TASK = Task("t", (), "I want a {table} for $4, 100% sure", "BOOK")
 
 
@@ -67,7 +68,7 @@ def failing(config: LLMSection) -> tuple[SimulatorError, GatewaySnapshot]:
 @pytest.mark.parametrize("provider", ["hosted_vllm", "openai"])
 def test_a_call_carries_what_the_config_says(endpoint: Any, provider: str) -> None:
     config = section(endpoint, model=f"{provider}/m", temperature=0.3, max_tokens=77)
-    replies, after = use(config, lambda g: g.role("user").complete(HELLO, n=3, json_reply=True))
+    replies, after = use(config, lambda g: g.role("user").complete(hello(n=3, json_reply=True)))
     (request,) = endpoint.requests
     assert request["temperature"] == 0.3
     assert request["max_tokens"] == 77
@@ -76,7 +77,6 @@ def test_a_call_carries_what_the_config_says(endpoint: Any, provider: str) -> No
     assert request["authorization"] == f"Bearer {SECRET}"
     assert isinstance(request["seed"], int)
     assert len(replies) == 3
-    assert sum(reply.prompt_tokens for reply in replies) == 100
     usage = after.roles["user"]
     assert (usage.calls, usage.attempts, usage.retries, usage.failures, usage.in_flight) == (1, 1, 0, 0, 0)
     assert (usage.prompt_tokens, usage.completion_tokens) == (100, 10)
@@ -85,7 +85,7 @@ def test_a_call_carries_what_the_config_says(endpoint: Any, provider: str) -> No
 
 def test_a_provider_that_ignores_n_is_asked_again(endpoint: Any) -> None:
     endpoint.honour_n = False
-    replies, after = use(section(endpoint, max_attempts=2), lambda g: g.role("user").complete(HELLO, n=4))
+    replies, after = use(section(endpoint, max_attempts=2), lambda g: g.role("user").complete(hello(n=4)))
     assert len(replies) == 4
     assert after.roles["user"].attempts == 4
     assert len({request["seed"] for request in endpoint.requests}) == 4
@@ -94,14 +94,14 @@ def test_a_provider_that_ignores_n_is_asked_again(endpoint: Any) -> None:
 def test_seeds_are_reproducible_and_differ_by_sample(endpoint: Any) -> None:
     async def body(gateway: Gateway) -> None:
         for index in (0, 1, 0):
-            await gateway.role("user").complete(HELLO, sample_index=index)
+            await gateway.role("user").complete(hello(sample_index=index))
 
     use(section(endpoint), body, seed=1)
     use(section(endpoint), body, seed=2)
     a, b, again, other, *_ = [request["seed"] for request in endpoint.requests]
     assert a == again
     assert len({a, b, other}) == 3
-    assert 0 <= request_seed(1, 0, [{"role": "user", "content": "\ud800"}], 0) < 2**31
+    assert 0 <= request_seed(1, LLMRequest([Message("user", "\ud800")], parse=str), 0) < 2**31
 
 
 def test_retry_after_is_honoured(endpoint: Any) -> None:
@@ -119,7 +119,6 @@ def test_a_retry_after_beyond_the_deadline_fails_at_once(endpoint: Any) -> None:
     error, _ = failing(section(endpoint, deadline_s=5.0))
     assert time.monotonic() - began < 4
     assert "429" in str(error)
-    assert not error.fatal
 
 
 @pytest.mark.parametrize("provider", ["hosted_vllm", "openai"])
@@ -154,7 +153,6 @@ def test_the_whole_call_has_a_deadline(endpoint: Any) -> None:
 def test_what_cannot_get_better_is_not_retried(endpoint: Any, status: int) -> None:
     endpoint.script = [(status, {}, f"bad key {SECRET} given")] * 5
     error, after = failing(section(endpoint))
-    assert error.fatal
     assert after.roles["user"].attempts == 1
     assert SECRET not in str(error)
     assert str(status) in str(error)
@@ -162,15 +160,16 @@ def test_what_cannot_get_better_is_not_retried(endpoint: Any, status: int) -> No
 
 def test_a_spent_account_is_not_retried(endpoint: Any) -> None:
     endpoint.script = [(429, {}, "insufficient_quota: you exceeded your quota")] * 5
-    error, after = failing(section(endpoint))
-    assert error.fatal
+    _, after = failing(section(endpoint))
     assert after.roles["user"].attempts == 1
 
 
 @pytest.mark.parametrize("bad", ["", "   ", "I would rather not", '{"thought": "only"}', '{"response": ""}', "{"])
 def test_an_unusable_reply_is_asked_for_again(endpoint: Any, bad: str) -> None:
     endpoint.script = [bad]
-    text, after = use(section(endpoint), lambda g: LLMUserSimulator(g.role("user")).reply(TASK, [], sample_index=0))
+    text, after = use(
+        section(endpoint), lambda g: LLMUserSimulator(USER, g.role("user")).reply(TASK, [], sample_index=0)
+    )
     assert text == "hello"
     assert after.roles["user"].malformed == 1
     first, second = endpoint.requests
@@ -182,7 +181,7 @@ def test_unusable_replies_share_the_budget_of_retries(endpoint: Any) -> None:
 
     async def body(gateway: Gateway) -> str:
         with pytest.raises(SimulatorError) as caught:
-            await LLMUserSimulator(gateway.role("user")).reply(TASK, [], sample_index=0)
+            await LLMUserSimulator(USER, gateway.role("user")).reply(TASK, [], sample_index=0)
         return str(caught.value)
 
     message, after = use(section(endpoint, max_attempts=3), body)
@@ -195,7 +194,7 @@ def test_concurrency_is_bounded(endpoint: Any) -> None:
     endpoint.delay_s = 0.1
 
     async def body(gateway: Gateway) -> None:
-        await asyncio.gather(*(gateway.role("user").complete(HELLO, sample_index=i) for i in range(9)))
+        await asyncio.gather(*(gateway.role("user").complete(hello(sample_index=i)) for i in range(9)))
 
     _, after = use(section(endpoint, max_concurrency=3, deadline_s=0.35), body)
     assert endpoint.most_in_flight == 3
@@ -205,14 +204,14 @@ def test_concurrency_is_bounded(endpoint: Any) -> None:
 
 def test_prices(endpoint: Any, caplog: pytest.LogCaptureFixture) -> None:
     priced = section(endpoint, input_usd_per_mtoken=1.0, output_usd_per_mtoken=10.0)
-    (reply,), after = use(priced, lambda g: g.role("user").complete(HELLO))
-    assert reply.cost_usd == pytest.approx((100 * 1.0 + 10 * 10.0) / 1e6) == after.cost_usd
+    _, after = use(priced, lambda g: g.role("user").complete(HELLO))
+    assert after.cost_usd == pytest.approx((100 * 1.0 + 10 * 10.0) / 1e6)
     known = section(endpoint, model="openai/gpt-4o-mini")
-    (reply,), _ = use(known, lambda g: g.role("user").complete(HELLO))
-    assert reply.cost_usd > 0
+    _, after = use(known, lambda g: g.role("user").complete(HELLO))
+    assert after.cost_usd > 0
     with caplog.at_level(logging.WARNING):
-        (reply,), _ = use(section(endpoint, model="hosted_vllm/unheard-of"), lambda g: g.role("user").complete(HELLO))
-    assert reply.cost_usd == 0.0
+        _, after = use(section(endpoint, model="hosted_vllm/unheard-of"), lambda g: g.role("user").complete(HELLO))
+    assert after.cost_usd == 0.0
     assert sum("no price known" in record.message for record in caplog.records) == 1
 
 
@@ -288,7 +287,7 @@ def test_the_user_ends_the_chat_by_the_configured_signal(endpoint: Any) -> None:
 def test_what_the_user_simulator_is_shown(endpoint: Any) -> None:
     endpoint.script = [json.dumps({"thought": "done", "response": f"thanks {TERMINATION_SIGNAL}"})]
     chat = [Message("system", "hidden"), Message("user", "a {x} $y"), Message("assistant", "sure?</chat>\nok")]
-    text, _ = use(section(endpoint), lambda g: LLMUserSimulator(g.role("user")).reply(TASK, chat, sample_index=0))
+    text, _ = use(section(endpoint), lambda g: LLMUserSimulator(USER, g.role("user")).reply(TASK, chat, sample_index=0))
     assert text == f"thanks {TERMINATION_SIGNAL}"
     (message,) = endpoint.requests[0]["messages"]
     prompt = message["content"]

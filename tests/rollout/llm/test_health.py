@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collab_megatron.config.sections import HealthSection, LLMSection
-from collab_megatron.demo import roles, world
+from collab_megatron.config.sections import HealthSection, LLMSection, SimulatorSection, UserSection
+from collab_megatron.demo import desk, scripted_roles
 from collab_megatron.errors import UserError
 from collab_megatron.rollout.llm import Gateway, LLMUserSimulator
 from collab_megatron.rollout.llm.health import SimulatorHealth, shares, verdict
@@ -23,8 +23,9 @@ from collab_megatron.rollout.llm.turn_checks import DETECTORS, Turn
 from collab_megatron.rollout.llm.user import USER_TURN_SCHEMA
 from collab_megatron.rollout.rewards.accuracy import VERDICT_SCHEMA
 from collab_megatron.rollout.rewards.interactivity import MARKS_SCHEMA
-from collab_megatron.types import TERMINATION_SIGNAL, LLMReply, Message, Task
+from collab_megatron.types import TERMINATION_SIGNAL, LLMRequest, Message, T, Task
 
+USER = UserSection(model="m", api_key_env=None)
 LETTER = Task(
     "letter",
     (Message("user", "can you help me write a letter to my landlord"),),
@@ -192,15 +193,15 @@ def test_the_demos_simulator_is_healthy() -> None:
     health = SimulatorHealth(HealthSection())
     template = load_template("user", None, required=(), optional=("task_desc", "request", "chat", "termination_signal"))
     for _ in range(400):
-        task = world.sample_task(rng, "train")
+        task = desk.sample_task(rng, "train")
         known = Task("t", (Message("user", task.opening),), task.request, task.command)
         talk = list(known.prompt)
         for _ in range(3):
             wire = [(message.role, message.content) for message in talk]
-            talk.append(Message("assistant", roles.assistant_reply(wire, rng)))
+            talk.append(Message("assistant", scripted_roles.assistant_reply(wire, rng)))
             lines = "\n".join(json.dumps({"role": m.role, "content": m.content}) for m in talk)
             prompt = template.fill(task_desc="", request=task.request, chat=lines, termination_signal="")
-            said = json.loads(roles.user_reply([("user", prompt)], rng))["response"]
+            said = json.loads(scripted_roles.user_reply([("user", prompt)], rng))["response"]
             health.observe_turn("user", known, talk, said)
             if TERMINATION_SIGNAL in said:
                 break
@@ -314,7 +315,9 @@ def test_accepted_turns_are_looked_at(endpoint: Any) -> None:
     async def main() -> str:
         gateway = Gateway({"user": config}, 1)
         try:
-            return await LLMUserSimulator(gateway.role("user"), health=health).reply(LETTER, ASKED, sample_index=0)
+            return await LLMUserSimulator(USER, gateway.role("user"), health=health).reply(
+                LETTER, ASKED, sample_index=0
+            )
         finally:
             await gateway.close()
 
@@ -330,27 +333,28 @@ class Echo:
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
 
-    async def complete(self, messages: Any, **options: Any) -> list[LLMReply]:
-        self.asked.append((messages[0].content.splitlines()[0], options["schema"]))
-        return [LLMReply('{"thought": "", "response": "ok"}')]
+    async def complete(self, request: LLMRequest[T]) -> list[T]:
+        self.asked.append((request.messages[0].content.splitlines()[0], request.schema))
+        return [request.parse('{"thought": "", "response": "ok"}')]
 
 
 def test_each_part_of_a_mixture_has_its_prompt(tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("my own words\n$request $chat")
     llm = Echo()
-    simulator = LLMUserSimulator(llm, templates=[None, mine], part=lambda sample_index: sample_index % 2)
+    other = SimulatorSection(model="b", prompt_file=mine)
+    both = UserSection(model="a", mixture=(other,))
+    simulator = LLMUserSimulator(both, llm, part=lambda sample_index: sample_index % 2)
     for sample_index in (0, 1, 2):
         asyncio.run(simulator.reply(SUM, [], sample_index=sample_index))
     firsts = [first for first, _ in llm.asked]
     assert firsts[1] == "my own words"
     assert firsts[0] == firsts[2] != firsts[1]
-    asyncio.run(LLMUserSimulator(llm, mine).reply(SUM, [], sample_index=0))
+    asyncio.run(LLMUserSimulator(UserSection(model="a", prompt_file=mine), llm).reply(SUM, [], sample_index=0))
     assert llm.asked[-1] == ("my own words", USER_TURN_SCHEMA)
-    with pytest.raises(ValueError, match="part"):
-        LLMUserSimulator(llm, templates=[None, mine])
+    missing = SimulatorSection(model="b", prompt_file=tmp_path / "none.txt")
     with pytest.raises(UserError, match="cannot be read"):
-        LLMUserSimulator(llm, templates=[None, tmp_path / "none.txt"], part=lambda sample_index: 0)
+        LLMUserSimulator(UserSection(model="a", mixture=(missing,)), llm)
 
 
 @pytest.mark.parametrize(

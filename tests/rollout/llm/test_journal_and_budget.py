@@ -17,10 +17,11 @@ from collab_megatron.errors import RunError
 from collab_megatron.rollout.journal.store import Journal, Replay, ReplayMiss
 from collab_megatron.rollout.llm import Gateway, SimulatorError
 from collab_megatron.rollout.llm import budget as budget_module
+from collab_megatron.rollout.llm.accounting import CALLS
 from collab_megatron.rollout.llm.budget import Budget
-from collab_megatron.rollout.llm.role import Role
-from collab_megatron.types import LLMReply
-from tests.rollout.llm.calls import GOOD, HELLO, config_for, good, use_role
+from collab_megatron.rollout.llm.role_client import RoleClient
+from collab_megatron.types import CallRecord
+from tests.rollout.llm.calls import GOOD, config_for, good, hello, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint
 
 PRICES: dict[str, Any] = {"input_usd_per_mtoken": 10.0, "output_usd_per_mtoken": 100.0}  # 0.002 dollars an answer
@@ -43,8 +44,10 @@ def journal(folder: Path, replay: Replay = "auto") -> closing[Journal]:
     return closing(Journal(folder / "journal.sqlite", replay=replay, lineage="test"))
 
 
-async def five(role: Role) -> list[LLMReply]:
-    return [(await role.complete(HELLO, sample_index=index))[0] for index in range(5)]
+async def five(role: RoleClient) -> tuple[list[str], list[CallRecord]]:
+    calls: list[CallRecord] = []
+    CALLS.set(calls)
+    return [(await role.complete(hello(sample_index=index)))[0] for index in range(5)], calls
 
 
 @pytest.mark.parametrize("faults", [{}, {"empty": 0.3, "wrong_role": 0.3, "huge": 0.1}])
@@ -53,16 +56,15 @@ def test_a_replay_walks_the_same_path_and_asks_nobody(tmp_path: Path, faults: di
     with MisbehavingEndpoint(lambda body: f"{GOOD} {body['seed']}", faults=faults, seed=4) as endpoint:
         config = config_for(endpoint.url, max_attempts=40, **PRICES)
         with journal(tmp_path) as book:
-            first, before = use_role(config, five, journal=book, observer=observer)
+            (first, calls), before = use_role(config, five, journal=book, observer=observer)
             spent = book.spent()
         with journal(tmp_path, "only") as book:
-            again, after = use_role(config, five, journal=book, observer=observer)
+            (again, replayed), after = use_role(config, five, journal=book, observer=observer)
             assert book.spent() == spent
         asked = sum(endpoint.counts.values())
-    assert [reply.text for reply in again] == [reply.text for reply in first]
-    assert not any(reply.replayed for reply in first)
-    assert all(reply.replayed and reply.cost_usd == 0 for reply in again)
-    assert (again[0].model, again[0].fingerprint) == ("m", "fp-1")
+    assert again == first
+    assert not any(call.replayed for call in calls)
+    assert all(call.replayed and call.cost_usd == 0 and call.answered_by == "m" for call in replayed)
     assert before.answers == after.replayed == asked
     assert (after.calls, after.attempts, after.answers, after.cost_usd) == (0, 0, 0, 0.0)
     assert sum(item.calls for item in spent.values()) == asked
@@ -76,10 +78,10 @@ def test_a_replay_walks_the_same_path_and_asks_nobody(tmp_path: Path, faults: di
 def test_malformed_replies_of_the_journal_are_asked_again(tmp_path: Path) -> None:
     """A call that failed for its replies would else fail at every resume, without a single request."""
 
-    async def call(role: Role) -> LLMReply:
-        return (await role.complete(HELLO, check=json.loads))[0]
+    async def call(role: RoleClient) -> Any:
+        return (await role.complete(hello(parse=json.loads)))[0]
 
-    async def refused(role: Role) -> str:
+    async def refused(role: RoleClient) -> str:
         with pytest.raises(SimulatorError) as caught:
             await call(role)
         return str(caught.value)
@@ -94,19 +96,18 @@ def test_malformed_replies_of_the_journal_are_asked_again(tmp_path: Path) -> Non
             words, replayed = use_role(config, refused, journal=book)
         assert "after 3 attempts" in words
         with journal(tmp_path) as book:
-            reply, after = use_role(config, call, journal=book)
+            value, after = use_role(config, call, journal=book)
         assert endpoint.counts["good"] == 4
-    assert reply.text == "{}"
-    assert not reply.replayed
+    assert value == {}
     assert (before.malformed, replayed.malformed, after.malformed) == (3, 3, 3)
     assert (before.answers, replayed.answers, after.answers) == (3, 0, 1)
     assert (after.replayed, after.calls, after.failures) == (3, 1, 0)
 
 
 def test_what_the_journal_lacks_ends_a_run_that_may_ask_nothing(tmp_path: Path) -> None:
-    async def miss(role: Role) -> None:
+    async def miss(role: RoleClient) -> None:
         with pytest.raises(ReplayMiss, match="user") as caught:
-            await role.complete(HELLO, sample_index=99)
+            await role.complete(hello(sample_index=99))
         assert isinstance(caught.value, RunError)
         assert not isinstance(caught.value, SimulatorError)
 
@@ -136,7 +137,7 @@ def test_an_answer_is_on_disk_before_it_is_used(tmp_path: Path) -> None:
         seen.append(sum(item.calls for item in book.spent().values()))
 
     with MisbehavingEndpoint(good) as endpoint, journal(tmp_path) as book:
-        use_role(config_for(endpoint.url), lambda role: role.complete(HELLO, check=check), journal=book)
+        use_role(config_for(endpoint.url), lambda role: role.complete(hello(parse=check)), journal=book)
     assert seen == [1]
 
 
@@ -151,7 +152,7 @@ def test_the_budget_warns_once_and_is_exhausted_with_the_way_out(
         said: list[Any] = []
         try:
             for index in range(4):
-                await gateway.role("user").complete(HELLO, sample_index=index)
+                await gateway.role("user").complete(hello(sample_index=index))
                 said.append((gateway.budget.warnings(), gateway.budget.exhausted))
             return [*said, gateway.budget.metrics()]
         finally:
@@ -207,10 +208,10 @@ def test_no_key_reaches_a_log_an_error_or_the_journal(
     plain["api_key_env"], plain["deployments"][0]["api_key_env"] = "FIRST_KEY", "SECOND_KEY"
     said: list[str] = []
 
-    async def body(role: Role) -> None:
+    async def body(role: RoleClient) -> None:
         for index in range(8):
             try:
-                await role.complete(HELLO, sample_index=index, check=json.loads)
+                await role.complete(hello(sample_index=index, parse=json.loads))
             except SimulatorError:
                 said.append(traceback.format_exc())
         said.append(repr(role._deployments.items))

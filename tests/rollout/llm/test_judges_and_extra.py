@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import yaml
 
 from collab_megatron.config import RLConfig, dump_config, load_config
-from collab_megatron.config.entry import llm_roles, shipped_judges
+from collab_megatron.config.roles import llm_roles, shipped_judges
 from collab_megatron.config.sections import BudgetSection, LLMSection, SimulatorsSection, UserSection
 from collab_megatron.errors import UserError
 from collab_megatron.launch.cost import Lengths, step_calls
@@ -22,9 +21,9 @@ from collab_megatron.rollout.lineage import lineage_of
 from collab_megatron.rollout.llm import Gateway
 from collab_megatron.rollout.rewards import configured_scorer, make_scorer
 from collab_megatron.rollout.rewards.interactivity import MARKS
-from collab_megatron.types import LLMReply, Message, ScoredConversation, Task
+from collab_megatron.types import LLMRequest, Message, ScoredConversation, T, Task
 from tests.conftest import REPOSITORY
-from tests.rollout.llm.calls import HELLO, closed_port, config_for, good, use_role
+from tests.rollout.llm.calls import HELLO, closed_port, config_for, good, hello, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint
 
 PROMPT = (Message("user", "a table"),)
@@ -39,9 +38,9 @@ class Judge:
     def __init__(self) -> None:
         self.prompts: list[str] = []
 
-    async def complete(self, messages: Sequence[Message], **options: Any) -> list[LLMReply]:
-        self.prompts.append(messages[0].content)
-        return [LLMReply(json.dumps({"correct": True, **dict.fromkeys(MARKS, 1.0)}))]
+    async def complete(self, request: LLMRequest[T]) -> list[T]:
+        self.prompts.append(request.messages[0].content)
+        return [request.parse(json.dumps({"correct": True, **dict.fromkeys(MARKS, 1.0)}))]
 
 
 def seen(weights: dict[str, float], **options: Any) -> str:
@@ -95,7 +94,7 @@ def test_judges_are_cold_and_users_are_not(tmp_path: Path) -> None:
 
 
 def test_a_metric_may_have_a_judge_of_its_own(tmp_path: Path) -> None:
-    """Every LLM is asked for what it judges, with counters and costs of its own."""
+    """Every LLM is asked for what it judges, with its own counters and costs."""
     answer = json.dumps({"correct": True, **dict.fromkeys(MARKS, 0.5)})
     with MisbehavingEndpoint(lambda body: answer) as one, MisbehavingEndpoint(lambda body: answer) as other:
 
@@ -184,8 +183,8 @@ def test_the_plan_and_the_lineage_know_the_judges(tmp_path: Path, tiny_model: Pa
 
 def test_extra_arguments_reach_the_provider_and_the_journals_key(tmp_path: Path) -> None:
     def texts(extra: dict[str, Any]) -> str:
-        (reply,), _ = use_role(config_for(endpoint.url, extra=extra), lambda role: role.complete(HELLO), journal=book)
-        return str(reply.text)
+        (text,), _ = use_role(config_for(endpoint.url, extra=extra), lambda role: role.complete(HELLO), journal=book)
+        return str(text)
 
     bodies: list[dict[str, Any]] = []
 
@@ -214,8 +213,8 @@ def test_a_greedy_judge_that_gave_no_usable_reply_is_asked_again_warmer() -> Non
 
     with MisbehavingEndpoint(answer) as endpoint:
         config = config_for(endpoint.url, temperature=0.0)
-        (reply,), usage = use_role(config, lambda role: role.complete(HELLO, check=int))
-    assert reply.text == "7"
+        (number,), usage = use_role(config, lambda role: role.complete(hello(parse=int)))
+    assert number == 7
     assert temperatures == [0, 0.5]
     assert usage.unreadable == 1
 

@@ -13,7 +13,7 @@ import pytest
 
 from collab_megatron.rollout.llm import RoleUsage, SimulatorError
 from collab_megatron.rollout.llm.failure import address_of, classify
-from collab_megatron.rollout.llm.role import Role
+from collab_megatron.rollout.llm.role_client import RoleClient
 from tests.rollout.llm.calls import HELLO, config_for, use_role
 
 
@@ -49,12 +49,11 @@ def listening(how: str) -> Iterator[str]:
 
 
 def failing(url: str, **settings: Any) -> tuple[str, RoleUsage]:
-    """What a call that cannot be had says of its last attempt, and the role's counters."""
+    """What a failed call reports about its last attempt, and the role's counters."""
 
-    async def body(role: Role) -> str:
+    async def body(role: RoleClient) -> str:
         with pytest.raises(SimulatorError) as caught:
             await role.complete(HELLO)
-        assert not caught.value.fatal
         return str(caught.value)
 
     # far above what a busy machine needs for the client's imports
@@ -90,14 +89,14 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", knows_no_such_name)
     said, usage = failing("http://llm.invalid:8000/v1")
-    assert said == "no address is known for llm.invalid (DNS: Name or service not known)"
+    assert said == "no address found for llm.invalid (DNS: Name or service not known)"
     assert usage.connection_errors == 1
 
 
 def test_tls_with_a_server_that_has_none() -> None:
     with listening("junk") as address:
         said, usage = failing(f"https://{address}/v1")
-        assert said.startswith(f"no TLS connection with {address} (")
+        assert said.startswith(f"no TLS connection to {address} (")
         assert usage.connection_errors == 1
 
 
@@ -105,7 +104,7 @@ def test_a_connection_that_breaks_and_one_that_is_no_http() -> None:
     with listening("reset") as address:
         assert failing(f"http://{address}/v1")[0].startswith(f"connection broken by {address} (")
     with listening("junk") as address:
-        assert failing(f"http://{address}/v1")[0] == f"{address} answers with something else than HTTP"
+        assert failing(f"http://{address}/v1")[0] == f"{address} did not answer in HTTP"
 
 
 def test_a_server_that_does_not_answer() -> None:
@@ -129,7 +128,7 @@ def test_a_certificate_that_nobody_signed() -> None:
     connector.__cause__ = wrong
     error = TransportError("Connection error.")
     error.__cause__ = connector
-    assert str(classify(error, [])) == "no TLS connection with llm.example:443 (self-signed certificate)"
+    assert str(classify(error, [])) == "no TLS connection to llm.example:443 (self-signed certificate)"
 
 
 def test_an_address_is_host_and_port_alone() -> None:

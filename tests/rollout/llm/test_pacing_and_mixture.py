@@ -12,11 +12,11 @@ import pytest
 from collab_megatron.config.sections import DeploymentSection, LLMSection, SimulatorSection, UserSection
 from collab_megatron.errors import UserError
 from collab_megatron.rollout.llm import Gateway, GatewaySnapshot, SimulatorError
-from collab_megatron.rollout.llm import pacing as module
-from collab_megatron.rollout.llm.mixture import draw_part
-from collab_megatron.rollout.llm.pacing import Bucket
-from collab_megatron.rollout.llm.role import Role
-from tests.rollout.llm.calls import HELLO, closed_port, config_for, good, use_role
+from collab_megatron.rollout.llm import deployments as module
+from collab_megatron.rollout.llm.deployments import RateLimit
+from collab_megatron.rollout.llm.gateway import draw_part
+from collab_megatron.rollout.llm.role_client import RoleClient
+from tests.rollout.llm.calls import HELLO, closed_port, config_for, good, hello, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint
 
 SCHEMA = {"type": "object", "properties": {"response": {"type": "string"}}, "required": ["response"]}
@@ -25,12 +25,12 @@ SCHEMA = {"type": "object", "properties": {"response": {"type": "string"}}, "req
 def test_a_bucket_lets_a_burst_go_and_then_keeps_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
-    bucket = Bucket(120)  # 2 a second, 10 at once
+    bucket = RateLimit(120)  # 2 a second, 10 at once
     for _ in range(10):
         assert bucket.delay_s(1) == 0
         bucket.pay(1)
     assert bucket.delay_s(1) == pytest.approx(0.5)
-    bucket.pay(1)  # whoever waits has paid: the next one comes after it
+    bucket.pay(1)  # a waiting call has paid: the next one comes after it
     assert bucket.delay_s(1) == pytest.approx(1.0)
     now = 100.0
     assert bucket.delay_s(10) == 0
@@ -41,8 +41,8 @@ def test_a_bucket_lets_a_burst_go_and_then_keeps_the_rate(monkeypatch: pytest.Mo
     assert bucket.delay_s(10) == 0
 
 
-async def ask(role: Role, count: int) -> None:
-    await asyncio.gather(*(role.complete(HELLO, sample_index=index) for index in range(count)))
+async def ask(role: RoleClient, count: int) -> None:
+    await asyncio.gather(*(role.complete(hello(sample_index=index)) for index in range(count)))
 
 
 def test_requests_per_minute_are_waited_for() -> None:
@@ -58,9 +58,9 @@ def test_requests_per_minute_are_waited_for() -> None:
 def test_tokens_per_minute_are_waited_for_by_what_the_answers_really_had() -> None:
     with MisbehavingEndpoint(good) as endpoint:
 
-        async def body(role: Role) -> float:
+        async def body(role: RoleClient) -> float:
             for index in range(4):  # 110 tokens each, out of 550 at once
-                await role.complete(HELLO, sample_index=index)
+                await role.complete(hello(sample_index=index))
             began = time.monotonic()
             await ask(role, 4)
             return time.monotonic() - began
@@ -83,11 +83,11 @@ def test_a_call_waits_only_if_no_deployment_has_room() -> None:
 
 
 def test_no_room_within_the_deadline_ends_the_call_at_once() -> None:
-    async def body(role: Role) -> None:
+    async def body(role: RoleClient) -> None:
         await role.complete(HELLO)
         began = time.monotonic()
         with pytest.raises(SimulatorError, match="limits per minute"):
-            await role.complete(HELLO, sample_index=1)
+            await role.complete(hello(sample_index=1))
         assert time.monotonic() - began < 1.0
 
     with MisbehavingEndpoint(good) as endpoint:
@@ -108,13 +108,14 @@ def test_a_conversation_keeps_its_simulator_and_each_has_its_own_counters() -> N
         try:
             for turn in range(2):
                 for index in range(40):
-                    (reply,) = await gateway.role("user").complete([*HELLO, *HELLO * turn], sample_index=index)
-                    assert reply.model == "abc"[gateway.part("user", index)]
+                    request = hello(messages=[*HELLO.messages] * (1 + turn), sample_index=index)
+                    (model,) = await gateway.role("user").complete(request)
+                    assert model == "abc"[gateway.part("user", index)]
             return [gateway.part("user", index) for index in range(40)], gateway.snapshot()
         finally:
             await gateway.close()
 
-    with MisbehavingEndpoint(good) as endpoint:
+    with MisbehavingEndpoint(lambda body: body["model"]) as endpoint:
         parts, after = asyncio.run(main(endpoint.url))
         counts = {model: counts["good"] for model, counts in endpoint.counts_of.items()}
     assert counts == {"abc"[part]: 2 * count for part, count in Counter(parts).items()}
@@ -153,13 +154,13 @@ def test_every_deployment_of_every_part_is_checked(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("provider", ["hosted_vllm", "openai"])
 def test_a_schema_is_sent_where_the_config_wants_it(provider: str) -> None:
-    async def body(role: Role) -> None:
-        await role.complete(HELLO, json_reply=True, schema=SCHEMA)
-        await role.complete(HELLO, json_reply=True)
+    async def body(role: RoleClient) -> None:
+        await role.complete(hello(json_reply=True, schema=SCHEMA))
+        await role.complete(hello(json_reply=True))
 
     wanted = {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": SCHEMA}}
     with MisbehavingEndpoint(good) as endpoint:
-        use_role(config_for(endpoint.url, provider=provider, json_schema=True), body)
+        use_role(config_for(endpoint.url, provider=provider, response_format="json_schema"), body)
         use_role(config_for(endpoint.url, provider=provider), body)
         formats = [request["response_format"] for request in endpoint.requests]
     assert formats == [wanted, *[{"type": "json_object"}] * 3]
@@ -168,9 +169,9 @@ def test_a_schema_is_sent_where_the_config_wants_it(provider: str) -> None:
 def test_the_limits_are_divided_among_the_processes() -> None:
     with MisbehavingEndpoint(good, delay_s=0.05) as endpoint:
 
-        async def body(role: Role) -> float:
+        async def body(role: RoleClient) -> float:
             await ask(role, 9)
-            return role.slots.limit
+            return role.limiter.limit
 
         limit, _ = use_role(config_for(endpoint.url, max_concurrency=9), body, shards=3)
     assert limit == 3

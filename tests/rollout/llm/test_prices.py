@@ -42,7 +42,7 @@ def test_a_price_is_typed_listed_or_unknown(monkeypatch: pytest.MonkeyPatch) -> 
     for unknown in ("hosted_vllm/m", "openai/some-own-model", "ollama/nobody-knows", "huggingface/a/b"):
         assert price(llm(unknown)) is None
         assert price(llm(unknown, input_usd_per_mtoken=1)) is None  # half a price counts half the cost
-    # a gateway tells LiteLLM of models that it does not know, at 0 dollars: that is no price, and hides none
+    # a gateway registers models that LiteLLM does not know, at 0 dollars: that is not a price and hides none
     Gateway({"user": llm("hosted_vllm/m"), "judge": llm("openai/gpt-4o-mini", **FREE)}, 1)
     assert price(llm("hosted_vllm/m")) is None
     assert price(llm("openai/gpt-4o-mini")) == listed
@@ -71,7 +71,7 @@ def test_a_cap_in_dollars_refuses_an_unknown_price_by_its_place() -> None:
 
 
 def test_a_listed_price_counts_where_litellm_reckons_nothing() -> None:
-    endpoint = Endpoint("gpt-4o-mini", None, None, price(llm("gpt-4o-mini")), json_mode=True, json_schema=False)
+    endpoint = Endpoint(llm("gpt-4o-mini"), None, price(llm("gpt-4o-mini")), takes_schema=False)
     for nothing in ({}, {"response_cost": None}, {"response_cost": 0.0}):
         cost_usd = LiteLLMApi._cost_usd(endpoint, SimpleNamespace(_hidden_params=nothing), 100, 10)
         assert cost_usd == pytest.approx((100 * 0.15 + 10 * 0.6) / 1e6)

@@ -1,13 +1,12 @@
-"""Metrics of the user's own: the example of docs/METRICS.md, modules next to the config, settings, wrong scores."""
+"""Metrics of the user's own: the example of docs/rewards.md, modules next to the config, settings, wrong scores."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from collab_megatron.errors import UserError
 from collab_megatron.rollout.llm import SimulatorError
 from collab_megatron.rollout.rewards import MetricContext, Scorer, conversation_reward, make_scorer, register_metric
 from collab_megatron.rollout.rewards.registry import _FACTORIES
-from collab_megatron.types import LLMReply, Message, ScoredConversation, Task
+from collab_megatron.types import LLMRequest, Message, ScoredConversation, T, Task
 from tests.conftest import REPOSITORY
 
 PROMPT = (Message("user", "a table"),)
@@ -63,11 +62,11 @@ def test_a_score_may_be_awaited_or_not(plain: bool) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (float("nan"), "gave nan, which is no score"),
-        (float("-inf"), "gave -inf, which is no score"),
-        (None, r"gave a NoneType \(None\), which is no number"),
-        ("0.5", r"gave a str \('0.5'\), which is no number"),
-        ({"score": 1}, "gave a dict"),
+        (float("nan"), "returned nan: return a finite number"),
+        (float("-inf"), "returned -inf: return a finite number"),
+        (None, r"returned a NoneType \(None\), not a number"),
+        ("0.5", r"returned a str \('0.5'\), not a number"),
+        ({"score": 1}, "returned a dict"),
     ],
 )
 def test_what_is_no_score_is_a_failure_with_the_metrics_name(plain: bool, value: Any, words: str) -> None:
@@ -216,7 +215,7 @@ def test_settings_are_typed_and_refused_where_they_are_wrong() -> None:
 @pytest.mark.parametrize(
     ("factory", "words"),
     [
-        (lambda context: None, "gave a NoneType without a `score` function"),
+        (lambda context: None, "returned a NoneType without a `score` method"),
         (lambda context: Given(0.0), "is named 'given'; set name = 'odd' on Given"),
     ],
 )
@@ -232,20 +231,19 @@ def test_a_weight_is_a_number(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_page_works(tmp_path: Path) -> None:
-    page = (REPOSITORY / "docs" / "METRICS.md").read_text()
+    page = (REPOSITORY / "docs" / "rewards.md").read_text()
     module, test = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "my_metrics.py").write_text(module)
     reward = load_config(RLConfig, write_config(tmp_path, yaml.safe_load(example)["reward"])).reward
 
     class Judge:
-        async def complete(self, messages: Sequence[Message], **options: Any) -> list[LLMReply]:
-            options["check"]("1")
-            return [LLMReply(json.dumps(1))]
+        async def complete(self, request: LLMRequest[T]) -> list[T]:
+            return [request.parse("1")]
 
     scorer = make_scorer(reward.metric_weights, Judge(), metric_modules=reward.metric_modules, settings=reward.settings)
     assert asyncio.run(scorer.score(TALK)) == {"brevity": pytest.approx(1 - 2 / 60), "kindness": 1.0}
     own: dict[str, Any] = {}
-    exec(compile(test, "METRICS.md", "exec"), own)
+    exec(compile(test, "rewards.md", "exec"), own)
     (check,) = [value for name, value in own.items() if name.startswith("test_")]
     check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from collab_megatron.rollout.rewards import (
     register_metric,
 )
 from collab_megatron.rollout.rewards.registry import _FACTORIES
-from collab_megatron.types import Future, LLMReply, Message, Metric, RolloutStatus, ScoredConversation, Task
+from collab_megatron.types import Future, LLMRequest, Message, Metric, RolloutStatus, ScoredConversation, T, Task
 
 
 class FakeJudge:
@@ -35,11 +35,10 @@ class FakeJudge:
         self._reply = reply
         self.prompts: list[str] = []
 
-    async def complete(self, messages: Sequence[Message], **options: Any) -> list[LLMReply]:
-        self.prompts.append(messages[0].content)
-        text = json.dumps(self._reply(messages[0].content))
-        options["check"](text)
-        return [LLMReply(text)]
+    async def complete(self, request: LLMRequest[T]) -> list[T]:
+        (message,) = request.messages
+        self.prompts.append(message.content)
+        return [request.parse(json.dumps(self._reply(message.content)))]
 
 
 def conversation(answer: str, truth: str = "BOOK size 4") -> ScoredConversation:
@@ -191,7 +190,7 @@ def test_a_metric_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         return Constant()
 
     assert score(make_scorer({"constant": 2.0}, None), conversation("x")) == {"constant": 0.25}
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         register_metric("constant")(constant)
 
 

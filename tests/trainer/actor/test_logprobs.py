@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from collab_megatron.model import memory
 from collab_megatron.trainer.actor import logprobs as head
 from collab_megatron.trainer.actor.logprobs import head_logprobs
 
@@ -131,8 +132,8 @@ def test_one_chunk_and_many_agree(dtype: torch.dtype, monkeypatch: pytest.Monkey
     for (one, _), (many, _) in zip(*pairs, strict=True):
         exact = dtype == torch.float32 or one.dtype == torch.float32
         torch.testing.assert_close(one, many, rtol=1e-6 if exact else 2**-6, atol=2e-6 if exact else 0.03)
-    monkeypatch.setattr(head, "TILE_COLUMNS", 7)
-    monkeypatch.setitem(head.TILE_BYTES, "cpu", 0)
+    monkeypatch.setattr(memory, "TILE_COLUMNS", 7)
+    monkeypatch.setitem(memory.TILE_BYTES, "cpu", 0)
     for (kept, _), (again, _) in zip(_ours_and_plain(dtype, ONE_CHUNK, 33), pairs[1], strict=True):
         assert torch.equal(kept, again)
 

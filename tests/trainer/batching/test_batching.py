@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collab_megatron.trainer.batching import TokenSample, idle_like, split_by_tokens
-from collab_megatron.trainer.batching.balance import balanced_shares
+from collab_megatron.trainer.batching.partition import balanced_partition
 
 
 def sample(length: int) -> TokenSample:
@@ -64,7 +64,7 @@ def test_replies_share_their_prompt_and_lose_nothing(found: list[tuple[int, int]
 
 def test_a_shared_token_cannot_be_trained() -> None:
     wrong = TokenSample([1, 2, 3], [0.0, 1.0, 1.0], shareable=1)
-    with pytest.raises(ValueError, match="trained, which others share"):
+    with pytest.raises(ValueError, match="which it shares with others"):
         split_by_tokens([wrong, wrong], micro_batch_tokens=9, pad_id=0, share=True)
 
 
@@ -78,7 +78,7 @@ def test_an_empty_batch_trains_nothing() -> None:
 @given(st.lists(st.integers(1, 1000), max_size=60), st.integers(1, 8))
 @settings(max_examples=50, deadline=None)
 def test_shares_are_a_partition_and_close(costs: list[int], ranks: int) -> None:
-    shares = balanced_shares(costs, ranks)
+    shares = balanced_partition(costs, ranks)
     assert sorted(i for share in shares for i in share) == list(range(len(costs)))
     loads = [sum(costs[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0)

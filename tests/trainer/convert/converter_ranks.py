@@ -20,11 +20,12 @@ import torch
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import RunError, UserError
-from collab_megatron.model.layout import check_layout, read_hf_config
+from collab_megatron.model.folder import read_hf_config
+from collab_megatron.model.layout import check_layout
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.checkpoint import from_hf, to_hf
-from collab_megatron.trainer.checkpoint.store import load_checkpoint, save_checkpoint
+from collab_megatron.trainer.checkpoint.save_load import load_checkpoint, save_checkpoint
 from collab_megatron.wire.checkpoints import complete_checkpoints, read_info
 
 LAYOUTS = (

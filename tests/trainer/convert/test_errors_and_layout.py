@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import UserError
-from collab_megatron.model.layout import check_layout, read_hf_config
-from collab_megatron.model.source import resolve_model_folder
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
+from collab_megatron.model.layout import check_layout
 from collab_megatron.model.spec import model_spec
 from collab_megatron.trainer.convert.finite import not_finite
 from collab_megatron.trainer.convert.loader import load_hf_weights
-from tests.trainer.convert.shards import make_ranks, one_rank
+from tests.trainer.convert.fake_ranks import make_ranks, one_rank
 from tests.trainer.parallel.tiny import config_of, make_model
 
 
@@ -49,7 +49,7 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
         (hf_config(mlp_bias=True), "mlp_bias of LlamaForCausalLM is not supported"),
         (hf_config(quantization_config={"bits": 4}), "quantization_config of LlamaForCausalLM is not supported"),
         (of_kind("qwen2", use_sliding_window=True), "use_sliding_window of Qwen2ForCausalLM is not supported"),
-        (hf_config(rope_parameters=YARN), "type 'yarn' are not supported; supported are default, linear, llama3"),
+        (hf_config(rope_parameters=YARN), "type 'yarn'; supported are default, linear, llama3"),
         (hf_config(rope_parameters=PARTIAL), r"partial_rotary_factor=0\.5 is not supported"),
         (of_kind("qwen3moe", mlp_only_layers=[0]), "dense layers among those of experts"),
         (of_kind("qwen3moe", decoder_sparse_step=2), "dense layers among those of experts"),
@@ -210,7 +210,8 @@ def test_a_missing_tensor_is_seen_by_ranks_that_do_not_read_it(tmp_path: Path) -
 def test_the_layout_check_needs_neither_torch_nor_megatron(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(hf_config()))
     code = (
-        "import sys; from collab_megatron.model.layout import check_layout, read_hf_config; "
+        "import sys; from collab_megatron.model.folder import read_hf_config; "
+        "from collab_megatron.model.layout import check_layout; "
         "from collab_megatron.config.sections import ParallelSection; "
         f"check_layout(read_hf_config({str(tmp_path)!r}), ParallelSection(tensor=2)); "
         "print(sorted({'torch', 'megatron', 'transformers'} & sys.modules.keys()))"

@@ -15,15 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from collab_megatron.config.sections import ParallelSection
-from collab_megatron.model.layout import check_layout, read_hf_config
+from collab_megatron.model.folder import read_hf_config
+from collab_megatron.model.layout import check_layout
 from collab_megatron.model.spec import ARCHITECTURES, ModelSpec, model_spec
 from collab_megatron.model.tables import EMBEDDING, FINAL_NORM, canonical_name, layer_rows, rows
 from collab_megatron.trainer.convert.buckets import tensor_plan
 from collab_megatron.trainer.convert.exporter import hf_tensors
 from collab_megatron.trainer.convert.loader import SafetensorsFolder, load_hf_weights
-from collab_megatron.trainer.convert.place import local_parameters, local_rows, stage_of
+from collab_megatron.trainer.convert.placement import local_parameters, local_rows, stage_of
 from collab_megatron.trainer.convert.reshape import gather, join, merge_qkv, split, split_qkv
-from tests.trainer.convert.shards import make_ranks, one_rank, whole_tensors
+from tests.trainer.convert.fake_ranks import make_ranks, one_rank, whole_tensors
 from tests.trainer.parallel.tiny import KINDS, config_of, make_model
 
 

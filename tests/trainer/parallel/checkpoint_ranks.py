@@ -29,6 +29,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -36,11 +37,17 @@ from collab_megatron.config.sections import OptimizerSection, ParallelSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch.ports import free_port
 from collab_megatron.trainer.actor.actor import Actor, StepResult
-from collab_megatron.trainer.actor.grid import RankGrid, barrier, close_grid, init_grid
+from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, collate
-from collab_megatron.trainer.checkpoint import store
-from collab_megatron.trainer.checkpoint.background import BackgroundSave, grid_beside
-from collab_megatron.trainer.checkpoint.store import Keep, begin, load_checkpoint, load_weights, save_checkpoint
+from collab_megatron.trainer.checkpoint import save_load
+from collab_megatron.trainer.checkpoint.async_save import AsyncSave, grid_for_saves
+from collab_megatron.trainer.checkpoint.save_load import (
+    Retention,
+    begin_save,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from collab_megatron.trainer.convert.loader import SafetensorsFolder
 from collab_megatron.trainer.loss.losses import LossSum, sft_loss
 from collab_megatron.wire.checkpoints import complete_checkpoints, newest_complete, read_info
@@ -198,12 +205,12 @@ def layouts(work: Path, how_many: int) -> None:
 
 def background(grid: RankGrid, work: Path, disk: Path) -> None:
     actor = build(work, "qwen3", grid, distributed=True)
-    beside = grid_beside(grid)
+    beside = grid_for_saves(grid)
     train(actor, 0)
     at_once = save_checkpoint(actor, work / "at-once", step=1, extra={"a": 1}, keep_last=2)
     for _ in range(2):  # the second over the first: the same step again
-        pending = begin(actor, work / "beside", step=1, extra={"a": 1}, keep=Keep(2), copy=True)
-        running = BackgroundSave(pending, beside)
+        pending = begin_save(actor, work / "beside", step=1, extra={"a": 1}, keep=Retention(2), copy=True)
+        running = AsyncSave(pending, beside)
         before = weights(actor)
         train(actor, 1)
         running.wait()
@@ -221,22 +228,23 @@ def background(grid: RankGrid, work: Path, disk: Path) -> None:
 
     # a disk too small for the tensors (`full` has left a checkpoint there): all ranks hear of it where they wait
     kept = complete_checkpoints(disk / "checkpoints")
-    pending = begin(actor, disk / "checkpoints", step=3, extra={}, keep=Keep(2), copy=True)
+    pending = begin_save(actor, disk / "checkpoints", step=3, extra={}, keep=Retention(2), copy=True)
     filler = disk / "filler"
     if grid.is_main:
         _leave(disk, filler, 100_000)
-    barrier(grid)
-    running = BackgroundSave(pending, beside)
+    dist.barrier(group=grid.cpu_group)
+    running = AsyncSave(pending, beside)
     train(actor, 2)
     with pytest.raises(RunError, match=r"^disk full while saving to .*; earlier checkpoints are whole; free \d+ MB"):
         running.wait()
+    dist.barrier(group=grid.cpu_group)  # rank 0 has removed the attempt
     assert complete_checkpoints(disk / "checkpoints") == kept
     assert list((disk / "checkpoints").iterdir()) == kept
-    barrier(grid)
+    dist.barrier(group=grid.cpu_group)
     if grid.is_main:
         filler.unlink()
-    barrier(grid)
-    BackgroundSave(begin(actor, disk / "checkpoints", step=4, extra={}, keep=Keep(1), copy=True), beside).wait()
+    dist.barrier(group=grid.cpu_group)
+    AsyncSave(begin_save(actor, disk / "checkpoints", step=4, extra={}, keep=Retention(1), copy=True), beside).wait()
     assert newest_complete(disk / "checkpoints") == disk / "checkpoints" / "step_00000004"
 
 
@@ -249,20 +257,20 @@ def full(grid: RankGrid, work: Path, disk: Path) -> None:
     for room in (0, 300_000, size // 2, size - 50_000):
         if grid.is_main:
             _leave(disk, filler, room)
-        barrier(grid)
+        dist.barrier(group=grid.cpu_group)
         started = time.perf_counter()
         message = re.escape(f"disk full while saving to {directory}; earlier checkpoints are whole; free ")
         with pytest.raises(RunError, match=rf"^{message}\d+ MB and resume$"):
             save_checkpoint(actor, directory, step=2, extra={}, keep_last=2)
         assert time.perf_counter() - started < 20
-        barrier(grid)
+        dist.barrier(group=grid.cpu_group)
         assert [f.name for f in directory.iterdir()] == ["step_00000001"]
         assert complete_checkpoints(directory) == [saved]
         load_checkpoint(actor, saved)
-        barrier(grid)
+        dist.barrier(group=grid.cpu_group)
         if grid.is_main:
             filler.unlink()
-        barrier(grid)
+        dist.barrier(group=grid.cpu_group)
     save_checkpoint(actor, directory, step=2, extra={}, keep_last=1)
     assert newest_complete(directory) == directory / "step_00000002"
     assert read_info(directory / "step_00000002").layout["tensor"] == 2
@@ -352,9 +360,9 @@ def killed(grid: RankGrid, work: Path) -> None:
         reached.set()
         time.sleep(600)
 
-    store.write_marker = never
-    running = BackgroundSave(
-        begin(actor, work / "killed", step=2, extra={}, keep=Keep(2), copy=True), grid_beside(grid)
+    save_load.write_marker = never
+    running = AsyncSave(
+        begin_save(actor, work / "killed", step=2, extra={}, keep=Retention(2), copy=True), grid_for_saves(grid)
     )
     assert reached.wait(60), running
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,8 @@ import pytest
 from collab_megatron.config.sections import OptimizerSection, ParallelSection
 from collab_megatron.errors import RunError
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.actor.grid import barrier, init_grid
+from collab_megatron.trainer.actor.agreement import fail_together
+from collab_megatron.trainer.actor.grid import init_grid
 from collab_megatron.trainer.batching.micro_batch import split_by_tokens
 from collab_megatron.trainer.loss.losses import sft_loss
 from tests.trainer.parallel.tiny import make_samples
@@ -29,8 +30,8 @@ def main() -> None:
         actor.train_step(batches, lambda logprobs, batch: sft_loss(logprobs, mask=batch.mask), 10)
     with pytest.raises(RunError, match=r"rank 0 .* in log-probs"):
         actor.logprobs(batches)
-    with pytest.raises(RunError, match="rank 0"):
-        barrier(grid)
+    with pytest.raises(RunError, match=r"rank 0 .* in a check: a peer died"), fail_together(grid, "a check", Path()):
+        pass
     assert time.monotonic() - started < 20
     os._exit(0)  # the process groups cannot be left in order any more
 

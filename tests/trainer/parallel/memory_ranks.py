@@ -31,7 +31,7 @@ from collab_megatron.trainer.actor.reference import SwappedReference, build_refe
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample, split_by_tokens
 from collab_megatron.trainer.loss.losses import LossSum, sft_loss
 
-TOKENS = 520  # rows too long for actor/kernels.py's attention over short ones, also when two share one
+TOKENS = 520  # rows too long for local/kernels.py's attention over short ones, also when two share one
 MICRO_BATCHES = 2
 MOST_OFF = 0.1
 

@@ -24,7 +24,7 @@ from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.actor.offload import HostMaster, OffloadedAdamW
 from collab_megatron.trainer.actor.optimizer import parts
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, split_by_tokens
-from collab_megatron.trainer.checkpoint.store import load_checkpoint, save_checkpoint
+from collab_megatron.trainer.checkpoint.save_load import load_checkpoint, save_checkpoint
 from collab_megatron.trainer.loss.losses import LossSum, sft_loss
 from tests.trainer.parallel.tiny import make_samples
 
@@ -88,7 +88,7 @@ def check_variants(folder: Path, grid: RankGrid, dtype: Any, distributed: bool) 
     for recompute in ("selective", "full"):
         actor = build(folder, grid, dtype, recompute, distributed=distributed)
         if recompute == "full" and dtype == "bfloat16":
-            # its first pass is without gradients, where attention over short rows rounds elsewhere (actor/layers.py)
+            # its first pass is without gradients, where attention over short rows rounds elsewhere (local/layers.py)
             check_close(outcome(actor), plain, "recompute full", tolerance=2e-3)
         else:
             check_equal(outcome(actor), plain, f"recompute {recompute}")

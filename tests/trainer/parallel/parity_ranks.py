@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.model.tables import rows
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.actor.grid import RankGrid, barrier, close_grid, init_grid
+from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.batching.micro_batch import TokenSample, split_by_tokens
 from collab_megatron.trainer.convert.loader import SafetensorsFolder
-from collab_megatron.trainer.convert.place import stage_of
+from collab_megatron.trainer.convert.placement import stage_of
 
 TOLERANCE = 1e-5
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -65,7 +66,7 @@ def check_stream(actor: Actor, folder: Path) -> None:
 def check_folder(actor: Actor, folder: Path, output: Path) -> None:
     """A saved folder holds the same tensors, and what comes with them byte for byte."""
     actor.save_hf(output, max_shard_size="100KB")
-    barrier(actor.grid)
+    dist.barrier(group=actor.grid.cpu_group)
     for name in COMPANIONS:
         assert (output / name).read_bytes() == (folder / name).read_bytes(), name
     with SafetensorsFolder(folder) as old, SafetensorsFolder(output) as new:
@@ -96,7 +97,7 @@ def main() -> None:
         section = ParallelSection(**layout["parallel"], device="cpu", collective_timeout_s=60)
         grid = init_grid(section, seed=1)
         check_layout(work, layout["name"], layout["kinds"], grid)
-        barrier(grid)
+        dist.barrier(group=grid.cpu_group)
         close_grid()
 
 

@@ -28,9 +28,9 @@ IMPORTED = (
     "pytest",
     "collab_megatron.trainer.actor.actor",
     "collab_megatron.trainer.actor.reference",
-    "collab_megatron.trainer.checkpoint.background",
+    "collab_megatron.trainer.checkpoint.async_save",
     "collab_megatron.trainer.checkpoint.from_hf",
-    "collab_megatron.trainer.checkpoint.store",
+    "collab_megatron.trainer.checkpoint.save_load",
     "collab_megatron.trainer.checkpoint.to_hf",
     "tests.trainer.parallel.tiny",
 )

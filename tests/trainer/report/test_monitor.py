@@ -11,10 +11,9 @@ import pytest
 from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.trainer.report.alarms import Alarms
 from collab_megatron.trainer.report.dashboard import Dashboard, read_metrics
-from collab_megatron.trainer.report.progress import Progress, duration, steps_between
-from collab_megatron.trainer.report.system import memory_shares
+from collab_megatron.trainer.report.progress_line import ProgressLine, duration, steps_between
 from collab_megatron.trainer.report.timers import PhaseTimer
-from collab_megatron.trainer.reporter import progress_figures
+from collab_megatron.trainer.rl_reporter import memory_shares, progress_figures
 
 
 def test_overlapping_calls_count_once() -> None:
@@ -51,7 +50,7 @@ def test_durations() -> None:
 
 
 def test_the_progress_line_tells_where_training_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress("rl", first_step=2, total_steps=6, every=2)
+    progress = ProgressLine("rl", first_step=2, total_steps=6, every=2)
     for done in range(3, 7):
         progress.step(done, {"reward": "1.5"})
     lines = capsys.readouterr().out.splitlines()
@@ -106,12 +105,12 @@ def test_a_line_cut_short_by_a_full_disk_does_not_stop_a_resume(tmp_path: Path) 
 
 def test_an_alarm_is_told_when_it_begins_and_again_after_it_has_ended() -> None:
     alarms = Alarms()
-    told = [alarms.heard(done, {"rollout/cut_share": share}) for done, share in enumerate([0.6, 0.6, 0.0, 0.0, 0.8], 1)]
+    told = [alarms.check(done, {"rollout/cut_share": share}) for done, share in enumerate([0.6, 0.6, 0.0, 0.0, 0.8], 1)]
     assert [len(sentences) for sentences in told] == [1, 0, 0, 0, 0]
     assert told[0][0].startswith("step 1: 60% of the replies are cut at the token limit")
-    (again,) = Alarms().heard(3, {"rollout/cut_share": 1.0})
+    (again,) = Alarms().check(3, {"rollout/cut_share": 1.0})
     assert "step 3" in again
-    later = [alarms.heard(done, {"rollout/cut_share": 0.9}) for done in range(6, 11)]
+    later = [alarms.check(done, {"rollout/cut_share": 0.9}) for done in range(6, 11)]
     assert [sentence for sentences in later for sentence in sentences] == [
         "steps 3 to 7: 52% of the replies are cut at the token limit: raise rollout.max_new_tokens, or look at the "
         "conversations for replies that do not end"
@@ -120,11 +119,11 @@ def test_an_alarm_is_told_when_it_begins_and_again_after_it_has_ended() -> None:
 
 def test_groups_without_spread_and_full_memories_are_told() -> None:
     figures = {"advantage/groups_with_signal": 0.25, "system/host_memory_share": 0.97, "rollout/cut_share": 0.1}
-    groups, memory = Alarms().heard(1, figures)
+    groups, memory = Alarms().check(1, figures)
     assert groups.startswith("step 1: only 25% of the groups have rewards that differ")
-    assert memory.startswith("step 1: 97% of the machine's memory are in use")
-    assert not Alarms().heard(1, {"advantage/groups_with_signal": 0.75, "system/host_memory_share": 0.5})
-    assert not Alarms().heard(1, {})
+    assert memory.startswith("step 1: 97% of the machine's memory is in use")
+    assert not Alarms().check(1, {"advantage/groups_with_signal": 0.75, "system/host_memory_share": 0.5})
+    assert not Alarms().check(1, {})
 
 
 def test_memory_shares_are_of_this_machine() -> None:

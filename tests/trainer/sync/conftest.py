@@ -17,8 +17,8 @@ from collab_megatron.launch.supervisor import Supervisor
 from tests.engine.real_servers import end_at_once, server_supervisor
 from tests.trainer.parallel.tiny import make_model
 
-START_S = 600.0  # 20 s on an idle machine; longer where other tests run beside it
-MOST = 3  # servers at a time: each is two processes and one per rank, of about 0.7 GB together each
+START_S = 600.0  # 20 s on an idle machine; longer while other tests run
+MOST = 3  # servers at a time; each is two processes and one per rank, about 0.7 GB each
 
 
 @dataclass(frozen=True)

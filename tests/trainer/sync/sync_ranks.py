@@ -1,4 +1,4 @@
-"""Trainer ranks that publish eleven versions of a tiny model and ask every engine for greedy replies on the way.
+"""Trainer ranks that publish eleven versions of a tiny model and ask every engine for greedy replies in between.
 
     sync_ranks.py JOB.json
 
@@ -25,7 +25,7 @@ NEW_TOKENS = 24
 
 
 def change(actor: Actor) -> None:
-    """Every weight by two percent: what is replicated stays equal on all ranks."""
+    """Scale every weight by two percent: replicated weights stay equal on all ranks."""
     with torch.no_grad():
         for chunk in actor.chunks:
             for parameter in chunk.parameters():
@@ -40,12 +40,12 @@ def main(job_file: str) -> None:
     publisher = Publisher(
         actor,
         roster=Path(job["roster"]),
-        engine=EngineSection(wait_s=10, **job.get("engine", {})),
+        engine=EngineSection(startup_timeout_s=4, **job.get("engine", {})),
         sync=SyncSection(timeout_s=120, verify_every=4, **job["sync"]),
         probe_ids=list(range(5, 45)),
         weights_dir=out / "weights",
     )
-    said = []
+    rows = []
     for version in range(max(ASKED) + 1):
         if version:
             publisher.make_room()
@@ -55,14 +55,14 @@ def main(job_file: str) -> None:
             continue
         actor.save_hf(out / f"v{version}")
         if grid.is_main:
-            receivers = publisher.receivers
-            for entry in receivers.live:
-                control = receivers.control(entry)
-                replies = [control.generate(ids, max_new_tokens=NEW_TOKENS, stop_token_ids=[]) for ids in PROMPTS]
-                row = {"version": version, "says": control.weight_version(), "replies": replies}
-                said.append(row | {"engine": entry.name, "checked": report.checked, "gap": report.probe_gap})
+            servers = publisher.servers
+            for entry in servers.live:
+                control = servers.control(entry)
+                replies = [control.greedy(ids, max_new_tokens=NEW_TOKENS, stop_token_ids=[])[0] for ids in PROMPTS]
+                row = {"version": version, "served": control.weight_version(), "replies": replies}
+                rows.append(row | {"engine": entry.name, "checked": report.checked, "gap": report.probe_gap})
     if grid.is_main:
-        (out / "replies.json").write_text(json.dumps(said))
+        (out / "replies.json").write_text(json.dumps(rows))
     publisher.close()
     close_grid()
 

@@ -1,4 +1,4 @@
-"""Weights from trainer ranks to real SGLang servers: transformers with those weights says the same, greedily."""
+"""Weights from trainer ranks to real SGLang servers: their greedy replies are those of transformers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_engine_says_what_transformers_says(tiny_server: TinyServer, case: C
     rows = json.loads((tmp_path / "replies.json").read_text())
     assert [row["version"] for row in rows] == list(sync_ranks.ASKED)
     for row in rows:
-        assert row["says"] == str(row["version"])
+        assert row["served"] == str(row["version"])
         if dtype == "float32":  # bf16 rounds differently in transformers: the checksums and the probe have to do
             assert row["replies"] == greedy(tmp_path / f"v{row['version']}"), f"after sync {row['version']}"
         assert row["gap"] < PROBE_BOUND[dtype]
@@ -92,7 +92,7 @@ def test_the_engine_says_what_transformers_says(tiny_server: TinyServer, case: C
 
 
 def restore(server: TinyServer) -> None:
-    """The weights that the server was started with, whatever other tests have sent it since."""
+    """Load the weights that the server was started with; other tests may have sent it others."""
     body = {"model_path": str(server.folder), "weight_version": "default", "flush_cache": True}
     httpx.post(f"{server.url}/continue_generation", json={}, timeout=60, trust_env=False)
     reply = httpx.post(f"{server.url}/update_weights_from_disk", json=body, timeout=60, trust_env=False)

@@ -1,4 +1,4 @@
-"""Two real servers under one trainer: every transport, an update in mid generation, servers that die, hang, err."""
+"""Two real servers and one trainer: every transport, an update in mid generation, servers that die, hang and refuse."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from collab_megatron.errors import NoEngineLeft, WeightsDiffer
 from collab_megatron.trainer.batching import TokenSample, split_by_tokens
 from collab_megatron.trainer.convert import buckets
 from collab_megatron.trainer.convert.buckets import Bucket
-from collab_megatron.trainer.sync.background import in_background
-from collab_megatron.trainer.sync.delivery import BucketDelivery
+from collab_megatron.trainer.sync.attempt import Attempt
+from collab_megatron.trainer.sync.bucket_transport import BucketTransport
+from collab_megatron.trainer.sync.threads import in_background
 from collab_megatron.types import Generation
 from tests.trainer.sync.two_engines import NUM_TENSORS, PROMPT, START_S, TIMEOUT_S, Run, running
 
@@ -44,17 +45,17 @@ def both(run: Run) -> Run:
 @pytest.fixture
 def at_bucket(both: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Tensor], None]], None]:
     """`at_bucket(n, do)`: when bucket n is handed over, `do(its bytes)` first."""
-    delivery = both.publisher._delivery
-    assert isinstance(delivery, BucketDelivery)
-    offer = delivery._transport.offer
+    transport = both.publisher._transport
+    assert isinstance(transport, BucketTransport)
+    send = transport._send
     due: dict[int, Callable[[Tensor], None]] = {}
 
-    def offer_after(bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+    def send_after(attempt: Attempt, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
         if do := due.pop(bucket.number, None):
             do(tensors[0])
-        return offer(bucket, tensors)
+        return send(attempt, bucket, tensors)
 
-    monkeypatch.setattr(delivery._transport, "offer", offer_after)
+    monkeypatch.setattr(transport, "_send", send_after)
     return due.__setitem__
 
 
@@ -68,37 +69,37 @@ def test_two_engines_say_what_transformers_says(both: Run, transport: str, monke
     report = publisher.publish(both.version)
     assert (report.engines, report.checked) == (2, NUM_TENSORS)
     assert report.paused_s > 0
-    said = both.serving_alike(publisher)
+    reply = both.serving_alike(publisher)
     model = transformers_model(both, "now")
     ids = list(PROMPT)
     with torch.no_grad():
-        for _ in said:
+        for _ in reply:
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert said == ids[len(PROMPT) :]
+    assert reply == ids[len(PROMPT) :]
     publisher.close()
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_trainer_and_engine_have_the_same_logprobs_at_any_temperature(both: Run, temperature: float) -> None:
     """Of the distribution that was sampled from; a gap at one temperature only would be a missing division."""
-    generation = asyncio.run(generate(both.publisher.receivers.live[0].url, 64, temperature))
+    generation = asyncio.run(generate(both.publisher.servers.live[0].url, 64, temperature))
     ids = (*PROMPT, *generation.token_ids_T)
     sample = TokenSample(ids=ids, mask=(1.0,) * len(ids))
     batches = split_by_tokens([sample], micro_batch_tokens=2 * len(ids), pad_id=0, pad_multiple=1, packed=False)
     with both.actor.at_temperature(temperature):
         ((ours,), _) = both.actor.logprobs(batches)
     ((raw,), _) = both.actor.logprobs(batches)
-    said = torch.tensor(generation.logprobs_T)
-    assert (said - ours[0, len(PROMPT) : len(ids)]).abs().max() < 1e-4
+    sampled = torch.tensor(generation.logprobs_T)
+    assert (sampled - ours[0, len(PROMPT) : len(ids)]).abs().max() < 1e-4
     if temperature != 1.0:
-        assert (said - raw[0, len(PROMPT) : len(ids)]).abs().mean() > 1e-2
+        assert (sampled - raw[0, len(PROMPT) : len(ids)]).abs().mean() > 1e-2
 
 
 @pytest.mark.parametrize("pause", ["in_place", "retract"])
 def test_an_update_in_the_middle_of_a_generation(both: Run, pause: PauseMode) -> None:
     """The spans carry both versions, and each span's log-probs are those of its weights."""
     old, before = transformers_model(both, "old"), both.version
-    entry = both.publisher.receivers.live[0]
+    entry = both.publisher.servers.live[0]
     publisher = both.publisher_of(pause=pause)
     generating = in_background("generating", lambda: asyncio.run(generate(entry.url, 900)))
     time.sleep(0.5)
@@ -115,13 +116,13 @@ def test_an_update_in_the_middle_of_a_generation(both: Run, pause: PauseMode) ->
     assert list(versions) == sorted(versions)
     assert 10 < change < len(versions) - 10
     ids = torch.tensor([[*PROMPT, *generation.token_ids_T]])
-    said = torch.tensor(generation.logprobs_T)
+    sampled = torch.tensor(generation.logprobs_T)
     by_old = logprobs(old, ids, len(PROMPT))
-    assert (said - by_old)[:change].abs().max() < 1e-4
-    # a forward pass that was under way when the pause came counts into the later span: one token at most
-    gaps = [(said - mixed(old, new, ids, by_old, cut, pause)).abs().max() for cut in (change, change + 1)]
+    assert (sampled - by_old)[:change].abs().max() < 1e-4
+    # a forward pass that was in flight at the pause counts into the later span: one token at most
+    gaps = [(sampled - mixed(old, new, ids, by_old, cut, pause)).abs().max() for cut in (change, change + 1)]
     assert min(gaps) < 1e-4
-    assert (said - by_old)[change + 1 :].abs().max() > 1e-2, "old and new weights must be told apart"
+    assert (sampled - by_old)[change + 1 :].abs().max() > 1e-2, "old and new weights must give different log-probs"
 
 
 def mixed(
@@ -129,8 +130,8 @@ def mixed(
 ) -> Tensor:
     """Log-probs of all tokens if the first `cut` are the old weights' and the others the new ones'.
 
-    After `retract` the new weights have made the cache anew. In place it stays what the old weights have left there:
-    all but the newest token, which was not run yet.
+    After `retract` the new weights have computed the cache again. In place it is still that of the old weights, without
+    the newest token, which was not run yet.
     """
     if pause == "retract":
         return torch.cat([by_old[:cut], logprobs(new, ids, len(PROMPT))[cut:]])
@@ -168,7 +169,7 @@ def test_killed_before_a_sync(both: Run) -> None:
     both.signal("engine-1", signal.SIGKILL)
     report = both.publish()
     assert report.engines == 1
-    assert [entry.name for entry in both.publisher.receivers.live] == ["engine-0"]
+    assert [entry.name for entry in both.publisher.servers.live] == ["engine-0"]
     both.wait_until_both_are_ready()
     assert len(both.publisher.live_urls) == 1, "a restarted server is not used before it has the weights"
     report = both.publish()
@@ -183,9 +184,9 @@ def test_killed_in_the_middle_of_a_sync(both: Run, at_bucket: Callable[..., None
     assert (report.engines, report.attempts) == (1, 2)
     assert any(server.startswith("engine-0") for server in report.lost)
     assert time.monotonic() - start < 60
-    (survivor,) = both.publisher.receivers.live
+    (survivor,) = both.publisher.servers.live
     assert survivor.name == "engine-1"
-    assert both.says(survivor)[0] == str(both.version)
+    assert both.probe(survivor)[0] == str(both.version)
     both.wait_until_both_are_ready()
     both.publish()
     both.serving_alike()
@@ -203,7 +204,7 @@ def test_hangs_in_the_middle_of_a_sync(both: Run, at_bucket: Callable[..., None]
 
 
 def test_killed_after_a_sync_the_driver_reports_it(both: Run) -> None:
-    lost = both.publisher.receivers.live[0]
+    lost = both.publisher.servers.live[0]
     both.signal(lost.name, signal.SIGKILL)
     both.publisher.forget({lost.url: "gone during generate"})
     assert lost.url not in both.publisher.live_urls
@@ -211,27 +212,25 @@ def test_killed_after_a_sync_the_driver_reports_it(both: Run) -> None:
     assert both.publish().engines >= 1
 
 
-def test_a_flipped_bit_stops_the_run_and_the_next_sync_mends_it(both: Run, at_bucket: Callable[..., None]) -> None:
+def test_a_flipped_bit_stops_the_run_and_the_next_sync_repairs_it(both: Run, at_bucket: Callable[..., None]) -> None:
     def flip(flat: Tensor) -> None:
         flat[100] ^= 1
 
-    delivery = both.publisher._delivery
-    assert isinstance(delivery, BucketDelivery)
     at_bucket(1, flip)
     with pytest.raises(WeightsDiffer, match=r"engine-\d .* tensor-parallel rank 0.*model\.layers\.0\."):
         both.publish()
-    assert both.publisher.receivers.take_lost() == {}, "wrong bytes are no reason to kill a server"
+    assert both.publisher.servers.take_lost() == {}, "wrong bytes are no reason to kill a server"
     assert both.publish().engines == 2
     both.serving_alike()
 
 
 def test_no_engine_left(both: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(both.publisher.receivers, "_wait_s", 1.0)
+    monkeypatch.setattr(both.publisher.servers, "_wait_s", 1.0)
     for name in ("engine-0", "engine-1"):
         both.signal(name, signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(NoEngineLeft, match="none came within 1 s"):
         both.publish()
     assert time.monotonic() - start < 30
-    monkeypatch.setattr(both.publisher.receivers, "_wait_s", START_S)
+    monkeypatch.setattr(both.publisher.servers, "_wait_s", START_S)
     assert both.publish().engines >= 1  # it waits for the first one that comes back

@@ -1,4 +1,4 @@
-"""A run of two real servers and one trainer rank in this process, as the launcher and train_rl.py put them together."""
+"""A run of two real servers and one trainer rank in this process, assembled as the launcher and train_rl.py do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from collab_megatron.config.sections import EngineSection, ParallelSection, Sync
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import EngineCommand, engine_command
 from collab_megatron.launch.fleet import Fleet
-from collab_megatron.launch.supervisor import Child, Supervisor
+from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import close_grid, init_grid
 from collab_megatron.trainer.sync.publisher import Publisher, SyncReport
@@ -27,10 +27,10 @@ from tests.engine.real_servers import end_at_once, server_supervisor
 from tests.trainer.parallel.tiny import make_model
 
 START_S = 400.0
-TIMEOUT_S = 10.0  # of a call: what a hung server costs
+TIMEOUT_S = 10.0  # of a call: the time that a hung server costs
 NUM_TENSORS = 14  # of the tiny model, as the server holds it
 PROMPT = (3, 40, 41, 42, 2)
-ENGINE = EngineSection(count=2, max_total_tokens=4096, max_running_requests=8, max_restarts=9, wait_s=5)
+ENGINE = EngineSection(count=2, max_total_tokens=4096, max_running_requests=8, max_restarts=9, startup_timeout_s=2)
 
 
 @dataclass
@@ -44,28 +44,28 @@ class Run:
     actor: Actor
     version: int = 0
 
-    def child(self, name: str) -> Child:
+    def child(self, name: str) -> ChildProcess:
         """The newest life of a server."""
         return next(child for child in reversed(self.supervisor._children) if child.name.startswith(name))
 
     def signal(self, name: str, number: signal.Signals) -> None:
-        """To the server and all its ranks, as when a node is lost."""
+        """Signal the server and all its ranks, as when a node is lost."""
         os.killpg(self.child(name).process.pid, number)
 
     def change(self) -> None:
-        """Other weights, as an optimizer step would leave them."""
+        """Change the weights, as an optimizer step does."""
         with torch.no_grad():
             for parameter in self.actor.chunks[0].parameters():
                 parameter.mul_(1.01)
         self.version += 1
 
     def publish(self) -> SyncReport:
-        """Other weights, published."""
+        """Change the weights and publish them."""
         self.change()
         return self.publisher.publish(self.version)
 
     def publisher_of(self, **sync: Any) -> Publisher:
-        """Another publisher over the same servers, as `sync` says."""
+        """Another publisher over the same servers, with the settings `sync`."""
         return make_publisher(self.actor, self.roster.folder, self.root, **sync)
 
     def wait_until_both_are_ready(self) -> None:
@@ -74,18 +74,18 @@ class Run:
             assert time.monotonic() < deadline, f"the lost server did not come back: {self.roster.read()}"
             time.sleep(0.2)
 
-    def says(self, entry: EngineEntry) -> tuple[str, list[int]]:
+    def probe(self, entry: EngineEntry) -> tuple[str, list[int]]:
         """(weight version, greedy reply) of a server."""
         control = EngineControl(entry.url, timeout_s=30)
         try:
-            reply = control.generate(PROMPT, max_new_tokens=16, stop_token_ids=[])
+            reply, _ = control.greedy(PROMPT, max_new_tokens=16, stop_token_ids=[])
             return control.weight_version(), reply
         finally:
             control.close()
 
     def serving_alike(self, publisher: Publisher | None = None) -> list[int]:
         """Both serve the newest version; their greedy reply to PROMPT."""
-        first, second = (self.says(entry) for entry in (publisher or self.publisher).receivers.live)
+        first, second = (self.probe(entry) for entry in (publisher or self.publisher).servers.live)
         assert first == second
         assert first[0] == str(self.version)
         return first[1]

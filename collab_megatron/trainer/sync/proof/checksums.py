@@ -1,9 +1,9 @@
-"""The proof that a server holds exactly the trainer's weights: its checksums, computed from the export stream.
+"""Proof that a server holds exactly the trainer's weights: checksums of its tensors, computed from what was sent.
 
-SGLang's /weights_checker (srt/utils/weight_checker.py) hashes every tensor as it lies in its memory. The sender feeds
-the same bytes, tensor by tensor as they pass by, to hashes of its own (engine_layout.py says which bytes): nothing is
-fused or kept for it. A check of everything at every sync would cost a pass over all weights on both sides, so only a
-rotating part of the model is checked between full checks.
+SGLang's /weights_checker (srt/utils/weight_checker.py) hashes every tensor as it lies in the server's memory. The
+sender hashes the same bytes while it sends them, tensor by tensor, and keeps no copy; engine_layout.py has their order.
+A full check at every sync would cost a pass over all weights on both sides, so between full checks only a rotating part
+of the model is checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from collab_megatron.errors import RunError, WeightsDiffer
 from collab_megatron.model.spec import ModelSpec
-from collab_megatron.trainer.sync.engine_layout import (
+from collab_megatron.trainer.sync.proof.engine_layout import (
     Device,
     EngineTensor,
     Source,
@@ -25,7 +25,7 @@ from collab_megatron.trainer.sync.engine_layout import (
     unit_count,
 )
 
-CHUNK_BYTES = 8 << 20  # of a tensor at a time: column cuts are copied, and the word hash needs five times this
+CHUNK_BYTES = 8 << 20  # hashed at a time: column cuts are copied, and the word hash needs five times this
 
 # sglang/kernels/ops/memory/gpu_tensor_hash.py: constants, and gpu_tensor_hash's default arguments
 TILE_WORDS = 8192
@@ -38,17 +38,16 @@ LANES = (  # multiplier of the position, seed, rotation of the position
 
 
 def units_of_sync(spec: ModelSpec, sync_number: int, verify_every: int) -> frozenset[int]:
-    """What is checked at a sync, as units of engine_layout.unit_count: everything at sync 0 and at every
-    `verify_every`-th, else every `verify_every`-th unit, rotating: each unit at least once in so many syncs.
-    `verify_every` 0: nothing, ever."""
+    """The units (engine_layout.unit_count) that a sync checks: all at sync 0 and at every `verify_every`-th, else every
+    `verify_every`-th unit, rotating, so that each is checked at least once in `verify_every` syncs. 0: none, ever."""
     if verify_every == 0:
         return frozenset()
-    turn = sync_number % verify_every
-    return frozenset(unit for unit in range(unit_count(spec)) if turn == 0 or unit % verify_every == turn)
+    phase = sync_number % verify_every
+    return frozenset(unit for unit in range(unit_count(spec)) if phase == 0 or unit % verify_every == phase)
 
 
 def skip_patterns(spec: ModelSpec, units: frozenset[int]) -> list[str]:
-    """For SGLang's `skip_tensor_list`, which leaves out every name that contains one of these: all but `units`."""
+    """SGLang's `skip_tensor_list` for a check of `units`: it skips every name that contains one of these."""
     patterns: list[str] = []
     for unit in range(unit_count(spec)):
         if unit in units:
@@ -63,10 +62,10 @@ def skip_patterns(spec: ModelSpec, units: frozenset[int]) -> list[str]:
 
 
 class ExpectedChecksums:
-    """What a server of `ranks` tensor-parallel ranks must say of `units`, computed while the weights pass by.
+    """The checksums that a server of `ranks` tensor-parallel ranks must report for `units`, computed during the send.
 
-    `device` is the server's: on "cpu" SGLang hashes with sha256, on "cuda" words with their positions, which is
-    computed where the tensors are.
+    `device` is the server's: on "cpu" SGLang uses sha256, on "cuda" a hash of words and positions, which is computed
+    where the tensors are.
     """
 
     def __init__(
@@ -80,76 +79,75 @@ class ExpectedChecksums:
     ) -> None:
         self._dtype, self._ranks = dtype, ranks
         growing = (
-            _Growing(tensor, ranks, device, dtype.itemsize)
+            _TensorHash(tensor, ranks, device, dtype.itemsize)
             for unit in sorted(units)
             for tensor in engine_tensors(spec, unit, ranks=ranks, device=device)
         )
         self._open = {source.hf: one for one in growing for source in one.layout.sources}  # by Hugging Face name
 
     def wants(self, names: Iterable[str]) -> bool:
-        """Whether any of these Hugging Face tensors belongs to a unit in question: if not, none need be made."""
+        """Whether any of these Hugging Face tensors belongs to a unit that is checked; if not, none need be made."""
         return any(name in self._open for name in names)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Hash one Hugging Face tensor, whole, contiguous and of `dtype`, in the order of `tensor_plan`; one that
-        belongs to no unit in question costs nothing. The tensor may be overwritten afterwards (on CUDA: by work queued
-        on the same stream)."""
+        """Hash one Hugging Face tensor: whole, contiguous, of `dtype`, in the order of `tensor_plan`. Tensors that are
+        not checked cost nothing. The tensor may be overwritten afterwards (on CUDA: by work on the same stream)."""
         growing = self._open.get(name)
         if growing is not None:
             assert tensor.dtype == self._dtype, f"{name} is {tensor.dtype}, planned {self._dtype}"
             growing.add(name, tensor.detach())
 
     def result(self) -> dict[str, list[str]]:
-        """The server's tensor name -> 16 hex digits per rank, of all that was added. Call it once, at the end."""
+        """The server's tensor name -> 16 hex digits per rank, for all that was added. Call it once, at the end."""
         begun = [growing for growing in dict.fromkeys(self._open.values()) if growing.position]
         for growing in begun:
             assert growing.complete, f"only a part of {growing.layout.name} was added"
         sums = [digest for growing in begun for digest in growing.digests if isinstance(digest, Tensor)]
-        words = iter(torch.stack(sums).tolist() if sums else [])  # waits for a GPU once, not once a tensor
+        words = iter(torch.stack(sums).tolist() if sums else [])  # waits for a GPU once, not for each tensor
         result = {}
         for growing in begun:
-            said = [digest if isinstance(digest, str) else _hex(next(words)) for digest in growing.digests]
-            result[growing.layout.name] = said if len(said) == self._ranks else said * self._ranks
+            digests = [digest if isinstance(digest, str) else _hex(next(words)) for digest in growing.digests]
+            result[growing.layout.name] = digests if len(digests) == self._ranks else digests * self._ranks
         return result
 
 
 def merge(results: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
-    """The results of several senders, each of its own layers, as one. Raises RunError if two disagree on a tensor."""
+    """Join the results of several senders, each of its own layers. Raises RunError if two disagree on a tensor."""
     merged: dict[str, list[str]] = {}
     for number, result in enumerate(results):
         for name, digests in result.items():
             if merged.setdefault(name, list(digests)) != list(digests):
                 raise RunError(
-                    f"sender {number} has other values of {name} than a sender before it; trainer ranks differ"
+                    f"trainer ranks differ: sender {number} has other values of {name} than a sender before it"
                 )
     return merged
 
 
-def compare(expected: Mapping[str, Sequence[str]], said_per_rank: Sequence[Mapping[str, str]], server: str) -> None:
-    """Pass if every rank of the server holds the tensors of `expected`, and nothing else, with equal values.
+def compare(expected: Mapping[str, Sequence[str]], actual_per_rank: Sequence[Mapping[str, str]], server: str) -> None:
+    """Raise WeightsDiffer unless every rank of the server holds exactly the tensors of `expected` with equal values.
 
-    `said_per_rank`: EngineControl.checksums with the skip_patterns of the same units. Raises WeightsDiffer naming
-    server, rank, tensor and what it is made of.
+    `actual_per_rank`: EngineControl.checksums with the skip_patterns of the same units. The error names server, rank,
+    tensor and the Hugging Face tensors in it.
     """
     ranks = {len(digests) for digests in expected.values()}
-    if ranks and ranks != {len(said_per_rank)}:
+    if ranks and ranks != {len(actual_per_rank)}:
         planned = ", ".join(map(str, ranks))
-        raise WeightsDiffer(f"{server} answered for {len(said_per_rank)} tensor-parallel ranks, not {planned}")
+        raise WeightsDiffer(f"{server} answered for {len(actual_per_rank)} tensor-parallel ranks, not {planned}")
     first, wrong = "", set()
-    for rank, said in enumerate(said_per_rank):
-        for name in dict.fromkeys((*expected, *said)):
-            if name not in said:
+    for rank, actual in enumerate(actual_per_rank):
+        for name in dict.fromkeys((*expected, *actual)):
+            if name not in actual:
                 what = "is missing"
             elif name not in expected:
                 what = "is unexpected"
-            elif said[name] != expected[name][rank]:
-                what = f"has checksum {said[name]}, not {expected[name][rank]}"
+            elif actual[name] != expected[name][rank]:
+                what = f"has checksum {actual[name]}, not {expected[name][rank]}"
             else:
                 continue
             first = first or f"on tensor-parallel rank {rank} {name} ({', '.join(hf_names(name))}) {what}"
             wrong.add(name)
     if wrong:
-        total = len({name for said in said_per_rank for name in said}.union(expected))
+        total = len({name for actual in actual_per_rank for name in actual}.union(expected))
         raise WeightsDiffer(
             f"{server} does not hold the trainer's weights: {first}; {len(wrong)} of {total} tensors differ"
         )
@@ -172,9 +170,9 @@ class _Sha256:
 class _WordHash:
     """SGLang's hash of a tensor on a GPU (sglang/kernels/ops/memory/gpu_tensor_hash.py), in plain torch.
 
-    Every 32-bit word is mixed with its position; the results are added up per tile of TILE_WORDS, tiles are mixed and
-    added up again. Sums do not mind the order, so chunks of any size give the same. int32 stands for uint32: sums and
-    products wrap alike, and shifts to the right are masked.
+    Every 32-bit word is mixed with its position; the results are summed per tile of TILE_WORDS, and the tiles are mixed
+    and summed again. Sums do not depend on the order, so chunks of any size give the same hash. int32 stands in for
+    uint32: sums and products wrap alike, and right shifts are masked.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -202,8 +200,8 @@ class _WordHash:
         before, after = self._at % TILE_WORDS, -end % TILE_WORDS
         tiles = slice(self._at // TILE_WORDS, -(-end // TILE_WORDS))
         position = torch.arange(self._at, end, dtype=torch.int32, device=words.device)
-        for sums, (factor, seed, turn) in zip(self._sums, LANES, strict=True):
-            mixed = (position << turn).bitwise_or_(position >> (32 - turn))  # never negative: no mask
+        for sums, (factor, seed, rotation) in zip(self._sums, LANES, strict=True):
+            mixed = (position << rotation).bitwise_or_(position >> (32 - rotation))  # never negative: no mask
             mixed ^= (position * _int32(factor)).add_(_int32(seed))
             mixed ^= words
             _fmix32_(mixed)
@@ -213,13 +211,13 @@ class _WordHash:
         self._at = end
 
     def digest(self) -> Tensor:
-        """After all bytes, what `_hex` makes the hash of: int64 [], where the data is, without waiting for it."""
+        """After all bytes: int64 [] that `_hex` turns into the hash, on the data's device, without waiting for it."""
         if self._rest is not None:
             self.update(torch.zeros(4 - self._rest.numel(), dtype=torch.uint8, device=self._rest.device))
         assert self._at == self._words, f"{self._at} words of {self._words} were added"
         if self._sums is None:
             return torch.zeros((), dtype=torch.int64)
-        # from here on the 32-bit values stand in int64, so that the two lanes can be joined
+        # from here on the 32-bit values are int64, so that the two lanes can be joined
         high, low = _fmix32_((self._sums & 0xFFFFFFFF) ^ (self._words * 4 & 0xFFFFFFFF))
         return ((high << 32) | low).sum()
 
@@ -237,12 +235,12 @@ def _fmix32_(x: Tensor) -> Tensor:
 
 
 def _int32(word: int) -> int:
-    """The int32 of the same bits."""
+    """The int32 with the same bits."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def _hex(total: int) -> str:
-    """The kernel's last mixing (_final_splitmix64) of its sum over tiles."""
+    """The kernel's final mix (_final_splitmix64) of its sum over tiles."""
     mask = (1 << 64) - 1
     x = total & mask
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
@@ -250,12 +248,12 @@ def _hex(total: int) -> str:
     return f"{x ^ (x >> 31):016x}"
 
 
-class _Growing:
-    """One engine tensor and a hash for every rank, or one for all where all hold the same."""
+class _TensorHash:
+    """One engine tensor with a hash for every rank, or one for all ranks where they hold the same."""
 
     def __init__(self, layout: EngineTensor, ranks: int, device: Device, itemsize: int) -> None:
         self.layout = layout
-        self.position = 0  # sources that were added
+        self.position = 0  # number of sources that were added
         self.digests: list[str | Tensor] = []  # once complete
         self._hashes: list[_Sha256 | _WordHash] = [
             _Sha256() if device == "cpu" else _WordHash(layout.elements * itemsize)
@@ -277,11 +275,11 @@ class _Growing:
         self.position += 1
         if self.position == len(self.layout.sources):
             self.digests = [hash_.digest() for hash_ in self._hashes]
-            self._hashes.clear()  # what a word hash keeps per tile adds up over a large model
+            self._hashes.clear()  # word hashes keep sums per tile, which add up over a large model
 
 
 def _chunks(source: Source, rank: int, tensor: Tensor) -> Iterator[Tensor]:
-    """The rank's part of a tensor and its padding as uint8 [n], n at most about CHUNK_BYTES, in byte order."""
+    """The rank's part of a tensor with its padding, in byte order, as uint8 [n] with n up to about CHUNK_BYTES."""
     if source.cut is None or source.cut == 0:
         start, stop = (0, tensor.shape[0]) if source.cut is None else source.part(rank)
         part = tensor[start:stop].reshape(-1).view(torch.uint8)
@@ -291,8 +289,8 @@ def _chunks(source: Source, rank: int, tensor: Tensor) -> Iterator[Tensor]:
             yield from torch.zeros(padding, dtype=torch.uint8, device=tensor.device).split(CHUNK_BYTES)
         return
     start, stop = source.part(rank)
-    padding = source.share.width - (stop - start)
-    rows = max(1, CHUNK_BYTES // (source.share.width * tensor.itemsize))
+    padding = source.split.width - (stop - start)
+    rows = max(1, CHUNK_BYTES // (source.split.width * tensor.itemsize))
     for block in tensor[:, start:stop].split(rows):
         if padding:
             block = torch.nn.functional.pad(block, (0, padding))

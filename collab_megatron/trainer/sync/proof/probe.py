@@ -1,4 +1,4 @@
-"""A fixed prompt whose log-probabilities trainer and engines must agree on: equal bytes are not yet the same model."""
+"""The probe prompt: trainer and engines must agree on its log-probs, because equal bytes are not yet the same model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MAX_TOKENS = 48
 
 
 def probe_ids(model_path: str) -> list[int]:
-    """The probe prompt's token ids in the model's own vocabulary, at most MAX_TOKENS."""
+    """Token ids of the probe prompt in the model's vocabulary, at most MAX_TOKENS."""
     ids = load_tokenizer(model_path)(PROBE_TEXT, add_special_tokens=False)["input_ids"]
     return [int(token) for token in ids[:MAX_TOKENS]]
 
 
 def trainer_logprobs(actor: Actor, ids: Sequence[int]) -> list[float]:
-    """Log-probability of every id but the first, under the raw logits. Collective over all ranks; alike on each."""
+    """Log-probability of every id but the first, under the raw logits. Collective; the same on every rank."""
     length = len(ids)
     batches = split_by_tokens(
         [TokenSample(ids=tuple(ids), mask=(1.0,) * length)],
@@ -41,13 +41,14 @@ def trainer_logprobs(actor: Actor, ids: Sequence[int]) -> list[float]:
 def largest_gap(
     trainer: Sequence[float], engines: Mapping[EngineEntry, Sequence[float]], *, max_gap: float, version: int
 ) -> float:
-    """Mean |trainer - engine| of the engine that is furthest off, in nats. Raises WeightsDiffer above `max_gap`, or
-    for a value that is no number."""
+    """The largest mean |trainer - engine| of an engine, in nats. Raises WeightsDiffer above `max_gap` and for NaN."""
     worst = 0.0
-    for entry, said in engines.items():
-        if len(said) != len(trainer):
-            raise WeightsDiffer(f"{entry} scored {len(said)} tokens of the probe prompt, the trainer {len(trainer)}")
-        gap = sum(abs(a - b) for a, b in zip(trainer, said, strict=True)) / len(trainer)
+    for entry, logprobs in engines.items():
+        if len(logprobs) != len(trainer):
+            raise WeightsDiffer(
+                f"{entry} scored {len(logprobs)} tokens of the probe prompt, the trainer {len(trainer)}"
+            )
+        gap = sum(abs(a - b) for a, b in zip(trainer, logprobs, strict=True)) / len(trainer)
         if not gap <= max_gap:  # also for NaN
             raise WeightsDiffer(
                 f"{entry} does not serve the trainer's model at version {version}: log-probs of the probe prompt "

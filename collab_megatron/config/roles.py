@@ -1,0 +1,58 @@
+"""Which LLMs a config names: the roles of the gateway, the players of a conversation, the judges of the metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from collab_megatron.config.sections import LLMSection, RewardSection, SimulatorSection, SimulatorsSection, UserSection
+
+JUDGE_OF = "judge-"  # begins the role of a metric's own judge
+SHIPPED_METRICS = ("accuracy", "interactivity", "token_amount")
+
+
+def llm_roles(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
+    """The configured roles by name. A metric's own judge is `judge-METRIC`, if the metric has a weight."""
+    named: dict[str, Any] = {"user": simulators.user, "judge": simulators.judge, "assistant": simulators.assistant}
+    roles = {role: section for role, section in named.items() if section is not None}
+    own = {judge_role(metric): judge for metric, judge in reward.judges.items() if metric in reward.metric_weights}
+    return roles | own
+
+
+def llms_of_conversations(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
+    """Key in the config -> an LLM that a conversation of the policy waits for."""
+    roles = {role: section for role, section in llm_roles(simulators, reward).items() if role != "assistant"}
+    return {role_place(role): section for role, section in roles.items()} | user_places(simulators.user)
+
+
+def user_places(user: UserSection) -> dict[str, SimulatorSection]:
+    """Key in the config -> each simulated user of the mixture.
+
+    Example: {"simulators.user": ..., "simulators.user.mixture.0": ...}
+    """
+    first: dict[str, SimulatorSection] = {"simulators.user": user}
+    return first | {f"simulators.user.mixture.{number}": other for number, other in enumerate(user.mixture)}
+
+
+def judge_role(metric: str) -> str:
+    """The role of a metric's own judge."""
+    return f"{JUDGE_OF}{metric}"
+
+
+def role_place(role: str) -> str:
+    """The key in the config of a role of `llm_roles`."""
+    return f"reward.judges.{role.removeprefix(JUDGE_OF)}" if role.startswith(JUDGE_OF) else f"simulators.{role}"
+
+
+def shipped_judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, LLMSection | None]:
+    """The judge of each weighted, shipped metric that needs one; None where no judge is configured for it."""
+    judged = ["accuracy"] if reward.accuracy_verifier == "judge" else []
+    return {
+        name: reward.judges.get(name, simulators.judge)
+        for name in (*judged, "interactivity")
+        if name in reward.metric_weights
+    }
+
+
+def own_metrics(reward: RewardSection) -> list[str]:
+    """The weighted metrics that the user registered."""
+    return [name for name in reward.metric_weights if name not in SHIPPED_METRICS]

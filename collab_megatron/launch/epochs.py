@@ -1,0 +1,64 @@
+"""train.epochs converted to train.steps: the launcher counts the usable rows, so no other process handles epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from collab_megatron.config import RLConfig, SFTConfig
+from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.parquet import read_task_files
+from collab_megatron.data.sft_tokens import read_sft_rows
+from collab_megatron.data.token_limit import fitting_tasks, max_context_tokens
+from collab_megatron.errors import UserError
+from collab_megatron.model.folder import read_hf_config, resolve_model_folder
+
+C = TypeVar("C", RLConfig, SFTConfig)
+
+
+def epochs_to_steps(config: C) -> C:
+    """The config with train.steps in place of train.epochs, which a printed line reports; unchanged without epochs.
+
+    The last step may reach into one more epoch. Raises UserError for a model, file or schedule that does not fit.
+    """
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    if isinstance(config, RLConfig):
+        rows, per_step, what = _usable_prompts(config), config.rollout.prompts_per_step, "prompts"
+    else:
+        rows, per_step, what = _usable_conversations(config), config.batch_size, "conversations"
+    steps = max(1, math.ceil(epochs * rows / per_step))
+    print(f"train.epochs={epochs:g}: {rows:,} usable {what} in steps of {per_step} make {steps:,} steps", flush=True)
+    update = {**config.train.model_dump(), "steps": steps, "epochs": None}
+    return _checked(config, update)
+
+
+def _checked(config: C, train: Mapping[str, Any]) -> C:
+    """The config with another `train` section, validated again: the schedule depends on the number of steps."""
+    try:
+        return type(config).model_validate({**config.model_dump(), "train": train})
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]
+        sentence = reason["ctx"]["error"] if "ctx" in reason else reason["msg"]
+        raise UserError(f"with the {train['steps']} steps of train.epochs: {sentence}") from None
+
+
+def _usable_prompts(config: RLConfig) -> int:
+    folder = resolve_model_folder(config.model.path, weights=False)
+    fit = fitting_tasks(
+        read_task_files(config.data.train_files)[0],
+        ChatTemplate(load_tokenizer(folder)),
+        max_prompt_tokens=config.rollout.max_prompt_tokens,
+        max_context_tokens=max_context_tokens(read_hf_config(folder), config.engine),
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    return len(fit.kept)
+
+
+def _usable_conversations(config: SFTConfig) -> int:
+    chat = ChatTemplate(load_tokenizer(resolve_model_folder(config.model.path, weights=False)))
+    return len(read_sft_rows(config.data.train_files, chat, config.max_tokens).kept)

@@ -1,0 +1,77 @@
+"""Division of a global batch: the samples of this data rank, in micro-batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from collab_megatron.config.sections import TrainSection
+from collab_megatron.model.flops import sample_cost
+from collab_megatron.model.spec import ModelSpec
+from collab_megatron.trainer.actor.grid import RankGrid
+from collab_megatron.trainer.batching import MicroBatch, TokenSample, idle_like, split_by_tokens
+from collab_megatron.trainer.batching.partition import balanced_partition
+
+PAD_ID = 0
+"""Any valid id: padding is right of the tokens, masked, and unseen by causal attention."""
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One data rank's part of a global batch."""
+
+    micro_batches: list[MicroBatch]  # at least one; with fewer samples than ranks it may train nothing
+    imbalance: float  # cost of the most loaded data rank / mean; 1 is even. The same on every rank
+
+
+def rank_batch(grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], train: TrainSection) -> RankBatch:
+    """Divide `samples` over the data ranks, balanced by FLOPs (with attention's quadratic part); return this rank's."""
+    share_prompts = _can_share_prompts(grid, samples, train)
+    parts, loads = _divide(spec, samples, grid.dp_size, share_prompts)
+    mine = [samples[i] for i in parts[grid.dp_rank]]
+    micro_batches = split_by_tokens(
+        mine or samples[:1],
+        micro_batch_tokens=train.micro_batch_tokens,
+        pad_id=PAD_ID,
+        pad_multiple=grid.pad_multiple,
+        packed=train.packing,
+        share=share_prompts,
+    )
+    if not mine:
+        micro_batches = [idle_like(micro_batches[0], grid.pad_multiple)]
+    return RankBatch(micro_batches, imbalance=max(loads) * len(loads) / sum(loads))
+
+
+def _can_share_prompts(grid: RankGrid, samples: Sequence[TokenSample], train: TrainSection) -> bool:
+    """Whether this layout allows shared prompts and any samples have equal ones; the same on every rank."""
+    if not train.share_prompts or grid.cp_size > 1 or grid.backend.name == "cuda":  # on these it is not tried yet
+        return False
+    prefixes = [sample.prefix for sample in samples if sample.shareable]
+    return len(set(prefixes)) < len(prefixes)
+
+
+def _divide(
+    spec: ModelSpec, samples: Sequence[TokenSample], ranks: int, share_prompts: bool
+) -> tuple[list[list[int]], list[float]]:
+    """(indices, cost) of each data rank. With shared prompts a group stays on one rank, unless dividing it makes the
+    most loaded rank faster."""
+    costs = [sample_cost(spec, len(sample.ids)) for sample in samples]
+    apart = balanced_partition(costs, ranks)
+    if not share_prompts:
+        return apart, [sum(costs[i] for i in part) for part in apart]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(sample.prefix, []).append(i)
+    prompt_costs = {prefix: sample_cost(spec, len(prefix)) for prefix in groups}
+
+    def load(part: Sequence[int]) -> float:
+        here = Counter(samples[i].prefix for i in part)
+        saved = sum((count - 1) * prompt_costs[prefix] for prefix, count in here.items())
+        return sum(costs[i] for i in part) - saved
+
+    members = list(groups.values())
+    whole = balanced_partition([load(part) for part in members], ranks)
+    together = [sorted(i for g in part for i in members[g]) for part in whole]
+    best = min((together, apart), key=lambda parts: max(load(part) for part in parts))
+    return best, [load(part) for part in best]

@@ -1,0 +1,177 @@
+"""The order of a sync through a bucket transport: what the servers are asked, when, and what a failure leaves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from collab_megatron.errors import RunError
+from collab_megatron.trainer.convert.buckets import Bucket, TensorInfo
+from collab_megatron.trainer.sync import broadcast_transport
+from collab_megatron.trainer.sync.attempt import Attempt
+from collab_megatron.trainer.sync.broadcast_transport import BroadcastTransport
+from collab_megatron.trainer.sync.servers import SyncServers
+from tests.trainer.sync.fake_controls import ENTRIES, FakeControl, sync_servers
+
+PLAN = [Bucket(i, 0, (), (TensorInfo(f"w{i}", (2,), torch.float32),)) for i in range(4)]
+MEMBERS = ENTRIES[:2]
+
+
+class Stream:
+    """The trainer's side: notes what it gathers."""
+
+    plan = mine = PLAN
+    gathers = False
+
+    def __init__(self) -> None:
+        self.gathered: list[int] = []
+
+    def gather(self, bucket: Bucket) -> None:
+        self.gathered.append(bucket.number)
+
+    def pack(self, bucket: Bucket, flat: Tensor) -> None:
+        return
+
+    def free(self) -> None:
+        return
+
+
+class NoChecksums:
+    def wants(self, names: Any) -> bool:
+        return False
+
+
+class Group:
+    """An update group that everybody joins at once."""
+
+    port, group = 1, object()
+    closed = 0
+
+    def __init__(self, name: str, **_: Any) -> None:
+        return
+
+    def join(self, attempt: Attempt) -> None:
+        return
+
+    def close(self) -> None:
+        Group.closed += 1
+
+
+@pytest.fixture
+def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncServers]:
+    def gather(every: list[Any], own: Any, group: Any) -> None:
+        every[:] = [own]
+
+    monkeypatch.setattr(broadcast_transport, "UpdateGroup", Group)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with sync_servers(tmp_path, monkeypatch, MEMBERS) as found:
+        yield found
+
+
+def transport_of(servers: SyncServers, stream: Stream, send: Callable[[Bucket], Callable[[], bool]]) -> Any:
+    grid = SimpleNamespace(
+        rank=0,
+        pp_rank=0,
+        pp_size=1,
+        is_main=True,
+        world_size=1,
+        device=torch.device("cpu"),
+        backend=SimpleNamespace(process_group="gloo"),
+    )
+    actor: Any = SimpleNamespace(grid=grid, bucket_stream=lambda _: stream)
+
+    class Transport(BroadcastTransport):
+        def _send(self, attempt: Attempt, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
+            return send(bucket)
+
+    nobody_else: Any = None
+    return Transport(actor, servers, 100, all_ranks=nobody_else, timeout_s=5)
+
+
+def attempt() -> Attempt:
+    return Attempt(dist.HashStore(), number=1, rank=0, members=MEMBERS, timeout_s=5)
+
+
+def calls_of(entry: Any) -> list[str]:
+    return [call for url, call in FakeControl.calls if url == entry.url]
+
+
+def test_servers_are_paused_before_they_join_the_group(servers: SyncServers) -> None:
+    """A server that joins finishes no batch: unless it is paused, the driver's pool takes it for hung."""
+    transport = transport_of(servers, Stream(), lambda bucket: lambda: True)
+    transport.deliver(attempt(), 3, NoChecksums())
+    loads = ["receive_bucket"] * len(PLAN)
+    for entry in MEMBERS:
+        assert calls_of(entry) == ["pause", "init_update_group", "pause", "begin_update", *loads, "end_update"]
+    FakeControl.calls.clear()
+    transport.deliver(attempt(), 4, NoChecksums())
+    for entry in MEMBERS:
+        assert calls_of(entry) == ["pause", "begin_update", *loads, "end_update"], "the group is kept"
+
+
+def test_servers_are_asked_for_a_bucket_while_they_still_load_the_one_before(servers: SyncServers) -> None:
+    asked_for_second = threading.Event()
+
+    def does(url: str, call: str) -> None:
+        if call != "receive_bucket" or url != MEMBERS[0].url:
+            return
+        if calls_of(MEMBERS[0]).count("receive_bucket") == 1:
+            assert asked_for_second.wait(0.4), "bucket 1 was not asked for while bucket 0 was being loaded"
+        else:
+            asked_for_second.set()
+
+    FakeControl.does = staticmethod(does)  # type: ignore[assignment]
+    transport_of(servers, Stream(), lambda bucket: lambda: True).deliver(attempt(), 3, NoChecksums())
+    assert asked_for_second.is_set()
+
+
+def test_no_bucket_is_asked_for_before_the_one_before_has_left(servers: SyncServers) -> None:
+    left: list[int] = []
+
+    def does(url: str, call: str) -> None:
+        if call == "receive_bucket" and url == MEMBERS[0].url:
+            number = calls_of(MEMBERS[0]).count("receive_bucket") - 1
+            assert left[:number] == list(range(number))
+            for _ in range(400):  # the server has the bucket once it has left the trainer
+                if number in left:
+                    return
+                threading.Event().wait(0.001)
+            raise AssertionError(f"bucket {number} did not arrive")
+
+    def send(bucket: Bucket) -> Callable[[], bool]:
+        asked = threading.Event()
+
+        def is_sent() -> bool:
+            if not asked.wait(0.01):
+                asked.set()
+                return False
+            left.append(bucket.number)
+            return True
+
+        return is_sent
+
+    FakeControl.does = staticmethod(does)  # type: ignore[assignment]
+    transport_of(servers, Stream(), send).deliver(attempt(), 3, NoChecksums())
+    assert left == [0, 1, 2, 3]
+
+
+def test_a_rank_that_cannot_send_goes_on_gathering_and_ends_everybodys_wait(servers: SyncServers) -> None:
+    def send(bucket: Bucket) -> Callable[[], bool]:
+        if bucket.number == 1:
+            raise RunError("trainer rank 0 could not send bucket 1")
+        return lambda: True
+
+    stream, this, closed = Stream(), attempt(), Group.closed
+    with pytest.raises(RunError, match="could not send bucket 1"):
+        transport_of(servers, stream, send).deliver(this, 3, NoChecksums())
+    assert stream.gathered == [0, 1, 2, 3], "the other ranks of the stage wait for it there"
+    assert this.is_posted("abandoned")
+    assert Group.closed > closed, "servers that wait in the group wake up"

@@ -1,0 +1,111 @@
+"""The RL update of one data rank, with a stand-in for the model: which passes it asks for, and what it reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from collab_megatron.config.sections import AlgorithmSection, TrainSection
+from collab_megatron.trainer.actor.actor import Actor, LossFn, StepResult
+from collab_megatron.trainer.batching import MicroBatch
+from collab_megatron.trainer.report.timers import PhaseTimer
+from collab_megatron.trainer.rl_step import update
+from collab_megatron.trainer.skipped_steps import SkippedSteps
+from collab_megatron.types import RolloutBatch, TrainingSample
+from tests.trainer.one_process import SPEC, grid_of
+
+STEP = 7
+
+
+class Model:
+    """Every token has the same log-probability, which each optimizer step raises by `learns`."""
+
+    def __init__(self, logprob: float, norms: Sequence[float] = (1.0,), learns: float = 0.0) -> None:
+        self.grid, self.spec = grid_of(), SPEC
+        self.logprob, self.learns, self.passes = logprob, learns, list[str]()
+        self._norms = list(norms)
+
+    @property
+    def lr(self) -> float:
+        return 1e-3 * (1 + self.passes.count("train"))
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
+        self.passes.append("logprobs")
+        found = [torch.full(batch.mask.shape, self.logprob) for batch in micro_batches]
+        return found, found
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, normalizer: float) -> StepResult:
+        lr, norm = self.lr, self._norms.pop(0)
+        self.passes.append("train")
+        losses = [loss_fn(torch.full(batch.mask.shape, self.logprob), batch) for batch in micro_batches]
+        metrics = {name: float(sum(loss.metrics[name] for loss in losses)) / normalizer for name in losses[0].metrics}
+        largest = {name: float(max(loss.largest[name] for loss in losses)) for name in losses[0].largest}
+        self.logprob += self.learns
+        return StepResult(norm, lr, metrics, skipped=not math.isfinite(norm), largest=largest)
+
+
+def sample(reply: int, advantage: float, *, gap: float, version: int = STEP) -> TrainingSample:
+    """Sampled where the engine's log-prob was `gap` above -1."""
+    return TrainingSample((1, 2, 3), (9,) * reply, (-1.0 + gap,) * reply, (version,) * reply, advantage)
+
+
+def run(
+    model: Model, samples: Sequence[TrainingSample], reference: Model | None = None, **algorithm: Any
+) -> dict[str, float]:
+    return update(
+        cast(Actor, model),
+        reference,
+        RolloutBatch(STEP, tuple(samples), {}),
+        algorithm=AlgorithmSection(**algorithm),
+        train=TrainSection(micro_batch_tokens=16),
+        timer=PhaseTimer(),
+        skipped=SkippedSteps(3),
+    )
+
+
+def test_the_figures_are_means_over_trained_tokens() -> None:
+    model, reference = Model(-1.0), Model(-1.5)
+    samples = [sample(4, 1.0, gap=0.125), sample(12, -0.5, gap=0.125), sample(4, 0.0, gap=0.5, version=STEP - 1)]
+    metrics = run(model, samples, reference)
+    assert (model.passes, reference.passes) == (["train"], ["logprobs"])
+    assert metrics["train/kl"] == pytest.approx(math.exp(-0.5) + 0.5 - 1)
+    weight = math.exp(-0.125)  # of what the engine sampled with a higher probability than ours
+    assert metrics["train/policy_loss"] == pytest.approx(-weight * (4 * 1.0 - 12 * 0.5) / 20)
+    assert metrics["train/on_policy_share"] == pytest.approx(16 / 20)
+    assert metrics["train/on_policy_gap"] == pytest.approx(0.125)  # of on-policy tokens alone
+    assert metrics["train/logprob_gap_max"] == pytest.approx(0.5)
+    assert (metrics["train/tokens"], metrics["train/lr"], metrics["train/steps_skipped"]) == (29, 1e-3, 0)
+
+
+def test_mini_batches_are_compared_with_the_policy_at_the_start_of_the_step() -> None:
+    model = Model(-1.0, norms=[2.0, 1.0], learns=0.25)
+    metrics = run(model, [sample(4, 1.0, gap=0.0), sample(4, 1.0, gap=0.0)], mini_batches=2, kl_coef=0.0)
+    assert model.passes == ["logprobs", "logprobs", "train", "train"]
+    assert metrics["train/log_ratio_max"] == pytest.approx(0.25)  # of the second; the first is the policy itself
+    ratio = min(math.exp(0.25), 1.2)
+    assert metrics["train/policy_loss"] == pytest.approx(-(1 + ratio) / 2)
+    assert (metrics["train/grad_norm"], metrics["train/lr"]) == (2.0, 2e-3)
+    assert "train/kl" not in metrics
+
+
+def test_a_skipped_step_is_counted_and_shown() -> None:
+    metrics = run(Model(-1.0, norms=[math.nan]), [sample(4, 1.0, gap=0.0)], kl_coef=0.0)
+    assert (metrics["train/steps_skipped"], metrics["train/skipped_in_a_row"]) == (1, 1)
+    assert math.isnan(metrics["train/grad_norm"])
+
+
+def test_a_batch_without_samples_takes_no_step_and_is_counted() -> None:
+    model = Model(-1.0)
+    metrics = run(model, [], Model(-1.0))
+    assert (model.passes, metrics["train/steps_without_samples"], metrics["train/tokens"]) == ([], 1, 0)
+
+
+def test_without_an_on_policy_token_there_is_no_gap_to_check() -> None:
+    metrics = run(Model(-1.0), [sample(4, 1.0, gap=0.5, version=STEP - 1)], kl_coef=0.0)
+    assert metrics["train/on_policy_share"] == 0
+    assert "train/on_policy_gap" not in metrics
