@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from collab_megatron.launch.supervisor import ChildProcess, Supervisor
-from collab_megatron.processes import die_with_parent
+from collab_megatron.signals import die_with_parent
 
 REPO = Path(__file__).resolve().parents[1]
 SAFE_THREADS = frozenset({"jemalloc_bg_thd"})
