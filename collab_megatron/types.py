@@ -117,6 +117,10 @@ class PolicyTurn:
         """Whether the reply is cut or empty, so that a user cannot answer it."""
         return self.cut or not self.reply.strip()
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.generation.token_ids_T)
+
 
 @dataclass(frozen=True)
 class CallRecord:

@@ -86,7 +86,7 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("optimizer={schedule: linear, warmup_steps: 100}", "leaves no optimizer step of 100 for the decay"),
         ("rollout.min_replies=9", "so every group would be dropped"),
         ("train.eval_interval=5", "data.validation is not"),
-        ("data.train=[]", "name at least one file"),
+        ("data.train=[]", "must not be empty lists: name a file"),
         ("data.train=[a, a]", "names the file a twice"),
         ("engine.url=x", "did you mean 'urls'?"),
         ("train.stride=3", "known keys here: "),  # a word that is only a little like `steps`
@@ -97,10 +97,10 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("engine.urls=[http://a:1, http://a:1/]", "names a server twice"),
         (
             "simulators.user.api_base=http://me:hidden@a:1/v1",
-            "simulators.user.api_base: http://***@a:1/v1 holds a name",
+            "simulators.user.api_base: http://***@a:1/v1 contains a user name",
         ),
-        ("simulators.user.deployments=[{model: m, api_base: http://hidden@a:1}]", "http://***@a:1 holds a name"),
-        ("simulators.user.api_base=me:hidden@a:1/v1", "simulators.user.api_base: ***@a:1/v1 holds a name"),
+        ("simulators.user.deployments=[{model: m, api_base: http://hidden@a:1}]", "http://***@a:1 contains a user name"),
+        ("simulators.user.api_base=me:hidden@a:1/v1", "simulators.user.api_base: ***@a:1/v1 contains a user name"),
         ("engine.urls=[me:hidden@a:1]", "'***@a:1' is not of the form"),
         ("engine={urls: [http://me:hidden@a:1], count: 2}", "set only one of them"),
         ("run.umask=77", "input should be '077', '027', '022', '007', '002' or '000' (got 77)"),
