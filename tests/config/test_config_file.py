@@ -99,7 +99,10 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
             "simulators.user.api_base=http://me:hidden@a:1/v1",
             "simulators.user.api_base: http://***@a:1/v1 contains a user name",
         ),
-        ("simulators.user.deployments=[{model: m, api_base: http://hidden@a:1}]", "http://***@a:1 contains a user name"),
+        (
+            "simulators.user.deployments=[{model: m, api_base: http://hidden@a:1}]",
+            "http://***@a:1 contains a user name",
+        ),
         ("simulators.user.api_base=me:hidden@a:1/v1", "simulators.user.api_base: ***@a:1/v1 contains a user name"),
         ("engine.urls=[me:hidden@a:1]", "'***@a:1' is not of the form"),
         ("engine={urls: [http://me:hidden@a:1], count: 2}", "set only one of them"),
