@@ -1,10 +1,10 @@
-"""The two kinds of ending that are not success, and the one place that turns them into an exit code.
+"""Errors that end a run, and their exit codes.
 
-UserError: something the user can mend (config, data, key, layout, server address). Exit code 2.
-RunError: something broke while running (a server died, a disk filled up). Exit code 1; 3 where the budget is spent, 130
-where a signal asked for the end.
-Both carry one sentence that says what happened and what to do; entry points print it without a traceback. Whatever
-quotes a URL is masked before it can reach a terminal, a log or a record.
+UserError: the user can fix it (config, data, key, layout, server address). Exit code 2.
+RunError: something broke during the run (a server died, a disk is full). Exit code 1; 3 if the budget is spent, 130
+after a signal.
+Both have a message of one sentence: what happened, and what to do. Entry points print it without a traceback. Passwords
+and keys in URLs are masked in every message.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import NoReturn
 EXIT_RUN = 1
 EXIT_USER = 2
 EXIT_BUDGET = 3
-EXIT_DEFECT = 70  # of a process that is started again: an exception that nobody expected (EX_SOFTWARE of sysexits.h)
+EXIT_UNEXPECTED = 70  # an unexpected exception in a process that is restarted (EX_SOFTWARE of sysexits.h)
 EXIT_INTERRUPTED = 130
 
 
 MASK = "***"
 _IN_URL = re.compile(
     r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]{0,30}://)"
-    r"(?:[^\s/?#]*"  # name and password before the host, as URLs are read: up to the last @
-    r"|[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*)@"  # a password that holds / ? or #, which should have been %2F and so on
+    r"(?:[^\s/?#]*"  # name and password before the host, up to the last @
+    r"|[^\s/?#@:]*:(?!\d+[/?#])[^\s@]*)@"  # a password with / ? or #, which should be %2F and so on
 )
 _IN_QUERY = re.compile(
     r"(?P<name>[?&;](?:[a-z0-9_.-]*[_.-])?(?:key|apikey|token|secret|password|passwd|pwd|sig|signature|credential)=)"
@@ -39,36 +39,36 @@ _IN_QUERY = re.compile(
 
 
 def masked(text: str) -> str:
-    """The text without the passwords (and names) of the URLs in it, nor the keys in their queries."""
+    """The text with names, passwords and keys in its URLs masked."""
     if "://" not in text:
         return text
     return _IN_QUERY.sub(rf"\g<name>{MASK}", _IN_URL.sub(rf"\g<scheme>{MASK}@", text))
 
 
 class UserError(ValueError):
-    """A mistake of the user; the message, which is masked, says how to correct it."""
+    """The user can fix it; the masked message says how."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(masked(message))
 
 
 class RunError(RuntimeError):
-    """A failure of the run; the message, which is masked, names rank, phase and peer where there are any."""
+    """A failure of the run; the masked message names rank, phase and peer, if any."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(masked(message))
 
 
 class NoEngineLeft(RunError):
-    """Every engine is dead, hung or not yet synced: the run can go on once one is back."""
+    """Every engine is dead, hung or not synced yet. The run can continue when an engine is back."""
 
 
 class EvaluationFailed(RunError):
-    """Most of an evaluation's conversations failed; the message has the counts. The trainer's state is well."""
+    """Most conversations of an evaluation failed; the message has the counts. The trainer's state is fine."""
 
 
 class WeightsDiffer(RunError):
-    """An engine does not serve the trainer's weights: training on what it samples would be silently wrong."""
+    """An engine does not serve the trainer's weights: training on its samples would be silently wrong."""
 
 
 class DiskFull(RunError):
@@ -76,31 +76,31 @@ class DiskFull(RunError):
 
 
 class RunStops(RunError):
-    """Nothing broke, but the run must not go on; it saves a checkpoint first."""
+    """Nothing broke, but the run must stop; it saves a checkpoint first."""
 
 
 class BudgetSpent(RunStops):
-    """The LLM APIs have cost what the config allows."""
+    """The budget for LLM APIs is spent."""
 
 
 class SimulatorSick(RunStops):
-    """Too many of a simulator's replies are odd: what it says would teach the wrong thing."""
+    """Too many replies of a simulator are odd, so training on them would teach the wrong thing."""
 
 
 class TooManyErrors(RunStops):
-    """More futures of a step met an exception that nobody foresaw than the config allows: a bug, not bad luck."""
+    """More futures of a step than the config allows ended with an unexpected exception: a bug."""
 
 
 class GradientsNotFinite(RunStops):
-    """Too many optimizer steps in a row had to be skipped: nothing is learned any more."""
+    """Too many optimizer steps in a row were skipped: the policy does not learn any more."""
 
 
 class WeightsNotFinite(RunError):
-    """An update left weights that are NaN or infinite: nothing may be made of them, no checkpoint either."""
+    """An update made weights NaN or infinite; they must not be used or saved."""
 
 
 class Interrupted(RunStops):
-    """A signal asked the process to end."""
+    """A signal has ended the process."""
 
 
 def exit_code(error: RunError) -> int:
@@ -108,14 +108,14 @@ def exit_code(error: RunError) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """The message, whatever line ends a value or another library's text brought into it."""
+    """The message without line ends, which values or texts of libraries may contain."""
     return " ".join(filter(None, map(str.strip, str(error).splitlines())))
 
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point and leave the process with 0, 1 (RunError), 2 (UserError), 3 (BudgetSpent) or 130 (a signal).
 
-    Any other exception keeps its traceback, masked: it is a bug of ours, not news for the user.
+    Any other exception is a bug and keeps its traceback, which is masked.
     """
     sys.excepthook = _print_masked
     try:
@@ -124,7 +124,7 @@ def run_cli(main: Callable[[], None]) -> None:
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER)
     except Interrupted:
-        sys.exit(EXIT_INTERRUPTED)  # the process that sent the signal tells the user
+        sys.exit(EXIT_INTERRUPTED)  # the process that sent the signal prints the message
     except RunError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(exit_code(error))
@@ -134,12 +134,12 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:
-    """Run what a trainer rank does, and leave the process with the exit code of run_cli; exit handlers run before.
+    """Run a trainer rank and end the process with the exit code of run_cli, after the exit handlers.
 
-    The interpreter is not finalized. While it is, CPython before 3.14 ends a daemon thread that returns from native
-    code with pthread_exit; where that code is pybind11's (torch's stores and process groups) the thread unwinds through
-    a destructor that may not, and the process aborts: "terminate called without an active exception", exit code 134
-    instead of the one the launcher reads.
+    The interpreter is not finalized. During finalization, CPython before 3.14 ends a daemon thread that returns from
+    native code with pthread_exit. In pybind11 code (torch's stores and process groups) the thread then unwinds through
+    a destructor that must not throw, and the process aborts: "terminate called without an active exception", with exit
+    code 134 in place of the code that the launcher expects.
     """
     code = EXIT_RUN
     try:
@@ -147,7 +147,7 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else EXIT_RUN
-    except BaseException as error:  # noqa: BLE001 - printed as the interpreter would
+    except BaseException as error:  # noqa: BLE001 - printed as by the interpreter
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
         atexit._run_exitfuncs()

@@ -28,6 +28,7 @@ from collab_megatron.data.parquet import read_task_files
 from collab_megatron.engine.control import served_weights
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, run_cli
+from collab_megatron.figures import values
 from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.cli import parse_arguments
 from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
@@ -37,16 +38,14 @@ from collab_megatron.launch.run_processes import launch_engine_only, on_chosen_d
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.log import set_up_logging
 from collab_megatron.model.folder import resolve_model_folder
-from collab_megatron.rollout.cast import assemble, usable_tasks
-from collab_megatron.rollout.evaluation import Evaluation, evaluate
+from collab_megatron.rollout.clients import open_clients, usable_tasks
+from collab_megatron.rollout.evaluation import Evaluation, evaluate, evaluation_calls
 from collab_megatron.rollout.journal.store import Journal, open_journal
 from collab_megatron.rollout.lineage import model_fingerprint
 from collab_megatron.rollout.rewards import judge_calls
 from collab_megatron.rollout.transcripts import write_transcripts
-from collab_megatron.rollout.worth import evaluation_calls
 from collab_megatron.trainer.report.evaluation_table import evaluation_table
 from collab_megatron.wire.checkpoints import read_info
-from collab_megatron.wire.figures import values
 from collab_megatron.wire.protocol import LOST_CONVERSATIONS, require_most
 
 NAME = "evaluate"
@@ -68,28 +67,28 @@ async def play(
     engine_keys: EngineKeys | None = None,
 ) -> Result:
     """The held-out conversations, and the API calls made for them."""
-    async with assemble(
+    async with open_clients(
         config,
         engine_urls=engine_urls,
         max_context_tokens=max_context_tokens,
         journal=journal,
         engine_keys=engine_keys,
-    ) as cast:
-        tasks = usable_tasks(read_task_files(config.data.validation_files)[0], cast, config.rollout.max_prompt_tokens)
-        budget = cast.gateway.budget
+    ) as clients:
+        tasks, _ = read_task_files(config.data.validation_files)
+        budget = clients.gateway.budget
         calls = evaluation_calls(config.evaluation, judge_calls(config.reward, config.simulators))
         played = await evaluate(
-            tasks,
+            usable_tasks(tasks, clients, config.rollout.max_prompt_tokens),
             evaluation=config.evaluation,
             weights=config.reward.metric_weights,
-            limits=cast.limits,
-            players=cast.players,
+            limits=clients.limits,
+            players=clients.players,
             within=partial(budget.room, calls),
         )
         for warning in budget.warnings():
             print(warning, flush=True)
-        figures = values(played.figures) | cast.gateway.snapshot().metrics() | budget.metrics()
-        return Result(played, figures | {"engine/turns_replayed": float(cast.recorded.replayed)})
+        figures = values(played.figures) | clients.gateway.snapshot().metrics() | budget.metrics()
+        return Result(played, figures | {"engine/turns_replayed": float(clients.engine.replayed)})
 
 
 def own_name(config: EvaluateConfig) -> EvaluateConfig:

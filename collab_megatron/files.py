@@ -18,7 +18,7 @@ MOST_THREADS = 8
 
 
 def keep_from_others(umask: str) -> None:
-    """Give what this process and its children make from now on no more rights than `umask` leaves (octal digits)."""
+    """Set the umask (octal digits) of this process and its future children."""
     os.umask(int(umask, 8))
 
 
@@ -49,11 +49,11 @@ def publish_text(path: Path, text: str, *, rights: int = 0o666) -> None:
             with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, rights), "w") as file:
                 file.write(text)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from None
+        raise RunError(f"cannot write {path} ({error.strerror}): free some space, or check its permissions") from None
 
 
 def publish_json(path: Path, value: object) -> None:
-    """As `publish_text`, indented, keys in the order given."""
+    """As `publish_text`, for indented JSON with keys in the given order."""
     publish_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -92,7 +92,7 @@ def contents(file: Path) -> str:
             with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
                 return short_hash(b"".join(pool.map(chunk, offsets)))
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{file} cannot be read ({error.strerror or error}): check its path and permissions") from None
 
 
 def short_hash(data: bytes) -> str:

@@ -1,8 +1,8 @@
-"""Records on disk as JSON lines, one object a line: every record that grows is written and read here.
+"""JSON lines: reading and appending of every growing record on disk, one object per line.
 
-One process writes a file, each time whole lines in one write, so a kill or a full disk can leave half a line at its end
-and nowhere else. A reader leaves such an end out and counts it; the next append cuts it off first. A line in the middle
-that is no object was damaged by something else, and is told by its file and number.
+A file has one writer, which appends whole lines in one write, so a kill or a full disk can leave a torn line only at
+the end. Readers skip and count a torn end; the next append removes it. A damaged line elsewhere has another cause, and
+is an error that names file and line.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rows:
-    """What a file holds."""
+    """The contents of a file."""
 
     rows: list[Row]
-    torn_bytes: int = 0  # at the end, of a line that was not finished; 0: none
+    torn_bytes: int = 0  # of a torn line at the end; 0: none
 
 
 def read_rows(path: Path, *, numbers: Sequence[str] = ()) -> Rows:
-    """The objects of a file, in order; none where there is no file. Raises UserError for a line that is no object.
-
-    numbers: keys under which every object must have a number.
+    """The objects of a file, in order; empty if the file does not exist. Raises UserError for a line that is not an
+    object. numbers: keys that must have a number in every object.
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return Rows([])
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     *whole, end = content.split(b"\n")
     if end and object_of(end) is None:
         torn_bytes = len(end)
@@ -55,18 +54,18 @@ def read_rows(path: Path, *, numbers: Sequence[str] = ()) -> Rows:
 
 
 def row_of(line: bytes, path: Path, number: int, *, numbers: Sequence[str] = ()) -> Row:
-    """The object of line `number` (from 1) of `path`. Raises UserError where it is none."""
+    """The object in line `number` (from 1) of `path`. Raises UserError if the line is not an object."""
     row = object_of(line)
-    lacks = None if row is None else next((key for key in numbers if not _is_number(row.get(key))), None)
-    if row is None or lacks is not None:
+    missing = None if row is None else next((key for key in numbers if not _is_number(row.get(key))), None)
+    if row is None or missing is not None:
         shown = line[:SHOWN_BYTES].decode(errors="replace") + ("..." if len(line) > SHOWN_BYTES else "")
-        what = "is not a JSON object" if lacks is None else f"has no number {lacks!r}"
+        what = "is not a JSON object" if missing is None else f"has no number {missing!r}"
         raise UserError(f"{path}: line {number} {what} ({shown!r}): remove that line, or move the file away")
     return row
 
 
 def object_of(line: bytes) -> Row | None:
-    """The JSON object in `line`; None where it is none."""
+    """The JSON object in `line`; None for anything else."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -80,9 +79,9 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_lines(path: Path, lines: bytes) -> None:
-    """Append whole lines to `path`, all of them or none; a torn end that is there is cut off first.
+    """Append whole lines to `path`, all or none; a torn end is removed first.
 
-    For a file's only writer. Raises OSError where the disk refuses.
+    Only one process may append to a file. Raises OSError.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -99,7 +98,7 @@ def append_lines(path: Path, lines: bytes) -> None:
 
 
 def keep_rows(path: Path, keep: Callable[[Row], bool], *, numbers: Sequence[str] = ()) -> None:
-    """Take out a torn end and the objects that are not to be kept. Raises as `read_rows`, and OSError."""
+    """Remove a torn end and all objects that `keep` rejects. Raises as `read_rows`, and OSError."""
     found = read_rows(path, numbers=numbers)
     kept = [row for row in found.rows if keep(row)]
     if found.torn_bytes or len(kept) < len(found.rows):
@@ -122,7 +121,7 @@ def replace_lines(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def _without_torn_end(descriptor: int, path: Path) -> int:
-    """Cut a torn end off; an object that lacks its line's end alone gets it. The file's size then."""
+    """Remove a torn end; an object without its line end gets one. Returns the new size of the file."""
     size = os.fstat(descriptor).st_size
     tail = b""
     begin = size
@@ -141,7 +140,7 @@ def _without_torn_end(descriptor: int, path: Path) -> int:
 
 
 def _tell(path: Path, torn_bytes: int) -> None:
-    logger.warning("%s: cut off %d bytes at its end, of a line that was not finished", path, torn_bytes)
+    logger.warning("%s: removed %d bytes of a torn line at its end", path, torn_bytes)
 
 
 def _is_number(value: object) -> bool:

@@ -1,9 +1,9 @@
-"""One set-up of logging for every process of a run: lines that name who wrote them, third parties quiet.
+"""Logging of every process of a run: lines name the process, and other packages are quiet.
 
     set_up_logging("trainer-0")
 
-Lines go to stderr: the terminal for the launcher and the trainer's rank 0, the log file that the launcher opened for
-everybody else (launch/supervisor.py). What a command is asked for (a plan, figures) is printed, not logged.
+Lines go to stderr: the terminal for the launcher and trainer rank 0, a log file for all other processes
+(launch/supervisor.py). The output of a command (a plan, figures) is printed, not logged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collab_megatron.errors import masked
 
 PACKAGE = "collab_megatron"
 
-# httpx and its like log whole URLs, and some carry a key; the others report what this project counts and reports itself
+# httpx and similar packages log whole URLs, which may contain a key; this project reports the others' events itself
 QUIET = {
     "LiteLLM": logging.CRITICAL,
     "LiteLLM Proxy": logging.CRITICAL,
@@ -37,14 +37,14 @@ QUIET = {
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Ours, so that a second set-up finds it."""
+    """Own class, so that a second set-up replaces it."""
 
 
 def set_up_logging(who: str, stream: TextIO | None = None) -> None:
-    """Lines of `who` (`launcher`, `trainer-3`, `driver-0`) from INFO on go to `stream` (None: stderr); of other
-    packages warnings only, of the talkative ones errors. Again in the same process: the newest call holds.
+    """Log this project's lines from INFO on to `stream` (None: stderr), in the name of `who` (`launcher`, `trainer-3`,
+    `driver-0`). Other packages log warnings only, the packages in QUIET less. A second call replaces the first.
 
-    Before the imports of megatron, transformers and litellm, which set levels of their own.
+    Call it before the imports of megatron, transformers and litellm, which set their own levels.
     """
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
@@ -56,18 +56,18 @@ def set_up_logging(who: str, stream: TextIO | None = None) -> None:
     logging.getLogger(PACKAGE).setLevel(logging.INFO)
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at its import, over the level set above
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at the import of transformers, over the level above
 
 
 class _Formatter(logging.Formatter):
-    """`12:03:44 trainer-0 trainer.actor.backend: ...`, with the level where it is more than news."""
+    """`12:03:44 trainer-0 trainer.actor.backend: ...`, with the level if it is above INFO."""
 
     def __init__(self, who: str) -> None:
         super().__init__(datefmt="%H:%M:%S")
         self._who = who
 
     def format(self, record: logging.LogRecord) -> str:
-        return masked(super().format(record))  # with the traceback, where it has one
+        return masked(super().format(record))  # includes a traceback
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         where = record.name.removeprefix(f"{PACKAGE}.")

@@ -1,7 +1,7 @@
-r"""Text that others wrote, made fit for tokenizers, msgspec and files of one record a line.
+r"""Cleans text from outside for tokenizers, msgspec and line-based files.
 
-JSON can write half of a surrogate pair ("\ud83d" without its other half), which has no UTF-8: tokenizers, msgspec and
-orjson raise at it.
+JSON can contain half of a surrogate pair ("\ud83d" without its other half), which has no UTF-8 encoding: tokenizers,
+msgspec and orjson raise an error.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ import re
 
 HALF = re.compile("[\ud800-\udfff]")
 LINE_ENDS = {"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-"""Line ends to str.splitlines() and to editors, which JSON may hold as they are; with JSON's own escape for each."""
+"""Line ends for str.splitlines() and editors that JSON may contain unescaped, with JSON's escape for each."""
 LINE_END_BYTES = tuple((end.encode(), escape.encode()) for end, escape in LINE_ENDS.items())
 
 
 def has_half(text: str) -> bool:
-    """Whether half of a surrogate pair stands in it; two halves that belong together, but were not joined, count."""
+    """Whether the text contains half of a surrogate pair; two halves that are not joined count."""
     return not text.isascii() and HALF.search(text) is not None
 
 
 def joined(text: str) -> str:
-    """The two halves of a pair as the character that they are. Halves without a partner stay."""
+    """The text with the two halves of each pair joined. Single halves stay."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass") if has_half(text) else text
 
 
 def whole_text(text: str) -> str:
-    """Pairs joined, and the replacement character in place of each half without a partner: always valid UTF-8."""
+    """Pairs joined, and each single half replaced by the replacement character: always valid UTF-8."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") if has_half(text) else text
 
 
 def on_one_line(json_line: bytes) -> bytes:
-    """A JSON value in UTF-8 whose strings hold no line end of any kind; its meaning is the same."""
+    """The same JSON value in UTF-8, with every kind of line end in its strings escaped."""
     for end, escape in LINE_END_BYTES:
         if end in json_line:
             json_line = json_line.replace(end, escape)

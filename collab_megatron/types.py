@@ -22,7 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar
 T = TypeVar("T")
 
 TERMINATION_SIGNAL = "[TERMINATE]"
-"""How a simulated user ends the chat unless `simulators.user.termination_signal` sets another string."""
+"""Default of simulators.user.termination_signal: a user turn that contains it ends the chat."""
 
 
 class RolloutStatus(StrEnum):
@@ -116,6 +116,10 @@ class PolicyTurn:
     def broken(self) -> bool:
         """Whether the reply is cut or empty, so that a user cannot answer it."""
         return self.cut or not self.reply.strip()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.generation.token_ids_T)
 
 
 @dataclass(frozen=True)

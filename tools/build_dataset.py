@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from collab_megatron.config import BuildDatasetConfig, load_config, show_config
-from collab_megatron.data_engine.processes import Progress, build_dataset
+from collab_megatron.data_engine.build import BuildProgress, build_dataset
 from collab_megatron.errors import BudgetSpent, RunError, run_cli
 from collab_megatron.files import keep_from_others, publish_json
 from collab_megatron.launch.lock import locked
@@ -35,25 +35,25 @@ class Display:
         self._shown_at = 0.0
         self._warned = False
 
-    def show(self, progress: Progress) -> None:
-        if progress.tally.warning and not self._warned:
+    def show(self, progress: BuildProgress) -> None:
+        if progress.counts.warning and not self._warned:
             self._warned = True
-            print(progress.tally.warning, file=sys.stderr, flush=True)
+            print(progress.counts.warning, file=sys.stderr, flush=True)
         if sys.stdout.isatty():
             print(f"\r\x1b[K{progress.line()}", end="", flush=True)
         elif time.monotonic() - self._shown_at >= QUIET_S:
             self._shown_at = time.monotonic()
             print(progress.line(), flush=True)
 
-    def finish(self, progress: Progress) -> None:
+    def finish(self, progress: BuildProgress) -> None:
         if sys.stdout.isatty():
             print("\r\x1b[K", end="")
-        tally = progress.tally
+        counts = progress.counts
         print(
-            f"{progress.before + tally.done} of {progress.total} conversations ({progress.before} were there before, "
-            f"{tally.failed} failed), {tally.rows} new rows in {progress.seconds:.1f} s ({progress.per_s:.1f}/s)"
+            f"{progress.before + counts.done} of {progress.total} conversations ({progress.before} were there before, "
+            f"{counts.failed} failed), {counts.rows} new rows in {progress.seconds:.1f} s ({progress.per_s:.1f}/s)"
         )
-        for role, usage in tally.usage.items():
+        for role, usage in counts.usage.items():
             print(
                 f"  {role}: {usage.calls} calls, {usage.replayed} answers from the journal, {usage.retries} retries, "
                 f"{usage.failures} failed, {usage.prompt_tokens} + {usage.completion_tokens} tokens, "
@@ -82,11 +82,11 @@ def main() -> None:
     with locked(config.output / LOCK_FILE, f"output={config.output}", "choose another output folder"):
         progress = build_dataset(config, display.show)
         display.finish(progress)
-        publish_json(config.output / API_USAGE_FILE, GatewaySnapshot(progress.tally.usage).metrics())
-    if progress.tally.spent and not progress.complete:
-        raise BudgetSpent(progress.tally.spent)
-    if progress.tally.done == 0 and progress.before < progress.total:
-        raise RunError(f"no conversation was finished; last error: {progress.tally.last_error}")
+        publish_json(config.output / API_USAGE_FILE, GatewaySnapshot(progress.counts.usage).metrics())
+    if progress.counts.spent and not progress.complete:
+        raise BudgetSpent(progress.counts.spent)
+    if progress.counts.done == 0 and progress.before < progress.total:
+        raise RunError(f"no conversation was finished; last error: {progress.counts.last_error}")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def page() -> str:
         base = next((base for base in kind.__mro__[1:] if base in places), None)
         text = [f"## {_listed(named)}", _meaning_of(kind)]
         if base:
-            text.append(f"It has the keys of {_listed(places[base])}, and these:")
+            text.append(f"It has the keys of {_listed([min(places[base], key=len)])}, and these:")
         own = [name for name in kind.__annotations__ if not _section_in(kind.model_fields[name].annotation)]
         blocks.append("\n\n".join([*text, *([_table(kind, own)] if own else [])]).rstrip() + "\n")
     removed = "\n".join(f"- `{key}`: {successor}" for key, successor in REMOVED.items())

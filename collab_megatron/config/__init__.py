@@ -1,4 +1,4 @@
-"""Typed, frozen configuration. Pure: importing it loads neither torch nor megatron."""
+"""Typed, frozen configuration. Pure: its import loads neither torch nor megatron."""
 
 from collab_megatron.config.config_file import dump_config, kept_config, load_config, show_config
 from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig

@@ -1,4 +1,4 @@
-"""YAML to a typed config: `extends`, `a.b=c` overrides, and errors that name the key and its nearest neighbour.
+"""Reads config files: `extends`, `a.b=c` overrides, and errors that name the key and the nearest known key.
 
 config = load_config(RLConfig, Path("conf/demo_rl.yaml"), ["train.steps=3", "run.resume=true"])
 """
@@ -24,7 +24,7 @@ C = TypeVar("C", bound=BaseModel)
 def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     """Read `path` (and what it extends), apply `overrides`, validate.
 
-    Raises UserError with one sentence for a missing file, bad YAML, an unknown key or a bad value.
+    Raises UserError, one sentence, for a missing file, bad YAML, an unknown key or a bad value.
     """
     raw = _read_with_extends(path, ())
     for override in overrides:
@@ -37,18 +37,18 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved config as YAML, as other processes of the run read it. It holds no key: those are named by
-    environment variable only. An address may hold a password: what is shown or kept comes from the two below."""
+    """The resolved config as YAML, for other processes of the run. It contains no API keys, which are named by
+    environment variable, but an address may contain a password: use the two functions below for output."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=WIDE)
 
 
 def show_config(config: BaseModel) -> str:
-    """The resolved config as YAML for people, passwords in addresses masked."""
+    """The resolved config as YAML for the terminal and logs, with passwords in addresses masked."""
     return masked(dump_config(config))
 
 
 def kept_config(config: BaseModel) -> dict[str, Any]:
-    """The resolved config as JSON values for a checkpoint, passwords in addresses masked."""
+    """The resolved config as JSON values for a checkpoint, with passwords in addresses masked."""
     kept: dict[str, Any] = _masked_values(config.model_dump(mode="json"))
     return kept
 
@@ -64,7 +64,7 @@ def _masked_values(value: Any) -> Any:
 def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
-        raise UserError(f"{path}: `extends` goes in a circle")
+        raise UserError(f"{path}: `extends` forms a cycle: remove one of the `extends`")
     try:
         raw = parse_yaml(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"config file {path}: {error}") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold a mapping of sections, not a {type(raw).__name__}")
+        raise UserError(f"{path} must contain a mapping of sections, not a {type(raw).__name__}")
     _find_modules(raw, path.parent)
     parents = raw.pop("extends", None)
     if parents is None:
@@ -84,13 +84,13 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for parent in parents if isinstance(parents, list) else [parents]:
         if not isinstance(parent, str) or not parent or "\0" in parent:
-            raise UserError(f"{path}: `extends` names a config file, or a list of some, not {shown(parent)}")
+            raise UserError(f"{path}: `extends` names a config file or a list of config files, not {shown(parent)}")
         merged = _merge(merged, _read_with_extends(path.parent / parent, (*seen, path)))
     return _merge(merged, raw)
 
 
 def _find_modules(raw: dict[str, Any], folder: Path) -> None:
-    """Metric modules in the config's `folder` become paths: other processes read a copy of it that lies elsewhere."""
+    """Metric modules in the config's `folder` become paths, because other processes read a copy of the config."""
     reward = raw.get("reward")
     modules = reward.get("metric_modules") if isinstance(reward, dict) else None
     if isinstance(reward, dict) and isinstance(modules, list):
@@ -99,17 +99,17 @@ def _find_modules(raw: dict[str, Any], folder: Path) -> None:
 
 def _find_module(name: Any, folder: Path) -> Any:
     if not isinstance(name, str):
-        return name  # validation names it
+        return name  # validation reports it
     if name.endswith(".py"):
         return str(folder / name)
     if not name.isidentifier():
-        return name  # a dotted name is for Python to find
+        return name  # Python finds a dotted name
     near = (folder / f"{name}.py", folder / name / "__init__.py")
     return next((str(file) for file in near if file.is_file()), name)
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`top` over `base`, mapping by mapping. metric_weights is replaced whole: a weight left out is switched off."""
+    """`top` over `base`, key by key. metric_weights is replaced as a whole: a missing weight switches a metric off."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "metric_weights"
@@ -128,11 +128,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node[parent] = {}
         node = node[parent]
         if isinstance(node, list):
-            raise UserError(
-                f"override {cut(override)!r}: {parent} holds a list: give the list as a whole, {parent}=[...]"
-            )
+            raise UserError(f"override {cut(override)!r}: {parent} is a list: give the whole list, {parent}=[...]")
         if not isinstance(node, dict):
-            raise UserError(f"override {cut(override)!r}: {parent} is a value, not a section")
+            raise UserError(f"override {cut(override)!r}: {parent} is a value, not a section: set {parent} itself")
     try:
         node[last] = parse_yaml(text)
     except NotYaml as error:

@@ -35,12 +35,12 @@ def check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
 
 
 def check_ranks(parallel: ParallelSection, samples: int, what: str) -> None:
-    """Work for all, in numbers that one step can hold. `what`: where `samples` stand in the config."""
+    """Every data rank has samples, and one step holds them all. `what`: the keys that make `samples`."""
     if samples > MOST_SAMPLES:
         raise ValueError(f"{what} makes {samples:,} samples in a step, more than {MOST_SAMPLES:,}: lower it")
     if parallel.data > samples:
         raise ValueError(
-            f"parallel.data={parallel.data} leaves data ranks without any of the {samples:,} samples of a step "
+            f"parallel.data={parallel.data} leaves data ranks without one of the {samples:,} samples of a step "
             f"({what}): lower it"
         )
 
@@ -48,68 +48,86 @@ def check_ranks(parallel: ParallelSection, samples: int, what: str) -> None:
 def check_schedule(optimizer: OptimizerSection, steps: int) -> None:
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= steps:
         raise ValueError(
-            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves nothing of {steps} optimizer steps to decay over: "
+            f"optimizer.warmup_steps={optimizer.warmup_steps} leaves no optimizer step of {steps} for the decay: "
             "lower it, or set optimizer.schedule=constant"
         )
 
 
 def check_packing(parallel: ParallelSection, train: TrainSection) -> None:
     if train.packing and parallel.context > 1:
-        raise ValueError("train.packing and parallel.context > 1 do not go together yet: set one of them back")
+        raise ValueError(
+            "train.packing does not work with parallel.context > 1 yet: set train.packing=false or parallel.context=1"
+        )
 
 
 def check_engine(engine: EngineSection) -> None:
     if engine.urls and engine.count > 1:
-        raise ValueError("engine.urls names servers that run, engine.count starts some: set one of the two only")
+        raise ValueError("engine.urls names running servers and engine.count starts new ones: set only one of them")
     if engine.port and engine.port + engine.count - 1 > MAX_PORT:
-        raise ValueError(f"engine.port={engine.port} leaves no ports for engine.count={engine.count} servers: lower it")
+        raise ValueError(
+            f"engine.port={engine.port} leaves too few ports for engine.count={engine.count} servers: lower it"
+        )
     for url in engine.urls:
         if not _host(url):
-            raise ValueError(f"engine.urls: {shown_address(url)!r} is no address of the form http://HOST:PORT")
+            raise ValueError(
+                f"engine.urls: {shown_address(url)!r} is not of the form http://HOST:PORT: correct the address"
+            )
     if len({url.rstrip("/") for url in engine.urls}) < len(engine.urls):
         raise ValueError("engine.urls names a server twice: name each once")
 
 
 def check_validation(data: DataSection, train: TrainSection) -> None:
     if train.eval_interval and data.validation is None:
-        raise ValueError("train.eval_interval is set but data.validation is not: name a validation parquet")
+        raise ValueError("train.eval_interval is set but data.validation is not: name a parquet file of held-out rows")
 
 
 def check_driver(driver: DriverSection, rollout: RolloutSection, engine: EngineSection, sync: SyncSection) -> None:
     prompts = rollout.prompts_per_step
     if driver.shards > prompts:
-        raise ValueError(f"driver.shards={driver.shards} leaves shards without any of {prompts} prompts: lower it")
+        raise ValueError(
+            f"driver.shards={driver.shards} leaves shards without one of the {prompts} prompts of a step: lower it"
+        )
     if driver.oversample_prompts and not driver.max_staleness:
-        raise ValueError("driver.oversample_prompts carries trees over to the next step: set driver.max_staleness to 1")
+        raise ValueError("driver.oversample_prompts keeps trees for the next step: set driver.max_staleness=1")
     if driver.oversample_prompts > prompts:
-        raise ValueError("driver.oversample_prompts is more than a batch: raise driver.max_staleness instead")
+        raise ValueError(
+            f"driver.oversample_prompts={driver.oversample_prompts} is more than the {prompts} prompts of a step: "
+            "lower it, or raise driver.max_staleness"
+        )
     if driver.max_staleness and engine.placement == "colocated":
         raise ValueError(
-            "driver.max_staleness needs engines that sample while the trainer trains: set "
-            "engine.placement=disaggregated"
+            "driver.max_staleness > 0 needs engines that sample during training: set engine.placement=disaggregated"
         )
     if driver.max_staleness and sync.pause == "abort":
-        raise ValueError("sync.pause=abort would lose what is sampled across an update: set driver.max_staleness=0")
+        raise ValueError(
+            "sync.pause=abort would lose replies that are sampled across an update: set driver.max_staleness=0, or "
+            "another sync.pause"
+        )
     if driver.refill_groups > prompts:
-        raise ValueError("driver.refill_groups is more than a batch: lower it")
+        raise ValueError(
+            f"driver.refill_groups={driver.refill_groups} is more than the {prompts} prompts of a step: lower it"
+        )
     if driver.min_futures > max(rollout.num_repeat_rollouts, 1):
-        raise ValueError("driver.min_futures is larger than rollout.num_repeat_rollouts: no reply could have a reward")
+        raise ValueError(
+            f"driver.min_futures={driver.min_futures} is larger than "
+            f"rollout.num_repeat_rollouts={rollout.num_repeat_rollouts}, so no reply would have a reward: lower it"
+        )
     if driver.order == "prompt" and driver.oversample_prompts:
-        raise ValueError("driver.order=prompt waits for every prompt of a step: set driver.oversample_prompts to 0")
+        raise ValueError("driver.order=prompt waits for every prompt of a step: set driver.oversample_prompts=0")
 
 
 def check_transport(engine: EngineSection, sync: SyncSection) -> None:
-    """Memory of one machine cannot be handed to another."""
+    """IPC handles work on one machine only."""
     far = [url for url in engine.urls if not _is_loopback(_host(url))]
     if far and sync.transport_for(engine.placement) == "ipc":
         raise ValueError(
-            f"sync.transport=ipc reaches engines on this machine only, and {far[0]} is not a loopback address: set "
+            f"sync.transport=ipc reaches engines on this machine only, but {far[0]} is not a loopback address: set "
             "sync.transport=broadcast or disk, and engine.placement=disaggregated"
         )
 
 
 def _host(url: str) -> str:
-    """Empty where there is none."""
+    """Empty for an address without a host."""
     found = host_and_port(url)
     return found[0] if found else ""
 

@@ -1,4 +1,4 @@
-"""The configurations of the entry points: sections put together, and the checks that need two of them."""
+"""The configs of the entry points: their sections, and the checks that compare sections."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class RLConfig(Section):
         samples = self.rollout.prompts_per_step * self.rollout.num_replies
         check_ranks(self.parallel, samples, "rollout.prompts_per_step x num_replies")
         if not any(self.reward.metric_weights.values()):
-            raise ValueError("reward.metric_weights are all 0: no reply could be better than another; raise one")
+            raise ValueError("reward.metric_weights are all 0, so all replies would have the same reward: raise one")
         check_engine(self.engine)
         check_transport(self.engine, self.sync)
         check_driver(self.driver, self.rollout, self.engine, self.sync)
@@ -90,9 +90,15 @@ class RLConfig(Section):
             llms=llms_of_conversations(self.simulators, self.reward),
         )
         if self.rollout.min_replies > self.rollout.num_replies:
-            raise ValueError("rollout.min_replies is larger than rollout.num_replies: no group could ever be kept")
+            raise ValueError(
+                f"rollout.min_replies={self.rollout.min_replies} is larger than "
+                f"rollout.num_replies={self.rollout.num_replies}, so every group would be dropped: lower it"
+            )
         if self.algorithm.mini_batches > self.rollout.prompts_per_step:
-            raise ValueError("algorithm.mini_batches is larger than rollout.prompts_per_step: lower it")
+            raise ValueError(
+                f"algorithm.mini_batches={self.algorithm.mini_batches} is larger than "
+                f"rollout.prompts_per_step={self.rollout.prompts_per_step}: lower it"
+            )
         check_validation(self.data, self.train)
         return self
 
@@ -108,8 +114,9 @@ class SFTConfig(Section):
     max_tokens: Positive = 4096  # longer conversations are left out and counted
     optimizer: OptimizerSection = OptimizerSection(lr=1e-5)
     parallel: ParallelSection = ParallelSection()
-    export_hf: Path | None = None  # where the weights go as a Hugging Face folder at the end
-    # best: those with the lowest held-out loss; the last ones without data.validation or train.keep_best
+    export_hf: Path | None = None  # folder for the final weights, as a Hugging Face model; null: no export
+    # weights that export_hf gets. best: those with the lowest held-out loss (the last ones without data.validation or
+    # train.keep_best)
     export_weights: Literal["best", "last"] = "best"
 
     @model_validator(mode="after")
@@ -124,9 +131,9 @@ class SFTConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """`python -m collab_megatron.evaluate`: whole conversations with a model as it stands.
+    """`python -m collab_megatron.evaluate`: whole conversations with a fixed model.
 
-    An RL config is one as well: the sections that only training reads are checked and not used.
+    It accepts an RL config too: sections that only training reads are checked and not used.
     """
 
     run: RunSection = RunSection(name="evaluate")
@@ -140,9 +147,9 @@ class EvaluateConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     journal: JournalSection = JournalSection()
     budget: BudgetSection = BudgetSection()
-    # JSON with the figures; the conversations lie next to it as .jsonl. None: RUN_DIR/evaluations/NAME/MODEL.json
+    # JSON file for the figures; conversations go next to it as .jsonl. None: RUN_DIR/evaluations/NAME/MODEL.json
     output: Path | None = None
-    # of an RL config: checked, not used
+    # sections of an RL config: checked, not used
     algorithm: AlgorithmSection | None = None
     train: TrainSection | None = None
     optimizer: OptimizerSection | None = None
@@ -159,9 +166,11 @@ class EvaluateConfig(Section):
             llms=llms_of_conversations(self.simulators, self.reward),
         )
         if self.data.validation is None:
-            raise ValueError("data.validation is not set: name the held-out parquet")
+            raise ValueError("data.validation is not set: name a parquet file of held-out tasks")
         if self.output is not None and self.output.suffix == ".jsonl":
-            raise ValueError(f"output={self.output} is where its conversations go: name a .json file for the figures")
+            raise ValueError(
+                f"output={self.output} is the name for the conversations: name a .json file for the figures"
+            )
         return self
 
 
@@ -169,23 +178,23 @@ class BuildDatasetConfig(Section):
     """`tools/build_dataset.py`: grow multi-turn conversations from single-turn problems."""
 
     problems: Path  # JSONL: single_turn_prompt, single_turn_completion, [single_turn_metadata], [prompt]
-    output: Path  # folder; conversations are appended, finished ones are never made twice
-    umask: Umask = "077"  # whom that folder and its files are kept from, as run.umask
-    tokenizer: FolderOrHubName | None = None  # HF folder that counts token_amount; None: whitespace words
+    output: Path  # folder; an interrupted build resumes in it and makes no conversation twice
+    umask: Umask = "077"  # permissions of that folder and its files, as run.umask
+    tokenizer: FolderOrHubName | None = None  # counts tokens for token_amount; None: counts words
     simulators: SimulatorsSection
     reward: RewardSection = RewardSection()
-    seed: Seed = 1
-    num_conversations: Positive | None = None  # None: all problems
-    num_candidate_responses: Positive = 2
+    seed: Seed = 1  # of LLM calls
+    num_conversations: Positive | None = None  # the first so many problems; None: all
+    num_candidate_responses: Positive = 2  # candidate replies per assistant turn; the best one is kept
     num_repeat_rollouts: Annotated[int, Field(ge=1)] = 1  # futures per candidate
     max_total_turns: Positive = 4  # assistant turns per conversation
     max_user_turns: Count = 2  # user turns inside a scored future
     max_concurrency: Positive = 32  # conversations at a time, per process
-    processes: Positive = 1
-    system_prompt: str = ""  # put in front of every prompt when not empty
-    budget: BudgetSection = BudgetSection()  # of the whole build, all its processes and restarts
-    # every paid reply, so that an interrupted build asks for nothing twice. path: None is OUTPUT/journal.sqlite. It is
-    # emptied when the build is complete, unless keep_all is set
+    processes: Positive = 1  # each grows its share of the problems
+    system_prompt: str = ""  # first message of every prompt; empty: none
+    budget: BudgetSection = BudgetSection()  # of the whole build, over all processes and restarts
+    # every paid reply, so that a resumed build pays for none twice. path: None is OUTPUT/journal.sqlite. It is emptied
+    # when the build is complete, unless keep_all is set
     journal: JournalSection = JournalSection()
 
     @model_validator(mode="after")
@@ -193,5 +202,5 @@ class BuildDatasetConfig(Section):
         check_metrics(self.reward, self.simulators)
         check_timeouts(llms={role_place(role): llm for role, llm in llm_roles(self.simulators, self.reward).items()})
         if self.simulators.assistant is None:
-            raise ValueError("simulators.assistant is not set: name the model that proposes the replies")
+            raise ValueError("simulators.assistant is not set: name the model that writes the candidate replies")
         return self

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a config, as one sentence that names the key, the value and what to write."""
+"""Turns a validation error of pydantic into one sentence: the key, the value and what to write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from collab_megatron.errors import masked
 
 NEAR = 0.7
-"""How alike two keys must be (difflib's ratio) for one to be taken for a slip of the other."""
+"""Similarity (difflib's ratio) from which an unknown key is taken for a typo of a known one."""
 SHOWN = 60  # characters of a value
 REMOVED = {
     "engine.wait_s": "it is 3 times engine.startup_timeout_s",
@@ -23,11 +23,11 @@ REMOVED = {
     "json_schema": "response_format is text, json_object or json_schema",
     "rollout.step_timeout_s": "it is 1.5 times driver.future_timeout_s, plus driver.group_timeout_s",
 }
-"""Keys of earlier versions, or their ends, and what took their place."""
+"""Keys of earlier versions (or the ends of keys), and their replacement."""
 
 
 def explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first error, and the number of others. An unknown key goes first: its right name may be what is missing."""
+    """The first error and the number of others. Unknown keys come first: a missing key may be their correct name."""
     found = error.errors(include_url=False, include_input=True)
     found.sort(key=lambda one: one["type"] != "extra_forbidden")
     first, *more = found
@@ -35,7 +35,7 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML has it, cut to some length; of a list or mapping the kind alone."""
+    """A value in YAML, shortened; for a list or mapping only its kind."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict | list | tuple):
@@ -44,7 +44,7 @@ def shown(value: Any) -> str:
 
 
 def cut(text: str) -> str:
-    """Its beginning; masked first, because half of an address is not known as one."""
+    """The beginning of the text; masked first, because a shortened address is not recognized."""
     text = masked(text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
@@ -60,11 +60,13 @@ def _sentence(kind: type[BaseModel], first: Any) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(sorted(known))}"
         return f"unknown key {dotted!r}; {hint}"
     if reason == "missing":
-        return f"{dotted!r} is not set and has no default"
+        return f"{dotted!r} is not set and has no default: set it"
     if reason == "value_error":
         return f"{dotted}: {first['ctx']['error']}" if dotted else str(first["ctx"]["error"])
     if reason == "invalid_key":
-        return f"a key in {'.'.join(map(str, loc[:-1])) or 'the config'!r} is {shown(value)}: keys are text, quote it"
+        return (
+            f"a key in {'.'.join(map(str, loc[:-1])) or 'the config'!r} is {shown(value)}: a key must be text: quote it"
+        )
     if reason in ("model_type", "model_attributes_type", "dict_type"):
         if value is None:
             return f"{dotted!r} is empty: remove the line, or write its keys below it"
@@ -74,14 +76,14 @@ def _sentence(kind: type[BaseModel], first: Any) -> str:
     if reason == "string_type" and not isinstance(value, dict | list | tuple):
         return f"{dotted!r} should be a string (got {shown(value)}): quote it"
     if reason == "string_too_short":
-        return f"{dotted!r} is empty: it needs a text, such as a name"
+        return f"{dotted!r} is empty: write a text, such as a name"
     if reason in ("bool_type", "bool_parsing"):
         return f"{dotted!r} should be true or false (got {shown(value)})"
     return f"{dotted!r}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {shown(value)})"
 
 
 def _keys_at(kind: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
-    """The keys of the section at `loc`; empty where there is none."""
+    """The keys of the section at `loc`."""
     node: Any = kind
     for part in loc:
         if typing.get_origin(node) in (dict, tuple):  # {name: section} or (section, ...)

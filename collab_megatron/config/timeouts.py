@@ -26,14 +26,14 @@ from collab_megatron.config.sections import (
 
 
 class Deadline(NamedTuple):
-    """One key of the config."""
+    """A key of the config and its value."""
 
     key: str
     seconds: float
 
 
 class Rule(NamedTuple):
-    """`outer` is the longer one."""
+    """`outer` must be longer than `inner`."""
 
     outer: Deadline
     inner: Deadline
@@ -51,9 +51,9 @@ def check_timeouts(
     evaluation: EvaluationSection | None = None,
     llms: Mapping[str, LLMSection] | None = None,
 ) -> None:
-    """Raises ValueError, naming both keys and values, for the first pair of the sections that is the wrong way round.
+    """Raises ValueError for the first violated rule, with both keys and values.
 
-    llms: place in the config -> an LLM that conversations wait for.
+    llms: key in the config -> an LLM that conversations wait for.
     """
     rules = [*_of_processes(run, parallel, sync), *_of_llms(driver, evaluation, llms or {})]
     if engine is not None:
@@ -80,7 +80,7 @@ def _of_llms(
     for place, section in llms.items():
         call = Deadline(f"{place}.deadline_s", section.deadline_s)
         attempt = Deadline(f"{place}.timeout_s", section.timeout_s)
-        yield Rule(call, attempt, "a call is made of attempts", may_be_equal=True)
+        yield Rule(call, attempt, "a call consists of attempts", may_be_equal=True)
         if driver is not None:
             future = Deadline("driver.future_timeout_s", driver.future_timeout_s)
             yield Rule(future, call, "a future waits for several calls")
@@ -107,7 +107,7 @@ def _of_processes(run: RunSection | None, parallel: ParallelSection | None, sync
     stopped = Deadline("run.stopped_timeout_s", run.stopped_timeout_s)
     if parallel is not None:
         collective = Deadline("parallel.collective_timeout_s", parallel.collective_timeout_s)
-        yield Rule(collective, stopped, "the peers of a stopped rank are to hear who it is")
+        yield Rule(collective, stopped, "its peers must wait until the stopped rank is found")
     if sync is not None:
         whole = Deadline("sync.timeout_s", sync.timeout_s)
-        yield Rule(whole, stopped, "a stopped engine is to be found before its sync is over")
+        yield Rule(whole, stopped, "a stopped engine must be found before the sync reaches its deadline")

@@ -1,1 +1,1 @@
-"""Rows, splits, order and chat templates: everything between a dataset and token ids."""
+"""From a dataset to token ids: rows, splits, row order, chat templates."""

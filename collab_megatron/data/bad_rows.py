@@ -1,4 +1,4 @@
-"""What to do with rows that cannot be read: stop at the first, or leave them out, count them and name them."""
+"""Policy for unreadable rows: raise at the first one, or skip and count them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ class BadRows:
 
     def __init__(self, *, skip: bool = False) -> None:
         self.skip = skip
-        self.reasons: list[str] = []  # one sentence for each row that was left out
-        self.read = 0  # rows that could be read
+        self.reasons: list[str] = []  # one sentence for each skipped row
+        self.read = 0  # readable rows
 
     def found(self, reason: str) -> None:
-        """A row cannot be read. Raises UserError with `reason` unless such rows are skipped."""
+        """Record an unreadable row. Raises UserError with `reason` unless such rows are skipped."""
         if not self.skip:
             raise UserError(reason)
         self.reasons.append(reason)
 
     def found_all(self, reasons: Sequence[str]) -> None:
-        """Rows cannot be read, at least one. Raises UserError with how many, and the first ones, unless such rows are
-        skipped."""
+        """Record one or more unreadable rows. Raises UserError with the first ones and the number of the others, unless
+        such rows are skipped."""
         if not self.skip:
             more = f"; and {len(reasons) - SHOWN:,} more" if len(reasons) > SHOWN else ""
             raise UserError(f"{'; '.join(reasons[:SHOWN])}{more}")
         self.reasons += reasons
 
     def notice(self) -> str:
-        """One line on what was left out; empty where nothing was."""
+        """One line about the skipped rows; empty if there are none."""
         if not self.reasons:
             return ""
         total = self.read + len(self.reasons)

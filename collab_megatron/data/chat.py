@@ -1,10 +1,10 @@
-"""Chat template to token ids, token-in token-out: what the policy sampled is never turned to text and back.
+"""Chat templates as token ids, token-in token-out: sampled ids are never converted to text and back.
 
 A conversation's context grows as ids:  prompt_ids + reply ids (as sampled) + turn_glue(user turn) + reply ids + ...
-What others wrote is encoded as text (control_tokens.py), whatever control tokens it spells.
-`turn_glue` is the stretch of the template between two sampled replies. growth_difference() compares this with
-tokenising the whole chat at once, on probe conversations. The two differ where a template rewrites earlier turns
-(removes their thinking, trims their white space) or where words merge across a turn's edge.
+Text of others is encoded as plain text, even where it spells a control token (control_tokens.py).
+`turn_glue` is the part of the template between two sampled replies. growth_difference() compares this with tokenizing
+the whole chat at once, on probe conversations. The two differ if a template rewrites earlier turns (removes their
+thoughts, trims their white space) or if words merge across the border of a turn.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ InexactTemplate = Literal["refuse", "as_sampled", "rendered"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
-REPLY = "zqxreplyxqz"  # stands in for a reply; no template holds it
-USER = "zqyuseryqz"  # the same for a user turn
+REPLY = "zqxreplyxqz"  # placeholder for a reply; no template contains it
+USER = "zqyuseryqz"  # placeholder for a user turn
 
-# Roles alternate after the system turn. Plain chats first: the first difference is the one that is told.
+# Roles alternate after the system turn. Plain chats come first, because the first difference is reported.
 PROBES: tuple[tuple[Message, ...], ...] = (
     (Message("user", "hello"), Message("assistant", "which day?"), Message("user", "monday")),
     (
@@ -45,11 +45,11 @@ PROBES: tuple[tuple[Message, ...], ...] = (
         Message("assistant", "<think>\nsettled\n</think>\n\ndone"),
         Message("user", "thanks"),
     ),
-    # No line break at the front: tokenizers join it to the template's own, whatever the template does.
+    # No line break at the front: tokenizers join it to the template's own, with every template.
     (Message("user", " hello\n"), Message("assistant", " which day? \n"), Message("user", "\n  monday ")),
 )
 
-# How templates treat a user's text, and texts that tell it.
+# What templates do with a user's text, and texts that show which.
 TEXT_RULES: tuple[Callable[[str], str], ...] = (str, str.strip)
 RULE_PROBES = ("\n two, {{ tomorrow }} – $5? \n", "<think>\nno\n</think>\n\nyes", "line\r\n\n\tline ✓ <b>&amp;</b>")
 
@@ -57,10 +57,12 @@ SHOWN_TOKENS = 12
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder or hub name. Raises UserError without one, or without a chat template."""
+    """The tokenizer of a Hugging Face folder or hub name. Raises UserError without a tokenizer or chat template."""
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise UserError(f"{path} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the model's there")
+        raise UserError(
+            f"{path} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the model's tokenizer files there"
+        )
     from transformers import AutoTokenizer  # here because it takes seconds
 
     try:
@@ -68,7 +70,7 @@ def load_tokenizer(path: str | Path) -> Any:
     except Exception as error:  # noqa: BLE001 - a broken tokenizer file raises anything
         first_line = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise UserError(
-            f"no tokenizer could be loaded from {path}: {first_line}; copy the model's tokenizer files there again"
+            f"the tokenizer of {path} cannot be loaded: {first_line}; copy the model's tokenizer files there again"
         ) from None
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {path} has no chat template: use a chat model, or add chat_template.jinja")
@@ -76,23 +78,23 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template as token ids. Raises UserError if it does not close assistant turns by one token."""
+    """A tokenizer's chat template as token ids. Raises UserError if assistant turns do not end with one token."""
 
     def __init__(self, tokenizer: Any, *, thought_tags: tuple[str, str] = THOUGHT_TAGS) -> None:
         self.tokenizer = tokenizer
         self.thought_tags = thought_tags
-        tokenizer.encode("", add_special_tokens=False)  # turns padding and truncation off, also in the core below
-        self._core = getattr(tokenizer, "backend_tokenizer", None)  # the same ids and texts at half the time
+        tokenizer.encode("", add_special_tokens=False)  # switches padding and truncation off, also in the core below
+        self._core = getattr(tokenizer, "backend_tokenizer", None)  # the same ids and texts in half the time
         self._control = ControlTokens(tokenizer, self._core, thought_tags=thought_tags)
         self._rendered = False
         ids = self._encode(self._after_reply())
         if not ids or ids[0] not in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
-            raise UserError("the chat template does not end an assistant turn with a special token: use another one")
+            raise UserError("the chat template does not end assistant turns with a special token: use another template")
         self.end_id: int = ids[0]
         eos = tokenizer.eos_token_id
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in (self.end_id, eos) if i is not None))
         tags = [self._encode(tag) for tag in thought_tags]
-        # decoded by themselves, because the tokenizer may hide them; an unknown word is no tag
+        # decoded alone, because the tokenizer may hide them; an unknown word is not a tag
         self._tags = {ids[0] for ids, tag in zip(tags, thought_tags, strict=True) if self._decode(ids[:1]) == tag}
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -102,8 +104,8 @@ class ChatTemplate:
     def turn_glue(self, user_text: str, *, cut: bool = False) -> list[int]:
         """Ids between a sampled reply and the next one: the user's turn and the generation prompt.
 
-        The reply's own end-of-turn id is not among them, unless `cut`: then the reply ran into its token limit and
-        brought none, and the glue begins with it.
+        They do not include the reply's end-of-turn id, unless `cut`: a reply that ran into its token limit has none, so
+        the glue begins with it.
         """
         if self._glue is None:
             text = self._after_reply(user_text)
@@ -114,14 +116,14 @@ class ChatTemplate:
         return ids if cut else ids[1:]
 
     def grow(self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str) -> list[int]:
-        """The ids that the next policy turn is sampled from, after a user turn.
+        """The context ids of the next policy turn, after a user turn.
 
-        `context_ids` end with the policy's last turn as it was sampled, `messages` with the same turn as text
-        (PolicyTurn.sampled): the user's new turn is in neither. Rendered again where check_growth() chose that, else
+        `context_ids` end with the policy's last turn as sampled, `messages` with the same turn as text
+        (PolicyTurn.sampled). The user's new turn is in neither. Rendered again if check_growth() chose so, else
         context + glue. Raises ValueError if `messages` do not end with an assistant turn.
         """
         if not messages or messages[-1].role != "assistant":
-            raise ValueError("a chat grows after an assistant turn: leave the new user turn out of `messages`")
+            raise ValueError("`messages` must end with an assistant turn: leave the new user turn out")
         if self._rendered:
             return self.prompt_ids([*messages, Message("user", user_text)])
         return [*context_ids, *self.turn_glue(user_text, cut=not self.ended(context_ids))]
@@ -133,7 +135,7 @@ class ChatTemplate:
     def policy_turn(
         self, context_ids: Sequence[int], generation: Generation, *, begin_s: float = 0.0, end_s: float = 0.0
     ) -> PolicyTurn:
-        """What was sampled from `context_ids`, split into thought and reply; the times are those of PolicyTurn."""
+        """The turn sampled from `context_ids`, split into thought and reply. The times are those of PolicyTurn."""
         opening = self._opening(context_ids)
         text = self._with_tags(generation.token_ids_T)
         split = split_thoughts(text, self.thought_tags, opened=bool(opening))
@@ -148,13 +150,13 @@ class ChatTemplate:
         )
 
     def _opening(self, context_ids: Sequence[int]) -> str:
-        """The opening tag with the white space behind it, where the context ends with one; else empty."""
+        """The opening tag and the white space after it, if the context ends with one; else empty."""
         start, _ = self.thought_tags
         tail = self._decode(context_ids[-2 * len(start) :])
         return tail[tail.rindex(start) :] if tail.rstrip().endswith(start) else ""
 
     def _with_tags(self, token_ids: Sequence[int]) -> str:
-        """A sampled reply as text, without special tokens but the tags of thoughts."""
+        """A sampled reply as text, without special tokens other than the thought tags."""
         if self._tags.isdisjoint(token_ids):
             return self.reply_text(token_ids)
         return "".join(
@@ -163,14 +165,14 @@ class ChatTemplate:
         )
 
     def ended(self, token_ids: Sequence[int]) -> bool:
-        """Whether a sampled reply brought its end-of-turn id (if not it was cut)."""
+        """Whether a sampled reply ends with an end-of-turn id. If not, it was cut."""
         return bool(token_ids) and token_ids[-1] in self.end_ids
 
     def sft_ids_and_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """(ids [T], mask [T]) of a conversation; True on assistant content and its end-of-turn id.
 
-        Ends at the last trained token. Raises ValueError if the template rewrites earlier turns, or if a turn's
-        ids do not read as its content.
+        Ends at the last trained token. Raises ValueError if the template rewrites earlier turns, or if the ids of a
+        turn do not decode to its content.
         """
         full = self._encode(self._render(messages, generation_prompt=False))
         mask = [False] * len(full)
@@ -185,26 +187,26 @@ class ChatTemplate:
                 end = full.index(self.end_id, len(head))
             except ValueError:
                 raise ValueError(f"turn {i} is not closed by the end-of-turn token") from None
-            # Both sides made of ids: tokenizers that normalise text or know not every word pass.
+            # Both sides are decoded ids, so tokenizers that normalize text or have unknown words pass.
             content = self.reply_text(self._encode(self._control.marked(message.content, message.role))).strip()
             if not self.reply_text(full[len(head) : end]).strip().endswith(content):
-                raise ValueError(f"the ids of turn {i} do not read as its content")
+                raise ValueError(f"the ids of turn {i} do not decode to its content")
             last = end + 1
             mask[len(head) : last] = [True] * (last - len(head))
         if not last:
-            raise ValueError("the conversation has no assistant turn to learn from")
+            raise ValueError("the conversation has no assistant turn to train on")
         return full[:last], mask[:last]
 
     def check_growth(self, mode: InexactTemplate) -> str | None:
-        """The difference between growing and rendering, if there is one; from here on grow() goes the way of `mode`.
+        """The difference between growing and rendering, if there is one. From now on grow() follows `mode`.
 
-        Raises UserError for a difference under `refuse`. Without a difference every mode grows by ids.
+        Raises UserError for a difference with `refuse`. Without a difference every mode grows by ids.
         """
         difference = self.growth_difference()
         if difference is not None and mode == "refuse":
             raise UserError(
-                f"the model's chats cannot be grown turn by turn as token ids: {difference}; set "
-                "rollout.inexact_template to as_sampled (the policy goes on seeing its turns as it sampled them) or to "
+                f"the model's chat template does not extend a chat turn by turn as token ids: {difference}; set "
+                "rollout.inexact_template to as_sampled (the policy keeps seeing its turns as it sampled them) or to "
                 "rendered (after the trained reply it sees them as the template renders them), or use a template that "
                 "only appends"
             )
@@ -212,7 +214,7 @@ class ChatTemplate:
         return difference
 
     def growth_difference(self) -> str | None:
-        """The first difference between growing the probe chats by ids and tokenising them whole; None if exact."""
+        """The first difference between growing the probe chats by ids and tokenizing them whole; None if exact."""
         for probe in PROBES:
             for i, message in enumerate(probe):
                 if message.role != "assistant":
@@ -220,31 +222,31 @@ class ChatTemplate:
                 grown = self.prompt_ids(probe[:i])
                 closed = self._encode(self._closed(probe[: i + 1]))
                 if closed[: len(grown)] != grown or self.end_id not in closed[len(grown) :]:
-                    return self._tell(grown, closed)
+                    return self._describe_difference(grown, closed)
                 sampled = closed[: closed.index(self.end_id, len(grown)) + 1]
                 grown = sampled + self.turn_glue(probe[i + 1].content)
                 whole = self.prompt_ids(probe[: i + 2])
                 if grown != whole:
-                    return self._tell(grown, whole)
+                    return self._describe_difference(grown, whole)
         return None
 
     def _closed(self, messages: Sequence[Message]) -> str:
-        """The prompt and the last turn with its end, its content verbatim: as the policy would sample it."""
+        """The prompt and the last turn with its end, with verbatim content, as the policy would sample it."""
         text = self._render([*messages[:-1], Message("assistant", REPLY)], generation_prompt=False)
         return text.replace(REPLY, messages[-1].content)
 
-    def _tell(self, grown: Sequence[int], whole: Sequence[int]) -> str:
-        """Where two id sequences part, in words."""
+    def _describe_difference(self, grown: Sequence[int], whole: Sequence[int]) -> str:
+        """The first difference of two id sequences, in words."""
         at = next((i for i, pair in enumerate(zip(grown, whole, strict=False)) if pair[0] != pair[1]), len(grown))
         same_text = self._decode(whole).startswith(self._decode(grown))
         grown_text, text = (repr(self._decode(ids[max(at - 1, 0) : at + SHOWN_TOKENS])) for ids in (grown, whole))
         if same_text and at < len(grown):
-            return f"words merge across a turn's edge in {text}"
-        return f"the template rewrites earlier turns: grown it reads {grown_text}, rendered {text}"
+            return f"words merge across the border of a turn in {text}"
+        return f"the template rewrites earlier turns: {grown_text} when grown, {text} when rendered"
 
     @cached_property
     def _glue(self) -> tuple[str, Callable[[str], str], str] | None:
-        """The glue before and after the user's text, and what the template does to the text; None: render each time."""
+        """The glue before and after the user's text, and the template's change of the text; None: render each time."""
         head, found, tail = self._after_reply(USER).partition(USER)
         for rule in TEXT_RULES:
             marked = [(text, self._control.marked(text, "user")) for text in RULE_PROBES]
@@ -253,7 +255,7 @@ class ChatTemplate:
         return None
 
     def _after_reply(self, user_text: str | None = None) -> str:
-        """The rendered text behind an assistant turn's content: its end, the user turn and the generation prompt."""
+        """The rendered text after an assistant turn's content: its end, the user turn and the generation prompt."""
         messages = [Message("user", "x"), Message("assistant", REPLY)]
         if user_text is not None:
             messages.append(Message("user", user_text))
@@ -270,7 +272,8 @@ class ChatTemplate:
                 turns, tokenize=False, add_generation_prompt=generation_prompt
             )
         except Exception as error:
-            raise UserError(f"the chat template refuses {[m.role for m in messages]}: {error}") from error
+            roles = ", ".join(message.role for message in messages)
+            raise UserError(f"the chat template fails on the roles {roles}: {error}; use another template") from error
         return text
 
     def _encode(self, text: str) -> list[int]:

@@ -1,6 +1,6 @@
-"""CollabLLM rows as typed values: one row per (conversation, turn, candidate reply), whatever form they came in.
+"""CollabLLM rows as typed values: one row per (conversation, turn, candidate reply), from any of three forms.
 
-flat form      one row as it is here
+flat form      the same fields as CollabRow
 nested form    {single_turn_prompt, ..., turns: [{prompt, responses: [{completion, score, sessions, rewards}]}]}
 messages form  {messages: [{role, content}, ...]}: a finished chat, for supervised training only
 
@@ -32,27 +32,27 @@ class CollabRow:
     prompt: tuple[Message, ...]  # the chat so far; ends with a user turn
     completion: str
     conv_id: str
-    turn_id: int  # larger is later; where the row brings none: user turns before the last one
-    single_turn_prompt: str  # in the messages form, which knows no task, the first user turn
+    turn_id: int  # larger is later; if the row has none: user turns before the last one
+    single_turn_prompt: str  # in the messages form, which has no task: the first user turn
     single_turn_completion: str = ""
     ground_truth: str = ""
     task_desc: str = ""
     score: float | None = None  # MR; None: not scored
     rewards: Mapping[str, float] = field(default_factory=dict)  # metric -> mean over the sessions
     metadata: Mapping[str, Any] = field(default_factory=dict)  # single_turn_metadata
-    has_task: bool = True  # False in the messages form: nobody could play its user
+    has_task: bool = True  # False in the messages form: its user cannot be simulated
 
     @property
     def conversation(self) -> tuple[str, str]:
-        """Tells conversations apart where files or splits that count their conv_ids from 0 come together."""
+        """Identity of a conversation, also across files or splits that each count their conv_ids from 0."""
         return self.conv_id, self.single_turn_prompt
 
 
 def parse_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | None = None) -> list[CollabRow]:
-    """Rows of any form. In messages rows count from 1, as lines do.
+    """Rows of any form. Error messages count rows from 1.
 
-    Raises UserError naming source, row and column for what cannot be read, over all rows, unless `bad` skips such rows;
-    then where nothing is left.
+    Raises UserError with source, row and column of unreadable rows, after a check of all rows, unless `bad` skips such
+    rows; in any case if no row is left.
     """
     bad = bad or BadRows()
     listed = list(raw)
@@ -65,7 +65,7 @@ def parse_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | Non
         where = f"{source}: row {number + 1}"
         try:
             if not isinstance(row, Mapping):
-                raise UserError(f"{where} is a {type(row).__name__}, not a mapping of columns")
+                raise UserError(f"{where} is a {type(row).__name__}, but must be a mapping of columns")
             if number in lacking:
                 raise UserError(f"{where} has no {', '.join(lacking[number])}")
             rows += _read_row_of_any_form(row, number, where)
@@ -81,7 +81,7 @@ def parse_rows(raw: Iterable[Mapping[str, Any]], source: str, bad: BadRows | Non
 
 
 def _form(row: Mapping[str, Any]) -> str:
-    """flat, nested or messages. Parquet fills what other rows brought with null."""
+    """flat, nested or messages. In parquet, columns of other rows are null."""
     if row.get("turns") is not None:
         return "nested"
     if row.get("messages") is not None and row.get("prompt") is None:
@@ -97,7 +97,7 @@ def _missing_columns(row: Any) -> tuple[str, ...]:
 
 
 def _lacks(lacking: Mapping[int, Sequence[str]], rows: Sequence[Any], source: str) -> str:
-    """All missing columns in one sentence, each with the rows that lack it."""
+    """One sentence with all missing columns, each with the rows that lack it."""
     by_column: dict[str, list[int]] = {}
     for number, missing in lacking.items():
         for column in missing:
@@ -141,8 +141,8 @@ def _flatten(row: Mapping[str, Any], number: int, where: str) -> Iterator[Mappin
     shared = {name: value for name, value in row.items() if name != "turns"}
     shared.setdefault("conv_id", number)
     turns = _list(row["turns"], f"{where}: turns")
-    if all(turn.get("responses") == [] for turn in turns):  # no row would come of it, and nobody would be told
-        raise UserError(f"{where}: turns hold no response: give at least one, or remove the row")
+    if all(turn.get("responses") == [] for turn in turns):  # else the row would be lost without a message
+        raise UserError(f"{where}: turns have no response: add at least one, or remove the row")
     for turn_id, turn in enumerate(turns):
         for response in _list(turn.get("responses"), f"{where}: turns[{turn_id}].responses"):
             yield {**shared, "prompt": turn.get("prompt"), "turn_id": turn_id, "completion": None, **response}
@@ -151,21 +151,21 @@ def _flatten(row: Mapping[str, Any], number: int, where: str) -> Iterator[Mappin
 def _read_row(row: Mapping[str, Any], where: str) -> CollabRow:
     prompt = _messages(row["prompt"], f"{where}: prompt")
     if prompt[-1].role != "user":
-        raise UserError(f"{where}: prompt must end with a user turn, not with {prompt[-1].role!r}")
+        raise UserError(f"{where}: prompt must end with a user turn, but ends with a turn of {prompt[-1].role!r}")
     if not prompt[-1].content.strip():
         raise UserError(f"{where}: prompt ends with an empty user turn")
     if row["conv_id"] is None:
         raise UserError(f"{where}: conv_id is empty")
-    wish = _text(row["single_turn_prompt"], f"{where}: single_turn_prompt")
-    if not wish.strip():
-        raise UserError(f"{where}: single_turn_prompt is empty: nobody could play its user")
+    task = _text(row["single_turn_prompt"], f"{where}: single_turn_prompt")
+    if not task.strip():
+        raise UserError(f"{where}: single_turn_prompt is empty, but the simulated user needs it")
     turn_id = _whole(row.get("turn_id"), f"{where}: turn_id")
     return CollabRow(
         prompt=prompt,
         completion=_text(row.get("completion"), f"{where}: completion"),
         conv_id=str(row["conv_id"]),
         turn_id=_user_turns(prompt) - 1 if turn_id is None else turn_id,
-        single_turn_prompt=wish,
+        single_turn_prompt=task,
         single_turn_completion=_text(row.get("single_turn_completion") or "", f"{where}: single_turn_completion"),
         ground_truth=_text(row.get("ground_truth") or "", f"{where}: ground_truth"),
         task_desc=_text(row.get("task_desc") or "", f"{where}: task_desc"),
@@ -181,7 +181,7 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
         raise UserError(f"{where} must be a list of {{role, content}} with at least one entry")
     for turn in turns:
         if turn.role not in ROLES or not isinstance(turn.content, str):
-            raise UserError(f"{where}: roles are {', '.join(ROLES)} and contents are text")
+            raise UserError(f"{where}: roles must be among {', '.join(ROLES)}, and contents must be text")
         _text(turn.content, where)
     return tuple(turns)
 
@@ -193,12 +193,12 @@ def _list(value: Any, where: str) -> list[Mapping[str, Any]]:
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
-    """A mapping, or one as JSON text. Columns that other rows brought and parquet filled with null are left out."""
+    """A mapping, or one as JSON text. Null values are left out: in parquet they are columns of other rows."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            raise UserError(f"{where} is text, but not JSON") from None
+            raise UserError(f"{where} is text, but must be a mapping or JSON") from None
     if not value:
         return {}
     if not isinstance(value, Mapping):
@@ -218,22 +218,22 @@ def _rewards(value: Any, where: str) -> dict[str, float]:
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where} must be text, not {type(value).__name__}")
+        raise UserError(f"{where} must be text, but is {type(value).__name__}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a character, files of text cannot
-        raise UserError(f"{where} holds half of a character at place {error.start}: remove it") from None
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair, UTF-8 cannot
+        raise UserError(f"{where} has half of a surrogate pair at position {error.start}: remove it") from None
     return value
 
 
 def _number(value: Any, where: str) -> float | None:
-    """None for null and for NaN, which is how tables of numbers write it."""
+    """None for null and for NaN, which tables of numbers use for it."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{where} must be a number, not {type(value).__name__}")
+        raise UserError(f"{where} must be a number, but is {type(value).__name__}")
     if math.isinf(value):
-        raise UserError(f"{where} must be a finite number, not {value}")
+        raise UserError(f"{where} must be a finite number, but is {value}")
     return None if math.isnan(value) else float(value)
 
 
@@ -242,7 +242,7 @@ def _whole(value: Any, where: str) -> int | None:
     if number is None:
         return None
     if isinstance(number, bool) or not isinstance(number, (int, float)) or number != int(number):
-        raise UserError(f"{where} must be a whole number, not {type(value).__name__} {value!r}")
+        raise UserError(f"{where} must be a whole number, but is {type(value).__name__} {value!r}")
     return int(number)
 
 

@@ -1,4 +1,4 @@
-"""Where rows come from: a parquet, JSON or JSONL file, a folder of them, a saved `datasets` folder, or a hub name."""
+"""Read rows from a parquet, JSON or JSONL file, a folder of them, a saved `datasets` folder, or a hub name."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ DEFAULT_SPLITS = ("train",)
 
 
 def load_rows(source: str, splits: Sequence[str] = (), bad: BadRows | None = None) -> list[CollabRow]:
-    """All CollabLLM rows of `source`. `splits`: of a hub name or a saved dataset, one after the other; empty: train.
+    """All CollabLLM rows of `source`. `splits`: of a hub name or a saved dataset, in this order; empty: train.
 
-    Raises UserError if there is nothing, or something that cannot be read and that `bad` does not skip.
+    Raises UserError if there are no rows, or for an unreadable row that `bad` does not skip.
     """
     bad = bad or BadRows()
     return parse_rows(load_raw(source, splits, bad), source, bad)
@@ -33,12 +33,12 @@ def load_raw(source: str, splits: Sequence[str] = (), bad: BadRows | None = None
     path, bad = Path(source), bad or BadRows()
     if path.is_file():
         if splits:
-            raise UserError(f"{source} is one file and has no splits: leave --split out")
+            raise UserError(f"{source} is a single file without splits: leave --split out")
         return _read_file(path, bad)
     if path.is_dir():
         return _read_folder(path, splits, bad)
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix in SUFFIXES or source.count("/") != 1:
-        raise UserError(f"no dataset {source}: it is neither a file, nor a folder, nor a hub name (owner/name)")
+        raise UserError(f"there is no dataset {source}: name a file, a folder, or a hub dataset (owner/name)")
     return [row for split in splits or DEFAULT_SPLITS for row in _from_hub(source, split)]
 
 
@@ -52,19 +52,19 @@ def _read_file(path: Path, bad: BadRows) -> list[Mapping[str, Any]]:
         if path.suffix == ".json":
             value = json.loads(path.read_text("utf-8"))
             if not isinstance(value, list):
-                raise UserError(f"{path} must hold a list of rows, not a {type(value).__name__}")
+                raise UserError(f"{path} holds a {type(value).__name__}, but must hold a list of rows")
             return value
     except (json.JSONDecodeError, RecursionError) as error:  # or nested too deeply
         raise UserError(f"{path} is not valid JSON: {error}") from None
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    raise UserError(f"{path}: files must end in {', '.join(SUFFIXES)}")
+    raise UserError(f"{path} is not a known kind of file: its name must end in {', '.join(SUFFIXES)}")
 
 
 def read_json_lines(path: Path, bad: BadRows | None = None) -> Iterable[Mapping[str, Any]]:
-    """The values of a JSONL file; empty lines are skipped. Lines count from 1.
+    """The values of a JSONL file without its empty lines.
 
-    Raises UserError naming the first line that is not JSON, unless `bad` skips such lines.
+    Raises UserError with the number (from 1) of the first line that is not JSON, unless `bad` skips such lines.
     """
     bad = bad or BadRows()
     try:
@@ -85,12 +85,12 @@ def read_json_lines(path: Path, bad: BadRows | None = None) -> Iterable[Mapping[
 def _read_folder(folder: Path, splits: Sequence[str], bad: BadRows) -> list[Mapping[str, Any]]:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _from_disk(folder, splits)
-    # One kind of file only, rows before descriptions: dataset folders keep small .json files beside their rows.
+    # Only one kind of file, rows before descriptions: dataset folders have small .json files next to their rows.
     found = [
         path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     files = next((same for suffix in SUFFIXES if (same := sorted(p for p in found if p.suffix == suffix))), [])
-    # Folders saved from the hub hold train-*.parquet next to test-*.parquet: never mix them unasked.
+    # Folders saved from the hub hold train-*.parquet next to test-*.parquet: mix them only on request.
     if any(path.name.startswith(SPLIT_NAMES) for path in files):
         files = [path for split in splits or DEFAULT_SPLITS for path in _files_of(split, files, folder)]
     elif splits and files:
@@ -98,19 +98,20 @@ def _read_folder(folder: Path, splits: Sequence[str], bad: BadRows) -> list[Mapp
             f"the files of {folder} are not named after splits ({', '.join(SPLIT_NAMES)}): leave --split out"
         )
     if not files:
-        raise UserError(f"{folder} holds no {', '.join(SUFFIXES)} file and is no saved dataset")
+        raise UserError(f"{folder} holds no {', '.join(SUFFIXES)} file and is not a saved dataset: name another folder")
     return [row for path in files for row in _read_file(path, bad)]
 
 
 def _files_of(split: str, files: Sequence[Path], folder: Path) -> list[Path]:
     own = [path for path in files if path.name.startswith(split)]
     if not own:
-        raise UserError(f"{folder} holds no file of split {split!r}; it has {', '.join(path.name for path in files)}")
+        names = ", ".join(path.name for path in files)
+        raise UserError(f"{folder} has no file of split {split!r}, but {names}: choose another --split")
     return own
 
 
 def _from_disk(folder: Path, splits: Sequence[str]) -> list[Mapping[str, Any]]:
-    import datasets  # here because it takes a second and files need none of it
+    import datasets  # only here: it takes a second, and files do not need it
 
     try:
         loaded = datasets.load_from_disk(str(folder))
@@ -123,7 +124,7 @@ def _from_disk(folder: Path, splits: Sequence[str]) -> list[Mapping[str, Any]]:
         return rows
     for split in splits or DEFAULT_SPLITS:
         if split not in loaded:
-            raise UserError(f"{folder} has no split {split!r}; it has {', '.join(loaded)}: choose with --split")
+            raise UserError(f"{folder} has no split {split!r}, but {', '.join(loaded)}: choose with --split")
     return [row for split in splits or DEFAULT_SPLITS for row in loaded[split].to_list()]
 
 
@@ -132,7 +133,9 @@ def _from_hub(name: str, split: str) -> list[Mapping[str, Any]]:
 
     try:
         rows: list[Mapping[str, Any]] = datasets.load_dataset(name, split=split).to_list()
-    except Exception as error:  # noqa: BLE001 - the hub client raises many kinds, all of them the user's to mend
+    except Exception as error:  # noqa: BLE001 - the hub client raises many types, all for the user to fix
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} (split {split!r}) could not be loaded from the hub: {first_line}") from None
+        raise UserError(
+            f"{name} (split {split!r}) cannot be loaded from the hub: {first_line}; check the name and the network"
+        ) from None
     return rows

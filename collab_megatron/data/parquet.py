@@ -1,7 +1,7 @@
-"""RL tasks and SFT conversations on disk: parquet written aside and renamed, read back as typed values.
+"""RL tasks and SFT conversations as parquet files, written atomically and read back as typed values.
 
-Chats are lists of {role, content}; metadata is one JSON string per row, since rows of one file may hold different keys.
-Nothing that is read is ever evaluated. In messages rows count from 1, as lines do.
+Chats are lists of {role, content}. Metadata is one JSON string per row, because rows of a file may have different keys.
+Nothing that is read is evaluated. Error messages count rows from 1.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from collab_megatron.data.collab_rows import ROLES
-from collab_megatron.data.parquet_columns import Columns
+from collab_megatron.data.parquet_columns import ParquetColumns
 from collab_megatron.errors import UserError
 from collab_megatron.files import atomic_write
 from collab_megatron.types import Message, Task
 
 T = TypeVar("T")
-MUST_END = "must end with a user turn: the policy answers it"
+MUST_END = "must end with a user turn, which the policy answers"
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 TASK_SCHEMA = pa.schema(
@@ -64,15 +64,14 @@ def write_tasks(path: Path, tasks: Iterable[Task]) -> int:
 
 
 def read_tasks(path: str | Path) -> list[Task]:
-    """RL tasks as prepare_dataset.py wrote them. Raises UserError naming the file and what is wrong with it, over all
-    of its rows and with the numbers of the first ones."""
+    """RL tasks as written by prepare_dataset.py. Raises UserError for the first wrong rows, after a check of all."""
     return _read(Path(path), TASK_SCHEMA, "rl", _to_tasks)
 
 
 def read_task_files(files: Sequence[Path]) -> tuple[list[Task], int]:
-    """RL tasks of all files, in order, and how many were left out because an earlier file holds the same task.
+    """RL tasks of all files, in order, and the number left out because an earlier file has the same task.
 
-    Raises UserError as read_tasks does, and where two files use one task_id for different tasks.
+    Raises UserError as read_tasks does, and if two files use one task_id for different tasks.
     """
     by_file = {file: read_tasks(file) for file in files}
     _refuse_shared_ids(by_file)
@@ -89,21 +88,20 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> in
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """SFT conversations as prepare_dataset.py wrote them. Raises UserError naming the file and what is wrong."""
+    """SFT conversations as written by prepare_dataset.py. Raises UserError as read_tasks does."""
     return _read(Path(path), CONVERSATION_SCHEMA, "sft", _to_conversations)
 
 
 def read_conversation_files(files: Sequence[Path]) -> tuple[list[Conversation], int]:
-    """SFT conversations of all files, in order, and how many were left out because an earlier file holds the same chat.
+    """SFT conversations of all files, in order, and the number left out because an earlier file has the same chat.
 
-    conv_ids count from 0 in every dataset: what decides is the messages. Raises UserError as read_conversations does.
+    Messages are compared, not conv_ids, which count from 0 in every dataset. Raises UserError as read_conversations.
     """
     return _join((read_conversations(file) for file in files), lambda row: row.messages)
 
 
-def _to_tasks(columns: Columns) -> list[Task]:
-    """Rows that could not train what they are meant to are noted: a task with nothing to say or to answer, a chat in
-    which it is not the policy's turn, one id for two tasks."""
+def _to_tasks(columns: ParquetColumns) -> list[Task]:
+    """Tasks of the columns. Problems: empty texts, a chat that does not end with a user turn, one id for two tasks."""
     ids, wishes = columns.texts("task_id"), columns.texts("single_turn_prompt")
     prompts = columns.chats("prompt")
     for name, values in (("task_id", ids), ("single_turn_prompt", wishes)):
@@ -122,12 +120,12 @@ def _to_tasks(columns: Columns) -> list[Task]:
     for row, task_id in enumerate(ids):
         held = first.setdefault(task_id, row)
         if held != row and (prompts[held], wishes[held]) != (prompts[row], wishes[row]):
-            columns.note(row, f"task_id {task_id!r} is that of row {held + 1} too, which is a different task")
-    truths, tellings = columns.texts("ground_truth"), columns.texts("task_desc", required=False)
-    return list(map(Task, ids, prompts, wishes, truths, tellings, columns.mappings("metadata_json")))
+            columns.note(row, f"task_id {task_id!r} is also the id of row {held + 1}, a different task")
+    truths, descriptions = columns.texts("ground_truth"), columns.texts("task_desc", required=False)
+    return list(map(Task, ids, prompts, wishes, truths, descriptions, columns.mappings("metadata_json")))
 
 
-def _to_conversations(columns: Columns) -> list[Conversation]:
+def _to_conversations(columns: ParquetColumns) -> list[Conversation]:
     return list(map(Conversation, columns.texts("conv_id"), columns.chats("messages")))
 
 
@@ -136,23 +134,26 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> 
         pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary)
 
 
-def _read(path: Path, schema: pa.Schema, kind: str, convert: Callable[[Columns], list[T]]) -> list[T]:
-    """All rows; every row is looked at before any is refused."""
+def _read(path: Path, schema: pa.Schema, kind: str, convert: Callable[[ParquetColumns], list[T]]) -> list[T]:
+    """All rows; all are checked before one is refused."""
     if not path.is_file():
-        raise UserError(f"no file {path}: write it with tools/prepare_dataset.py --dataset-type {kind}")
+        raise UserError(f"there is no file {path}: write it with tools/prepare_dataset.py --dataset-type {kind}")
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read as parquet: {error}") from None
+        raise UserError(
+            f"{path} cannot be read as parquet: {error}; write it again with "
+            f"tools/prepare_dataset.py --dataset-type {kind}"
+        ) from None
     for name in schema.names:
         if name not in table.column_names:
             raise UserError(
-                f"{path} has no column {name!r} (it has {', '.join(table.column_names)}): "
+                f"{path} has no column {name!r}, but {', '.join(table.column_names)}: "
                 f"write it with tools/prepare_dataset.py --dataset-type {kind}"
             )
     if table.num_rows == 0:
-        raise UserError(f"{path} holds no rows")
-    columns = Columns(path, table.select(schema.names))
+        raise UserError(f"{path} holds no rows: write it with tools/prepare_dataset.py --dataset-type {kind}")
+    columns = ParquetColumns(path, table.select(schema.names))
     rows = convert(columns)
     columns.refuse(kind)
     return rows
@@ -165,13 +166,13 @@ def _refuse_shared_ids(by_file: Mapping[Path, Sequence[Task]]) -> None:
             held, other = first.setdefault(task.task_id, (task, file))
             if other != file and (held.prompt, held.single_turn_prompt) != (task.prompt, task.single_turn_prompt):
                 raise UserError(
-                    f"task_id {task.task_id!r} stands for different tasks in {other} and {file}: write both files "
-                    "with tools/prepare_dataset.py, which makes ids from the contents, or give the tasks other ids"
+                    f"task_id {task.task_id!r} names different tasks in {other} and {file}: write both files with "
+                    "tools/prepare_dataset.py, which derives ids from the contents, or give the tasks other ids"
                 )
 
 
 def _join(files: Iterable[Sequence[T]], identity: Callable[[T], Hashable]) -> tuple[list[T], int]:
-    """Rows of one file may repeat each other, which gives them weight; rows of a later file repeat none."""
+    """Concatenate files without rows that an earlier file has. Repeated rows within a file stay, as a weight."""
     rows: list[T] = []
     seen: set[Hashable] = set()
     repeated = 0

@@ -1,4 +1,4 @@
-"""tools/prepare_dataset.py: CollabLLM rows to the parquet files that training reads."""
+"""Convert CollabLLM rows to the parquet files of training, for tools/prepare_dataset.py."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ TEXT_SUFFIXES = (".txt", ".md")
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """How rows become training rows."""
+    """Options for the conversion of rows."""
 
     system_prompt: str = ""
-    first_turn_only: bool = False  # RL: openings only
+    first_turn_only: bool = False  # RL: only openings
     max_rows: int | None = None  # per file
-    metric: str | None = None  # SFT: keep rows whose reward of this name reaches `threshold`
+    metric: str | None = None  # SFT: keep rows whose reward with this name reaches `threshold`
     threshold: float = 0.0
-    task_desc: str | None = None  # in place of what the rows bring
+    task_desc: str | None = None  # replaces the rows' own
 
 
 @dataclass(frozen=True)
 class Written:
-    """One file and what went into it."""
+    """One written file and its counts."""
 
     path: Path
     rows_read: int
@@ -54,17 +54,18 @@ def prepare(
     skip_bad_rows: bool = False,
     options: PrepareOptions = PrepareOptions(),
 ) -> list[Written]:
-    """Write {kind}_train.parquet, and {kind}_validation.parquet where there is held-out data; tell what was written.
+    """Write {kind}_train.parquet, and {kind}_validation.parquet if there is held-out data.
 
-    Held-out data is either a dataset of its own or a share of `dataset`, by whole conversations; None: DEFAULT_SHARE of
-    it, 0: nothing. `splits` are those of `dataset`. Raises UserError, also where a task stands on both sides.
+    Held-out data is a dataset of its own (`validation`) or a share of `dataset`, in whole conversations; a share of
+    None is DEFAULT_SHARE, 0 holds out nothing. `splits` are those of `dataset`. Prints a line about skipped rows.
+    Raises UserError, also if a task is on both sides.
     """
     if validation is not None and validation_share is not None:
         raise UserError("give --validation or --validation-share, not both")
     if validation_share is not None and not 0 <= validation_share < 1:  # also for NaN
-        raise UserError(f"--validation-share {validation_share:g}: it takes a share from 0 up to, not including, 1")
+        raise UserError(f"--validation-share {validation_share:g}: it must be at least 0 and below 1")
     if options.max_rows is not None and options.max_rows < 1:
-        raise UserError(f"--max-rows {options.max_rows}: it takes at least 1")
+        raise UserError(f"--max-rows {options.max_rows}: it must be at least 1")
     rows = _load(kind, dataset, splits, skip_bad_rows)
     held_out: Sequence[CollabRow] = ()
     share = DEFAULT_SHARE if validation_share is None else validation_share
@@ -80,15 +81,15 @@ def prepare(
 
 
 def collaborative_prompt() -> str:
-    """The shipped system prompt that asks for a proactive assistant (data/prompts/collaborative_system.txt)."""
+    """The shipped system prompt for a proactive assistant (data/prompts/collaborative_system.txt)."""
     file = resources.files("collab_megatron.data").joinpath("prompts", "collaborative_system.txt")
     return file.read_text("utf-8").strip()
 
 
 def text_or_file(value: str, flag: str) -> str:
-    """`value`, or the text of the file that it names, without white space at its ends.
+    """`value`, or the stripped text of the file that it names.
 
-    Raises UserError for a file that cannot be read, and for the name of a text file that is not there.
+    Raises UserError for a file that cannot be read, or the name of a text file that does not exist.
     """
     short = "\n" not in value and len(value) < 256
     path = Path(value)
@@ -98,7 +99,7 @@ def text_or_file(value: str, flag: str) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{flag} {value} cannot be read: {error}") from None
     if short and path.suffix in TEXT_SUFFIXES and " " not in value:
-        raise UserError(f"{flag} {value}: there is no such file; give another one, or the text itself")
+        raise UserError(f"{flag} {value}: there is no such file; name another one, or give the text itself")
     return value
 
 
@@ -110,7 +111,7 @@ def _load(kind: Kind, source: str, splits: Sequence[str], skip_bad_rows: bool) -
     if kind == "rl" and (plain := sum(not row.has_task for row in rows)):
         raise UserError(
             f"{plain:,} of {len(rows):,} rows of {source} are plain messages without a single_turn_prompt, which the "
-            "simulated user of RL plays: use --dataset-type sft, or rows of the other forms (docs/data.md)"
+            "simulated user of RL needs: use --dataset-type sft, or rows of the other forms (docs/data.md)"
         )
     return rows
 

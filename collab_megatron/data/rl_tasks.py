@@ -1,4 +1,4 @@
-"""CollabLLM rows to RL tasks: one for each chat history. Pure."""
+"""CollabLLM rows to RL tasks, one for each chat history. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from collab_megatron.types import Message, Task
 
 
 def rl_tasks(rows: Iterable[CollabRow], *, system_prompt: str = "", first_turn_only: bool = False) -> list[Task]:
-    """The distinct (history, task) pairs in the order of the rows; candidates of one turn become one task.
+    """The distinct (history, task) pairs in the order of the rows. Candidates of one turn become one task.
 
-    Two tasks may share a vague opening: they stay apart, since simulator and metrics know more than the opening.
-    `system_prompt` stands first where not empty, in place of one that the rows bring. `first_turn_only` keeps the
-    opening of each conversation.
+    Two tasks may share a vague opening and stay separate, because simulator and metrics know more than the opening.
+    A non-empty `system_prompt` replaces that of the rows. `first_turn_only` keeps the opening of each conversation.
     """
     rows = list(rows)
     first_turn: dict[tuple[str, str], int] = {}
@@ -41,7 +40,7 @@ def rl_tasks(rows: Iterable[CollabRow], *, system_prompt: str = "", first_turn_o
 
 
 def with_system(prompt: tuple[Message, ...], system_prompt: str) -> tuple[Message, ...]:
-    """`prompt` under `system_prompt`; as it is where that is empty."""
+    """`prompt` with `system_prompt` in place of its own; unchanged if that is empty."""
     if not system_prompt:
         return prompt
     return (Message("system", system_prompt), *(message for message in prompt if message.role != "system"))

@@ -1,11 +1,11 @@
-"""Which rows a step takes: a pure function of (seed, step), so that a resumed run goes on where it stopped.
+"""The rows of a step: a pure function of (seed, step), so a resumed run continues where it stopped.
 
-The rows are an endless sequence of epochs, each a shuffle of its own; step s takes rows [s * batch_size, ...) of it. A
-batch may span two epochs; no row is left out or taken twice within an epoch.
+The rows form an endless sequence of epochs, each shuffled on its own; step s takes rows [s * batch_size, ...) of it. A
+batch may span two epochs. Within an epoch each row is taken exactly once.
 
-A refill (a prompt in place of one that taught nothing) follows the same order half an epoch away: the step's number r
-takes the row that stands half an epoch from the step's own row r, round the epoch's end. So within an epoch a row is a
-refill once at most, whatever was refilled before, on whichever shard, in whichever attempt, and never next to itself.
+A refill replaces a prompt whose replies gave no signal. Refill r of a step takes the row half an epoch after the step's
+own row r, wrapping around at the end of the epoch. So within an epoch a row is a refill at most once, on any shard and
+in any attempt, and never close to its regular turn.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ def step_indices(seed: int, step: int, *, num_rows: int, batch_size: int) -> lis
 
 
 def refill_index(seed: int, step: int, number: int, *, num_rows: int, batch_size: int) -> int:
-    """The row of the refill `number` (0..batch_size - 1) of `step`."""
+    """The row index of refill `number` (0..batch_size - 1) of `step`."""
     epoch, place = divmod(step * batch_size + number, num_rows)
     return _epoch(seed, epoch, num_rows)[(place + num_rows // 2) % num_rows]

@@ -1,4 +1,4 @@
-"""CollabLLM rows to SFT conversations: the longest and best line of each conversation. Pure."""
+"""CollabLLM rows to SFT conversations: the longest and best path of each conversation. Pure."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from collab_megatron.types import Message
 def sft_conversations(
     rows: Iterable[CollabRow], *, system_prompt: str = "", metric: str | None = None, threshold: float = 0.0
 ) -> list[Conversation]:
-    """One chat per conversation: of the rows with the highest turn_id the one with the highest score, its prompt and
-    completion.
+    """One chat per conversation: prompt and completion of the row with the highest turn_id, then the highest score.
 
-    With `metric` only rows whose reward of that name reaches `threshold` are looked at, so a conversation may fall back
-    to an earlier turn or drop out. Raises UserError if no row carries that reward, or none is left.
+    With `metric`, only rows whose reward with that name reaches `threshold` count, so a conversation may fall back to
+    an earlier turn or drop out. Raises UserError if no row has that reward, or no row is left.
     """
     rows = list(rows)
     if metric is not None:
         if not any(metric in row.rewards for row in rows):
-            raise UserError(f"no row has a reward named {metric!r}: the threshold cannot be applied")
+            raise UserError(f"no row has a reward named {metric!r}: choose another --metric, or leave it out")
         rows = [row for row in rows if row.rewards.get(metric, -math.inf) >= threshold]
         if not rows:
             raise UserError(f"no row reaches {metric} >= {threshold}: lower the threshold")

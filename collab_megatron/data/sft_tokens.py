@@ -1,4 +1,4 @@
-"""Conversations as token ids with the mask of what is trained, and which of them supervised training can use."""
+"""Conversations as token ids with a training mask, and the selection of those that supervised training can use."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class TokenRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SFTRows:
-    """The conversations of some files that can be used, in order."""
+    """The usable conversations of some files, in order."""
 
     kept: list[TokenRow]
     left_out: int  # too long, or without an assistant turn
-    notices: list[str]  # what was left out and why; one line each
+    notices: list[str]  # one line for each reason to leave conversations out
 
     @property
     def share_left_out(self) -> float:
@@ -34,8 +34,8 @@ class SFTRows:
 
 
 def read_sft_rows(files: Sequence[Path], chat: ChatTemplate, max_tokens: int) -> SFTRows:
-    """Read and tokenise. Raises UserError for a file or a conversation that cannot be read or rendered, where over half
-    do not fit into `max_tokens`, and where nothing is left to train on."""
+    """Read and tokenize. Raises UserError for a file or conversation that cannot be read or rendered, if more than half
+    exceed `max_tokens`, or if nothing is left to train on."""
     names = ", ".join(map(str, files))
     conversations, repeated = read_conversation_files(files)
     rows = []
@@ -44,7 +44,7 @@ def read_sft_rows(files: Sequence[Path], chat: ChatTemplate, max_tokens: int) ->
             rows.append(TokenRow(*chat.sft_ids_and_mask(conversation.messages)))
         except ValueError as error:
             raise UserError(
-                f"conversation {number} of {names}: {error}; use another chat template, or leave it out"
+                f"conversation {number} of {names} cannot be used: {error}; use another chat template, or remove it"
             ) from None
     numbers = {id(row): number for number, row in enumerate(rows, start=1)}
     fit = keep_fitting(
@@ -57,9 +57,9 @@ def read_sft_rows(files: Sequence[Path], chat: ChatTemplate, max_tokens: int) ->
     )
     kept = [row for row in fit.kept if any(row.mask[1:])]
     if not kept:
-        raise UserError(f"no conversation of {names} has an assistant turn to train on")
+        raise UserError(f"no conversation of {names} has an assistant turn to train on: name other files")
     silent = len(fit.kept) - len(kept)
     notices = [fit.notice] if fit.left_out else []
     notices += [f"left out: {silent} conversations of {names} without an assistant turn"] if silent else []
-    notices += [f"left out: {repeated} conversations that an earlier file of {names} holds"] if repeated else []
+    notices += [f"left out: {repeated} conversations that an earlier file of {names} already has"] if repeated else []
     return SFTRows(kept, fit.left_out + silent, notices)

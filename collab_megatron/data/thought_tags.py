@@ -1,7 +1,7 @@
-"""Where a policy turn's thoughts end and its reply begins.
+"""Split a policy turn into thought and reply at the thought tags.
 
-Simulators, judges, metrics and question counts are given the reply alone; a user never sees the rest. The tags are
-looked for in the text: most tokenizers have no token for them, and those that have one decode it to the same text.
+Simulators, judges, metrics and question counts get only the reply; a user never sees the thought. The tags are searched
+in the text, because most tokenizers have no token for them, and the others decode their token to the same text.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 THOUGHT_TAGS = ("<think>", "</think>")
-"""Qwen3, DeepSeek-R1 and whatever was trained on their turns."""
+"""The tags of Qwen3, DeepSeek-R1 and models that were trained on their turns."""
 
 
 class Split(NamedTuple):
-    """A turn's text in two."""
+    """A turn's text in two parts."""
 
-    thought: str  # without the tags; thoughts of several places are joined by an empty line
-    reply: str  # verbatim where nothing was thought; behind a thought it begins with its first letter
+    thought: str  # without the tags; several thoughts are joined with an empty line
+    reply: str  # verbatim without a thought; after one, without leading white space
     closed: bool  # False: the turn ended inside a thought
 
 
 def split_thoughts(text: str, tags: tuple[str, str] = THOUGHT_TAGS, *, opened: bool = False) -> Split:
     """Split the text of one policy turn.
 
-    `opened`: the prompt ended with the opening tag, so `text` begins inside a thought. The same is assumed where a
-    closing tag comes without an opening one: what stands before it is no reply. A thought may stand anywhere in a turn.
+    `opened`: the prompt ended with the opening tag, so `text` begins inside a thought. The same is assumed for a
+    closing tag without an opening one: the text before it is not a reply. A thought may be anywhere in a turn.
     """
     start, end = tags
     thoughts: list[str] = []

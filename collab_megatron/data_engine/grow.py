@@ -1,25 +1,27 @@
-"""One conversation, grown turn by turn: candidates, their simulated futures, the best one kept.
+"""Grows one conversation of a dataset turn by turn: candidate replies, their simulated futures, the best one kept.
 
-At every turn the assistant proposes replies (one call), each is scored by its multiturn-aware reward over simulated
-futures in which the same assistant plays the policy, and the best goes into the conversation. The first user turn of
-the best reply's first future then continues the chat, so what was scored is also what happens next.
+At every turn the assistant proposes replies (one call). Each reply gets its multiturn-aware reward over simulated
+futures, in which the same assistant is the policy. The best reply enters the conversation, and the first user turn of
+its first scored future continues the chat, so the conversation goes the way that was scored.
 
-What the assistant thinks (data/thought_tags.py) is seen by nobody and stands in no row.
-A failed future is dropped; a candidate without a scored future drops out; a turn without candidates fails the whole
-conversation with SimulatorError.
+Thoughts of the assistant (data/thought_tags.py) are in no row, and neither user nor judges see them. A failed future is
+dropped, and so is a candidate without a scored future. A turn without candidates fails the whole conversation with
+SimulatorError.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from collab_megatron.concurrency import run_all
 from collab_megatron.data.thought_tags import split_thoughts
 from collab_megatron.data_engine.problems import Problem
+from collab_megatron.rollout.conversation import Conversation, TurnLimits
 from collab_megatron.rollout.llm import SimulatorError, ends_chat
 from collab_megatron.rollout.rewards import Scorer, multiturn_reward
+from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import (
     TERMINATION_SIGNAL,
     ChatLLM,
@@ -27,17 +29,16 @@ from collab_megatron.types import (
     LLMRequest,
     Message,
     RolloutStatus,
-    ScoredConversation,
     Task,
     UserSimulator,
 )
 
-SAMPLES_PER_PROBLEM = 1_000_000  # sample indices of one problem: no two simulated turns of a run share one
+SAMPLES_PER_PROBLEM = 1_000_000  # sample indices of one problem; no two futures of a build share one
 
 
 @dataclass(frozen=True)
-class Growth:
-    """The shape of the conversations."""
+class GrowthRules:
+    """Size and limits of the conversations."""
 
     num_candidates: int
     num_futures: int
@@ -46,16 +47,25 @@ class Growth:
     system_prompt: str = ""
     termination_signal: str = TERMINATION_SIGNAL
 
+    @property
+    def turn_limits(self) -> TurnLimits:
+        """Limits of a scored future, in which the assistant answers every user turn."""
+        return TurnLimits(
+            max_user_turns=self.max_user_turns,
+            max_assistant_turns=self.max_user_turns + 1,
+            termination_signal=self.termination_signal,
+        )
+
     def calls_at_most(self, judges: int, *, opening: bool) -> int:
-        """LLM requests of one conversation, where none has to be repeated; `judges`: those of one scored future."""
+        """The most LLM requests of one conversation, without retries; `judges`: those of one scored future."""
         future = 2 * self.max_user_turns + judges  # a user turn and the answer to it
-        turn = self.num_candidates * (1 + self.num_futures * future) + 1  # some providers give a reply a request
+        turn = self.num_candidates * (1 + self.num_futures * future) + 1  # some providers return one reply per request
         return int(opening) + self.max_total_turns * turn
 
 
 @dataclass(frozen=True)
-class Players:
-    """Everybody a conversation needs."""
+class BuildPlayers:
+    """Everybody that grows a conversation."""
 
     assistant: ChatLLM
     user: UserSimulator
@@ -64,67 +74,95 @@ class Players:
 
 
 @dataclass(frozen=True)
+class AssistantTurn:
+    """One turn of the assistant, without its thought."""
+
+    reply: str
+    cut: bool  # it ended inside a thought
+    num_tokens: int
+
+    @property
+    def broken(self) -> bool:
+        return self.cut or not self.reply.strip()
+
+
+class AssistantPolicy:
+    """The policy of a simulated future: the LLM that proposes the replies."""
+
+    failure = RolloutStatus.SIMULATOR_FAILED
+
+    def __init__(self, players: BuildPlayers, sample_index: int) -> None:
+        self._players, self._sample_index = players, sample_index
+
+    async def answer(self, messages: Sequence[Message]) -> AssistantTurn:
+        """Waits for one LLM call. Raises SimulatorError."""
+        request = LLMRequest(messages, parse=str, sample_index=self._sample_index)
+        (text,) = await self._players.assistant.complete(request)
+        split = split_thoughts(text.strip())
+        return AssistantTurn(split.reply, cut=not split.closed, num_tokens=self._players.count_tokens(text))
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One proposed reply and what came of it."""
+    """One proposed reply and its futures."""
 
     text: str
     futures_K: tuple[Future, ...]
-    mr: float | None  # None: no future carries a score
+    mr: float | None  # None: no future has a score
 
 
-async def grow_conversation(problem: Problem, growth: Growth, players: Players) -> list[dict[str, Any]]:
+async def grow_conversation(problem: Problem, rules: GrowthRules, players: BuildPlayers) -> list[dict[str, Any]]:
     """Flat CollabLLM rows of one conversation, one for each scored candidate of each turn; `score` is its MR.
 
-    Waits for every call of the conversation; calls that do not depend on one another run at the same time.
-    Raises SimulatorError if the conversation cannot be brought to an end.
+    In the LLMs' queues earlier problems go first. Waits for every call of the conversation; independent calls run
+    concurrently. Raises SimulatorError if the conversation cannot be finished.
     """
     samples = problem.index * SAMPLES_PER_PROBLEM
+    POSITION.set(RunPosition(problem.index))
     task = problem.task
     chat = list(task.prompt)
-    if growth.system_prompt:
-        chat = [Message("system", growth.system_prompt), *(m for m in chat if m.role != "system")]
+    if rules.system_prompt:
+        chat = [Message("system", rules.system_prompt), *(m for m in chat if m.role != "system")]
     if not task.prompt:
         opening = await players.user.reply(task, (), sample_index=samples)
-        if ends_chat(opening, growth.termination_signal):
-            raise SimulatorError("the simulated user ended the chat in its opening")
+        if ends_chat(opening, rules.termination_signal):
+            raise SimulatorError("the simulated user ended the chat in its opening turn")
         chat.append(Message("user", opening))
     rows: list[dict[str, Any]] = []
-    per_turn = growth.num_candidates * growth.num_futures
-    for turn_id in range(growth.max_total_turns):
+    per_turn = rules.num_candidates * rules.num_futures
+    for turn_id in range(rules.max_total_turns):
         first_sample = samples + 1 + turn_id * per_turn
-        candidates = await _propose(task, chat, first_sample, growth, players)
+        candidates = await _propose(task, chat, first_sample, rules, players)
         rows += [_row(problem, chat, turn_id, candidate) for candidate in candidates]
         best = max(candidates, key=lambda candidate: candidate.mr or 0.0)
         chat.append(Message("assistant", best.text))
-        if turn_id + 1 == growth.max_total_turns:
+        if turn_id + 1 == rules.max_total_turns:
             break
         user_text = await _next_user_turn(task, chat, best, first_sample, players)
-        if ends_chat(user_text, growth.termination_signal):
+        if ends_chat(user_text, rules.termination_signal):
             break
         chat.append(Message("user", user_text))
     return [{**row, "conv_rows": len(rows)} for row in rows]
 
 
 async def _propose(
-    task: Task, chat: Sequence[Message], first_sample: int, growth: Growth, players: Players
+    task: Task, chat: Sequence[Message], first_sample: int, rules: GrowthRules, players: BuildPlayers
 ) -> list[Candidate]:
-    """The distinct candidate replies to `chat` that could be scored. Raises SimulatorError if none could."""
-    request = LLMRequest(chat, parse=str, sample_index=first_sample, n=growth.num_candidates)
+    """The distinct, scored candidate replies to `chat`. Waits for all their futures. Raises SimulatorError for none."""
+    request = LLMRequest(chat, parse=str, sample_index=first_sample, n=rules.num_candidates)
     splits = [split_thoughts(reply.strip()) for reply in await players.assistant.complete(request)]
+    # equal texts are one candidate: scoring them twice would only double the calls
     texts = list(dict.fromkeys(split.reply for split in splits if split.closed and split.reply.strip()))
     if not texts:
-        raise SimulatorError("the assistant proposed no reply: its answers are empty or end inside a thought")
-    # One scoring for equal texts: they are the same reply, and scoring them twice doubles the calls for nothing.
-    played = await asyncio.gather(
-        *(
-            _play_future(task, chat, text, k, first_sample + i * growth.num_futures + k, growth, players)
-            for i, text in enumerate(texts)
-            for k in range(growth.num_futures)
-        )
+        raise SimulatorError("the assistant proposed no reply: every answer is empty or ends inside a thought")
+    played = await run_all(
+        _play_future(task, chat, text, k, first_sample + i * rules.num_futures + k, rules, players)
+        for i, text in enumerate(texts)
+        for k in range(rules.num_futures)
     )
     candidates = []
     for i, text in enumerate(texts):
-        futures_K = tuple(played[i * growth.num_futures : (i + 1) * growth.num_futures])
+        futures_K = tuple(played[i * rules.num_futures : (i + 1) * rules.num_futures])
         candidates.append(Candidate(text, futures_K, multiturn_reward(futures_K)))
     scored = [candidate for candidate in candidates if candidate.mr is not None]
     if not scored:
@@ -138,44 +176,24 @@ async def _play_future(
     reply: str,
     index: int,
     sample_index: int,
-    growth: Growth,
-    players: Players,
+    rules: GrowthRules,
+    players: BuildPlayers,
 ) -> Future:
-    """Play one future of `reply` and score it. Never raises SimulatorError: a failed call becomes the status."""
-    messages = [*chat, Message("assistant", reply)]
-    tokens = players.count_tokens(reply)
-    status = RolloutStatus.MAX_TURNS
+    """Play future `index` of `reply` and score it. A failed call is a status. Waits for assistant, user and judges."""
+    opening = AssistantTurn(reply, cut=False, num_tokens=players.count_tokens(reply))
+    conversation = Conversation(task, chat, opening, sample_index=sample_index)
     try:
-        for _ in range(growth.max_user_turns):
-            user_text = await players.user.reply(task, messages, sample_index=sample_index)
-            messages.append(Message("user", user_text))
-            if ends_chat(user_text, growth.termination_signal):
-                status = RolloutStatus.TERMINATED
-                break
-            request = LLMRequest(messages, parse=str, sample_index=sample_index)
-            (turn,) = await players.assistant.complete(request)
-            said = split_thoughts(turn.strip())
-            messages.append(Message("assistant", said.reply))
-            tokens += players.count_tokens(turn)
-            if not said.closed or not said.reply.strip():  # nobody could answer it
-                status = RolloutStatus.TRUNCATED
-                break
+        status = await conversation.play(players.user, AssistantPolicy(players, sample_index), rules.turn_limits)
+        scores = await conversation.score(players.scorer)
     except SimulatorError as error:
-        return Future(index, RolloutStatus.SIMULATOR_FAILED, tuple(messages[len(chat) + 1 :]), error=str(error))
-    future = Future(index, status, tuple(messages[len(chat) + 1 :]), policy_tokens=tokens)
-    try:
-        scores = await players.scorer.score(
-            ScoredConversation(task, tuple(messages), len(chat), policy_tokens=tokens, sample_index=sample_index)
-        )
-    except SimulatorError as error:
-        return replace(future, status=RolloutStatus.JUDGE_FAILED, error=str(error))
-    return replace(future, scores=scores, reward=players.scorer.reward(scores))
+        return conversation.future(index, conversation.waiting_for, str(error))
+    return replace(conversation.future(index, status), scores=scores, reward=players.scorer.reward(scores))
 
 
 async def _next_user_turn(
-    task: Task, chat: Sequence[Message], best: Candidate, sample_index: int, players: Players
+    task: Task, chat: Sequence[Message], best: Candidate, sample_index: int, players: BuildPlayers
 ) -> str:
-    """The user's answer to the kept reply: from its first scored future, or asked for where futures have no users."""
+    """The user's answer to the kept reply: from its first scored future, or a new call if it has no user turns."""
     for future in best.futures_K:
         if future.status.scored and future.messages:
             return future.messages[0].content

@@ -1,36 +1,36 @@
-"""One worker process of the data engine: many conversations at a time on one event loop, one shard."""
+"""One worker process of the data engine: many concurrent conversations on one event loop, one output shard."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from collab_megatron.concurrency import run_all
 from collab_megatron.config.entry import BuildDatasetConfig
 from collab_megatron.config.roles import llm_roles
-from collab_megatron.data_engine.grow import Growth, Players, grow_conversation
+from collab_megatron.data_engine.grow import BuildPlayers, GrowthRules, grow_conversation
+from collab_megatron.data_engine.output import append_conversation, shard_path
 from collab_megatron.data_engine.problems import Problem
-from collab_megatron.data_engine.shards import append_conversation, shard_path
 from collab_megatron.errors import BudgetSpent, RunError
 from collab_megatron.rollout.journal.store import Journal, open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorError, user_simulator
 from collab_megatron.rollout.llm.accounting import RoleUsage
 from collab_megatron.rollout.llm.budget import Budget
 from collab_megatron.rollout.rewards import configured_scorer, judge_calls
-from collab_megatron.rollout.rewards.scorer import first_error
 
-HOPELESS_FAILURES = 50  # conversations that fail in a row before the build gives up
+HOPELESS_FAILURES = 50  # so many conversations that fail in a row end the build
 REPORT_S = 1.0
-LINEAGE = "build"  # decides what policy turns are found again, and a build has none; replies are found under any
+LINEAGE = "build"  # selects policy turns in the journal, which a build does not have; LLM replies have no lineage
 
 
 @dataclass
-class Tally:
-    """What one worker did so far."""
+class BuildCounts:
+    """Counts of one worker so far."""
 
     done: int = 0
     failed: int = 0
@@ -40,25 +40,27 @@ class Tally:
     mr_sum: float = 0.0  # over the kept replies
     usage: dict[str, RoleUsage] = field(default_factory=dict)
     last_error: str = ""
-    warning: str = ""  # a soft cap of the budget was passed
-    spent: str = ""  # the budget's hard cap was reached with work left: what to do
+    warning: str = ""  # about a soft cap of the budget
+    spent: str = ""  # the budget's hard cap is reached, with advice
 
 
 async def build_share(
-    config: BuildDatasetConfig, problems: Sequence[Problem], worker: int, report: Callable[[Tally], None]
-) -> Tally:
+    config: BuildDatasetConfig, problems: Sequence[Problem], worker: int, report: Callable[[BuildCounts], None]
+) -> BuildCounts:
     """Grow a conversation from each problem, at most max_concurrency at a time; `report` is called about every second.
 
-    What the journal has is not asked for again. A conversation is begun as long as the budget has room for all under
-    way; those are finished. A conversation that fails is counted and left out. Raises UserError if a role cannot be
-    reached at all, RunError if HOPELESS_FAILURES conversations fail in a row or the disk is full.
+    Replies in the journal are reused. A conversation starts while the budget has room for it and all running ones;
+    running ones are finished. A failed conversation is counted and left out.
+
+    Waits for all conversations; every LLM call has a deadline. Raises UserError if an LLM cannot be reached, RunError
+    if HOPELESS_FAILURES conversations fail in a row or the disk is full.
     """
     with closing(open_journal(config.journal, journal_path(config), LINEAGE)) as journal:
         return await _build_share(config, problems, worker, report, journal)
 
 
 def journal_path(config: BuildDatasetConfig) -> Path:
-    """Where the build's journal lies, one file for all its processes."""
+    """The journal of the build, one file for all its processes."""
     return config.journal.path or config.output / "journal.sqlite"
 
 
@@ -66,22 +68,22 @@ async def _build_share(
     config: BuildDatasetConfig,
     problems: Sequence[Problem],
     worker: int,
-    report: Callable[[Tally], None],
+    report: Callable[[BuildCounts], None],
     journal: Journal,
-) -> Tally:
+) -> BuildCounts:
     gateway = Gateway(
         llm_roles(config.simulators, config.reward),
         config.seed,
         journal=journal,
         budget=config.budget,
-        go_on="give the same command again",
+        go_on="run the same command again",
     )
-    tally = Tally()
+    counts = BuildCounts()
     shard = shard_path(config.output, worker)
     try:
         await gateway.check_reachable()
         players = make_players(config, gateway)
-        growth = Growth(
+        rules = GrowthRules(
             num_candidates=config.num_candidate_responses,
             num_futures=config.num_repeat_rollouts,
             max_total_turns=config.max_total_turns,
@@ -90,29 +92,25 @@ async def _build_share(
             termination_signal=config.simulators.user.termination_signal,
         )
         judges = judge_calls(config.reward, config.simulators)
-        # the modules behind LiteLLM are hundreds of thousands of objects that every full collection would walk
+        # LiteLLM's modules have hundreds of thousands of objects: full garbage collections skip them from here on
         gc.freeze()
         queue = iter(problems)
-        async with asyncio.TaskGroup() as group:
-            reporter = group.create_task(_report_often(tally, gateway, report))
-            growers = [
-                group.create_task(_grow_from(queue, growth, players, shard, tally, gateway.budget, judges))
-                for _ in range(min(config.max_concurrency, len(problems)))
-            ]
-            await asyncio.gather(*growers)
-            reporter.cancel()
-    except ExceptionGroup as errors:
-        raise first_error(errors) from None
+        growers = [
+            _grow_from(queue, rules, players, shard, counts, gateway.budget, judges)
+            for _ in range(min(config.max_concurrency, len(problems)))
+        ]
+        done = asyncio.Event()
+        await run_all([_grow_all(growers, done), _report_often(counts, gateway, report, done)])
     finally:
         await gateway.close()
-    _note_costs(tally, gateway)
-    report(tally)
-    return tally
+    _note_costs(counts, gateway)
+    report(counts)
+    return counts
 
 
-def make_players(config: BuildDatasetConfig, gateway: Gateway) -> Players:
-    """The players of the config. Raises UserError for a bad prompt file or tokenizer."""
-    return Players(
+def make_players(config: BuildDatasetConfig, gateway: Gateway) -> BuildPlayers:
+    """Everybody that the config describes. Raises UserError for a bad prompt file or tokenizer."""
+    return BuildPlayers(
         assistant=gateway.role("assistant"),
         user=user_simulator(config.simulators, gateway),
         scorer=configured_scorer(config.reward, config.simulators, gateway),
@@ -121,11 +119,11 @@ def make_players(config: BuildDatasetConfig, gateway: Gateway) -> Players:
 
 
 def token_counter(tokenizer: str | None) -> Callable[[str], int]:
-    """Counts a reply's tokens, its end-of-turn id included as in RL; white-space words where there is no tokenizer."""
+    """A counter of a reply's tokens, including the end-of-turn id as in RL; of words if there is no tokenizer."""
     if tokenizer is None:
         return lambda text: len(text.split())
     fast = Path(tokenizer) / "tokenizer.json"
-    if fast.exists():  # the same ids without the seconds that importing transformers takes in every process
+    if fast.exists():  # the same ids, without seconds of importing transformers in every process
         from tokenizers import Tokenizer
 
         counter = Tokenizer.from_file(str(fast))
@@ -138,38 +136,42 @@ def token_counter(tokenizer: str | None) -> Callable[[str], int]:
 
 async def _grow_from(
     queue: Iterator[Problem],
-    growth: Growth,
-    players: Players,
+    rules: GrowthRules,
+    players: BuildPlayers,
     shard: Path,
-    tally: Tally,
+    counts: BuildCounts,
     budget: Budget,
     judges: int,
 ) -> None:
-    """Take problems until there are none left or the budget is spent; `judges`: requests to them a future.
+    """Grow conversations from the queue until it is empty or the budget is spent; `judges`: their requests per future.
 
-    Raises RunError if too many fail in a row.
+    Waits for room in the budget, unblocked by finished conversations, and for LLM calls. Raises RunError if too many
+    conversations fail in a row.
     """
     for problem in queue:
         try:
-            async with budget.room(growth.calls_at_most(judges, opening=not problem.task.prompt)):
-                rows = await grow_conversation(problem, growth, players)
+            async with budget.room(rules.calls_at_most(judges, opening=not problem.task.prompt)):
+                rows = await grow_conversation(problem, rules, players)
         except BudgetSpent as spent:
-            tally.spent = str(spent)
+            counts.spent = str(spent)
             return
         except SimulatorError as error:
-            tally.failed += 1
-            tally.failed_in_a_row += 1
-            tally.last_error = str(error)
-            if tally.failed_in_a_row >= HOPELESS_FAILURES:
-                raise RunError(f"{tally.failed_in_a_row} conversations failed in a row; the last: {error}") from None
+            counts.failed += 1
+            counts.failed_in_a_row += 1
+            counts.last_error = str(error)
+            if counts.failed_in_a_row >= HOPELESS_FAILURES:
+                raise RunError(
+                    f"{counts.failed_in_a_row} conversations failed in a row; the last: {error}; correct the cause and "
+                    "run the same command again"
+                ) from None
             continue
         append_conversation(shard, rows)
         best = _best_scores(rows)
-        tally.failed_in_a_row = 0
-        tally.done += 1
-        tally.rows += len(rows)
-        tally.turns += len(best)
-        tally.mr_sum += sum(best)
+        counts.failed_in_a_row = 0
+        counts.done += 1
+        counts.rows += len(rows)
+        counts.turns += len(best)
+        counts.mr_sum += sum(best)
 
 
 def _best_scores(rows: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -180,14 +182,23 @@ def _best_scores(rows: Sequence[Mapping[str, Any]]) -> list[float]:
     return list(best.values())
 
 
-async def _report_often(tally: Tally, gateway: Gateway, report: Callable[[Tally], None]) -> None:
-    """Post the tally every REPORT_S until cancelled; a copy, since it goes on growing."""
-    while True:
-        await asyncio.sleep(REPORT_S)
-        _note_costs(tally, gateway)
-        report(replace(tally))
+async def _grow_all(growers: Sequence[Coroutine[Any, Any, None]], done: asyncio.Event) -> None:
+    """Waits for all growers, then sets `done`. Raises what the first to fail raises."""
+    await run_all(growers)
+    done.set()
 
 
-def _note_costs(tally: Tally, gateway: Gateway) -> None:
-    tally.usage = dict(gateway.snapshot().roles)
-    tally.warning = tally.warning or next(iter(gateway.budget.warnings()), "")
+async def _report_often(
+    counts: BuildCounts, gateway: Gateway, report: Callable[[BuildCounts], None], done: asyncio.Event
+) -> None:
+    """Post a copy of the counts every REPORT_S. Unblocked by `done`."""
+    while not done.is_set():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), REPORT_S)
+        _note_costs(counts, gateway)
+        report(replace(counts))
+
+
+def _note_costs(counts: BuildCounts, gateway: Gateway) -> None:
+    counts.usage = dict(gateway.snapshot().roles)
+    counts.warning = counts.warning or next(iter(gateway.budget.warnings()), "")

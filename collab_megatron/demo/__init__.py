@@ -1,1 +1,1 @@
-"""The demo: a small world, rule-based users, judges and assistants, an endpoint that serves them, and a tiny model."""
+"""The demo: desk tasks, rule-based user, judge and assistant behind an HTTP endpoint, a tiny model, the pipeline."""

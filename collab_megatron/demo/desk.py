@@ -1,15 +1,15 @@
-"""The demo world: a desk that fills in requests of five kinds.
+"""The demo's tasks: a desk that fills in requests of five kinds.
 
 A request is an intent and one value for each of its slots; the right answer is one command, such as
-`BOOK size 4 time 6pm day monday name judy`. Most openings leave out one or two slots: whoever answers at once must
-guess, whoever asks `which time?` is told. That is CollabLLM's problem in a vocabulary of a few hundred words.
+`BOOK size 4 time 6pm day monday name judy`. Most openings leave out one or two slots: an assistant that answers at once
+must guess, and one that asks `which time?` gets the value. This is CollabLLM's problem with a few hundred words.
 
 Choices:
-- Every value belongs to one slot and is never a word of a wording, so a text alone says which slots it fills. The
-  rule-based user and judge need no state beyond the chat they are shown.
-- A command repeats the values as they stand in the request (no `size=4`): the model copies tokens, it translates none.
-- Train and held-out tasks are told apart by a hash of the whole combination: they share no combination.
-- Whether a task is ambiguous is drawn by itself, before anything else: no rejection step can bend the share.
+- Each value belongs to one slot and is never a word of a wording, so the slots that a text fills follow from the text.
+  The rule-based user and judge need no state besides the chat.
+- A command repeats the values of the request (no `size=4`): the model copies tokens and translates none.
+- A hash of the whole combination decides between train and held-out tasks, so they share no combination.
+- Whether a task is ambiguous is drawn first and on its own: no rejection step can change the share.
 
 Standard library only: the endpoint and the tests import this without torch.
 """
@@ -40,7 +40,7 @@ SLOT_VALUES: dict[str, tuple[str, ...]] = {
     "kind": _words("single double twin suite loft studio cabin penthouse"),
     "nights": _words("two three four five six seven eight nine"),
 }
-"""slot -> its values (8 to 10; pairwise disjoint, which a test holds)."""
+"""slot -> its values (8 to 10, disjoint between slots; tested)."""
 
 INTENT_SLOTS: dict[str, tuple[str, ...]] = {
     "BOOK": ("size", "time", "day", "name"),
@@ -59,8 +59,8 @@ INTENT_PHRASES: dict[str, tuple[str, ...]] = {
 }
 INTENT_NOUNS = {"table": "BOOK", "taxi": "RIDE", "delivery": "ORDER", "reminder": "REMIND", "room": "ROOM"}
 
-# No wording begins with its value: the first word of a message is another token than the same word after a space.
-# Within an intent no two slots share a telling word: a small model goes by "for" alone and asks for what it was told.
+# No wording begins with its value: the first word of a message is a different token than the same word after a space.
+# Slots of an intent share no distinctive word: a small model relies on "for" alone and asks for what it already knows.
 SLOT_WORDINGS: dict[str, tuple[str, ...]] = {
     "size": ("for {} people", "for a party of {}", "seating {}"),
     "time": ("at {}", "around {}", "not before {}"),
@@ -90,7 +90,7 @@ class DeskTask:
 
     intent: str  # BOOK | RIDE | ORDER | REMIND | ROOM
     slots: Mapping[str, str]  # slot -> value, in the intent's order, complete
-    missing: tuple[str, ...]  # slots the opening leaves out, in the intent's order; empty: nothing is missing
+    missing: tuple[str, ...]  # slots that the opening leaves out, in the intent's order; empty: none
     opening: str  # the user's first message
     request: str  # the complete request: CollabLLM's single_turn_prompt
     command: str  # the right final answer: CollabLLM's single_turn_completion
@@ -102,7 +102,7 @@ class DeskTask:
 
 @dataclass(frozen=True)
 class Command:
-    """An assistant reply that acts; it may be wrong or ill-formed, which only comparing `text` can tell."""
+    """An assistant reply that acts. Whether it is right or well-formed follows from comparing `text`."""
 
     text: str
 
@@ -111,7 +111,7 @@ class Command:
 class Question:
     """An assistant reply that asks."""
 
-    slots: tuple[str, ...]  # slot names in the order asked, repetitions kept; empty: names none
+    slots: tuple[str, ...]  # slot names in the order asked, with repetitions; empty: none
 
 
 def command_text(intent: str, slots: Mapping[str, str]) -> str:
@@ -120,7 +120,7 @@ def command_text(intent: str, slots: Mapping[str, str]) -> str:
 
 
 def question_text(slots: Iterable[str]) -> str:
-    """The one wording of a question. One only: several split the first token's mass and greedy decoding never asks."""
+    """The only wording of a question: with several, the first token is too unlikely for greedy decoding to ask."""
     return f"which {' and '.join(slots)}?"
 
 
@@ -156,7 +156,7 @@ def render_request(rng: random.Random, intent: str, slots: Mapping[str, str]) ->
 
 
 def render_answer(rng: random.Random, slots: Mapping[str, str], asked: Iterable[str]) -> str:
-    """What a user says when asked for `asked` (one or more keys of `slots`): these values and nothing else."""
+    """A user's answer to a question for `asked` (one or more keys of `slots`): exactly these values."""
     asked = list(dict.fromkeys(asked))
     if len(asked) == 1 and rng.random() < 0.5:
         words = f"it is {slots[asked[0]]}"  # never the bare value: see SLOT_WORDINGS
@@ -170,7 +170,7 @@ def sample_task(rng: random.Random, split: str, ambiguous_share: float = 0.6) ->
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
     if not 0.0 <= ambiguous_share <= 1.0:
-        raise ValueError(f"ambiguous_share is {ambiguous_share}, it must lie in [0, 1]")
+        raise ValueError(f"ambiguous_share is {ambiguous_share}, but must be in [0, 1]")
     intent = rng.choice(list(INTENT_SLOTS))
     missing = draw_missing(rng, intent, ambiguous_share)
     while True:
@@ -188,7 +188,7 @@ def sample_task(rng: random.Random, split: str, ambiguous_share: float = 0.6) ->
 
 
 def parse_reply(text: str) -> Command | Question | None:
-    """What an assistant reply is: a command, a question, or neither (None)."""
+    """An assistant reply as a command or a question; None if it is neither."""
     text = text.strip()
     if "?" in text:
         return Question(tuple(word for word in _words(text) if word in SLOT_VALUES))
@@ -204,15 +204,15 @@ def find_values(text: str, intent: str) -> dict[str, str]:
 
 
 def find_intent(text: str) -> str:
-    """The intent a user's text names. Raises ValueError if it names none."""
+    """The intent that a user's text names. Raises ValueError if there is none."""
     for word in _words(text):
         if word in INTENT_NOUNS:
             return INTENT_NOUNS[word]
-    raise ValueError(f"no request of this world (it names none of {', '.join(INTENT_NOUNS)}): {text[:120]!r}")
+    raise ValueError(f"not a request to the desk (it names none of {', '.join(INTENT_NOUNS)}): {text[:120]!r}")
 
 
 def read_request(text: str) -> tuple[str, dict[str, str]]:
-    """Intent and slots of a complete request. Raises ValueError if the intent or a slot is not to be found."""
+    """Intent and slots of a complete request. Raises ValueError if the intent or a slot is missing."""
     intent = find_intent(text)
     slots = find_values(text, intent)
     absent = [slot for slot in INTENT_SLOTS[intent] if slot not in slots]
@@ -222,6 +222,6 @@ def read_request(text: str) -> tuple[str, dict[str, str]]:
 
 
 def find_missing(opening: str, intent: str) -> tuple[str, ...]:
-    """The slots of `intent` that an opening leaves out, read from its text alone, in the intent's order."""
+    """The slots of `intent` that the text of an opening leaves out, in the intent's order."""
     given = find_values(opening, intent)
     return tuple(slot for slot in INTENT_SLOTS[intent] if slot not in given)

@@ -1,13 +1,13 @@
 """An OpenAI-compatible HTTP endpoint for the demo's roles, on loopback.
 
-Serves POST /v1/chat/completions, GET /v1/models and GET /health. Real enough for LiteLLM to talk to: `n`, `seed`,
-`temperature`, usage (counted in whitespace words), errors in OpenAI's shape. Where DESK_API_KEY is set, every /v1 call
-must carry it as a bearer token. Starts in a fraction of a second: no torch, no transformers.
+Serves POST /v1/chat/completions, GET /v1/models and GET /health, with what LiteLLM uses: `n`, `seed`, `temperature`,
+usage (counted in words), errors in OpenAI's format. If DESK_API_KEY is set, every /v1 call needs it as a bearer token.
+Starts in a fraction of a second, without torch and transformers.
 
     python -m collab_megatron.demo.endpoint --port 0 --ready-file desk.address --die-with-parent
 
-`--ready-file` receives `host:port` once the socket listens, so a launcher waits for the file and never polls a port.
-Exit code 0 after SIGTERM or SIGINT; 2, with one sentence on stderr, for a mistake such as a port in use or a bad path.
+`--ready-file` receives `host:port` once the socket listens, so a launcher waits for the file and need not poll a port.
+Exit code 0 after SIGTERM or SIGINT; 2, with one sentence on stderr, for an error such as a port in use or a bad path.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def complete(request: Mapping[str, Any], completion_id: str) -> dict[str, Any]:
     if request.get("stream"):
         raise ValueError("stream is not supported by this endpoint")
     if request.get("seed") is None:
-        request = {**request, "seed": random.getrandbits(31)}  # OpenAI's meaning of no seed: samples differ
+        request = {**request, "seed": random.getrandbits(31)}  # as with OpenAI, samples differ without a seed
     contents = answer(request)
     prompt_words = sum(len(message["content"].split()) for message in request["messages"])
     completion_words = sum(len(content.split()) for content in contents)
@@ -79,7 +79,9 @@ def build_app(api_key: str | None) -> web.Application:
             return _error(400, "the body must be a JSON object", "invalid_request")
         if not isinstance(body.get("model"), str) or body["model"] not in ROLES:
             known = ", ".join(ROLES)
-            return _error(404, f"no model {body.get('model')!r} here: use one of {known}", "model_not_found", "model")
+            return _error(
+                404, f"there is no model {body.get('model')!r}: use one of {known}", "model_not_found", "model"
+            )
         try:
             return _json(200, complete(body, f"chatcmpl-desk-{next(numbers)}"))
         except ValueError as error:
@@ -108,7 +110,7 @@ def build_app(api_key: str | None) -> web.Application:
 
 
 async def serve(host: str, port: int, ready_file: Path | None, api_key: str | None) -> None:
-    """Serve until SIGTERM or SIGINT. `port` 0 takes a free one. Raises UserError if the address cannot be had."""
+    """Serve until SIGTERM or SIGINT. `port` 0 takes a free port. Raises UserError if the address cannot be bound."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -152,7 +154,7 @@ def main() -> None:
     parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends (Linux)")
     args = parser.parse_args()
     if args.ready_file is not None and not args.ready_file.parent.is_dir():
-        raise UserError(f"--ready-file {args.ready_file}: there is no folder {args.ready_file.parent}; make it first")
+        raise UserError(f"--ready-file {args.ready_file}: there is no folder {args.ready_file.parent}; create it first")
     if args.die_with_parent:
         die_with_parent()
     asyncio.run(serve(args.host, args.port, args.ready_file, os.environ.get(API_KEY_VARIABLE)))

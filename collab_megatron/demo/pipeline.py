@@ -22,7 +22,7 @@ from collab_megatron.errors import UserError
 from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 
 ENDPOINT_START_S = 30.0
-STAGE_END_S = 120.0  # for a stage that is interrupted: train.save_grace_s, and what its servers take to end
+STAGE_END_S = 120.0  # for an interrupted stage: train.save_grace_s, and the end of its servers
 KEY_VARIABLE = "DESK_API_KEY"
 
 
@@ -36,16 +36,16 @@ class DemoSettings:
     held_out: int = 1000
     sft_steps: int | None = None  # None: what the shipped config says
     rl_steps: int | None = None
-    overrides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stage -> further a.b=c
+    overrides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stage -> more a.b=c
 
 
 class DemoPipeline:
-    """Runs stages and keeps the time of each."""
+    """Runs the stages and measures their times."""
 
     def __init__(self, settings: DemoSettings, repository: Path) -> None:
         self._settings = settings
         self._repository = repository
-        # as secret as a real one: it must show up nowhere
+        # treated like a real key: it must not appear anywhere
         self._key = os.environ.get(KEY_VARIABLE) or secrets.token_hex(16)
         self._api_base = ""
         self.wall_s: dict[str, float] = {}
@@ -55,7 +55,7 @@ class DemoPipeline:
         return self._settings.run_dir
 
     def start_endpoint(self, supervisor: Supervisor) -> None:
-        """The simulated user, judge and assistant, behind HTTP on a free port."""
+        """Start the simulated user, judge and assistant behind HTTP on a free port."""
         ready = self.run_dir / "logs" / "endpoint.address"
         ready.unlink(missing_ok=True)
         argv = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", "0", "--ready-file", str(ready)]
@@ -64,7 +64,7 @@ class DemoPipeline:
         self._api_base = f"http://{address.strip()}/v1"
 
     def stage(self, name: str, argv: Sequence[str]) -> None:
-        """Run one command to its end, its output on our terminal; exits with its code if it fails."""
+        """Run one command with its output on this terminal; exits with its code if it fails."""
         print(f"\n== {name}: python {' '.join(argv)}", flush=True)
         start = time.monotonic()
         code = _call([sys.executable, *argv], self._repository, {**os.environ, KEY_VARIABLE: self._key})
@@ -74,7 +74,7 @@ class DemoPipeline:
         print(f"== {name} took {self.wall_s[name]:.0f} s", flush=True)
 
     def roles(self, *names: str) -> list[str]:
-        """Overrides that point these roles at the endpoint."""
+        """Overrides that connect these roles to the endpoint."""
         return [f"simulators.{name}.api_base={self._api_base}" for name in names]
 
     def extra_overrides(self, stage: str) -> list[str]:
@@ -102,7 +102,7 @@ class DemoPipeline:
         prepare = ["tools/prepare_dataset.py", "--dataset", str(data / "multiturn"), "--output", str(data)]
         self.stage("data", [*prepare, "--dataset-type", "sft"])  # holds out its own share, for the loss
         held_out = str(data / "tasks" / "heldout.jsonl")
-        # openings only: a history with its question answered teaches nothing about asking
+        # only openings: a history whose question is answered teaches nothing about asking
         self.stage("data", [*prepare, "--dataset-type", "rl", "--validation", held_out, "--turns", "first"])
 
     def evaluate_base(self) -> None:
@@ -148,12 +148,12 @@ class DemoPipeline:
 
 
 def _call(argv: Sequence[str], folder: Path, env: Mapping[str, str]) -> int:
-    """The exit code of a command. Where we are interrupted it is too, and gets time to save what it has."""
+    """The exit code of a command. An interrupt reaches it too, and it gets time to save its state."""
     with subprocess.Popen(argv, cwd=folder, env=env) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            process.terminate()  # Ctrl-C has reached it already, a signal to us alone has not
+            process.terminate()  # Ctrl-C has reached it already, a signal to this process alone has not
             try:
                 process.wait(STAGE_END_S)
             except subprocess.TimeoutExpired:
@@ -162,14 +162,14 @@ def _call(argv: Sequence[str], folder: Path, env: Mapping[str, str]) -> int:
 
 
 def refuse_used_folder(run_dir: Path) -> None:
-    """The demo always starts afresh. Raises UserError rather than writing over an earlier run."""
+    """Raises UserError if the folder holds an earlier run, which the demo would overwrite."""
     if run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty: remove it (rm -r {run_dir}) or choose another with --run-dir")
 
 
 def run_demo(settings: DemoSettings, repository: Path) -> dict[str, Any]:
     """Run all stages; returns the contents of RUN_DIR/summary.json."""
-    from collab_megatron.demo.summary import write_summary  # reads files the stages have written
+    from collab_megatron.demo.summary import write_summary  # reads files of the stages
 
     refuse_used_folder(settings.run_dir)
     pipeline = DemoPipeline(settings, repository)
@@ -186,14 +186,14 @@ def run_demo(settings: DemoSettings, repository: Path) -> dict[str, Any]:
 
 
 ABLATION: Mapping[str, tuple[str, ...]] = {
-    # the same budget on accuracy and tokens alone, so that nothing but the futures says whether asking pays
+    # the same budget on accuracy and tokens only, so that only the futures reward asking
     "rl_reply_only": ("rollout.num_repeat_rollouts=0", "reward.metric_weights={accuracy: 1.0, token_amount: -0.1}"),
     "rl_no_interactivity": ("reward.metric_weights={accuracy: 1.0, token_amount: -0.1}",),
 }
 
 
 def run_ablation(settings: DemoSettings, repository: Path) -> dict[str, Any]:
-    """Two more RL runs from the SFT model of an earlier `run_demo`; their figures join its summary."""
+    """Two more RL runs from the SFT model of an earlier `run_demo`; adds their figures to its summary."""
     from collab_megatron.demo.summary import read_summary, write_summary
 
     earlier = read_summary(settings.run_dir)
@@ -210,6 +210,6 @@ def run_ablation(settings: DemoSettings, repository: Path) -> dict[str, Any]:
 
 
 def settings_json(settings: DemoSettings) -> dict[str, Any]:
-    """The settings as they stand in the summary."""
+    """The settings as a mapping for the summary."""
     plain = {"seed": settings.seed, "conversations": settings.conversations, "held_out": settings.held_out}
     return {**plain, "sft_steps": settings.sft_steps, "rl_steps": settings.rl_steps}

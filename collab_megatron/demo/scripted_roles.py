@@ -1,12 +1,13 @@
 """The three rule-based roles of the demo as pure functions of a chat-completion request.
 
-`desk-user` plays CollabLLM's user simulator, `desk-judge` its judge, `desk-assistant` a passive responder to make SFT
-data from. Each reads what a real LLM would be shown, and nothing else. User and judge find two blocks in the last
-message and take the rest of it for instructions to others: `<request>...</request>`, the complete request, and
-`<chat>...</chat>`, one JSON object with `role` and `content` on a line. The assistant reads plain chat turns.
+`desk-user` plays CollabLLM's user simulator, `desk-judge` its judge, `desk-assistant` a passive assistant for SFT data.
+Each reads only the messages that a real LLM would get. User and judge read two blocks of the last message, not the
+rest: `<request>...</request>`, the complete request, and `<chat>...</chat>`, one JSON object with `role` and `content`
+per line. The assistant reads plain chat turns.
 
-A reply depends on the messages, and above temperature 0 on `seed` and the choice's index: the same request always gives
-the same answer. A request that a role cannot read raises ValueError, which the endpoint answers as HTTP 400.
+A reply depends on the messages, and above temperature 0 also on `seed` and the choice's index, so the same request
+always gets the same answer. A request that a role cannot read raises ValueError, which the endpoint returns as HTTP
+400.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from typing import Any
 from collab_megatron.demo import desk
 from collab_megatron.types import TERMINATION_SIGNAL
 
-AMBIGUOUS_SHARE = 0.6  # of the openings that the user simulator makes up
-FRUITLESS_TURNS = 2  # after so many replies that it cannot follow, the user gives up
+AMBIGUOUS_SHARE = 0.6  # of the openings that the user simulator invents
+FRUITLESS_TURNS = 2  # after this many replies that it does not understand, the user gives up
 
-# How often one reply of the passive assistant asks. A data builder that keeps the better of two replies raises a rate p
-# to about 1 - (1 - p)^2. Two rates, because under greedy decoding one rate for every slot is all or nothing.
+# Share of the passive assistant's replies that ask. A data builder that keeps the better of two replies raises a rate p
+# to about 1 - (1 - p)^2. Two rates, because with greedy decoding a single rate would be all or nothing.
 ASK_OFTEN_SLOTS = frozenset({"name", "from"})
 ASK_RATE_OFTEN = 0.48
 ASK_RATE_SELDOM = 0.18
-ASK_RATE_NEEDLESS = 0.02  # where nothing is missing
-MAX_QUESTIONS = 2  # the assistant guesses rather than ask once more
+ASK_RATE_NEEDLESS = 0.02  # if nothing is missing
+MAX_QUESTIONS = 2  # after these the assistant guesses
 
 MAX_CHOICES = 128
 
@@ -40,7 +41,7 @@ def answer(request: Mapping[str, Any]) -> list[str]:
     """The contents of the `n` choices for an OpenAI chat-completion request.
 
     Reads model, messages, n, seed and temperature. Raises KeyError for an unknown model, ValueError for a request that
-    is malformed or that the role cannot make sense of.
+    is malformed or that the role does not understand.
     """
     role = ROLES[request["model"]]
     turns = _turns(request.get("messages"), "messages")
@@ -48,7 +49,7 @@ def answer(request: Mapping[str, Any]) -> list[str]:
     temperature = _number(request, "temperature", 1.0, 0.0, 10.0, float)
     seed = _number(request, "seed", 0, -(2**63), 2**63, int)
     content_key = json.dumps([request["model"], turns])
-    # Temperature 0 is greedy: neither the seed nor the place among the choices matters.
+    # Temperature 0 is greedy: seed and index of the choice do not matter.
     keys = [f"{content_key}|{seed}|{i}" if temperature > 0 else content_key for i in range(count)]
     return [role(turns, _rng(key)) for key in keys]
 
@@ -56,7 +57,7 @@ def answer(request: Mapping[str, Any]) -> list[str]:
 def user_reply(turns: Sequence[Turn], rng: random.Random) -> str:
     """The user simulator's turn: a JSON object with `thought` and `response`.
 
-    Opens when the chat is empty; reveals what a question asks for and nothing else; after a command ends the chat.
+    Opens an empty chat, answers exactly what a question asks for, and ends the chat after a command.
     """
     intent, slots, chat = _read_prompt(turns)
     if not chat:
@@ -82,9 +83,9 @@ def user_reply(turns: Sequence[Turn], rng: random.Random) -> str:
 def judge_reply(turns: Sequence[Turn], rng: random.Random) -> str:
     """The judge's verdict: a JSON object with `thought`, `understanding`, `clarification` and `suggestion` in [0, 1].
 
-    Each is recall times precision of what all assistant turns asked for against what the opening left out.
+    Each is recall times precision of the slots that assistant turns asked for, against those the opening left out.
     """
-    del rng  # a verdict has no wording to vary
+    del rng  # a verdict has only one wording
     intent, _, chat = _read_prompt(turns)
     if not chat or chat[0][0] != "user":
         raise ValueError("the chat must begin with the user's opening")
@@ -101,9 +102,9 @@ def judge_reply(turns: Sequence[Turn], rng: random.Random) -> str:
 
 
 def interactivity(missing: set[str], asked: Sequence[str]) -> float:
-    """Recall times precision of `asked` against `missing`; where nothing is missing, 1 if nothing was asked, else 0.
+    """Recall times precision of `asked` against `missing`; if nothing is missing, 1 if nothing was asked, else 0.
 
-    `asked` holds one entry for every slot asked, repetitions too: asking twice for the same costs precision.
+    `asked` has one entry for each slot asked, with repetitions: asking twice for a slot costs precision.
     """
     if not missing or not asked:
         return float(not missing and not asked)
@@ -112,7 +113,7 @@ def interactivity(missing: set[str], asked: Sequence[str]) -> float:
 
 
 def assistant_reply(turns: Sequence[Turn], rng: random.Random) -> str:
-    """The passive responder's turn: sometimes a question, mostly a command with guesses in place of what is missing."""
+    """The passive assistant's turn: sometimes a question, mostly a command with guesses for the missing slots."""
     chat = [turn for turn in turns if turn[0] != "system"]
     if not chat or chat[0][0] != "user" or chat[-1][0] != "user":
         raise ValueError("the chat must begin and end with a user turn for the assistant to reply to")
@@ -153,14 +154,14 @@ def _asked_for(text: str, slots: Mapping[str, str]) -> list[str]:
 
 
 def _read_prompt(turns: Sequence[Turn]) -> tuple[str, dict[str, str], list[Turn]]:
-    """(intent, slots, chat) of the prompt that a simulator or judge is shown."""
+    """(intent, slots, chat) from the prompt of a simulator or judge."""
     prompt = turns[-1][1]
     intent, slots = desk.read_request(_block(prompt, "request"))
-    lines = [line for line in _block(prompt, "chat").split("\n") if line.strip()]  # JSON may hold other line ends
+    lines = [line for line in _block(prompt, "chat").split("\n") if line.strip()]  # JSON may contain other line ends
     try:
         chat = [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
-        raise ValueError(f"the <chat> block must hold one JSON object on a line: {error}") from error
+        raise ValueError(f"the <chat> block must have one JSON object per line: {error}") from error
     return intent, slots, _turns(chat, "<chat>", allow_empty=True)
 
 

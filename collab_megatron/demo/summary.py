@@ -1,4 +1,4 @@
-"""Collects a demo's figures from what its stages wrote into summary.json, and prints the closing table."""
+"""Collect a demo's figures from the files of its stages into summary.json, and print the closing table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     """Raises UserError if no demo has finished in `run_dir`."""
     path = run_dir / "summary.json"
     if not path.exists():
-        raise UserError(f"no {path}: run `make demo` first")
+        raise UserError(f"there is no {path}: run `make demo` first")
     summary: dict[str, Any] = json.loads(path.read_text())
     return summary
 
@@ -45,7 +45,7 @@ def write_summary(run_dir: Path, *, wall_s: Mapping[str, float], settings: Mappi
 
 
 def print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
-    """The table, where the files are, and what to type next."""
+    """Print the table, the paths of the files, and the next command."""
     stages = [stage for stage in STAGES if stage in summary["accuracy"]]
     table = Table(title="held-out conversations, temperature 0")
     table.add_column("")
@@ -87,7 +87,7 @@ def _by_step(path: Path) -> dict[int, dict[str, float]]:
 
 
 def _api_calls(run_dir: Path) -> dict[str, int]:
-    """Calls per role, all stages together."""
+    """Calls per role over all stages."""
     usages = [json.loads((run_dir / "evaluation_base.json").read_text())]
     usages += [json.loads(path.read_text()) for path in sorted(run_dir.rglob(API_USAGE_FILE))]
     calls: dict[str, int] = {}

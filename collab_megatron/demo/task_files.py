@@ -1,10 +1,10 @@
-"""Writes the demo's tasks as files.
+"""Write the demo's tasks as files.
 
     python -m collab_megatron.demo.task_files --output DIR --train 3000 --heldout 1000 --seed 1
 
 `train.jsonl` holds single-turn problems for the data builder, `heldout.jsonl` rows in CollabLLM's flat format for
-evaluation. Within a file every opening is another one (rows are told apart by their `prompt`); between the files no
-combination of intent and values is shared.
+evaluation. Openings are unique within a file, because rows are identified by their `prompt`. The files share no
+combination of intent and values.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from collab_megatron.demo.desk import DeskTask, sample_task
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.json_lines import replace_rows
 
-MAX_TASKS = 100_000  # far below the number of openings, so that looking for a new one always ends soon
+MAX_TASKS = 100_000  # far below the number of openings, so that the search for a new one ends soon
 
 
 def draw_tasks(rng: random.Random, split: str, count: int) -> list[DeskTask]:
-    """`count` tasks of `split` with pairwise different openings. UserError if count lies outside [1, MAX_TASKS]."""
+    """`count` tasks of `split` with unique openings. Raises UserError if count is not in [1, MAX_TASKS]."""
     if not 1 <= count <= MAX_TASKS:
-        raise UserError(f"cannot draw {count} tasks: ask for 1 to {MAX_TASKS}")
+        raise UserError(f"{count} tasks cannot be drawn: ask for 1 to {MAX_TASKS}")
     tasks: dict[str, DeskTask] = {}
     while len(tasks) < count:
         task = sample_task(rng, split)
         while task.opening in tasks:
-            # Vague openings repeat more often than complete ones: redraw within the same kind, or the share drifts.
+            # Vague openings repeat more often than complete ones: redraw the same kind, or the share drifts.
             task = sample_task(rng, split, float(task.ambiguous))
         tasks[task.opening] = task
     return list(tasks.values())
@@ -63,13 +63,13 @@ def conversation_row(task: DeskTask, conv_id: int) -> dict[str, Any]:
 
 
 def write_tasks(output: Path, train: int, heldout: int, seed: int) -> None:
-    """Write both files into the folder `output`, each aside and then renamed."""
+    """Write both files into the folder `output`, each atomically."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise UserError(f"--output {output} is a file: name a folder") from None
     except OSError as error:
-        raise UserError(f"--output {output} cannot be made ({error.strerror}): name another folder") from None
+        raise UserError(f"--output {output} cannot be created ({error.strerror}): name another folder") from None
     train_tasks = draw_tasks(random.Random(f"{seed} train"), "train", train)
     heldout_tasks = draw_tasks(random.Random(f"{seed} heldout"), "heldout", heldout)
     replace_rows(output / "train.jsonl", map(problem_row, train_tasks))

@@ -1,9 +1,9 @@
-"""Writes the demo model: an ordinary Hugging Face folder with a tiny random Llama and its tokenizer.
+"""Write the demo model: an ordinary Hugging Face folder with a tiny random Llama and its tokenizer.
 
     python -m collab_megatron.demo.tiny_model --output DIR --seed 1
 
-Two wide layers learn the world about twice as fast as four narrow ones of the same size. The folder is written beside
-its place and renamed, so a reader never sees half a model.
+Two wide layers learn the demo's tasks about twice as fast as four narrow ones of the same size. The folder is written
+atomically, so a reader never sees half a model.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import atomic_write
 
 MOST_SEEDS = 2**32  # as run.seed
-MAX_POSITIONS = 512  # tokens of a whole chat; the longest of the world has about 100
+MAX_POSITIONS = 512  # tokens of a whole chat; the longest has about 100
 
 
 def write_model(output: Path, seed: int) -> int:
-    """Write the folder `output` (must not exist yet, else UserError); returns the number of parameters."""
+    """Write the new folder `output`; returns the number of parameters. Raises UserError if it exists."""
     if output.exists():
         raise UserError(f"{output} exists already: choose another --output or remove it")
     tokenizer = build_tokenizer()
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if not 0 <= args.seed < MOST_SEEDS:
-        raise UserError(f"--seed {args.seed}: it is a number from 0 to {MOST_SEEDS - 1}")
+        raise UserError(f"--seed {args.seed}: it must be a number from 0 to {MOST_SEEDS - 1}")
     torch.set_num_threads(1)
     print(f"wrote {args.output}: {write_model(args.output, args.seed):,} parameters", flush=True)
 

@@ -1,9 +1,8 @@
 """The demo model's word-level tokenizer and chat template.
 
 A token is a word with the space before it, so decoding is plain joining and `decode(encode(text)) == text` for every
-text of the world. A chat turn is one role token, the content and one end token. Role tokens cut the text before it is
-split into words, so the ids of a chat are the concatenation of the ids of its pieces, and sampled ids stand in a later
-prompt exactly as sampled.
+text of the demo. A chat turn is one role token, the content and one end token. Role tokens split the text before words
+do, so the ids of a chat are the concatenated ids of its pieces, and sampled ids reappear unchanged in later prompts.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ SAMPLED_TASKS = 6000
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, the same on every call. AssertionError if the world's words do not fit into VOCAB_SIZE."""
-    words = {word for text in world_texts() for word in re.findall(WORD_PATTERN, text)}
+    """The tokenizer, the same on every call. AssertionError if the demo's words do not fit into VOCAB_SIZE."""
+    words = {word for text in demo_texts() for word in re.findall(WORD_PATTERN, text)}
     tokens = [PAD, UNK, END, *ROLE_TOKENS, *sorted(words)]
     assert len(tokens) <= VOCAB_SIZE, f"{len(tokens)} words do not fit into a vocabulary of {VOCAB_SIZE}"
     tokens += [f"<|spare{i}|>" for i in range(len(tokens), VOCAB_SIZE)]
@@ -50,8 +49,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def world_texts() -> Iterator[str]:
-    """Texts that hold every word of the world wherever it can stand; seeded, so the vocabulary never changes."""
+def demo_texts() -> Iterator[str]:
+    """Texts with each word of the demo in all its positions; seeded, so the vocabulary never changes."""
     rng = random.Random(0)
     yield from (f"that is right {TERMINATION_SIGNAL}", f"that is not right {TERMINATION_SIGNAL}")
     yield from (f"never mind {TERMINATION_SIGNAL}", "i do not follow", "what do you mean")

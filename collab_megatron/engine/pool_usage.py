@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
 
+from collab_megatron.figures import Figure, Figures
 from collab_megatron.types import Generation
-
-Kind = Literal["mean", "sum", "max", "min"]
 
 
 @dataclass
@@ -45,20 +43,19 @@ class PoolUsage:
             generated_by={url: now - before.generated_by.get(url, 0) for url, now in self.generated_by.items()},
         )
 
-    def figures(self, *, live: Sequence[str], lost: int, seconds: float) -> dict[str, tuple[Kind, float, float]]:
-        """Dashboard name -> (how several processes' values are merged, value, divisor), for usage that took `seconds`;
-        `live`: the URLs after it.
+    def figures(self, *, live: Sequence[str], lost: int, seconds: float) -> Figures:
+        """Dashboard figures of usage that took `seconds`; `live`: the URLs that are live after it.
 
         engine/share_min and _max: the tokens of the least and the most used live server, as a share of all.
         """
         shares = [self.generated_by.get(url, 0) / max(self.generated_tokens, 1) for url in live]
         return {
-            "rollout/generated_tokens": ("sum", self.generated_tokens, 1),
-            "rollout/tokens_per_s": ("sum", self.generated_tokens / seconds, 1),
-            "rollout/cached_share": ("mean", self.cached_tokens, max(self.prompt_tokens, 1)),
-            "engine/live": ("max", len(live), 1),
-            "engine/lost": ("max", lost, 1),
-            "engine/retried": ("sum", self.retried, 1),
-            "engine/share_min": ("min", min(shares, default=0.0), 1),
-            "engine/share_max": ("max", max(shares, default=0.0), 1),
+            "rollout/generated_tokens": Figure.of("sum", [self.generated_tokens]),
+            "rollout/tokens_per_s": Figure.of("sum", [self.generated_tokens / seconds]),
+            "rollout/cached_share": Figure.ratio(self.cached_tokens, max(self.prompt_tokens, 1)),
+            "engine/live": Figure.of("max", [len(live)]),
+            "engine/lost": Figure.of("max", [lost]),
+            "engine/retried": Figure.of("sum", [self.retried]),
+            "engine/share_min": Figure.of("min", [min(shares, default=0.0)]),
+            "engine/share_max": Figure.of("max", [max(shares, default=0.0)]),
         }

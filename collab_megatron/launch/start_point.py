@@ -13,7 +13,7 @@ from collab_megatron.launch.node import Node
 from collab_megatron.launch.path_checks import check_run
 from collab_megatron.wire.checkpoints import named_checkpoint, newest_complete, read_info
 from collab_megatron.wire.completion import METRICS_FILE
-from collab_megatron.wire.origin import decisive_differences
+from collab_megatron.wire.provenance import decisive_differences
 
 C = TypeVar("C", RLConfig, SFTConfig)
 

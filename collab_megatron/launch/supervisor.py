@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from collab_megatron.errors import EXIT_BUDGET, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_RUN, EXIT_USER, RunError
+from collab_megatron.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_RUN, EXIT_UNEXPECTED, EXIT_USER, RunError
 from collab_megatron.launch.scratch import ScratchFolder
 from collab_megatron.launch.stopped import StoppedWatch, all_processes
 from collab_megatron.signals import die_with_parent, end_at_signals
@@ -49,7 +49,7 @@ class ChildProcess:
     def will_restart(self) -> bool:
         """Whether its starter starts it again after this end."""
         code = self.process.poll() or 0
-        return self.restarted and (code < 0 or code == EXIT_DEFECT)
+        return self.restarted and (code < 0 or code == EXIT_UNEXPECTED)
 
 
 class Supervisor:

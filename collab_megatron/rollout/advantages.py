@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 
 def group_advantages(rewards_G: Sequence[float], *, eps: float, min_std: float) -> list[float]:
-    """(reward - mean) / (std + eps), or zeros where the group does not spread by `min_std`.
+    """(reward - mean) / (std + eps); zeros for a standard deviation below `min_std`.
 
-    `eps` is deliberately not tiny: where all replies are wrong only their lengths differ, and dividing by that spread
-    would blow a few tokens up to full-size advantages. Raises ValueError for fewer than two rewards.
+    `eps` is not tiny on purpose: where all replies are wrong only their lengths differ, and a division by that small
+    spread would turn a few tokens into full-size advantages. Raises ValueError for fewer than two rewards.
     """
     if len(rewards_G) < 2:
         raise ValueError(f"a group needs at least two rewards, got {len(rewards_G)}")

@@ -1,49 +1,63 @@
-"""One future: the rest of a conversation after a reply, played until the user ends it or the turn limits are reached.
+"""Conversation player: a user and a policy take turns until the user ends the chat or a limit is reached.
 
-Token-in, token-out: the policy's context is a list of ids that only grows. A sampled reply enters it as it was sampled;
-what follows is the chat template's glue around the user's text. Text is made of ids for simulator and judge alone, and
-of a policy turn they are given the reply, never the thought.
+The driver plays the policy in training (future.py), the data engine plays an LLM (data_engine/grow.py). A reply whose
+score is wanted opens the conversation. Everybody but the policy sees its replies only, never its thoughts.
+
+A failed call raises. Then `Conversation.waiting_for` is the status of a future that lost this call, and the messages so
+far are in place for the record.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from collab_megatron.config.sections.rollout import CutReply
-from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError
-from collab_megatron.rollout.busy import BusyClock
-from collab_megatron.rollout.journal.store import ReplayMiss
-from collab_megatron.rollout.llm.accounting import CALLS
-from collab_megatron.rollout.rewards.scorer import is_of_own_metric
-from collab_megatron.rollout.unexpected import Unexpected
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import (
     TERMINATION_SIGNAL,
-    CallRecord,
     Future,
-    Generation,
     Message,
-    PolicyEngine,
-    PolicyTurn,
     RolloutStatus,
     ScoredConversation,
     Task,
     UserSimulator,
 )
 
+UNTIMED = nullcontext()
 
-class Chat(Protocol):
-    """The chat template as the driver needs it (data/chat.py)."""
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]: ...
-    def grow(self, context_ids: Sequence[int], messages: Sequence[Message], user_text: str) -> list[int]: ...
-    def policy_turn(
-        self, context_ids: Sequence[int], generation: Generation, *, begin_s: float, end_s: float
-    ) -> PolicyTurn: ...
+class PlayedTurn(Protocol):
+    """One turn of a policy; types.PolicyTurn is one."""
+
+    @property
+    def reply(self) -> str: ...  # what user and judges see
+    @property
+    def cut(self) -> bool: ...  # it reached its token limit, or ended inside a thought
+    @property
+    def broken(self) -> bool: ...  # cut or empty: a user has nothing whole to answer
+    @property
+    def num_tokens(self) -> int: ...  # thoughts included
+
+
+T = TypeVar("T", bound=PlayedTurn)
+T_co = TypeVar("T_co", bound=PlayedTurn, covariant=True)
+
+
+class Policy(Protocol[T_co]):
+    """The assistant of one conversation. It may keep a context of its own."""
+
+    @property
+    def failure(self) -> RolloutStatus: ...  # of a future whose policy did not answer
+
+    async def answer(self, messages: Sequence[Message]) -> T_co | None:
+        """The turn after `messages`, which end with the user's; None where the context has no room for one.
+
+        Raises RunError without an answer.
+        """
+        ...
 
 
 class ConversationScorer(Protocol):
@@ -53,231 +67,90 @@ class ConversationScorer(Protocol):
     def reward(self, scores: dict[str, float]) -> float: ...
 
 
-STOPS_ALL = (NoEngineLeft, ReplayMiss, BudgetSpent)
-"""Say nothing of the conversation they were met in: they end the work, not one future of it."""
-
-NO_IDS = "the engine returned no token ids"
-
-
-@dataclass(frozen=True)
-class Seat:
-    """Where a future sits in the run."""
-
-    name: str  # unique in the run: names its policy turns in the journal
-    sample_index: int  # unique in the run: tells the simulator's calls with the same chat apart
-    step: int = 0  # who goes first at a queue
-
-
-@dataclass(frozen=True)
-class Limits:
+@dataclass(frozen=True, kw_only=True)
+class TurnLimits:
     """Where a conversation ends."""
 
-    max_user_turns: int  # user turns after the reply
-    max_assistant_turns: int  # policy turns, the reply included
-    max_new_tokens: int  # per policy turn
-    max_context_tokens: int  # what engine and model can hold
-    temperature: float
-    future_timeout_s: float = 600.0  # deadline of one future
-    cut_reply: CutReply = "score"  # what becomes of a conversation whose policy turn is cut or empty
-    cut_penalty: float = -1.0  # its reward under `penalty`
-    termination_signal: str = TERMINATION_SIGNAL  # a user turn that holds it is the last
+    max_user_turns: int  # after the opening reply
+    max_assistant_turns: int  # the opening reply included
+    cut_reply: CutReply = "score"  # what happens to a conversation with a broken policy turn
+    termination_signal: str = TERMINATION_SIGNAL  # a user turn with this text is the last
 
-    def breaks_off(self, turn: PolicyTurn) -> bool:
-        """Whether the conversation ends with `turn`, because nobody could answer it."""
+    def breaks_off(self, turn: PlayedTurn) -> bool:
+        """Whether the conversation ends with `turn`, because no user could answer it."""
         return turn.broken and self.cut_reply != "play"
 
 
-@dataclass(frozen=True)
-class Players:
-    """Everybody a conversation needs, and the clocks that tell how long each was waited for."""
+class Conversation(Generic[T]):
+    """One conversation: a prompt, the reply whose score is wanted, and the turns after it."""
 
-    engine: PolicyEngine
-    user: UserSimulator
-    scorer: ConversationScorer
-    chat: Chat
-    engine_clock: BusyClock
-    user_clock: BusyClock
-    judge_clock: BusyClock
-    unexpected: Unexpected = field(default_factory=Unexpected)
+    def __init__(self, task: Task, prompt: Sequence[Message], reply: T, *, sample_index: int) -> None:
+        """`sample_index` tells apart the calls to user and judges of conversations with the same messages."""
+        self._task, self._sample_index = task, sample_index
+        self._num_prompt_messages = len(prompt)
+        self._user_turns = 0
+        self.messages = [*prompt, Message("assistant", reply.reply)]
+        self.turns = [reply]  # of the policy
+        self.waiting_for = RolloutStatus.SIMULATOR_FAILED  # status of a future that lost the current call
 
+    async def play(
+        self,
+        user: UserSimulator,
+        policy: Policy[T],
+        limits: TurnLimits,
+        *,
+        user_clock: AbstractContextManager[None] = UNTIMED,
+    ) -> RolloutStatus:
+        """Play to the end. A policy turn without room in the context, or cut, ends with TRUNCATED.
 
-@dataclass
-class _State:
-    """The conversation as it grows."""
+        Waits for user and policy in turn; their clients have the deadlines. Raises what they raise.
+        """
+        while self._user_turns < limits.max_user_turns and len(self.turns) < limits.max_assistant_turns:
+            if limits.breaks_off(self.turns[-1]):
+                return RolloutStatus.TRUNCATED
+            self._wait_for(RolloutStatus.SIMULATOR_FAILED)
+            with user_clock:
+                text = await user.reply(self._task, self.messages, sample_index=self._sample_index)
+            self.messages.append(Message("user", text))
+            self._user_turns += 1
+            if limits.termination_signal in text:
+                return RolloutStatus.TERMINATED
+            self._wait_for(policy.failure)
+            turn = await policy.answer(self.messages)
+            if turn is None:
+                return RolloutStatus.TRUNCATED
+            self.messages.append(Message("assistant", turn.reply))
+            self.turns.append(turn)
+        return self.standing(limits)
 
-    messages: list[Message]  # as its user sees it
-    sampled: list[Message]  # the same with the thoughts of the policy: as the chat template is given it
-    context: list[int]
-    last: PolicyTurn
-    policy_tokens: int = 0
-    versions: list[int] = field(default_factory=list)
-    turns: list[PolicyTurn] = field(default_factory=list)  # after the reply
-    user_turns: int = 0
-    assistant_turns: int = 0
+    def standing(self, limits: TurnLimits) -> RolloutStatus:
+        """The status of a conversation that ends with the current turn."""
+        cut = self.turns[-1].cut or limits.breaks_off(self.turns[-1])
+        return RolloutStatus.TRUNCATED if cut else RolloutStatus.MAX_TURNS
 
-    def add_user(self, text: str) -> None:
-        self.messages.append(Message("user", text))
-        self.sampled.append(Message("user", text))
-        self.user_turns += 1
-
-    def add_policy(self, turn: PolicyTurn) -> None:
-        self.messages.append(Message("assistant", turn.reply))
-        self.sampled.append(Message("assistant", turn.sampled))
-        self.context += turn.generation.token_ids_T
-        self.policy_tokens += len(turn.generation.token_ids_T)
-        self.versions += turn.generation.versions_T
-        self.assistant_turns += 1
-        self.last = turn
-
-
-async def play_future(
-    task: Task,
-    prompt_ids: Sequence[int],
-    reply: PolicyTurn,
-    *,
-    index: int,
-    seat: Seat,
-    simulate: bool,
-    limits: Limits,
-    players: Players,
-) -> Future:
-    """Play and score future `index` of a reply. A failed call becomes its status, and so do its deadline and an
-    exception that nobody foresaw. Raised are only NoEngineLeft, ReplayMiss and a bug of the user's own metric.
-
-    With `simulate` False (K = 0) the reply is scored as it stands. A conversation that broke off under
-    `cut_reply: penalty` has a reward and no scores. Waits for the engine, the user simulator and the
-    judges in turn.
-    """
-    state = _State(messages=list(task.prompt), sampled=list(task.prompt), context=list(prompt_ids), last=reply)
-    state.add_policy(reply)
-    calls: list[CallRecord] = []
-    before = CALLS.set(calls)
-    try:
-        played = await _play(task, state, index, seat, simulate=simulate, limits=limits, players=players)
-    except STOPS_ALL:
-        raise
-    except Exception as error:
-        if is_of_own_metric(error):
-            raise
-        words = players.unexpected.note(error, f"future {seat.name} of task {task.task_id}")
-        played = _future(task, state, index, RolloutStatus.UNEXPECTED_ERROR, words)
-    finally:
-        CALLS.reset(before)
-    return replace(played, calls=tuple(calls))
-
-
-async def _play(
-    task: Task, state: _State, index: int, seat: Seat, *, simulate: bool, limits: Limits, players: Players
-) -> Future:
-    if not state.last.generation.token_ids_T:
-        return _future(task, state, index, RolloutStatus.ENGINE_FAILED, NO_IDS)
-    try:
-        async with asyncio.timeout(limits.future_timeout_s) as deadline:
-            status, error = RolloutStatus.MAX_TURNS, ""
-            if simulate:
-                status, error = await _simulate(task, state, seat, limits, players)
-            elif state.last.cut or limits.breaks_off(state.last):
-                status = RolloutStatus.TRUNCATED
-            played = _future(task, state, index, status, error)
-            if limits.cut_reply == "penalty" and limits.breaks_off(state.last):
-                return replace(played, reward=limits.cut_penalty)
-            return await _score(task, state, seat, played, players) if status.scored else played
-    except TimeoutError:
-        if not deadline.expired():
-            raise  # somebody else's: a defect, and no sign of a slow conversation
-        return _future(task, state, index, RolloutStatus.TIMED_OUT, f"over {limits.future_timeout_s:g} s")
-
-
-def _future(task: Task, state: _State, index: int, status: RolloutStatus, error: str) -> Future:
-    return Future(
-        index=index,
-        status=status,
-        messages=tuple(state.messages[len(task.prompt) + 1 :]),
-        policy_tokens=state.policy_tokens,
-        versions=(min(state.versions), max(state.versions)) if state.versions else (0, 0),
-        error=error,
-        turns=tuple(state.turns),
-    )
-
-
-async def _simulate(
-    task: Task, state: _State, seat: Seat, limits: Limits, players: Players
-) -> tuple[RolloutStatus, str]:
-    while state.user_turns < limits.max_user_turns and state.assistant_turns < limits.max_assistant_turns:
-        if limits.breaks_off(state.last):
-            return RolloutStatus.TRUNCATED, ""
-        POSITION.set(RunPosition(seat.step, state.user_turns + state.assistant_turns))
-        try:
-            with players.user_clock:
-                user_text = await players.user.reply(task, state.messages, sample_index=seat.sample_index)
-        except STOPS_ALL:
-            raise
-        except RunError as error:
-            return RolloutStatus.SIMULATOR_FAILED, str(error)
-        history = tuple(state.sampled)
-        state.add_user(user_text)
-        if limits.termination_signal in user_text:
-            return RolloutStatus.TERMINATED, ""
-        state.context = players.chat.grow(state.context, history, user_text)
-        if len(state.context) + limits.max_new_tokens > limits.max_context_tokens:
-            return RolloutStatus.TRUNCATED, ""
-        POSITION.set(RunPosition(seat.step, state.user_turns + state.assistant_turns))
-        try:
-            (turn,) = await ask_policy(
-                state.context,
-                1,
-                affinity=task.task_id,
-                name=f"{seat.name}/{state.assistant_turns}",
-                limits=limits,
-                players=players,
+    async def score(self, scorer: ConversationScorer) -> dict[str, float]:
+        """The score of every metric. Waits for the judges. Raises what the scorer raises."""
+        self._wait_for(RolloutStatus.JUDGE_FAILED)
+        return await scorer.score(
+            ScoredConversation(
+                task=self._task,
+                messages=tuple(self.messages),
+                num_prompt_messages=self._num_prompt_messages,
+                policy_tokens=self._policy_tokens,
+                sample_index=self._sample_index,
             )
-        except STOPS_ALL:
-            raise
-        except RunError as error:
-            return RolloutStatus.ENGINE_FAILED, str(error)
-        if not turn.generation.token_ids_T:
-            return RolloutStatus.ENGINE_FAILED, NO_IDS
-        state.add_policy(turn)
-        state.turns.append(turn)
-    cut = state.last.cut or limits.breaks_off(state.last)
-    return (RolloutStatus.TRUNCATED if cut else RolloutStatus.MAX_TURNS), ""
-
-
-async def ask_policy(
-    context_ids: Sequence[int], count: int, *, affinity: str, name: str, limits: Limits, players: Players
-) -> list[PolicyTurn]:
-    """`count` turns after `context_ids`; `affinity` and `name` as for PolicyEngine.generate, which is waited for.
-
-    A turn without token ids is a failed request of its own. Raises what the engine raises.
-    """
-    begin_s = time.time()
-    with players.engine_clock:
-        generations = await players.engine.generate(
-            context_ids,
-            n=count,
-            temperature=limits.temperature,
-            max_new_tokens=limits.max_new_tokens,
-            affinity=affinity,
-            name=name,
         )
-    end_s = time.time()
-    return [players.chat.policy_turn(context_ids, each, begin_s=begin_s, end_s=end_s) for each in generations]
 
+    def future(self, index: int, status: RolloutStatus, error: str = "") -> Future:
+        """The conversation so far as future `index` of its opening reply, without scores."""
+        later = tuple(self.messages[self._num_prompt_messages + 1 :])
+        return Future(index, status, later, policy_tokens=self._policy_tokens, error=error)
 
-async def _score(task: Task, state: _State, seat: Seat, played: Future, players: Players) -> Future:
-    POSITION.set(RunPosition(seat.step, state.user_turns + state.assistant_turns))
-    conversation = ScoredConversation(
-        task=task,
-        messages=tuple(state.messages),
-        num_prompt_messages=len(task.prompt),
-        policy_tokens=state.policy_tokens,
-        sample_index=seat.sample_index,
-    )
-    try:
-        with players.judge_clock:
-            scores = await players.scorer.score(conversation)
-    except STOPS_ALL:
-        raise
-    except RunError as error:
-        return replace(played, status=RolloutStatus.JUDGE_FAILED, error=str(error))
-    return replace(played, scores=scores, reward=players.scorer.reward(scores))
+    @property
+    def _policy_tokens(self) -> int:
+        return sum(turn.num_tokens for turn in self.turns)
+
+    def _wait_for(self, failure: RolloutStatus) -> None:
+        """Note whose call comes next, and its place in the queues: the fewer turns, the earlier."""
+        self.waiting_for = failure
+        POSITION.set(RunPosition(POSITION.get().step, self._user_turns + len(self.turns)))

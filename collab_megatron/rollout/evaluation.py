@@ -1,39 +1,39 @@
-"""Whole conversations on held-out tasks."""
+"""Evaluation: plays whole conversations on held-out tasks and averages their scores."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
+from collab_megatron.concurrency import run_all
 from collab_megatron.config.sections import EvaluationSection
 from collab_megatron.errors import BudgetSpent, RunError
-from collab_megatron.rollout.conversation import STOPS_ALL, Limits, Players
-from collab_megatron.rollout.group import TreeSeat, play_once
-from collab_megatron.rollout.held_out import Numbered, has_both, sample_tasks, with_simulated_opening
+from collab_megatron.figures import Figure, Figures
+from collab_megatron.rollout.evaluation_tasks import has_both, sample_tasks, with_simulated_opening
+from collab_megatron.rollout.future import STOPS_ALL, Limits, Players
+from collab_megatron.rollout.group import TreeId, play_once
 from collab_megatron.rollout.metrics import evaluation_metrics
 from collab_megatron.rollout.rewards.scorer import is_of_own_metric
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import Future, Generation, Group, PolicyTurn, Reply, RolloutStatus, Task
-from collab_megatron.wire.figures import Figure, Figures
 from collab_megatron.wire.protocol import Tally
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was played."""
+    """The outcome of an evaluation."""
 
     figures: Figures
-    groups: tuple[Group, ...]  # a conversation each: one reply, one future; `kept` where it has a reward
-    wanted: int  # conversations that this shard was to play
-    stop: str = ""  # why no more were begun
+    groups: tuple[Group, ...]  # one conversation each: one reply, one future; `kept` if it has a reward
+    wanted: int  # conversations of this shard
+    stop: str = ""  # why the rest was not started
 
     @property
     def tally(self) -> Tally:
-        """Whether too many failed is for those to judge who see all shards."""
+        """Failed conversations. The trainer, which sees all shards, decides whether they are too many."""
         failures = [group.error for group in self.groups if not group.kept]
         return Tally(len(self.groups), len(failures), failures[0] if failures else "")
 
@@ -52,19 +52,20 @@ async def evaluate(
 ) -> Evaluation:
     """Play this shard's share of the sampled tasks.
 
-    A conversation that fails, or that is under way at `evaluation.timeout_s`, is counted and in no mean. Each is played
-    `within` a room of the budget's, which is waited for; once there is BudgetSpent in its place no more are begun, and
-    those under way are played to their end. A task has the same sample index at every step:
-    users and judges who are told the same answer the same, which the journal may know.
+    A conversation that fails, or is unfinished at `evaluation.timeout_s`, is counted and enters no mean. Every
+    conversation runs `within` a reservation of the budget. After BudgetSpent no more conversations start; those that
+    have started are finished. A task has the same sample index at every step, so equal calls to user and judges come
+    from the journal.
 
-    Raises NoEngineLeft, ReplayMiss, and a bug of the user's own metric.
+    Waits for budget and conversations, at most `evaluation.timeout_s`. Raises NoEngineLeft, ReplayMiss, and a bug of
+    the user's own metric.
     """
     limits = replace(
         limits,
         temperature=evaluation.temperature,
         max_assistant_turns=evaluation.max_assistant_turns,
         max_user_turns=evaluation.max_assistant_turns,
-        cut_reply="score" if limits.cut_reply == "penalty" else limits.cut_reply,  # measured, not punished
+        cut_reply="score" if limits.cut_reply == "penalty" else limits.cut_reply,  # measured, not penalized
     )
     simulated = evaluation.simulated_opening
     slots = asyncio.Semaphore(max(1, evaluation.max_concurrency // shards))
@@ -75,11 +76,11 @@ async def evaluate(
         async with slots:
             if stop:
                 return None
-            # in the journal an evaluation belongs to the step after which it is made: step - 1, counted from 0
-            seat = TreeSeat(step - 1, number, f"eval/{step}/{number}", first_sample=-1 - number)
+            # the journal files an evaluation under the step before it: step - 1, counted from 0
+            tree_id = TreeId(step - 1, number, f"eval/{step}/{number}", first_sample=-1 - number)
             try:
                 async with within():
-                    return await _play(task, seat, simulated=simulated, limits=limits, players=players)
+                    return await _play(task, tree_id, simulated=simulated, limits=limits, players=players)
             except BudgetSpent as spent:
                 stop = stop or str(spent)
                 return None
@@ -87,8 +88,12 @@ async def evaluate(
     chosen = sample_tasks(tasks, evaluation.num_tasks, evaluation.seed, openings_only=evaluation.simulated_opening)
     mine = chosen[shard::shards]
     start = time.monotonic()
-    late = f"the evaluation was ended after {evaluation.timeout_s:g} s (evaluation.timeout_s)"
-    played = await _until_deadline(mine, play, evaluation.timeout_s, late)
+    late = f"the evaluation reached its deadline of {evaluation.timeout_s:g} s (evaluation.timeout_s)"
+    played = await run_all(
+        (play(number, task) for number, task in mine),
+        timeout_s=evaluation.timeout_s,
+        late=lambda index: _failed(mine[index][1], RolloutStatus.LATE, late),
+    )
     groups = tuple(group for group in played if group is not None)
     figures = evaluation_metrics(
         [(group.task, reply) for group in groups for reply in group.replies_G],
@@ -99,18 +104,23 @@ async def evaluate(
     return Evaluation(figures, groups, len(mine), stop)
 
 
-async def _play(task: Task, seat: TreeSeat, *, simulated: bool, limits: Limits, players: Players) -> Group:
-    """One conversation. Raises STOPS_ALL and a bug of the user's own metric alone."""
-    POSITION.set(RunPosition(seat.step))
+def evaluation_calls(evaluation: EvaluationSection, judges: int) -> int:
+    """The most LLM requests of one conversation, without retries; `judges`: those for its scores."""
+    return evaluation.max_assistant_turns - 1 + int(evaluation.simulated_opening) + judges
+
+
+async def _play(task: Task, tree_id: TreeId, *, simulated: bool, limits: Limits, players: Players) -> Group:
+    """One conversation. Waits for user, engine and judges. Raises only STOPS_ALL and a bug of the user's own metric."""
+    POSITION.set(RunPosition(tree_id.step))
     status = RolloutStatus.SIMULATOR_FAILED
     try:
         if simulated:
             with players.user_clock:
                 task = await with_simulated_opening(
-                    task, players.user, sample_index=seat.first_sample, signal=limits.termination_signal
+                    task, players.user, sample_index=tree_id.first_sample, signal=limits.termination_signal
                 )
         status = RolloutStatus.ENGINE_FAILED
-        reply = await play_once(task, seat, limits=limits, players=players)
+        reply = await play_once(task, tree_id, limits=limits, players=players)
     except STOPS_ALL:
         raise
     except RunError as error:
@@ -118,37 +128,13 @@ async def _play(task: Task, seat: TreeSeat, *, simulated: bool, limits: Limits, 
     except Exception as error:
         if is_of_own_metric(error):
             raise
-        words = players.unexpected.note(error, f"the conversation {seat} of task {task.task_id}")
+        words = players.unexpected.note(error, f"the conversation {tree_id} of task {task.task_id}")
         return _failed(task, RolloutStatus.UNEXPECTED_ERROR, words)
     prompt_ids = tuple(players.chat.prompt_ids(task.prompt))
     return Group(task, prompt_ids, (reply,), kept=reply.mr is not None, error=reply.futures_K[0].error)
 
 
 def _failed(task: Task, status: RolloutStatus, error: str) -> Group:
-    """A conversation without a turn of the policy's."""
+    """A conversation without a policy turn."""
     nothing = PolicyTurn("", "", "", cut=False, generation=Generation((), (), (), finish_reason="failed"))
     return Group(task, (), (Reply(nothing, (Future(0, status, (), error=error),)),), kept=False, error=error)
-
-
-async def _until_deadline(
-    mine: Sequence[Numbered],
-    play: Callable[[int, Task], Coroutine[Any, Any, Group | None]],
-    timeout_s: float,
-    late: str,
-) -> list[Group | None]:
-    """Every conversation, in order; at the deadline those under way are cancelled. None goes on unseen."""
-    playing = [asyncio.ensure_future(play(number, task)) for number, task in mine]
-    if not playing:
-        return []
-    try:
-        done, _ = await asyncio.wait(playing, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        for ended in done:
-            ended.result()  # raises what ends all
-        return [
-            conversation.result() if conversation in done else _failed(task, RolloutStatus.LATE, late)
-            for conversation, (_, task) in zip(playing, mine, strict=True)
-        ]
-    finally:
-        for conversation in playing:
-            conversation.cancel()
-        await asyncio.gather(*playing, return_exceptions=True)

@@ -1,14 +1,14 @@
-"""One prompt's conversation tree: n replies, K futures each, all at once; then MR and the group's advantages."""
+"""Rollout group: n replies to one prompt with K futures each, played concurrently, then rewards and advantages."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from collab_megatron.concurrency import run_all
 from collab_megatron.rollout.advantages import group_advantages
-from collab_megatron.rollout.conversation import Limits, Players, Seat, ask_policy, play_future
+from collab_megatron.rollout.future import Limits, Players, ask_policy, play_future
 from collab_megatron.rollout.rewards import multiturn_reward
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import Future, Group, PolicyTurn, Reply, RolloutStatus, Task, TrainingSample
@@ -17,25 +17,25 @@ from collab_megatron.wire.protocol import Tally
 
 @dataclass(frozen=True)
 class GroupRules:
-    """What makes a group, and what is left of it."""
+    """Size of a group, and when replies or the group are dropped."""
 
     num_replies: int  # n
-    num_futures: int  # K; 0 scores each reply as it stands
+    num_futures: int  # K; 0 scores each reply without a future
     min_replies: int  # with fewer scored replies the group is dropped
     min_futures: int  # with fewer scored futures the reply leaves its group
-    group_timeout_s: float  # from the replies on; then the group is taken with the futures that are there
+    group_timeout_s: float  # starts when the replies are sampled; then the group is complete without its late futures
     advantage_eps: float
     min_group_std: float
 
 
 @dataclass(frozen=True)
-class TreeSeat:
-    """Where a tree sits in the run."""
+class TreeId:
+    """Identity of a tree in the run."""
 
-    step: int  # training step for which it was begun
-    slot: int  # its place among the prompts of that step
-    name: str = ""  # unique in the run; empty: made of the two
-    first_sample: int = 0  # sample index of its first future; the others count up from there
+    step: int  # training step for which it is started
+    slot: int  # index among the prompts of that step
+    name: str = ""  # unique in the run; empty: STEP/SLOT
+    first_sample: int = 0  # sample index of its first future; the others follow
 
     def __str__(self) -> str:
         return self.name or f"{self.step}/{self.slot}"
@@ -45,37 +45,42 @@ async def grow_group(
     task: Task,
     prompt_ids: Sequence[int],
     turns_G: Sequence[PolicyTurn],
-    seat: TreeSeat,
+    tree_id: TreeId,
     *,
     rules: GroupRules,
     limits: Limits,
     players: Players,
 ) -> Group:
-    """Play every future of every reply concurrently; at the group's deadline those that are not there are cancelled.
+    """Play every future of every reply concurrently.
 
-    The K futures of a reply that nobody can answer (`limits.cut_reply`) are one and the same conversation: it is judged
-    once, and all K carry its scores, so that counts and `min_futures` mean what they mean elsewhere.
+    A broken reply (`limits.cut_reply`) has K equal futures: one is scored, and all K get its scores, so that counts and
+    `min_futures` keep their meaning.
 
-    Raises only what play_future raises; failed, late and cancelled futures are statuses.
+    Waits for all futures, at most `rules.group_timeout_s`; unfinished futures are cancelled and get the status LATE.
+    Raises what play_future raises.
     """
     count = max(rules.num_futures, 1)
-    playing = {
-        (g, k): asyncio.ensure_future(
+    played = [(g, k) for g, turn in enumerate(turns_G) for k in range(1 if limits.breaks_off(turn) else count)]
+    late = f"its group reached its deadline of {rules.group_timeout_s:g} s"
+    results = await run_all(
+        (
             play_future(
                 task,
                 prompt_ids,
-                turn,
+                turns_G[g],
                 index=k,
-                seat=Seat(f"{seat}/{g}/{k}", seat.first_sample + g * count + k, seat.step),
+                name=f"{tree_id}/{g}/{k}",
+                sample_index=tree_id.first_sample + g * count + k,
                 simulate=rules.num_futures > 0,
                 limits=limits,
                 players=players,
             )
-        )
-        for g, turn in enumerate(turns_G)
-        for k in range(1 if limits.breaks_off(turn) else count)
-    }
-    futures = await _until_deadline(playing, rules.group_timeout_s)
+            for g, k in played
+        ),
+        timeout_s=rules.group_timeout_s,
+        late=lambda number: Future(played[number][1], RolloutStatus.LATE, (), error=late),
+    )
+    futures = dict(zip(played, results, strict=True))
     for g in range(len(turns_G)):
         for k in range(1, count):
             futures.setdefault((g, k), replace(futures[g, 0], index=k, calls=()))
@@ -90,25 +95,6 @@ async def grow_group(
     )
 
 
-async def _until_deadline(
-    playing: dict[tuple[int, int], asyncio.Task[Future]], timeout_s: float
-) -> dict[tuple[int, int], Future]:
-    """Every future, played or late. Whatever is raised, none goes on unseen."""
-    try:
-        done, pending = await asyncio.wait(playing.values(), timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()  # raises what ends all
-        late = f"its group was taken after {timeout_s:g} s"
-        return {
-            (g, k): Future(k, RolloutStatus.LATE, (), error=late) if task in pending else task.result()
-            for (g, k), task in playing.items()
-        }
-    finally:
-        for task in playing.values():
-            task.cancel()
-        await asyncio.gather(*playing.values(), return_exceptions=True)
-
-
 def _reply(turn: PolicyTurn, futures: Sequence[Future], min_futures: int) -> Reply:
     enough = sum(future.status.scored for future in futures) >= min_futures
     return Reply(
@@ -119,9 +105,9 @@ def _reply(turn: PolicyTurn, futures: Sequence[Future], min_futures: int) -> Rep
 
 
 def with_advantages(group: Group, *, min_replies: int, eps: float, min_std: float) -> Group:
-    """The group with advantages over the replies that have a reward; dropped if fewer than `min_replies` have one.
+    """The group with advantages over the replies with a reward; dropped if there are fewer than `min_replies` of them.
 
-    Missing is not zero: a reply without a scored future leaves its group instead of pulling the mean down.
+    A missing reward is not a zero: such a reply leaves the group and does not lower the mean.
     """
     scored = [reply.mr for reply in group.replies_G if reply.mr is not None]
     if len(scored) < max(min_replies, 2):
@@ -134,12 +120,12 @@ def with_advantages(group: Group, *, min_replies: int, eps: float, min_std: floa
 
 
 def has_spread(group: Group) -> bool:
-    """Whether the group teaches anything: kept, and not all advantages 0."""
+    """Whether the group has a learning signal: it is kept, and not all advantages are 0."""
     return group.kept and any(reply.advantage for reply in group.replies_G)
 
 
 def tally(groups: Sequence[Group]) -> Tally:
-    """How many of the groups had to be dropped, and something that went wrong with one of them."""
+    """How many groups were dropped, and one of the errors."""
     dropped = [group for group in groups if not group.kept]
     why = [group.error for group in dropped if group.error]
     why += [f.error for group in dropped for reply in group.replies_G for f in reply.futures_K if f.error]
@@ -147,7 +133,7 @@ def tally(groups: Sequence[Group]) -> Tally:
 
 
 def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> list[TrainingSample]:
-    """The replies the trainer sees; none of a dropped group, nor with "drop" of one without spread."""
+    """The replies to train on: none of a dropped group, and with "drop" none of a group without spread."""
     if not group.kept or (zero_advantage == "drop" and not has_spread(group)):
         return []
     return [
@@ -164,27 +150,30 @@ def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> l
 
 
 async def sample_replies(
-    task: Task, seat: TreeSeat, count: int, limits: Limits, players: Players
+    task: Task, tree_id: TreeId, count: int, limits: Limits, players: Players
 ) -> tuple[list[int], list[PolicyTurn]]:
-    """The prompt's ids and `count` replies to it. Raises RunError if they cannot be sampled."""
+    """The ids of the prompt and `count` replies. Waits for the engine. Raises RunError if it does not answer."""
     prompt_ids = players.chat.prompt_ids(task.prompt)
-    POSITION.set(RunPosition(seat.step))
-    turns_G = await ask_policy(prompt_ids, count, affinity=task.task_id, name=str(seat), limits=limits, players=players)
+    POSITION.set(RunPosition(tree_id.step))
+    turns_G = await ask_policy(
+        prompt_ids, count, affinity=task.task_id, name=str(tree_id), limits=limits, players=players
+    )
     return prompt_ids, turns_G
 
 
-async def play_once(task: Task, seat: TreeSeat, *, limits: Limits, players: Players) -> Reply:
+async def play_once(task: Task, tree_id: TreeId, *, limits: Limits, players: Players) -> Reply:
     """One whole conversation from the prompt on, for evaluation: one reply, one future.
 
-    Raises RunError if the first reply cannot be sampled.
+    Waits for engine, user and judges. Raises RunError if the first reply cannot be sampled.
     """
-    prompt_ids, (turn,) = await sample_replies(task, seat, 1, limits, players)
+    prompt_ids, (turn,) = await sample_replies(task, tree_id, 1, limits, players)
     future = await play_future(
         task,
         prompt_ids,
         turn,
         index=0,
-        seat=Seat(f"{seat}/0/0", seat.first_sample, seat.step),
+        name=f"{tree_id}/0/0",
+        sample_index=tree_id.first_sample,
         simulate=True,
         limits=limits,
         players=players,

@@ -1,15 +1,16 @@
-"""A name for everything that decides a run's weights and conversations: its lineage.
+"""Lineage: a hash of everything that decides a run's weights and conversations.
 
-The journal gives turns and batches only to the lineage that made them. Two things go into the name:
+The journal returns turns and batches only to the lineage that wrote them. The hash covers:
 
 - contents, never paths: the training files, the files of the model and of run.init_from, the prompts (shipped ones
   too), the metric modules
-- the config as a whole, less the settings listed below, which say where and how fast. So a new setting counts, until
-  somebody lists it
+- the whole config, except for the settings listed below, which set where and how fast the run works. A new setting
+  counts until it is listed
+- the version of this package
 
-and the version of this package. The cost: training files are read in full, in chunks, on several threads. One thread
-hashes 0.5 GB/s or more, and the driver reads the files right after that anyway, which takes far longer. Weights are not
-read in full: their files count by size, header and evenly spaced samples, which every retrained model changes.
+Cost: training files are read in full, in chunks, on several threads. One thread hashes 0.5 GB/s or more; the driver
+then parses the same files, which takes much longer. Weight files count by size, header and evenly spaced samples, which
+differ in every retrained model.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ SAMPLE_BYTES = 4096
 WEIGHTS = (".safetensors", ".bin", ".pt")
 TEXTS = (".json", ".jinja", ".txt", ".model")  # config, index, tokenizer, chat template
 
-# sections that say where, when and how fast, or what is only looked at
+# sections about where, when and how fast, or about output only
 APART = ("engine", "sync", "journal", "budget", "parallel", "train", "record", "output")
 FREE: Mapping[str, frozenset[str]] = {
     "run": frozenset({"dir", "name", "resume", "init_from", "umask", "stopped_timeout_s"}),  # init_from by content
     "model": frozenset({"path"}),  # by content
-    "data": frozenset({"train", "validation"}),  # by content; the held-out rows decide nothing
+    "data": frozenset({"train", "validation"}),  # by content; held-out rows do not change the training
     "reward": frozenset({"metric_modules"}),  # by content
     "optimizer": frozenset({"distributed", "overlap", "cpu_offload"}),
-    "simulators": frozenset({"health", "assistant"}),  # limits of what is said; who builds data sets
+    "simulators": frozenset({"health", "assistant"}),  # limits of the health check; the data engine's LLM
     "driver": frozenset({"shards", "future_timeout_s", "group_timeout_s", "max_restarts", "max_unexpected_errors"}),
 }
-# of every LLM, wherever it stands: the way to it. Its model, temperature, lengths and prompts count
+# of every LLM: how to reach it. Model, temperature, lengths and prompts count
 LLM_FREE = frozenset(
     {
         *("api_base", "api_key_env", "deployments", "timeout_s", "deadline_s", "max_attempts", "max_concurrency"),
@@ -55,14 +56,14 @@ LLM_FREE = frozenset(
 
 
 def lineage_of(config: RLConfig | EvaluateConfig) -> str:
-    """The name. Raises UserError for a model or a file that cannot be read."""
+    """The lineage of a run. Raises UserError for a model or a file that cannot be read."""
     raw = prompts_by_content(config.model_dump(mode="json"))
     decides = {section: _less(values, FREE.get(section)) for section, values in raw.items() if section not in APART}
     decides["simulators"] = _llm(decides["simulators"])
     decides["reward"]["judges"] = _llm(decides["reward"].get("judges", {}))
     decides["engine"] = {key: raw["engine"][key] for key in ("context_length", "extra_args")}
     if isinstance(config, RLConfig):
-        decides.pop("evaluation")  # its conversations train nothing
+        decides.pop("evaluation")  # its conversations are not trained on
         constant = config.optimizer.schedule == "constant"
         decides["schedule"] = None if constant else [config.train.steps, raw["train"].get("epochs")]
         decides["init_from"] = _checkpoint_fingerprint(config.run.init_from)
@@ -84,7 +85,7 @@ def model_fingerprint(folder: Path) -> dict[str, str]:
 
 
 def _checkpoint_fingerprint(path: Path | None) -> Any:
-    """The weights' files of the checkpoint that `path` means. The path where it is gone: a resume does not need it."""
+    """The weight files of the checkpoint at `path`. The path itself if the checkpoint is gone, as a resume allows."""
     if path is None:
         return None
     try:
@@ -115,7 +116,7 @@ def _less(values: Any, free: frozenset[str] | None) -> Any:
 
 
 def _llm(node: Any) -> Any:
-    """`node` without the ways to the LLMs in it."""
+    """`node` without the settings in LLM_FREE."""
     if isinstance(node, Mapping):
         return {key: _llm(value) for key, value in node.items() if key not in LLM_FREE}
     return [_llm(value) for value in node] if isinstance(node, list) else node

@@ -1,9 +1,8 @@
-"""The driver's end of the line to the trainer: only requests that carry the run's token get in.
+"""Listener: the driver's end of the connection to the trainer. It admits only requests with the run's token.
 
-A ZeroMQ ROUTER socket, on a Unix-domain socket in a folder of the run's own or, where the trainer is on another node,
-on TCP. Whatever else arrives there (a stranger's raw connection that ZeroMQ takes for a message, another program's
-request, one that does not decode) is counted and dropped: nothing is answered, and nothing ends. A REP socket would not
-do, because it must answer a message before it can take the next one.
+A ZeroMQ ROUTER socket, on a Unix-domain socket in a folder of the run or, with a trainer on another node, on TCP. Every
+other message (bytes of a port scan, a request of another program, a request that does not decode) is counted and
+dropped without an answer. A REP socket could not do this: it must answer a message before it can receive the next one.
 """
 
 from __future__ import annotations
@@ -20,61 +19,62 @@ from collab_megatron.errors import UserError
 from collab_megatron.wire.protocol import Answer, Request, encode_answer, request_decoder
 
 MAX_REQUEST_BYTES = 2**20
-"""A request is a few URLs; ZeroMQ itself closes a connection that sends more."""
+"""A request holds a few URLs. ZeroMQ closes a connection that sends more."""
 
 
-class Asked(NamedTuple):
-    """A request that got in, and whom to answer."""
+class Received(NamedTuple):
+    """An admitted request and its sender."""
 
     request: Request
-    peer: bytes  # ZeroMQ's name of the connection
+    peer: bytes  # ZeroMQ's identity of the connection
 
 
 class Listener:
-    """`next`, then `answer`, over and over; `close` at the end."""
+    """Call `next`, then `answer`, repeatedly; `close` at the end."""
 
     def __init__(self, context: zmq.asyncio.Context, address: str, token: bytes) -> None:
-        """address: `ipc://FILE`, or `tcp://HOST:PORT`, where the port may be `*`. Raises UserError where it cannot be
+        """address: `ipc://FILE`, or `tcp://HOST:PORT`, where the port may be `*`. Raises UserError if it cannot be
         opened."""
         self._token = token
         self._decode = request_decoder()
         self._socket = context.socket(zmq.ROUTER)
         self._socket.maxmsgsize = MAX_REQUEST_BYTES
-        self.dropped: Counter[str] = Counter()  # messages, by what was wrong with them
+        self.dropped: Counter[str] = Counter()  # number of dropped messages by reason
         self._tell_at = 1
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
-            raise UserError(f"the driver cannot listen at {address}: {error.strerror}") from None
+            raise UserError(
+                f"the driver cannot listen at {address}: {error.strerror}; free the address, or start the run again"
+            ) from None
         self.address = cast(bytes, self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
-    async def next(self) -> Asked:
-        """Waits for a request that carries the token."""
+    async def next(self) -> Received:
+        """The next request with the token. Unblocked by a message of the trainer; no deadline: it may pause."""
         while True:
             frames = await self._socket.recv_multipart()
-            asked = self._admitted(frames)
-            if asked is not None:
-                return asked
+            received = self._admitted(frames)
+            if received is not None:
+                return received
 
-    async def answer(self, asked: Asked, answer: Answer) -> None:
-        """Drops the answer if the asking process is gone."""
-        await self._socket.send_multipart([asked.peer, b"", encode_answer(answer)])
+    async def answer(self, received: Received, answer: Answer) -> None:
+        """Send the answer; it is dropped if the trainer is gone."""
+        await self._socket.send_multipart([received.peer, b"", encode_answer(answer)])
 
     def news(self) -> str | None:
-        """A sentence on the messages that were dropped, for the terminal: at the first one, and whenever there are ten
-        times as many."""
+        """A sentence about dropped messages for the terminal: at the first one, then at every tenfold number."""
         total = self.dropped.total()
         if total < self._tell_at:
             return None
         self._tell_at = 10 ** len(str(total))
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.dropped.items()))
-        return f"driver: dropped {total} messages at {self.address} that are not of this run ({kinds})"
+        return f"driver: dropped {total} messages at {self.address} that are not from this run ({kinds})"
 
     def close(self) -> None:
-        """Waits a second for the last answer to leave."""
+        """Close the socket. Waits at most a second until the last answer is sent."""
         self._socket.close(linger=1000)
 
-    def _admitted(self, frames: list[bytes]) -> Asked | None:
+    def _admitted(self, frames: list[bytes]) -> Received | None:
         if len(frames) != 4 or frames[1]:
             self.dropped["malformed"] += 1
             return None
@@ -83,7 +83,7 @@ class Listener:
             self.dropped["without the run's token"] += 1
             return None
         try:
-            return Asked(self._decode(payload), peer)
+            return Received(self._decode(payload), peer)
         except (msgspec.DecodeError, ValueError):  # a UnicodeDecodeError is the latter
             self.dropped["unknown"] += 1
             return None

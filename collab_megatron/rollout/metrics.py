@@ -1,20 +1,20 @@
-"""The dashboard's view of a step's trees: pure functions from groups to named figures."""
+"""Rollout metrics: pure functions from groups to dashboard figures."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from collab_megatron.rollout.held_out import is_opening
+from collab_megatron.figures import Figure, Figures
+from collab_megatron.rollout.evaluation_tasks import is_opening
 from collab_megatron.rollout.rewards import asks_question, clamped_share
 from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
-from collab_megatron.wire.figures import Figure, Figures
 
 
 def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> Figures:
-    """Share of replies to an opening that ask: over all openings, the ambiguous and the complete ones.
+    """Share of replies to an opening that ask a question: over all openings, ambiguous ones, complete ones.
 
-    Histories with an answered question are left out: what was missing at the opening is there by then.
+    Later turns are left out: by then the user may have given what was missing.
     """
     asked: dict[str, list[float]] = {"clarify_rate": [], "clarify_rate_ambiguous": [], "clarify_rate_complete": []}
     for task, reply in pairs:
@@ -28,8 +28,10 @@ def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> Figures:
 
 
 def score_metrics(futures: Sequence[Future], weights: Mapping[str, float]) -> Figures:
-    """Mean and spread of every raw metric over the scored futures, and how often a weighted one sits at the clamp."""
-    scored = [future for future in futures if future.status.scored and future.scores]  # a penalty has no scores
+    """Mean and std of every raw metric over the scored futures, and the share of futures with a clamped metric."""
+    scored = [
+        future for future in futures if future.status.scored and future.scores
+    ]  # a penalized future has no scores
     figures: Figures = {}
     for name in weights:
         values = [future.scores[name] for future in scored]
@@ -40,7 +42,7 @@ def score_metrics(futures: Sequence[Future], weights: Mapping[str, float]) -> Fi
 
 
 def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Figures:
-    """Everything the driver knows of a step, by dashboard name. Rates are shares of 1, lengths are tokens."""
+    """The figures of a step's groups. Shares and rates are in [0, 1], lengths in tokens."""
     replies = [(group.task, reply) for group in groups for reply in group.replies_G]
     futures = [future for _, reply in replies for future in reply.futures_K]
     figures = score_metrics(futures, weights)
@@ -72,8 +74,9 @@ def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Fi
 
 
 def _spread_metrics(groups: Sequence[Group]) -> Figures:
-    """How far the replies of a group lie apart, against how far the futures of a reply do: noise in the MR. With K
-    futures the MR's own variance is futures_var / K; where that is near replies_var, more futures are worth buying."""
+    """Variance between the replies of a group (signal) and between the futures of a reply (noise).
+
+    With K futures the noise variance of the MR is futures_var / K. If that is close to replies_var, raise K."""
     stds, between, within = [], [], []
     for group in groups:
         mrs = [reply.mr for reply in group.replies_G if reply.mr is not None]
@@ -92,7 +95,7 @@ def _spread_metrics(groups: Sequence[Group]) -> Figures:
 
 
 def staleness_metrics(groups: Sequence[Group], step: int) -> Figures:
-    """How many updates the weights are ahead of the trained tokens: 0 is on-policy."""
+    """By how many updates the live weights are newer than the weights that sampled each token; 0 is on-policy."""
     behind = [
         step - version
         for group in groups
@@ -109,10 +112,10 @@ def staleness_metrics(groups: Sequence[Group], step: int) -> Figures:
 def evaluation_metrics(
     plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float], *, apart: bool = False
 ) -> Figures:
-    """Figures of held-out conversations, each with one future; failed conversations are counted, not averaged.
+    """Figures of held-out conversations with one future each; failed conversations are counted, not averaged.
 
-    `apart`: scores, reward and counts once more over the openings and over the later turns of a conversation, as
-    openings/NAME and later/NAME. Clarify rates are of openings at any time.
+    `apart` adds scores, reward and counts of openings and of later turns separately, as openings/NAME and later/NAME.
+    Clarify rates are always over openings.
     """
     figures = _score_figures(plays, weights)
     figures |= clarify_rates([(task, reply) for task, reply in plays if reply.mr is not None])

@@ -1,11 +1,11 @@
-"""A driver process: grows its shard of the conversation trees and answers the trainer's requests.
+"""Driver service: the process that grows one shard of the conversation trees and answers the trainer's requests.
 
     python -m collab_megatron.rollout.service RESOLVED.yaml --max-context-tokens N --ready-file FILE
         --address ADDRESS --token-file FILE [--engine-keys FILE] [--first-step N] [--shard N]
 
-It listens at ADDRESS (ipc://FILE, tcp://HOST:PORT) and writes it to the ready file; requests must carry the token of
-the token file. Which engines it may ask stands in every request. Killed, or ended by an exception that nobody
-expected, and started again it goes on from the journal.
+It listens at ADDRESS (ipc://FILE, tcp://HOST:PORT) and writes the address to the ready file. A request must carry the
+token of the token file, and names the engines to use. After a kill or an unexpected exception the launcher starts the
+process again, and it continues from the journal.
 """
 
 from __future__ import annotations
@@ -24,46 +24,50 @@ import zmq.asyncio
 
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.errors import EXIT_DEFECT, BudgetSpent, NoEngineLeft, RunError, UserError, run_cli
+from collab_megatron.errors import EXIT_UNEXPECTED, BudgetSpent, NoEngineLeft, RunError, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_json, publish_text
 from collab_megatron.log import set_up_logging
-from collab_megatron.rollout.cast import Cast, assemble, open_journal
+from collab_megatron.rollout.batch_collector import BatchCollector
+from collab_megatron.rollout.clients import RolloutClients, open_clients, open_journal
 from collab_megatron.rollout.listener import Listener
 from collab_megatron.rollout.llm.accounting import API_USAGE_FILE
-from collab_megatron.rollout.recorder import TreeRecorder
-from collab_megatron.rollout.steps import Steps
-from collab_megatron.rollout.work import Work
+from collab_megatron.rollout.record_files import RecordWriter
+from collab_megatron.rollout.shard_evaluator import ShardEvaluator
+from collab_megatron.rollout.tree_grower import TreeGrower
 from collab_megatron.signals import die_with_parent
 from collab_megatron.wire.protocol import POLL_S, Answer, Request
 
 
 class Service:
-    """Answers one request at a time; trees may grow between two of them."""
+    """Answers one request at a time. Trees also run between two requests."""
 
-    def __init__(self, config: RLConfig, cast: Cast, recorder: TreeRecorder, *, shard: int = 0) -> None:
-        self._config, self._cast = config, cast
-        self._work = Work(config, cast, shard)
-        self._steps = Steps(config, cast, self._work, recorder)
+    def __init__(self, config: RLConfig, clients: RolloutClients, recorder: RecordWriter, *, shard: int = 0) -> None:
+        self._config, self._clients = config, clients
+        self._collector = BatchCollector(config, clients, TreeGrower(config, clients, shard), recorder)
+        self._evaluator = ShardEvaluator(config, clients, shard)
         self._engines: tuple[tuple[str, ...], int] | None = None
         self._evaluation: asyncio.Task[Answer] | None = None
         self._asked: Request | None = None
         self._since = 0.0
 
     async def answer(self, request: Request) -> Answer:
-        """What was asked for, or "pending" after POLL_S. The same request again goes on waiting for the same work."""
+        """The answer to a request, or "pending" after POLL_S. An equal request continues the same work.
+
+        Waits for a batch, an evaluation, or a discarded batch's trees to end.
+        """
         if request.op == "stop":
             await self.close()
             return Answer()
         if request.op == "discard":
             self._asked = None
-            await self._steps.discard(request.step)
+            await self._collector.discard(request.step)
             return Answer()
         if request != self._asked:
             await self._abandon_evaluation()
             self._asked, self._since = request, time.monotonic()
         if self._engines != (request.engines, request.version):
             self._engines = request.engines, request.version
-            self._cast.engine.use(request.engines, request.version)
+            self._clients.pool.use(request.engines, request.version)
         try:
             answer = await (self._step(request) if request.op == "step" else self._evaluate(request))
         except RunError as error:
@@ -72,40 +76,41 @@ class Service:
                 no_engine=isinstance(error, NoEngineLeft),
                 stop="budget" if isinstance(error, BudgetSpent) else "",
             )
-        answer.lost = self._cast.engine.lost
+        answer.lost = self._clients.pool.lost
         if answer.no_engine:
             self._engines, self._since = None, time.monotonic()
         return answer
 
     async def close(self) -> None:
-        """End whatever is under way."""
+        """Cancel evaluation and trees. Waits until they have ended."""
         await self._abandon_evaluation()
-        await self._steps.close()
+        await self._collector.close()
 
     async def _step(self, request: Request) -> Answer:
-        delivered = await self._steps.begin(request.step, request.version, request.saved)
+        delivered = await self._collector.begin(request.step, request.version, request.saved)
         if delivered is not None:
             return delivered
         until = time.monotonic() + POLL_S
         while True:
-            answer = self._steps.take(request.step)
+            answer = self._collector.take(request.step)
             if answer is not None:
                 return answer
             self._require_engines()
             timeout_s = self._config.driver.step_timeout_s
             if time.monotonic() - self._since > timeout_s:
                 raise RunError(
-                    f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s; {self._steps.state()}"
+                    f"driver: the rollouts of step {request.step + 1} took over {timeout_s:g} s; "
+                    f"{self._collector.state()}"
                 )
             left_s = until - time.monotonic()
             if left_s <= 0:
                 return Answer(pending=True)
-            await self._steps.changed(min(left_s, 0.5))
+            await self._collector.changed(min(left_s, 0.5))
 
     async def _evaluate(self, request: Request) -> Answer:
         if self._evaluation is None:
-            await self._steps.live(request.version)
-            self._evaluation = asyncio.create_task(self._work.evaluate(request.step))
+            await self._collector.live(request.version)
+            self._evaluation = asyncio.create_task(self._evaluator.evaluate(request.step))
         until = time.monotonic() + POLL_S
         while not self._evaluation.done():
             self._require_engines()
@@ -113,16 +118,16 @@ class Service:
             if left_s <= 0:
                 return Answer(pending=True)
             await asyncio.wait({self._evaluation}, timeout=min(left_s, 0.5))
-        # kept until another request comes: this answer may be lost on its way
+        # kept until the next request: this answer may be lost on its way to the trainer
         return self._evaluation.result()
 
     def _require_engines(self) -> None:
-        if not self._cast.engine.live:
-            reasons = "; ".join(f"{url}: {reason}" for url, reason in self._cast.engine.lost.items())
+        if not self._clients.pool.live:
+            reasons = "; ".join(f"{url}: {reason}" for url, reason in self._clients.pool.lost.items())
             raise NoEngineLeft(f"no engine is left ({reasons or 'none is live yet'})")
 
     async def _abandon_evaluation(self) -> None:
-        """End the evaluation that the trainer asks for no longer."""
+        """Cancel an evaluation that the trainer no longer asks for. Waits at most POLL_S."""
         evaluation, self._evaluation = self._evaluation, None
         if evaluation is not None:
             evaluation.cancel()
@@ -140,8 +145,9 @@ async def serve(
     token: bytes,
     engine_keys: EngineKeys | None,
 ) -> None:
-    """Answer the requests that carry `token` until told to stop. Raises what nobody expected."""
-    recorder = TreeRecorder(
+    """Answer requests with `token` until one asks to stop. Waits for requests, without a deadline: the process dies
+    with its parent. Raises UserError, RunError of the disk, and bugs."""
+    recorder = RecordWriter(
         config.run.conversations_dir,
         config.record,
         first_step=None if first_step is None else first_step + 1,
@@ -151,19 +157,19 @@ async def serve(
     context = zmq.asyncio.Context()
     listener = Listener(context, address, token)
     journal = open_journal(config)
-    async with assemble(
+    async with open_clients(
         config, engine_urls=(), max_context_tokens=max_context_tokens, journal=journal, engine_keys=engine_keys
-    ) as cast:
-        service = Service(config, cast, recorder, shard=shard)
+    ) as clients:
+        service = Service(config, clients, recorder, shard=shard)
         publish_text(ready_file, listener.address)
         running = True
         while running:
-            asked = await listener.next()
-            request, start = asked.request, time.monotonic()
+            received = await listener.next()
+            request, start = received.request, time.monotonic()
             answer = await service.answer(request)
-            if not answer.pending and (news := listener.news()):  # the trainer looks at no notes before the last answer
+            if not answer.pending and (news := listener.news()):  # the trainer reads notes in the final answer only
                 answer = msgspec.structs.replace(answer, notes=(*answer.notes, news))
-            await listener.answer(asked, answer)
+            await listener.answer(received, answer)
             what = f"evaluation after step {request.step}" if request.op == "evaluate" else f"step {request.step + 1}"
             if answer.error:
                 print(f"{what} failed after {time.monotonic() - start:.1f} s: {answer.error}")
@@ -173,7 +179,7 @@ async def serve(
                 print(note, flush=True)
             running = request.op != "stop"
         usage = API_USAGE_FILE if shard == 0 else API_USAGE_FILE.replace(".json", f".shard{shard}.json")
-        publish_json(config.run.logs_dir / usage, cast.gateway.snapshot().metrics())  # of this attempt
+        publish_json(config.run.logs_dir / usage, clients.gateway.snapshot().metrics())  # of this attempt
     journal.close()
     listener.close()
     context.term()
@@ -183,12 +189,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("--max-context-tokens", type=int, required=True)
-    parser.add_argument("--first-step", type=int, help="of this attempt; not given where a driver is started again")
+    parser.add_argument("--first-step", type=int, help="first step of this attempt; omitted when a driver is restarted")
     parser.add_argument("--ready-file", type=Path, required=True)
-    parser.add_argument("--shard", type=int, default=0, help="which of driver.shards this process is")
-    parser.add_argument("--address", required=True, help="where to listen: ipc://FILE or tcp://HOST:PORT")
+    parser.add_argument("--shard", type=int, default=0, help="index of this process among driver.shards")
+    parser.add_argument("--address", required=True, help="address to listen at: ipc://FILE or tcp://HOST:PORT")
     parser.add_argument("--token-file", type=Path, required=True)
-    parser.add_argument("--engine-keys", type=Path, help="file; not given where the engines ask for none")
+    parser.add_argument("--engine-keys", type=Path, help="file with API keys of the engines, if they require them")
     args = parser.parse_args()
     die_with_parent()
     set_up_logging(f"driver-{args.shard}")
@@ -209,17 +215,17 @@ def main() -> None:
         )
 
 
-def main_or_defect() -> None:
-    """`main`, but an exception that nobody expected has an exit code of its own: the launcher starts us again."""
+def main_or_bug() -> None:
+    """`main` with an exit code of its own for unexpected exceptions, at which the launcher restarts the driver."""
     try:
         main()
     except (RunError, UserError):
         raise
-    except Exception:  # noqa: BLE001  (whatever it is, the launcher must be able to tell it)
+    except Exception:  # noqa: BLE001 - any bug: reported to the launcher as an exit code
         traceback.print_exc()
         sys.stderr.flush()
-        sys.exit(EXIT_DEFECT)
+        sys.exit(EXIT_UNEXPECTED)
 
 
 if __name__ == "__main__":
-    run_cli(main_or_defect)
+    run_cli(main_or_bug)

@@ -17,7 +17,7 @@ from collab_megatron.trainer.actor.agreement import on_rank_zero
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.interrupt import Interrupt
 from collab_megatron.types import RolloutBatch
-from collab_megatron.wire.protocol import Delivery, DriverClient, DriverHasNoEngine
+from collab_megatron.wire.protocol import DriverClient, DriverHasNoEngine, DriverResult
 
 MARGIN_S = 120.0
 EVALUATION_GRACE_S = 30.0
@@ -77,7 +77,7 @@ class RolloutClient:
             self._driver.stop()
             self._driver.close()
 
-    def _on_rank_zero(self, ask: Callable[[DriverClient], Delivery[T]]) -> T:
+    def _on_rank_zero(self, ask: Callable[[DriverClient], DriverResult[T]]) -> T:
         """The content of rank 0's delivery, or its error, on every rank."""
 
         def act() -> T:

@@ -26,12 +26,12 @@ import torch.distributed as dist
 
 from collab_megatron.config.sections import RunSection, TrainSection
 from collab_megatron.errors import Interrupted, RunError
-from collab_megatron.trainer.actor.agreement import meet
+from collab_megatron.trainer.actor.agreement import await_all_ranks
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.interrupt import Interrupt
 from collab_megatron.wire.checkpoints import step_folder
 
-MEET_S = 60.0
+LAST_SAVE_WAIT_S = 60.0
 """Ranks that end for the same reason meet within this time to save. If one does not come, nothing is saved."""
 
 logger = logging.getLogger(__name__)
@@ -126,10 +126,12 @@ class Saving:
 
     def _rescue(self) -> None:
         """Never raises: the user must see what ended the run. If this rank alone has failed, the others wait elsewhere
-        and a save would hang; hence `meet`."""
+        and a save would hang; hence await_all_ranks."""
         try:
             if self._whole and self.done > self._begun:
-                meet(self._grid, "the last save", min(MEET_S, self._train.save_grace_s, self._grid.timeout_s))
+                await_all_ranks(
+                    self._grid, "the last save", min(LAST_SAVE_WAIT_S, self._train.save_grace_s, self._grid.timeout_s)
+                )
                 self._finish_earlier()
                 self.save()
             self._checkpoints.wait()

@@ -1,1 +1,1 @@
-"""What the processes of a run tell each other: messages, the list of engines, and what a checkpoint folder says."""
+"""Messages between the processes of a run: the trainer-driver protocol, the engine roster, checkpoint folders."""

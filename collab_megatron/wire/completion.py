@@ -1,6 +1,7 @@
-"""What a run lacks whose steps are all done: an attempt that ended after the last checkpoint left it out.
+"""Unfinished outputs of a run whose steps are all done: an attempt ended after the last checkpoint, before the rest.
 
-The launcher asks before it starts anything; the ranks of a resumed run make what is missing, and train nothing.
+The launcher checks this before it starts processes. The ranks of the resumed run make the missing outputs without
+training.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def rl_missing(config: RLConfig) -> list[str]:
-    """What is missing after the last step, in the user's words; empty where the run is done.
+    """Missing outputs after the last step, in the user's words; empty if the run is done.
 
-    Raises UserError for a damaged record.
+    Raises UserError for a damaged JSONL file.
     """
     run, steps = config.run, config.train.steps
     missing = []
@@ -42,12 +43,12 @@ def sft_missing(config: SFTConfig) -> list[str]:
 
 
 def is_evaluated(evaluations: Path, step: int) -> bool:
-    """Whether a run's evaluations hold the figures of the weights after `step` steps."""
+    """Whether a run's evaluations have the figures of the weights after `step` steps."""
     return any(row["step"] == step for row in read_rows(evaluations, numbers=("step",)).rows)
 
 
 def is_probed(probe: Path, step: int) -> bool:
-    """Whether the probe of the engines is that of the weights after `step` steps."""
+    """Whether the engine probe is of the weights after `step` steps."""
     try:
         found = json.loads(probe.read_text())
     except (OSError, ValueError):
@@ -56,13 +57,14 @@ def is_probed(probe: Path, step: int) -> bool:
 
 
 def is_measured(metrics: Path, step: int) -> bool:
-    """Whether the held-out loss after `step` steps was measured. One that is no finite number has no line."""
+    """Whether the held-out loss after `step` steps was measured. Of a loss that is not finite only the
+    token count is written."""
     rows = read_rows(metrics, numbers=("step",)).rows
     return any(row["step"] == step and ("eval/tokens" in row or "eval/loss" in row) for row in rows)
 
 
 def exported_step(config: SFTConfig) -> int:
-    """The step whose weights the run exports: the last, or that of the lowest held-out loss (export_weights)."""
+    """The step whose weights the run exports: the last, or the one with the lowest held-out loss (export_weights)."""
     best = None
     if config.data.validation is not None and config.train.keep_best and config.export_weights == "best":
         best = read_best(config.run.checkpoints_dir)
@@ -70,7 +72,7 @@ def exported_step(config: SFTConfig) -> int:
 
 
 def is_exported(config: SFTConfig) -> bool:
-    """Whether export_hf holds the weights that the finished run exports: a folder is whole or not there."""
+    """Whether export_hf has the weights of the finished run. An export folder is published whole."""
     folder = config.export_hf
     if folder is None or not folder.is_dir():
         return False
@@ -79,5 +81,5 @@ def is_exported(config: SFTConfig) -> bool:
 
 
 def export_label(config: SFTConfig, step: int) -> dict[str, str]:
-    """The label of an export, in the header of every file."""
+    """The label in the header of every exported file."""
     return {"run": str(config.run.dir), "name": config.run.name, "step": str(step)}

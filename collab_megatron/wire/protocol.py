@@ -1,11 +1,10 @@
-"""What trainer and driver say to each other: msgpack over ZeroMQ, a socket for each shard (its other end: listener.py).
+"""Protocol of trainer and driver: msgpack over ZeroMQ, one socket per shard (the driver's end: rollout/listener.py).
 
-Every request carries the run's token, which stands in a file that only this user can read: a request without it is not
-answered.
+Every request carries the run's token, from a file that only this user can read. Requests without it get no answer.
 
-A request for work is asked again every POLL_S until it is done, so that neither side ever waits in silence: the trainer
-notices a dead driver within seconds, and a deadline names what was being waited for. A driver that died and was started
-again listens at the same address and is asked again; the same request may be asked any number of times.
+The driver answers within POLL_S: with the result, or with "pending", and then the trainer sends the request again. So
+the trainer notices a dead driver, and a deadline can report what was waited for. A restarted driver listens at the same
+address; the same request may be sent any number of times.
 """
 
 from __future__ import annotations
@@ -28,21 +27,20 @@ from collab_megatron.errors import (
     SimulatorSick,
     TooManyErrors,
 )
+from collab_megatron.figures import Figure, merged, values
 from collab_megatron.text import whole_text
 from collab_megatron.types import RolloutBatch, TrainingSample
-from collab_megatron.wire.figures import Figure, merged, values
 
 POLL_S = 2.0
-"""How long the driver holds a request before it answers "not yet"."""
+"""After this time the driver answers "pending"."""
 ASK_AGAIN_S = 15.0
-"""After so much silence the request was lost: far above POLL_S, since the driver's loop may be busy."""
+"""After this silence the request counts as lost and is sent again. Far above POLL_S: the driver's loop may be busy."""
 SILENT_S = 120.0
-"""How long the trainer asks a driver that does not answer: it may be being started again."""
+"""Deadline for a driver that does not answer; it may be restarting."""
 WHY_STOP = {"budget": BudgetSpent, "health": SimulatorSick, "errors": TooManyErrors}
 LOST_CONVERSATIONS = "held-out conversations failed"
 LOST_SHARE_LIMIT = 0.5
-"""A step or evaluation that lost more than this share of its work, over all shards, fails: its figures would mean
-nothing."""
+"""A step or evaluation fails if it lost more than this share of its groups or conversations, over all shards."""
 
 T = TypeVar("T")
 
@@ -50,48 +48,53 @@ logger = logging.getLogger(__name__)
 
 
 class Request(msgspec.Struct):
-    """Asked by the trainer's rank 0."""
+    """A request of trainer rank 0.
 
-    op: Literal["step", "evaluate", "discard", "stop"]  # discard: the batch of `step` was refused, make it again
-    step: int = 0  # optimizer steps that the live weights have behind them; what users read counts from 1
-    version: int = 0  # weight version that is live in the engines
-    engines: tuple[str, ...] = ()  # URLs of the servers that hold it; no others may be asked
-    saved: int = 0  # steps that the newest complete checkpoint holds
+    Example: Request("step", step=7, version=7, engines=("http://node-1:30000",), saved=4)
+    """
+
+    op: Literal["step", "evaluate", "discard", "stop"]  # discard: the trainer refused the batch of `step`
+    step: int = 0  # optimizer steps done, from 0; messages for users count from 1
+    version: int = 0  # live weight version of the engines
+    engines: tuple[str, ...] = ()  # URLs of the servers with these weights; the driver uses no others
+    saved: int = 0  # step of the newest complete checkpoint
 
 
 class Tally(msgspec.Struct, frozen=True):
-    """How much of its share of the work a shard lost."""
+    """Lost groups or conversations of one shard."""
 
     of: int = 0  # groups of a step, conversations of an evaluation
-    lost: int = 0  # of them, those that were dropped or failed
-    why: str = ""  # what went wrong with one of them
+    lost: int = 0  # dropped groups, failed conversations
+    why: str = ""  # the error of one of them
 
     def __post_init__(self) -> None:
-        structs.force_setattr(self, "why", whole_text(self.why))  # a provider's words may stand in it
+        structs.force_setattr(self, "why", whole_text(self.why))  # may quote a provider
 
 
 class Answer(msgspec.Struct):
-    """Given by the driver: pending, an error, or figures, for a step with its samples."""
+    """An answer of the driver: pending, an error, or figures and, for a step, samples."""
 
     pending: bool = False
     samples: tuple[TrainingSample, ...] = ()
     figures: dict[str, Figure] = {}
     error: str = ""
-    no_engine: bool = False  # the error is that no engine is left: the same may be asked again, with others
-    stop: Literal["", "budget", "health", "errors"] = ""  # the error is that the run must not go on
+    no_engine: bool = (
+        False  # the error is that no engine is left: the trainer may send the request again, with other engines
+    )
+    stop: Literal["", "budget", "health", "errors"] = ""  # the error ends the run
     notes: tuple[str, ...] = ()  # for the terminal
-    lost: dict[str, str] = {}  # engines that were given up while this was worked on: URL -> reason
+    lost: dict[str, str] = {}  # engines lost during this request: URL -> reason
     tally: Tally = Tally()
 
     def __post_init__(self) -> None:
-        """Providers and LLMs have a say in the texts: half a surrogate pair of theirs could not be sent."""
+        """Replace lone surrogates in texts of providers and LLMs: msgpack cannot encode them."""
         self.error, self.notes = whole_text(self.error), tuple(map(whole_text, self.notes))
         self.lost = {url: whole_text(why) for url, why in self.lost.items()}
 
 
 @dataclass(frozen=True)
-class Delivery(Generic[T]):
-    """What was asked for, what the user should hear, and the engines that were given up on the way."""
+class DriverResult(Generic[T]):
+    """The merged result of all shards, notes for the user, and the engines lost on the way."""
 
     content: T
     lost: dict[str, str]  # URL -> reason
@@ -99,7 +102,7 @@ class Delivery(Generic[T]):
 
 
 class DriverHasNoEngine(NoEngineLeft):
-    """The driver gave every engine up; the same may be asked for again, with others."""
+    """The driver lost every engine. The request may be sent again with other engines."""
 
     def __init__(self, message: str, lost: dict[str, str]) -> None:
         super().__init__(message)
@@ -107,7 +110,7 @@ class DriverHasNoEngine(NoEngineLeft):
 
 
 class DriverClient:
-    """The trainer's end: every shard is asked, and what they answer becomes one. Not for threads."""
+    """The trainer's end: sends a request to every shard and merges the answers. Not thread-safe."""
 
     def __init__(self, addresses: Sequence[str], token: bytes) -> None:
         self._context = zmq.Context()
@@ -120,32 +123,33 @@ class DriverClient:
 
     def next_batch(
         self, step: int, version: int, engines: Sequence[str], *, saved: int = 0, timeout_s: float
-    ) -> Delivery[RolloutBatch]:
-        """The finished groups of `step`, sampled by `engines`, all of which hold `version`.
+    ) -> DriverResult[RolloutBatch]:
+        """The batch of `step`, sampled by `engines`, which all have weights `version`. Waits at most `timeout_s`.
 
-        Raises RunError at the deadline, with the driver's own error, or when the shards together had to drop over half
-        of the groups; DriverHasNoEngine when all engines were given up; BudgetSpent, SimulatorSick or TooManyErrors
-        where the run must stop.
+        Raises RunError at the deadline, for an error of the driver, or if the shards dropped more than half of the
+        groups; DriverHasNoEngine if all engines are lost; BudgetSpent, SimulatorSick or TooManyErrors if the run must
+        stop.
         """
         request = Request("step", step, version, tuple(engines), saved)
         answers = self._ask_all(request, f"the rollouts of step {step + 1}", timeout_s)
         try:
-            require_most([answer.tally for answer in answers], f"groups of step {step + 1} had to be dropped")
+            require_most([answer.tally for answer in answers], f"groups of step {step + 1} were dropped")
         except RunError:
             self._discard(step)
             raise
         samples = tuple(sample for answer in answers for sample in answer.samples)
-        delivery = _delivery(RolloutBatch(step, samples, _values(answers)), answers)
+        result = _result(RolloutBatch(step, samples, _values(answers)), answers)
         if samples:
-            return delivery
+            return result
         note = (
-            f"step {step + 1}: no group has spread and algorithm.zero_advantage is drop, so no optimizer step is taken"
+            f"step {step + 1}: the advantages of all groups are 0 and algorithm.zero_advantage is drop, so there is no "
+            "optimizer step"
         )
-        return replace(delivery, notes=(*delivery.notes, note))
+        return replace(result, notes=(*result.notes, note))
 
     def _discard(self, step: int) -> None:
-        """Have the refused batch of `step` made again: the journal would hand it to every attempt to resume. Raises
-        nothing: why it was refused is the news."""
+        """Remove the refused batch of `step` from the journal, from which every resume would get it again. Only logs a
+        failure: the caller raises the reason of the refusal."""
         try:
             self._ask_all(Request("discard", step), f"the removal of the refused batch of step {step + 1}", SILENT_S)
         except RunError as failure:
@@ -153,19 +157,20 @@ class DriverClient:
 
     def evaluate(
         self, step: int, version: int, engines: Sequence[str], *, timeout_s: float
-    ) -> Delivery[dict[str, float]]:
-        """Held-out figures under the live weights. Raises as `next_batch` does, of conversations instead of groups."""
+    ) -> DriverResult[dict[str, float]]:
+        """Held-out figures of the live weights. Waits at most `timeout_s`. Raises as `next_batch`, with
+        EvaluationFailed if more than half of the conversations failed."""
         request = Request("evaluate", step, version, tuple(engines))
         answers = self._ask_all(request, f"the evaluation after step {step}", timeout_s)
         require_most([answer.tally for answer in answers], LOST_CONVERSATIONS, EvaluationFailed)
-        return _delivery(_values(answers), answers)
+        return _result(_values(answers), answers)
 
     def stop(self) -> None:
-        """Ask the driver to end; it answers before it does."""
-        self._ask_all(Request("stop"), "the driver's end", SILENT_S)
+        """Stop all shards. Waits for their answers, at most SILENT_S."""
+        self._ask_all(Request("stop"), "the end of the driver", SILENT_S)
 
     def _ask_all(self, request: Request, what: str, timeout_s: float) -> list[Answer]:
-        """Every shard's final answer. Raises what the first of them says that goes wrong."""
+        """Every shard's final answer. Waits at most `timeout_s`. Raises the first error among the answers."""
         payload = msgspec.msgpack.encode(request)
         deadline = time.monotonic() + timeout_s
         poller = zmq.Poller()
@@ -191,27 +196,27 @@ class DriverClient:
             if len(answers) < len(self._lines) and time.monotonic() > deadline:
                 for line in self._lines:
                     line.forget()
-                raise RunError(f"trainer rank 0 waited over {timeout_s:g} s for {what}")
+                raise RunError(f"trainer rank 0 waited over {timeout_s:g} s for {what}: see the driver's log")
         return [answers[line] for line in self._lines]
 
 
 class _Line:
-    """The socket to one shard."""
+    """The connection to one shard."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, token: bytes) -> None:
         self._context, self._address, self._token = context, address, token
         self._decoder = msgspec.msgpack.Decoder(Answer)
         self._asked = self._heard = time.monotonic()
-        self._owed = False  # an answer is under way
+        self._owed = False  # an answer is expected
         self._connect()
 
     def _connect(self) -> None:
         self.socket = self._context.socket(zmq.REQ)
-        self.socket.linger = 0  # a client that is dropped unclosed must not keep the process from ending
+        self.socket.linger = 0  # a client that was never closed must not block the end of the process
         self.socket.connect(self._address)
 
     def ask(self, payload: bytes) -> None:
-        if self._owed:  # another shard's answer ended an earlier request
+        if self._owed:  # another shard's error ended the earlier request
             self.forget()
         self.socket.send_multipart([self._token, payload])
         self._owed = True
@@ -223,16 +228,19 @@ class _Line:
         return self._decoder.decode(self.socket.recv())
 
     def ask_again_after_silence(self, payload: bytes, what: str) -> None:
-        """Raises RunError after SILENT_S."""
+        """Send a lost request again. Raises RunError after SILENT_S of silence."""
         now, heard = time.monotonic(), self._heard
         if now - heard > SILENT_S:
-            raise RunError(f"trainer rank 0: driver {self._address} is silent while waiting for {what}")
+            raise RunError(
+                f"trainer rank 0: driver {self._address} has not answered for {SILENT_S:g} s; waiting for "
+                f"{what}: see the driver's log"
+            )
         if now - self._asked > ASK_AGAIN_S:
             self.ask(payload)
             self._heard = heard
 
     def forget(self) -> None:
-        """Give up the answer that is owed: a REQ socket cannot be asked before it has come."""
+        """Drop the expected answer with its socket: a REQ socket cannot send before it has received."""
         if self._owed:
             self.close()
             self._connect()
@@ -252,10 +260,10 @@ def _raise_for(answer: Answer) -> None:
 
 
 def require_most(tallies: Sequence[Tally], what: str, kind: type[RunError] = RunError) -> None:
-    """Raises `kind`, "5 of 8 `what`", if all shards together lost more than the share LOST_SHARE_LIMIT."""
+    """Raises `kind` with "5 of 8 `what`" if all shards together lost more than LOST_SHARE_LIMIT."""
     lost, of = sum(tally.lost for tally in tallies), sum(tally.of for tally in tallies)
     if lost > LOST_SHARE_LIMIT * of:
-        why = next((tally.why for tally in tallies if tally.why), "no reason is known")
+        why = next((tally.why for tally in tallies if tally.why), "the reason is unknown")
         raise kind(f"driver: {lost} of {of} {what}; {why}")
 
 
@@ -263,9 +271,9 @@ def _values(answers: Sequence[Answer]) -> dict[str, float]:
     return values(merged(answer.figures for answer in answers))
 
 
-def _delivery(content: T, answers: Sequence[Answer]) -> Delivery[T]:
+def _result(content: T, answers: Sequence[Answer]) -> DriverResult[T]:
     lost = {url: why for answer in answers for url, why in answer.lost.items()}
-    return Delivery(content, lost, tuple(note for answer in answers for note in answer.notes))
+    return DriverResult(content, lost, tuple(note for answer in answers for note in answer.notes))
 
 
 def encode_answer(answer: Answer) -> bytes:

@@ -1,7 +1,7 @@
-"""Which servers of a run are up: a file that the launcher writes and the trainer reads, and the way back.
+"""Engine roster: a file in which the launcher lists the running engine servers, and markers of servers to restart.
 
-The launcher alone starts and ends servers; the trainer alone decides which of them are used, by syncing them. A server
-that trainer or driver gave up on is condemned: a marker that makes the launcher kill it and start it anew.
+Only the launcher starts and stops servers. Only the trainer decides which servers are used, by syncing weights to them.
+A server that trainer or driver gave up on is condemned: a marker file makes the launcher kill and restart it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ ROSTER_FILE = "roster.json"
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """One life of one server. A restarted server is another entry: `life` is counted up."""
+    """One life of one server. A restarted server is a new entry with a higher `life`."""
 
     name: str  # engine-0
     url: str
     ranks: int  # tensor-parallel ranks
     life: int = 0
-    managed: bool = True  # started by us: can be killed and started again
+    managed: bool = True  # started by the launcher, which can restart it
 
     def __str__(self) -> str:
         return f"{self.name} ({self.url})"
@@ -33,41 +33,40 @@ class EngineEntry:
 
 @dataclass(frozen=True)
 class Roster:
-    """The servers that answer, and those that may yet come (starting, or between two lives)."""
+    """The servers that are ready, and the number of servers that are starting."""
 
     ready: tuple[EngineEntry, ...]
-    coming: int  # servers that are being started; 0 with `ready` empty: nobody will ever come
+    coming: int  # servers that are starting; 0 and an empty `ready`: there will be no server
 
 
 class RosterFolder:
-    """The folder through which launcher and trainer speak of the servers."""
+    """The folder of roster and markers, shared by launcher and trainer."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def clear(self) -> None:
-        """Take away what an earlier attempt left: its servers are gone, and its markers would condemn ours."""
+        """Remove the files of an earlier attempt. Its markers would condemn servers of this one."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self, ready: Sequence[EngineEntry], coming: int) -> None:
-        """Written by the launcher whenever something changed."""
+        """Write the roster. The launcher calls this after every change."""
         publish_json(self.folder / ROSTER_FILE, {"ready": [asdict(entry) for entry in ready], "coming": coming})
 
     def read(self) -> Roster:
-        """Nothing ready and one coming while the launcher has not written yet."""
+        """The roster. Before the launcher's first write: none ready, one coming."""
         path = self.folder / ROSTER_FILE
         if not path.exists():
             return Roster(ready=(), coming=1)
-        said = json.loads(path.read_text())
-        return Roster(ready=tuple(EngineEntry(**entry) for entry in said["ready"]), coming=said["coming"])
+        content = json.loads(path.read_text())
+        return Roster(ready=tuple(EngineEntry(**entry) for entry in content["ready"]), coming=content["coming"])
 
     def condemn(self, entry: EngineEntry, reason: str) -> None:
-        """Ask the launcher to kill this life of a server. No life is asked for twice; URLs given by the user are only
-        marked."""
+        """Ask the launcher to restart this server. Servers at URLs of the user get the marker only."""
         publish_text(self._marker(entry), reason + "\n")
 
     def condemned(self, entry: EngineEntry) -> str | None:
-        """Why this life was given up; None: it was not."""
+        """The reason why this life of the server was condemned; None if it was not."""
         path = self._marker(entry)
         return path.read_text().strip() if path.exists() else None
 

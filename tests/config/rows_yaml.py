@@ -14,7 +14,7 @@ def rl(name: str, *says: str, override: str | tuple[str, ...] = (), config: str 
     return Row(name, "train_rl", overrides, says, config=config)
 
 
-def _circle(own: Path, world: World) -> None:
+def _cycle(own: Path, world: World) -> None:
     (own / "a.yaml").write_text("extends: b.yaml\n")
     (own / "b.yaml").write_text("extends: a.yaml\n")
 
@@ -45,15 +45,27 @@ FILES = [
     rl("yaml-null-key", "own.yaml", "null", "quote", config="extends: BASE\nnull: {steps: 2}\n"),
     rl("yaml-no-date", "own.yaml", "not valid YAML", config="extends: BASE\nrun: {name: 2020-13-45}\n"),
     rl("yaml-date", "run.name", "string", config="extends: BASE\nrun: {name: 2020-01-01}\n"),
-    rl("duplicate-section", "own.yaml", "'run'", "twice", "line 2", config="run: {name: a}\nrun: {name: b}\n"),
-    rl("duplicate-key", "own.yaml", "'steps'", "twice", config="extends: BASE\ntrain:\n  steps: 5\n  steps: 6\n"),
+    rl("duplicate-section", "own.yaml", "'run'", "duplicate", "line 2", config="run: {name: a}\nrun: {name: b}\n"),
+    rl(
+        "duplicate-key",
+        "own.yaml",
+        "'steps'",
+        "duplicate",
+        config="extends: BASE\ntrain:\n  steps: 5\n  steps: 6\n",
+    ),
     rl(
         "duplicate-key-in-a-list",
         "'model'",
-        "twice",
+        "duplicate",
         config="extends: BASE\nsimulators: {user: {deployments: [{model: a, model: b}]}}\n",
     ),
-    rl("duplicate-key-in-an-override", "optimizer=", "'lr'", "twice", override="optimizer={lr: 1.0e-3, lr: 2.0e-3}"),
+    rl(
+        "duplicate-key-in-an-override",
+        "optimizer=",
+        "'lr'",
+        "duplicate",
+        override="optimizer={lr: 1.0e-3, lr: 2.0e-3}",
+    ),
 ]
 
 EXTENDS = [
@@ -67,7 +79,7 @@ EXTENDS = [
     rl("extends-nul", "extends", config='extends: "a\\0b"\n'),
     rl("extends-over-long", "cannot be read", config="extends: " + "a" * 300 + "\n"),
     rl("extends-empty", "extends", "name", config='extends: ""\n'),
-    Row("extends-circle", "train_rl", ("CONFIG=DIR/a.yaml",), ("extends", "circle"), prepare=_circle),
+    Row("extends-cycle", "train_rl", ("CONFIG=DIR/a.yaml",), ("extends", "cycle"), prepare=_cycle),
 ]
 
 SECTIONS = [

@@ -83,17 +83,17 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("train.steps.x=1", "should be a valid integer"),
         ("train.steps=[", "not valid YAML"),
         ("simulators.judge=null", "set simulators.judge"),
-        ("optimizer={schedule: linear, warmup_steps: 100}", "nothing of 100 optimizer steps to decay over"),
-        ("rollout.min_replies=9", "no group could ever be kept"),
+        ("optimizer={schedule: linear, warmup_steps: 100}", "leaves no optimizer step of 100 for the decay"),
+        ("rollout.min_replies=9", "so every group would be dropped"),
         ("train.eval_interval=5", "data.validation is not"),
         ("data.train=[]", "name at least one file"),
         ("data.train=[a, a]", "names the file a twice"),
         ("engine.url=x", "did you mean 'urls'?"),
         ("train.stride=3", "known keys here: "),  # a word that is only a little like `steps`
-        ("engine={urls: [http://a:1], count: 2}", "set one of the two only"),
-        ("engine={port: 65535, count: 2}", "leaves no ports for engine.count=2 servers"),
-        ("engine.urls=[localhost:1]", "'localhost:1' is no address of the form http://HOST:PORT"),
-        ("engine.urls=[http://a:x]", "is no address"),
+        ("engine={urls: [http://a:1], count: 2}", "set only one of them"),
+        ("engine={port: 65535, count: 2}", "leaves too few ports for engine.count=2 servers"),
+        ("engine.urls=[localhost:1]", "'localhost:1' is not of the form http://HOST:PORT"),
+        ("engine.urls=[http://a:x]", "is not of the form"),
         ("engine.urls=[http://a:1, http://a:1/]", "names a server twice"),
         (
             "simulators.user.api_base=http://me:hidden@a:1/v1",
@@ -101,8 +101,8 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ),
         ("simulators.user.deployments=[{model: m, api_base: http://hidden@a:1}]", "http://***@a:1 holds a name"),
         ("simulators.user.api_base=me:hidden@a:1/v1", "simulators.user.api_base: ***@a:1/v1 holds a name"),
-        ("engine.urls=[me:hidden@a:1]", "'***@a:1' is no address"),
-        ("engine={urls: [http://me:hidden@a:1], count: 2}", "set one of the two only"),
+        ("engine.urls=[me:hidden@a:1]", "'***@a:1' is not of the form"),
+        ("engine={urls: [http://me:hidden@a:1], count: 2}", "set only one of them"),
         ("run.umask=77", "input should be '077', '027', '022', '007', '002' or '000' (got 77)"),
         ("run.umask='777'", "(got '777')"),
         ("run.umask=true", "run.umask: true is none of '000', '002'"),
@@ -162,7 +162,7 @@ def test_data_is_one_file_or_several(rl_file: Path) -> None:
 
 def test_an_interval_without_held_out_data_is_refused_for_sft_too(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("model: {path: m}\ndata: {train: t}\ntrain: {eval_interval: 5}\n")
-    with pytest.raises(UserError, match=r"data\.validation is not: name a validation parquet"):
+    with pytest.raises(UserError, match=r"data\.validation is not: name a parquet file of held-out rows"):
         load_config(SFTConfig, tmp_path / "s.yaml")
     assert load_config(SFTConfig, tmp_path / "s.yaml", ["data.validation=v"]).export_weights == "best"
 
@@ -180,7 +180,7 @@ def test_a_section_without_keys_takes_overrides(tmp_path: Path, rl_file: Path) -
 
 
 def test_what_a_mapping_merges_in_may_be_set_again(tmp_path: Path, rl_file: Path) -> None:
-    """YAML's `<<`: the key stands twice in what results, once in what was written."""
+    """YAML's `<<`: the result has the key once, although two mappings have it."""
     (tmp_path / "merged.yaml").write_text(
         "extends: rl.yaml\ntrain: &t {steps: 5, keep_last: 3}\nevaluation: {num_tasks: 7}\n"
         "simulators: {user: {deployments: [&d {model: a, api_key_env: null}, {<<: *d, model: b}]}}\n"
@@ -205,7 +205,7 @@ def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no config file"):
         load_config(SFTConfig, tmp_path / "b.yaml")
     (tmp_path / "c.yaml").write_text("extends: c.yaml\n")
-    with pytest.raises(UserError, match="circle"):
+    with pytest.raises(UserError, match="cycle"):
         load_config(SFTConfig, tmp_path / "c.yaml")
     (tmp_path / "d.yaml").write_text("a: [1\nb: 2")
     with pytest.raises(UserError, match="not valid YAML"):

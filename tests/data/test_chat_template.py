@@ -107,9 +107,9 @@ RULES["shouts"] = ChatTemplate(byte_tokenizer(SHOUTS))  # no rule of ours: rende
 MODES = get_args(InexactTemplate)
 INEXACT = {
     "thinking removed": (FORGETS_THOUGHTS, r"think>.*no day.*rendered '\\nwhich day\?"),
-    "thinking on the last turn only": (ALWAYS_THINKS, r"grown it reads '.*<think>.*rendered '\\nwhich day\?"),
+    "thinking on the last turn only": (ALWAYS_THINKS, r"earlier turns: '.*<think>.*when grown, '\\nwhich day\?"),
     "white space": (CHATML.replace("m['content']", "m['content'] | trim"), r"\\n which day\? .*rendered '\\nwhich day"),
-    "a mark on the last turn": (REWRITES, r"grown it reads '.*mark which.*rendered '\\nwhich"),
+    "a mark on the last turn": (REWRITES, r"earlier turns: '.*mark which.*when grown, '\\nwhich"),
 }
 
 
@@ -290,7 +290,7 @@ def test_loading(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(empty)
     (empty / "tokenizer.json").write_text("{ broken")
-    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(empty)
     bare = byte_tokenizer(CHATML)
     bare.chat_template = None

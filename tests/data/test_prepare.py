@@ -73,7 +73,7 @@ def test_a_share_holds_out_whole_tasks_and_all_of_a_smaller_share() -> None:
     assert {row.conv_id for row in split_rows(rows, 0.1)[1]} < {row.conv_id for row in held_out}
     assert task_position("a  b\n") == task_position("a b") != task_position("ab")
     for share in (-0.1, 1.0):
-        with pytest.raises(UserError, match="it takes 0 < share < 1"):
+        with pytest.raises(UserError, match="must be above 0 and below 1"):
             split_rows(rows, share)
     with pytest.raises(UserError, match="none of the 1 tasks falls into the held-out share of 1e-06"):
         split_rows(rows[:3], 1e-6)
@@ -85,7 +85,7 @@ def test_held_out_rows_that_are_trained_on_are_refused(tmp_path: Path) -> None:
         write(tmp_path / "b.jsonl", rows_of(range(8, 12))),
     )
     with pytest.raises(
-        UserError, match=r"2 of the 4 held-out tasks in .*b\.jsonl stand in .*a\.jsonl too, such as 'task 8'"
+        UserError, match=r"2 of the 4 held-out tasks in .*b\.jsonl are also in .*a\.jsonl, such as 'task 8'"
     ):
         prepare("rl", train, tmp_path / "out", validation=held_out)
     assert not (tmp_path / "out").exists()
@@ -155,7 +155,7 @@ def test_the_rows_in_the_docs_can_be_read() -> None:
 
 def test_a_nested_row_without_a_response_is_refused_and_not_lost() -> None:
     for turns in ([], [{"prompt": [{"role": "user", "content": "hello"}], "responses": []}]):
-        with pytest.raises(UserError, match="row 1: turns hold no response"):
+        with pytest.raises(UserError, match="row 1: turns have no response"):
             parse_rows([{"single_turn_prompt": "a task", "turns": turns}], "rows.jsonl")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from collab_megatron.data_engine.grow import Growth, Players, grow_conversation
+from collab_megatron.data_engine.grow import BuildPlayers, GrowthRules, grow_conversation
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.rollout.llm import SimulatorError
 from collab_megatron.types import LLMRequest, T
@@ -27,9 +27,9 @@ class Assistant:
 async def grown(*texts: str) -> tuple[list[dict[str, Any]], LengthScorer]:
     scorer: Any = LengthScorer()
     user = ScriptedUser(lambda chat, i: f"noon {chat[-1].content}")
-    players = Players(Assistant(*texts), user, scorer, count_tokens=len)
-    growth = Growth(num_candidates=2, num_futures=1, max_total_turns=1, max_user_turns=1)
-    return await grow_conversation(Problem(0, TASK), growth, players), scorer
+    players = BuildPlayers(Assistant(*texts), user, scorer, count_tokens=len)
+    rules = GrowthRules(num_candidates=2, num_futures=1, max_total_turns=1, max_user_turns=1)
+    return await grow_conversation(Problem(0, TASK), rules, players), scorer
 
 
 async def test_thoughts_stay_out_of_a_built_dataset() -> None:

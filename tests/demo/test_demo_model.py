@@ -102,5 +102,5 @@ def test_task_files_hold_the_columns_of_both_formats(tmp_path):
         meta = row["single_turn_metadata"]
         assert meta == {"ambiguous": bool(missing), "missing": missing, "intent": intent}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heldout.jsonl", "train.jsonl"]
-    with pytest.raises(UserError, match="cannot draw 0 tasks"):
+    with pytest.raises(UserError, match="0 tasks cannot be drawn"):
         task_files.write_tasks(tmp_path, train=0, heldout=1, seed=1)

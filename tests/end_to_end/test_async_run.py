@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from collab_megatron.rollout.recorder import read_trees
+from collab_megatron.rollout.record_files import read_trees
 from tests.conftest import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.rollout.journal.store import Journal
-from collab_megatron.rollout.recorder import read_trees
+from collab_megatron.rollout.record_files import read_trees
 from collab_megatron.trainer.report.dashboard import read_metrics
 from collab_megatron.wire.checkpoints import newest_complete, read_info
 from tests.conftest import DESK_KEY, Run

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from collab_megatron.launch.ports import free_port
-from collab_megatron.rollout.recorder import read_trees
+from collab_megatron.rollout.record_files import read_trees
 from collab_megatron.trainer.report.dashboard import read_metrics
 from collab_megatron.wire.checkpoints import newest_complete, read_info
 from tests.conftest import DESK_KEY, REPOSITORY, Ended, Run, environment
@@ -217,8 +217,8 @@ def test_simulators_that_go_away_end_the_run(
     # no save was due: it is the end of the run that saved, on both ranks
     newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
     assert newest is not None
-    assert f"is saved: {newest}; run.resume=true continues" in ended.output
-    assert "had to be dropped" in ended.errors[-1]
+    assert f"is saved: {newest}; run.resume=true goes on" in ended.output
+    assert "were dropped" in ended.errors[-1]
     assert f"connection refused by 127.0.0.1:{port}" in ended.errors[-1]
     assert "status" not in ended.errors[-1]
 

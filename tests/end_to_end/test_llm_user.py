@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -25,14 +26,13 @@ from collab_megatron.config.sections import (
     SimulatorsSection,
     UserSection,
 )
-from collab_megatron.config.sections.llm import ResponseFormat
 from collab_megatron.data.parquet import read_tasks, write_tasks
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Supervisor
-from collab_megatron.rollout.cast import assemble
-from collab_megatron.rollout.group import TreeSeat, play_once
+from collab_megatron.rollout.clients import open_clients
+from collab_megatron.rollout.group import TreeId, play_once
 from collab_megatron.rollout.llm import RoleUsage
 from collab_megatron.rollout.llm.health import CHECKS, MALFORMED, verdict
 from collab_megatron.types import Message, Reply, RolloutStatus, Task
@@ -47,6 +47,7 @@ REQUESTS = {
     "trip": ("Help me to plan a trip.", "Plan one day in Paris for two people who like paintings and hate crowds."),
 }
 SERVED = "smollm2"
+ResponseFormat = Literal["json_object", "json_schema"]
 FULL = os.environ.get("COLLAB_MEGATRON_FULL") == "1"
 
 
@@ -105,17 +106,17 @@ def config_for(folder: Path, model: Path, url: str, response_format: ResponseFor
 
 async def play(config: EvaluateConfig, url: str) -> tuple[dict[str, float], RoleUsage, list[Reply]]:
     """Health figures, the user's counters, the conversations."""
-    async with assemble(config, engine_urls=[url], max_context_tokens=2048) as cast:
+    async with open_clients(config, engine_urls=[url], max_context_tokens=2048) as clients:
         tasks = read_tasks(config.data.validation_files[0])
-        await cast.gateway.check_reachable()
+        await clients.gateway.check_reachable()
         async with asyncio.timeout(200):
             replies = await asyncio.gather(
                 *(
-                    play_once(task, TreeSeat(0, slot, first_sample=slot), limits=cast.limits, players=cast.players)
+                    play_once(task, TreeId(0, slot, first_sample=slot), limits=clients.limits, players=clients.players)
                     for slot, task in enumerate(tasks)
                 )
             )
-        return cast.health.metrics(), cast.gateway.snapshot().roles["user"], replies
+        return clients.health.metrics(), clients.gateway.snapshot().roles["user"], replies
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_conversations
 from collab_megatron.json_lines import read_rows
-from collab_megatron.rollout.recorder import read_trees
+from collab_megatron.rollout.record_files import read_trees
 from collab_megatron.trainer.engine_probe import NUM_PROMPTS
 from collab_megatron.trainer.report.dashboard import read_metrics
 from collab_megatron.wire.checkpoints import newest_complete, read_best, read_info

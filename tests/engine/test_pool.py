@@ -13,6 +13,7 @@ from aiohttp import web
 
 from collab_megatron.engine.pool import FULLER_SEQUENCES, EnginePool
 from collab_megatron.errors import NoEngineLeft, RunError
+from collab_megatron.figures import values
 from collab_megatron.types import Generation
 from tests.engine.fake_servers import FakeServer, reply, servers, slowly
 
@@ -301,8 +302,7 @@ async def test_metrics_of_a_step() -> None:
         await ask_many(engines, 10)
         before = engines.usage.copy()
         await ask_many(engines, 30)
-        figures = engines.usage.since(before).figures(live=engines.live, lost=0, seconds=2)
-        metrics = {name: value / over for name, (_, value, over) in figures.items()}
+        metrics = values(engines.usage.since(before).figures(live=engines.live, lost=0, seconds=2))
         assert metrics["rollout/generated_tokens"] == 60
         assert metrics["rollout/tokens_per_s"] == 30
         assert metrics["rollout/cached_share"] == 0.5

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.config.sections import DriverSection
-from collab_megatron.errors import EXIT_DEFECT, RunError
+from collab_megatron.errors import EXIT_UNEXPECTED, RunError
 from collab_megatron.launch import drivers as drivers_module
 from collab_megatron.launch.cli import shard_file
 from collab_megatron.launch.drivers import Drivers, driver_command
@@ -32,7 +32,7 @@ if ready == "ready":
 time.sleep(60)
 """
 MISTAKE = "import sys; print('error: no key'); sys.exit(2)"
-DEFECT = f"import sys; print('KeyError: 7'); sys.exit({EXIT_DEFECT})"
+BUG = f"import sys; print('KeyError: 7'); sys.exit({EXIT_UNEXPECTED})"
 FAILURE = "import sys; print('error: the disk is full'); sys.exit(1)"
 
 
@@ -102,13 +102,13 @@ def test_a_killed_driver_comes_again_at_its_address(stage: Stage, capsys: pytest
 
 
 def test_one_that_an_unexpected_exception_ended_comes_again_a_few_times(stage: Stage) -> None:
-    drivers = stage.drivers(DEFECT, max_restarts=2)
+    drivers = stage.drivers(BUG, max_restarts=2)
     lives = []
     with pytest.raises(RunError, match=r"driver ended with exit code 70 after 2 restarts"):
         while True:
             (child,) = drivers.children
             lives.append(child)
-            assert child.process.wait(15) == EXIT_DEFECT
+            assert child.process.wait(15) == EXIT_UNEXPECTED
             stage.supervisor.check()  # nothing of it ends the run
             wait_until(lambda: drivers.poll() or drivers.children != lives[-1:])  # type: ignore[func-returns-value]
     assert len(lives) == 3

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from collab_megatron.data.thought_tags import split_thoughts
 from collab_megatron.errors import RunError
 from collab_megatron.rollout.busy import BusyClock
-from collab_megatron.rollout.conversation import Limits, Players
+from collab_megatron.rollout.future import Limits, Players
 from collab_megatron.types import Generation, Message, PolicyTurn, ScoredConversation, Task
 
 END = 9

@@ -8,7 +8,7 @@ import zmq.asyncio
 from transformers import AutoTokenizer
 
 import collab_megatron.demo.tokenizer
-import collab_megatron.rollout.steps
+import collab_megatron.rollout.batch_collector
 from collab_megatron.rollout.llm.litellm_api import LiteLLMApi
 
 LiteLLMApi()  # LiteLLM itself is imported here

@@ -42,8 +42,8 @@ from collab_megatron.demo.tokenizer import build_tokenizer
 from collab_megatron.launch.cli import shard_file, token_file
 from collab_megatron.launch.drivers import Drivers
 from collab_megatron.launch.supervisor import Supervisor
-from collab_megatron.rollout.deliveries import Delivered
-from collab_megatron.rollout.recorder import read_trees
+from collab_megatron.rollout.delivered_batches import DeliveredBatch
+from collab_megatron.rollout.record_files import read_trees
 from collab_megatron.types import Message, Task, TrainingSample
 from collab_megatron.wire.protocol import DriverClient
 from tests.rollout.warm import WarmSupervisor
@@ -248,7 +248,7 @@ def delivered(config: RLConfig) -> dict[int, list[tuple[int, int, bool]]]:
     found: dict[int, list[tuple[int, int, bool]]] = {}
     with _journal(config) as journal:
         for step, content in journal.execute("SELECT step, content FROM deliveries ORDER BY step, shard"):
-            found.setdefault(step, []).extend(msgspec.msgpack.decode(content, type=Delivered).trees)
+            found.setdefault(step, []).extend(msgspec.msgpack.decode(content, type=DeliveredBatch).trees)
     return found
 
 

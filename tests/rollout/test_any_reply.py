@@ -31,18 +31,17 @@ from collab_megatron.config.sections import (
 )
 from collab_megatron.data.chat import ChatTemplate
 from collab_megatron.data.parquet import write_tasks
-from collab_megatron.data_engine.grow import Growth, grow_conversation
-from collab_megatron.data_engine.grow import Players as Builders
+from collab_megatron.data_engine.grow import BuildPlayers, GrowthRules, grow_conversation
+from collab_megatron.data_engine.output import append_conversation
 from collab_megatron.data_engine.problems import Problem
-from collab_megatron.data_engine.shards import append_conversation
 from collab_megatron.engine.pool import EnginePool
-from collab_megatron.rollout.cast import assemble, open_journal
+from collab_megatron.figures import values
+from collab_megatron.rollout.clients import open_clients, open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorError, user_simulator
-from collab_megatron.rollout.recorder import TreeRecorder, read_trees
+from collab_megatron.rollout.record_files import RecordWriter, read_trees
 from collab_megatron.rollout.rewards import configured_scorer
 from collab_megatron.rollout.service import Service
 from collab_megatron.types import Generation, Message, Task
-from collab_megatron.wire.figures import values
 from collab_megatron.wire.protocol import Answer, Request, encode_answer
 from tests.rollout.any_reply import ONCE_DEADLY, WELL, replies
 from tests.rollout.runs import forget_deliveries
@@ -140,9 +139,9 @@ async def steps(config: RLConfig, feed: Feed, most: int) -> list[Answer]:
     """Steps of the run from its first until every text was said, at least one and at most `most`."""
     answers: list[Answer] = []
     with closing(open_journal(config)) as journal:
-        async with assemble(config, engine_urls=(), max_context_tokens=4096, journal=journal) as cast:
-            recorder = TreeRecorder(config.run.conversations_dir, config.record, first_step=1)
-            service = Service(config, cast, recorder)
+        async with open_clients(config, engine_urls=(), max_context_tokens=4096, journal=journal) as clients:
+            recorder = RecordWriter(config.run.conversations_dir, config.record, first_step=1)
+            service = Service(config, clients, recorder)
             while len(answers) < most and (feed.texts or not answers):
                 step = len(answers)
                 while (answer := await service.answer(Request("step", step, step, (NO_ENGINE,)))).pending:
@@ -160,19 +159,19 @@ async def built(config: RLConfig, feed: Feed, most: int, shard: Path) -> int:
     assert simulators.assistant is not None
     assert simulators.judge is not None
     gateway = Gateway({"user": simulators.user, "judge": simulators.judge, "assistant": simulators.assistant}, 1)
-    builders = Builders(
+    builders = BuildPlayers(
         gateway.role("assistant"),
         user_simulator(simulators, gateway),
         configured_scorer(config.reward, simulators, gateway),
         lambda text: len(text.split()),
     )
-    growth = Growth(num_candidates=2, num_futures=1, max_total_turns=2, max_user_turns=1)
+    rules = GrowthRules(num_candidates=2, num_futures=1, max_total_turns=2, max_user_turns=1)
     ended = index = 0
     while feed.texts and index < most:
         index += 1
         problem = Problem(index, Task(f"p{index}", (Message("user", "hi"),), "a table", "BOOK"))
         try:
-            rows = await grow_conversation(problem, growth, builders)
+            rows = await grow_conversation(problem, rules, builders)
         except SimulatorError:
             continue
         append_conversation(shard, rows)
@@ -260,8 +259,8 @@ async def test_an_unforeseen_exception_costs_its_future_and_too_many_stop_the_ru
     monkeypatch.setattr(ChatTemplate, "grow", grow)
     answers: list[Answer] = []
     with fed([]), closing(open_journal(config)) as journal:
-        async with assemble(config, engine_urls=(), max_context_tokens=4096, journal=journal) as cast:
-            service = Service(config, cast, TreeRecorder(config.run.conversations_dir, config.record, first_step=1))
+        async with open_clients(config, engine_urls=(), max_context_tokens=4096, journal=journal) as clients:
+            service = Service(config, clients, RecordWriter(config.run.conversations_dir, config.record, first_step=1))
             for step, breaks in enumerate((3, 3, 4)):  # counted for each step
                 left = breaks
                 while (answer := await service.answer(Request("step", step, step, (NO_ENGINE,)))).pending:

@@ -10,7 +10,7 @@ from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import BudgetSection
 from collab_megatron.errors import BudgetSpent
 from collab_megatron.rollout.rewards import judge_calls
-from collab_megatron.rollout.worth import tree_calls
+from collab_megatron.rollout.tree_grower import tree_calls
 from tests.rollout.runs import FUTURES, REPLIES, config, counts, play, stand_in
 
 pytestmark = pytest.mark.slow

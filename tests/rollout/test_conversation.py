@@ -12,7 +12,7 @@ import pytest
 
 from collab_megatron.config.sections.rollout import CutReply
 from collab_megatron.errors import NoEngineLeft, RunError
-from collab_megatron.rollout.conversation import Limits, Seat, play_future
+from collab_megatron.rollout.future import Limits, play_future
 from collab_megatron.rollout.rewards import Scorer
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import Future, Generation, Message, PolicyTurn, RolloutStatus, ScoredConversation
@@ -45,14 +45,15 @@ async def play(
         prompt_ids,
         reply,
         index=0,
-        seat=SEAT,
+        name=NAME,
+        sample_index=SAMPLE,
         simulate=simulate,
         limits=limits,
         players=players(engine, user, scorer),
     )
 
 
-SEAT = Seat("3/1/0/0", sample_index=5, step=3)
+NAME, SAMPLE = "3/1/0/0", 5
 
 
 def noon(chat: Sequence[Message], sample_index: int) -> str:
@@ -189,6 +190,7 @@ async def test_turns_go_first_the_fewer_have_been_played() -> None:
             places.append(POSITION.get())
             return "noon"
 
+    POSITION.set(RunPosition(3))
     await play(policy_turn("a"), engine=ScriptedEngine(["b"]), user=Looking(noon))
     assert places == [RunPosition(3, 1), RunPosition(3, 3)]
 
@@ -310,7 +312,9 @@ async def test_a_template_that_renders_chats_is_given_the_thoughts() -> None:
     cast = replace(players(ScriptedEngine(["(hm)b?"]), ScriptedUser(noon)), chat=Noting())
     prompt_ids = LetterChat().prompt_ids(TASK.prompt)
     reply = policy_turn("(no day)a?")
-    await play_future(TASK, prompt_ids, reply, index=0, seat=SEAT, simulate=True, limits=LIMITS, players=cast)
+    await play_future(
+        TASK, prompt_ids, reply, index=0, name=NAME, sample_index=SAMPLE, simulate=True, limits=LIMITS, players=cast
+    )
     assert told[1] == ["book a table", "(no day)a?", "noon", "(hm)b?"]
 
 

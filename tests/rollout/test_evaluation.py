@@ -13,12 +13,12 @@ import pytest
 
 from collab_megatron.config.sections import EvaluationSection
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, NoEngineLeft, RunError
-from collab_megatron.rollout.conversation import Players
+from collab_megatron.figures import merged, values
 from collab_megatron.rollout.evaluation import Evaluation, evaluate
-from collab_megatron.rollout.held_out import sample_tasks
+from collab_megatron.rollout.evaluation_tasks import sample_tasks
+from collab_megatron.rollout.future import Players
 from collab_megatron.rollout.transcripts import keep_newest, transcript_file, write_transcripts
 from collab_megatron.types import Message, RolloutStatus, Task
-from collab_megatron.wire.figures import merged, values
 from collab_megatron.wire.protocol import LOST_CONVERSATIONS, Tally, require_most
 from tests.rollout.fakes import LIMITS, LengthScorer, ScriptedEngine, ScriptedUser, players
 
@@ -168,7 +168,7 @@ async def test_what_is_under_way_at_the_deadline_is_counted_as_failed() -> None:
     played = await play(tasks(3), players(ScriptedEngine(["a?"]), ScriptedUser(ends), Slow()), timeout_s=0.3)
     figures = values(played.figures)
     assert (figures["conversations"], figures["conversations_failed"], figures["accuracy"]) == (3, 2, 4.0)
-    with pytest.raises(EvaluationFailed, match=r"2 of 3 .* failed; the evaluation was ended after 0\.3 s"):
+    with pytest.raises(EvaluationFailed, match=r"2 of 3 .* failed; the evaluation reached its deadline of 0\.3 s"):
         require(played)
     assert len(asyncio.all_tasks()) == 1
 

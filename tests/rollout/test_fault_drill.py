@@ -33,12 +33,12 @@ from collab_megatron.config.sections import (
     UserSection,
 )
 from collab_megatron.data.parquet import write_tasks
-from collab_megatron.rollout.cast import assemble, open_journal
+from collab_megatron.figures import merged, values
+from collab_megatron.rollout.clients import open_clients, open_journal
 from collab_megatron.rollout.journal.packing import unpack_texts
-from collab_megatron.rollout.recorder import TreeRecorder, read_trees
+from collab_megatron.rollout.record_files import RecordWriter, read_trees
 from collab_megatron.rollout.service import Service
 from collab_megatron.types import Message, Task
-from collab_megatron.wire.figures import merged, values
 from collab_megatron.wire.protocol import Answer, Request
 from tests.rollout.llm.calls import HELLO
 from tests.rollout.llm.misbehaving import ALL_FAULTS, COUNTER_OF, FAULTY, MisbehavingEndpoint, faults_at
@@ -160,16 +160,16 @@ async def policy() -> AsyncIterator[tuple[StandIn, str]]:
 async def play(config: RLConfig, user: Drill, dead: Drill, judge: Drill) -> tuple[list[Answer], dict[str, int]]:
     """The steps as the trainer asks for them, and what was paid for. In the second everything is down at first."""
     journal = open_journal(config)
-    recorder = TreeRecorder(config.run.conversations_dir, config.record, first_step=1)
+    recorder = RecordWriter(config.run.conversations_dir, config.record, first_step=1)
     answers = []
     with closing(journal):
         async with (
             policy() as (engine, url),
-            assemble(config, engine_urls=(), max_context_tokens=256, journal=journal) as cast,
+            open_clients(config, engine_urls=(), max_context_tokens=256, journal=journal) as clients,
         ):
-            service = Service(config, cast, recorder)
+            service = Service(config, clients, recorder)
             for role in ROLES:  # the client's imports would hold up the first wave of calls
-                await cast.gateway.role(role).complete(HELLO)
+                await clients.gateway.role(role).complete(HELLO)
             for drill in (user, judge):
                 drill.faults = FAULTS
             for step in range(STEPS):

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from collab_megatron.errors import NoEngineLeft, RunError
-from collab_megatron.rollout.conversation import Players
+from collab_megatron.figures import values
+from collab_megatron.rollout.future import Players
 from collab_megatron.rollout.group import (
     GroupRules,
-    TreeSeat,
+    TreeId,
     grow_group,
     play_once,
     sample_replies,
@@ -23,7 +24,6 @@ from collab_megatron.rollout.group import (
 )
 from collab_megatron.rollout.metrics import evaluation_metrics, rollout_metrics, staleness_metrics
 from collab_megatron.types import Future, Generation, Group, Message, Reply, RolloutStatus
-from collab_megatron.wire.figures import values
 from collab_megatron.wire.protocol import Tally
 from tests.rollout.fakes import (
     LIMITS,
@@ -36,7 +36,7 @@ from tests.rollout.fakes import (
     policy_turn,
 )
 
-SEAT = TreeSeat(3, 1, first_sample=100)
+TREE_ID = TreeId(3, 1, first_sample=100)
 RULES = GroupRules(
     num_replies=4,
     num_futures=2,
@@ -53,9 +53,9 @@ def terminate(chat: Sequence[Message], sample_index: int) -> str:
 
 
 async def grow(cast: Players, *, replies: int = 4, futures: int = 2, **rules: Any) -> Group:
-    prompt_ids, turns = await sample_replies(TASK, SEAT, replies, LIMITS, cast)
+    prompt_ids, turns = await sample_replies(TASK, TREE_ID, replies, LIMITS, cast)
     grown_by = replace(RULES, num_futures=futures, **rules)
-    return await grow_group(TASK, prompt_ids, turns, SEAT, rules=grown_by, limits=LIMITS, players=cast)
+    return await grow_group(TASK, prompt_ids, turns, TREE_ID, rules=grown_by, limits=LIMITS, players=cast)
 
 
 def reply(*rewards: float | None) -> Reply:
@@ -209,7 +209,9 @@ def test_metrics_of_a_step() -> None:
 
 
 async def test_evaluation_counts_failed_conversations_without_averaging_them() -> None:
-    good = await play_once(TASK, SEAT, limits=LIMITS, players=players(ScriptedEngine(["a?"]), ScriptedUser(terminate)))
+    good = await play_once(
+        TASK, TREE_ID, limits=LIMITS, players=players(ScriptedEngine(["a?"]), ScriptedUser(terminate))
+    )
     lost = reply(None)
     figures = values(evaluation_metrics([(TASK, good), (TASK, lost)], {"accuracy": 1.0}))
     assert figures["accuracy"] == 3.0
@@ -227,7 +229,7 @@ async def test_a_reply_without_tokens_leaves_its_group_and_ends_nothing() -> Non
     assert [r.mr is None for r in grown.replies_G] == [True, False, False, False]
     assert {f.status for f in grown.replies_G[0].futures_K} == {RolloutStatus.ENGINE_FAILED}
     assert len(training_samples(grown, "keep")) == 3
-    once = await play_once(TASK, SEAT, limits=LIMITS, players=cast)  # a held-out conversation, too
+    once = await play_once(TASK, TREE_ID, limits=LIMITS, players=cast)  # a held-out conversation, too
     assert once.mr is None
     assert values(rollout_metrics([grown], {"accuracy": 1.0}))["rollout/futures_engine_failed"] == 2
 
@@ -259,9 +261,9 @@ async def test_a_broken_reply_is_judged_once_for_all_its_futures() -> None:
     assert (metrics["rollout/cut_share"], metrics["rollout/empty_share"]) == (0.5, 0.0)
     assert "rollout/later_turns_broken_share" not in metrics
 
-    prompt_ids, turns = await sample_replies(TASK, SEAT, 2, LIMITS, cast)
+    prompt_ids, turns = await sample_replies(TASK, TREE_ID, 2, LIMITS, cast)
     limits = replace(LIMITS, cut_reply="penalty")
-    punished = await grow_group(TASK, prompt_ids, turns, SEAT, rules=RULES, limits=limits, players=cast)
+    punished = await grow_group(TASK, prompt_ids, turns, TREE_ID, rules=RULES, limits=limits, players=cast)
     assert punished.replies_G[0].mr == -1.0
     assert punished.replies_G[0].advantage == pytest.approx(-(punished.replies_G[1].advantage or 0.0))
     metrics = values(rollout_metrics([punished], {"accuracy": 1.0}))

@@ -17,7 +17,7 @@ from collab_megatron.config import RLConfig, load_config
 from collab_megatron.errors import UserError
 from collab_megatron.files import CHUNK_BYTES, contents
 from collab_megatron.rollout import lineage as lineage_module
-from collab_megatron.rollout.cast import open_journal
+from collab_megatron.rollout.clients import open_journal
 from collab_megatron.rollout.lineage import lineage_of, model_fingerprint
 from collab_megatron.rollout.llm.templates import shipped_prompts
 from collab_megatron.wire.checkpoints import step_folder, write_marker
@@ -229,5 +229,5 @@ def test_weights_are_not_read_in_full(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_file_that_is_gone_is_named(folder: Path) -> None:
     (folder / "more.parquet").unlink()
-    with pytest.raises(UserError, match=r"more\.parquet cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"more\.parquet cannot be read \(No such file"):
         lineage_of(load(folder))

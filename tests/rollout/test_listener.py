@@ -129,7 +129,7 @@ async def test_ten_thousand_random_messages_have_no_effect_on_the_service(
     assert set(listener.dropped) == {"malformed", "unknown", "without the run's token"}
     told = [one for one in news if one is not None]
     assert 1 <= len(told) <= 5  # a sentence for ten times as many, not one each
-    assert "that are not of this run" in told[0]
+    assert "that are not from this run" in told[0]
     listener.close()
     context.term()
 

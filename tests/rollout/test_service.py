@@ -31,16 +31,16 @@ from collab_megatron.config.sections import (
 )
 from collab_megatron.data.parquet import write_tasks
 from collab_megatron.engine.pool import EnginePool
+from collab_megatron.figures import values
 from collab_megatron.limiter import AdaptiveLimiter
-from collab_megatron.rollout.cast import Cast, open_journal
+from collab_megatron.rollout.clients import RolloutClients, open_journal
+from collab_megatron.rollout.journaled_engine import JournaledEngine
 from collab_megatron.rollout.llm import Gateway, SimulatorHealth
 from collab_megatron.rollout.llm.accounting import GatewaySnapshot
 from collab_megatron.rollout.llm.budget import Budget
-from collab_megatron.rollout.recorded_engine import RecordedEngine
-from collab_megatron.rollout.recorder import TreeRecorder
+from collab_megatron.rollout.record_files import RecordWriter
 from collab_megatron.rollout.service import Service
 from collab_megatron.types import Message, Task
-from collab_megatron.wire.figures import values
 from collab_megatron.wire.protocol import Answer, Request, Tally
 from tests.engine.fake_servers import FakeServer, servers, slowly
 from tests.rollout.fakes import LIMITS, TASK, ScriptedUser, players
@@ -95,12 +95,12 @@ async def service(
     ):
         slots = AdaptiveLimiter(1000)
         with contextlib.closing(open_journal(config)) as journal:
-            recorded = RecordedEngine(engine, journal, slots, max_staleness=config.driver.max_staleness)
-            everybody = players(cast(Any, recorded), ScriptedUser(go_on))
-            recorder = TreeRecorder(config.run.conversations_dir, config.record, first_step=first_step)
+            journaled = JournaledEngine(engine, journal, slots, max_staleness=config.driver.max_staleness)
+            everybody = players(cast(Any, journaled), ScriptedUser(go_on))
+            recorder = RecordWriter(config.run.conversations_dir, config.record, first_step=first_step)
             health, gateway = SimulatorHealth(HealthSection()), cast(Gateway, NoGateway())
             limits = replace(LIMITS, cut_reply="play")  # the servers' replies do not end with the chat's END
-            everything = Cast(everybody, limits, engine, slots, recorded, gateway, health, journal)
+            everything = RolloutClients(everybody, limits, engine, slots, journaled, gateway, health, journal)
             service = Service(config, everything, recorder)
             yield service
             await service.close()
@@ -280,16 +280,16 @@ async def test_a_server_that_a_tree_needs_comes_back_and_the_tree_goes_on(tmp_pa
 async def test_a_spent_budget_ends_what_is_under_way_and_begins_nothing(tmp_path: Path) -> None:
     server = FakeServer(version="0")
     async with service(tmp_path, server) as driver:
-        driver._cast.gateway.budget._own = lambda: {("user", "none"): (4, 1.5)}  # as many as a tree takes
-        driver._cast.gateway.budget._section = BudgetSection(hard_usd=1.0)
+        driver._clients.gateway.budget._own = lambda: {("user", "none"): (4, 1.5)}  # as many as a tree takes
+        driver._clients.gateway.budget._section = BudgetSection(hard_usd=1.0)
         stopped = await answered(driver, Request("step", 0, 0, (server.url,)))
         assert stopped.stop == "budget"
         assert "raise budget.hard_usd" in stopped.error
         assert server.bodies == []
-        driver._cast.gateway.budget._section = BudgetSection(hard_usd=4.0)
+        driver._clients.gateway.budget._section = BudgetSection(hard_usd=4.0)
         asked = asyncio.create_task(driver.answer(Request("step", 0, 0, (server.url,))))
         await until(lambda: server.bodies)
-        driver._cast.gateway.budget._section = BudgetSection(hard_usd=1.0)
+        driver._clients.gateway.budget._section = BudgetSection(hard_usd=1.0)
         await asked
         assert len((await answered(driver, Request("step", 0, 0, (server.url,)))).samples) == 4  # it was under way
         assert (await answered(driver, Request("step", 1, 1, (server.url,)))).stop == "budget"

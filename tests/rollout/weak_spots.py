@@ -17,9 +17,9 @@ from pathlib import Path
 
 from collab_megatron.errors import run_cli
 from collab_megatron.rollout import listener, service
-from collab_megatron.rollout.deliveries import Deliveries
-from collab_megatron.rollout.forest import Tree
-from collab_megatron.rollout.recorder import TreeRecorder
+from collab_megatron.rollout.delivered_batches import DeliveredBatches
+from collab_megatron.rollout.record_files import RecordWriter
+from collab_megatron.rollout.tree_scheduler import Tree
 from collab_megatron.wire.protocol import Answer
 
 SPOTS = 4
@@ -27,7 +27,7 @@ SPOTS = 4
 
 def main() -> None:
     folder = Path(sys.argv.pop(1))
-    put, write, encode = Deliveries.put, TreeRecorder.write, listener.encode_answer
+    put, write, encode = DeliveredBatches.put, RecordWriter.write, listener.encode_answer
     newest = -1
 
     def die_at(step: int, *, by_exception: bool = False) -> None:
@@ -38,14 +38,16 @@ def main() -> None:
                 raise KeyError(step)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def weak_put(self: Deliveries, step: int, trees: Sequence[Tree], answer: Answer, lines: Sequence[bytes]) -> None:
+    def weak_put(
+        self: DeliveredBatches, step: int, trees: Sequence[Tree], answer: Answer, lines: Sequence[bytes]
+    ) -> None:
         if step == 0:
             die_at(0)
         put(self, step, trees, answer, lines)
         if step == 1:
             die_at(1)
 
-    def weak_write(self: TreeRecorder, step: int, lines: Sequence[bytes]) -> str:
+    def weak_write(self: RecordWriter, step: int, lines: Sequence[bytes]) -> str:
         nonlocal newest
         newest = step - 1  # the record counts from 1
         if newest == 2 and not (folder / "died-2").exists():
@@ -58,10 +60,10 @@ def main() -> None:
             die_at(3, by_exception=True)
         return encode(answer)
 
-    Deliveries.put = weak_put  # type: ignore[method-assign]
-    TreeRecorder.write = weak_write  # type: ignore[method-assign]
+    DeliveredBatches.put = weak_put  # type: ignore[method-assign]
+    RecordWriter.write = weak_write  # type: ignore[method-assign]
     listener.encode_answer = weak_encode
-    service.main_or_defect()
+    service.main_or_bug()
 
 
 if __name__ == "__main__":

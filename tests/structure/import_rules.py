@@ -15,19 +15,24 @@ PACKAGE = "collab_megatron"
 
 # the ground floor: data contract, errors, files and records, text, signals; and the config sections that leaf
 # functions take
-EVERYWHERE = ("types", "errors", "files", "json_lines", "log", "signals", "run_order", "text", "config.sections")
+EVERYWHERE = (
+    *("types", "errors", "figures", "files", "json_lines", "log", "signals", "run_order", "text", "concurrency"),
+    "config.sections",
+)
 
 # A room, and the rooms it may import. The longest name that fits a file counts; a row of its own replaces that of the
 # room around it.
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
+    "figures": (),
     "files": (),
     "json_lines": (),
     "log": (),
     "signals": (),
     "run_order": (),
     "text": (),
+    "concurrency": (),
     "limiter": (),
     "config": (),
     "model": (),
@@ -38,7 +43,10 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "rollout.journal": (),
     "rollout.llm": ("config", "limiter", "rollout.journal"),
     "rollout.rewards": ("config", "rollout.llm"),
-    "data_engine": ("config", "data", "limiter", "rollout.journal", "rollout.llm", "rollout.rewards"),
+    "data_engine": (
+        *("config", "data", "limiter"),
+        *("rollout.conversation", "rollout.journal", "rollout.llm", "rollout.rewards"),
+    ),
     "trainer.batching": (),
     "trainer.loss": ("trainer.batching",),
     "trainer.local": ("trainer.batching",),
@@ -63,7 +71,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     },
     "trainer.convert": {"trainer.actor.grid": "a type: the exporter is given the rank grid"},
     "trainer.local.layers": {"trainer.actor.backend": "a type: which layers the backend has"},
-    "trainer.sync.proof.probe": {"data.chat": "the probe prompt is said in the model's tokens"},
+    "trainer.sync.proof.probe": {"data.chat": "the probe prompt goes through the model's tokenizer"},
 }
 
 # entry points and what their loops are made of may import every room
@@ -82,12 +90,14 @@ OUTSIDE: Mapping[str, tuple[str, ...]] = {
 ONLY: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
+    "figures": ("msgspec",),
     "files": (),
     "json_lines": (),
     "log": (),
     "signals": (),
     "run_order": (),
     "text": (),
+    "concurrency": (),
     "config": ("pydantic", "yaml"),
     "trainer.loss": ("torch",),
     "trainer.batching": ("torch",),

@@ -23,7 +23,7 @@ from collab_megatron.config import BuildDatasetConfig, load_config
 from collab_megatron.data.dataset_source import load_rows
 from collab_megatron.data.parquet import read_conversations, read_tasks
 from collab_megatron.data.prepare import collaborative_prompt
-from collab_megatron.data_engine.processes import Progress, build_dataset
+from collab_megatron.data_engine.build import BuildProgress, build_dataset
 from collab_megatron.demo.task_files import write_tasks
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout.journal.database import connect
@@ -52,7 +52,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait(READY_S)
 
 
-def build(config: Path, *overrides: str) -> Progress:
+def build(config: Path, *overrides: str) -> BuildProgress:
     """The tool's work in this process: it takes seconds to import LiteLLM in another."""
     return build_dataset(load_config(BuildDatasetConfig, config, overrides), lambda progress: None)
 
@@ -152,7 +152,7 @@ def test_an_interrupted_build_goes_on(config: Path, tmp_path: Path) -> None:
         assert set(counts) == set(range(14))
         assert all(counts[row["conv_id"]] == row["conv_rows"] for row in rows)
         assert shard.read_text().startswith("".join(whole))
-        assert progress.tally.failed == 0
+        assert progress.counts.failed == 0
         shard_after = {json.dumps(row) for row in rows if row["conv_id"] == longest}
         assert shard_after == {json.dumps(json.loads(line)) for line in cut}  # the same seed makes the same again
     finished = build(config, "num_conversations=14")
@@ -202,7 +202,7 @@ def test_a_killed_build_asks_for_nothing_twice(
     assert 40 <= paid < whole.calls
     again = build(config, *overrides)
     assert again.calls == whole.calls - paid
-    assert sum(usage.replayed for usage in again.tally.usage.values()) > 0
+    assert sum(usage.replayed for usage in again.counts.usage.values()) > 0
     assert spent_calls(config) == whole.calls  # a request that was paid for twice would count twice
     shards = (tmp_path / "built").glob("*.jsonl")
     assert sorted(line for shard in shards for line in shard.read_text().splitlines()) == rows
@@ -213,7 +213,7 @@ def test_a_build_that_spent_its_budget_keeps_what_is_finished_and_goes_on(config
                   "budget={soft_calls: 20, hard_calls: 60}")  # fmt: skip
     assert capped.returncode == 3, capped.stderr
     assert "budget.soft_calls (20) is passed" in capped.stderr
-    assert "raise budget.hard_calls and give the same command again to go on" in capped.stderr
+    assert "raise budget.hard_calls and run the same command again to go on" in capped.stderr
     rows = built_rows(config)
     counts = Counter(row["conv_id"] for row in rows)
     assert 0 < len(counts) < 40
@@ -221,8 +221,8 @@ def test_a_build_that_spent_its_budget_keeps_what_is_finished_and_goes_on(config
     paid = spent_calls(config)
     assert paid >= 60
     still = build(config, "num_conversations=40", "budget.hard_calls=60")
-    assert (still.tally.done, still.calls) == (0, 0)
-    assert "budget.hard_calls" in still.tally.spent
+    assert (still.counts.done, still.calls) == (0, 0)
+    assert "budget.hard_calls" in still.counts.spent
     rest = build(config, "num_conversations=40")
     assert rest.before == len(counts)
     assert rest.complete
@@ -272,7 +272,7 @@ def test_failed_conversations_are_counted_and_left_out(config: Path, tmp_path: P
     bad = json.dumps({**json.loads(good[0]), "single_turn_prompt": "a request that the desk cannot read"})
     problems.write_text("\n".join([*good, bad]))
     progress = build(config)
-    assert (progress.tally.done, progress.tally.failed) == (4, 1)
+    assert (progress.counts.done, progress.counts.failed) == (4, 1)
     assert "1 failed" in progress.line()
     assert {row["conv_id"] for row in built_rows(config)} == set(range(4))
 

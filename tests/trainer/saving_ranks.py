@@ -1,4 +1,4 @@
-"""What is saved when a run ends, on two ranks.
+"""The last save of a run on two ranks.
 
 saving_ranks.py CASE, with CASE one of: alike (every rank fails alike), alone (rank 1 fails, rank 0 waits elsewhere),
 clock (only rank 0's clock runs), interrupted (rank 1 has had a signal)

@@ -1,4 +1,4 @@
-"""What ends a run and what does not: failed evaluations, skipped optimizer steps, engines with other weights."""
+"""Errors that end a run and errors that do not: failed evaluations, skipped optimizer steps, engines on other weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step and an evaluation leave for the user: lines on the terminal, rows of figures, warnings."""
+"""Reports of steps and evaluations: terminal lines, rows of figures, warnings."""
 
 from __future__ import annotations
 

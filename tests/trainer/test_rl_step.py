@@ -1,4 +1,4 @@
-"""The RL update of one data rank, with a stand-in for the model: which passes it asks for, and what it reports."""
+"""The RL update of one data rank with a stand-in for the model: the passes that it asks for, and its metrics."""
 
 from __future__ import annotations
 

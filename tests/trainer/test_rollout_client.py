@@ -7,7 +7,7 @@ from pathlib import Path
 
 import zmq
 
-from collab_megatron.wire.figures import of_kind
+from collab_megatron.figures import of_kind
 from collab_megatron.wire.protocol import Answer, Request, encode_answer, request_decoder
 from tests.trainer.parallel.ranks import run_ranks
 

@@ -1,4 +1,4 @@
-"""Whatever ends a run while the trainer's state is whole saves it first; what is not whole is never saved."""
+"""The last save: whatever ends a run between two updates saves the state first; a half-done update is never saved."""
 
 from __future__ import annotations
 

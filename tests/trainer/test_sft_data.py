@@ -1,4 +1,4 @@
-"""Conversations of real files, tokenised with a real chat template, as the batches of one data rank."""
+"""Batches of one data rank from real files, tokenized with a real chat template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collab_megatron.trainer.sft_data import SFTData
 from collab_megatron.types import Message
 from tests.trainer.one_process import SPEC, grid_of
 
-TRAINED, HELD_OUT, BATCH = 6, 3, 4
+TRAINED, HELD_OUT, BATCH = 6, 5, 4
 
 
 def conversation(number: int) -> Conversation:

@@ -12,15 +12,15 @@ import pytest
 import zmq
 
 from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick, TooManyErrors
+from collab_megatron.figures import Figure
 from collab_megatron.launch.ports import free_port
 from collab_megatron.types import RolloutBatch, TrainingSample
 from collab_megatron.wire import protocol
-from collab_megatron.wire.figures import Figure
 from collab_megatron.wire.protocol import (
     Answer,
-    Delivery,
     DriverClient,
     DriverHasNoEngine,
+    DriverResult,
     Request,
     Tally,
     encode_answer,
@@ -78,7 +78,7 @@ def test_a_batch_arrives_as_it_was_sent_after_any_number_of_polls(served: Callab
         Answer(samples=DONE.samples, figures=DONE.figures, lost=lost, notes=("hear",)),
     ]
     client = DriverClient([served(answers)], TOKEN)
-    assert client.next_batch(7, 6, ["http://a", "http://b"], timeout_s=30) == Delivery(BATCH, lost, ("hear",))
+    assert client.next_batch(7, 6, ["http://a", "http://b"], timeout_s=30) == DriverResult(BATCH, lost, ("hear",))
     client.close()
 
 
@@ -92,7 +92,7 @@ def test_why_a_batch_was_refused_is_told_though_it_cannot_be_removed(
 ) -> None:
     refused = Answer(tally=Tally(of=4, lost=3, why="the judge is away"))
     client = DriverClient([served([refused, Answer(error="driver: the disk is full")])], TOKEN)
-    with pytest.raises(RunError, match="3 of 4 groups of step 8 had to be dropped; the judge is away"):
+    with pytest.raises(RunError, match="3 of 4 groups of step 8 were dropped; the judge is away"):
         client.next_batch(7, 6, [], timeout_s=30)
     assert "the refused batch of step 8 stays in the journal: driver: the disk is full" in caplog.text
     client.close()
@@ -129,7 +129,7 @@ def test_a_silent_driver_is_noticed(monkeypatch: pytest.MonkeyPatch, served: Cal
     monkeypatch.setattr(protocol, "SILENT_S", 0.2)
     monkeypatch.setattr(protocol, "POLL_S", 0.1)
     client = DriverClient([served([])], TOKEN)
-    with pytest.raises(RunError, match="silent"):
+    with pytest.raises(RunError, match="has not answered for"):
         client.evaluate(0, 0, [], timeout_s=30)
     client.close()
 
@@ -151,7 +151,7 @@ def test_the_limit_on_lost_work_is_that_of_all_shards(served: Callable[[list[Ans
     assert client.evaluate(2, 2, [], timeout_s=30).content == {}
     client.close()
     client = DriverClient([served([answer, Answer(), answer]) for answer in (dropped, dropped, kept, dropped)], TOKEN)
-    with pytest.raises(RunError, match="3 of 4 groups of step 3 had to be dropped; the engine refused"):
+    with pytest.raises(RunError, match="3 of 4 groups of step 3 were dropped; the engine refused"):
         client.next_batch(2, 2, [], timeout_s=30)
     with pytest.raises(RunError, match="3 of 4 held-out conversations failed; the engine refused"):
         client.evaluate(2, 2, [], timeout_s=30)
@@ -162,7 +162,7 @@ def test_a_batch_without_samples_is_explained(served: Callable[[list[Answer]], s
     client = DriverClient([served([Answer(notes=("hear",))]), served([Answer()])], TOKEN)
     notes = client.next_batch(7, 7, [], timeout_s=30).notes
     assert notes[0] == "hear"
-    assert "step 8: no group has spread" in notes[1]
+    assert "step 8: the advantages of all groups are 0" in notes[1]
     client.close()
 
 
@@ -183,9 +183,9 @@ def test_half_a_surrogate_pair_of_a_provider_can_be_sent(served: Callable[[list[
     client = DriverClient(
         [served([Answer(notes=("half \ud83d", "\ud83d\ude00"), lost=lost, tally=Tally(1, 0, "\udfff"))])], TOKEN
     )
-    delivery = client.next_batch(7, 6, [], timeout_s=30)
-    assert delivery.notes[:2] == ("half \ufffd", "\U0001f600")
-    assert delivery.lost == {"http://a": "half \ufffd"}
+    result = client.next_batch(7, 6, [], timeout_s=30)
+    assert result.notes[:2] == ("half \ufffd", "\U0001f600")
+    assert result.lost == {"http://a": "half \ufffd"}
     client.close()
 
 

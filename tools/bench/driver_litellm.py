@@ -60,7 +60,7 @@ class BareLLM:
 
     async def complete(self, request: LLMRequest[T]) -> list[T]:
         """The text as it comes; waits without end, since the stand-in fails a call only once."""
-        wire = [{"role": message.role, "content": message.content} for message in request.messages]
+        wire = [message.as_dict() for message in request.messages]
         attempt = 0
         while True:
             try:

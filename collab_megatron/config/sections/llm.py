@@ -9,9 +9,9 @@ from pydantic import AfterValidator, Field, field_validator
 
 from collab_megatron.config.sections.base import Finite, Named, Positive, Seconds, Section, Share
 from collab_megatron.config.sections.extra import check_address, check_extra
+from collab_megatron.types import TERMINATION_SIGNAL
 
 Address = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
-ResponseFormat = Literal["text", "json_object", "json_schema"]
 
 
 class DeploymentSection(Section):
@@ -19,7 +19,7 @@ class DeploymentSection(Section):
 
     model: Named  # in LiteLLM's terms: gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
     api_base: Address | None = None  # URL of a compatible server; None: the provider's own
-    api_key_env: Named | None = "OPENAI_API_KEY"  # NAME of the environment variable that holds the key; None: no key
+    api_key_env: Named | None = "OPENAI_API_KEY"  # NAME of the environment variable with the key; None: no key
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None  # prompt and completion tokens together
     input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table. 0: free
@@ -27,7 +27,7 @@ class DeploymentSection(Section):
 
 
 class LLMSection(DeploymentSection):
-    """One role behind an LLM API: its first deployment, and what holds for all of them."""
+    """One role behind an LLM API: its first deployment, and the settings that all its deployments share."""
 
     temperature: float = Field(default=1.0, ge=0)
     max_tokens: Positive = 1024
@@ -36,10 +36,10 @@ class LLMSection(DeploymentSection):
     max_attempts: Positive = 5
     max_concurrency: Positive = 64  # calls in flight, over all deployments; fewer while the provider pushes back
     deployments: tuple[DeploymentSection, ...] = ()  # further ones, of equal standing: fail-over, more limits
-    cooldown_s: Seconds = 20.0  # a deployment that failed is left alone for this long, or for as long as it asks
+    cooldown_s: Seconds = 20.0  # a deployment that failed gets no calls for this long, or for as long as it asks
     # response_format of requests whose prompt asks for JSON: text (none), json_object, or json_schema, which names the
     # fields too (json_object for models without it)
-    response_format: ResponseFormat = "json_object"
+    response_format: Literal["text", "json_object", "json_schema"] = "json_object"
     prompt_file: Path | None = None  # replaces the shipped prompt template
     # further arguments of every call, in LiteLLM's terms, e.g. {top_p: 0.9, reasoning_effort: low}; no secrets.
     # LiteLLM leaves out OpenAI's arguments that it knows a provider not to take
@@ -68,7 +68,7 @@ class UserSection(SimulatorSection):
 
     # a user turn that contains this text ends the chat; prompts get it as $termination_signal. CollabLLM and the verl
     # recipe use [[TERMINATE CHAT]]
-    termination_signal: Annotated[str, Field(min_length=1, pattern=r"\S")] = "[TERMINATE]"
+    termination_signal: Annotated[str, Field(min_length=1, pattern=r"\S")] = TERMINATION_SIGNAL
     mixture: tuple[SimulatorSection, ...] = ()  # others next to this one
 
 

@@ -87,14 +87,14 @@ class GatewaySnapshot:
     def cost_usd(self) -> float:
         return sum(usage.cost_usd for usage in self.roles.values())
 
-    def metrics(self, prefix: str = "simulator") -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Values by dashboard name: `simulator/user/calls`, ..., and `simulator/cost_usd` over all roles."""
         named = {
-            f"{prefix}/{role}/{f.name}": float(getattr(usage, f.name))
+            f"simulator/{role}/{f.name}": float(getattr(usage, f.name))
             for role, usage in self.roles.items()
             for f in fields(usage)
         }
-        named[f"{prefix}/cost_usd"] = self.cost_usd
+        named["simulator/cost_usd"] = self.cost_usd
         return named
 
 

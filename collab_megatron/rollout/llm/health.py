@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from collab_megatron.config.sections import HealthSection
 from collab_megatron.errors import UserError
+from collab_megatron.figures import Figure, Figures, values
 from collab_megatron.rollout.llm.accounting import MALFORMED
 from collab_megatron.rollout.llm.turn_checks import DETECTORS, Turn
 from collab_megatron.types import TERMINATION_SIGNAL, Message, Task
@@ -132,22 +133,22 @@ def check_limits(section: HealthSection) -> None:
             )
 
 
-def parts_of_shares(counts: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """health/CHECK_share -> (found, denominator) over all roles, from counts with the names of metrics().
+def share_figures(counts: Mapping[str, float]) -> Figures:
+    """health/CHECK_share over all roles, of counts as metrics() names them.
 
     A check without any turns or replies is left out.
     """
-    result = {}
+    result: Figures = {}
     for name, check in CHECKS.items():
         found, of = _found(counts, name), _found(counts, check.per)
         if of:
-            result[f"health/{name}_share"] = sum(found.values()), sum(of.values())
+            result[f"health/{name}_share"] = Figure.ratio(sum(found.values()), sum(of.values()))
     return result
 
 
 def shares(counts: Mapping[str, float]) -> dict[str, float]:
     """health/CHECK_share over all roles."""
-    return {name: found / max(of, 1.0) for name, (found, of) in parts_of_shares(counts).items()}
+    return values(share_figures(counts))
 
 
 def verdict(counts: Mapping[str, float], section: HealthSection) -> tuple[list[str], str | None]:

@@ -54,7 +54,7 @@ class ApiRequest:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        return [{"role": message.role, "content": message.content} for message in self.asked.messages]
+        return [message.as_dict() for message in self.asked.messages]
 
     @property
     def schema(self) -> Mapping[str, Any] | None:

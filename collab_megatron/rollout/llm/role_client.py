@@ -281,6 +281,6 @@ class RoleClient:
 
 def request_seed(seed: int, request: LLMRequest[Any], answers: int) -> int:
     """The `seed` parameter in [0, 2**31): a function of run seed, sample and messages, and of the answers so far."""
-    messages = [{"role": message.role, "content": message.content} for message in request.messages]
+    messages = [message.as_dict() for message in request.messages]
     key = json.dumps([seed, request.sample_index, answers, messages], ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=4).digest(), "big") >> 1

@@ -27,7 +27,6 @@ class PromptTemplate:
     def __init__(self, text: str, *, required: Iterable[str], optional: Iterable[str] = (), source: str) -> None:
         """Raises UserError if `text` has a lone dollar, an unknown name, or not every required name."""
         self._template = Template(text)
-        self._source = source
         required, known = set(required), set(required) | set(optional)
         if not self._template.is_valid():
             raise UserError(f"prompt {source}: it contains a lone $; write $$ for a dollar sign")
@@ -78,9 +77,7 @@ def prompts_by_content(node: Any) -> Any:
 def chat_lines(chat: Sequence[Message]) -> str:
     """The user and assistant turns, one JSON object per line. fill() escapes closing tags the way JSON does."""
     lines = [
-        json.dumps({"role": message.role, "content": message.content}, ensure_ascii=False)
-        for message in chat
-        if message.role in ("user", "assistant")
+        json.dumps(message.as_dict(), ensure_ascii=False) for message in chat if message.role in ("user", "assistant")
     ]
     return "\n".join(lines)
 

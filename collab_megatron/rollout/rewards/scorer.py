@@ -6,12 +6,12 @@ would turn it into a reward, since `max(-1, min(1, nan))` is 1.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 
+from collab_megatron.concurrency import run_all
 from collab_megatron.rollout.llm import SimulatorError
 from collab_megatron.rollout.llm.accounting import METRIC
 from collab_megatron.rollout.rewards.aggregate import conversation_reward
@@ -40,12 +40,8 @@ class Scorer:
         Raises SimulatorError if a judge gave no usable reply or a metric no finite number: a conversation is scored by
         all metrics or not at all.
         """
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = {m.name: group.create_task(_score(m, conversation)) for m in self.metrics}
-        except ExceptionGroup as errors:  # `except*` would wrap the exception in a group again
-            raise first_error(errors) from None
-        return {name: task.result() for name, task in tasks.items()}
+        scores = await run_all(_score(metric, conversation) for metric in self.metrics)
+        return {metric.name: score for metric, score in zip(self.metrics, scores, strict=True)}
 
     def reward(self, scores: Mapping[str, float]) -> float:
         """R* of these scores."""
@@ -86,10 +82,3 @@ def finite_score(metric: str, value: object) -> float:
 def _short(value: object) -> str:
     text = repr(value)
     return f"a {type(value).__name__} ({text if len(text) <= SHORT_CHARS else text[:SHORT_CHARS] + '...'})"
-
-
-def first_error(errors: BaseException) -> BaseException:
-    """The first plain exception of a group, however deep."""
-    while isinstance(errors, BaseExceptionGroup):
-        errors = errors.exceptions[0]
-    return errors

@@ -1,4 +1,4 @@
-"""Agreement between ranks: what one rank does for all, and what each does for itself, fails on all ranks or on none.
+"""Agreement between ranks: work of one rank for all, or of every rank, succeeds on all ranks or fails on all.
 
 A rank that raises alone leaves the others in a collective until its deadline. Two helpers prevent that:
 
@@ -7,8 +7,8 @@ A rank that raises alone leaves the others in a collective until its deadline. T
         if grid.is_main:
             ...
 
-An error is raised on the other ranks as what it is, also where a caller reacts to its class (NoEngineLeft): a UserError
-or RunError crosses by its class and message, any other exception as a RunError, a full disk as DiskFull.
+The other ranks raise an error of the same class, because callers react to classes (NoEngineLeft): a UserError or
+RunError crosses as its class and message, a full disk as DiskFull, any other exception as RunError.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Failure:
-    """An error as the other ranks hear of it."""
+class RankFailure:
+    """An error in the form that crosses to the other ranks."""
 
     kind: type[Exception]  # what they raise; made of a message alone
     text: str
 
     @classmethod
-    def of(cls, error: Exception, folder: Path | None = None) -> Failure:
+    def of(cls, error: Exception, folder: Path | None = None) -> RankFailure:
         """`folder`: where the rank was writing, to recognize a full disk."""
         if isinstance(error, UserError | RunError):
             plain = (UserError.__init__, RunError.__init__)
-            # a class with further arguments crosses as the nearest above it that has none
+            # a class with more arguments than the message crosses as its nearest base class without them
             return cls(next(kind for kind in type(error).__mro__ if kind.__init__ in plain), str(error))  # type: ignore[misc]
         if folder is not None and is_disk_full(error, folder):
             return cls(DiskFull, "disk full: free space and repeat")
@@ -63,8 +63,8 @@ def on_rank_zero(grid: RankGrid, act: Callable[[], T], *, group: dist.ProcessGro
     if grid.is_main:
         try:
             outcome = [act(), None]
-        except Exception as raised:  # noqa: BLE001  (raised below, once the other ranks have heard of it)
-            error, outcome = raised, [None, Failure.of(raised)]
+        except Exception as raised:  # noqa: BLE001  (raised below, after the other ranks know of it)
+            error, outcome = raised, [None, RankFailure.of(raised)]
     dist.broadcast_object_list(outcome, src=0, group=group or grid.cpu_group)
     result, failure = outcome
     if failure is not None:
@@ -82,18 +82,18 @@ def fail_together(grid: RankGrid, doing: str, folder: Path) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except Exception as raised:  # noqa: BLE001  (raised below, once every rank has heard of it)
+    except Exception as raised:  # noqa: BLE001  (raised below, after every rank knows of it)
         error = raised
-    failure = None if error is None else Failure.of(error, folder)
+    failure = None if error is None else RankFailure.of(error, folder)
     if failure is not None and failure.kind is RunError and not isinstance(error, RunError):
         logger.error("rank %d: %s failed", grid.rank, doing, exc_info=error)  # a bug, or a library's error
     with phase(grid, doing):
         failures = gather(grid, failure)
     if isinstance(error, UserError | RunError):
         raise error
-    for rank, heard in enumerate(failures):
-        if heard is not None:
-            raise heard.kind(f"{doing} failed: rank {rank}: {heard.text}") from error
+    for rank, first in enumerate(failures):
+        if first is not None:
+            raise first.kind(f"{doing} failed: rank {rank}: {first.text}") from error
 
 
 def gather(grid: RankGrid, value: T) -> list[T]:
@@ -105,11 +105,11 @@ def gather(grid: RankGrid, value: T) -> list[T]:
     return values
 
 
-def meet(grid: RankGrid, where: str, timeout_s: float) -> None:
-    """Wait until every rank has come to `where`, a name used once; some may never come.
+def await_all_ranks(grid: RankGrid, where: str, timeout_s: float) -> None:
+    """Wait until every rank is at `where`, a name that is used once. Some ranks may never come.
 
-    Over the store of the rendezvous: a gloo collective's deadline is its group's, on all ranks but the first.
-    Raises RunError naming this rank at the deadline.
+    Over the rendezvous store, because a gloo collective has its group's deadline on all ranks but the first. Raises
+    RunError naming this rank at the deadline.
     """
     if grid.world_size == 1:
         return
@@ -118,7 +118,7 @@ def meet(grid: RankGrid, where: str, timeout_s: float) -> None:
         store.set(f"{where}/{grid.rank}", "here")
         store.wait([f"{where}/{rank}" for rank in range(grid.world_size)], timedelta(seconds=timeout_s))
     except RuntimeError as error:  # DistStoreError at the deadline, DistNetworkError where rank 0 is gone
-        raise RunError(f"rank {grid.rank}: not every rank came to {where} within {timeout_s:g} s") from error
+        raise RunError(f"rank {grid.rank}: not every rank reached {where} within {timeout_s:g} s") from error
 
 
 @contextlib.contextmanager

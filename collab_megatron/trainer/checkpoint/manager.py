@@ -21,7 +21,7 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.checkpoint.async_save import AsyncSave, grid_for_saves
 from collab_megatron.trainer.checkpoint.save_load import Retention, begin_save, load_checkpoint, load_weights
 from collab_megatron.wire.checkpoints import named_checkpoint, newest_complete
-from collab_megatron.wire.origin import data_position, differences
+from collab_megatron.wire.provenance import data_position, differences
 
 
 class CheckpointManager:

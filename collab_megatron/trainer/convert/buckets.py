@@ -1,7 +1,7 @@
-"""A Megatron model as flat buckets of whole Hugging Face tensors: the one stream that export and weight sync share.
+"""A Megatron model as flat buckets of whole Hugging Face tensors, for export and weight sync.
 
-A bucket is a run of table rows of one pipeline stage. What other ranks hold of it is fetched in one collective per
-bucket, not one per tensor, so the cost does not grow with the number of tensors. Upstream's layout of such a bucket:
+A bucket is a run of table rows of one pipeline stage. The parts on other ranks are gathered in one collective per
+bucket, so the cost does not grow with the number of tensors. SGLang has the same layout:
 sglang/srt/weight_sync/tensor_bucket.py (bytes of the tensors, end to end, in order).
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 APART_BYTES = 4 * 2**20
-"""Tensors that are as large as this on average gain more from not being copied than a message each costs them."""
+"""From this average tensor size on, saving the copy gains more than one message per tensor costs."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Rows of one pipeline stage, consecutive in the table, whose Hugging Face tensors lie end to end."""
+    """Consecutive table rows of one pipeline stage; their Hugging Face tensors lie end to end."""
 
-    number: int  # place in the plan, from 0
+    number: int  # index in the plan, from 0
     stage: int
     rows: tuple[ParameterRow, ...]
     tensors: tuple[TensorInfo, ...]
-    apart: bool = False  # large tensors that lie whole on one rank: they may travel one by one, without being packed
+    apart: bool = False  # large tensors that are whole on one rank: they may be sent one by one, unpacked
 
     @property
     def num_bytes(self) -> int:
@@ -73,18 +73,18 @@ def row_tensors(row: ParameterRow, spec: ModelSpec, dtype: torch.dtype) -> tuple
 
 
 def tensor_plan(spec: ModelSpec, dtype: torch.dtype) -> list[TensorInfo]:
-    """Names, shapes and dtypes in the order of the stream, known without a model. Tied: no lm_head."""
+    """Names, shapes and dtypes in streaming order; needs no model. Without lm_head if it is tied."""
     return [tensor for row in rows(spec) for tensor in row_tensors(row, spec, dtype)]
 
 
 def bucket_plan(
     spec: ModelSpec, dtype: torch.dtype, *, pipeline: int, interleave: int, bucket_bytes: int, cut: bool = True
 ) -> list[Bucket]:
-    """Cut the table into buckets of at most `bucket_bytes`; a row that is larger travels alone. Pure.
+    """Split the table into buckets of at most `bucket_bytes`; a larger row gets its own bucket. Pure.
 
-    `cut`: tensor or expert parallelism divides the model. If not, a row of more than half a bucket travels alone too,
-    so that it may go from where it lies, without a copy, however small its neighbours are. The fused parts of a row
-    (q, k, v; gate, up) stay together.
+    `cut`: tensor or expert parallelism divides the model. If not, a row of more than half a bucket also gets its own
+    bucket, so that it can be sent without a copy whatever the size of its neighbors. The fused parts of a row (q, k, v;
+    gate, up) stay together.
     """
     runs: list[tuple[int, list[ParameterRow], list[TensorInfo]]] = []
     room = 0  # bytes left in the last bucket
@@ -117,18 +117,18 @@ def is_cut(spec: ModelSpec, grid: RankGrid) -> bool:
 
 
 class BucketStream:
-    """This rank's side of the stream. For every bucket of its own stage: `gather`, then `pack` or `tensors`.
+    """This rank's side of the stream. For each bucket of its stage: `gather`, then `pack`, `pieces` or `tensors`.
 
-    Extra memory: one buffer, at most the largest bucket of this stage, and that only where tensor or expert parallelism
-    cuts the model. The caller holds what it packs into.
+    Extra memory: one buffer, at most the largest bucket of this stage, and only if tensor or expert parallelism cuts
+    the model. The caller owns the target of `pack`.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], spec: ModelSpec, grid: RankGrid, plan: Sequence[Bucket]) -> None:
         self.plan = plan
         self._spec, self._grid = spec, grid
         self._parameters = local_parameters(chunks, spec, grid)
-        self._gathered: Tensor | None = None  # uint8; what came from other ranks
-        self._shards: dict[str, list[Tensor]] = {}  # Megatron name -> every rank's part, of the gathered bucket
+        self._gathered: Tensor | None = None  # uint8; the parts of other ranks
+        self._shards: dict[str, list[Tensor]] = {}  # Megatron name -> every rank's part, for the gathered bucket
 
     @property
     def mine(self) -> list[Bucket]:
@@ -142,7 +142,7 @@ class BucketStream:
 
     @torch.no_grad()
     def gather(self, bucket: Bucket) -> None:
-        """Fetch what other ranks hold of `bucket`. Collective over the ranks of this stage, in the plan's order."""
+        """Gather the parts of `bucket` on other ranks. Collective over the ranks of this stage, in the plan's order."""
         self._shards.clear()
         cut = [row for row in bucket.rows if row.cut is not None and self._grid.tp_size > 1]
         away = [row for row in bucket.rows if row.expert is not None and self._grid.ep_size > 1]
@@ -193,28 +193,28 @@ class BucketStream:
             for parts in parts_of(row, self._parts(row), self._spec):
                 _, target = next(targets)
                 start = 0
-                for part in parts:  # one copy per rank that held a part, straight to its place
+                for part in parts:  # one copy per rank that held a part, directly to its place
                     length = part.shape[row.cut or 0]
                     target.narrow(row.cut or 0, start, length).copy_(part)
                     start += length
 
     @torch.no_grad()
     def pieces(self, bucket: Bucket) -> list[Tensor]:
-        """The tensors of a bucket that is `apart`, as they lie in this rank's parameters; q, k and v are copied, since
-        they lie there by key/value head. Local."""
+        """The tensors of a bucket that is `apart`, as views of this rank's parameters. q, k and v are copies, because
+        the parameter groups them by key/value head. Local."""
         return [part.contiguous() for row in bucket.rows for (part,) in parts_of(row, self._parts(row), self._spec)]
 
     @torch.no_grad()
     def tensors(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         """The gathered bucket's (Hugging Face name, whole contiguous tensor), one at a time. Local.
 
-        Where nothing had to be joined a tensor shares memory with the model or with what the next `gather` overwrites.
+        A tensor that needed no join shares memory with the model or with the buffer that the next `gather` overwrites.
         """
         for row in bucket.rows:
             yield from zip(row.hf, gather(row, self._parts(row), self._spec), strict=True)
 
     def free(self) -> None:
-        """Give the buffer back."""
+        """Free the buffer."""
         self._shards.clear()
         self._gathered = None
 

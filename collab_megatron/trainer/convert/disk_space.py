@@ -1,4 +1,4 @@
-"""Is a disk full, and how much is free. Pure: no torch."""
+"""Free disk space, and whether an error means that the disk is full. Pure: no torch."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from pathlib import Path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
-# torch's zip writer swallows errno: what it says instead, believed only while the disk has next to nothing left
+# torch's zip writer hides errno: its messages count only if the disk has almost no space left
 _WRITE_TEXTS = ("file write failed", "unexpected pos", "PytorchStreamWriter", "IoError", "Worker failure")
-_NEXT_TO_NOTHING = 2**20  # bytes
+_ALMOST_FULL = 2**20  # bytes
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether `error`, or anything it was raised from or wraps, comes of a full disk or quota under `folder`."""
+    """Whether `error`, or an error that it wraps or was raised from, means a full disk or quota under `folder`."""
     chain = list(_chain(error, set()))
     if any(isinstance(e, OSError) and e.errno in _FULL for e in chain):
         return True
     texts = " ".join(str(e) for e in chain)
     if any(text in texts for text in _FULL_TEXTS):
         return True
-    return any(text in texts for text in _WRITE_TEXTS) and free_bytes(folder) < _NEXT_TO_NOTHING
+    return any(text in texts for text in _WRITE_TEXTS) and free_bytes(folder) < _ALMOST_FULL
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes an ordinary user may still write under `folder` (or its nearest existing parent)."""
+    """Bytes that an ordinary user can still write under `folder`, or its nearest existing parent."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def _chain(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
-    """`error`, its causes and contexts, and what torch's CheckpointException collects from the ranks."""
+    """`error`, its causes and contexts, and the ranks' errors in torch's CheckpointException."""
     if id(error) in seen:
         return
     seen.add(id(error))

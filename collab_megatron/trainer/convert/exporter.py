@@ -1,7 +1,7 @@
-"""A Megatron model as a stream of whole Hugging Face tensors on rank 0, one at a time: the bucket stream, unpacked.
+"""Export: a Megatron model as a stream of whole Hugging Face tensors on rank 0, one at a time.
 
-No two ranks can wait for each other: every rank walks the buckets in the same order, stages meet only at rank 0, and
-what a stage gathers waits for nobody outside that stage.
+No deadlock: all ranks walk the buckets in the same order, stages communicate only with rank 0, and gathers stay within
+a stage.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from collab_megatron.trainer.actor.grid import RankGrid
 
 EXPORT_BUCKET_BYTES = 64 * 2**20
-"""What a later stage sends to rank 0 at a time."""
+"""Bytes that a later stage sends to rank 0 at a time."""
 
 
 @torch.no_grad()
 def hf_tensors(chunks: Sequence[nn.Module], spec: ModelSpec, grid: RankGrid) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, whole contiguous tensor) in the order of `tensor_plan`: all of them on rank 0 of the
-    grid, on every other rank those of its pipeline stage.
+    """Yield (Hugging Face name, whole contiguous tensor) in the order of `tensor_plan`: on rank 0 of the grid all
+    tensors, on other ranks those of their pipeline stage.
 
-    Collective: every rank must drain the stream, each tensor within the grid's deadline. At most two buckets (or single
-    parameters, where those are larger) are held at a time. A yielded tensor may share memory with the model where
-    nothing was gathered, and is valid until the next one: copy before changing or keeping it.
+    Collective: every rank must drain the stream, each tensor within the grid's deadline. Holds at most two buckets, or
+    two larger single parameters. A tensor is valid until the next one and may share memory with the model: copy it
+    before you change or keep it.
     """
     dtype = next(chunks[0].parameters()).dtype
     plan = bucket_plan(
@@ -60,8 +60,8 @@ def hf_tensors(chunks: Sequence[nn.Module], spec: ModelSpec, grid: RankGrid) -> 
 
 
 def _send(flat: Tensor, grid: RankGrid) -> None:
-    """To rank 0, from the rank of this stage that shares a pipeline with it."""
+    """Send to rank 0, from the rank of this stage in the same pipeline."""
     dist.send(flat, group=grid.pp_group, group_dst=0)
     if flat.is_cuda:
-        # NCCL only queues: without this a slow reader on rank 0 would let whole buckets pile up here
+        # NCCL only queues: without this, whole buckets would pile up here for a slow reader on rank 0
         torch.cuda.current_stream(flat.device).synchronize()

@@ -1,7 +1,7 @@
-"""Which tensors hold a value that is no number: a scan at the speed of memory. Pure.
+"""Find NaN and infinite values in tensors. Pure.
 
-A sum is not finite where one of its terms is not. It is the cheapest pass over a tensor (50 million values: 0.07 s on a
-CPU core, a fifth of a copy), and it may overflow where all values are finite: only then each value is looked at.
+A sum is not finite if one of its terms is not, and it is the cheapest pass over a tensor (50 million values: 0.07 s on
+a CPU core, a fifth of a copy). It may also overflow with finite values, so each value is checked only then.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collab_megatron.errors import UserError
 
 @torch.no_grad()
 def not_finite(tensors: Sequence[Tensor]) -> list[int]:
-    """Places in `tensors` (floating point, any shape and device) of those that hold NaN or an infinity. Waits for
-    each device once."""
-    places: dict[torch.device, list[int]] = {}  # of an offloaded optimizer some are on the host
+    """Indices of the `tensors` (floating point, any shape and device) with NaN or infinite values. Synchronizes each
+    device once."""
+    places: dict[torch.device, list[int]] = {}  # with optimizer offload some are on the host
     for place, tensor in enumerate(tensors):
         places.setdefault(tensor.device, []).append(place)
     suspects = []
@@ -31,11 +31,10 @@ def not_finite(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def require_finite(name: str, path: Path, values: Tensor) -> None:
-    """Of a tensor that was just read, while it is in memory. Raises UserError naming tensor and file where it holds NaN
-    or an infinity."""
+    """Raise UserError, with tensor and file, if a tensor that was just read has NaN or infinite values."""
     if not_finite([values]):
         bad = int((~values.isfinite()).sum())
         raise UserError(
-            f"tensor {name} in {path} holds {bad:,} of {values.numel():,} values that are NaN or infinite: the file is "
-            "damaged or its training diverged; fetch it again, or take an earlier checkpoint"
+            f"tensor {name} in {path} has {bad:,} of {values.numel():,} values that are NaN or infinite: the file is "
+            "damaged or its training diverged; download it again, or use an earlier checkpoint"
         )

@@ -1,7 +1,7 @@
-"""A stream of tensors as a Hugging Face folder: sharded safetensors, index, config, tokenizer, chat template.
+"""Write a stream of tensors as a Hugging Face folder: sharded safetensors, index, config, tokenizer, chat template.
 
-Written into a hidden folder beside the target and renamed at the end, so the target either is whole or does not exist.
-Run it on one process; the other ranks only drain their stream (Actor.save_hf does both).
+The folder is written under a hidden name next to the target and renamed at the end, so the target is complete or does
+not exist. Run it on one process; the other ranks only drain their stream (Actor.save_hf does both).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collab_megatron.trainer.convert.disk_space import is_disk_full
 from collab_megatron.trainer.convert.safetensors_io import write_file
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_COMPANIONS = (  # what a model folder holds beside weights and config, as far as it is there
+_COMPANIONS = (  # files of a model folder besides weights and config; copied if they exist
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -42,21 +42,21 @@ def parse_size(size: str | int) -> int:
     """Bytes of "5GB", "200MB" or a plain number. Raises UserError."""
     match = re.fullmatch(r"(\d+)\s*([KMG]?B?)", str(size).strip().upper())
     if match is None or match[2] not in _UNITS or int(match[1]) == 0:
-        raise UserError(f"{size!r} is not a size such as 5GB or 200MB")
+        raise UserError(f"{size!r} is not a size: use a number with KB, MB or GB, such as 5GB")
     return int(match[1]) * _UNITS[match[2]]
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError if `output` is there and holds anything, or lies below a file."""
+    """Raise UserError if `output` exists and is not empty, or is below a file."""
     nearest = next(place for place in output.absolute().parents if place.exists())
     if not nearest.is_dir():
-        raise UserError(f"{output} cannot be made, because {nearest} is a file: name another output")
+        raise UserError(f"{output} cannot be created, because {nearest} is a file: name another output")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already; remove it or name another output")
 
 
 def copy_companions(source: Path, target: Path, *, dtype: str | None = None) -> None:
-    """Copy config.json (with `dtype` noted where given), tokenizer, chat template and generation config."""
+    """Copy config.json (with `dtype` if given), tokenizer, chat template and generation config."""
     config = json.loads((source / "config.json").read_text())
     if dtype is not None:
         # transformers 5 reads `dtype`, SGLang and transformers 4 `torch_dtype`
@@ -69,15 +69,15 @@ def copy_companions(source: Path, target: Path, *, dtype: str | None = None) -> 
 
 @contextlib.contextmanager
 def atomic_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` to write into; it becomes `output` at the end, or is removed on any error.
+    """A hidden folder next to `output` to write into. It becomes `output` at the end, or is removed on an error.
 
-    Raises UserError if `output` holds something already, RunError if the disk is full.
+    Raises UserError if `output` is not empty, RunError if the disk is full.
     """
     check_output(output)
     aside = output.parent / f".{output.name}.tmp-{os.getpid()}"
     try:
         for left in output.parent.glob(f".{output.name}.tmp-*"):
-            if not _runs(left.name.rpartition("-")[2]):  # a process that was killed while it wrote
+            if not _runs(left.name.rpartition("-")[2]):  # left by a process that was killed while writing
                 shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
@@ -88,7 +88,7 @@ def atomic_folder(output: Path) -> Iterator[Path]:
         fsync_folder(output.parent)
     except Exception as error:
         if is_disk_full(error, output.parent):
-            raise RunError(f"disk full while writing the model to {output}; free space and repeat") from error
+            raise RunError(f"disk full while writing the model to {output}: free space and repeat") from error
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -112,10 +112,10 @@ def write_hf_folder(
     max_shard_size: str | int = "5GB",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `stream` and the companions found in `source_folder` to `output`.
+    """Write `stream` and the other files of `source_folder` to `output`.
 
-    Holds at most one shard in memory. `metadata` goes into every safetensors header.
-    Raises UserError if `output` holds something already, RunError if the disk is full; then nothing is left behind.
+    Holds at most one shard in memory. `metadata` goes into each safetensors header.
+    Raises UserError if `output` is not empty, RunError if the disk is full. After an error nothing is left behind.
     """
     limit = parse_size(max_shard_size)
     pending: list[Tensor] = []
@@ -143,7 +143,7 @@ def write_hf_folder(
 
 
 def cut_into_shards(plan: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
-    """The tensors of each file, in order: at most `limit` bytes, or a single tensor that is larger."""
+    """The tensors of each file, in order: at most `limit` bytes, or one larger tensor."""
     shards: list[list[TensorInfo]] = [[]]
     size = 0
     for info in plan:
@@ -158,12 +158,12 @@ def cut_into_shards(plan: Iterable[TensorInfo], limit: int) -> list[list[TensorI
 def write_shard(
     folder: Path, number: int, plan: Sequence[TensorInfo], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None
 ) -> None:
-    """File `number` (from 0) of a folder that finish_folder completes; holds one tensor at a time. Raises OSError."""
+    """Write file `number` (from 0) of a folder for finish_folder; holds one tensor at a time. Raises OSError."""
     write_file(folder / f"shard-{number}", plan, tensors, {"format": "pt", **(metadata or {})})
 
 
 def finish_folder(folder: Path, shards: Sequence[Sequence[TensorInfo]], source_folder: Path) -> None:
-    """Give the shards their names and add index, config (with the tensors' dtype noted), tokenizer and the rest."""
+    """Rename the shards and add index, config (with the tensors' dtype), tokenizer and the other files."""
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / "model.safetensors")
     else:

@@ -1,8 +1,7 @@
-"""Hugging Face safetensors into a built Megatron model: lazily, and on each rank only its own slices.
+"""Load Hugging Face safetensors into a built Megatron model, lazily: each rank reads only its own slices.
 
-safetensors maps the file; a slice reads the bytes of that slice, and only of this rank's layers and experts. A tensor
-that is missing, has another shape, or that no table row knows is refused by name: a model with a silently missing bias
-would train and be wrong.
+safetensors maps the file into memory; a slice reads only its own bytes. A tensor that is missing, has the wrong shape
+or has no table row raises UserError: a model without one of its biases would train, but be wrong.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class SafetensorsFolder:
-    """The tensors of a model folder by name; files are opened on first use and closed with the folder."""
+    """The tensors of a model folder by name. Files are opened on first use and closed with the folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError when the folder has no readable safetensors."""
+        """Raises UserError if the folder has no readable safetensors."""
         self.folder = folder
         self._files: dict[Path, safe_open] = {}
         self._where: dict[str, Path] = {}
@@ -43,7 +42,7 @@ class SafetensorsFolder:
             for path in sorted(folder.glob("*.safetensors")):
                 self._where.update(dict.fromkeys(self._open(path).keys(), path))
         if not self._where:
-            raise UserError(f"{folder} has no *.safetensors; convert the model's weights to safetensors first")
+            raise UserError(f"{folder} has no *.safetensors files: convert the model's weights to safetensors")
 
     def __enter__(self) -> SafetensorsFolder:
         return self
@@ -58,16 +57,21 @@ class SafetensorsFolder:
     def read(self, name: str, shape: tuple[int, ...], cut: int | None, start: int, stop: int) -> Tensor:
         """Elements start..stop along dimension `cut` (None: all) of tensor `name`, which must have `shape`."""
         if name not in self._where:
-            raise UserError(f"tensor {name} of shape {list(shape)} is missing in {self.folder}")
+            raise UserError(
+                f"tensor {name} of shape {list(shape)} is missing in {self.folder}: download the model again"
+            )
         path = self._where[name]
         try:
             view = self._open(path).get_slice(name)
             found = tuple(view.get_shape())
             if found != shape:
-                raise UserError(f"tensor {name} in {path} has shape {list(found)}; config.json asks for {list(shape)}")
+                raise UserError(
+                    f"tensor {name} in {path} has shape {list(found)}, but config.json asks for {list(shape)}: use the "
+                    "weights and config.json of one model"
+                )
             part: Tensor = view[:] if cut is None else view[start:stop] if cut == 0 else view[:, start:stop]
         except SafetensorError as error:
-            raise UserError(f"tensor {name} cannot be read from {path}: {error}") from error
+            raise UserError(f"tensor {name} cannot be read from {path}: {error}; download it again") from error
         require_finite(name, path, part)
         return part
 
@@ -76,17 +80,16 @@ class SafetensorsFolder:
             try:
                 self._files[path] = safe_open(path, framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} is missing or not a safetensors file: {error}") from error
+                raise UserError(f"{path} cannot be read as a safetensors file: {error}; download it again") from error
         return self._files[path]
 
 
 @torch.no_grad()
 def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, grid: RankGrid) -> None:
-    """Fill every parameter of this rank's model chunks (any dtype and device) from the folder's safetensors.
+    """Fill all parameters of this rank's model chunks (any dtype and device) from the folder's safetensors.
 
-    No communication. Raises UserError naming tensor, shape and file where the folder does not hold the model that
-    config.json describes, or a value that is no number; a wrong shape or value is only seen by the ranks that
-    read the tensor.
+    No communication. Raises UserError, with tensor, shape and file, if the folder does not match config.json or has a
+    NaN or infinite value. Only the ranks that read a tensor notice its wrong shape or value.
     """
     parameters = local_parameters(chunks, spec, grid)
     with SafetensorsFolder(folder) as source:
@@ -100,7 +103,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], spec: ModelSpec, folder: Path, 
 
 
 def read_shard(source: SafetensorsFolder, row: ParameterRow, spec: ModelSpec, tp_rank: int, tp_size: int) -> Tensor:
-    """One rank's value of the row's Megatron parameter, in the file's dtype; vocabulary padding is zero."""
+    """One rank's value of the row's Megatron parameter, in the file's dtype. Vocabulary padding is zero."""
     parts = []
     for name, dims in zip(row.hf, row.shapes, strict=True):
         shape = tuple(spec.dims[dim] for dim in dims)

@@ -1,8 +1,8 @@
-"""Where each row of the table lives on the rank grid, and which parameter of this rank it is.
+"""Placement of the table's rows on the rank grid, and the parameters of this rank.
 
 Layers are split evenly over pipeline * interleave model chunks in megatron's order: chunk c belongs to stage
-c % pipeline. The embedding is on the first stage, final norm and output projection on the last; where the two share a
-weight and stages are several, the last stage holds a copy of the embedding, which megatron keeps equal in training.
+c % pipeline. The embedding is on the first stage, final norm and output projection on the last. If embedding and output
+projection share a weight, the last of several stages has a copy of the embedding, which megatron keeps equal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EXPERT = re.compile(r"(?<=\.local_experts\.)\d+")
 
 
 def stage_of(row: ParameterRow, spec: ModelSpec, *, pipeline: int, interleave: int = 1) -> int:
-    """The pipeline stage that owns the row: of a tied embedding, the first."""
+    """The pipeline stage that owns the row; for a tied embedding, the first."""
     if row.layer is not None:
         layers_per_chunk = spec.layers // (pipeline * interleave)
         return row.layer // layers_per_chunk % pipeline
@@ -38,7 +38,7 @@ def expert_owner(row: ParameterRow, spec: ModelSpec, *, expert_parallel: int) ->
 
 
 def local_rows(spec: ModelSpec, grid: RankGrid) -> Iterator[ParameterRow]:
-    """The rows of which this rank holds a parameter, whole or cut, in the table's order."""
+    """The rows of this rank's parameters, whole or cut, in the table's order."""
     stages = {"pipeline": grid.pp_size, "interleave": grid.parallel.interleave}
     for row in rows(spec):
         copied_here = spec.tied and row.megatron == EMBEDDING.megatron and grid.pp_rank == grid.pp_size - 1
@@ -50,10 +50,10 @@ def local_rows(spec: ModelSpec, grid: RankGrid) -> Iterator[ParameterRow]:
 
 
 def local_parameters(chunks: Sequence[nn.Module], spec: ModelSpec, grid: RankGrid) -> dict[str, nn.Parameter]:
-    """The table's Megatron name -> this rank's parameter, over the given (unwrapped) model chunks of it.
+    """The table's Megatron name -> this rank's parameter, for its (unwrapped) model chunks.
 
-    Layers and experts are numbered over the whole model, and the last stage's copy of a tied embedding has the
-    embedding's name. Fails where a chunk holds a parameter that the table does not place on this rank.
+    Layers and experts are numbered over the whole model. The last stage's copy of a tied embedding has the embedding's
+    name. Asserts that the table places each parameter of the chunks on this rank.
     """
     first_expert = grid.ep_rank * (spec.experts // grid.ep_size)
     found: dict[str, nn.Parameter] = {}

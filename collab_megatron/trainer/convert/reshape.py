@@ -1,8 +1,8 @@
-"""How tensors are joined into Megatron's fused parameters and taken apart again. Pure tensors; every function is exact.
+"""Join tensors into Megatron's fused parameters and split them again. Pure tensor functions, all exact.
 
-Legend: heads and kv_heads of this rank or of the whole model, either works as long as both say the same; H trailing
-dimensions (the hidden size of a weight, nothing of a bias). Upstream: megatron/core/transformer/attention.py (the query
-heads of a group stand before its key and value) and mlp.py (gate before up).
+Legend: heads and kv_heads are those of this rank or both of the whole model; H are trailing dimensions (the hidden size
+of a weight, nothing for a bias). Upstream: megatron/core/transformer/attention.py (query heads of a group before its
+key and value) and mlp.py (gate before up).
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def split(row: ParameterRow, parameter: Tensor, spec: ModelSpec, tensor_parallel
 
 
 def parts_of(row: ParameterRow, shards: Sequence[Tensor], spec: ModelSpec) -> list[tuple[Tensor, ...]]:
-    """Every tensor-parallel rank's parameter, in rank order -> per Hugging Face tensor of the row the
-    unpadded parts that make it up along `row.cut`. Nothing is copied but what the fused layout of q, k, v forces.
+    """All tensor-parallel ranks' parameters, in rank order -> for each Hugging Face tensor of the row its unpadded
+    parts along `row.cut`. Copies only q, k and v, which the fused layout interleaves.
 
-    Of a row that is not cut, one rank's parameter is enough.
+    For a row that is not cut, one rank's parameter is enough.
     """
     if row.cut is None:
         return [(tensor,) for tensor in split(row, shards[0], spec, 1)]
@@ -74,7 +74,7 @@ def parts_of(row: ParameterRow, shards: Sequence[Tensor], spec: ModelSpec) -> li
 
 
 def gather(row: ParameterRow, shards: Sequence[Tensor], spec: ModelSpec) -> tuple[Tensor, ...]:
-    """As parts_of, joined: the row's whole, contiguous Hugging Face tensors. Memory is shared where one part is all."""
+    """As parts_of, joined: the row's whole, contiguous Hugging Face tensors. A single part shares its memory."""
     return tuple(
         (torch.cat(parts, dim=row.cut or 0) if len(parts) > 1 else parts[0]).contiguous()
         for parts in parts_of(row, shards, spec)

@@ -1,7 +1,7 @@
-"""Safetensors files by plain reads and writes, a tensor at a time: memory holds what is asked for, never a mapped file.
+"""Read and write safetensors files one tensor at a time, without mapping the file.
 
-safetensors' own reader maps the whole file, and its writer wants a whole file's tensors at once; both count as memory
-of the process. The format is a length, a JSON header, then the tensors' bytes one after the other.
+safetensors' own reader maps the whole file, and its writer needs all tensors of a file at once; both count as memory of
+the process. The format is a length, a JSON header, then the tensors' bytes end to end.
 """
 
 from __future__ import annotations
@@ -65,6 +65,6 @@ def _write_header(stream: BinaryIO, plan: Sequence[TensorInfo], metadata: dict[s
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, valid while the tensor lives. Not through numpy, which has no bfloat16 and
-    leaves behind a storage that cannot be emptied."""
+    """The memory of a contiguous CPU tensor, valid while the tensor lives. Without numpy, which has no bfloat16 and
+    leaves a storage that cannot be resized."""
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

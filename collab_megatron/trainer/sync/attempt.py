@@ -48,7 +48,7 @@ class Attempt:
         self.members = members  # the servers that take part; the same on every rank
         self._store, self._number, self._rank, self._timeout_s = store, number, rank, timeout_s
         self._posted: list[str] = []  # keys that this rank has written
-        self._sent: dict[int, Future[None]] = {}
+        self._sent: dict[int, Future[bool]] = {}
 
     def post(self, key: str, value: bytes = b"1") -> None:
         """Publish a value to all ranks."""
@@ -81,7 +81,7 @@ class Attempt:
                 raise RunError(f"trainer rank {self._rank}: {what} did not end within {self._timeout_s:g} s")
             time.sleep(POLL_S)
 
-    def sent(self, bucket_number: int) -> Future[None]:
+    def sent(self, bucket_number: int) -> Future[bool]:
         """Done once this rank has sent the bucket: one thread sets it, another waits for it."""
         return self._sent.setdefault(bucket_number, Future())
 

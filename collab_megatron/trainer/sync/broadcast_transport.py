@@ -18,7 +18,7 @@ from collab_megatron.engine.control import BucketTensors, EngineControl
 from collab_megatron.errors import RunError
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.convert.buckets import Bucket
-from collab_megatron.trainer.sync.attempt import Attempt
+from collab_megatron.trainer.sync.attempt import Abandoned, Attempt
 from collab_megatron.trainer.sync.bucket_transport import BucketTransport, is_stage_sender
 from collab_megatron.trainer.sync.servers import SyncServers
 from collab_megatron.trainer.sync.threads import in_background
@@ -142,8 +142,10 @@ class BroadcastTransport(BucketTransport):
             dtypes=[str(info.dtype).removeprefix("torch.") for info in bucket.tensors],
             shapes=[list(info.shape) for info in bucket.tensors],
         )
-        group_name = self._addresses[bucket.stage].name
-        control.receive_bucket(tensors, group_name=group_name, packed=not bucket.apart, weight_version=version)
+        address = self._addresses.get(bucket.stage)
+        if address is None:  # the other thread has disconnected since
+            raise Abandoned
+        control.receive_bucket(tensors, group_name=address.name, packed=not bucket.apart, weight_version=version)
 
     def _loaded(self, attempt: Attempt, bucket: Bucket) -> None:
         return

@@ -91,8 +91,9 @@ class BucketTransport(ABC):
         except (Abandoned, RunError) as error:
             failure = error
             self._give_up(attempt)
-        if loading is not None:
-            loading.result()  # each of its calls has a deadline; its error names the server, so it comes first
+        # each of the loading calls has a deadline; an error of theirs names the server, so it comes first
+        if loading and (load_error := loading.exception()) and not (failure and isinstance(load_error, Abandoned)):
+            raise load_error
         if failure is not None:
             raise failure
         if servers:
@@ -204,7 +205,7 @@ class _InFlight:
     def _wait_for_oldest(self) -> None:
         bucket, _, is_sent = self._buckets.pop(0)
         self._attempt.wait(is_sent, f"handing over bucket {bucket.number} (from {bucket.tensors[0].name})")
-        self._attempt.sent(bucket.number).set_result(None)
+        self._attempt.sent(bucket.number).set_result(True)
 
 
 def is_stage_sender(grid: RankGrid) -> bool:

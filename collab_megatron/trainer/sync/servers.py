@@ -16,6 +16,7 @@ from collab_megatron.engine.client import EngineGone, EngineRefused, EngineSilen
 from collab_megatron.engine.control import EngineControl, PauseMode
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import NoEngineLeft, RunError, masked
+from collab_megatron.trainer.sync.attempt import Abandoned
 from collab_megatron.trainer.sync.threads import in_background
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
@@ -142,8 +143,8 @@ class SyncServers:
         """Call every member at the same time and return their answers.
 
         `on_failure` is called at the first failure: it must end whatever the others may be waiting for.
-        Raises EnginesLost after giving up the servers that are dead or hang; RunError with a server's own words where
-        all are well and one refuses; and first of all, what `call` itself raises about an answer.
+        Raises EnginesLost after giving up the servers that are dead or hang; EngineRefused where all are well and one
+        refuses; and first of all, what `call` itself raises about an answer.
         """
         return self.start(what, call).results(on_failure)
 
@@ -162,8 +163,8 @@ class SyncServers:
         return CallToAll(self, what, call)
 
     def drop_failed(self, what: str, futures: Mapping[Future[T], EngineEntry]) -> None:
-        """Give up the servers that made a call fail. Where none did, raise the refusal of a server. What a call raised
-        about an answer is raised in any case."""
+        """Give up the servers that made a call fail. If there are none, raise a server's refusal, or Abandoned. What a
+        call raised about an answer is raised in any case."""
         wait(futures, timeout=ANSWER_S)
         dropped = False
         unsure = {}
@@ -183,7 +184,7 @@ class SyncServers:
                 dropped = True
         # once the dead ones are gone, those that waited for them must come back
         wait(futures, timeout=RELEASE_S if dropped else 0)
-        refusals = []
+        errors: list[Exception] = []
         for future, entry in futures.items():
             if not future.done():
                 self.give_up(entry, f"did not come back from {what} within {self.timeout_s:g} s")
@@ -192,15 +193,15 @@ class SyncServers:
             error = future.exception()
             if error is None or entry not in self.members:
                 continue
-            if isinstance(error, EngineRefused):
-                refusals.append(error)
+            if isinstance(error, EngineRefused | Abandoned):
+                errors.append(error)
             elif isinstance(error, EngineSilent):  # its HTTP side lives, its scheduler does not
                 self.give_up(entry, str(error))
                 dropped = True
             else:
                 raise error  # weights that differ, or a bug of ours: another server does not help
-        if not dropped and refusals:
-            raise RunError(str(refusals[0]))
+        if not dropped and errors:
+            raise min(errors, key=lambda error: isinstance(error, Abandoned))  # a refusal, if there is one
 
     def _ask(self, controls: Mapping[EngineEntry, EngineControl]) -> dict[EngineEntry, bool]:
         """Which servers answer; all are asked at the same time."""

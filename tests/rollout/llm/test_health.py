@@ -199,7 +199,7 @@ def test_the_demos_simulator_is_healthy() -> None:
         for _ in range(3):
             wire = [(message.role, message.content) for message in talk]
             talk.append(Message("assistant", scripted_roles.assistant_reply(wire, rng)))
-            lines = "\n".join(json.dumps({"role": m.role, "content": m.content}) for m in talk)
+            lines = "\n".join(json.dumps(m.as_dict()) for m in talk)
             prompt = template.fill(task_desc="", request=task.request, chat=lines, termination_signal="")
             said = json.loads(scripted_roles.user_reply([("user", prompt)], rng))["response"]
             health.observe_turn("user", known, talk, said)

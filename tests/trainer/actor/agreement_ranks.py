@@ -1,4 +1,4 @@
-"""Run by test_agreement.py on two ranks: what one rank meets is raised on all, by its class."""
+"""Run by test_agreement.py on two ranks: an error on one rank is raised on all, by its class."""
 
 from __future__ import annotations
 

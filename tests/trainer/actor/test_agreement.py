@@ -1,4 +1,4 @@
-"""What one rank meets is raised on all."""
+"""Agreement between ranks: an error on one rank is raised on all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device choice says no where it must, and the CPU support leaves torch as it was for everyone else."""
+"""Device choices that are refused; CPU support does not change torch for other libraries."""
 
 from __future__ import annotations
 

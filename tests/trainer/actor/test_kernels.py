@@ -1,4 +1,4 @@
-"""Hand-written backward passes against autograd's on the plain formulas, in float64, and what they round in bf16."""
+"""Hand-written backward passes against autograd's: exact in float64, within rounding in bf16."""
 
 from __future__ import annotations
 

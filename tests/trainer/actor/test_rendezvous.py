@@ -1,4 +1,4 @@
-"""Stores listen on loopback alone where all ranks are on this node."""
+"""Stores listen on loopback only if all ranks are on this node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches and shares."""
+"""Micro-batches, shared prompts, balanced partition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A flat stretch of a tensor, cut into boxes."""
+"""A range of a flattened tensor as boxes."""
 
 from __future__ import annotations
 

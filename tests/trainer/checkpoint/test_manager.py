@@ -1,4 +1,4 @@
-"""What a run begins with: its own newest checkpoint, the weights of another run, or the model's."""
+"""Start of a run: its own newest checkpoint, the weights of another run, or the model's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing in the package loads a pickle without restriction."""
+"""No code of the package loads a pickle without restriction."""
 
 from __future__ import annotations
 

@@ -152,9 +152,9 @@ def test_config_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("missing", r"tensor model\.norm\.weight of shape \[64\] is missing in .*broken"),
         ("shape", r"tensor model\.norm\.weight in .*model\.safetensors has shape \[32\]; config\.json asks for \[64\]"),
         ("unknown", r"does not have: \['model\.layers\.0\.self_attn\.q_proj\.bias'\]"),
-        ("torn", r"model\.safetensors is missing or not a safetensors file"),
+        ("torn", r"model\.safetensors cannot be read as a safetensors file"),
         ("none", r"has no \*\.safetensors"),
-        ("nan", r"tensor model\.norm\.weight in .*model\.safetensors holds 1 of 64 values that are NaN or infinite"),
+        ("nan", r"tensor model\.norm\.weight in .*model\.safetensors has 1 of 64 values that are NaN or infinite"),
         ("inf", r"tensor model\.layers\.1\.mlp\.up_proj\.weight in .*safetensors holds 2 of .* NaN or infinite"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The losses against plain arithmetic, and that micro-batching does not change them."""
+"""Losses against plain arithmetic; micro-batching does not change them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_actor_parallel.py on four ranks (tensor 2, pipeline 2): what layout_ranks.py does not ask of an actor.
+"""Run by test_actor_parallel.py on four ranks (tensor 2, pipeline 2): checks of the actor besides layout_ranks.py.
 
 actor_ranks.py WORK
 """

@@ -1,4 +1,4 @@
-"""The layouts that checkpoint_ranks.py saves under and loads under, and which of them take over which."""
+"""Layouts of checkpoint_ranks.py: those to save under, and those to load under."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ checkpoint_ranks.py layouts WORK
     steps; then each starts from the weights of what another one saved, exactly, and takes over what each other one
     saved: its weights exactly, its next two losses to 1e-5.
 checkpoint_ranks.py disk WORK DISK
-    a disk that fills up at different moments of a save; a save beside the training: the same bytes, unmoved by the
+    a disk that fills up at different moments of a save; an asynchronous save: the same bytes, not changed by the
     steps taken meanwhile, a full disk heard where it is waited for.
 checkpoint_ranks.py alone WORK
-    files made to run code; then the process kills itself within a save beside the training.
+    files made to run code; then the process kills itself during an asynchronous save.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def build(
 
 
 def resume(grid: RankGrid, work: Path, kind: str, layout: Layout) -> None:
-    """Saved at step 2, gone on from by another actor: every number is that of a run that never stopped."""
+    """Saved at step 2 and resumed by another actor: every number is that of a run that never stopped."""
     saved_under = work / f"{kind}-{layout.name}"
     whole = build(work, kind, grid, layout.distributed, layout.cpu_offload)
     for step in range(2):
@@ -204,18 +204,18 @@ def layouts(work: Path) -> None:
 
 def background(grid: RankGrid, work: Path, disk: Path) -> None:
     actor = build(work, "qwen3", grid, distributed=True)
-    beside = grid_for_saves(grid)
+    save_grid = grid_for_saves(grid)
     train(actor, 0)
     at_once = save_checkpoint(actor, work / "at-once", step=1, extra={"a": 1}, keep_last=2)
     for _ in range(2):  # the second over the first: the same step again
-        pending = begin_save(actor, work / "beside", step=1, extra={"a": 1}, keep=Retention(2), copy=True)
-        running = AsyncSave(pending, beside)
+        pending = begin_save(actor, work / "async", step=1, extra={"a": 1}, keep=Retention(2), copy=True)
+        running = AsyncSave(pending, save_grid)
         before = weights(actor)
         train(actor, 1)
         running.wait()
         load_checkpoint(actor, at_once)
         assert all(torch.equal(t, before[n]) for n, t in weights(actor).items())
-    written = work / "beside" / at_once.name
+    written = work / "async" / at_once.name
     names = {f.relative_to(at_once) for f in at_once.rglob("*") if f.is_file()}
     assert names == {f.relative_to(written) for f in written.rglob("*") if f.is_file()}
     for name in names:
@@ -232,7 +232,7 @@ def background(grid: RankGrid, work: Path, disk: Path) -> None:
     if grid.is_main:
         _leave(disk, filler, 100_000)
     dist.barrier(group=grid.cpu_group)
-    running = AsyncSave(pending, beside)
+    running = AsyncSave(pending, save_grid)
     train(actor, 2)
     with pytest.raises(RunError, match=r"^disk full while saving to .*; earlier checkpoints are whole; free \d+ MB"):
         running.wait()
@@ -243,7 +243,7 @@ def background(grid: RankGrid, work: Path, disk: Path) -> None:
     if grid.is_main:
         filler.unlink()
     dist.barrier(group=grid.cpu_group)
-    AsyncSave(begin_save(actor, disk / "checkpoints", step=4, extra={}, keep=Retention(1), copy=True), beside).wait()
+    AsyncSave(begin_save(actor, disk / "checkpoints", step=4, extra={}, keep=Retention(1), copy=True), save_grid).wait()
     assert newest_complete(disk / "checkpoints") == disk / "checkpoints" / "step_00000004"
 
 
@@ -325,7 +325,7 @@ def hostile(grid: RankGrid, work: Path) -> None:
         (model / ".metadata").write_bytes(pickle.dumps(found))
 
     def bytes_entry(model: Path) -> None:
-        """A tensor that is said to be an object: torch loads those without restriction."""
+        """A tensor that is declared an object, which torch loads without restriction."""
         found = metadata_of(model)
         key = next(iter(found.state_dict_metadata))
         found.state_dict_metadata[key] = BytesStorageMetadata()
@@ -350,7 +350,7 @@ def hostile(grid: RankGrid, work: Path) -> None:
 
 
 def killed(grid: RankGrid, work: Path) -> None:
-    """Ends by its own hand, with a save beside the training that lacks nothing but its marker."""
+    """Kills itself during an asynchronous save that lacks only its marker."""
     actor = build(work, "qwen3", grid)
     save_checkpoint(actor, work / "killed", step=1, extra={}, keep_last=2)
     reached = threading.Event()

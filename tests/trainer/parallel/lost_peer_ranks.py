@@ -1,4 +1,4 @@
-"""Run by test_actor_parallel.py: rank 1 dies; rank 0 must say so, with its phase, long before the deadline."""
+"""Run by test_actor_parallel.py: rank 1 dies; rank 0 reports it with its phase, long before the deadline."""
 
 from __future__ import annotations
 

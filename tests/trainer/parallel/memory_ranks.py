@@ -1,4 +1,4 @@
-"""Run by test_memory_parallel.py: what a training step really holds, beside what cluster/memory.py says.
+"""Run by test_memory_parallel.py: the memory of a real training step, next to the prediction of model/memory.py.
 
     memory_ranks.py WORK KIND TENSOR PIPELINE DATA EXPERT DTYPE,RECOMPUTE[,packed][,offload][,interleave] ...
 

@@ -1,4 +1,4 @@
-"""Run by test_optimizer_parallel.py on two data ranks: what must not change the numbers, and does not.
+"""Run by test_optimizer_parallel.py on two data ranks: options that must not change the numbers.
 
     optimizer_ranks.py WORK
 

@@ -1,4 +1,4 @@
-"""Same numbers everywhere: every layout against the GRPO step in plain PyTorch and transformers (fp32, relative 1e-5).
+"""Every layout against the GRPO step in plain PyTorch and transformers (fp32, relative 1e-5).
 
 Log-probs, entropies, loss, metrics, gradient norm of three optimizer steps, and the weights after them. One set of
 processes runs all cases of its size; each case is a test of its own that reads what came of it.

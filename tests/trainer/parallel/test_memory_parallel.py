@@ -1,4 +1,4 @@
-"""The plan's bytes against those of real training steps: within 10 % for every part and for the sum."""
+"""Planned bytes against those of real training steps: within 10 % for every part and for the sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Offload to the host, overlap of communication and recomputation on two real ranks: the numbers of the plain step."""
+"""CPU offload, overlapped communication and recomputation on two real ranks: same numbers as the plain step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of an evaluation: metrics first, columns where both kinds were played, nothing that was not measured."""
+"""Table of an evaluation: metrics first, columns for openings and later turns, no row without a figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clocks, progress line and dashboard."""
+"""Timers, alarms, progress line and dashboard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ def test_overlapping_calls_count_once() -> None:
         time.sleep(0.02)
         with clock:
             time.sleep(0.02)
-    assert clock.calls == 2
     assert 0.04 <= clock.seconds() <= time.monotonic() - start
     before = clock.seconds()
     time.sleep(0.02)

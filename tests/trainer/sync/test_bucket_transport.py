@@ -128,7 +128,7 @@ def test_servers_are_asked_for_a_bucket_while_they_still_load_the_one_before(ser
         else:
             asked_for_second.set()
 
-    FakeControl.does = staticmethod(does)  # type: ignore[assignment]
+    FakeControl.does = staticmethod(does)
     transport_of(servers, Stream(), lambda bucket: lambda: True).deliver(attempt(), 3, NoChecksums())
     assert asked_for_second.is_set()
 
@@ -158,7 +158,7 @@ def test_no_bucket_is_asked_for_before_the_one_before_has_left(servers: SyncServ
 
         return is_sent
 
-    FakeControl.does = staticmethod(does)  # type: ignore[assignment]
+    FakeControl.does = staticmethod(does)
     transport_of(servers, Stream(), send).deliver(attempt(), 3, NoChecksums())
     assert left == [0, 1, 2, 3]
 

@@ -26,7 +26,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncServe
 
 def first_server(do: Callable[[], Any]) -> None:
     """The first server does `do` in every call; the others answer "well"."""
-    FakeControl.does = staticmethod(lambda url, _: do() if url == FIRST.url else "well")  # type: ignore[assignment]
+    FakeControl.does = staticmethod(lambda url, _: do() if url == FIRST.url else "well")
 
 
 def failing(error: Exception) -> Callable[[], None]:
@@ -41,7 +41,7 @@ def call(servers: SyncServers) -> dict[Any, Any]:
 
 
 def test_all_answers_come_back(found: SyncServers) -> None:
-    FakeControl.does = staticmethod(lambda url, _: url)  # type: ignore[assignment]
+    FakeControl.does = staticmethod(lambda url, _: url)
     assert call(found) == {entry: entry.url for entry in ENTRIES}
 
 
@@ -100,7 +100,7 @@ def test_servers_that_waited_for_a_dead_one_are_released_and_kept(found: SyncSer
         assert released.wait(30)
         raise EngineRefused("the group was closed")
 
-    FakeControl.does = staticmethod(do)  # type: ignore[assignment]
+    FakeControl.does = staticmethod(do)
     with pytest.raises(EnginesLost):
         found.call_all("the call", lambda control, _: control.resume(), on_failure=released.set)
     assert found.members == (SECOND, THIRD)

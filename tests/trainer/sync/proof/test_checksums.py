@@ -161,7 +161,7 @@ def test_the_stream_gives_the_hash_of_every_fused_tensor(kind: str, ranks: int, 
 @pytest.mark.parametrize("ranks", [3, 8])
 def test_a_vocabulary_that_64_times_the_ranks_pads(ranks: int) -> None:
     (embedding,) = engine_tensors(spec_of("llama"), 0, ranks=ranks, device="cpu")
-    assert embedding.sources[0].share.width * ranks == {3: 384, 8: 256}[ranks]  # 256 / 3 is not whole
+    assert embedding.sources[0].split.width * ranks == {3: 384, 8: 256}[ranks]  # 256 / 3 is not whole
 
 
 @given(

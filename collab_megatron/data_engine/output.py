@@ -1,8 +1,7 @@
-"""Finished conversations on disk: JSONL shards that are only ever appended to, and survive a kill.
+"""Output folder of a build: one append-only JSONL shard per worker process, and the settings of the build.
 
-A conversation is appended to its shard as a whole (json_lines.py). Every row carries `conv_rows`, the number of rows of
-its conversation, so a conversation that a crash cut off is recognised wherever the cut fell, and dropped when the build
-goes on.
+A conversation is appended as a whole (json_lines.py). Every row has `conv_rows`, the row count of its conversation: a
+conversation that a kill cut short is recognized, and removed when the build continues.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from collab_megatron.rollout.rewards.modules import module_sources
 from collab_megatron.text import on_one_line
 
 SETTINGS_FILE = "build.json"
-# What may differ between the runs that fill one folder: where and how fast, but nothing that shapes a conversation.
+# settings that may differ between runs into one folder: they do not change the conversations
 FREE_SETTINGS = frozenset(
     {"output", "problems", "num_conversations", "max_concurrency", "processes", "budget", "journal", "umask"}
 )
-BY_CONTENT = frozenset({"judges", "metric_modules"})  # of the reward: what is compared otherwise
+BY_CONTENT = frozenset({"judges", "metric_modules"})  # of the reward section: compared separately
 SHAPING_LLM_SETTINGS = (
     "model",
     "temperature",
@@ -49,9 +48,9 @@ def shard_path(output: Path, worker: int) -> Path:
 
 
 def claim_output(config: BuildDatasetConfig) -> set[int]:
-    """Make the folder ready; the conv_ids that are finished in it.
+    """Create or open the folder; returns the conv_ids of its finished conversations.
 
-    Raises UserError if it holds conversations made with other settings: mixed rows would not be comparable.
+    Raises UserError if it has conversations of other settings: mixed rows would not be comparable.
     """
     output = config.output
     try:
@@ -65,23 +64,26 @@ def claim_output(config: BuildDatasetConfig) -> set[int]:
         else:
             replace_lines(path, [json.dumps(settings, indent=1).encode() + b"\n"])
     except json.JSONDecodeError:
-        raise UserError(f"{output / SETTINGS_FILE} is damaged: choose another output folder") from None
+        raise UserError(f"{output / SETTINGS_FILE} is not valid JSON: choose another output folder") from None
     except OSError as error:
-        raise UserError(f"output folder {output} cannot be used: {error}") from None
+        raise UserError(f"output folder {output} cannot be used: {error}; choose another one") from None
     return done
 
 
 def append_conversation(shard: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append the rows of one conversation, all or none of them. Raises RunError on a full disk."""
+    """Append all rows of one conversation, or none. Raises RunError on a full disk."""
     data = b"".join(on_one_line(json.dumps(row, ensure_ascii=False).encode(errors="replace")) + b"\n" for row in rows)
     try:
         append_lines(shard, data)
     except OSError as error:
-        raise RunError(f"conversations cannot be written: {error}; finished ones are kept") from None
+        raise RunError(
+            f"{shard} cannot be written: {error}; finished conversations are kept: free some space and run the same "
+            "command again"
+        ) from None
 
 
 def _settings(config: BuildDatasetConfig) -> dict[str, Any]:
-    """Everything that shapes the conversations, flat: dotted name -> plain value."""
+    """All settings that change the conversations: dotted name -> plain value."""
     raw = prompts_by_content(config.model_dump(mode="json"))
     settings = {name: value for name, value in raw.items() if name not in FREE_SETTINGS and name != "simulators"}
     settings["reward"] = {name: value for name, value in raw["reward"].items() if name not in BY_CONTENT}
@@ -105,12 +107,12 @@ def _compare_settings(old: Mapping[str, Any], new: Mapping[str, Any], output: Pa
     if changed:
         raise UserError(
             f"{output} holds conversations made with another {', '.join(changed)}: choose another output folder, or "
-            "go back to the settings in its build.json"
+            "use the settings in its build.json again"
         )
 
 
 def _whole_conversations(shard: Path) -> set[int]:
-    """Take out of the shard what a crash cut off; the conv_ids that are whole."""
+    """Remove unfinished conversations from the shard; returns the conv_ids of the finished ones."""
     rows: list[tuple[int, bytes]] = []
     expected: dict[int, int] = {}
     lines = [line for line in shard.read_bytes().split(b"\n") if line]
@@ -125,7 +127,7 @@ def _whole_conversations(shard: Path) -> set[int]:
     kept = [line for conv_id, line in rows if conv_id in done]
     if len(kept) != len(lines):
         logger.warning(
-            "%s: %d of %d lines belong to no finished conversation: taken out, their conversations are grown again",
+            "%s: removed %d of %d lines, of unfinished conversations; these conversations will be grown again",
             shard,
             len(lines) - len(kept),
             len(lines),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collab_megatron.wire.figures import Figure, Kind, merged, values
+from collab_megatron.figures import Figure, Kind, merged, values
 
 NUMBERS = st.lists(st.floats(-1e6, 1e6), max_size=8)
 

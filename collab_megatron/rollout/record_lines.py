@@ -1,46 +1,45 @@
-"""A conversation tree as a line of the run's record, readable without this package: docs/record.md field by field."""
+"""Record lines: a conversation tree as one JSON line, readable without this package (fields: docs/record.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
 import orjson
 
-from collab_megatron.rollout.group import TreeSeat
+from collab_megatron.rollout.group import TreeId
 from collab_megatron.text import on_one_line
-from collab_megatron.types import Future, Group, Message, PolicyTurn, Reply
+from collab_megatron.types import Future, Group, PolicyTurn, Reply
 
 SCHEMA = 1
-"""Counts up when a field changes its meaning or goes; a field that is added leaves it."""
+"""Increased when a field is removed or changes its meaning; not for a new field."""
 
 
-def tree_line(step: int, group: Group, seat: TreeSeat, *, replaced: bool, trained: bool) -> bytes:
+def tree_line(step: int, group: Group, tree_id: TreeId, *, replaced: bool, trained: bool) -> bytes:
     """One tree as a line of the record.
 
-    `step` as TensorBoard counts: the batch that the first optimizer step trains is that of step 1. `seat` tells for
-    which step it was begun, `replaced` whether another tree was begun in its place, `trained` whether the trainer was
-    given its replies.
+    `step` counts from 1, as in TensorBoard: the first optimizer step trains the batch of step 1. `tree_id` has the step
+    for which the tree was started. `replaced`: another tree was started in its place. `trained`: the trainer gets its
+    replies.
     """
-    head = {"schema": SCHEMA, "step": step, "begun_for_step": seat.step + 1, "slot": seat.slot}
+    head = {"schema": SCHEMA, "step": step, "begun_for_step": tree_id.step + 1, "slot": tree_id.slot}
     return _line({**head, "replaced": replaced, "trained": trained, **tree_record(group)})
 
 
 def held_out_line(step: int, group: Group) -> bytes:
-    """A held-out conversation as a line: a tree of one reply and one future. `step` counts the optimizer steps that its
-    weights have behind them."""
+    """A held-out conversation as a line: a tree of one reply and one future. `step`: optimizer steps before it."""
     return _line({"schema": SCHEMA, "step": step, **tree_record(group)})
 
 
 def tree_record(group: Group) -> dict[str, Any]:
-    """What was played in a tree, as plain JSON values."""
+    """A tree as plain JSON values."""
     return {
         "task_id": group.task.task_id,
         "ambiguous": group.task.ambiguous,
         "single_turn_prompt": group.task.single_turn_prompt,
         "ground_truth": group.task.ground_truth,
-        "prompt": _messages(group.task.prompt),
+        "prompt": [message.as_dict() for message in group.task.prompt],
         "prompt_ids": group.prompt_ids,
         "kept": group.kept,
         "error": group.error,
@@ -79,7 +78,7 @@ def _turn(turn: PolicyTurn) -> dict[str, Any]:
 def _future(future: Future) -> dict[str, Any]:
     return {
         "status": future.status.value,
-        "messages": _messages(future.messages),
+        "messages": [message.as_dict() for message in future.messages],
         "turns": [_turn(turn) for turn in future.turns],
         "calls": [vars(call) for call in future.calls],
         "scores": dict(future.scores),
@@ -90,20 +89,16 @@ def _future(future: Future) -> dict[str, Any]:
     }
 
 
-def _messages(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
-
-
 def _line(values: dict[str, Any]) -> bytes:
     try:
         line = orjson.dumps(values)
-    except TypeError:  # an LLM wrote what the record's JSON does not have
+    except TypeError:  # an LLM wrote a surrogate or a large integer
         line = orjson.dumps(_writable(values))
     return on_one_line(line) + b"\n"
 
 
 def _writable(value: Any) -> Any:
-    """Halves of surrogate pairs written out as backslash and number, integers above 64 bits as text."""
+    """The value with lone surrogates as \\uXXXX escapes and integers above 64 bits as text."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, int) and not -(2**63) <= value < 2**64:

@@ -17,12 +17,12 @@ import pytest
 from collab_megatron.config.sections import LLMSection, SimulatorSection, SimulatorsSection, UserSection
 from collab_megatron.errors import RunError
 from collab_megatron.limiter import AdaptiveLimiter
-from collab_megatron.rollout.deliveries import Deliveries
-from collab_megatron.rollout.group import GroupRules, TreeSeat, grow_group, sample_replies
+from collab_megatron.rollout.delivered_batches import DeliveredBatches
+from collab_megatron.rollout.group import GroupRules, TreeId, grow_group, sample_replies
 from collab_megatron.rollout.journal.store import Journal
+from collab_megatron.rollout.journaled_engine import JournaledEngine
 from collab_megatron.rollout.llm import Gateway, user_simulator
-from collab_megatron.rollout.record import SCHEMA, held_out_line, tree_line
-from collab_megatron.rollout.recorded_engine import RecordedEngine
+from collab_megatron.rollout.record_lines import SCHEMA, held_out_line, tree_line
 from collab_megatron.rollout.rewards import Scorer
 from collab_megatron.rollout.rewards.interactivity import Interactivity
 from collab_megatron.rollout.rewards.token_amount import TokenAmount
@@ -31,7 +31,7 @@ from tests.rollout.fakes import LIMITS, TASK, ScriptedEngine, ScriptedUser, play
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint
 
 DOCS = Path(__file__).parents[2] / "docs" / "record.md"
-SEAT = TreeSeat(3, 1, first_sample=100)
+TREE_ID = TreeId(3, 1, first_sample=100)
 RULES = GroupRules(2, 4, min_replies=2, min_futures=1, group_timeout_s=60, advantage_eps=0.05, min_group_std=0.01)
 PRICES: dict[str, Any] = {"input_usd_per_mtoken": 10.0, "output_usd_per_mtoken": 100.0}
 MARKS = {"understanding": 1, "clarification": 0.5, "suggestion": 0}
@@ -60,7 +60,7 @@ async def grow(url: str, journal: Journal) -> dict[str, Any]:
     simulators = SimulatorsSection(user=user, judge=LLMSection(**part("judge")))
     gateway = Gateway({"user": user, "judge": cast(LLMSection, simulators.judge)}, 7, journal=journal)
     try:
-        engine = RecordedEngine(ScriptedEngine(["(why?)ok", "b"]), journal, AdaptiveLimiter(1000), max_staleness=0)
+        engine = JournaledEngine(ScriptedEngine(["(why?)ok", "b"]), journal, AdaptiveLimiter(1000), max_staleness=0)
         scorer = Scorer(
             [Interactivity(gateway.role("judge")), TokenAmount()], {"interactivity": 1.0, "token_amount": 0.0}
         )
@@ -69,11 +69,11 @@ async def grow(url: str, journal: Journal) -> dict[str, Any]:
             user=user_simulator(simulators, gateway),
             scorer=scorer,
         )
-        prompt_ids, turns = await sample_replies(TASK, SEAT, 2, LIMITS, cast_of)
-        group = await grow_group(TASK, prompt_ids, turns, SEAT, rules=RULES, limits=LIMITS, players=cast_of)
+        prompt_ids, turns = await sample_replies(TASK, TREE_ID, 2, LIMITS, cast_of)
+        group = await grow_group(TASK, prompt_ids, turns, TREE_ID, rules=RULES, limits=LIMITS, players=cast_of)
     finally:
         await gateway.close()
-    line: dict[str, Any] = json.loads(tree_line(4, group, SEAT, replaced=False, trained=True))
+    line: dict[str, Any] = json.loads(tree_line(4, group, TREE_ID, replaced=False, trained=True))
     return line
 
 
@@ -152,8 +152,8 @@ def test_a_batch_in_another_versions_form_is_refused(tmp_path: Path) -> None:
     with closing(Journal(tmp_path / "j.sqlite", replay="auto", lineage="x")) as journal:
         old = {"trees": [[0, 0, False]], "answer": {}, "lines": [b'{"step":0}\n']}
         journal.record_delivery(4096, 0, msgspec.msgpack.encode(old))
-        with pytest.raises(RunError, match="the batch of step 1 in the form of another version"):
-            Deliveries(journal, 0, 1).get(0)
+        with pytest.raises(RunError, match="the batch of step 1 in the format of another version"):
+            DeliveredBatches(journal, 0, 1).get(0)
 
 
 def names(value: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The policy engine behind its journal and its queue: what was sampled before is not sampled again."""
+"""Policy engine with a journal and a token limit: turns in the journal are not sampled again."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from collab_megatron.rollout.journal.store import Journal
 from collab_megatron.types import Generation, PolicyEngine
 
 SMOOTHING = 0.05
-"""Weight of the newest turn in the running mean of turn lengths."""
+"""Weight of the newest turn in the moving average of turn lengths."""
 
 ANY_VERSION = 2**62
-"""Beyond the versions of any trainer, and of servers that no trainer feeds."""
+"""Above the weight versions of any trainer, and of servers without a trainer."""
 
 
-class RecordedEngine:
-    """Implements types.PolicyEngine. `slots` bounds the tokens of the calls in flight. `max_staleness` None: no trainer
-    publishes versions; the journal's lineage alone says whose turns they are."""
+class JournaledEngine:
+    """Implements types.PolicyEngine. `slots` limits the tokens of the calls in flight.
+
+    `max_staleness` None: no trainer publishes weight versions, and every turn of the journal's lineage is usable."""
 
     def __init__(
         self, engine: PolicyEngine, journal: Journal | None, slots: AdaptiveLimiter, *, max_staleness: int | None
     ) -> None:
         self._engine, self._journal, self._slots = engine, journal, slots
         self._max_staleness = max_staleness
-        self._new_tokens: float | None = None  # running mean of a turn's length
+        self._new_tokens: float | None = None  # moving average of turn lengths
         self._version = 0
         self._horizon = 0
         self._moved = asyncio.Condition()
-        self.replayed = 0  # turns that came from the journal
+        self.replayed = 0  # turns from the journal
 
     async def trainer_at(self, version: int, horizon: int) -> None:
-        """`version` is live now. The journal shows that the run reached `horizon` before: turns of versions in between
-        will be wanted again, once their version is live."""
+        """Weights `version` are live. An earlier attempt reached version `horizon`: the journal has turns of versions
+        in between, usable once their version is live. Unblocks `generate`."""
         async with self._moved:
             self._version, self._horizon = version, max(version, horizon)
             self._moved.notify_all()
@@ -51,9 +52,10 @@ class RecordedEngine:
         affinity: str = "",
         name: str = "",
     ) -> list[Generation]:
-        """From the journal, else from the engine, and then into the journal first. `name` must be unique in the run.
+        """Turns from the journal, or from the engine and then written to the journal. `name` is unique in the run.
 
-        Waits for room in the engines. Raises what the engine raises, and ReplayMiss.
+        A turn from the journal waits for its weight version, unblocked by `trainer_at`. Else waits for room in the
+        token limit and for the engine. Raises what the engine raises, and ReplayMiss.
         """
         key = turn_key(name, input_ids, n=n, temperature=temperature, max_new_tokens=max_new_tokens)
         recorded = self._recorded(key)
@@ -88,6 +90,6 @@ class RecordedEngine:
 
 
 def turn_key(name: str, input_ids: Sequence[int], *, n: int, temperature: float, max_new_tokens: int) -> bytes:
-    """16 bytes: which turn of the run it is, and what it was sampled from."""
+    """16 bytes that identify a turn of the run and the context that it is sampled from."""
     head = f"{name}|{n}|{temperature!r}|{max_new_tokens}|".encode()
     return hashlib.blake2b(head + array("q", input_ids).tobytes(), digest_size=16).digest()

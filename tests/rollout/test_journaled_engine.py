@@ -13,7 +13,7 @@ import pytest
 
 from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.journal.store import Journal, ReplayMiss
-from collab_megatron.rollout.recorded_engine import RecordedEngine, turn_key
+from collab_megatron.rollout.journaled_engine import JournaledEngine, turn_key
 from collab_megatron.types import Generation
 from tests.rollout.fakes import ScriptedEngine, generation
 
@@ -24,14 +24,14 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
         yield opened
 
 
-async def ask(engine: RecordedEngine, name: str = "0/0", ids: tuple[int, ...] = (1, 2)) -> list[Generation]:
+async def ask(engine: JournaledEngine, name: str = "0/0", ids: tuple[int, ...] = (1, 2)) -> list[Generation]:
     return await engine.generate(ids, n=1, temperature=1.0, max_new_tokens=4, name=name)
 
 
 async def test_a_turn_is_sampled_once(journal: Journal) -> None:
     below = ScriptedEngine(["a", "b", "c"])
-    first = await ask(RecordedEngine(below, journal, AdaptiveLimiter(100), max_staleness=0))
-    engine = RecordedEngine(below, journal, AdaptiveLimiter(100), max_staleness=0)
+    first = await ask(JournaledEngine(below, journal, AdaptiveLimiter(100), max_staleness=0))
+    engine = JournaledEngine(below, journal, AdaptiveLimiter(100), max_staleness=0)
     assert await ask(engine) == first
     assert engine.replayed == 1
     assert len(below.contexts) == 1
@@ -41,7 +41,7 @@ async def test_a_turn_is_sampled_once(journal: Journal) -> None:
 
 async def test_turns_of_weights_that_are_too_old_are_sampled_anew(journal: Journal) -> None:
     below = ScriptedEngine(["a", "b", "c"])
-    engine = RecordedEngine(below, journal, AdaptiveLimiter(100), max_staleness=1)
+    engine = JournaledEngine(below, journal, AdaptiveLimiter(100), max_staleness=1)
     first = await ask(engine)  # by version 0
     await engine.trainer_at(1, 1)
     assert await ask(engine) == first
@@ -56,7 +56,7 @@ async def test_without_a_trainer_the_lineage_alone_says_whose_turns_they_are(tmp
     turns = []
     for lineage in ("x", "x", "y"):
         with closing(Journal(tmp_path / "journal.sqlite", replay="auto", lineage=lineage)) as journal:
-            engine = RecordedEngine(Versioned(below, version), journal, AdaptiveLimiter(100), max_staleness=None)
+            engine = JournaledEngine(Versioned(below, version), journal, AdaptiveLimiter(100), max_staleness=None)
             turns.append(await ask(engine))
     assert turns[0] == turns[1] != turns[2]
     assert len(below.contexts) == 2
@@ -79,7 +79,7 @@ async def test_a_turn_of_weights_that_will_come_again_is_waited_for(journal: Jou
     recorded = [generation("later", version=1)]
     journal.record_turn(turn_key("0/0", (1, 2), n=1, temperature=1.0, max_new_tokens=4), recorded)
     below = ScriptedEngine(["a"])
-    engine = RecordedEngine(below, journal, AdaptiveLimiter(100), max_staleness=1)
+    engine = JournaledEngine(below, journal, AdaptiveLimiter(100), max_staleness=1)
     await engine.trainer_at(0, 1)
     waiting = asyncio.create_task(ask(engine))
     await asyncio.sleep(0.05)
@@ -87,16 +87,16 @@ async def test_a_turn_of_weights_that_will_come_again_is_waited_for(journal: Jou
     await engine.trainer_at(1, 1)
     assert await asyncio.wait_for(waiting, timeout=5) == recorded
     assert below.contexts == []
-    fresh = RecordedEngine(below, journal, AdaptiveLimiter(100), max_staleness=1)  # no sign that the run was ever there
+    fresh = JournaledEngine(below, journal, AdaptiveLimiter(100), max_staleness=1)  # no earlier attempt
     await fresh.trainer_at(0, 0)
     assert await ask(fresh) != recorded
 
 
 async def test_replay_only_samples_nothing(tmp_path: Path, journal: Journal) -> None:
     below = ScriptedEngine(["a"])
-    await ask(RecordedEngine(below, journal, AdaptiveLimiter(100), max_staleness=0))
+    await ask(JournaledEngine(below, journal, AdaptiveLimiter(100), max_staleness=0))
     with closing(Journal(tmp_path / "journal.sqlite", replay="only", lineage="x")) as strict:
-        engine = RecordedEngine(below, strict, AdaptiveLimiter(100), max_staleness=0)
+        engine = JournaledEngine(below, strict, AdaptiveLimiter(100), max_staleness=0)
         await ask(engine)
         with pytest.raises(ReplayMiss):
             await ask(engine, name="0/1")
@@ -115,6 +115,6 @@ async def test_tokens_in_flight_are_bounded(journal: Journal) -> None:
             return [generation("a")]
 
     below = Holding([])
-    engine = RecordedEngine(below, journal, AdaptiveLimiter(100), max_staleness=0)
+    engine = JournaledEngine(below, journal, AdaptiveLimiter(100), max_staleness=0)
     await asyncio.gather(*(ask(engine, name=f"{i}", ids=tuple(range(40))) for i in range(9)))  # 44 tokens each
     assert below.most == 2

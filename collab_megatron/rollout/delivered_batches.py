@@ -1,4 +1,4 @@
-"""What a shard has handed to the trainer, in the journal before it is sent: asked again, it says the same again."""
+"""Delivered batches: every batch is in the journal before it is sent, so that the same request gets the same batch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import msgspec
 import zstandard
 
 from collab_megatron.errors import RunError
-from collab_megatron.rollout.forest import Tree
 from collab_megatron.rollout.journal.store import Journal
-from collab_megatron.rollout.record import SCHEMA
+from collab_megatron.rollout.record_lines import SCHEMA
+from collab_megatron.rollout.tree_scheduler import Tree
 from collab_megatron.wire.protocol import Answer
 
 
-class Delivered(msgspec.Struct):
-    """One step's batch of one shard."""
+class DeliveredBatch(msgspec.Struct):
+    """The batch of one shard for one step."""
 
-    trees: list[tuple[int, int, bool]]  # step, slot, whether another tree was begun in its place
+    trees: list[tuple[int, int, bool]]  # step, slot, replaced by another tree
     answer: Answer
-    lines: bytes  # of the record, zstd; none where record.every leaves the step out
-    schema: int = 0  # of the lines
+    lines: bytes  # of the record, compressed (zstd); empty where record.every skips the step
+    schema: int = 0  # schema of the lines
 
     def unpacked(self) -> list[bytes]:
-        """The lines."""
+        """The record lines."""
         return zstandard.decompress(self.lines).splitlines(keepends=True) if self.lines else []
 
 
@@ -31,16 +31,16 @@ class _Form(msgspec.Struct):
     schema: int = 0
 
 
-class Deliveries:
-    """Those of one shard among `count`. Also holds the newest in memory: with replay off the journal gives none."""
+class DeliveredBatches:
+    """The batches of shard `index` of `count`. The newest is in memory too: without replay the journal returns none."""
 
     def __init__(self, journal: Journal, index: int, count: int) -> None:
         self._journal = journal
-        self._key = count * 4096 + index  # dealt out anew, the batches are others
-        self._newest: tuple[int, Delivered] | None = None
+        self._key = count * 4096 + index  # another number of shards makes other batches
+        self._newest: tuple[int, DeliveredBatch] | None = None
 
-    def get(self, step: int) -> Delivered | None:
-        """The batch of `step` as it was delivered. Raises RunError where another version of this package did."""
+    def get(self, step: int) -> DeliveredBatch | None:
+        """The batch of `step` as delivered. Raises RunError if another version of this package delivered it."""
         if self._newest is not None and self._newest[0] == step:
             return self._newest[1]
         content = self._journal.delivered(self._key, step)
@@ -48,27 +48,27 @@ class Deliveries:
             return None
         if msgspec.msgpack.decode(content, type=_Form).schema != SCHEMA:
             raise RunError(
-                f"the journal holds the batch of step {step + 1} in the form of another version of collab_megatron: go "
-                "on with the version that began the run, or set journal.path to a new file (the batch is made again)"
+                f"the journal has the batch of step {step + 1} in the format of another version of collab_megatron: "
+                "continue with the version that started the run, or set journal.path to a new file (the batch is made "
+                "again)"
             )
-        return msgspec.msgpack.decode(content, type=Delivered)
+        return msgspec.msgpack.decode(content, type=DeliveredBatch)
 
     def put(self, step: int, trees: Sequence[Tree], answer: Answer, lines: Sequence[bytes]) -> None:
-        """Durable when it returns."""
-        seats = [(tree.seat.step, tree.seat.slot, tree.replaced) for tree in trees]
+        """Write the batch of `step` to the journal. It is durable when this returns."""
+        trees_of_batch = [(tree.id.step, tree.id.slot, tree.replaced) for tree in trees]
         packed = zstandard.ZstdCompressor(level=1).compress(b"".join(lines)) if lines else b""
-        content = Delivered(seats, answer, packed, SCHEMA)
+        content = DeliveredBatch(trees_of_batch, answer, packed, SCHEMA)
         self._journal.record_delivery(self._key, step, msgspec.msgpack.encode(content))
         self._newest = step, content
 
     def remove(self, step: int) -> None:
-        """As if the batch of `step` had never been delivered."""
+        """Forget the batch of `step`: it will be made again."""
         self._journal.remove_delivery(self._key, step)
         self._newest = None
 
     def trees_around(self, step: int, lookback: int) -> tuple[dict[tuple[int, int], bool], int]:
-        """The trees of the batches from `step - lookback` on, as forest.Delivered; and the first step from `step` on of
-        which the journal knows no batch."""
+        """The trees of the batches from `step - lookback` on; the first step from `step` on that has no batch here."""
         trees: dict[tuple[int, int], bool] = {}
         at = max(0, step - lookback)
         while True:

@@ -1,10 +1,10 @@
-"""RUN_DIR/conversations/NAME: the lines of record.py in files that stay small, whole steps, in the order of steps.
+"""RUN_DIR/conversations/NAME: the lines of record_lines.py in files of bounded size, in the order of steps.
 
-    shard0.jsonl                        what shard 0 writes to
-    shard0.00000001-00000040.jsonl.zst  steps 1 to 40: closed when it held PART_BYTES, compressed unless told otherwise
+    shard0.jsonl                        shard 0 appends here
+    shard0.00000001-00000040.jsonl.zst  steps 1 to 40, closed at PART_BYTES; record.compress sets the compression
 
-A line is appended with its whole step, and a step lies in one file. A driver that was killed while it wrote takes the
-torn step out when it comes back; a resumed run takes out the steps that will be run again.
+All lines of a step are appended at once, to one file. A driver that was killed during the write removes the torn step
+at its next start; a resumed run removes the steps that it will run again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collab_megatron.errors import RunError
 from collab_megatron.json_lines import append_lines, replace_lines, row_of
 
 PART_BYTES = 64 * 2**20
-"""A file that holds more than this is closed, and the next begins: a demo's record stays one plain file."""
+"""A file is closed above this size. The record of a demo stays one plain file."""
 ZSTD_LEVEL = 3
 _STEP = re.compile(rb'\{"schema":\d+,"step":(\d+),')
 _PART = re.compile(r"shard(\d+)\.(\d{8})-(\d{8})\.jsonl(\.zst)?")
@@ -38,20 +38,20 @@ class _Part:
     last: int
 
 
-class TreeRecorder:
-    """The files of one shard. Raises RunError when the disk refuses."""
+class RecordWriter:
+    """Writes the record files of one shard. Raises RunError when the disk refuses."""
 
     def __init__(
         self, folder: Path, section: RecordSection, *, first_step: int | None, shard: int = 0, shards: int = 1
     ) -> None:
-        """first_step: the first that will be run again, as lines count (from 1); None: none will."""
+        """first_step: the first step that will be run again, counted from 1; None: no step will."""
         self._folder, self._section = folder, section
         self._open = folder / f"shard{shard}.jsonl"
         self._name = f"shard{shard}"
         self._limit_bytes = None if section.max_mb is None else section.max_mb * 1e6 / shards
-        self._said_full = False
-        self._first = self._newest = 0  # steps of the open file, of the whole record; 0: none
-        self._doubtful = 0  # the newest step, where it may not be whole
+        self._reported_full = False
+        self._first = self._newest = 0  # first step of the open file, newest of the record; 0: none
+        self._doubtful = 0  # the newest step, if it may be incomplete
         folder.mkdir(parents=True, exist_ok=True)
         self._parts, twice = _parts(folder, shard)
         try:
@@ -62,13 +62,12 @@ class TreeRecorder:
             raise self._refused(error) from None
 
     def wants(self, step: int) -> bool:
-        """Whether the trees of `step` are to be written: a driver that was started again delivers a batch as often as
-        it is asked for it, and `record.every` leaves steps out."""
+        """Whether to write the trees of `step`. A batch that is delivered again is not written again, and
+        `record.every` skips steps."""
         return (step > self._newest or step == self._doubtful) and (step - 1) % self._section.every == 0
 
     def write(self, step: int, lines: Sequence[bytes]) -> str:
-        """The trees of `step`, if they are wanted. What the user should hear: empty, or once that the record is
-        full."""
+        """Write the trees of `step` if `wants` is true. Returns a note for the user once the record is full."""
         if not self.wants(step):
             return ""
         try:
@@ -87,27 +86,27 @@ class TreeRecorder:
         return ""
 
     def _full(self, step: int) -> str:
-        if self._said_full:
+        if self._reported_full:
             return ""
-        self._said_full = True
+        self._reported_full = True
         return (
-            f"{self._folder} has reached record.max_mb={self._section.max_mb:g}: from step {step} on no conversations "
-            "are written; raise it, or set record.every"
+            f"{self._folder} has reached record.max_mb={self._section.max_mb:g}: no conversations are written from "
+            f"step {step} on; raise it, or set record.every"
         )
 
     def _bytes(self) -> int:
-        """What the shard's files take on disk."""
+        """Size of the shard's files on disk."""
         files = [self._open, *(part.path for part in self._parts)]
         return sum(file.stat().st_size for file in files if file.exists())
 
     def _close_part(self) -> None:
-        """The open file becomes a closed one; of a kill in between two copies are left, of which `_cut` drops one."""
+        """Turn the open file into a closed one. A kill in between leaves two copies; `_cut` removes one."""
         self._parts.append(self._published(self._open.open("rb"), self._first, self._newest))
         self._open.unlink()
         self._first = 0
 
     def _published(self, content: BinaryIO, first: int, last: int) -> _Part:
-        """Write a closed file aside, then rename it."""
+        """Write a closed file to a temporary name, then rename it."""
         compressed = self._section.compress == "zstd"
         path = self._folder / f"{self._name}.{first:08d}-{last:08d}.jsonl{'.zst' * compressed}"
         with content:
@@ -118,7 +117,7 @@ class TreeRecorder:
         return _Part(path, first, last)
 
     def _cut(self, first_step: int | None) -> None:
-        """Take out the steps from `first_step` on, and a step whose writing was cut off."""
+        """Remove the steps from `first_step` on, and a torn step."""
         for aside in self._folder.glob(f"{self._name}.*.tmp"):
             aside.unlink()
         if first_step is not None:
@@ -140,11 +139,11 @@ class TreeRecorder:
             with self._open.open("rb") as old:
                 replace_lines(self._open, (line for line in old if _step_of(line) in kept))
         self._first, self._newest = min(kept, default=0), max(kept, default=newest)
-        if cut == {0}:  # whether the torn line was of the newest step or the next cannot be told
+        if cut == {0}:  # the torn line is of the newest step or of the next
             self._doubtful = max(kept, default=0)
 
     def _shorten(self, part: _Part, first_step: int) -> None:
-        """The closed file without the steps from `first_step` on; a kill in between leaves both, see `_parts`."""
+        """Rewrite a closed file without the steps from `first_step` on. After a kill both are there; see `_parts`."""
         kept = [line for line in _lines(part.path) if _step_of(line) < first_step]
         if kept:
             first, last = _step_of(kept[0]), _step_of(kept[-1])
@@ -153,12 +152,12 @@ class TreeRecorder:
 
     def _refused(self, error: OSError) -> RunError:
         return RunError(
-            f"driver cannot write to {self._folder}: {error.strerror}; free some space, or set record.max_mb"
+            f"the driver cannot write to {self._folder}: {error.strerror}; free some space, or set record.max_mb"
         )
 
 
 def read_trees(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every line of a run's record, shard by shard, steps in order. A line that is being written is left out.
+    """Every line of a run's record, shard by shard, in order of steps. An unfinished last line is skipped.
 
     Raises UserError for a damaged line."""
     shards = sorted({int(path.name[len("shard") :].split(".")[0]) for path in folder.glob("shard*.jsonl*")})
@@ -171,8 +170,8 @@ def read_trees(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parts(folder: Path, shard: int) -> tuple[list[_Part], list[Path]]:
-    """The closed files of a shard, by step, and those that hold steps of theirs a second time: what a kill in
-    `_shorten` left. Of two that begin at the same step the shorter one is the newer."""
+    """The closed files of a shard in order of steps, and superseded files that a kill in `_shorten` left. Of two files
+    with the same first step the shorter one is newer."""
     found: dict[int, _Part] = {}
     twice = []
     for path in folder.glob(f"shard{shard}.*-*.jsonl*"):
@@ -196,6 +195,6 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _step_of(line: bytes) -> int:
-    """0 where the line was cut off before it could be told."""
+    """The step of a line; 0 if the line is torn before its step."""
     found = _STEP.match(line)
     return int(found[1]) if found else 0

@@ -1,6 +1,6 @@
-"""Where a checkpoint comes from: versions, config, place in the data; and in what a run differs. Pure: no torch.
+"""Provenance of a checkpoint: versions, config, position in the data; and how a run differs from it. Pure: no torch.
 
-The data order is a pure function of (seed, step) (data/row_order.py), so the place in it is a number of rows.
+The data order is a pure function of (seed, step) (data/order.py), so the position in it is a number of rows.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from collab_megatron import __version__
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "sglang")
 _ABSENT = "(absent)"
 
-# what a changed key does to the run that goes on; keys that are not here change what their name says
+# effects of changed keys on the resumed run; the effect of other keys is clear from their names
 _MEANING: Mapping[str, str] = {
-    "run.seed": "another data order: rows of this epoch may come twice or not at all",
-    "data.train": "the place in the data order is kept, the rows are others",
-    "data.validation": "held-out losses of before and after are of different conversations",
-    "max_tokens": "other rows are left out, so the data order is another one",
-    "rollout.max_prompt_tokens": "other rows are left out, so the data order is another one",
+    "run.seed": "another data order: rows of this epoch may be used twice or never",
+    "data.train": "the position in the data order stays, the rows change",
+    "data.validation": "held-out losses before and after are of different conversations",
+    "max_tokens": "other rows are left out, so the data order changes",
+    "rollout.max_prompt_tokens": "other rows are left out, so the data order changes",
     "train.steps": "a decaying learning rate is spread over the new length",
     "algorithm.mini_batches": "a decaying learning rate is spread over the new number of optimizer steps",
-    "model.path": "the policy's weights come from the checkpoint; only a reference model comes from there",
+    "model.path": "the policy's weights come from the checkpoint; only a reference model is loaded from model.path",
 }
-_SILENT = ("run.resume",)  # it differs because this is a resume
+_SILENT = ("run.resume",)  # differs because this is a resume
 
-# what decides the weights of every step: sections and keys in which two runs may not differ and be the same run
+# sections and keys that decide the weights of every step: if they differ, it is another run
 _DECIDES = (
     *("model", "data.train", "algorithm", "optimizer", "rollout", "reward", "batch_size", "max_tokens"),
     *("run.seed", "run.init_from", "driver.max_staleness", "driver.oversample_prompts"),
 )
 _DECIDES_NOT = ("algorithm.reference", "optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload")
 _DECIDES_OF_LLMS = ("model", "temperature", "prompt_file", "max_tokens")
-"""Of the LLMs around the policy, and all of `extra`; where they are and how patiently they are asked may change."""
+"""Of simulators and judges, and all of `extra`; addresses, time limits and retries may change."""
 _NAMED_BY_THE_USER = (".metric_weights.", ".extra.")
-"""Mappings in which a key that is absent says something, and not only that a version did not know it."""
+"""Mappings with keys chosen by the user: an absent key is a difference, not the default of an older version."""
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python, of ours and of the packages that decide what a step computes; absent ones left out."""
+    """Versions of Python, this package and the packages that compute a step; absent packages are left out."""
     found = {"python": platform.python_version(), "collab_megatron": __version__}
     for name in _PACKAGES:
         try:
@@ -52,17 +52,17 @@ def package_versions() -> dict[str, str]:
 
 
 def data_position(*, seed: int, steps: int, rows_per_step: int) -> dict[str, int]:
-    """The place in the data order after `steps` steps; JSON."""
+    """The position in the data order after `steps` steps; JSON."""
     return {"seed": seed, "rows_per_step": rows_per_step, "rows": steps * rows_per_step}
 
 
 def differences(
     saved: Mapping[str, Any], now: Mapping[str, Any], versions: Mapping[str, str], rows_per_step: int, step: int
 ) -> list[str]:
-    """One line for every difference between what a checkpoint says of its making and the run that takes it over.
+    """One line for every difference between a checkpoint's provenance and the run that resumes from it.
 
-    saved: the checkpoint's `extra`. now: the run's config as JSON. versions: the checkpoint's; none are compared where
-    it has none.
+    saved: the checkpoint's `extra`. now: the run's config as JSON. versions: the checkpoint's; if empty, versions are
+    not compared.
     """
     lines = []
     before, after = dict(_flat(saved.get("config", now))), dict(_flat(now))
@@ -73,7 +73,7 @@ def differences(
             lines.append(f"{key}: {old} -> {new}{meaning}")
     rows = saved.get("data", {}).get("rows")
     if rows is not None and rows != step * rows_per_step:
-        lines.append(f"data: {rows} rows were used; this run goes on at row {step * rows_per_step} of the order")
+        lines.append(f"data: {rows} rows were used; this run continues at row {step * rows_per_step} of the data order")
     here = package_versions()
     for name in sorted(versions.keys() | here.keys()) if versions else ():
         old, new = versions.get(name, _ABSENT), here.get(name, _ABSENT)
@@ -83,9 +83,9 @@ def differences(
 
 
 def decisive_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines as those of `differences`, for what makes `now` another run than the one that saved a checkpoint.
+    """The lines of `differences` that make `now` another run than the one that saved the checkpoint.
 
-    saved, now: as there. A key that one of the two versions of this package did not know makes no difference.
+    saved, now: as in `differences`. A key that only one of the two package versions knows is no difference.
     """
     before, after = dict(_flat(saved.get("config", now))), dict(_flat(now))
     return [

@@ -1,4 +1,4 @@
-"""A dashboard figure that can be put together from the parts that several driver processes hold."""
+"""Figures: dashboard values as mergeable statistics, so that several processes each contribute a part."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ Kind = Literal["mean", "std", "sum", "max", "min"]
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """What is needed of some values to give one figure of all values: merge first, then ask for `value`."""
+    """Statistics of some values. Merge the parts of all processes, then read `value`.
+
+    Example: Figure.of("mean", [1, 2]) merged with Figure.of("mean", [6]) has the value 3.
+    """
 
     kind: Kind
-    n: float = 0  # values seen; for a ratio the sum of what it is over
+    n: float = 0  # number of values; of a ratio the sum of its denominators
     total: float = 0.0
     squares: float = 0.0  # sum of squared distances from the mean
     low: float = math.inf
@@ -33,20 +36,20 @@ class Figure(msgspec.Struct, frozen=True):
 
     @staticmethod
     def ratio(part: float, whole: float) -> Figure:
-        """part / whole; merged as sum of parts / sum of wholes."""
+        """The ratio part / whole; merged as sum of parts / sum of wholes."""
         return Figure("mean", whole, part)
 
     def merged(self, other: Figure) -> Figure:
         n = self.n + other.n
         squares = self.squares + other.squares
-        if self.n and other.n:  # Chan et al. 1979: of the two means
+        if self.n and other.n:  # Chan et al. 1979: the distance of the two means
             squares += (other.total / other.n - self.total / self.n) ** 2 * self.n * other.n / n
         low, high = min(self.low, other.low), max(self.high, other.high)
         return Figure(self.kind, n, self.total + other.total, squares, low, high)
 
     @property
     def value(self) -> float | None:
-        """None where nothing was measured: such a figure is left out, not written as zero."""
+        """The value for the dashboard; None without a measurement, which is left out, not reported as zero."""
         if self.kind == "sum":
             return self.total
         if not self.n or (self.kind == "std" and self.n < 2):
@@ -63,12 +66,12 @@ Figures = dict[str, Figure]  # by dashboard name
 
 
 def of_kind(kind: Kind, values: Mapping[str, float]) -> Figures:
-    """One value each."""
+    """Figures of one value each."""
     return {name: Figure.of(kind, [value]) for name, value in values.items()}
 
 
 def merged(parts: Iterable[Mapping[str, Figure]]) -> Figures:
-    """The figures of all parts together."""
+    """Merge the figures of all parts by name."""
     whole: Figures = {}
     for part in parts:
         for name, figure in part.items():
@@ -77,6 +80,6 @@ def merged(parts: Iterable[Mapping[str, Figure]]) -> Figures:
 
 
 def values(figures: Mapping[str, Figure]) -> dict[str, float]:
-    """What stands on the dashboard."""
+    """The values for the dashboard, without figures that have none."""
     named = {name: figure.value for name, figure in figures.items()}
     return {name: value for name, value in named.items() if value is not None}

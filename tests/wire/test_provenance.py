@@ -8,7 +8,7 @@ from typing import Any
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import DataSection, ModelSection, SimulatorsSection, UserSection
 from collab_megatron.config.sections.llm import JudgeSection
-from collab_megatron.wire.origin import data_position, decisive_differences, differences, package_versions
+from collab_megatron.wire.provenance import data_position, decisive_differences, differences, package_versions
 
 ROWS = 32
 
@@ -39,14 +39,14 @@ def test_a_line_for_every_key_that_differs() -> None:
     now["simulators"]["judge"] = None
     lines = differences(saved(), now, {}, ROWS, 4)
     assert "optimizer.lr: 1e-06 -> 2e-06" in lines
-    assert "run.seed: 1 -> 2 (another data order: rows of this epoch may come twice or not at all)" in lines
+    assert "run.seed: 1 -> 2 (another data order: rows of this epoch may be used twice or never)" in lines
     assert "simulators.judge: (absent) -> None" in lines
     assert "simulators.judge.model: gpt-4o-mini -> (absent)" in lines
 
 
 def test_another_batch_size_moves_the_place_in_the_data() -> None:
     assert differences(saved(), config(), {}, 2 * ROWS, 4) == [
-        "data: 128 rows were used; this run goes on at row 256 of the order"
+        "data: 128 rows were used; this run continues at row 256 of the data order"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Builds the players of the conversations from a config: engine pool, simulated user, judges, chat template."""
+"""Opens the clients of a run from its config: engine pool, user simulator, judges, journal, chat template."""
 
 from __future__ import annotations
 
@@ -16,55 +16,54 @@ from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.busy import BusyClock
-from collab_megatron.rollout.conversation import Limits, Players
+from collab_megatron.rollout.future import Limits, Players
 from collab_megatron.rollout.journal import store
 from collab_megatron.rollout.journal.store import Journal
+from collab_megatron.rollout.journaled_engine import JournaledEngine
 from collab_megatron.rollout.lineage import lineage_of
 from collab_megatron.rollout.llm import Gateway, SimulatorHealth, user_simulator
-from collab_megatron.rollout.recorded_engine import RecordedEngine
 from collab_megatron.rollout.rewards import configured_scorer
-from collab_megatron.rollout.unexpected import Unexpected
+from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
 from collab_megatron.types import Task
 
 GC_THRESHOLDS = 100_000, 50, 1000
-"""Thousands of conversations are under way at a time, each of many objects that live for seconds: the defaults walk
-them over and over (10 % of a call's CPU)."""
+"""Thousands of concurrent conversations have many objects that live for seconds. With the default thresholds the
+garbage collector scans them again and again, at 10 % of a call's CPU time."""
 
 
 @dataclass(frozen=True)
-class Cast:
-    """The players and the clients behind them whose counters go to the dashboard."""
+class RolloutClients:
+    """The players of the conversations, and the clients behind them with counters for the dashboard."""
 
     players: Players
     limits: Limits
-    engine: EnginePool
-    engine_slots: AdaptiveLimiter  # tokens of the policy turns in flight
-    recorded: RecordedEngine
+    pool: EnginePool
+    engine_limiter: AdaptiveLimiter  # unit: tokens of the policy turns in flight
+    engine: JournaledEngine  # `pool` behind journal and limiter: conversations sample here
     gateway: Gateway
     health: SimulatorHealth
     journal: Journal | None
 
 
 def open_journal(config: RLConfig) -> Journal:
-    """The journal of a run; all driver processes share the file. Raises UserError for a file that is none."""
+    """The journal of a run; all driver processes share the file. Raises UserError for a file that is not a journal."""
     default = config.run.dir / "journal" / f"{config.run.name}.sqlite"
     return store.open_journal(config.journal, default, lineage_of(config))
 
 
 @asynccontextmanager
-async def assemble(
+async def open_clients(
     config: RLConfig | EvaluateConfig,
     *,
     engine_urls: Sequence[str],
     max_context_tokens: int,
     journal: Journal | None = None,
     engine_keys: EngineKeys | None = None,
-) -> AsyncIterator[Cast]:
-    """Clients that live as long as the block; `engine_keys` are those of engines that ask for some. Raises
-    UserError for a missing key or an inexact chat template.
+) -> AsyncIterator[RolloutClients]:
+    """Clients that live as long as the block.
 
-    The engines serve whatever weights they have; none are needed where `cast.engine.use` names them later. Without a
-    journal nothing is kept.
+    `engine_urls` may be empty: `clients.pool.use` names engines later. `engine_keys`: API keys of engines that require
+    them. Without a journal nothing is kept. Raises UserError for a missing key or an inexact chat template.
     """
     rollout = config.rollout
     driver = config.driver if isinstance(config, RLConfig) else None
@@ -97,23 +96,23 @@ async def assemble(
         updates_while_sampling=staleness > 0,
         wait_for_engines=driver is not None,
         keys=engine_keys,
-    ) as engine:
-        engine.use(engine_urls, None)
-        recorded = RecordedEngine(engine, journal, slots, max_staleness=staleness if driver else None)
+    ) as pool:
+        pool.use(engine_urls, None)
+        engine = JournaledEngine(pool, journal, slots, max_staleness=staleness if driver else None)
         gc.collect()
-        gc.freeze()  # a large heap of imports that every later collection would walk: 15 % of a call's CPU
+        gc.freeze()  # later collections skip the objects of the imports: 15 % of a call's CPU time
         gc.set_threshold(*GC_THRESHOLDS)
         try:
-            yield Cast(
+            yield RolloutClients(
                 players=Players(
-                    engine=recorded,
+                    engine=engine,
                     user=user_simulator(config.simulators, gateway, health),
                     scorer=configured_scorer(config.reward, config.simulators, gateway),
                     chat=chat,
                     engine_clock=BusyClock(),
                     user_clock=BusyClock(),
                     judge_clock=BusyClock(),
-                    unexpected=Unexpected(driver.max_unexpected_errors) if driver else Unexpected(),
+                    unexpected=UnexpectedErrors(driver.max_unexpected_errors) if driver else UnexpectedErrors(),
                 ),
                 limits=Limits(
                     max_user_turns=rollout.max_user_turns,
@@ -126,9 +125,9 @@ async def assemble(
                     termination_signal=config.simulators.user.termination_signal,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
+                pool=pool,
+                engine_limiter=slots,
                 engine=engine,
-                engine_slots=slots,
-                recorded=recorded,
                 gateway=gateway,
                 health=health,
                 journal=journal,
@@ -137,14 +136,14 @@ async def assemble(
             await gateway.close()
 
 
-def usable_tasks(tasks: list[Task], cast: Cast, max_prompt_tokens: int) -> list[Task]:
-    """The tasks whose prompt fits; prints how many do not. Raises UserError if that is more than half."""
+def usable_tasks(tasks: list[Task], clients: RolloutClients, max_prompt_tokens: int) -> list[Task]:
+    """The tasks with a prompt that fits; prints how many do not. Raises UserError if more than half do not fit."""
     fit = fitting_tasks(
         tasks,
-        cast.players.chat,
+        clients.players.chat,
         max_prompt_tokens=max_prompt_tokens,
-        max_context_tokens=cast.limits.max_context_tokens,
-        max_new_tokens=cast.limits.max_new_tokens,
+        max_context_tokens=clients.limits.max_context_tokens,
+        max_new_tokens=clients.limits.max_new_tokens,
     )
     if fit.notice:
         print(fit.notice, flush=True)

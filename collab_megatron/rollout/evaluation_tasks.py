@@ -1,4 +1,4 @@
-"""Which held-out tasks an evaluation plays, and how each begins. The choice is a pure function of tasks and seed."""
+"""Sampling of the held-out tasks of an evaluation, a pure function of tasks and seed; simulated openings."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from collab_megatron.errors import RunError
-from collab_megatron.rollout.llm.user import strip_signal
 from collab_megatron.types import Message, Task, UserSimulator
 
 Numbered = tuple[int, Task]
-"""A task and its place in the file, which names its conversations however many others are played."""
+"""A task with its index in the file. The index names its conversations, whatever other tasks are played."""
 
 
 def is_opening(task: Task) -> bool:
-    """Whether the policy speaks first after one user turn."""
+    """Whether the prompt has one user turn only, so the policy replies to an opening."""
     return sum(message.role == "user" for message in task.prompt) == 1
 
 
 def sample_tasks(tasks: Sequence[Task], count: int, seed: int, *, openings_only: bool = False) -> list[Numbered]:
     """`count` tasks (all, if there are fewer), in the file's order.
 
-    The same at every step, in every process and for any order of rows with names of their own; a larger count adds
-    tasks to those of a smaller one. `openings_only` leaves later turns out where the file has openings at all.
+    The sample is the same at every step, in every process, and for any order of rows with unique task ids. A larger
+    count adds tasks to the sample of a smaller one. `openings_only` skips later turns if the file has any openings.
     """
     numbered = list(enumerate(tasks))
     if openings_only:
@@ -32,19 +31,18 @@ def sample_tasks(tasks: Sequence[Task], count: int, seed: int, *, openings_only:
 
 
 def has_both(tasks: Sequence[Numbered]) -> bool:
-    """Whether openings and later turns are among them."""
+    """Whether the tasks include openings and later turns."""
     return len({is_opening(task) for _, task in tasks}) > 1
 
 
 async def with_simulated_opening(task: Task, user: UserSimulator, *, sample_index: int, signal: str) -> Task:
-    """The task with an opening that the simulated user wrote from the whole request; system messages stay.
+    """The task with an opening that the simulated user writes from the whole request; system messages stay.
 
-    `signal`: the user's termination signal, which opens nothing. Whether that opening leaves something out is not
-    known: the dataset's `ambiguous` is about its own opening, and is taken away. Waits for one LLM call. Raises
-    RunError where no opening comes.
+    `signal`, the user's termination signal, is removed from it. The dataset's `ambiguous` describes the dataset's own
+    opening and is dropped. Waits for one LLM call. Raises RunError without an opening.
     """
     system = tuple(message for message in task.prompt if message.role == "system")
-    opening = strip_signal(await user.reply(task, system, sample_index=sample_index), signal)
+    opening = (await user.reply(task, system, sample_index=sample_index)).replace(signal, "").strip()
     if not opening:
         raise RunError(f"the simulated user ended the conversation of task {task.task_id} instead of opening it")
     metadata = {name: value for name, value in task.metadata.items() if name != "ambiguous"}

@@ -1,0 +1,43 @@
+"""Coroutines that run together and end together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def run_all(
+    coroutines: Iterable[Coroutine[Any, Any, T]],
+    *,
+    timeout_s: float | None = None,
+    late: Callable[[int], T] | None = None,
+) -> list[T]:
+    """Run the coroutines concurrently and return their results, in order.
+
+    When one fails the others are cancelled, and its exception is raised once they have ended; with asyncio.gather they
+    would run on. Those that are not done after `timeout_s` are cancelled too: the result of number i is late(i) then.
+    """
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    if not tasks:
+        return []
+    try:
+        done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()  # raises what a failed one raised
+        if len(done) == len(tasks):
+            return [task.result() for task in tasks]
+        assert late is not None, "a deadline needs a result for those that miss it"
+        return [task.result() if task in done else late(number) for number, task in enumerate(tasks)]
+    finally:
+        await cancel_all(tasks)
+
+
+async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel the tasks. Waits until all have ended; their results and exceptions are dropped."""
+    listed = list(tasks)
+    for task in listed:
+        task.cancel()
+    await asyncio.gather(*listed, return_exceptions=True)
