@@ -1,13 +1,13 @@
-"""Plays whole held-out conversations with a model as it stands and writes the figures.
+"""Evaluates a fixed model on whole held-out conversations.
 
     python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...] [--dry-run]
     python -m collab_megatron.evaluate conf/demo_rl.yaml model.path=runs/demo/checkpoints/rl     the newest checkpoint
 
-Starts an engine for `model.path` (or uses `engine.urls`), plays at `evaluation.temperature`, prints the figures and
-writes them to `output` as JSON, with every conversation next to it as JSON lines. The config of an RL run will do, and
-so will a run's checkpoint, which is converted once. An evaluation that was ended on its way asks for nothing twice:
-what was sampled and paid for lies in a journal, one for each set of weights. A spent budget ends it with code 3 and
-the figures of what was played.
+Starts an engine for `model.path` (or uses `engine.urls`), plays conversations at `evaluation.temperature`, prints the
+figures, and writes them to `output` as JSON, with all conversations next to it as JSON lines. The config of an RL run
+works too, and so does a run's checkpoint, which is converted once. Samples and paid replies are kept in a journal per
+set of weights, so an interrupted evaluation continues without sampling or paying again. A spent budget ends it with
+exit code 3 and the figures of the finished conversations.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ NAME = "evaluate"
 
 @dataclass(frozen=True)
 class Result:
-    """What an evaluation leaves."""
+    """The result of an evaluation."""
 
     played: Evaluation
-    figures: dict[str, float]  # of the conversations, the API calls and the journal
+    figures: dict[str, float]  # of conversations, API calls and journal
 
 
 async def play(
@@ -66,7 +66,7 @@ async def play(
     journal: Journal | None = None,
     engine_keys: EngineKeys | None = None,
 ) -> Result:
-    """The held-out conversations, and the API calls made for them."""
+    """Play the held-out conversations; the figures include those of the API calls."""
     async with open_clients(
         config,
         engine_urls=engine_urls,
@@ -92,8 +92,7 @@ async def play(
 
 
 def own_name(config: EvaluateConfig) -> EvaluateConfig:
-    """The config with a run name of the evaluation's own: that of an RL config names the logs of a run that may be
-    in progress."""
+    """The config with the evaluation's own run name: the name in an RL config belongs to the logs of a training run."""
     if config.run.name.startswith(NAME):
         return config
     return config.model_copy(update={"run": config.run.model_copy(update={"name": f"{NAME}-{config.run.name}"})})
@@ -104,10 +103,8 @@ def with_model(config: EvaluateConfig, folder: Path) -> EvaluateConfig:
 
 
 def weights_name(config: EvaluateConfig, urls: Sequence[str]) -> str:
-    """16 hex digits for the policy: contents, never paths. Raises UserError for servers that hold different weights.
-
-    Other settings of the evaluation are not in it: with more tasks, or another judge, what the policy said before is
-    said again."""
+    """16 hex digits that identify the policy by contents, not paths. Other settings of the evaluation do not count, so
+    another judge or more tasks reuse the earlier samples. Raises UserError for servers with different weights."""
     decides = {
         "files": model_fingerprint(resolve_model_folder(config.model.path)),
         "served": served_weights(urls, timeout_s=config.engine.startup_timeout_s) if config.engine.urls else None,
@@ -119,8 +116,8 @@ def weights_name(config: EvaluateConfig, urls: Sequence[str]) -> str:
 
 
 def own_journal(config: EvaluateConfig, weights: str) -> Journal:
-    """One file for each set of weights, so that a cap is the evaluation's; next to `journal.path` where that is set,
-    which may be the journal of a run in progress. Raises UserError for a file that is no journal."""
+    """The journal for these weights, so that a budget cap applies to one evaluation. It lies next to `journal.path` if
+    that is set, because that file may belong to a running training. Raises UserError for another kind of file."""
     path = config.journal.path
     folder = config.run.dir / "journal" if path is None else path.parent
     section = config.journal.model_copy(update={"path": None})
@@ -135,7 +132,7 @@ def main() -> None:
     if arguments.dry_run:
         print(show_config(given), flush=True)
     checkpoint = checkpoint_of(given.model.path)
-    # every other mistake is found before the conversion: config and tokenizer lie in the checkpoint as they are
+    # check everything else before the conversion: the checkpoint contains config and tokenizer
     config = given if checkpoint is None else with_model(given, read_info(checkpoint).hf_folder)
     if arguments.dry_run:
         check_evaluate(config, dry_run=True, node=arguments.node)
@@ -150,7 +147,7 @@ def main() -> None:
             urls, keys = launch_engine_only(supervisor, config)
             with closing(own_journal(config, weights_name(config, urls))) as journal:
                 result = uvloop.run(play(config, urls, max_context_tokens, journal, keys))
-        if result.played.groups or not result.played.stop:  # else the figures of an earlier attempt stay
+        if result.played.groups or not result.played.stop:  # else keep the figures of an earlier attempt
             report(given.model.path, result, output, list(config.reward.metric_weights))
     if result.played.stop:
         done, wanted = len(result.played.groups), result.played.wanted
@@ -159,8 +156,8 @@ def main() -> None:
 
 
 def report(model: str, result: Result, output: Path, metrics: Sequence[str]) -> None:
-    """Figures and conversations to the disk, a table to the terminal."""
-    transcripts = output.with_name(output.name.removesuffix(".json") + ".jsonl")  # a model's name may hold a dot
+    """Write figures and conversations to disk, and print a table."""
+    transcripts = output.with_name(output.name.removesuffix(".json") + ".jsonl")  # a model's name may contain a dot
     write_transcripts(transcripts, 0, result.played.groups)
     publish_json(output, dict(sorted(result.figures.items())))
     print(f"\nheld-out conversations with {model}\n")

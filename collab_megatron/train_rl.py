@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def train(config: RLConfig, arguments: TrainerArguments) -> None:
     """The loop of one trainer rank."""
-    # heavy and megatron-bound: the launcher, which shares this file, must start without them
+    # heavy imports that need megatron: the launcher, which shares this file, must start without them
     from collab_megatron.engine.keys import EngineKeys
     from collab_megatron.trainer.actor.actor import Actor
     from collab_megatron.trainer.actor.agreement import fail_together
@@ -170,14 +170,14 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
 
 
 def require_same_weights(metrics: Mapping[str, float], max_gap: float) -> None:
-    """Engine and trainer must agree on what the current weights sampled; without such a token nothing is checked.
+    """Compare log-probs of engine and trainer for the tokens that the current weights sampled, if there are any.
 
-    Raises RunError: training on would be silently off-policy."""
+    Raises RunError if they differ: further training would silently be off-policy."""
     gap = metrics.get("train/on_policy_gap", 0.0)
     if not gap <= max_gap:
         raise RunError(
             f"trainer and engine log-probs differ by {gap:.3g} on average (sync.max_logprob_gap is {max_gap:g}): "
-            "the engine does not serve the trainer's weights"
+            "the engine does not serve the trainer's weights; set sync.verify_every=1 to find the tensor"
         )
 
 

@@ -2,9 +2,9 @@
 
     python -m collab_megatron.train_sft conf/demo_sft.yaml [section.key=value ...] [--dry-run]
 
-`main` launches the trainer ranks on this node; `train` is what every rank runs. With data.validation the loss on
-held-out conversations is measured every train.eval_interval steps, and the checkpoint where it is lowest is kept
-(best.json in the run's checkpoint folder names it); export_weights chooses what export_hf writes.
+`main` launches the trainer ranks on this node; `train` runs in every rank. With data.validation the held-out loss is
+computed every train.eval_interval steps, and the checkpoint with the lowest loss is kept (best.json in the run's
+checkpoint folder names it). export_weights selects the weights for export_hf.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def train(config: SFTConfig) -> None:
     """The loop of one trainer rank."""
-    # heavy and megatron-bound: the launcher, which shares this file, must start without them
+    # heavy imports that need megatron: the launcher, which shares this file, must start without them
     from collab_megatron.trainer.actor.actor import Actor
     from collab_megatron.trainer.actor.agreement import on_rank_zero
     from collab_megatron.trainer.actor.grid import close_grid, init_grid
@@ -61,7 +61,7 @@ def train(config: SFTConfig) -> None:
     )
     first_step = checkpoints.resume()
     held = read_best(config.run.checkpoints_dir) if first_step else None
-    lowest = held.loss if held else math.inf  # held-out loss, of the steps that trained
+    lowest = held.loss if held else math.inf  # held-out loss after a training step
     reporter = SFTReporter(config, first_step=first_step, data=data) if grid.is_main else None
     timer = PhaseTimer()
     metrics = config.run.tensorboard_dir / METRICS_FILE
@@ -70,7 +70,7 @@ def train(config: SFTConfig) -> None:
         return sft_loss(logprobs, mask=batch.mask)
 
     def evaluate(done: int) -> bool:
-        """Whether the weights have the lowest held-out loss so far. A loss that is not a number is never the lowest."""
+        """Compute the held-out loss; whether it is the lowest so far. NaN is never the lowest."""
         nonlocal lowest
         begin = time.monotonic()
         found = HeldOutLoss(
@@ -83,11 +83,11 @@ def train(config: SFTConfig) -> None:
         return best
 
     def is_due(done: int) -> bool:
-        """Whether the held-out loss is measured after so many steps."""
+        """Whether to compute the held-out loss after `done` steps."""
         return data.num_held_out > 0 and config.train.evaluates_after(done)
 
     def is_best(done: int) -> bool:
-        """Measure the held-out loss if it is due; whether to keep these weights as the best."""
+        """Compute the held-out loss if it is due; whether to keep these weights as the best."""
         return is_due(done) and evaluate(done) and config.train.keep_best
 
     def was_missed(done: int) -> bool:

@@ -121,8 +121,8 @@ def _sections(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, type
         inner = _section_in(field.annotation)
         if inner is None:
             continue
-        origin = next((origin for origin in map(typing.get_origin, _parts(field.annotation)) if origin), None)
-        place = f"{prefix}{name}" + {dict: ".NAME", tuple: ".0"}.get(origin, "")  # type: ignore[arg-type]
+        origins = [typing.get_origin(part) for part in _parts(field.annotation)]
+        place = f"{prefix}{name}{'.NAME' if dict in origins else '.0' if tuple in origins else ''}"
         yield place, inner
         yield from _sections(inner, f"{place}.")
 
@@ -233,7 +233,7 @@ def _type_name(node: ast.expr) -> str:
     if isinstance(node, ast.BinOp):
         return f"{_type_name(node.left)}, {_type_name(node.right)}"
     if isinstance(node, ast.Constant):
-        return {None: "null", True: "true", False: "false"}.get(node.value, str(node.value))
+        return "null" if node.value is None else str(node.value).lower()
     if isinstance(node, ast.Name):
         return NAMES.get(node.id) or _type_name(_aliases()[node.id])
     if not (isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)):
@@ -265,7 +265,8 @@ def _meanings(kind: type[Section]) -> dict[str, str]:
                 alone = token.line.strip().startswith("#")
                 comments[token.start[0]] = (alone, token.string.lstrip("# "))
         for name, line in _fields(node):
-            above, number = [], line.lineno - 1
+            above: list[str] = []
+            number = line.lineno - 1
             while number in comments and comments[number][0]:
                 above.insert(0, comments[number][1])
                 number -= 1

@@ -176,7 +176,7 @@ WEIGHTS = [
     spoilt("weights-offsets-backwards", entry("data_offsets", [8, 4]), NORM),
     spoilt("weights-offsets-missing", header(lambda content: content[NORM].pop("data_offsets")), MODEL),
     spoilt("weights-tensor-missing", header(lambda content: content.pop(NORM)), NORM, "missing"),
-    spoilt("weights-tensor-unknown", header(lambda content: content.update(own=content[NORM])), "'own'"),
+    spoilt("weights-tensor-unknown", header(lambda content: content.update(own=content[NORM])), "such as own"),
     spoilt("index-not-json", index(b"{"), INDEX),
     spoilt("index-not-utf8", index(b"\xff"), INDEX),
     spoilt("index-without-map", index({}), INDEX, "weight_map"),

@@ -91,7 +91,7 @@ DATA = [
     data("data-missing", "data.train=DIR/none.parquet", "none.parquet", "prepare_dataset"),
     data("data-is-a-folder", "data.train=DIR", "no file", "prepare_dataset"),
     data("data-no-parquet", "data.train=DIR/f", "/f ", "parquet", prepare=file("f")),
-    place("data-empty-list", "data.train=[]", "at least one"),
+    place("data-empty-list", "data.train=[]", "name a file"),
     place("data-twice", "data.train=[WORLD/train.parquet, WORLD/train.parquet]", "twice"),
     place("data-nul", 'data.train="a\\0b"', "NUL"),
     place("data-blank", 'data.train=""', "empty"),

@@ -150,7 +150,7 @@ AT_ODDS = [
     rl("driver.refill_groups=5", "lower it"),
     rl("driver.min_futures=9", "rollout.num_repeat_rollouts"),
     rl(("train.packing=true", "parallel.context=2"), "parallel.context"),
-    rl(("train.epochs=1",), "train.steps", "leave one out"),
+    rl(("train.epochs=1",), "train.steps", "remove one of them"),
     rl(("engine.port=65535", "engine.count=2"), "engine.count=2"),
     rl(("rollout.max_prompt_tokens=1",), "raise rollout.max_prompt_tokens"),
     rl(("rollout.max_new_tokens=100000",), "lower rollout.max_new_tokens"),

@@ -75,7 +75,7 @@ def test_a_server_gets_its_keys_from_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["--api-key", "--admin-api-key=x", "--config"])
 def test_keys_of_the_users_own_are_refused(flag: str) -> None:
-    with pytest.raises(ValidationError, match=f"{flag.partition('=')[0]} is what every run sets itself"):
+    with pytest.raises(ValidationError, match=f"{flag.partition('=')[0]} is set by every run"):
         EngineSection(extra_args=("--log-requests", flag, "x"))
 
 

@@ -1,7 +1,7 @@
-"""Who may import whom: the table, and the AST walk that compares a tree with it.
+"""Import rules: the table of allowed imports, and the check of a tree against it.
 
-A room is a folder of the package or a file at its top. `trainer` and `rollout` have rooms inside. Imports inside
-functions and under TYPE_CHECKING count like any other.
+A room is a folder of the package or a top-level file. `trainer` and `rollout` contain rooms. Imports inside functions
+and under TYPE_CHECKING count too.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from pathlib import Path
 
 PACKAGE = "collab_megatron"
 
-# the ground floor: data contract, errors, files and records, text, signals; and the config sections that leaf
-# functions take
+# the ground floor: data contract, errors, files and records, text, signals; and the config sections, which leaf
+# functions take as arguments
 EVERYWHERE = (
     *("types", "errors", "figures", "files", "json_lines", "log", "signals", "run_order", "text", "concurrency"),
     "config.sections",
 )
 
-# A room, and the rooms it may import. The longest name that fits a file counts; a row of its own replaces that of the
-# room around it.
+# Room -> rooms that it may import. The row of an inner room replaces that of the room around it.
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
@@ -44,7 +43,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "rollout.llm": ("config", "limiter", "rollout.journal"),
     "rollout.rewards": ("config", "rollout.llm"),
     "data_engine": (
-        *("config", "data", "limiter"),
+        *("config", "data"),
         *("rollout.conversation", "rollout.journal", "rollout.llm", "rollout.rewards"),
     ),
     "trainer.batching": (),
@@ -59,7 +58,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "demo": ("launch.supervisor",),
 }
 
-# what single files of the rooms above need besides, each with its reason
+# additional imports of single files or rooms, with the reason
 ADDED: Mapping[str, Mapping[str, str]] = {
     "demo.summary": {"rollout.llm.accounting": "reads the file of API calls that a run left"},
     "launch.cost": {"rollout.llm.prices": "the plan's dollars come from LiteLLM's price table"},
@@ -74,19 +73,19 @@ ADDED: Mapping[str, Mapping[str, str]] = {
     "trainer.sync.proof.probe": {"data.chat": "the probe prompt goes through the model's tokenizer"},
 }
 
-# entry points and what their loops are made of may import every room
+# entry points and the parts of their loops may import every room
 FREE = ("trainer", "train_rl", "train_sft", "evaluate")
 
-# who may import these from outside; a name that stands in no line may be imported by all
+# external package -> rooms that may import it; all rooms may import packages without a row
 OUTSIDE: Mapping[str, tuple[str, ...]] = {
     "litellm": ("rollout.llm",),
     "megatron": ("trainer.actor", "trainer.local", "trainer.checkpoint"),
     "transformer_engine": ("trainer.actor", "trainer.local"),
     "apex": ("trainer.actor",),
-    "sglang": (),  # a server in a process of its own, spoken to over HTTP
+    "sglang": (),  # runs in its own process and is used over HTTP
 }
 
-# rooms that stay pure: these are the only packages they import from outside the standard library
+# pure rooms, and the only external packages that they may import
 ONLY: Mapping[str, tuple[str, ...]] = {
     "types": (),
     "errors": (),
@@ -99,6 +98,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "text": (),
     "concurrency": (),
     "config": ("pydantic", "yaml"),
+    "model": ("httpx", "huggingface_hub"),
     "trainer.loss": ("torch",),
     "trainer.batching": ("torch",),
     "rollout.advantages": (),
@@ -124,7 +124,7 @@ class Import:
 
 
 def imports_of(root: Path) -> Iterator[Import]:
-    """Every import of the package that lies in `root`."""
+    """Every import statement of the package in `root`."""
     for file in sorted((root / PACKAGE).rglob("*.py")):
         parts = file.relative_to(root / PACKAGE).with_suffix("").parts
         importer = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -133,7 +133,7 @@ def imports_of(root: Path) -> Iterator[Import]:
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 base = node.module or ""
-                if node.level:  # relative: never used here, resolved all the same
+                if node.level:  # relative imports: not used here, but resolved
                     inside = parts[: len(parts) - node.level]
                     base = ".".join(part for part in (PACKAGE, *inside, node.module) if part)
                 names = [f"{base}.{alias.name}" for alias in node.names]
@@ -144,12 +144,12 @@ def imports_of(root: Path) -> Iterator[Import]:
 
 
 def within(name: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a dotted name is one of the prefixes or lies in it."""
+    """Whether a dotted name is one of the prefixes or inside one."""
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
 def violations(root: Path, standard_library: frozenset[str]) -> list[str]:
-    """Every import of the tree that the tables forbid, in words."""
+    """Every import that the tables forbid, as a sentence."""
     found = []
     for statement in imports_of(root):
         top, _, rest = statement.name.partition(".")
@@ -159,7 +159,7 @@ def violations(root: Path, standard_library: frozenset[str]) -> list[str]:
                 found.append(f"{statement}: {room_of(importer)} may not import that room")
             continue
         if top in OUTSIDE and not within(importer, OUTSIDE[top]):
-            found.append(f"{statement}: only {', '.join(OUTSIDE[top]) or 'nobody'} may")
+            found.append(f"{statement}: only {', '.join(OUTSIDE[top]) or 'no room'} may")
         if within(statement.name, ("torch.distributed",)) and within(importer, NOT_DISTRIBUTED):
             found.append(f"{statement}: this room stays free of torch.distributed")
         pure = [names for room, names in ONLY.items() if within(importer, (room,))]
@@ -168,26 +168,29 @@ def violations(root: Path, standard_library: frozenset[str]) -> list[str]:
     return found
 
 
-def unused_additions(root: Path) -> list[str]:
-    """Rows of ADDED that no import needs any more."""
+def unused_entries(root: Path) -> list[str]:
+    """Entries of ROOMS and ADDED that no import needs."""
     edges = [(item.importer, item.name) for item in imports_of(root)]
+    allowed = [(room, target, room_of) for room, targets in ROOMS.items() for target in targets]
+    added = [(room, target, str) for room, targets in ADDED.items() for target in targets]
     return [
         f"{room} -> {target}"
-        for room, targets in ADDED.items()
-        for target in targets
-        if not any(within(importer, (room,)) and within(name, (f"{PACKAGE}.{target}",)) for importer, name in edges)
+        for room, target, owner in (*allowed, *added)
+        if not any(
+            within(owner(importer), (room,)) and within(name, (f"{PACKAGE}.{target}",)) for importer, name in edges
+        )
     ]
 
 
 def room_of(importer: str) -> str:
-    """The longest name of the tables that `importer` is or lies in; "" for the package itself."""
+    """The innermost room of `importer`; "" for the package itself."""
     parts = importer.split(".")
     names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((name for name in names if name in ROOMS or name in FREE), parts[0])
 
 
 def _room_allows(importer: str, target: str) -> bool:
-    """`target` is what comes after the package's name: `engine.client.EngineClient`, or `__version__`."""
+    """`target` is the imported name without the package: `engine.client.EngineClient`, or `__version__`."""
     room = room_of(importer)
     if not room or room in FREE or within(target, (room, *EVERYWHERE, "__version__")):
         return True

@@ -34,6 +34,13 @@ def test_a_row_has_type_default_and_comment() -> None:
     ]
 
 
+def test_every_key_has_a_meaning() -> None:
+    kinds = {kind for config in config_doc.PROGRAMS.values() for _, kind in config_doc._sections(config)}
+    for kind in {*kinds, *config_doc.PROGRAMS.values()}:
+        keys = {name for name, field in kind.model_fields.items() if not config_doc._section_in(field.annotation)}
+        assert keys <= config_doc._meanings(kind).keys(), kind.__name__
+
+
 @pytest.mark.parametrize("section", RLConfig.model_fields)
 def test_every_section_has_its_heading(section: str) -> None:
     headings = [line for line in Path(config_doc.PAGE).read_text().splitlines() if line.startswith("## ")]

@@ -89,7 +89,7 @@ def built_rows(config: Path) -> list[dict[str, Any]]:
 def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
     ran = tool("build_dataset", str(config), "num_conversations=30", "processes=2")
     assert ran.returncode == 0, ran.stderr
-    assert "30 of 30 conversations (0 were there before, 0 failed)" in ran.stdout
+    assert "30 of 30 conversations (0 from before, 0 failed)" in ran.stdout
     assert "assistant:" in ran.stdout
     rows = built_rows(config)
     assert {row["conv_id"] for row in rows} == set(range(30))

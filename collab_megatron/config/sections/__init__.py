@@ -1,6 +1,6 @@
-"""The sections of a configuration: frozen, typed, every field with its meaning and unit.
+"""The sections of a config: frozen, typed, every field with its meaning and unit in a comment (docs/config.md).
 
-A config file holds only what differs from the defaults here. Entry points combine the sections (config/entry.py).
+A config file contains only values that differ from these defaults. Entry points combine sections (config/entry.py).
 """
 
 from collab_megatron.config.sections.base import (

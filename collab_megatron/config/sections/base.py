@@ -1,4 +1,4 @@
-"""What all sections share: frozen, typed, unknown keys refused; and the kinds of numbers in them."""
+"""The base class of all sections, and the types of their values."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pydantic import (
 
 from collab_megatron.errors import UserError
 
-LIMIT = 2**31  # of counts: what libraries below keep in 32 bits stays in range
+LIMIT = 2**31  # of counts, which libraries store in 32 bits
 
 Positive = Annotated[int, Field(gt=0, lt=LIMIT)]
 Count = Annotated[int, Field(ge=0, lt=LIMIT)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -33,11 +33,11 @@ FolderOrHubName = Annotated[str, Field(min_length=1), AfterValidator(lambda path
 
 
 UMASKS = ("077", "027", "022", "007", "002", "000")
-"""No decimal number that was written by mistake has the digits of one of these."""
+"""Values that cannot be confused with a decimal number of the same digits."""
 
 
 def _octal_digits(value: object) -> object:
-    """YAML reads an unquoted 077 as a number in octal digits, and an unquoted 0o077 as text."""
+    """YAML reads an unquoted 077 as an octal number, and an unquoted 0o077 as text."""
     digits = f"{value:03o}" if isinstance(value, int) else str(value).removeprefix("0o").rjust(3, "0")
     return digits if digits in UMASKS else value
 
@@ -54,11 +54,11 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_it_was_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """Values that pydantic would take for others. Raises ValueError."""
+        """Raise ValueError for values that pydantic would convert to another type."""
         field = cls.model_fields[info.field_name or ""]
         taken = frozenset(_kinds(field.annotation))
         if any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in taken):
-            return value  # it looks at its own values
+            return value  # the inner section checks its own values
         for part in _parts(value):
             if isinstance(part, bool):
                 _refuse_bool(part, taken)
@@ -68,7 +68,7 @@ class Section(BaseModel):
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], where: str) -> Self:
-        """`raw` as this section; `where` is its place in the config. Raises UserError with one sentence."""
+        """`raw` as this section; `where` is its key in the config. Raises UserError with one sentence."""
         try:
             return cls.model_validate(dict(raw))
         except ValidationError as error:
@@ -86,15 +86,17 @@ def _refuse_bool(value: bool, taken: frozenset[Any]) -> None:
         return
     given = "true" if value else "false"
     if int in taken or float in taken:
-        raise ValueError(f"{given} is no number")
+        raise ValueError(f"{given} is not a number")
     if choices := sorted(kind for kind in taken if isinstance(kind, str)):
         named = ", ".join(map(repr, choices))
-        raise ValueError(f"{given} is none of {named}: YAML reads yes, no, on and off as true and false, so quote it")
+        raise ValueError(
+            f"{given} is not one of {named}: YAML reads yes, no, on and off as true and false, so quote it"
+        )
 
 
 def _refuse_text(text: str, part: str | Path, taken: frozenset[Any]) -> None:
     if "\0" in text:
-        raise ValueError("it holds a NUL character: remove it")
+        raise ValueError("it contains a NUL character: remove it")
     if Path in taken and str not in taken:
         if part == "":
             raise ValueError("it is empty: name a file or folder, or leave it out")
@@ -102,21 +104,21 @@ def _refuse_text(text: str, part: str | Path, taken: frozenset[Any]) -> None:
 
 
 def short_enough(path: str) -> str:
-    """`path` if a file system can have it. Raises ValueError."""
+    """`path`, if it is short enough for a file system. Raises ValueError."""
     if len(path.encode()) > LONGEST_PATH or any(len(name.encode()) > LONGEST_FILE for name in path.split("/")):
         raise ValueError(f"it is too long for a path: use names of at most {LONGEST_FILE} bytes, {LONGEST_PATH} in all")
     return path
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """The value itself, or what a list or mapping holds."""
+    """The value itself, or the values in a list or mapping."""
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list | tuple) else (value,)
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """What an annotation is made of: types, and the values of a Literal with bool for true and false."""
+    """Parts of an annotation: types, and the values of a Literal, with bool for true and false."""
     if get_origin(annotation) is Annotated:
         yield from _kinds(get_args(annotation)[0])
     elif get_origin(annotation) is Literal:

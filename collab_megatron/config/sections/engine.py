@@ -1,4 +1,4 @@
-"""The sections of the SGLang servers and of the weights they are sent."""
+"""The sections of the SGLang servers and of the weight sync."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from collab_megatron.config.sections.base import Count, Named, Positive, Seconds
 
 
 class EngineSection(Section):
-    """The SGLang servers: started by us, or given as URLs."""
+    """The SGLang servers: started by the run, or given as URLs."""
 
     count: Positive = 1  # servers to start, each with its own copy of the model
-    urls: tuple[str, ...] = ()  # SGLang servers that run already; empty: start `count` of them
-    placement: Literal["disaggregated", "colocated"] = "disaggregated"  # on GPUs of their own, or on the trainer's
-    python: str | None = None  # interpreter of the engines' own environment; None: ours
+    urls: tuple[str, ...] = ()  # running SGLang servers; empty: start `count` servers
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"  # on their own GPUs, or on the trainer's
+    python: str | None = None  # Python interpreter of the engines' environment; None: this one
     host: str = "127.0.0.1"  # address of this machine that the servers listen on
-    port: Annotated[int, Field(ge=0, le=65535)] = 0  # of the first server, the others follow; 0: free ones
+    port: Annotated[int, Field(ge=0, le=65535)] = 0  # of the first server; the next ones follow; 0: free ports
     tensor: Positive = 1  # tensor-parallel ranks of each server
     max_total_tokens: Positive | None = None  # KV-cache tokens; None: SGLang decides
-    max_running_requests: Positive | None = None
+    max_running_requests: Positive | None = None  # requests in one batch of a server; None: SGLang decides
+    # share of GPU memory for weights and KV cache; None: SGLang decides
     mem_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    context_length: Positive | None = None
-    # further flags of sglang.launch_server; not those that keys of this config set
+    context_length: Positive | None = None  # tokens of prompt and reply; None: the model's
+    # additional flags of sglang.launch_server, except flags that keys of this config set
     extra_args: tuple[Named, ...] = ()
     # a server must answer within this time after its start. A run with no server left waits 3 times as long for one,
     # then saves and stops
@@ -34,9 +35,10 @@ class EngineSection(Section):
     # requests and is not paused (on CPU, where one prefill can take a minute: 6 times as long)
     health_timeout_s: Seconds = 20.0
     max_restarts: Count = 3  # of each server that the run started; then the run goes on without it
-    max_concurrency: Positive = 256  # generate calls in flight, per server
-    max_running_tokens: Positive | None = None  # tokens of the calls in flight, per server; None: what its cache holds
-    # CPU threads of each rank. None: all cores while the trainer waits; shared with it where driver.max_staleness > 0
+    max_concurrency: Positive = 256  # generate requests in flight, per server
+    max_running_tokens: Positive | None = None  # tokens of the requests in flight, per server; None: size of its cache
+    # CPU threads of each rank. None: all cores; with
+    # driver.max_staleness > 0 a share, because the trainer runs at the same time
     threads: Positive | None = None
 
     @field_validator("host")
@@ -47,17 +49,15 @@ class EngineSection(Section):
     @field_validator("extra_args")
     @classmethod
     def _not_ours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """The run makes keys of its own, hands them over in a file, and sends them."""
+        """The run generates API keys, passes them in a file, and sends them."""
         for flag in (word.partition("=")[0] for word in value):
             if flag in ("--api-key", "--admin-api-key", "--config"):
-                raise ValueError(
-                    f"{flag} is what every run sets itself: leave it out, and write the flags of a file here"
-                )
+                raise ValueError(f"{flag} is set by every run: leave it out, and write the flags of a config file here")
         return value
 
     @property
     def servers(self) -> int:
-        """Servers of the run, started or given."""
+        """Number of servers, started or given."""
         return len(self.urls) or self.count
 
     @property
@@ -71,31 +71,32 @@ class EngineSection(Section):
 
 
 class SyncSection(Section):
-    """Weights from trainer to engines."""
+    """Weight sync from trainer to engines."""
 
-    # broadcast: a process group of trainer and engines; ipc: handles to memory of one machine; disk: a folder that both
+    # broadcast: a process group of trainer and engines; ipc: memory handles on one machine; disk: a folder that both
     # can read. auto: ipc for colocated engines, else broadcast
     transport: Literal["auto", "broadcast", "ipc", "disk"] = "auto"
-    # weights travel in buckets of at most this size, larger tensors alone; two buckets exist at a time. None: 512 on
+    # size limit of a bucket of weights; a larger tensor has its own bucket. Two buckets exist at a time. None: 512 on
     # GPUs, 128 on CPU
     bucket_mb: Annotated[float, Field(gt=0)] | None = None
-    # generations in flight go on with the cache they have (in_place) or one made again (retract), or are lost (abort)
+    # generations in flight keep their cache (in_place), compute it again (retract), or are lost (abort)
     pause: Literal["in_place", "retract", "abort"] = "in_place"
-    timeout_s: Seconds = 300.0  # deadline of every call and every collective of a sync
-    disk_dir: Path | None = None  # where the disk transport writes; None: RUN_DIR/weights/NAME
-    # checksums of all tensors at the first sync and at every n-th, of an n-th part at the others; 0: none at all
+    timeout_s: Seconds = 300.0  # deadline of every request and every collective of a sync
+    disk_dir: Path | None = None  # folder of the disk transport; None: RUN_DIR/weights/NAME
+    # compare checksums of all tensors at the first and every n-th sync, of 1/n of them at the others; 0: never
     verify_every: Count = 10
-    max_probe_gap: float = Field(default=0.1, gt=0)  # mean |trainer - engine| log-prob of the probe that stops the run
-    # the same of a step's replies that the newest weights sampled; with driver.max_staleness only of steps whose sync
-    # found no request in flight (sync/flushed on the dashboard): others may rest on a prefix cache of older weights
+    # mean |trainer - engine| log-prob of the probe above which the run stops
+    max_probe_gap: float = Field(default=0.1, gt=0)
+    # the same for a step's tokens that the newest weights sampled. With driver.max_staleness only in steps whose sync
+    # found no request in flight (sync/flushed on the dashboard), because others may use a prefix cache of older weights
     max_logprob_gap: float = Field(default=0.5, gt=0)
 
     def transport_for(self, placement: str) -> Literal["broadcast", "ipc", "disk"]:
-        """What `auto` comes to for engines of that `placement`."""
+        """The transport, with `auto` decided for that `placement`."""
         if self.transport == "auto":
             return "ipc" if placement == "colocated" else "broadcast"
         return self.transport
 
     def bucket_mb_on(self, device: str) -> float:
-        """MB of a bucket where the trainer runs on `device` (cpu | cuda)."""
+        """MB of a bucket with the trainer on `device` (cpu | cuda)."""
         return self.bucket_mb or {"cuda": 512, "cpu": 128}[device]

@@ -1,7 +1,7 @@
-"""Free arguments of an LLM call: what may stand in `extra`, which goes to litellm.acompletion as it is.
+"""Checks `extra`, the additional arguments of an LLM call, which go to litellm.acompletion unchanged.
 
-A config is copied into logs, checkpoints and TensorBoard, so nothing in it may be a secret. Arguments that this project
-sets itself are refused too: two values for one thing would be one too many.
+A config is copied into logs, checkpoints and TensorBoard, so it must not contain a secret. Arguments that other keys
+set are refused too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from collab_megatron.errors import MASK, masked
 
-# argument -> where it is set
+# argument -> the key that sets it
 OWN: Mapping[str, str] = {
     "model": "model",
     "messages": "prompt_file",
@@ -42,19 +42,19 @@ SECRET_WORDS = frozenset(
         *("accesskey", "secretkey", "accesstoken", "apitoken", "authtoken"),
     }
 )
-NO_SECRETS = frozenset({"prompt_cache_key"})  # names that hold such a word and are harmless
+NO_SECRETS = frozenset({"prompt_cache_key"})  # harmless names with such a word
 KEY_LIKE = re.compile(
-    r"(?i:bearer\s+\S|sk-|pk-|rk-|gsk_|xai-|hf_|gh[pousr]_|AKIA|AIza|eyJ[\w-]{8,}\.)"  # the providers' own marks
+    r"(?i:bearer\s+\S|sk-|pk-|rk-|gsk_|xai-|hf_|gh[pousr]_|AKIA|AIza|eyJ[\w-]{8,}\.)"  # prefixes of providers' keys
     r"|\w+://[^/@\s]+:[^/@\s]+@"  # an address with a password
-    r"|(?=[\w+/=.-]*[a-z])(?=[\w+/=.-]*[A-Z])(?=[\w+/=.-]*\d)[\w+/=.-]{32,}$"  # 32 mixed characters, none a space
+    r"|(?=[\w+/=.-]*[a-z])(?=[\w+/=.-]*[A-Z])(?=[\w+/=.-]*\d)[\w+/=.-]{32,}$"  # 32 mixed characters without a space
 )
 
 
 def check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """`extra` if it may stand in a config. Raises ValueError with one sentence that never quotes a value."""
+    """`extra`, if it is allowed in a config. Raises ValueError with one sentence that quotes no value."""
     for key in extra:
         if key in OWN:
-            raise ValueError(f"extra.{key} is set elsewhere: use {OWN[key]}")
+            raise ValueError(f"extra.{key} is set by another key: use {OWN[key]}")
     for path, value in _leaves(extra, "extra"):
         for name in path.split(".")[1:]:
             if name not in NO_SECRETS and SECRET_WORDS & set(_words(name)):
@@ -64,22 +64,24 @@ def check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(extra, allow_nan=False)
     except (TypeError, ValueError):
-        raise ValueError("extra holds a value that JSON does not have: use text, numbers, lists and mappings") from None
+        raise ValueError(
+            "extra has a value that JSON does not support: use text, numbers, lists and mappings"
+        ) from None
     return dict(extra)
 
 
 def check_address(address: str) -> str:
-    """`address` if it holds no name or password. Raises ValueError with one sentence, in which they are masked."""
+    """`address`, if it has no user name or password. Raises ValueError with one sentence that masks them."""
     if f"{MASK}@" in shown_address(address):
         raise ValueError(
-            f"{shown_address(address)} holds a name or a password, which cannot be sent together with a key: put the "
-            "key into an environment variable and name that in api_key_env"
+            f"{shown_address(address)} contains a user name or password, which cannot be sent with an API key: "
+            "put the key into an environment variable and name that in api_key_env"
         )
     return address
 
 
 def shown_address(address: str) -> str:
-    """As `masked`, for what should be a URL and may lack its scheme."""
+    """As `masked`, for URLs that may lack the scheme."""
     if "://" in address or "@" not in address:
         return masked(address)
     return f"{MASK}@{address.rpartition('@')[2]}"
@@ -93,7 +95,7 @@ def _secret(path: str) -> str:
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every value with its dotted path; an empty container is a value too."""
+    """Every value with its dotted path; an empty container counts as a value."""
     children: Iterator[tuple[Any, Any]] = iter(())
     if isinstance(node, Mapping):
         children = iter(node.items())
@@ -108,5 +110,5 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _words(name: str) -> list[str]:
-    """`xApiKey`, `api-key` and `api_key` in lower-case words."""
+    """Lower-case words of `xApiKey`, `api-key` or `api_key`."""
     return re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name).lower().replace("-", " ").replace("_", " ").split()

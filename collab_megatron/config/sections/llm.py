@@ -20,20 +20,20 @@ class DeploymentSection(Section):
     model: Named  # in LiteLLM's terms: gpt-4o-mini, anthropic/claude-..., openai/NAME for any OpenAI-compatible server
     api_base: Address | None = None  # URL of a compatible server; None: the provider's own
     api_key_env: Named | None = "OPENAI_API_KEY"  # NAME of the environment variable with the key; None: no key
-    requests_per_minute: Positive | None = None
+    requests_per_minute: Positive | None = None  # limit of the provider; None: no limit
     tokens_per_minute: Positive | None = None  # prompt and completion tokens together
     input_usd_per_mtoken: float | None = Field(default=None, ge=0)  # price; None: LiteLLM's table. 0: free
-    output_usd_per_mtoken: float | None = Field(default=None, ge=0)
+    output_usd_per_mtoken: float | None = Field(default=None, ge=0)  # as input_usd_per_mtoken
 
 
 class LLMSection(DeploymentSection):
     """One role behind an LLM API: its first deployment, and the settings that all its deployments share."""
 
-    temperature: float = Field(default=1.0, ge=0)
-    max_tokens: Positive = 1024
+    temperature: float = Field(default=1.0, ge=0)  # sampling temperature
+    max_tokens: Positive = 1024  # of one answer
     timeout_s: Seconds = 60.0  # deadline of one attempt
     deadline_s: Seconds = 240.0  # deadline of one call, its retries included
-    max_attempts: Positive = 5
+    max_attempts: Positive = 5  # requests of one call
     max_concurrency: Positive = 64  # calls in flight, over all deployments; fewer while the provider pushes back
     deployments: tuple[DeploymentSection, ...] = ()  # further ones, of equal standing: fail-over, more limits
     cooldown_s: Seconds = 20.0  # a deployment that failed gets no calls for this long, or for as long as it asks
@@ -54,7 +54,7 @@ class LLMSection(DeploymentSection):
 class JudgeSection(LLMSection):
     """An LLM that scores. At temperature 0 it repeats its scores as far as its provider can."""
 
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0)  # sampling temperature
 
 
 class SimulatorSection(LLMSection):
@@ -80,7 +80,7 @@ class HealthSection(Section):
 
     warn: dict[str, Share] = Field(default={})  # warns; checks that are not named keep their default limits
     stop: dict[str, Share] = Field(default={})  # saves a checkpoint and stops the run; no limit by default
-    min_replies: Positive = 50
+    min_replies: Positive = 50  # of a step, from which limits take effect
 
 
 class SimulatorsSection(Section):
@@ -104,8 +104,11 @@ class SimulatorsSection(Section):
 class RewardSection(Section):
     """R* = sum over metrics of clamp(weight * score, -1, 1). token_amount is in thousands of assistant tokens."""
 
+    # by metric; only metrics with a weight are computed
     metric_weights: dict[str, Finite] = Field(default={"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1})
-    accuracy_verifier: Literal["exact", "judge"] = "judge"
+    accuracy_verifier: Literal["exact", "judge"] = (
+        "judge"  # exact: compare with the reference answer; judge: ask an LLM
+    )
     # what the judge of interactivity sees. request: the whole task too, so that it can tell what a question should have
     # asked; chat: the conversation only, like the paper's ITR judge
     interactivity_sees: Literal["request", "chat"] = "request"
@@ -135,7 +138,7 @@ class BudgetSection(Section):
     price of every model, from LiteLLM's table or from the config; the first tree runs alone, until its cost is known.
     """
 
-    soft_usd: float | None = Field(default=None, gt=0)
-    hard_usd: float | None = Field(default=None, gt=0)
-    soft_calls: Positive | None = None
-    hard_calls: Positive | None = None
+    soft_usd: float | None = Field(default=None, gt=0)  # None: no cap
+    hard_usd: float | None = Field(default=None, gt=0)  # None: no cap
+    soft_calls: Positive | None = None  # requests; None: no cap
+    hard_calls: Positive | None = None  # requests; None: no cap

@@ -254,7 +254,7 @@ def test_secrets_are_refused_and_not_quoted(tmp_path: Path, extra: dict[str, Any
     [("model", "use model"), ("temperature", "use temperature"), ("seed", "run.seed"), ("timeout", "timeout_s")],
 )
 def test_arguments_with_a_key_of_their_own_are_refused(tmp_path: Path, key: str, instead: str) -> None:
-    with pytest.raises(UserError, match=rf"simulators\.user\.extra: extra\.{key} is set elsewhere: .*{instead}"):
+    with pytest.raises(UserError, match=rf"simulators\.user\.extra: extra\.{key} is set by another key: .*{instead}"):
         config(tmp_path, simulators__user={"model": "u", "extra": {key: 1}})
 
 
@@ -271,5 +271,5 @@ def test_harmless_arguments_pass_and_survive_a_dump(tmp_path: Path) -> None:
     loaded = config(tmp_path, simulators__user={"model": "u", "extra": extra})
     (tmp_path / "resolved.yaml").write_text(dump_config(loaded))
     assert load_config(RLConfig, tmp_path / "resolved.yaml").simulators.user.extra == extra
-    with pytest.raises(UserError, match="a value that JSON does not have"):
+    with pytest.raises(UserError, match="a value that JSON does not support"):
         config(tmp_path, simulators__user={"model": "u", "extra": {"top_p": float("nan")}})
