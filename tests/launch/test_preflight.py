@@ -117,7 +117,9 @@ def test_epochs_become_steps_of_the_rows_that_can_be_used(
     assert epochs_to_steps(config) is config
     with pytest.raises(UserError, match=r"train.epochs=2 and train.steps=40 are both set"):
         load("train.epochs=2")
-    with pytest.raises(UserError, match=r"with the 3 steps of train.epochs: optimizer.warmup_steps=3 leaves nothing"):
+    with pytest.raises(
+        UserError, match=r"with the 3 steps of train.epochs: optimizer.warmup_steps=3 leaves no optimizer step"
+    ):
         epochs_to_steps(load(f"data.train={tmp_path / 'nine.parquet'}", "train={epochs: 1, steps: null}", *short[:2]))
     chat = (Message("user", "a"), Message("assistant", "b"))
     rows = [Conversation(f"c{number}", chat) for number in range(5)]
@@ -266,7 +268,7 @@ def test_the_device_is_decided_once(load: Load, monkeypatch: pytest.MonkeyPatch)
     ):
         choose_backend("cuda", 0)  # a GPU without a driver or a torch for it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match=r"no GPU was seen\), but torch finds CUDA devices"):
+    with pytest.raises(UserError, match=r"found no GPU\), but torch finds CUDA devices"):
         choose_backend("cpu", 0)
 
 
