@@ -1,10 +1,10 @@
-# make install | test | lint | format | demo | demo-ablation | lock | clean
+# make install | test | test-quick | test-full | lint | format | demo | demo-ablation | lock | clean
 # PYTHON=/path/to/python3.11 chooses the interpreter of .venv; ARGS="..." goes to pytest or to the demo.
 PYTHON ?=
 ARGS ?=
 export PYTHON
 
-.PHONY: help install test lint format demo demo-ablation lock clean
+.PHONY: help install test test-quick test-full lint format demo demo-ablation lock clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -12,12 +12,22 @@ help:
 install:
 	@bash tools/install.sh
 
+# with ARGS a part of the tests, one after the other
 test: install
-	.venv/bin/python -m pytest $(ARGS)
+	$(if $(ARGS),.venv/bin/python -m pytest $(ARGS),bash tests/two_lanes.sh)
+
+# no servers, no trainer ranks
+test-quick: install
+	.venv/bin/python -m pytest -m "not slow and not full" $(ARGS)
+
+# every variant, one after the other
+test-full: install
+	COLLAB_MEGATRON_FULL=1 .venv/bin/python -m pytest $(ARGS)
 
 lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/vulture
 	.venv/bin/mypy
 
 format: install

@@ -53,6 +53,15 @@ class Ended:
 
 
 Run = Callable[..., Ended]
+SLOW_FIXTURES = frozenset({"engine", "server_for", "slurm_cluster"})
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a real server or a real Slurm is slow."""
+    for item in items:
+        if isinstance(item, pytest.Function) and not SLOW_FIXTURES.isdisjoint(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 def environment() -> dict[str, str]:
@@ -96,17 +105,23 @@ def desk(supervisor: Supervisor, tmp_path_factory: pytest.TempPathFactory) -> Se
 
 
 @pytest.fixture(scope="session")
-def engine(supervisor: Supervisor, tiny_model: Path) -> Server:
+def engine(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real SGLang server holding `tiny_model` in fp32."""
+    from tests.engine.real_servers import end_at_once, server_supervisor  # imports torch
+
     section = EngineSection(max_total_tokens=16384, max_running_requests=64)
     command = engine_command(
         section, model_path=str(tiny_model), dtype="float32", device="cpu", port=free_port(), seed=1
     )
-    child = supervisor.start("engine", command.argv, command.env)
-    control = EngineControl(command.url, timeout_s=120)
-    control.wait_until_ready(timeout_s=180, alive=lambda: child.process.poll() is None)
-    control.close()
-    return Server(url=command.url, pid=child.process.pid)
+    supervisor = server_supervisor(tmp_path_factory.mktemp("engine")).__enter__()  # left in end_at_once
+    try:
+        child = supervisor.start("engine", command.argv, command.env)
+        control = EngineControl(command.url, timeout_s=120)
+        control.wait_until_ready(timeout_s=180, alive=lambda: child.process.poll() is None)
+        control.close()
+        yield Server(url=command.url, pid=child.process.pid)
+    finally:
+        end_at_once(supervisor)
 
 
 @pytest.fixture

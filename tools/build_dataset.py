@@ -3,9 +3,9 @@
     python tools/build_dataset.py conf/build.yaml [section.key=value ...] [--dry-run]
 
 Writes conversations-*.jsonl (flat CollabLLM rows) into the config's `output` folder; tools/prepare_dataset.py reads it.
-Interrupted builds go on with the same command: conversations that are finished are never made twice, and of the others
-nothing that was paid for is asked for again (`journal`). Exit code 2 for a mistake in config or data, 1 if the build
-broke off, 3 if it spent its `budget`.
+The same command continues an interrupted build: finished conversations are not repeated, and paid LLM answers of the
+others come from the `journal`. Exit code 2 for an error in config or data, 1 if the build failed, 3 if it has spent
+its `budget`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUIET_S = 10.0  # between progress lines where the output is a file
 
 
 class Display:
-    """One line that is written over on a terminal; a line now and then in a file."""
+    """Progress: one line that is overwritten on a terminal, or a line every few seconds in a file."""
 
     def __init__(self) -> None:
         self._shown_at = 0.0
@@ -50,7 +50,7 @@ class Display:
             print("\r\x1b[K", end="")
         counts = progress.counts
         print(
-            f"{progress.before + counts.done} of {progress.total} conversations ({progress.before} were there before, "
+            f"{progress.before + counts.done} of {progress.total} conversations ({progress.before} from before, "
             f"{counts.failed} failed), {counts.rows} new rows in {progress.seconds:.1f} s ({progress.per_s:.1f}/s)"
         )
         for role, usage in counts.usage.items():
@@ -68,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    parser.add_argument("--dry-run", action="store_true", help="print config and plan, check both, ask for nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print config and plan, check both, make no calls")
     args = parser.parse_intermixed_args()
     set_up_logging("build")
     config = load_config(BuildDatasetConfig, args.config, args.overrides)
@@ -86,7 +86,7 @@ def main() -> None:
     if progress.counts.spent and not progress.complete:
         raise BudgetSpent(progress.counts.spent)
     if progress.counts.done == 0 and progress.before < progress.total:
-        raise RunError(f"no conversation was finished; last error: {progress.counts.last_error}")
+        raise RunError(f"no conversation was finished; the last error: {progress.counts.last_error}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Proves an export: plain transformers must agree with what the engine answered greedily under the final weights.
+"""Check an export: plain transformers must agree with the engine's greedy answers under the final weights.
 
     python tools/check_export.py --hf runs/demo/hf --probe runs/demo/engine_probe/rl.json
 
-transformers is given each answer token by token (teacher-forced), in the run's dtype. Two things must hold:
+transformers gets each answer teacher-forced, in the run's dtype. Two conditions must hold:
 
-- its log-probs of the engine's tokens are those of the engine, in the mean over each answer;
-- each token is its most likely one, or lies below that by no more than rounding explains (a tie). After a tie both go
-  on with the engine's token, so one tie does not excuse what follows.
+- its log-probs of the engine's tokens equal those of the engine, in the mean over each answer;
+- each token is its most likely one, or below that by no more than rounding (a tie). After a tie both continue with the
+  engine's token, so a tie does not affect later tokens.
 
-Tolerances. Both sides hold the same weights and differ in the order of their sums only.
+Tolerances. Both sides have the same weights and differ only in the order of their sums.
 float32: rounding of 6e-8 grows to 4e-6 in the log-probs (measured at 135M, CPU); the tolerance leaves room for TF32.
-bfloat16: numbers have 8 bits, so logits of 16 to 32 lie 0.125 apart, and a gap of two of those steps (0.25) between two
-correct implementations was seen; each token's log-prob was 0.03 to 0.05 off in the mean. The tolerance is twice that.
+bfloat16: numbers have 8 bits, so logits of 16 to 32 are 0.125 apart. Two correct implementations were seen to differ by
+two such steps (0.25), and by 0.03 to 0.05 in a token's log-prob on average. The tolerance is twice that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Tolerance:
     """In nats."""
 
     logprob: float  # mean |transformers - engine| over an answer
-    tie: float  # by how much the engine's token may lie below the most likely one
+    tie: float  # the most that the engine's token may be below the most likely one
 
 
 TOLERANCES = {"float32": Tolerance(1e-3, 5e-3), "bfloat16": Tolerance(0.1, 0.5)}
@@ -42,7 +42,7 @@ TOLERANCES = {"float32": Tolerance(1e-3, 5e-3), "bfloat16": Tolerance(0.1, 0.5)}
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was found where nothing failed."""
+    """The figures of a successful check."""
 
     prompts: int
     tokens: int
@@ -65,21 +65,21 @@ def compare(number: int, logits: Tensor, row: dict[str, Any], tolerance: Toleran
     worst = int(below.argmax())
     if not float(below[worst]) <= tolerance.tie:  # also for NaN
         raise RunError(
-            f"the export answers prompt {number} differently at token {worst}: {int(choice[worst])} instead of the "
-            f"engine's {int(ids[worst])}, which lies {float(below[worst]):.3g} nats below (a tie is at most "
+            f"the export differs from the engine in prompt {number} at token {worst}: {int(choice[worst])} instead of "
+            f"{int(ids[worst])}, which is {float(below[worst]):.3g} nats less likely (a tie is at most "
             f"{tolerance.tie:g})"
         )
     gap = float((own - torch.tensor(row["logprobs"])).abs().mean())
     if not gap <= tolerance.logprob:
         raise RunError(
-            f"the export answers prompt {number} with other log-probs than the engine: {gap:.3g} nats apart on average "
-            f"(at most {tolerance.logprob:g} is rounding)"
+            f"the export's log-probs of prompt {number} differ from the engine's by {gap:.3g} nats on average "
+            f"(rounding is at most {tolerance.logprob:g})"
         )
     return int((choice != ids[:, 0]).sum()), gap
 
 
 def check(hf_folder: Path, probe_file: Path) -> Agreement:
-    """Compare all answers of the probe. Raises RunError at the first that differs, UserError for another probe."""
+    """Compare all answers of the probe. Raises RunError for the first that differs, UserError for a bad probe."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -87,7 +87,7 @@ def check(hf_folder: Path, probe_file: Path) -> Agreement:
     disable_progress_bar()
     probe = read_probe(probe_file)
     if not (hf_folder / "config.json").is_file():
-        raise UserError(f"--hf {hf_folder} is no model folder: name the one that the run exported")
+        raise UserError(f"--hf {hf_folder} is not a model folder: name the run's exported folder")
     dtype = getattr(torch, probe["dtype"])
     model: Any = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=dtype).eval()
     found: list[tuple[int, float]] = []
@@ -105,16 +105,16 @@ def check(hf_folder: Path, probe_file: Path) -> Agreement:
 
 
 def read_probe(file: Path) -> dict[str, Any]:
-    """The probe. Raises UserError where there is none, or one without log-probs."""
+    """The probe. Raises UserError if there is none, or if it has no log-probs."""
     if not file.exists():
-        raise UserError(f"no {file}: train_rl writes it when a run ends")
+        raise UserError(f"there is no {file}: train_rl writes it at the end of a run")
     try:
         probe: dict[str, Any] = json.loads(file.read_text("utf-8"))
         rows: Sequence[dict[str, Any]] = probe["rows"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no probe of a run ({error}): train_rl writes it when a run ends") from None
+        raise UserError(f"{file} is not a probe of a run ({error}): train_rl writes it at the end of a run") from None
     if probe.get("dtype") not in TOLERANCES or not rows or any("logprobs" not in row for row in rows):
-        raise UserError(f"{file} holds no log-probs: an older version wrote it; run one more step of the run")
+        raise UserError(f"{file} has no log-probs, because an older version wrote it: run one more step of the run")
     return probe
 
 

@@ -1,18 +1,18 @@
-"""Convert between Hugging Face folders and training checkpoints, tensor by tensor, whatever layout trained them.
+"""Convert between Hugging Face folders and training checkpoints of any layout, tensor by tensor.
 
     python tools/convert_checkpoint.py hf-to-megatron --hf-path MODEL --output DIR [--processes N]
     python tools/convert_checkpoint.py megatron-to-hf --checkpoint DIR --output DIR [--max-shard-size 5GB] [...]
 
 hf-to-megatron writes DIR/step_00000000 (weights only, no optimizer). megatron-to-hf takes a step folder, or a folder of
-them, of which it converts the newest complete one, or with --best the one whose held-out loss is the lowest; every
-file's header says which step of which run it holds.
+step folders: then it converts the newest complete one, or with --best the one with the lowest held-out loss. The header
+of each file names the run and the step.
 
-The whole model is never in memory: one process needs less than 1 GB and the largest tensor or two. float32 and bfloat16
-stay as they are; a folder of mixed dtypes is refused. What is converted appears at the end, whole, or not at all.
+The whole model is never in memory: a process needs less than 1 GB plus one or two of the largest tensors. float32 and
+bfloat16 stay as they are; a folder of mixed dtypes is an error. The output appears complete at the end, or not at all.
 
-Several processes share the work by tensors (hf-to-megatron) or by files (megatron-to-hf: no more than it has files are
-of use). `--processes N` starts them on this machine. On several machines with a shared file system, start one yourself
-per rank; without --processes the tool then takes RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment:
+Several processes share the work by tensors (hf-to-megatron) or by files (megatron-to-hf, so more processes than files
+do not help). `--processes N` starts them on this machine. On several machines with a shared file system, start one per
+rank yourself; without --processes the tool reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the environment:
 
     torchrun --nproc-per-node 8 tools/convert_checkpoint.py hf-to-megatron --hf-path MODEL --output DIR
     srun --ntasks 8 bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR=$HOST MASTER_PORT=29400 python ...'
@@ -45,8 +45,8 @@ from collab_megatron.wire.checkpoints import BEST, CheckpointInfo, named_checkpo
 if TYPE_CHECKING:
     from collab_megatron.trainer.actor.grid import RankGrid
 
-_OTHERS_END_S = 15.0  # once one process has failed, the others have heard of it and clear up
-_DAY_S = 86400.0  # ranks wait for the slowest, which may have hundreds of gigabytes to write
+_OTHERS_END_S = 15.0  # after one process failed, for the others to notice and clean up
+_DAY_S = 86400.0  # ranks wait for the slowest, which may write hundreds of gigabytes
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -54,17 +54,17 @@ def main() -> None:
     args = _arguments()
     keep_from_others(args.umask)
     signal.signal(signal.SIGTERM, _interrupt)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed; before torch looks for devices
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # no GPU is needed; set before torch looks for devices
     if args.command == "hf-to-megatron":
         folder = resolve_model_folder(args.hf_path)
         check_layout(read_hf_config(folder), ParallelSection())
     else:
         info = _checkpoint(args.checkpoint, best=args.best)
         parse_size(args.max_shard_size)
-    check_output(args.output)  # every rank, ahead of the rendezvous: later rank 0 has begun to write
+    check_output(args.output)  # on every rank before the rendezvous: afterwards rank 0 may have begun to write
     if args.processes is not None:
         for name in _PLACE:
-            os.environ.pop(name, None)  # of a Slurm step or torchrun that this one process runs in
+            os.environ.pop(name, None)  # set by the Slurm step or torchrun around this process
         if args.processes > 1:
             _start(sys.argv[1:], args.processes)
             return
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def hf_to_megatron(folder: Path, output: Path, grid: RankGrid, *, source: str) -> Path:
-    """Write step 0 of a run that never was; `source` is noted in it."""
+    """Write a checkpoint of step 0 with `source` in its marker."""
     from collab_megatron.trainer.checkpoint.from_hf import (
         checkpoint_from_hf,
     )  # only here: mistakes should not wait for megatron
@@ -87,7 +87,7 @@ def hf_to_megatron(folder: Path, output: Path, grid: RankGrid, *, source: str) -
 
 
 def megatron_to_hf(info: CheckpointInfo, output: Path, grid: RankGrid, *, max_shard_size: str) -> Path:
-    """Read the weights, leave optimizer and random states, write a Hugging Face folder."""
+    """Write a Hugging Face folder from the weights; optimizer and random states are not read."""
     from collab_megatron.trainer.checkpoint.to_hf import hf_from_checkpoint  # only here, as above
 
     hf_from_checkpoint(info, output, grid, max_shard_size=max_shard_size)
@@ -111,10 +111,10 @@ def _arguments() -> argparse.Namespace:
     to_hf.add_argument("--max-shard-size", default="5GB", help="largest safetensors file, e.g. 5GB")
     for command in (to_megatron, to_hf):
         command.add_argument("--umask", choices=UMASKS, default=UMASKS[0], help=f"of the files (default {UMASKS[0]})")
-        command.add_argument("--processes", type=int, help="start so many on this machine (default: see above, or 1)")
+        command.add_argument("--processes", type=int, help="number to start on this machine (default: see above, or 1)")
     args = parser.parse_args()
     if args.processes is not None and args.processes < 1:
-        raise UserError(f"--processes is {args.processes}; it must be 1 or more")
+        raise UserError(f"--processes is {args.processes}, but must be at least 1")
     return args
 
 
@@ -122,14 +122,14 @@ def _checkpoint(path: Path, *, best: bool) -> CheckpointInfo:
     if best:
         named = read_best(path)
         if named is None:
-            raise UserError(f"{path} names no best checkpoint in {BEST}: leave --best out, or name a step folder")
+            raise UserError(f"{path} has no best checkpoint in {BEST}: leave --best out, or name a step folder")
         return read_info(named.folder)
     return named_checkpoint(path)
 
 
 @contextlib.contextmanager
 def _grid() -> Iterator[RankGrid]:
-    """This process among those that convert. Rank 0 speaks for all: it hears of every failure."""
+    """The rank grid of the conversion. Only rank 0 prints an error, because it receives those of all ranks."""
     from collab_megatron.trainer.actor.grid import close_grid, init_grid
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -141,16 +141,16 @@ def _grid() -> Iterator[RankGrid]:
         yield grid
     except (UserError, RunError) as error:
         if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-            raise KeyboardInterrupt from error  # what failed is that the others were ended too
+            raise KeyboardInterrupt from error  # it failed because the other processes were ended too
         if os.environ.get("RANK", "0") == "0":
             raise
         sys.exit(EXIT_USER if isinstance(error, UserError) else EXIT_RUN)
     finally:
-        close_grid()  # after a failure too: torch's threads must not outlive the interpreter
+        close_grid()  # also after a failure: torch's threads must end before the interpreter
 
 
 def _start(argv: Sequence[str], count: int) -> None:
-    """Run `count` processes of this program, each with its place in the environment. Ends with their exit code."""
+    """Run `count` processes of this program, each with its rank in the environment. Exits with their exit code."""
     argv = list(argv)
     at = next(i for i, word in enumerate(argv) if word.startswith("--processes"))
     del argv[at : at + (1 if "=" in argv[at] else 2)]
@@ -180,7 +180,7 @@ def _failed(process: object) -> bool:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the clearing up
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
     raise KeyboardInterrupt
 
 

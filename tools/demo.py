@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def short_settings(run_dir: Path, seed: int) -> DemoSettings:
-    """Every stage for real, none of them long."""
+    """Every stage for real, but short."""
     few = ("evaluation.num_tasks=24",)
     rl = (
         *few,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds .venv: the locked packages, torch, SGLang with its CPU support, and the project itself, editable.
-# Does nothing when .venv was already built from the same files; starts anew when they changed or it was interrupted.
+# Does nothing when .venv was already built from the same files; starts again if they changed or it was interrupted.
 #   PYTHON=/path/to/python3.11 tools/install.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

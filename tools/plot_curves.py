@@ -1,4 +1,4 @@
-"""Draws a demo's learning curves: reward, accuracy and how often the model asks, per RL step.
+"""Draw a demo's learning curves: reward, accuracy and the share of replies that ask, per RL step.
 
 python tools/plot_curves.py --run-dir runs/demo --output docs/learning_curves.png
 """
@@ -29,11 +29,11 @@ HELD_OUT = {
 
 
 def draw(run_dir: Path, output: Path) -> None:
-    """Write `output`; lines are training rollouts, dots held-out conversations. Raises UserError without a run."""
+    """Write `output`: lines are training rollouts, dots held-out conversations. Raises UserError without a run."""
     folder = run_dir / "tensorboard" / "rl"
     if not (folder / "metrics.jsonl").exists():
-        raise UserError(f"no {folder / 'metrics.jsonl'}: run `make demo` first")
-    import matplotlib as mpl  # only here: mistakes should not wait for it
+        raise UserError(f"there is no {folder / 'metrics.jsonl'}: run `make demo` first")
+    import matplotlib as mpl  # only here: errors in the arguments should not wait for it
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt

@@ -1,11 +1,11 @@
-"""CollabLLM rows to the parquet files that training reads.
+"""Convert CollabLLM rows to the parquet files of training.
 
     python tools/prepare_dataset.py --dataset ROWS --dataset-type rl --output DIR [--split train,validation] [...]
 
 ROWS: a hub name, a saved `datasets` folder, a folder or file of parquet, JSON or JSONL; docs/data.md describes the
 forms of rows. Writes DIR/{sft,rl}_train.parquet and {sft,rl}_validation.parquet. One task in ten is held out, chosen by
-the task's own text, so that calls for SFT and for RL hold out the same ones.
-Exit code 2 with one sentence for a mistake in the arguments or the data.
+the hash of its text, so that calls for SFT and for RL hold out the same tasks.
+Exit code 2 with one sentence for an error in the arguments or the data.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python tools/prepare_dataset.py", description="CollabLLM rows to the parquet files that training reads."
+        prog="python tools/prepare_dataset.py", description="Convert CollabLLM rows to the parquet files of training."
     )
     parser.add_argument("--dataset", required=True, help="hub name, folder or file with CollabLLM rows")
     parser.add_argument("--dataset-type", required=True, choices=("sft", "rl"))
@@ -63,35 +63,33 @@ def _arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="A[,B]",
-        help="of a hub or saved dataset; several are put together (default: train)",
+        help="of a hub or saved dataset; several are concatenated (default: train)",
     )
-    parser.add_argument("--validation", help="held-out dataset; refused where it shares tasks with --dataset")
+    parser.add_argument("--validation", help="held-out dataset; must not share tasks with --dataset")
     parser.add_argument(
         "--validation-share",
         type=float,
         help=f"share of the tasks to hold out, the same in every call (default {DEFAULT_SHARE:g}; 0: none)",
     )
-    parser.add_argument(
-        "--on-error", choices=("stop", "skip"), default="stop", help="what to do with a row that cannot be read"
-    )
+    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="for a row that cannot be read")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--system-prompt", default="", metavar="TEXT|FILE", help="stands first in every chat")
+    prompt.add_argument("--system-prompt", default="", metavar="TEXT|FILE", help="system prompt of every chat")
     prompt.add_argument(
-        "--collaborative-prompt", action="store_true", help="the shipped one, which asks for a proactive assistant"
+        "--collaborative-prompt", action="store_true", help="the shipped system prompt for a proactive assistant"
     )
-    parser.add_argument("--task-desc", metavar="TEXT|FILE", help="what kind of task this is, in place of the rows' own")
+    parser.add_argument("--task-desc", metavar="TEXT|FILE", help="description of the task, replaces that of the rows")
     parser.add_argument("--turns", choices=("all", "first"), default="all", help="rl: every history, or openings only")
-    parser.add_argument("--max-rows", type=int, help="at most so many rows per file")
-    parser.add_argument("--metric", help="sft: keep rows whose reward of this name reaches --threshold")
+    parser.add_argument("--max-rows", type=int, help="the most rows per file")
+    parser.add_argument("--metric", help="sft: keep rows whose reward with this name reaches --threshold")
     parser.add_argument("--threshold", type=float, help="with --metric (default 0)")
     parser.add_argument("--umask", choices=UMASKS, default=UMASKS[0], help=f"of the files (default {UMASKS[0]})")
     return parser.parse_args()
 
 
 def _refuse_ignored(args: argparse.Namespace) -> None:
-    """Raises UserError for an option that would have no effect: the rows would not be those that were asked for."""
+    """Raises UserError for an option that would have no effect."""
     if args.dataset_type == "rl" and args.metric is not None:
-        raise UserError("--metric chooses among rows of --dataset-type sft: leave it out for rl")
+        raise UserError("--metric is for --dataset-type sft: leave it out for rl")
     if args.dataset_type == "sft" and args.turns == "first":
         raise UserError("--turns first is for --dataset-type rl: leave it out for sft, which keeps whole conversations")
     if args.threshold is not None and args.metric is None:

@@ -250,7 +250,7 @@ class ChatTemplate:
         head, found, tail = self._after_reply(USER).partition(USER)
         for rule in TEXT_RULES:
             marked = [(text, self._control.marked(text, "user")) for text in RULE_PROBES]
-            if found and all(self._after_reply(text) == f"{head}{rule(said)}{tail}" for text, said in marked):
+            if found and all(self._after_reply(text) == f"{head}{rule(safe)}{tail}" for text, safe in marked):
                 return head, rule, tail
         return None
 

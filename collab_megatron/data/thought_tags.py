@@ -28,7 +28,7 @@ def split_thoughts(text: str, tags: tuple[str, str] = THOUGHT_TAGS, *, opened: b
     """
     start, end = tags
     thoughts: list[str] = []
-    said: list[str] = []
+    visible: list[str] = []
     rest, inside = text, opened
     while True:
         if inside:
@@ -39,15 +39,15 @@ def split_thoughts(text: str, tags: tuple[str, str] = THOUGHT_TAGS, *, opened: b
             inside = False
         first_end, first_start = rest.find(end), rest.find(start)
         if first_end >= 0 and (first_start < 0 or first_end < first_start):
-            rest, inside = "".join([*said, rest]), True
-            said = []
+            rest, inside = "".join([*visible, rest]), True
+            visible = []
             continue
         reply, found, rest = rest.partition(start)
-        said.append(reply)
+        visible.append(reply)
         if not found:
             break
         inside = True
     thought = "\n\n".join(part for part in thoughts if part)
     if not thoughts:
         return Split("", text, closed=True)
-    return Split(thought, "".join(said).lstrip(), closed=not inside)
+    return Split(thought, "".join(visible).lstrip(), closed=not inside)

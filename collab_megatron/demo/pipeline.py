@@ -34,7 +34,7 @@ class DemoSettings:
     seed: int = 1
     conversations: int = 6000  # grown by the data builder
     held_out: int = 1000
-    sft_steps: int | None = None  # None: what the shipped config says
+    sft_steps: int | None = None  # None: the shipped config's value
     rl_steps: int | None = None
     overrides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stage -> more a.b=c
 

@@ -22,12 +22,12 @@
 
     part             consumes          produces              waits for                       deadline
     Listener         ZeroMQ messages   admitted requests     the next message                none: the trainer asks
-    Service          Request           Answer                trees, evaluation; 2 s each     rollout.step_timeout_s
+    Service          Request           Answer                trees, evaluation; 2 s each     step_timeout_s (derived)
     BatchCollector   finished trees    samples, figures      nothing; `take` is polled       -
     TreeScheduler    ids of ShardPlan  running trees         budget; finished trees free it  -
     TreeGrower       TreeId            Group                 replies, then all futures       driver.group_timeout_s
     play_future      reply             scored Future         user, engine, judges in turn    driver.future_timeout_s
-    JournaledEngine  token ids         Generations           room in the token limit         engine.request_timeout_s
+    JournaledEngine  token ids         Generations           room in the token limit         request_timeout_s (derived)
     Gateway          messages          LLM replies           concurrency and rate limits     deadline_s of the LLM
     ShardEvaluator   held-out tasks    figures, transcripts  its conversations               evaluation.timeout_s
 

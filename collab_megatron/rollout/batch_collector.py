@@ -87,9 +87,9 @@ class BatchCollector:
         assert self._scheduler is not None, "begin comes first"
         calls = {role: usage.in_flight for role, usage in self._clients.gateway.snapshot().roles.items()}
         calls_in_flight = ", ".join(f"{count} {role} calls" for role, count in calls.items())
-        slots = self._clients.engine_limiter
+        limiter = self._clients.engine_limiter
         return (
-            f"{self._scheduler.num_running} trees are running with {calls_in_flight} in flight and {slots.waiting} "
+            f"{self._scheduler.num_running} trees are running with {calls_in_flight} in flight and {limiter.waiting} "
             "policy turns waiting for the engines"
         )
 
@@ -177,15 +177,15 @@ class _Counters:
         clocks, calls, usage, at, replayed = self._before
         clocks_before, calls_before, usage_before, at_before, replayed_before = before
         clients, seconds = self._clients, max(min(at - at_before, rollout_s), 1e-9)
-        slots = clients.engine_limiter
+        limiter = clients.engine_limiter
         return {
             **of_kind("max", {name: value - clocks_before[name] for name, value in clocks.items()}),
             **of_kind("sum", (calls - calls_before).metrics()),
             **usage.since(usage_before).figures(live=clients.pool.live, lost=len(clients.pool.lost), seconds=seconds),
             "engine/turns_replayed": Figure.of("sum", [replayed - replayed_before]),
-            "engine/slots_tokens": Figure.of("sum", [slots.limit]),
-            "engine/slots_used_tokens": Figure.of("sum", [slots.used]),
-            "engine/slots_waiting": Figure.of("sum", [slots.waiting]),
+            "engine/slots_tokens": Figure.of("sum", [limiter.limit]),
+            "engine/slots_used_tokens": Figure.of("sum", [limiter.used]),
+            "engine/slots_waiting": Figure.of("sum", [limiter.waiting]),
         }
 
     def _now(self) -> tuple[Mapping[str, float], GatewaySnapshot, PoolUsage, float, int]:

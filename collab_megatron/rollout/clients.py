@@ -83,7 +83,7 @@ async def open_clients(
         shards=shards,
         go_on="set run.resume=true" if driver else "start the evaluation again",
     )
-    slots = AdaptiveLimiter(config.engine.max_running_tokens or float("inf"))
+    limiter = AdaptiveLimiter(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
         stop_token_ids=chat.end_ids,
         request_timeout_s=(driver or DriverSection()).request_timeout_s,
@@ -92,13 +92,13 @@ async def open_clients(
         max_concurrency=max(1, config.engine.max_concurrency // shards),
         max_running_tokens=config.engine.max_running_tokens,
         share=1 / shards,
-        limiter=slots,
+        limiter=limiter,
         updates_while_sampling=staleness > 0,
         wait_for_engines=driver is not None,
         keys=engine_keys,
     ) as pool:
         pool.use(engine_urls, None)
-        engine = JournaledEngine(pool, journal, slots, max_staleness=staleness if driver else None)
+        engine = JournaledEngine(pool, journal, limiter, max_staleness=staleness if driver else None)
         gc.collect()
         gc.freeze()  # later collections skip the objects of the imports: 15 % of a call's CPU time
         gc.set_threshold(*GC_THRESHOLDS)
@@ -126,7 +126,7 @@ async def open_clients(
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
                 pool=pool,
-                engine_limiter=slots,
+                engine_limiter=limiter,
                 engine=engine,
                 gateway=gateway,
                 health=health,

@@ -20,14 +20,14 @@ ANY_VERSION = 2**62
 
 
 class JournaledEngine:
-    """Implements types.PolicyEngine. `slots` limits the tokens of the calls in flight.
+    """Implements types.PolicyEngine. `limiter` limits the tokens of the calls in flight.
 
     `max_staleness` None: no trainer publishes weight versions, and every turn of the journal's lineage is usable."""
 
     def __init__(
-        self, engine: PolicyEngine, journal: Journal | None, slots: AdaptiveLimiter, *, max_staleness: int | None
+        self, engine: PolicyEngine, journal: Journal | None, limiter: AdaptiveLimiter, *, max_staleness: int | None
     ) -> None:
-        self._engine, self._journal, self._slots = engine, journal, slots
+        self._engine, self._journal, self._limiter = engine, journal, limiter
         self._max_staleness = max_staleness
         self._new_tokens: float | None = None  # moving average of turn lengths
         self._version = 0
@@ -68,11 +68,11 @@ class JournaledEngine:
             return [replace(generation, replayed=True) for generation in recorded]
         expected = max_new_tokens if self._new_tokens is None else min(max_new_tokens, 1.25 * self._new_tokens)
         amount = len(input_ids) + n * expected
-        async with self._slots.take(amount):
+        async with self._limiter.take(amount):
             generations = await self._engine.generate(
                 input_ids, n=n, temperature=temperature, max_new_tokens=max_new_tokens, affinity=affinity, name=name
             )
-        self._slots.succeeded(amount)
+        self._limiter.succeeded(amount)
         for generation in generations:
             length = len(generation.token_ids_T)
             mean = length if self._new_tokens is None else self._new_tokens

@@ -16,13 +16,13 @@ One RL step, the same code on every rank:
     logprobs          this rank's share of the       log-probs of the reference,   ranks that share a model (tensor,
                       batch (rank_batch)             of the policy if mini-batches pipeline, context)
     update            micro-batches with log-probs   new weights, metrics          all ranks: gradients, their norm
-    weight_sync       the weights, roster of engines engines on the new weights    the engines, with proof of arrival
-    reporting         figures of the phases          dashboard, progress line      rank 0
+    weight_sync       the weights, roster of engines engines on the new weights    the engines, and their proof
+    reporting         metrics and times of the step  dashboard, progress line      rank 0
     checkpoint        weights, optimizer, RNG        a folder, if one is due       all ranks and the disk
     evaluate          live engines, if it is due     held-out figures              the driver's held-out conversations
 
-All ranks meet in every phase. Rank 0 alone talks to driver, engines, disk and user. What it does for the others goes
-through actor/agreement.py, so that its result, or its error, reaches every rank and none waits for a rank that has
-raised. saving.py decides when to save, also before whatever ends the run. An SFT step has data (sft_data) in the place
-of wait_for_rollout and no engines; its held-out loss (held_out_loss) is measured by the ranks themselves.
+All ranks meet in every phase except logprobs. Rank 0 alone asks the driver, controls the engines and reports to the
+user. What it does for the others goes through actor/agreement.py: its result, or its error, reaches every rank, and no
+rank waits for one that has raised. saving.py also saves before whatever ends the run. An SFT step reads sft_data
+instead of waiting for rollouts and has no engines; the ranks measure its held-out loss themselves (held_out_loss).
 """

@@ -1,6 +1,6 @@
 """Provenance of a checkpoint: versions, config, position in the data; and how a run differs from it. Pure: no torch.
 
-The data order is a pure function of (seed, step) (data/order.py), so the position in it is a number of rows.
+The data order is a pure function of (seed, step) (data/row_order.py), so the position in it is a number of rows.
 """
 
 from __future__ import annotations

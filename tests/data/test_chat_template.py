@@ -106,9 +106,12 @@ RULES = {name: ChatTemplate(GOOD[name]) for name in ("chatml", "headers, bos, tr
 RULES["shouts"] = ChatTemplate(byte_tokenizer(SHOUTS))  # no rule of ours: rendered for each turn
 MODES = get_args(InexactTemplate)
 INEXACT = {
-    "thinking removed": (FORGETS_THOUGHTS, r"think>.*no day.*rendered '\\nwhich day\?"),
+    "thinking removed": (FORGETS_THOUGHTS, r"think>.*no day.*when grown, '\\nwhich day\?"),
     "thinking on the last turn only": (ALWAYS_THINKS, r"earlier turns: '.*<think>.*when grown, '\\nwhich day\?"),
-    "white space": (CHATML.replace("m['content']", "m['content'] | trim"), r"\\n which day\? .*rendered '\\nwhich day"),
+    "white space": (
+        CHATML.replace("m['content']", "m['content'] | trim"),
+        r"\\n which day\? .*when grown, '\\nwhich day",
+    ),
     "a mark on the last turn": (REWRITES, r"earlier turns: '.*mark which.*when grown, '\\nwhich"),
 }
 
@@ -277,7 +280,7 @@ def test_a_template_without_an_end_token_is_refused(template: str) -> None:
 
 def test_a_template_that_refuses_roles_says_so() -> None:
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-    with pytest.raises(UserError, match=r"refuses.*system"):
+    with pytest.raises(UserError, match=r"fails on the roles .*system"):
         ChatTemplate(byte_tokenizer(template)).prompt_ids(CHAT)
 
 

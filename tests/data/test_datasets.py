@@ -104,7 +104,7 @@ def test_every_place_gives_the_same_rows(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "dict"))
     for name in ("a.jsonl", "a.json", "a.parquet", "folder", "hub", "saved", "dict"):
         assert load_rows(str(tmp_path / name)) == expected, name
-    with pytest.raises(UserError, match="no split 'test'; it has train"):
+    with pytest.raises(UserError, match="no split 'test', but train"):
         load_rows(str(tmp_path / "dict"), ["test"])
     both = load_rows(str(hub_like), ["train", "test"])
     assert both == [*expected, *expected[3:4]]
@@ -203,7 +203,7 @@ def test_conversations_with_one_number_stay_apart() -> None:
         ({"completion": None}, "completion must be text"),
         ({"score": "high"}, "score must be a number"),
         ({"turn_id": "first"}, "turn_id must be a whole number"),
-        ({"single_turn_metadata": "{'a': __import__('os')}"}, "not JSON"),
+        ({"single_turn_metadata": "{'a': __import__('os')}"}, "must be a mapping or JSON"),
         ({"completion": "\ud83d"}, "completion has half of a surrogate pair at position 0"),
         ({"prompt": [turn("user", "a\udc00")]}, "prompt has half of a surrogate pair at position 1"),
         ({"turn_id": 1.5}, "turn_id must be a whole number"),
@@ -231,7 +231,7 @@ def test_bad_places(tmp_path: Path) -> None:
         ("torn.jsonl", "line 2 is not valid JSON"),
         ("object.json", "must hold a list"),
         ("bad.parquet", "cannot be read"),
-        ("rows.csv", "files must end in"),
+        ("rows.csv", "name must end in"),
         ("void", "holds no .parquet"),
         ("absent.jsonl", "neither a file"),
     ]:
@@ -319,7 +319,7 @@ def test_rows_of_several_files_follow_each_other(tmp_path: Path) -> None:
     tasks, repeated = read_task_files([a, b])
     assert ([t.task_id for t in tasks], repeated) == (["1", "1", "2", "3"], 1)
     write_tasks(c, [task("3", "gin")])
-    with pytest.raises(UserError, match=r"task_id '3' stands for different tasks in .*b\.parquet and .*c\.parquet"):
+    with pytest.raises(UserError, match=r"task_id '3' names different tasks in .*b\.parquet and .*c\.parquet"):
         read_task_files([a, b, c])
     with pytest.raises(UserError, match=r"no file .*d\.parquet"):
         read_task_files([a, tmp_path / "d.parquet"])

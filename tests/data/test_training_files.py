@@ -18,25 +18,25 @@ from collab_megatron.types import Message, Task
 @pytest.mark.parametrize(
     ("column", "value", "complaint"),
     [
-        ("single_turn_prompt", None, "single_turn_prompt is null: it must be text"),
+        ("single_turn_prompt", None, "single_turn_prompt is null, but must be text"),
         ("single_turn_prompt", " ", "single_turn_prompt is empty"),
         ("ground_truth", None, "ground_truth is null"),
         ("task_id", None, "task_id is null"),
         ("task_id", "", "task_id is empty"),
         ("prompt", None, "prompt is null: a chat is a list"),
         ("prompt", [], "prompt is empty: a chat is a list"),
-        ("prompt", [None], "content must be text|role must be text"),
+        ("prompt", [None], "(content|role) is null, but must be text"),
         (
             "prompt",
             [{"role": "user", "content": None}],
-            "prompt has a turn whose content is null: content must be text",
+            "prompt has a turn whose content is null, but must be text",
         ),
         ("prompt", [{"role": None, "content": "a"}], "prompt has a turn whose role is null|prompt has a role"),
         ("prompt", [{"role": "users", "content": "a"}], "prompt has a role that is none of system, user, assistant"),
         ("prompt", [{"role": "user", "content": " "}], "prompt ends with an empty turn"),
         ("prompt", [{"role": "assistant", "content": "a"}], "prompt must end with a user turn"),
-        ("prompt", [{"role": "user", "content": "y"}], "task_id 'a' is that of row 1 too, which is a different task"),
-        ("metadata_json", "[1]", "metadata_json is JSON, but no object"),
+        ("prompt", [{"role": "user", "content": "y"}], "task_id 'a' is also the id of row 1, a different task"),
+        ("metadata_json", "[1]", "metadata_json is JSON, but not an object"),
         ("metadata_json", "{", "metadata_json is not JSON .Expecting property name"),
         ("metadata_json", "[" * 100_000, "metadata_json is not JSON"),
     ],
@@ -46,7 +46,7 @@ def test_a_bad_cell_of_a_training_file_is_named(tmp_path: Path, column: str, val
     rows = pq.read_table(tmp_path / "t.parquet").to_pylist()
     rows[1][column] = value
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
-    wanted = f"1 of 2 rows are not of the rl form: row 2: .*({complaint}).*--dataset-type rl"
+    wanted = f"1 of 2 rows do not have the rl form: row 2: .*({complaint}).*--dataset-type rl"
     with pytest.raises(UserError, match=wanted):
         read_tasks(tmp_path / "t.parquet")
 
@@ -71,12 +71,12 @@ def test_a_training_file_is_looked_at_as_a_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "complaint"),
     [
-        ("task_id", 7, "column task_id has text in column task_id of type int64: they must be text"),
+        ("task_id", 7, "column task_id has values of type int64, but they must be text"),
         ("ground_truth", 0.5, "column ground_truth .* of type double"),
         ("task_desc", [1], "column task_desc .* of type list"),
         ("metadata_json", {"a": 1}, "column metadata_json .* of type struct"),
-        ("prompt", "hello", r"column prompt is of type string: a chat is a list of \{role, content\}"),
-        ("prompt", [{"text": "hello"}], "column prompt is of type list"),
+        ("prompt", "hello", r"column prompt has type string, but a chat is a list of \{role, content\}"),
+        ("prompt", [{"text": "hello"}], "column prompt has type list"),
         ("prompt", [{"role": "user", "content": 5}], "column prompt has contents of type int64"),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_bad_conversation_is_named(tmp_path: Path, changes: dict[str, Any], co
     rows = pq.read_table(tmp_path / "c.parquet").to_pylist()
     pq.write_table(pa.Table.from_pylist([rows[0], {**rows[1], **changes}]), tmp_path / "c.parquet")
     with pytest.raises(
-        UserError, match=f"1 of 2 rows are not of the sft form: row 2: .*{complaint}.*--dataset-type sft"
+        UserError, match=f"1 of 2 rows do not have the sft form: row 2: .*{complaint}.*--dataset-type sft"
     ):
         read_conversations(tmp_path / "c.parquet")
 

@@ -1,4 +1,4 @@
-"""The whole road, shortened, once for all tests that look at what it left behind."""
+"""The short demo, run once for all tests that check its output."""
 
 from __future__ import annotations
 

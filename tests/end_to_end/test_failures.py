@@ -107,6 +107,7 @@ def require_figures_of_saved_steps(run_dir: Path) -> Path:
     return newest
 
 
+@pytest.mark.full
 @pytest.mark.timeout(600)  # a server starts twice
 def test_a_stopped_scheduler_comes_again_and_the_last_engine_killed_ends_the_run(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
@@ -114,10 +115,7 @@ def test_a_stopped_scheduler_comes_again_and_the_last_engine_killed_ends_the_run
     settings = ["train.steps=500", "engine.urls=[]", "engine.max_restarts=1", "run.stopped_timeout_s=2"]
     running = start(rl_command(tmp_path / "run", *settings))
     running.wait_until("rl 2/500")
-    require_closed_to_strangers(running.family, tmp_path / "run")
     shared = running.shared_memory()
-    assert any(path.name.startswith("sglang_loads_") for path in shared)
-    assert any(running.temporary.glob("*/tmp*")), "what SGLang makes lies in the run's own folder"
     scheduler = running.child("sglang::scheduler")
     scheduler.suspend()
     # not by its HTTP side, which is well, nor by the deadline of a request or of the step
@@ -148,7 +146,7 @@ def test_a_stopped_driver_comes_again_and_the_run_ends_well(
     running.child("collab_megatron.rollout.service").suspend()
     running.wait_until("killing driver: process ")
     running.wait_until("driver ended with signal SIGKILL: restarting it")
-    running.wait_until("rl 3/5")  # the family anew
+    running.wait_until("rl 3/5")  # the processes again
     ended = running.end()
     assert ended.code == 0, ended.output[-3000:]
     assert "rl 5/5" in ended.output
@@ -176,9 +174,13 @@ def test_a_stopped_trainer_rank_is_named_and_the_run_ends_saved(
 def test_a_term_signal_ends_everything(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], run: Run, tmp_path: Path
 ) -> None:
-    command = rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0")
+    command = rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", "engine.urls=[]")
     running = start(command)
     running.wait_until("rl 1/500")
+    require_closed_to_strangers(running.family, tmp_path / "run")
+    shared = running.shared_memory()
+    assert any(path.name.startswith("sglang_loads_") for path in shared)
+    assert any(running.temporary.glob("*/tmp*")), "what SGLang makes lies in the run's own folder"
     second = run(*command)
     assert second.code == 2
     (sentence,) = second.output.splitlines()
@@ -186,6 +188,7 @@ def test_a_term_signal_ends_everything(
     running.send(signal.SIGTERM)
     ended = running.end()
     assert list(running.temporary.iterdir()) == []
+    assert not [path for path in shared if path.exists()]
     written = [tmp_path / "run", *(tmp_path / "run").rglob("*")]
     assert not [path for path in written if path.stat().st_mode & 0o077], "run.umask"
     assert not (tmp_path / "run" / "locks" / "rl.lock").exists()

@@ -6,7 +6,6 @@ It is a poor user. That this is seen is the point; the checks look at the form o
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ from collab_megatron.rollout.llm.health import CHECKS, MALFORMED, verdict
 from collab_megatron.types import Message, Reply, RolloutStatus, Task
 from tests.end_to_end.test_smollm2 import smollm2
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.timeout(300)]
 
 REQUESTS = {
     "table": ("Can you book a table for me?", "Book a table for four people at noon on Friday in the name of Judy."),
@@ -48,7 +47,6 @@ REQUESTS = {
 }
 SERVED = "smollm2"
 ResponseFormat = Literal["json_object", "json_schema"]
-FULL = os.environ.get("COLLAB_MEGATRON_FULL") == "1"
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +117,7 @@ async def play(config: EvaluateConfig, url: str) -> tuple[dict[str, float], Role
         return clients.health.metrics(), clients.gateway.snapshot().roles["user"], replies
 
 
-@pytest.mark.parametrize(
-    "response_format",
-    [
-        "json_object",
-        pytest.param(
-            "json_schema", marks=pytest.mark.skipif(not FULL, reason="with COLLAB_MEGATRON_FULL=1 only: time")
-        ),
-    ],
-)
+@pytest.mark.parametrize("response_format", ["json_object", "json_schema"])
 def test_a_poor_user_plays_and_is_seen(
     server: str, model: Path, tmp_path: Path, response_format: ResponseFormat
 ) -> None:

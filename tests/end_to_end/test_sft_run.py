@@ -71,7 +71,7 @@ def test_the_best_checkpoint_is_kept_resumed_with_and_exported(run: Run, tiny_mo
     assert "step 8 is saved" in ruined.output
     assert [path.name for path in complete_checkpoints(folder)] == [best.folder.name, "step_00000008"]
 
-    # resumed, the run remembers which was the best; what it writes beside the training protects it too
+    # resumed, the run remembers which was the best; an asynchronous save protects it too
     again = sft(10, "run.resume=true", "train.async_save=true", "export_weights=last", f"export_hf={tmp_path / 'last'}")
     assert again.code == 0, again.output[-4000:]
     assert "the lowest so far" not in again.output

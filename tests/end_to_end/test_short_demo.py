@@ -1,4 +1,4 @@
-"""The whole road in a few steps: real Megatron-Core, real SGLang, real LiteLLM against a real endpoint."""
+"""The demo in a few steps: real Megatron-Core, real SGLang, real LiteLLM against a real endpoint."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_a_wrong_export_is_found_out(short_demo: tuple[Path, Ended], run: Run) -
         "tools/check_export.py", "--hf", str(run_dir / "model"), "--probe", str(run_dir / "engine_probe" / "rl.json")
     )
     assert ended.code == 1
-    assert "answers prompt" in ended.errors[0]
+    assert "differs from the engine in prompt" in ended.errors[0]
 
 
 def test_no_key_was_written_anywhere(short_demo: tuple[Path, Ended]) -> None:

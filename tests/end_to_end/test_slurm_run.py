@@ -12,7 +12,7 @@ from collab_megatron.wire.checkpoints import newest_complete
 from tests.conftest import DESK_KEY, REPOSITORY
 from tests.slurm.cluster import SlurmCluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.full, pytest.mark.timeout(300)]
 
 
 def test_a_job_trains_and_ends_with_zero(

@@ -46,6 +46,7 @@ def reply(folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_smollm2_over_two_stages_and_back(tmp_path: Path) -> None:
     source = smollm2(tmp_path / "source")
     there = convert("hf-to-megatron", "--hf-path", source, "--output", tmp_path / "there")

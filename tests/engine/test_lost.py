@@ -18,8 +18,8 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.launch.ports import free_port
-from collab_megatron.launch.supervisor import Supervisor
 from tests.conftest import Server
+from tests.engine.real_servers import server_supervisor
 
 pytestmark = pytest.mark.slow
 VERSION = 3
@@ -32,7 +32,7 @@ def doomed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = engine_command(
         section, model_path=str(tiny_model), dtype="float32", device="cpu", port=free_port(), seed=1
     )
-    with Supervisor(tmp_path_factory.mktemp("logs")) as supervisor:
+    with server_supervisor(tmp_path_factory.mktemp("logs")) as supervisor:
         child = supervisor.start("doomed", command.argv, command.env)
         control = EngineControl(command.url, timeout_s=120)
         control.wait_until_ready(timeout_s=180, alive=lambda: child.process.poll() is None)

@@ -1,4 +1,4 @@
-"""What a driver process imports, once for all that are forked from the process that imports this (warm.py)."""
+"""What a driver process imports, once for all that are forked from the process that imports this (tests/forks.py)."""
 
 from __future__ import annotations
 

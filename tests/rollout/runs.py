@@ -46,7 +46,7 @@ from collab_megatron.rollout.delivered_batches import DeliveredBatch
 from collab_megatron.rollout.record_files import read_trees
 from collab_megatron.types import Message, Task, TrainingSample
 from collab_megatron.wire.protocol import DriverClient
-from tests.rollout.warm import WarmSupervisor
+from tests.forks import ForkingSupervisor, ForkServer
 
 PROMPTS, REPLIES, FUTURES = 4, 2, 2
 TASKS, HELD_OUT = 48, 6
@@ -57,6 +57,7 @@ MAX_CONTEXT_TOKENS = 512
 UPDATE_S = 0.1
 """What stands for the training between two steps."""
 RUN_DEADLINE_S = 600.0
+DRIVERS = ForkServer(["tests.rollout.preload"], {"OMP_NUM_THREADS": "1"})
 MOMENTARY = frozenset({"calls", "begin_s", "end_s", "replayed"})
 """What the record tells of when and how a text was had: another attempt differs there alone."""
 
@@ -64,7 +65,7 @@ MOMENTARY = frozenset({"calls", "begin_s", "end_s", "replayed"})
 @contextmanager
 def stand_in(folder: Path, *, latency_ms: float) -> Iterator[str]:
     """Its URL."""
-    with WarmSupervisor(folder / "logs") as processes:
+    with ForkingSupervisor(DRIVERS, folder / "logs") as processes:
         ready = folder / "address"
         argv = ["-m", "tests.rollout.stand_in", "--ready-file", str(ready), "--latency-ms", str(latency_ms)]
         child = processes.start("stand-in", [sys.executable, *argv], {})
@@ -152,11 +153,11 @@ def play(
     Raises RunError as a launcher and a trainer do.
     """
     folder = config.run.dir
-    supervisor_of = WarmSupervisor if warm else Supervisor
     (folder / "resolved.yaml").write_text(dump_config(config))
     begin = time.monotonic()
     abandoned = threading.Event()
-    with supervisor_of(config.run.logs_dir) as supervisor, ThreadPoolExecutor(1) as pool:
+    logs = config.run.logs_dir
+    with ForkingSupervisor(DRIVERS, logs) if warm else Supervisor(logs) as supervisor, ThreadPoolExecutor(1) as pool:
         ready = supervisor.scratch / "driver"
         drivers = Drivers(supervisor, config.driver, folder / "resolved.yaml", MAX_CONTEXT_TOKENS, ready)
         drivers.start(0)

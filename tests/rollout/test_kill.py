@@ -2,7 +2,7 @@
 batches as without a kill.
 
 With COLLAB_MEGATRON_FULL=1 the drivers of the longest test are `python -m` processes that do their own imports, killed
-20 times; else they are forked ones (warm.py), killed a few times.
+20 times; else they are forked ones (tests/forks.py), killed a few times.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         yield run
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["staleness0", "staleness1"])
+@pytest.fixture(scope="module", params=[0, pytest.param(1, marks=pytest.mark.full)], ids=["staleness0", "staleness1"])
 def killed(request: pytest.FixtureRequest, left_alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("killed")
     staleness = request.param

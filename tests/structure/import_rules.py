@@ -98,6 +98,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "text": (),
     "concurrency": (),
     "config": ("pydantic", "yaml"),
+    "model": ("httpx", "huggingface_hub"),
     "trainer.loss": ("torch",),
     "trainer.batching": ("torch",),
     "rollout.advantages": (),

@@ -67,7 +67,7 @@ def test_sglang_imports_with_the_support_and_not_without() -> None:
     scheduler = "import sglang.srt.managers.scheduler"
     uninstall = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != {!r}]; "
     finders = ["SglKernelStandIn"]
-    if torch.version.cuda is None:  # beside CUDA torch, torchvision's compiled part loads
+    if torch.version.cuda is None:  # with CUDA torch, torchvision's compiled part loads
         finders.append("TorchvisionOperators")
     with ThreadPoolExecutor() as pool:  # each takes 10 s of one core
         with_it = pool.submit(run_python, scheduler, CPU_ENGINE)

@@ -70,6 +70,7 @@ def test_commands_name_modules_targets_and_flags_that_exist() -> None:
     modules = set(in_documents(r"-m (collab_megatron[\w.]*)"))
     files = {name: REPOSITORY / name.replace(".", "/") for _, name in modules}
     assert {name for name, file in files.items() if not file.with_suffix(".py").exists()} == set()
+    assert [name for _, name in in_documents(r"`(collab_megatron(?:\.\w+)+)`") if not _is_defined(name)] == []
     makefile = (REPOSITORY / "Makefile").read_text()
     assert {
         target
@@ -83,6 +84,16 @@ def test_commands_name_modules_targets_and_flags_that_exist() -> None:
     flags = {flag for _, command in commands for flag in re.findall(r"--[a-z][a-z-]*", command)}
     assert len(flags) > 10
     assert {flag for flag in flags if f'"{flag}"' not in sources} == set()
+
+
+def _is_defined(dotted: str) -> bool:
+    """Whether a module, or a name in one, is there."""
+    module, _, name = dotted.rpartition(".")
+    whole, parent = (REPOSITORY / part.replace(".", "/") for part in (dotted, module))
+    if whole.is_dir() or whole.with_suffix(".py").is_file():
+        return True
+    source = parent / "__init__.py" if parent.is_dir() else parent.with_suffix(".py")
+    return source.is_file() and name in source.read_text()
 
 
 def test_named_config_keys_exist() -> None:

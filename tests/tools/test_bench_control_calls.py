@@ -16,6 +16,7 @@ HEAD = {"call", "way", "servers"}
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_row_for_every_call(tmp_path: Path, run: Run) -> None:
     output = tmp_path / "rows.json"
     done = run(TOOL, "--servers", "1", "--repeats", "2", "--json", str(output), timeout_s=TOOL_S)

@@ -16,6 +16,7 @@ KEYS = {"transport", "shape", "bytes", "seconds", "floor_seconds", "ratio", "pea
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_row_for_every_transport(tmp_path: Path, run: Run) -> None:
     output = tmp_path / "rows.json"
     done = run(TOOL, "--quick", "--dir", str(tmp_path), "--json", str(output), timeout_s=TOOL_S)

@@ -89,7 +89,7 @@ def built_rows(config: Path) -> list[dict[str, Any]]:
 def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
     ran = tool("build_dataset", str(config), "num_conversations=30", "processes=2")
     assert ran.returncode == 0, ran.stderr
-    assert "30 of 30 conversations (0 were there before, 0 failed)" in ran.stdout
+    assert "30 of 30 conversations (0 from before, 0 failed)" in ran.stdout
     assert "assistant:" in ran.stdout
     rows = built_rows(config)
     assert {row["conv_id"] for row in rows} == set(range(30))
@@ -212,7 +212,7 @@ def test_a_build_that_spent_its_budget_keeps_what_is_finished_and_goes_on(config
     capped = tool("build_dataset", str(config), "num_conversations=40", "processes=2", "max_concurrency=2",
                   "budget={soft_calls: 20, hard_calls: 60}")  # fmt: skip
     assert capped.returncode == 3, capped.stderr
-    assert "budget.soft_calls (20) is passed" in capped.stderr
+    assert "above budget.soft_calls (20)" in capped.stderr
     assert "raise budget.hard_calls and run the same command again to go on" in capped.stderr
     rows = built_rows(config)
     counts = Counter(row["conv_id"] for row in rows)

@@ -65,7 +65,7 @@ def test_the_same_weights_agree_and_one_changed_weight_does_not(dtype: str, tmp_
     with torch.no_grad():
         model.model.norm.weight[7] += 8.0
     model.save_pretrained(tmp_path / "tampered")
-    with pytest.raises(RunError, match="the export answers prompt"):
+    with pytest.raises(RunError, match="the export differs from the engine in prompt"):
         check(tmp_path / "tampered", probe)
 
 
@@ -77,7 +77,7 @@ def test_a_changed_matrix_is_found_out(dtype: str, tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
     model.save_pretrained(tmp_path / "tampered")
-    with pytest.raises(RunError, match="the export answers prompt"):
+    with pytest.raises(RunError, match="the export differs from the engine in prompt"):
         check(tmp_path / "tampered", probe)
 
 
@@ -97,7 +97,7 @@ def test_a_tie_is_a_tie_only_within_the_tolerance_and_excuses_nothing_after_it()
     with pytest.raises(RunError, match="prompt 3 differently at token 1"):
         compare(3, logits, row(1, 0), bf16)
     far = {"output_ids": [0, 2], "logprobs": [float(scores[0, 0]) - 1.0, 0.0]}
-    with pytest.raises(RunError, match=r"other log-probs than the engine: 0\.5 nats"):
+    with pytest.raises(RunError, match=r"differ from the engine's by 0\.5 nats"):
         compare(0, logits, far, bf16)
     with pytest.raises(RunError):
         compare(0, logits * float("nan"), row(0, 2), Tolerance(9, 9))

@@ -1,4 +1,4 @@
-"""Errors that end a run and errors that do not: failed evaluations, skipped optimizer steps, engines on other weights."""
+"""Errors that end a run and those that do not: failed evaluations, skipped steps, engines with other weights."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pytest
 import zmq
 
 from collab_megatron.figures import of_kind
@@ -19,6 +20,7 @@ ANSWERS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_rank_hears_of_a_batch_and_of_no_engine_being_left() -> None:
     context = zmq.Context()
     socket = context.socket(zmq.REP)

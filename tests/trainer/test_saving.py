@@ -257,6 +257,7 @@ def test_the_grace_time_ends_a_save_that_does_not(number: int) -> None:
     assert "no checkpoint was completed within 0.2 s; raise train.save_grace_s" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "main", "other"),
     [

@@ -1,10 +1,10 @@
-"""Seconds that a checkpoint costs training: saved at once, and beside it (train.async_save).
+"""Seconds that a checkpoint costs training: saved synchronously, and in the background (train.async_save).
 
     python tools/bench/checkpoint.py FOLDER [--layers 4] [--dtype float32] [--distributed] [--json FILE]
 
-FOLDER decides the disk. One rank, a random model, full optimizer state. `at once` is the whole save; `blocking` is what
-training waits for when it is written beside it, `beside` until it is complete, and the two `step` figures say what a
-step takes alone and while a save runs. Medians of `--repeats`.
+FOLDER is on the disk to measure. One rank, a random model, full optimizer state. `at_once_s` is a synchronous save. Of
+a background save, `blocking_s` is the wait of training and `beside_s` the time until it is complete; the two `step`
+figures are a step alone and a step during a save. Medians of `--repeats`.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ sync without its weights, two ways:
 
 - direct: `SyncServers.call_all`, as collab_megatron/trainer/sync does it; a thread and a connection for every server;
 - smg: one call to the router's RL control plane, which calls the servers. The requirements do not have it: install
-  smg==1.13.0 and setproctitle, without smg's dependencies, into an environment of their own. Without it a row says so.
+  smg==1.13.0 and setproctitle, without smg's dependencies, into their own environment. Without it the row is "skipped".
 
-The ways take turns, sync by sync, so that whatever else the machine does slows both; two warm-up turns do not count.
+The ways take turns, sync by sync, so that other load slows both; two warm-up turns do not count.
 `seconds` is the median of the turns; `all` is the sum over one sync's calls. The servers are idle.
 """
 
@@ -73,7 +73,7 @@ def start_servers(supervisor: Supervisor, count: int, model: Path) -> list[Engin
     for url, child in started:
         with closing(EngineControl(url, timeout_s=CALL_S)) as control:
             control.wait_until_ready(timeout_s=START_S, alive=partial(alive, supervisor, child))
-    # not managed: nobody would start it anew, so that a server that is given up ends the benchmark
+    # not managed: nobody would restart it, so a lost server ends the benchmark
     return [EngineEntry(f"engine-{number}", url, ranks=1, managed=False) for number, (url, _) in enumerate(started)]
 
 
@@ -98,7 +98,7 @@ def start_router(supervisor: Supervisor, executable: str, servers: Sequence[Engi
 def direct(servers: SyncServers, name: str) -> None:
     """One fan-out. Raises RunError unless every server did it."""
     answers = servers.call_all(name, lambda control, _: CALLS[name][0](control))
-    if False in answers.values():  # what flush_cache says of a refusal
+    if False in answers.values():  # the answer of flush_cache when it refuses
         raise RunError(f"a server refused {name}")
 
 

@@ -1,8 +1,8 @@
-"""Bare LiteLLM calls, without anything of the driver around them; and what one of them costs in CPU time.
+"""Bare LiteLLM calls without the driver, and their CPU time.
 
     python -m tools.bench.driver_litellm --url URL --calls N --json FILE
 
-The calls are shaped as the driver's: a user simulator's prompt, N of them, IN_FLIGHT at a time, one process, uvloop.
+The calls are like the driver's: N of them with a user simulator's prompt, IN_FLIGHT at a time, one process, uvloop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def load_litellm() -> Any:
-    """The module, as lean as the driver's own (no network, no callbacks, a known price)."""
+    """The module with the driver's own settings (no network, no callbacks, a known price)."""
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     import litellm  # after the variable
 

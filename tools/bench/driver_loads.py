@@ -51,7 +51,7 @@ class Load:
 
     @property
     def turn_s(self) -> float:
-        """What one policy turn takes that has the engine for itself."""
+        """Seconds of a policy turn that has the engine for itself."""
         return self.reply_tokens / min(self.sequence_rate, self.capacity)
 
     def settings(self, *, fail_share: float = 0.0, version: int = 0) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Plan:
 
 FULL = Plan(
     main=Load(128, 8, 3, median_s=2.0, concurrency=4096),  # 1024 would let chains wait for others to begin
-    # fewer calls at a time than futures: steps are long because of their work, and so alike, not because of one chain
+    # fewer concurrent calls than futures: the work decides the length of a step, not one chain, so steps are alike
     ahead=Load(24, 4, 2, median_s=0.2, concurrency=64, sequence_rate=1000.0),
     steps_ahead=12,
     busy=Load(16, 8, 3, median_s=0.0, capacity=1e9, sequence_rate=1e9),
@@ -154,7 +154,7 @@ def make_task(split: str, index: int) -> Task:
 
 @dataclass(frozen=True)
 class Bound:
-    """Four times that no control flow can go below, in seconds."""
+    """Four lower bounds for any control flow, in seconds."""
 
     longest_chain_s: float  # first reply, users and policy turns in turn, verdict
     engine_s: float  # tokens / capacity
@@ -206,5 +206,5 @@ def chains_s(calls: Sequence[Mapping[str, Any]], turn_s: float) -> list[float]:
 
 
 def same_calls(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
-    """Whether two flows were asked the same: then they had the same latencies."""
+    """Whether two flows made the same calls, and so had the same latencies."""
     return {call["name"] for call in left["calls"]} == {call["name"] for call in right["calls"]}

@@ -1,4 +1,4 @@
-"""The measurements of tools/bench/driver.py, one function a part, and the processes that they need."""
+"""The measurements of tools/bench/driver.py, one function per part, and their processes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NULL = dict.fromkeys(MEANING)
 
 @dataclass(frozen=True)
 class DriverBench:
-    """What all parts share."""
+    """The shared state of all parts."""
 
     folder: Path
     model: Path
@@ -68,7 +68,7 @@ class DriverBench:
         return Driver(config, self.supervisor, self.environment, self.stand_ins)
 
     def child(self, name: str, *arguments: str) -> Any:
-        """Run `tools.bench.NAME` to its end; the JSON that it wrote."""
+        """Run `tools.bench.NAME` to its end; returns its JSON output."""
         output = self.folder / f"{name}.json"
         argv = [
             sys.executable,
@@ -87,7 +87,7 @@ class DriverBench:
 
 @contextmanager
 def bench(repository: Path) -> Iterator[DriverBench]:
-    """A folder that is removed at the end, the tokenizer in it, and the stand-ins."""
+    """A temporary folder with the tokenizer, and the stand-ins."""
     with (
         tempfile.TemporaryDirectory(prefix="bench_driver_") as work,
         Supervisor(Path(work) / "logs") as supervisor,
@@ -103,7 +103,7 @@ def bench(repository: Path) -> Iterator[DriverBench]:
 
 
 def run_parts(parts: Sequence[str], repository: Path, *, small: bool, shards: int) -> Figures:
-    """All figures; those of parts that were not asked for are None."""
+    """All figures; those of other parts are None."""
     plan = SMALL if small else FULL
     figures: Figures = {**NULL, "cores": os.cpu_count(), "driver_processes": shards}
     with bench(repository) as shared:
@@ -130,7 +130,9 @@ def measure_main(shared: DriverBench, plan: Plan, shards: int, *, recipe: bool) 
         cpu_s = driver.cpu_s() - before_s
         trace = stand_ins.trace()
     say(f"it took {wall_s:.1f} s; the same calls, some of them failing once")
-    with shared.driver(load, "failing", shards=shards) as driver:  # another run: no journal answers for the endpoint
+    with shared.driver(
+        load, "failing", shards=shards
+    ) as driver:  # a new run, without a journal that could answer for the endpoint
         stand_ins.begin(load.settings(fail_share=plan.fail_share))
         _, failing_wall_s = driver.next_batch(0, 0)
         failing_trace = stand_ins.trace()
@@ -162,27 +164,27 @@ def measure_main(shared: DriverBench, plan: Plan, shards: int, *, recipe: bool) 
     if recipe:
         say("the recipe's control flow, the same calls without and with failures")
         plain, failing = run_recipe(shared, plan)
-        figures |= beside_recipe("", wall_s, trace, plain)
-        figures |= beside_recipe("failing_", failing_wall_s, failing_trace, failing)
+        figures |= compare_with_recipe("", wall_s, trace, plain)
+        figures |= compare_with_recipe("failing_", failing_wall_s, failing_trace, failing)
     return figures
 
 
 def run_recipe(shared: DriverBench, plan: Plan) -> list[Figures]:
-    """What driver_recipe.py says of a step without failures and of one with them."""
+    """The figures of driver_recipe.py for a step without failures and one with failures."""
     folder = shared.folder / "recipe"
     config = make_config(plan.main, folder, model=shared.model, url=shared.stand_ins.url)
     publish_text(folder / "resolved.yaml", dump_config(config))
     for name, fail_share in (("plain", 0.0), ("failing", plan.fail_share)):
         publish_json(folder / f"{name}.json", plan.main.settings(fail_share=fail_share))
-    shared.stand_ins.begin({})  # its warm-up waits for nobody
+    shared.stand_ins.begin({})  # a warm-up without latencies
     arguments = [str(folder / "resolved.yaml"), "--failure-wait-s", str(plan.failure_wait_s)]
     arguments += ["--settings", str(folder / "plain.json"), str(folder / "failing.json")]
-    told: list[Figures] = shared.child("driver_recipe", *arguments)
-    return told
+    figures: list[Figures] = shared.child("driver_recipe", *arguments)
+    return figures
 
 
-def beside_recipe(prefix: str, wall_s: float, trace: Figures, recipe: Figures) -> Figures:
-    """The recipe's figures beside the driver's wall time and trace."""
+def compare_with_recipe(prefix: str, wall_s: float, trace: Figures, recipe: Figures) -> Figures:
+    """The recipe's figures, compared with the driver's wall time and trace."""
     return {
         f"{prefix}recipe_wall_s": recipe["wall_s"],
         f"{prefix}recipe_ratio": recipe["wall_s"] / wall_s,
@@ -221,7 +223,7 @@ def run_steps(driver: Driver, load: Load, steps: int, *, train_s: float | None) 
 
 
 def measure_shards(shared: DriverBench, plan: Plan) -> Figures:
-    """One driver process and two, where nothing but CPU time is the limit."""
+    """One driver process and two, with CPU time as the only limit."""
     walls_s = {}
     for shards in (1, 2):
         say(f"{plan.busy.conversations} futures without latencies, {shards} driver process{'es' * (shards > 1)}")
@@ -240,7 +242,9 @@ def run_memory(conversations: int, repository: Path) -> Figures:
     rss_mb = []
     with bench(repository) as shared, shared.driver(MEMORY, "memory") as driver:
         for step in range(steps):
-            driver.stand_ins.begin(MEMORY.settings(version=step))  # a new trace, so that theirs does not grow either
+            driver.stand_ins.begin(
+                MEMORY.settings(version=step)
+            )  # a new trace, so that the stand-ins' memory does not grow either
             driver.next_batch(step, step)
             rss_mb.append(driver.rss_mb())
             if step % max(1, steps // 20) == 0:

@@ -1,6 +1,6 @@
-"""The driver as tools/bench/driver.py measures it: real processes, asked by the trainer's client; their CPU and memory.
+"""The measured driver of tools/bench/driver.py: real processes, called by the trainer's client; their CPU and memory.
 
-Everything that the benchmark knows of the driver's interface stands here.
+All of the benchmark's knowledge of the driver's interface is here.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class StandInsClient:
         self._client = httpx.Client(base_url=url, timeout=CALL_S, trust_env=False)
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """A new trace under these settings."""
+        """Start a new trace with these settings."""
         self._client.post("/settings", json=settings).raise_for_status()
 
     def set_version(self, version: int) -> None:
-        """The weights that the engine serves."""
+        """Set the engine's weight version."""
         self._client.post("/version", json={"version": version}).raise_for_status()
 
     def trace(self) -> dict[str, Any]:
-        """What was asked since `begin`."""
+        """The calls since `begin`."""
         trace: dict[str, Any] = self._client.get("/trace").raise_for_status().json()
         return trace
 
@@ -90,7 +90,7 @@ class Driver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:  # else the supervisor ends them
+        if error is None:  # otherwise the supervisor ends them
             self._client.stop()
             self.supervisor.wait_for(self.children, timeout_s=CALL_S)
         self._client.close()

@@ -1,11 +1,11 @@
-"""The control flow that tools/bench/driver.py compares the driver with: the recipe's, stage after stage.
+"""The recipe's control flow, stage by stage, for comparison in tools/bench/driver.py.
 
     python -m tools.bench.driver_recipe RESOLVED.yaml --url URL --settings FILE ... --failure-wait-s 60 --json FILE
 
 - All replies are sampled before the first future begins.
-- The futures of a reply are played one after another; replies beside each other.
-- The judges are asked once every conversation has ended.
-- A call that failed is made again after max(2**attempt, 60) s.
+- The futures of a reply are played one after another, those of different replies concurrently.
+- The judges are called when all conversations have ended.
+- A failed call is repeated after max(2**attempt, 60) s.
 
 Same tasks, prompts, templates, engine, endpoint and limits of concurrency as the driver's; bare LiteLLM calls. The
 wall time begins after imports and a warm-up tree without latencies, as the driver's does. One step for each file of
@@ -42,7 +42,7 @@ from tools.bench.driver_litellm import BareLLM, load_litellm
 
 @dataclass(frozen=True)
 class RecipeClients:
-    """Who a conversation needs."""
+    """The clients of a conversation."""
 
     session: aiohttp.ClientSession
     url: str
@@ -62,7 +62,7 @@ class RecipeClients:
 
 
 async def step(tasks: Sequence[Task], rollout: RolloutSection, clients: RecipeClients) -> int:
-    """All trees of a step, stage after stage; the number of judged futures."""
+    """All trees of a step, stage by stage; returns the number of judged futures."""
     prompts = [clients.chat.prompt_ids(task.prompt) for task in tasks]
     replies = await asyncio.gather(*(clients.generate(ids, rollout.num_replies, rollout) for ids in prompts))
     played = await asyncio.gather(
@@ -102,7 +102,7 @@ async def _play(
 
 
 async def measure(config: RLConfig, url: str, settings: Sequence[bytes], failure_wait_s: float) -> list[dict[str, Any]]:
-    """Play a step under each of the stand-ins' `settings`: how long it took, and the trace that it left."""
+    """Play a step with each of the stand-ins' `settings`; returns times and traces."""
     assert config.simulators.judge is not None
     litellm = load_litellm()
     tasks = read_task_files(config.data.train_files)[0]

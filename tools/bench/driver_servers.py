@@ -139,7 +139,7 @@ def spell(key: bytes) -> str:
 
 
 def user_text(name: str) -> str:
-    """What the simulated user says: no end of the chat, so that every chain has its full length."""
+    """The simulated user's reply. It never ends the chat, so each chain has its full length."""
     return json.dumps({"thought": "tell the next detail and keep back the rest", "response": f"{SAYS}{name}"})
 
 

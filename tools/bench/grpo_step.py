@@ -1,16 +1,16 @@
-"""Seconds of a GRPO step on CPU: this package with its engines against TRL's GRPOTrainer, on the same work.
+"""Seconds of a GRPO step on CPU: this package with its engines against TRL's GRPOTrainer, with the same work.
 
     python tools/bench/grpo_step.py [--shapes demo 135m] [--rounds 3] [--steps N] [--json FILE]
 
 Single turn and no LLM calls: prompts, sampled replies of a fixed length, a reward computed from the text, group
 advantages, reference log-probs, one AdamW step, and (here) the new weights sent to the engine with their proof. fp32 on
-both sides, the same model folder, prompts, reply lengths, cores. Both sides take turns, a run of `--steps` steps each;
-a run's first step warms up and is not counted. A step lasts from the end of one to the end of the next. Rows hold
+both sides, the same model folder, prompts, reply lengths, cores. The sides take turns with runs of `--steps` steps; the
+first step of a run warms up and is not counted. A step lasts from the end of one to the end of the next. Rows hold
 medians over all rounds, ratio = trl_s / ours_s (above 1: ours is faster).
 
-TRL runs in an environment of its own, which the first call makes below --work (torch's wheel included, about 1.5 GB).
-It is given what makes it fast here: the model's generate() on the whole batch, all threads, no gradient checkpointing.
-Layout of ours: one trainer rank, one engine, threads as the launcher shares them out.
+TRL runs in its own environment, which the first call creates below --work (about 1.5 GB with torch's wheel). It has its
+fastest settings on CPU: the model's generate() on the whole batch, all threads, no gradient checkpointing. Our layout:
+one trainer rank, one engine, threads as the launcher divides them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class GrpoShape:
     replies: int  # of each prompt
     reply_tokens: int
     prompt_words: int
-    trl_batch: int  # replies of one backward pass there; here micro_batch_tokens says it
+    trl_batch: int  # TRL's replies per backward pass; ours has micro_batch_tokens
     micro_batch_tokens: int
     steps: int  # of a run, the first included
 
@@ -79,7 +79,7 @@ class GrpoRow:
 
 
 def make_prompts(shape: GrpoShape, steps: int) -> list[str]:
-    """As many as `steps` steps can use, none twice: no side finds one in its cache."""
+    """Prompts for `steps` steps, none twice, so that no side has one in its cache."""
     rng = random.Random(3)
     found: dict[str, None] = {}
     while len(found) < shape.prompts * steps:
@@ -115,7 +115,7 @@ def make_model(name: str, folder: Path) -> None:
 
 
 def make_environment(folder: Path) -> Path:
-    """TRL's interpreter, its environment made where it is not there yet or was made of other versions."""
+    """TRL's interpreter. Creates its environment if it does not exist or has other versions."""
     python, stamp = folder / "bin" / "python", folder / "made_of"
     wanted = "\n".join((TORCH, *TRL))
     if stamp.exists() and stamp.read_text() == wanted:
@@ -162,7 +162,7 @@ def our_config(shape: GrpoShape, model: Path, data: Path, run_dir: Path, steps: 
 def run_ours(
     shape: GrpoShape, model: Path, data: Path, work: Path, steps: int, api_base: str, overrides: Sequence[str]
 ) -> list[float]:
-    """Seconds of a run's steps but the first, by the times at which the dashboard heard of them."""
+    """Seconds of a run's steps without the first, from the times of the dashboard's entries."""
     import yaml
 
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -175,14 +175,14 @@ def run_ours(
 
 
 def _run(what: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
-    """Raises RunError with the end of its output where it fails."""
+    """Raises RunError with the end of the command's output if it fails."""
     done = subprocess.run(argv, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=RUN_S, check=False)
     if done.returncode:
         raise RunError(f"{what} failed: {(done.stdout + done.stderr).strip()[-1500:]}")
 
 
 def step_seconds(events: Path, steps: int) -> list[float]:
-    """Differences of the wall times at which `time_s/step` was logged. Raises RunError where one is missing."""
+    """Differences between the wall times of the `time_s/step` entries. Raises RunError if one is missing."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(events), size_guidance={"scalars": 0})
@@ -300,7 +300,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="section.key=value for our runs")
     args = parser.parse_intermixed_args(argv)
     if args.rounds < 1:
-        raise UserError(f"--rounds {args.rounds}: at least 1 run of each side is needed")
+        raise UserError(f"--rounds {args.rounds}: it must be at least 1")
     if args.steps is not None and args.steps < 2:
         raise UserError(f"--steps {args.steps}: a run's first step warms up, so at least 2 are needed")
     wrong = [override for override in args.overrides if "=" not in override]
@@ -316,7 +316,7 @@ def main() -> None:
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {TORCH}, {', '.join(TRL[:2])}", flush=True)
     rows: list[GrpoRow] = []
     with tempfile.TemporaryDirectory(dir=args.work) as logs, Supervisor(Path(logs)) as supervisor:
-        ready = Path(logs) / "endpoint.address"  # nobody asks it anything; the preflight wants it to be there
+        ready = Path(logs) / "endpoint.address"  # never called, but the preflight checks that it is reachable
         argv = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", "0", "--ready-file", str(ready)]
         child = supervisor.start("endpoint", [*argv, "--die-with-parent"], {"DESK_API_KEY": "unused"})
         api_base = f"http://{supervisor.wait_for_file(ready, child, timeout_s=ENDPOINT_S).strip()}/v1"

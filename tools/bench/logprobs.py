@@ -1,9 +1,9 @@
-"""Peak memory and time of the output head: log_softmax of whole fp32 logits against actor/logprobs.py.
+"""Peak memory and time of the output head: log_softmax of whole fp32 logits against trainer/actor/logprobs.py.
 
     python tools/bench/logprobs.py [--tokens 4096 --vocab 49152 --hidden 576] [--dtypes float32 bfloat16] [--json FILE]
 
-Rows: `naive` (logits.float().log_softmax, gather, entropy without gradient), `ours, kept` (all of the softmax kept for
-the backward pass), `ours, chunked` (at most --chunk-mb of fp32 logits, the rest made again in the backward pass).
+Rows: `naive` (logits.float().log_softmax, gather, entropy without gradient), `ours, kept` (the softmax is kept for the
+backward pass), `ours, chunked` (at most --chunk-mb of fp32 logits, recomputed in the backward pass).
 
 Memory is what forward and backward pass take over the inputs, gradients included. On a CPU each row has a fresh process
 of its own, and the kernel's high-water mark is read (VmHWM of /proc/self/status, so Linux only: ru_maxrss would start
@@ -39,7 +39,7 @@ EVERYTHING = 2**62  # chunk bytes that any logits fit into
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """What all variants are given."""
+    """The inputs of all variants."""
 
     tokens: int
     vocab: int
@@ -52,7 +52,7 @@ class HeadInputs:
 
 @dataclass(frozen=True)
 class HeadRow:
-    """What one variant took."""
+    """Memory and times of one variant."""
 
     variant: str
     dtype: str
@@ -123,7 +123,7 @@ class Heads:
         self.forward_backward(variant)
         peak = _status_kib("VmHWM")
         if peak == peak_before:
-            raise RunError("the sizes are too small to be seen over what the process took while it started")
+            raise RunError("the sizes are too small: the process's start took more memory than the measured work")
         return (peak - before_kib) / 1024
 
 
@@ -216,7 +216,7 @@ def main() -> None:
         print(Heads(HeadInputs(**request["inputs"])).peak_mib(request["variant"]))
         return
     if min(args.tokens, args.vocab, args.hidden, args.chunk_mb, args.threads, args.repeats) < 1:
-        raise UserError("sizes, --chunk-mb, --threads and --repeats must be 1 or more")
+        raise UserError("sizes, --chunk-mb, --threads and --repeats must be at least 1")
     rows: list[HeadRow] = []
     for dtype in args.dtypes:
         inputs = HeadInputs(args.tokens, args.vocab, args.hidden, dtype, args.chunk_mb, args.threads, args.device)

@@ -1,17 +1,15 @@
-"""Tokens per second of log-probs, gradients and whole steps: Megatron-Core actor against plain transformers.
+"""Tokens per second of log-probs, gradients and whole steps: the Megatron-Core actor against plain transformers.
 
     python tools/bench/train_step.py [--shapes 8m 135m] [--dtypes float32 bfloat16] [--threads 1] [--json FILE]
 
-Both sides get one random model, the same tokens, threads and loss, in one process, and are first checked to agree. They
-take turns, so that whatever else the machine does slows both; a row holds medians, `ratio` is their quotient (above 1:
-ours is faster). Three phases: `logprobs` (forward only, with entropy), `forward_backward`, `step` (clipping and AdamW
-too).
+Both sides get the same random model, tokens, threads and loss in one process, and must agree first. They take turns, so
+that other load slows both. A row holds medians; `ratio` is ours / theirs in tokens/s (above 1: ours is faster). Phases:
+`logprobs` (forward only, with entropy), `forward_backward`, `step` (with clipping and AdamW).
 
-What transformers does: AutoModelForCausalLM with sdpa and without key-value cache, log_softmax and gather in fp32,
+transformers runs AutoModelForCausalLM with sdpa and without key-value cache, log_softmax and gather in fp32,
 clip_grad_norm_, torch's fused AdamW. The actor keeps fp32 master weights of a bf16 model; so does the reference of a
-bf16 `step`. What it reaches with AdamW on the bf16 weights themselves, which loses small updates, is given beside it
-(`transformers_no_masters_tokens_per_s`). `--packing`: samples of unequal length, packed here and padded there, as
-sdpa knows no packing that would not compute the whole square; only real tokens are counted.
+bf16 `step`. `transformers_no_masters_tokens_per_s` is AdamW on the bf16 weights themselves, which loses small updates.
+`--packing`: samples of unequal length, ours packed, theirs padded, as sdpa has no packing. Counts real tokens only.
 """
 
 from __future__ import annotations
@@ -43,14 +41,14 @@ PHASES = ("logprobs", "forward_backward", "step")
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 WARM_UPS = 2
 LR = 1e-6
-# What the two sides may differ by: a token's log-prob (of a spread of 1 to 1.5) in the mean; loss and gradient norm,
-# relative. In bf16 each is as far from fp32 as from the other: 30 layers of rounding.
+# Largest differences of the two sides: mean of a token's log-prob (spread 1 to 1.5); relative loss and gradient norm.
+# In bf16 each side is as far from fp32 as from the other: 30 layers of rounding.
 TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (0.1, 0.05)}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model and how many tokens it is given at a time."""
+    """A model and its batch."""
 
     architecture: str
     sizes: dict[str, int]
@@ -99,7 +97,7 @@ class Skipped:
 
 
 def make_model(shape: ModelShape, dtype: Dtype, folder: Path) -> None:
-    """Random weights, wide enough for distributions that are not all alike, written as a Hugging Face folder."""
+    """Write a Hugging Face folder with random weights, wide enough for distributions that differ."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -114,7 +112,7 @@ def make_model(shape: ModelShape, dtype: Dtype, folder: Path) -> None:
 
 
 def make_samples(shape: ModelShape, packing: bool, tokens: int | None) -> list[TokenSample]:
-    """Random tokens of a conversation's proportions: the first quarter is the prompt, the rest is trained."""
+    """Random tokens: the first quarter is the prompt, the rest is trained."""
     from collab_megatron.trainer.batching.micro_batch import TokenSample
 
     rng = random.Random(2)
@@ -247,7 +245,7 @@ def interleaved(sides: Sequence[Callable[[], Any]], repeats: int, clock: Callabl
 
 
 def gpu_clock() -> float:
-    """Once everything that was asked of the GPU is done."""
+    """The time after the GPU has finished its work."""
     import torch
 
     torch.cuda.synchronize()
@@ -317,7 +315,7 @@ class Comparison:
 
 
 def measure(args: argparse.Namespace) -> Iterator[TrainStepRow | Skipped]:
-    """Every phase of every shape in every dtype, as soon as it is there."""
+    """All phases of all shapes in all dtypes."""
     import torch
 
     for name in args.shapes:
@@ -340,8 +338,8 @@ def line(row: TrainStepRow | Skipped) -> str:
     head = f"{row.shape:14s} {row.dtype:9s} {row.phase:17s}"
     if isinstance(row, Skipped):
         return f"{head} skipped: {row.skipped}"
-    text = f"{head} {row.tokens_per_s:10.1f} tokens/s, transformers {row.transformers_tokens_per_s:10.1f}"
-    text += f", ratio {row.ratio:.3f}"
+    theirs = row.transformers_tokens_per_s
+    text = f"{head} {row.tokens_per_s:10.1f} tokens/s, transformers {theirs:10.1f}, ratio {row.ratio:.3f}"
     if row.transformers_no_masters_tokens_per_s is not None:
         text += f" ({row.tokens_per_s / row.transformers_no_masters_tokens_per_s:.3f} to AdamW on bf16 weights)"
     if row.mfu is not None:
@@ -363,14 +361,13 @@ def arguments() -> argparse.Namespace:
     cpu_time = "measure the process's CPU time instead of the wall clock's, for a busy machine; needs --threads 1"
     parser.add_argument("--cpu-time", action="store_true", help=cpu_time)
     parser.add_argument("--tokens", type=int, help="tokens of a call; default: the shape's own")
-    packing = "samples of unequal length, ours packed, theirs padded; default: on CUDA"
-    parser.add_argument("--packing", action=argparse.BooleanOptionalAction, help=packing)
+    parser.add_argument("--packing", action=argparse.BooleanOptionalAction, help="see above; default: on CUDA")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, as a list")
     args = parser.parse_args()
     if args.repeats < 1 or (args.tokens is not None and args.tokens < 8) or (args.threads or 1) < 1:
         raise UserError("--repeats and --threads must be at least 1, --tokens at least 8")
     if args.cpu_time and args.threads != 1:
-        raise UserError("--cpu-time adds up what all threads used: give --threads 1 with it")
+        raise UserError("--cpu-time counts all threads together: give --threads 1 with it")
     return args
 
 

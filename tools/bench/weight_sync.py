@@ -1,22 +1,22 @@
-"""Seconds of one weight sync from the trainer to a real SGLang server, beside the least that its bytes can cost.
+"""Seconds of one weight sync from the trainer to a real SGLang server, next to the shortest time for its bytes.
 
     python tools/bench/weight_sync.py [--shapes 10m 135m 1b] [--transports broadcast ipc disk] [--json FILE]
 
 Starts a server with random weights and a trainer with others (tools/bench/weight_sync_rank.py), which publishes them
-again and again through `collab_megatron.trainer.sync`. Before every sync its floor is measured: the same bytes, between
-buffers as large as the weights that are warm already,
+repeatedly through `collab_megatron.trainer.sync`. Before each sync its floor is measured: the same bytes between warm
+buffers as large as the weights,
 
 - broadcast: from one process to as many others as the server has ranks, same backend, in messages of 256 MiB;
 - ipc: copied once in memory, on the same device;
 - disk: written to the same file system and forced to the disk.
 
-`seconds` is the fastest sync: pause, every tensor sent and loaded, session closed, caches flushed; for `disk` writing,
-too. `floor_seconds` is the fastest floor. Not in it: the probe prompt (`publish_seconds` has it) and the checksums
-(`verified_seconds` is a sync with those of all tensors). The first sync makes the groups and is not counted.
-`peak_extra_bytes` is how far a trainer rank rose in the syncs with checksums above its memory before the publisher was
-made, buffers that are kept included, the worst of all ranks: resident, or allocated on the GPU.
+`seconds` is the fastest sync: pause, all tensors sent and loaded, session closed, caches flushed; for `disk` also the
+writing. `floor_seconds` is the fastest floor. Not included: the probe prompt (see `publish_seconds`) and the checksums
+(`verified_seconds` is a sync with those of all tensors). The first sync creates the groups and is not counted.
+`peak_extra_bytes` is the largest growth of a trainer rank's memory (resident, or allocated on the GPU) in the syncs
+with checksums, from before the publisher exists, kept buffers included.
 
-`135m-deep` has the bytes of `135m` in four times as many tensors. Where the GPUs do not suffice, a row says so.
+`135m-deep` has the bytes of `135m` in four times as many tensors. A row reports if there are too few GPUs.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def write_model(shape: LlamaShape, folder: Path) -> None:
 
 
 def why_not(transport: str, gpus: int, world_size: int, engine_tensor: int) -> str | None:
-    """Why a transport cannot be measured here; None: it can."""
+    """The reason why a transport cannot be measured here; None if it can."""
     if gpus == 0:
         return None
     if transport == "ipc" and world_size != engine_tensor:
@@ -139,7 +139,7 @@ def why_not(transport: str, gpus: int, world_size: int, engine_tensor: int) -> s
 
 
 def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
-    """All transports of one shape, as soon as a server has done its part."""
+    """All transports of one shape, server by server."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -149,7 +149,7 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
             yield {"transport": transport, "shape": name, "skipped": reason}
         else:
             possible.append(transport)
-    # on GPUs ipc wants the server on the trainer's own, the others want it elsewhere; on CPU one server does for all
+    # on GPUs ipc needs the server on the trainer's GPUs, the others on different ones; on CPU one server is enough
     colocated = [transport for transport in possible if transport == "ipc" and gpus]
     apart = [transport for transport in possible if transport not in colocated]
     with tempfile.TemporaryDirectory(prefix="bench_weight_sync_", dir=args.dir) as work:
@@ -192,7 +192,7 @@ def run_job(
         control = EngineControl(command.url, timeout_s=SYNC_S)
         control.wait_until_ready(timeout_s=START_S, alive=alive)
         control.close()
-        # not managed: nobody would start it anew, so that a server that is given up ends the benchmark
+        # not managed: nobody would restart it, so a lost server ends the benchmark
         entry = EngineEntry("engine-0", command.url, args.engine_tensor, managed=False)
         RosterFolder(folder / "roster").publish([entry], coming=0)
         job = {
@@ -221,7 +221,7 @@ def run_job(
 
 
 def rank_env(rank: int, world_size: int, port: int) -> Mapping[str, str]:
-    """As the launcher has it on CPU: one thread each, and none that spins."""
+    """As the launcher sets it on CPU: one thread per rank, without spinning."""
     torchs = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **ON_LOOPBACK}
     return {**torchs, **meeting, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MESSAGE_BYTES = 256 * 2**20  # of a floor
 RENDEZVOUS = timedelta(seconds=600)
-PROBE_IDS = (1, 2)  # as short as may be: what the probe prompt costs is not the sync's
+PROBE_IDS = (1, 2)  # as short as possible: the cost of the probe prompt is not part of the sync
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def main() -> None:
     with torch.no_grad():
         for chunk in actor.chunks:
             for weight in chunk.parameters():
-                weight.mul_(1.0625)  # the server has others: that they arrive is proved, too
+                weight.mul_(1.0625)  # different from the server's, so that their arrival is proved, too
     rows = [asdict(measure(job, transport, actor)) for transport in job.transports]
     if grid.is_main:
         publish_json(folder / "rows.json", rows)

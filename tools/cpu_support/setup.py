@@ -1,4 +1,4 @@
-"""Packages sglang_cpu_support, with the .pth file beside it: setuptools has no setting for one in site-packages."""
+"""Packages sglang_cpu_support and its .pth file, which setuptools has no setting to put into site-packages."""
 
 from pathlib import Path
 

@@ -83,8 +83,3 @@ def read_user_turn(text: str) -> str:
 def ends_chat(text: str, signal: str = TERMINATION_SIGNAL) -> bool:
     """Whether a user turn ends the conversation."""
     return signal in text
-
-
-def strip_signal(text: str, signal: str = TERMINATION_SIGNAL) -> str:
-    """The user turn without the termination signal; may be empty."""
-    return text.replace(signal, "").strip()

@@ -45,7 +45,6 @@ class RankGrid:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup  # data ranks of the same context rank
     dp_cp_group: dist.ProcessGroup  # all ranks that hold the same dense shard
     ep_group: dist.ProcessGroup
     cpu_group: dist.ProcessGroup  # gloo over all ranks: for small messages (agreement.py), apart from NCCL
@@ -145,7 +144,6 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=pp_group,
         cp_group=parallel_state.get_context_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         ep_group=parallel_state.get_expert_model_parallel_group(),
         cpu_group=dist.new_group(backend="gloo", timeout=timeout),

@@ -37,7 +37,7 @@ def test_with_a_third_of_the_calls_faulty_every_counter_is_what_was_injected(pro
             endpoint.faults = faults_at(0.3)
             return await ask(role, calls - 1)
 
-        config = config_for(endpoint.url, provider=provider, max_concurrency=32)
+        config = config_for(endpoint.url, provider=provider, max_concurrency=32, timeout_s=4.0)
         ended, usage = use_role(config, body)
         assert set(ended) <= {GOOD, "failed"}
         assert ended[GOOD] > 0.95 * calls

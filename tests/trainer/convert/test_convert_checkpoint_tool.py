@@ -97,7 +97,7 @@ def test_there_on_one_and_two_processes_and_back_is_exact(tmp_path: Path) -> Non
 
 
 def _assert_same_checkpoint(made: Path, saved: Path) -> None:
-    """`made` holds what training would have saved: the same chunks, bit for bit, and what is beside."""
+    """`made` holds what training would have saved: the same chunks, bit for bit, and the other files."""
     old, new = chunks(saved / "model"), chunks(made / "model")
     assert same(old, new)
     old_common, new_common = (torch.load(folder / "model" / "common.pt") for folder in (saved, made))

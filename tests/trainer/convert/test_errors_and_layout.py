@@ -51,8 +51,8 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
         (of_kind("qwen2", use_sliding_window=True), "use_sliding_window of Qwen2ForCausalLM is not supported"),
         (hf_config(rope_parameters=YARN), "type 'yarn'; supported are default, linear, llama3"),
         (hf_config(rope_parameters=PARTIAL), r"partial_rotary_factor=0\.5 is not supported"),
-        (of_kind("qwen3moe", mlp_only_layers=[0]), "dense layers among those of experts"),
-        (of_kind("qwen3moe", decoder_sparse_step=2), "dense layers among those of experts"),
+        (of_kind("qwen3moe", mlp_only_layers=[0]), "dense layers between mixture-of-experts layers"),
+        (of_kind("qwen3moe", decoder_sparse_step=2), "dense layers between mixture-of-experts layers"),
         (of_kind("qwen3moe", shared_expert_intermediate_size=8), "shared experts of Qwen3MoeForCausalLM"),
         (of_kind("qwen3moe", num_experts_per_tok=5), "num_experts_per_tok=5 of 4 experts"),
         (of_kind("qwen3moe", num_experts_per_tok=1), "num_experts_per_tok=1 of 4 experts and norm_topk_prob=True"),
@@ -86,7 +86,7 @@ MOE = {"sequence_parallel": True}
         (
             hf_config(),
             {"expert": 2, "data": 2},
-            "expert=2 needs a mixture of experts, and the model is dense: set it to 1",
+            "expert=2 needs a mixture of experts, but the model is dense: set it to 1",
         ),
         (
             of_kind("qwen3moe"),
@@ -150,12 +150,15 @@ def test_config_files_that_cannot_be_read(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("missing", r"tensor model\.norm\.weight of shape \[64\] is missing in .*broken"),
-        ("shape", r"tensor model\.norm\.weight in .*model\.safetensors has shape \[32\]; config\.json asks for \[64\]"),
-        ("unknown", r"does not have: \['model\.layers\.0\.self_attn\.q_proj\.bias'\]"),
+        (
+            "shape",
+            r"tensor model\.norm\.weight in .*model\.safetensors has shape \[32\], but config\.json asks for \[64\]",
+        ),
+        ("unknown", r"does not have, such as model\.layers\.0\.self_attn\.q_proj\.bias"),
         ("torn", r"model\.safetensors cannot be read as a safetensors file"),
         ("none", r"has no \*\.safetensors"),
         ("nan", r"tensor model\.norm\.weight in .*model\.safetensors has 1 of 64 values that are NaN or infinite"),
-        ("inf", r"tensor model\.layers\.1\.mlp\.up_proj\.weight in .*safetensors holds 2 of .* NaN or infinite"),
+        ("inf", r"tensor model\.layers\.1\.mlp\.up_proj\.weight in .*safetensors has 2 of .* NaN or infinite"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: str, message: str) -> None:

@@ -1,9 +1,10 @@
 """Run by test_checkpoint_parallel.py on several ranks.
 
-checkpoint_ranks.py layouts WORK
+checkpoint_ranks.py layouts WORK HOW_MANY
     every layout of checkpoint_layouts.py, one after the other on the same two processes: 2 + 2 steps are bit for bit 4
-    steps; then each starts from the weights of what another one saved, exactly, and takes over what each other one
-    saved: its weights exactly, its next two losses to 1e-5.
+    steps; then each starts from the weights of what another one saved, exactly, and takes over what the HOW_MANY that
+    follow it saved: their weights exactly, their next two losses to 1e-5. Of a list of
+    other optimizers' saves it takes over all.
 checkpoint_ranks.py disk WORK DISK
     a disk that fills up at different moments of a save; an asynchronous save: the same bytes, not changed by the
     steps taken meanwhile, a full disk heard where it is waited for.
@@ -176,7 +177,7 @@ class Grids:
         return told.read_text()
 
 
-def layouts(work: Path) -> None:
+def layouts(work: Path, how_many: int) -> None:
     grids = Grids(work)
     for kind, layout in SAVES:
         started = time.monotonic()
@@ -186,11 +187,11 @@ def layouts(work: Path) -> None:
             print(f"{kind} {layout.name}: resumed bit for bit, {time.monotonic() - started:.1f} s", flush=True)
     for kind, others, layout in TAKE_OVERS + BF16_TAKE_OVERS:
         if grid := grids.open(layout):
-            start_from(grid, work, kind, layout, next(other for other in others if other is not layout))
+            at = others.index(layout) + 1 if layout in others else 0
+            following = [other for other in (*others[at:], *others[:at]) if other is not layout]
+            start_from(grid, work, kind, layout, following[0])
             taken = build(work, kind, grid, layout.distributed, layout.cpu_offload)
-            for other in others:
-                if other is layout:
-                    continue
+            for other in following[: how_many if layout in others else None]:
                 started = time.monotonic()
                 try:
                     worst = take_over(taken, work / f"{kind}-{other.name}")
@@ -376,7 +377,7 @@ def _leave(disk: Path, filler: Path, room: int) -> None:
 def main() -> None:
     mode, work, *rest = sys.argv[1:]
     if mode == "layouts":
-        layouts(Path(work))
+        layouts(Path(work), int(rest[0]))
         return
     split = {"tensor": 2} if mode == "disk" else {}
     grid = init_grid(ParallelSection(device="cpu", collective_timeout_s=60, **split), seed=1)

@@ -18,6 +18,7 @@ class Case:
     optimizer: dict[str, Any] | None = None  # changes of plain.OPTIMIZER
     recompute: str = "none"
     logits_chunk_bytes: int = 2**29
+    full: bool = False  # only in `make test-full`: every pair of its options is in another case
 
     @property
     def name(self) -> str:
@@ -37,28 +38,32 @@ SHARDED = {"distributed": True}
 SMALL = 16 * 250 * 4  # bytes: 16 tokens of the tiny vocabulary at a time
 
 ONE = [
-    *(Case("llama", {}, rows, packed) for rows in (1, 2, 4) for packed in (False, True)),
+    *(Case("llama", {}, rows, packed, full=packed != (rows == 2)) for rows in (1, 2, 4) for packed in (False, True)),
     Case("qwen2", {}, packed=True, logits_chunk_bytes=SMALL),
-    Case("qwen2", {}, recompute="full"),
+    Case("qwen2", {}, recompute="full", full=True),
     Case("qwen3", {}, packed=True, recompute="selective"),
-    Case("qwen3", {}, optimizer=SHARDED),
+    Case("qwen3", {}, optimizer=SHARDED, full=True),
     Case("mistral", {}, packed=True),
     Case("llama3", {}),
     Case("llama", {}, 8, share=True),
     Case("qwen3", {}, 3, share=True, recompute="full"),
     Case("mistral", {}, 8, share=True),  # the window ends inside the prompt
     Case("qwen3moe", {}, 8, share=True),
-    Case("qwen3moe", {}),
+    Case("qwen3moe", {}, full=True),
     Case("qwen3moe", {}, packed=True, recompute="selective"),
 ]
 TWO = [
-    *(Case("llama", layout, 2, packed) for layout in (TP2, SP2, PP2, DP2) for packed in (False, True)),
-    *(Case("qwen2", PP2, rows, packed) for rows in (1, 4) for packed in (False, True)),
+    *(
+        Case("llama", layout, 2, packed, full=packed != (layout in (TP2, PP2)))
+        for layout in (TP2, SP2, PP2, DP2)
+        for packed in (False, True)
+    ),
+    *(Case("qwen2", PP2, rows, packed, full=packed != (rows == 1)) for rows in (1, 4) for packed in (False, True)),
     Case("qwen2", SP2, logits_chunk_bytes=SMALL),
     Case("qwen3", PP2X2, 2),
     Case("qwen3", PP2X2, 1, packed=True, recompute="full"),
     Case("llama", PP2X2, 2),  # tied across the first and the last chunk
-    Case("qwen3", DP2, optimizer=SHARDED),
+    Case("qwen3", DP2, optimizer=SHARDED, full=True),
     Case("qwen3", DP2, 1, packed=True, optimizer=SHARDED),
     Case("mistral", SP2, packed=True, recompute="full"),
     Case("llama3", PP2),
@@ -67,7 +72,7 @@ TWO = [
     Case("qwen3", DP2, 8, share=True, optimizer=SHARDED),
     Case("qwen3moe", {"data": 2, "expert": 2}, 2),
     Case("qwen3moe", {"data": 2, "expert": 2}, 2, packed=True, optimizer=SHARDED),
-    Case("qwen3moe", DP2),
+    Case("qwen3moe", DP2, full=True),
     Case("qwen3moe", PP2, packed=True),
     Case("qwen3moe", SP2 | {"expert": 2}),
     Case("qwen3moe", SP2, packed=True),

@@ -3,7 +3,7 @@
     run_ranks("grpo_ranks.py", 2, str(model_folder), "--tensor=2")
 
 The script reads RANK and WORLD_SIZE as any trainer rank does. Each rank's output goes to a file: no pipe fills up.
-Where torch knows CUDA each rank is an interpreter started for it; elsewhere it is forked from a warm one (forks.py).
+Where torch knows CUDA each rank is an interpreter started for it; elsewhere it is forked (tests/forks.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,22 @@ from pathlib import Path
 import torch
 
 from collab_megatron.launch.ports import free_port
-from tests.trainer.parallel.forks import REPO, SERVERS, Forked
+from tests.forks import REPO, Forked, ForkServer
 
 FORK = torch.version.cuda is None
+# what the scripts of tests/trainer import
+IMPORTED = (
+    "pytest",
+    "collab_megatron.trainer.actor.actor",
+    "collab_megatron.trainer.actor.reference",
+    "collab_megatron.trainer.checkpoint.async_save",
+    "collab_megatron.trainer.checkpoint.from_hf",
+    "collab_megatron.trainer.checkpoint.save_load",
+    "collab_megatron.trainer.checkpoint.to_hf",
+    "tests.trainer.parallel.tiny",
+)
+# of two interpreters, so that neighbouring ranks hash strings differently, as ranks that are started one by one do
+SERVERS = tuple(ForkServer(IMPORTED, {"OMP_NUM_THREADS": "1"}) for _ in range(2))
 Started = list[subprocess.Popen[bytes] | Forked]
 
 

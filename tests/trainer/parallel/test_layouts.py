@@ -20,19 +20,23 @@ from tests.trainer.parallel.ranks import RanksFailed, run_ranks
 from tests.trainer.parallel.tiny import KINDS, make_model
 
 SCRIPT = Path(__file__).parent / "layout_ranks.py"
-ALL = [pytest.param(n, case, id=f"{n}-{case.name}") for n, cases in CASES.items() for case in cases]
+ALL = [
+    pytest.param(n, case, id=f"{n}-{case.name}", marks=[pytest.mark.full] if case.full else [])
+    for n, cases in CASES.items()
+    for case in cases
+]
 
 
 class Outcomes:
-    """What came of every case, by number of processes; each number is run once, when its first test asks."""
+    """What came of every selected case, by number of processes; each number is run once, when its first test asks."""
 
-    def __init__(self, work: Path) -> None:
-        self._work = work
+    def __init__(self, work: Path, selected: set[str]) -> None:
+        self._work, self._selected = work, selected
         self.of = functools.cache(self._run)
 
     def _run(self, processes: int) -> tuple[dict[str, Any], str]:
         """Outcome by case name, and the failing ranks' output."""
-        names = [case.name for case in CASES[processes]]
+        names = [case.name for case in CASES[processes] if case.name in self._selected]
         if processes > 1:
             failure = self._failure_of(processes, names)
         else:  # cases of one process: half of them on each core
@@ -51,12 +55,13 @@ class Outcomes:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Outcomes:
     work = tmp_path_factory.mktemp("layouts")
     for kind in KINDS:
         make_model(work / kind, kind, num_hidden_layers=4)
         write_reference(work / kind)
-    return Outcomes(work)
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    return Outcomes(work, {call["case"].name for call in calls if isinstance(call.get("case"), Case)})
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Supervisor
+from tests.engine.real_servers import end_at_once, server_supervisor
 from tests.trainer.parallel.tiny import make_model
 
 START_S = 600.0  # 20 s on an idle machine; longer while other tests run
@@ -72,7 +73,7 @@ class Servers:
             port=free_port(),
             seed=1,
         )
-        supervisor = Supervisor(self._folder / "logs").__enter__()  # left in end_at_once
+        supervisor = server_supervisor(self._folder / "logs").__enter__()  # left in end_at_once
         child = supervisor.start(name, command.argv, command.env)
         control = EngineControl(command.url, timeout_s=120)
         try:
@@ -83,14 +84,6 @@ class Servers:
         finally:
             control.close()
         return TinyServer(command.url, child.process.pid, tensor, dtype, folder), supervisor
-
-
-def end_at_once(supervisor: Supervisor) -> None:
-    """Kill the server: a graceful end takes six seconds and saves nothing."""
-    supervisor.note_shared_memory()  # while they have it mapped
-    for child in supervisor._children:
-        supervisor.kill(child)
-    supervisor.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")

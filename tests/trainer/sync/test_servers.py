@@ -11,6 +11,7 @@ import pytest
 
 from collab_megatron.engine.client import EngineGone, EngineRefused, EngineSilent
 from collab_megatron.errors import NoEngineLeft, RunError, WeightsDiffer
+from collab_megatron.trainer.sync.attempt import Abandoned
 from collab_megatron.trainer.sync.servers import EnginesLost, SyncServers
 from collab_megatron.wire.roster import RosterFolder
 from tests.trainer.sync.fake_controls import ENTRIES, FakeControl, sync_servers
@@ -62,6 +63,23 @@ def test_a_refusal_is_no_reason_to_give_a_server_up(found: SyncServers) -> None:
         call(found)
     assert not isinstance(caught.value, EnginesLost)
     assert found.members == ENTRIES
+
+
+@pytest.mark.parametrize("other", [EngineGone("engine-1 is gone"), EngineRefused("engine-1 refused"), None])
+def test_a_call_that_ended_because_the_attempt_was_abandoned_hides_no_reason(
+    found: SyncServers, other: Exception | None
+) -> None:
+    def does(url: str, _: str) -> None:
+        if url == FIRST.url:
+            raise Abandoned
+        if url == SECOND.url and other is not None:
+            raise other
+
+    FakeControl.does = staticmethod(does)
+    expected = {EngineGone: EnginesLost, EngineRefused: EngineRefused, type(None): Abandoned}[type(other)]
+    with pytest.raises(expected):
+        call(found)
+    assert FIRST in found.members
 
 
 def test_what_a_call_raises_about_an_answer_comes_first(found: SyncServers) -> None:

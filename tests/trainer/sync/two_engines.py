@@ -23,8 +23,8 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import close_grid, init_grid
 from collab_megatron.trainer.sync.publisher import Publisher, SyncReport
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
+from tests.engine.real_servers import end_at_once, server_supervisor
 from tests.trainer.parallel.tiny import make_model
-from tests.trainer.sync.conftest import end_at_once
 
 START_S = 400.0
 TIMEOUT_S = 10.0  # of a call: the time that a hung server costs
@@ -114,7 +114,7 @@ def running(root: Path) -> Iterator[Run]:
         )
 
     over = threading.Event()
-    with Supervisor(root / "logs") as supervisor:
+    with server_supervisor(root / "logs") as supervisor:
         fleet = Fleet(supervisor, ENGINE.model_copy(update={"startup_timeout_s": START_S}), roster, build)
         fleet.start()
         fleet.wait_until_ready()

@@ -1,1 +1,1 @@
-"""What SGLang lacks on a machine without a GPU; README.md beside the distribution says why each piece exists."""
+"""The parts that SGLang lacks on a machine without a GPU. The distribution's README.md has the reason for each."""

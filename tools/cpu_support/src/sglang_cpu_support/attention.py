@@ -1,9 +1,9 @@
 """Attention of SGLang's CPU engine without its loop over sequences.
 
-SGLang's `torch_native` backend attends to one sequence after the other: with 32 sequences and 30 layers that is 960
-small calls for every token, which take longer than the matrix products, and none of them is large enough for a second
-thread. Here one call decodes all sequences, padded to the longest, and a prefill computes the queries of the new tokens
-alone. What neither is made for (encoders, cross attention, sliding windows) goes to SGLang's own code.
+SGLang's `torch_native` backend handles one sequence after the other: with 32 sequences and 30 layers that is 960 small
+calls per token, which take longer than the matrix products, each too small for a second thread. Here one call decodes
+all sequences, padded to the longest, and a prefill computes only the queries of the new tokens. Other cases (encoders,
+cross attention, sliding windows) go to SGLang's own code.
 
 Legend: N sequences, L tokens of the longest, H heads, J key/value heads, D head size.
 """
@@ -18,7 +18,7 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# a batch in which padding would be more than this share of all keys is decoded in parts of like length
+# a batch in which padding would be more than this share of all keys is decoded in parts of similar length
 MOST_PADDING = 0.5
 
 
@@ -27,7 +27,7 @@ Parts = list[tuple[Tensor | None, Tensor, Tensor]]
 
 
 class BatchedAttention(TorchNativeAttnBackend):
-    """Replaces the two loops; all else is SGLang's."""
+    """Replaces the two loops of SGLang's backend."""
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
@@ -105,7 +105,7 @@ class BatchedAttention(TorchNativeAttnBackend):
 
 
 def parts_of(req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor) -> Parts:
-    """The batch as parts of like length.
+    """The batch as parts of similar length.
 
     The mask is True where a key is seen. Slots behind a sequence's end are 0, SGLang's own padding slot: finite.
     """
@@ -163,7 +163,7 @@ def extend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> 
 
 
 def install() -> None:
-    """Take the place of `torch_native`, under its name."""
+    """Replace the backend `torch_native` under its name."""
 
     @register_attention_backend("torch_native")
     def create(runner: Any) -> BatchedAttention:

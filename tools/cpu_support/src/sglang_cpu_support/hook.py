@@ -1,10 +1,10 @@
 """The import hooks that `sglang_cpu_support.pth` installs when an interpreter starts.
 
-Two finders, both asleep until the import they wait for:
+Two finders, both idle until their import:
 - TorchvisionOperators, in front: where torchvision's compiled part could not be loaded, declares the operators that its
   Python part decorates.
-- SglKernelStandIn, at the very end: is asked for `sgl_kernel` only after every other finder has found none.
-Only importlib is imported here: every interpreter of the environment pays for this file at its start.
+- SglKernelStandIn, at the end: finds `sgl_kernel` only if no other finder does.
+This file imports only importlib, because every interpreter of the environment runs it at its start.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib.util import find_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
 
-# torchvision/__init__.py first tries to load its compiled part (a failure is silent), then imports these two
+# torchvision/__init__.py first tries to load its compiled part (and ignores a failure), then imports these two
 _DECORATES_OPERATORS = ("torchvision._autograd_registrations", "torchvision._meta_registrations")
 _NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
@@ -39,11 +39,11 @@ class TorchvisionOperators(MetaPathFinder):
                 library.define("nms" + _NMS)
                 library.define("qnms" + _NMS)
                 _libraries.append(library)
-        return None  # the module itself is found the ordinary way
+        return None  # the module itself is found by the usual finders
 
 
 class SglKernelStandIn(MetaPathFinder):
-    """Finds the stand-in for `sgl_kernel`, and only in a process that was told to be a CPU engine."""
+    """Finds the stand-in for `sgl_kernel`, only in a process with SGLANG_USE_CPU_ENGINE=1."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

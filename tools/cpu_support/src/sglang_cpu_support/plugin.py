@@ -6,7 +6,7 @@ import os
 
 
 def register() -> None:
-    """Faster attention and sampling, in a process that was told to be a CPU engine."""
+    """Faster attention and sampling, in a process with SGLANG_USE_CPU_ENGINE=1."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         from . import attention, sampling
 

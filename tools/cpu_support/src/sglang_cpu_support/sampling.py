@@ -23,7 +23,7 @@ def sample(probs: Tensor) -> Tensor:
 def around_sampling(
     original: Callable[..., Tensor], probs: Tensor, sampling_seed: Tensor | None = None, positions: Tensor | None = None
 ) -> Tensor:
-    """In the place of SGLang's sampling_from_probs_torch, unless a seed asks for numbers of its own: ids [N] int32."""
+    """Replaces SGLang's sampling_from_probs_torch unless a seed is given: ids [N] int32."""
     if sampling_seed is not None:
         return original(probs, sampling_seed=sampling_seed, positions=positions)
     return sample(probs).view(-1).to(torch.int32)

@@ -1,8 +1,8 @@
-"""Stands in for `sgl_kernel` in an SGLang server on CPU: the ten names that SGLang 0.5.23 imports there.
+"""Stands in for `sgl_kernel` in an SGLang server on CPU: the names that SGLang 0.5.23 imports there.
 
-Nothing stands behind them: all belong to speculative decoding and to moves of the KV cache between its steps, which a
-plain server never calls. No `torch.ops.sgl_kernel` operator is registered, on purpose: SGLang looks for
-`convert_weight_packed` among them, does not find it, and takes its own PyTorch code for every layer.
+They have no implementation: all belong to speculative decoding and its moves of the KV cache, which a plain server
+never calls. No `torch.ops.sgl_kernel` operator is registered, on purpose: SGLang looks for `convert_weight_packed`
+there, does not find it, and uses its own PyTorch code for every layer.
 """
 
 from collections.abc import Callable
