@@ -29,6 +29,8 @@ from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout.journal.database import connect
 from collab_megatron.types import Message
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 30.0
 TOOL_S = 120.0
