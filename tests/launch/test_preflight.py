@@ -241,7 +241,7 @@ def test_colocated_engines_stand_on_every_gpu_of_the_trainer(load: Load, monkeyp
     sentence = refusal(load(*colocated, "engine.count=2", "sync.transport=broadcast"))
     assert "set sync.transport=ipc, or disk, or engine.placement=disaggregated" in sentence
     check_rl(load(*colocated, "engine.count=2", "sync.transport=disk"))
-    # without GPUs any number of servers can stand beside the trainer
+    # without GPUs any number of servers can run next to the trainer
     check_rl(load("parallel.device=cpu", "engine.placement=colocated", "sync.transport=broadcast"))
 
 
