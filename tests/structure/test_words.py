@@ -38,7 +38,12 @@ WORD = re.compile(rf"\b({'|'.join(BETTER)})\b".replace(" ", GAP), re.IGNORECASE)
 def texts(root: Path) -> Iterator[tuple[Path, str]]:
     for place in PLACES:
         for file in sorted((root / place).rglob("*")) if (root / place).is_dir() else [root / place]:
-            if file.suffix in SUFFIXES and "build" not in file.parts and file != Path(__file__).resolve():
+            if (
+                file.suffix in SUFFIXES
+                and file.is_file()
+                and "build" not in file.parts
+                and file != Path(__file__).resolve()
+            ):
                 yield file, file.read_text()
 
 
