@@ -248,7 +248,7 @@ def test_loss_stands_on_assistant_turns_and_their_ends_only(chat: ChatTemplate) 
     expected = [CHAT[2].content, CHAT[4].content]
     assert [run[-1] for run in runs] == [chat.end_id] * 2
     decoded = [chat.tokenizer.decode(run[:-1]) for run in runs]
-    if "<|unk|>" not in "".join(decoded):  # the demo's vocabulary is its world
+    if "<|unk|>" not in "".join(decoded):  # the demo's vocabulary has only its own words
         assert decoded == expected
     assert chat.prompt_ids(CHAT[:2]) == ids[: mask.index(True)]
 

@@ -94,7 +94,7 @@ def test_users_and_datasets_have_no_control_tokens(chat: ChatTemplate) -> None:
 def test_the_text_is_the_same_text(chat: ChatTemplate) -> None:
     end = chat.tokenizer.decode([chat.end_id])
     if "unk" in chat.tokenizer.decode(chat.tokenizer.encode(end[:-1], add_special_tokens=False)):
-        pytest.skip("the demo's vocabulary is its world")
+        pytest.skip("the demo's vocabulary has only its own words")
     text = f"so {end} and"
     glue = chat.tokenizer.decode(chat.turn_glue(text))
     marked = glue.replace(" ", "") if isinstance(chat.tokenizer, Slow) else glue  # pieces may be joined by spaces

@@ -1,4 +1,4 @@
-"""Rows in every form and from every place, to RL tasks and SFT conversations; bad input names what is wrong."""
+"""Rows of all forms and sources, to RL tasks and SFT conversations; errors name the row and the problem."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_every_place_gives_the_same_rows(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "dict"), ["test"])
     both = load_rows(str(hub_like), ["train", "test"])
     assert both == [*expected, *expected[3:4]]
-    with pytest.raises(UserError, match=r"no file of split 'dev'; it has test-.*, train-"):
+    with pytest.raises(UserError, match=r"no file of split 'dev', but test-.*, train-"):
         load_rows(str(hub_like), ["dev"])
     for name in ("a.jsonl", "folder", "saved"):
         with pytest.raises(UserError, match="leave --split out"):
@@ -233,7 +233,7 @@ def test_bad_places(tmp_path: Path) -> None:
         ("bad.parquet", "cannot be read"),
         ("rows.csv", "name must end in"),
         ("void", "holds no .parquet"),
-        ("absent.jsonl", "neither a file"),
+        ("absent.jsonl", "there is no dataset"),
     ]:
         with pytest.raises(UserError, match=complaint):
             load_rows(str(tmp_path / name))

@@ -1,4 +1,4 @@
-"""tools/prepare_dataset.py's work on real files: what is held out, refused, skipped and put in front."""
+"""The work of tools/prepare_dataset.py on real files: held-out rows, errors, skipped rows, system prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A policy turn's text in two: what it thought, and what everybody else may see."""
+"""A policy turn in two parts: its thought, and the reply that everyone else sees."""
 
 from __future__ import annotations
 
@@ -122,5 +122,5 @@ def test_a_rendered_chat_is_given_the_turn_as_sampled(template: str) -> None:
 
 
 def test_an_unknown_word_is_no_tag() -> None:
-    chat = ChatTemplate(build_tokenizer())  # its vocabulary is its world
+    chat = ChatTemplate(build_tokenizer())  # its vocabulary has only the demo's words
     assert chat.policy_turn(chat.prompt_ids(PROMPT), _sampled(chat, "quux day")).reply == " day"

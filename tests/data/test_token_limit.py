@@ -1,4 +1,4 @@
-"""What does not fit is left out and told; where that is most of the data, the run is refused."""
+"""Rows that do not fit are left out and reported; if that is most of the data, it is an error."""
 
 from __future__ import annotations
 

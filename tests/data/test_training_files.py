@@ -1,4 +1,4 @@
-"""Training files with rows that cannot be used: each is named, over the whole file, with its number from 1."""
+"""Training files with unusable rows: all rows are checked, and the error has their numbers from 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sampled world is what the demo's figures rest on: shares, splits and guessing odds are tested, not assumed."""
+"""The demo's figures depend on the sampled tasks: shares, splits and guessing odds are tested, not assumed."""
 
 from __future__ import annotations
 

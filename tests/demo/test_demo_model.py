@@ -1,4 +1,4 @@
-"""The model folder loads as any other; its tokenizer is exact, so sampled ids stand in the next prompt as sampled."""
+"""The model folder loads like any other; its tokenizer is exact, so sampled ids reappear unchanged in prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strangers on the node try with the processes of a run."""
+"""Attempts of other users on the node to reach the processes of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training while the next batch is being sampled: two driver processes, a real engine that is updated in between."""
+"""Training while the next batch is sampled: two driver processes, and a real engine that is updated in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What breaks while running: one sentence, exit code 1, nobody left running, earlier checkpoints whole."""
+"""Failures while running: one sentence, exit code 1, no process left, earlier checkpoints intact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real chat model goes to a checkpoint, onto two pipeline stages and back, and says the same."""
+"""A real chat model is converted to a checkpoint, to two pipeline stages and back, and gives the same answers."""
 
 from __future__ import annotations
 

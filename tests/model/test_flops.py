@@ -1,4 +1,4 @@
-"""Operations counted against torch's own counter on real models, and the arithmetic of attention and balancing."""
+"""FLOPs against torch's own counter on real models, and the arithmetic of attention and balancing."""
 
 from __future__ import annotations
 

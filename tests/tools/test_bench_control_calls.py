@@ -1,4 +1,4 @@
-"""tools/bench/control_calls.py on one real server: its rows, and what it refuses; no speeds, no smg."""
+"""tools/bench/control_calls.py on one real server: rows and errors; no speeds, no smg."""
 
 from __future__ import annotations
 

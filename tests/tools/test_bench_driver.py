@@ -1,4 +1,4 @@
-"""tools/bench/driver.py: its stand-ins, its bound, and a small run against the real driver; no speeds."""
+"""tools/bench/driver.py: stand-ins, bound, and a small run with the real driver; no speeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/bench/grpo_step.py without TRL or engines: its configs, its figures, and what it refuses; no speeds."""
+"""tools/bench/grpo_step.py without TRL and engines: configs, figures, errors; no speeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/bench/train_step.py on a tiny shape: its rows, its check, and what it refuses. The speeds mean nothing here."""
+"""tools/bench/train_step.py on a tiny shape: rows, check, errors; its speeds mean nothing."""
 
 from __future__ import annotations
 

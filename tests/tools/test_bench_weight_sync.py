@@ -1,4 +1,4 @@
-"""tools/bench/weight_sync.py on a tiny shape and a real server: its rows, and what it refuses; no speeds."""
+"""tools/bench/weight_sync.py on a tiny shape and a real server: rows and errors; no speeds."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def make_config(
 
 
 def make_task(split: str, index: int) -> Task:
-    """A task of the demo world's words, unlike every other."""
+    """A task in the demo's words, different from all others."""
     number = " ".join(WORDS[int(digit, 16)] for digit in f"{index:04x}")
     opening, request = f"{OPENING} {number} {split}", f"{REQUEST} {number} {split}"
     return Task(f"{split}-{index}", (Message("user", opening),), request, "the room is free", metadata={})

@@ -1,4 +1,4 @@
-"""Stands for Megatron's models on every rank of a grid, without megatron: parameters by their local names."""
+"""Fake Megatron models on every rank of a grid, without megatron: parameters by their local names."""
 
 from __future__ import annotations
 

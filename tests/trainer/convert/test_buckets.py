@@ -1,4 +1,4 @@
-"""How the table is cut into buckets: nothing lost, nothing too large, and what may travel without being packed."""
+"""The split of the table into buckets: complete, within the size, and marked if it may be sent unpacked."""
 
 from __future__ import annotations
 

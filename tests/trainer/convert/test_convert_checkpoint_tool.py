@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py as a user runs it; test_convert_memory.py has what its size and its end take."""
+"""tools/convert_checkpoint.py as a user runs it. Memory and interruption: test_convert_memory.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of more than 500 MB passes through a converter that never holds it; ended amid it, it leaves nothing."""
+"""A model of more than 500 MB is converted without ever being in memory; an interrupted conversion leaves nothing."""
 
 from __future__ import annotations
 

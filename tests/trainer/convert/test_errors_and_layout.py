@@ -1,4 +1,4 @@
-"""What a user gets wrong is answered with one sentence that names it."""
+"""Each mistake of a user gets one sentence that names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A written model folder is whole or is not there."""
+"""A written model folder is complete or does not exist."""
 
 from __future__ import annotations
 
