@@ -56,10 +56,10 @@ def test_named_files_exist() -> None:
 
 
 def test_named_tests_exist() -> None:
-    tests = set(in_documents(r"(tests/[\w/]+\.py::\w+)"))
+    tests = sorted(set(in_documents(r"(tests/[\w/]+\.py::\w+)")))
     assert len(tests) > 30
     missing = []
-    for path, test in sorted(tests):
+    for path, test in tests:
         file, _, name = test.partition("::")
         if f"def {name}(" not in (REPOSITORY / file).read_text():
             missing.append(f"{path.name}: {test}")
