@@ -14,11 +14,11 @@ install:
 
 # with ARGS a part of the tests, one after the other
 test: install
-	$(if $(ARGS),.venv/bin/python -m pytest $(ARGS),bash tests/two_lanes.sh)
+	$(if $(ARGS),.venv/bin/python -m pytest $(ARGS),bash tests/two_lanes.sh "not full" tests/end_to_end tests/tools)
 
 # no servers, no trainer ranks
 test-quick: install
-	.venv/bin/python -m pytest -m "not slow and not full" $(ARGS)
+	bash tests/two_lanes.sh "not slow and not full" tests/config tests/data tests/engine tests/launch
 
 # every variant, one after the other
 test-full: install

@@ -17,16 +17,25 @@ async def run_all(
 ) -> list[T]:
     """Run the coroutines concurrently and return their results, in order.
 
-    When one fails the others are cancelled, and its exception is raised once they have ended; with asyncio.gather they
-    would run on. Those that are not done after `timeout_s` are cancelled too: the result of number i is late(i) then.
+    When one fails the others are cancelled, and the first exception is raised once they have ended; with asyncio.gather
+    they would run on. Coroutines that are not done after `timeout_s` are cancelled too, and number i has the result
+    late(i).
     """
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     if not tasks:
         return []
+    failed: list[asyncio.Future[T]] = []  # in order of time, unlike `done` below
+
+    def note(task: asyncio.Future[T]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            failed.append(task)
+
+    for task in tasks:
+        task.add_done_callback(note)
     try:
         done, _ = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()  # raises what a failed one raised
+        if failed:
+            failed[0].result()  # raises its exception
         if len(done) == len(tasks):
             return [task.result() for task in tasks]
         assert late is not None, "a deadline needs a result for those that miss it"

@@ -271,9 +271,9 @@ def _meanings(kind: type[Section]) -> dict[str, str]:
                 above.insert(0, comments[number][1])
                 number -= 1
             ends = range(line.lineno, (line.end_lineno or line.lineno) + 1)
-            beside = [text for number in ends if number in comments for _, text in [comments[number]]]
-            if above or beside:
-                text = " ".join([*above, *beside])
+            trailing = [text for number in ends if number in comments for _, text in [comments[number]]]
+            if above or trailing:
+                text = " ".join([*above, *trailing])
                 found.setdefault(name, text.replace("None:", "null:"))  # as YAML spells it
     return found
 

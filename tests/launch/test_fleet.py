@@ -22,6 +22,8 @@ from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
+pytestmark = pytest.mark.slow
+
 # a server with a child, as SGLang has: argv is port and seconds until it is ready
 SERVER = """
 import http.server, subprocess, sys, time

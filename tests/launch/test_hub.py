@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from collab_megatron.data.parquet import Conversation, write_conversations
 from collab_megatron.types import Message
 from tests.conftest import REPOSITORY, environment
 from tests.launch.hub import Hub, serving
+
+pytestmark = pytest.mark.slow
 
 NAME = "someone/tiny"
 

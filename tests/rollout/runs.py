@@ -254,7 +254,7 @@ def delivered(config: RLConfig) -> dict[int, list[tuple[int, int, bool]]]:
 
 
 def forget_deliveries(config: RLConfig) -> None:
-    """What was sampled and paid for stays in the journal; the batches must be made of it anew."""
+    """What was sampled and paid for stays in the journal; the batches must be made of it again."""
     with _journal(config) as journal, journal:
         journal.execute("DELETE FROM deliveries")
 

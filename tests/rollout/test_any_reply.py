@@ -46,6 +46,8 @@ from collab_megatron.wire.protocol import Answer, Request, encode_answer
 from tests.rollout.any_reply import ONCE_DEADLY, WELL, replies
 from tests.rollout.runs import forget_deliveries
 
+pytestmark = pytest.mark.slow
+
 COUNT = 5200
 SLOWEST_S = 0.050
 """Processor time of one reply, from the API's answer to the next thing that is waited for."""

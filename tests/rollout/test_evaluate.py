@@ -15,6 +15,8 @@ from collab_megatron.evaluate import Result, own_journal, own_name, play, report
 from collab_megatron.rollout.journal.store import Journal, ReplayMiss
 from tests.rollout.runs import HELD_OUT, MAX_CONTEXT_TOKENS, config, counts, stand_in
 
+pytestmark = pytest.mark.slow
+
 CALLS = ("paid", "turns", "repeated", "turns_repeated")
 
 

@@ -44,6 +44,8 @@ from tests.rollout.llm.calls import HELLO
 from tests.rollout.llm.misbehaving import ALL_FAULTS, COUNTER_OF, FAULTY, MisbehavingEndpoint, faults_at
 from tests.rollout.stand_in import StandIn, Vocabulary, judge_text, user_text
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-drill-0123456789abcdef"
 PROSE = "Certainly, that sounds like a fine plan to me."  # no JSON: nobody can use it
 QUOTED = "quotes_key"  # status 400, and the provider's words hold the key

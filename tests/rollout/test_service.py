@@ -1,4 +1,4 @@
-"""The driver's service over the real pool: engines come with every request, a step without engines is played anew."""
+"""The driver's service over the real pool: engines come with every request, a step without engines is played again."""
 
 from __future__ import annotations
 

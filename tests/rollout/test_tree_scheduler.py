@@ -81,7 +81,7 @@ async def test_on_policy_one_batch_is_under_way_and_leaves_as_a_whole() -> None:
         await garden.end((0, 3), (0, 0), (0, 2))
         assert scheduler.take(0) is None
         await garden.end((0, 1))
-        assert names(scheduler.take(0)) == [(0, 0), (0, 1), (0, 2), (0, 3)]  # by prompt, whoever ended first
+        assert names(scheduler.take(0)) == [(0, 0), (0, 1), (0, 2), (0, 3)]  # by prompt, in whichever order they ended
         assert len(garden.begun) == 4  # nothing begins before the trainer asks
         scheduler.advance(1)
         await settle()

@@ -22,14 +22,14 @@ class Example(Section):
 
     # above, and None: read as YAML
     above: Positive | None = None
-    beside: Seconds = 20.0  # at the end
+    at_the_end: Seconds = 20.0  # at the end
     bounded: float = Field(default=0.5, gt=0)  # a number
 
 
 def test_a_row_has_type_default_and_comment() -> None:
-    assert config_doc._table(Example, ["above", "beside", "bounded"]).splitlines()[2:] == [
+    assert config_doc._table(Example, ["above", "at_the_end", "bounded"]).splitlines()[2:] == [
         "| `above` | integer > 0, null | `null` | above, and null: read as YAML |",
-        "| `beside` | seconds > 0 | `20` | at the end |",
+        "| `at_the_end` | seconds > 0 | `20` | at the end |",
         "| `bounded` | number > 0 | `0.5` | a number |",
     ]
 

@@ -56,14 +56,14 @@ def test_named_files_exist() -> None:
 
 
 def test_named_tests_exist() -> None:
-    tests = set(in_documents(r"(tests/[\w/]+\.py::\w+)"))
+    tests = sorted(set(in_documents(r"(tests/[\w/]+\.py::\w+)")))
     assert len(tests) > 30
-    parts = [(path, *test.split("::")) for path, test in sorted(tests)]
-    assert [
-        f"{path.name}: {file}::{name}"
-        for path, file, name in parts
-        if f"def {name}(" not in (REPOSITORY / file).read_text()
-    ] == []
+    missing = []
+    for path, test in tests:
+        file, _, name = test.partition("::")
+        if f"def {name}(" not in (REPOSITORY / file).read_text():
+            missing.append(f"{path.name}: {test}")
+    assert missing == []
 
 
 def test_commands_name_modules_targets_and_flags_that_exist() -> None:

@@ -113,8 +113,8 @@ def test_every_room_has_a_row_and_every_entry_is_needed() -> None:
 
 
 def test_an_entry_that_no_import_needs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(import_rules.ROOMS, "engine", (*import_rules.ROOMS["engine"], "demo"))  # type: ignore[arg-type]
-    monkeypatch.setitem(import_rules.ADDED, "demo.summary", {"wire": "no reason"})  # type: ignore[arg-type]
+    monkeypatch.setitem(import_rules.ROOMS, "engine", (*import_rules.ROOMS["engine"], "demo"))
+    monkeypatch.setitem(import_rules.ADDED, "demo.summary", {"wire": "no reason"})
     assert import_rules.unused_entries(REPOSITORY) == ["engine -> demo", "demo.summary -> wire"]
 
 

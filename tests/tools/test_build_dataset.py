@@ -29,6 +29,8 @@ from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout.journal.database import connect
 from collab_megatron.types import Message
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 30.0
 TOOL_S = 120.0
@@ -289,7 +291,7 @@ def test_a_hopeless_build_gives_up(config: Path, monkeypatch: pytest.MonkeyPatch
         ("problems=nowhere.jsonl", "no problems file"),
         ("simulators.judge.api_base=http://127.0.0.1:9/v1", "simulators.judge.api_base"),
         ("simulators.user.api_key_env=NO_SUCH_KEY", "NO_SUCH_KEY"),
-        ("tokenizer=no/such/folder", "cannot be loaded"),
+        ("tokenizer=no/such/folder", "the tokenizer of no/such/folder cannot be loaded"),
         ("simulators.user.prompt_file=none.txt", "none.txt"),
     ],
 )

@@ -59,7 +59,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from collab_megatron.trainer.checkpoint.save_load import Retention, begin_save, load_checkpoint, save_checkpoint
 
     grid = init_grid(ParallelSection(), seed=1)
-    beside, actor = grid_for_saves(grid), build(folder / "model", grid, args)
+    save_grid, actor = grid_for_saves(grid), build(folder / "model", grid, args)
     step = stepper(actor)
     step()
     saves, blocking, written, meanwhile, loads = [], [], [], [], []
@@ -67,8 +67,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         saves.append(seconds(lambda: save_checkpoint(actor, folder / "at-once", step=1, extra={}, keep_last=1)))
         loads.append(seconds(lambda: load_checkpoint(actor, folder / "at-once" / "step_00000001")))
         start = time.monotonic()
-        pending = begin_save(actor, folder / "beside", step=1, extra={}, keep=Retention(1), copy=True)
-        running = AsyncSave(pending, beside)
+        pending = begin_save(actor, folder / "asynchronous", step=1, extra={}, keep=Retention(1), copy=True)
+        running = AsyncSave(pending, save_grid)
         blocking.append(time.monotonic() - start)
         while running.is_running:
             meanwhile.append(seconds(step))

@@ -43,15 +43,13 @@ class Retention:
     best_loss: float | None = None  # held-out loss of the one being saved, if it is the lowest so far
 
 
-def save_checkpoint(
-    actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep_last: int, keep_every: int = 0
-) -> Path:
+def save_checkpoint(actor: Actor, directory: Path, *, step: int, extra: Mapping[str, Any], keep_last: int) -> Path:
     """Write directory/step_XXXXXXXX and remove the checkpoints that are not kept; returns the folder.
 
     extra: JSON, the same on every rank. Raises RunError on every rank if the checkpoint could not be written; the
     attempt is removed and the earlier checkpoints are as they were.
     """
-    keep = Retention(keep_last, keep_every)
+    keep = Retention(keep_last)
     return begin_save(actor, directory, step=step, extra=extra, keep=keep, copy=False).finish(actor.grid)
 
 

@@ -56,8 +56,8 @@ ALARMS = (
 class Alarms:
     """The alarms of one run."""
 
-    def __init__(self, alarms: tuple[Alarm, ...] = ALARMS) -> None:
-        self._seen = {alarm: deque[float](maxlen=WINDOW) for alarm in alarms}
+    def __init__(self) -> None:
+        self._seen = {alarm: deque[float](maxlen=WINDOW) for alarm in ALARMS}
         self._ringing: set[Alarm] = set()
 
     def check(self, done: int, metrics: Mapping[str, float]) -> list[str]:

@@ -20,6 +20,8 @@ from collab_megatron.types import CallRecord
 from tests.rollout.llm.calls import config_for, hello, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint, completion
 
+pytestmark = pytest.mark.slow
+
 BODIES = 60
 PLACES: list[list[Any]] = [
     *(["usage"], ["usage", "prompt_tokens"], ["usage", "completion_tokens"], ["model"], ["system_fingerprint"]),

@@ -14,6 +14,8 @@ from collab_megatron.rollout.llm.role_client import RoleClient
 from tests.rollout.llm.calls import GOOD, HELLO, closed_port, config_for, good, hello, use_role
 from tests.rollout.llm.misbehaving import ALL_FAULTS, COUNTER_OF, FAULTY, MisbehavingEndpoint, faults_at
 
+pytestmark = pytest.mark.slow
+
 
 async def ask(role: RoleClient, count: int) -> Counter[str]:
     """`count` calls at once, by how they ended."""
