@@ -30,7 +30,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     parent folder. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes must not write into one file
     try:
         yield temporary
         os.replace(temporary, path)

@@ -21,6 +21,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -41,12 +42,14 @@ class Forked:
 
     def __init__(self, parent: ForkServer, pid: int) -> None:
         self._parent, self.pid = parent, pid
+        self._polling = threading.Lock()
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        if self.returncode is None:
-            self.returncode = self._parent.ask({"poll": self.pid})
-        return self.returncode
+        with self._polling:  # the fork server can wait for a process once
+            if self.returncode is None:
+                self.returncode = self._parent.ask({"poll": self.pid})
+            return self.returncode
 
     def wait(self, timeout: float = 60.0) -> int:
         end = time.monotonic() + timeout
@@ -101,7 +104,13 @@ class ForkServer:
             env = {**os.environ, **self._env, "PYTHONPATH": str(REPO)}
             command = [sys.executable, "-W", "ignore", "-m", "tests.forks", *self._modules]
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, cwd=REPO
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=env,
+                text=True,
+                cwd=REPO,
+                start_new_session=True,  # Ctrl-C is for pytest, whose teardown needs this process
             )
             atexit.register(self._end)
         return self._process
@@ -165,6 +174,7 @@ def _become(name: str, args: list[str], env: dict[str, str], out: str, err: str)
     die_with_parent()
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # found while importing; TMPDIR may be another one here
     for path, flags, number in ((os.devnull, os.O_RDONLY, 0), (out, os.O_WRONLY, 1), (err, os.O_WRONLY, 2)):
         opened = os.open(path, flags | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, number)

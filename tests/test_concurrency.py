@@ -52,3 +52,16 @@ async def test_a_cancelled_caller_leaves_none_behind() -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     assert sorted(ended) == ["a", "b"]
+
+
+async def test_a_task_that_ends_cancelled_ends_the_others() -> None:
+    async def cancelled() -> str:
+        task = asyncio.ensure_future(asyncio.sleep(60))
+        task.cancel()
+        await task
+        return ""
+
+    ended: list[str] = []
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(run_all([cancelled(), after(60, "slow", ended)]), timeout=5)
+    assert ended == ["slow"]

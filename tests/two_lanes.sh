@@ -13,7 +13,7 @@ pytest=(.venv/bin/python -m pytest -m "$marks")
 log=$(mktemp)
 "${pytest[@]}" -p no:cacheprovider "${@/#/--ignore=}" >"$log" 2>&1 &
 rest=$!
-trap 'kill "$rest" 2>/dev/null || true; rm -f "$log"' EXIT
+trap 'kill "$rest" 2>/dev/null && cat "$log"; rm -f "$log"' EXIT
 
 echo "two lanes: $* here; everything else in $log"
 failed=0

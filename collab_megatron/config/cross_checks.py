@@ -92,7 +92,7 @@ def check_driver(driver: DriverSection, rollout: RolloutSection, engine: EngineS
     if driver.oversample_prompts > prompts:
         raise ValueError(
             f"driver.oversample_prompts={driver.oversample_prompts} is more than the {prompts} prompts of a step: "
-            "lower it, or raise driver.max_staleness"
+            "lower it; driver.max_staleness adds whole batches"
         )
     if driver.max_staleness and engine.placement == "colocated":
         raise ValueError(

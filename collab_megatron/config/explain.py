@@ -18,9 +18,10 @@ SHOWN = 60  # characters of a value
 REMOVED = {
     "engine.wait_s": "it is 3 times engine.startup_timeout_s",
     "engine.work_timeout_s": "engine.health_timeout_s is the deadline of a batch too, on CPU 6 times it",
-    "engine.request_timeout_s": "it is 1.5 times driver.future_timeout_s",
-    "json_mode": "response_format is text, json_object or json_schema",
-    "json_schema": "response_format is text, json_object or json_schema",
+    "engine.request_timeout_s": "it is 1.5 times driver.future_timeout_s; in evaluate half of evaluation.timeout_s, at "
+    "least 900 s",
+    "json_mode": "for false write response_format: text (true is the default)",
+    "json_schema": "for true write response_format: json_schema (false is the default)",
     "rollout.step_timeout_s": "it is 1.5 times driver.future_timeout_s, plus driver.group_timeout_s",
 }
 """Keys of earlier versions (or the ends of keys), and their replacement."""

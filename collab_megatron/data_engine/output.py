@@ -107,7 +107,7 @@ def _compare_settings(old: Mapping[str, Any], new: Mapping[str, Any], output: Pa
     if changed:
         raise UserError(
             f"{output} holds conversations made with another {', '.join(changed)}: choose another output folder, or "
-            "use the settings in its build.json again"
+            "use the settings in its build.json again (an older version's keys: with that version)"
         )
 
 

@@ -215,7 +215,7 @@ def _user_turns(simulators: SimulatorsSection, lengths: Lengths, chats: Sequence
 
 
 def _judge_prompt(metric: str, section: LLMSection, reward: RewardSection) -> tuple[str, Path | None]:
-    """Name of the shipped prompt, and the file that replaces it, as rewards/configured.py chooses them."""
+    """Name of the shipped prompt, and the file that replaces it, as rewards/registry.py chooses them."""
     own = section.prompt_file if metric in reward.judges else None
     if metric == "accuracy":
         return "judge_accuracy", own or reward.accuracy_prompt_file

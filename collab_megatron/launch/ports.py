@@ -22,9 +22,7 @@ def free_port(host: str = "127.0.0.1") -> int:
         port = random.SystemRandom().randrange(FIRST_PORT, max(_first_ephemeral(), FIRST_PORT + 1000))
         if not port_in_use(host, port):
             return port
-    raise RunError(
-        f"no free port was found on {host} in {FREE_PORT_TRIES} tries: set engine.host to an address of this machine"
-    )
+    raise RunError(f"no free port was found on {host} in {FREE_PORT_TRIES} tries: is it an address of this machine?")
 
 
 def _first_ephemeral() -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig
 from collab_megatron.config.roles import llm_roles
-from collab_megatron.config.sections import DriverSection
+from collab_megatron.config.sections import DriverSection, EvaluationSection
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.token_limit import fitting_tasks
 from collab_megatron.engine.keys import EngineKeys
@@ -86,7 +86,7 @@ async def open_clients(
     limiter = AdaptiveLimiter(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(
         stop_token_ids=chat.end_ids,
-        request_timeout_s=(driver or DriverSection()).request_timeout_s,
+        request_timeout_s=driver.request_timeout_s if driver else _request_timeout_s(config.evaluation),
         health_timeout_s=config.engine.health_timeout_s,
         work_timeout_s=config.engine.work_timeout_on("cuda" if config.parallel.device == "cuda" else "cpu"),
         max_concurrency=max(1, config.engine.max_concurrency // shards),
@@ -134,6 +134,12 @@ async def open_clients(
             )
         finally:
             await gateway.close()
+
+
+def _request_timeout_s(evaluation: EvaluationSection) -> float:
+    """Deadline of one generate call of an evaluation without a driver section: the driver's default, or half the
+    evaluation's deadline."""
+    return max(DriverSection().request_timeout_s, evaluation.timeout_s / 2)
 
 
 def usable_tasks(tasks: list[Task], clients: RolloutClients, max_prompt_tokens: int) -> list[Task]:

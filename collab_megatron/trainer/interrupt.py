@@ -66,8 +66,8 @@ class Interrupt:
     def _too_late(self) -> None:
         """Runs on a timer thread: the main thread may be in a collective that no signal ends."""
         print(
-            f"interrupted: no checkpoint was completed within {self._grace_s:g} s; raise train.save_grace_s to give a "
-            "save more time",
+            f"interrupted: the process did not end within {self._grace_s:g} s, and nothing more is saved; raise "
+            "train.save_grace_s to give a save more time",
             file=sys.stderr,
             flush=True,
         )

@@ -74,7 +74,7 @@ REMOVED = [
     ("engine.work_timeout_s=5", "engine.health_timeout_s"),
     ("engine.request_timeout_s=5", "it is 1.5 times driver.future_timeout_s"),
     ("rollout.step_timeout_s=5", "driver.group_timeout_s"),
-    ("simulators.user.json_mode=false", "response_format is text, json_object or json_schema"),
+    ("simulators.user.json_mode=false", "for false write response_format: text"),
 ]
 
 

@@ -220,7 +220,7 @@ def test_simulators_that_go_away_end_the_run(
     # no save was due: it is the end of the run that saved, on both ranks
     newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
     assert newest is not None
-    assert f"is saved: {newest}; run.resume=true goes on" in ended.output
+    assert f"is saved: {newest}; run.resume=true continues" in ended.output
     assert "were dropped" in ended.errors[-1]
     assert f"connection refused by 127.0.0.1:{port}" in ended.errors[-1]
     assert "status" not in ended.errors[-1]

@@ -1,6 +1,6 @@
 """Whole runs of real driver processes against the stand-in: a trainer that asks for its steps, and drivers killed -9.
 
-`play` starts the drivers as a launcher does (cluster/drivers.py), asks as the trainer does, and kills at the moments
+`play` starts the drivers as a launcher does (launch/drivers.py), asks as the trainer does, and kills at the moments
 that it is given. What the journal and the files hold afterwards is read by the functions below.
 """
 

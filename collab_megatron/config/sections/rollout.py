@@ -89,8 +89,8 @@ class DriverSection(Section):
 
     @property
     def step_timeout_s(self) -> float:
-        """Deadline of one step's rollouts: the replies, then their futures."""
-        return self.request_timeout_s + self.group_timeout_s
+        """Deadline of one step's rollouts: the replies, then their futures, and once more where groups are replaced."""
+        return (self.request_timeout_s + self.group_timeout_s) * (2 if self.refill_groups else 1)
 
 
 class JournalSection(Section):

@@ -140,7 +140,8 @@ class Deployments:
             return False
         deployment.failures += 1
         deployment.failed_at = now = time.monotonic()
-        deployment.cooling_until = now + (self._cooldown_s if retry_after_s is None else retry_after_s)
+        cooled = now + (self._cooldown_s if retry_after_s is None else retry_after_s)
+        deployment.cooling_until = max(deployment.cooling_until, cooled)  # never shorter than closed_until
         if retry_after_s is not None:
             deployment.closed_until = max(deployment.closed_until, now + retry_after_s)
         return True

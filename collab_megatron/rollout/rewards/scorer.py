@@ -55,9 +55,12 @@ async def _score(metric: Metric, conversation: ScoredConversation) -> float:
         value = metric.score(conversation)
         if inspect.isawaitable(value):
             value = await value
-    except Exception as error:
+    except Exception as raised:
+        error = _first_error(raised)
         error.add_note(f"in metric {metric.name}")
         setattr(error, OWN_METRIC, not type(metric).__module__.startswith(OURS))
+        if error is not raised:
+            raise error from None
         raise
     return finite_score(metric.name, value)
 
@@ -77,6 +80,13 @@ def finite_score(metric: str, value: object) -> float:
             f"metric {metric} returned {number}: return a finite number, or raise SimulatorError if there is no score"
         )
     return number
+
+
+def _first_error(error: Exception) -> Exception:
+    """The first exception of a group, however deep: a metric may use asyncio.TaskGroup, which wraps a failed call."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _short(value: object) -> str:

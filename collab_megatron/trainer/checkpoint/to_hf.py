@@ -60,7 +60,7 @@ def hf_from_checkpoint(info: CheckpointInfo, output: Path, grid: RankGrid, *, ma
     shards = cut_into_shards(actor.tensor_plan(), limit)
     mine = range(grid.rank, len(shards), grid.world_size)
     total = sum(tensor.num_bytes for number in mine for tensor in shards[number])
-    with _folder_of_all(output, grid) as aside:
+    with _folder_of_all(output, grid, doing) as aside:
         with fail_together(grid, doing, aside), progress("megatron-to-hf", total, show=grid.is_main) as advance:
             for number in mine:
                 write_shard(aside, number, shards[number], tensors.read(shards[number], advance), _header(info))
@@ -164,10 +164,14 @@ def _header(info: CheckpointInfo) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _folder_of_all(output: Path, grid: RankGrid) -> Iterator[Path]:
+def _folder_of_all(output: Path, grid: RankGrid, doing: str) -> Iterator[Path]:
     """Rank 0's atomic_folder(output), on every rank. Rank 0 publishes the folder at the end of the block."""
     with contextlib.ExitStack() as stack:
-        yield on_rank_zero(grid, lambda: stack.enter_context(atomic_folder(output)))
+        aside = output
+        with fail_together(grid, doing, output.parent):
+            if grid.is_main:
+                aside = stack.enter_context(atomic_folder(output))
+        yield on_rank_zero(grid, lambda: aside)
 
 
 def main() -> None:

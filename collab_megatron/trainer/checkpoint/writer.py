@@ -20,6 +20,8 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.strategies import torch as upstream
 from torch.distributed.checkpoint import CheckpointException
 
+from collab_megatron.errors import RunError
+
 # upstream warns about an "old incomplete checkpoint" when another rank has already written into the new folder
 logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
 
@@ -62,7 +64,10 @@ def write_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGrou
             process_group=group,
         )
     except CheckpointException as error:  # a BaseException: rank -> (exception, traceback)
-        raise next(iter(error.failures.values()))[0] from error
+        reason = next(iter(error.failures.values()))[0]
+        if isinstance(reason, Exception):
+            raise reason from error
+        raise RunError(f"a rank was interrupted while it wrote: {type(reason).__name__}") from error
 
 
 def _copy_to_host(shards: list[Any]) -> None:

@@ -20,7 +20,7 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.convert.buckets import Bucket
 from collab_megatron.trainer.sync.attempt import Abandoned, Attempt
 from collab_megatron.trainer.sync.bucket_transport import BucketTransport, is_stage_sender
-from collab_megatron.trainer.sync.servers import SyncServers
+from collab_megatron.trainer.sync.servers import EnginesLost, SyncServers
 from collab_megatron.trainer.sync.threads import in_background
 from collab_megatron.trainer.sync.update_group import UpdateGroup, address_seen_by
 from collab_megatron.wire.roster import EngineEntry
@@ -87,29 +87,35 @@ class BroadcastTransport(BucketTransport):
                 self._group.join(attempt)
         finally:
             if inviting is not None:  # its error names the server, so it replaces that of `join`
-                inviting.result(2 * self._timeout_s)
+                inviting.result()  # each of its calls has a deadline
         self._members = attempt.members
 
     def _invite(self, servers: SyncServers, attempt: Attempt) -> None:
         """Have all servers join the groups, in the order of the stages: a server can join one at a time.
 
         They are paused before: a server that joins runs no batch, and one that owes replies, runs none and is not
-        paused is given up by the pool after engine.work_timeout_s.
+        paused is given up by the pool after engine.health_timeout_s (on CPU 6 times that).
         """
         servers.pause(on_failure=attempt.abandon)
-        for _, address in sorted(self._addresses.items()):
-            servers.call_all(
-                "init_weights_update_group",
-                lambda control, entry, address=address: control.init_update_group(  # type: ignore[misc]
-                    address=address.host,
-                    port=address.port,
-                    rank_offset=self._offsets[entry],
-                    world_size=address.world_size,
-                    group_name=address.name,
-                    backend=self._grid.backend.process_group,
-                ),
-                on_failure=attempt.abandon,
-            )
+        try:
+            for _, address in sorted(self._addresses.items()):
+                servers.call_all(
+                    "init_weights_update_group",
+                    lambda control, entry, address=address: control.init_update_group(  # type: ignore[misc]
+                        address=address.host,
+                        port=address.port,
+                        rank_offset=self._offsets[entry],
+                        world_size=address.world_size,
+                        group_name=address.name,
+                        backend=self._grid.backend.process_group,
+                    ),
+                    on_failure=attempt.abandon,
+                )
+        except EnginesLost:
+            raise
+        except RunError:  # a refusal ends the run, and no tensor was sent: servers of engine.urls serve on
+            servers.resume()
+            raise
 
     def _buffers(self, num_bytes: int, count: int) -> list[Tensor]:
         return [torch.empty(num_bytes, dtype=torch.uint8, device=self._grid.device) for _ in range(count)]

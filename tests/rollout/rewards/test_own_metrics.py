@@ -247,3 +247,19 @@ def test_the_example_of_the_page_works(tmp_path: Path) -> None:
     exec(compile(test, "rewards.md", "exec"), own)
     (check,) = [value for name, value in own.items() if name.startswith("test_")]
     check()
+
+
+def test_a_failed_call_in_a_task_group_is_that_failure() -> None:
+    class Grouped:
+        name = "given"
+
+        async def fail(self) -> None:
+            raise SimulatorError("no judge")
+
+        async def score(self, conversation: ScoredConversation) -> float:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.fail())
+            return 0.0
+
+    with pytest.raises(SimulatorError, match="no judge"):
+        asyncio.run(Scorer([Grouped()], {"given": 1.0}).score(TALK))

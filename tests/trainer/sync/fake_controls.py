@@ -42,18 +42,18 @@ class FakeControl:
 
 @contextmanager
 def sync_servers(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, entries: Sequence[EngineEntry]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, entries: Sequence[EngineEntry], *, timeout_s: float = 0.5
 ) -> Iterator[SyncServers]:
     """SyncServers over FakeControl, with `entries` as members and short deadlines."""
     monkeypatch.setattr(servers, "EngineControl", FakeControl)
     monkeypatch.setattr(servers, "ANSWER_S", 0.3)
-    monkeypatch.setattr(servers, "RELEASE_S", 0.3)
+    monkeypatch.setattr(servers, "RELEASE_S", 3.0)
     monkeypatch.setattr(servers, "READ_ROSTER_EVERY_S", 0.01)
     for name, value in (("calls", []), ("silent", set()), ("does", staticmethod(lambda url, call: None))):
         monkeypatch.setattr(FakeControl, name, value, raising=False)
     roster = RosterFolder(folder)
     roster.publish(entries, coming=0)
-    found = SyncServers(roster, timeout_s=0.5, wait_s=0.3)
+    found = SyncServers(roster, timeout_s=timeout_s, wait_s=0.3)
     found.find()
     yield found
     found.close()

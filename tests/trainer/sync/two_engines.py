@@ -120,7 +120,13 @@ def running(root: Path) -> Iterator[Run]:
         fleet.wait_until_ready()
 
         def watch() -> None:
+            reported: set[int] = set()
             while not over.wait(0.1):
+                for child in supervisor._children:  # of a server that nobody killed its log's end is all there is
+                    if child.ended() and child.process.pid not in reported and child.log is not None:
+                        reported.add(child.process.pid)
+                        lines = child.log.read_text(errors="replace").splitlines()[-40:]
+                        print(child.name, child.ended(), *lines, sep="\n")
                 fleet.poll()
 
         watcher = threading.Thread(target=watch)
