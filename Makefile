@@ -12,15 +12,14 @@ help:
 install:
 	@bash tools/install.sh
 
-# with ARGS a part of the tests, one after the other
 test: install
-	$(if $(ARGS),.venv/bin/python -m pytest $(ARGS),bash tests/two_lanes.sh "not full" tests/end_to_end tests/tools)
+	.venv/bin/python -m pytest -m "not full" $(ARGS)
 
 # no servers, no trainer ranks
 test-quick: install
 	bash tests/two_lanes.sh "not slow and not full" tests/config tests/data tests/engine tests/launch
 
-# every variant, one after the other
+# every variant
 test-full: install
 	COLLAB_MEGATRON_FULL=1 .venv/bin/python -m pytest $(ARGS)
 

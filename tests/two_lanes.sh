@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests in two lanes at the same time, one for each core: the folders given, and everything else.
+# Tests without servers in two lanes at the same time, one for each core: the folders given, and everything else.
 #
 #   two_lanes.sh MARKS FOLDER ...
 #

@@ -72,9 +72,9 @@ def test_the_terminal_tells_of_rank_0_what_was_chosen_and_the_logs_of_the_others
 ) -> None:
     run_dir, ended = short_demo
     for told in (
-        "actor.backend: backend cpu: gloo",
-        "actor.grid: layout: rank {} of 2",
-        "actor.optimizer: optimizer: ",
+        "trainer.actor.backend: backend cpu: gloo",
+        "trainer.actor.grid: layout: rank {} of 2",
+        "trainer.actor.optimizer: optimizer: ",
     ):
         assert f" trainer-0 {told.format(0)}" in ended.output
         assert f" trainer-1 {told.format(1)}" not in ended.output
