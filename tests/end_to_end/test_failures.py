@@ -210,7 +210,7 @@ def test_simulators_that_go_away_end_the_run(
         overrides = [
             f"simulators.{role}.{key}"
             for role in ("user", "judge")
-            for key in (f"api_base={base}", "deadline_s=2", "timeout_s=2")
+            for key in (f"api_base={base}", "timeout_s=10", "deadline_s=30", "max_attempts=2")
         ]
         running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", *overrides))
         running.wait_until("rl 1/500")
