@@ -17,7 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from collab_megatron.errors import EXIT_BUDGET, EXIT_INTERRUPTED, EXIT_RUN, EXIT_UNEXPECTED, EXIT_USER, RunError
+from collab_megatron.errors import (
+    EXIT_BUDGET,
+    EXIT_INTERRUPTED,
+    EXIT_RUN,
+    EXIT_UNEXPECTED,
+    EXIT_USER,
+    BudgetSpent,
+    RunError,
+)
 from collab_megatron.launch.scratch import ScratchFolder
 from collab_megatron.launch.stopped import StoppedWatch, all_processes
 from collab_megatron.signals import die_with_parent, end_at_signals
@@ -256,6 +264,8 @@ class Supervisor:
     def fail(self, child: ChildProcess) -> NoReturn:
         """End all children because this one has failed. Raises RunError with its error message, or exits with its code
         if it has printed the message itself or the user made a mistake."""
+        if child.process.poll() == EXIT_BUDGET:
+            child = self._that_prints(child)
         code, how = child.process.poll(), child.ended()
         told = _tail(child.log) if child.log is not None else []
         sentence = next((line.removeprefix("error: ") for line in reversed(told) if line.startswith("error: ")), None)
@@ -274,7 +284,20 @@ class Supervisor:
         if sentence is None and told:
             print("\n".join(f"  {child.name}| {line}" for line in told), file=sys.stderr, flush=True)
         where = f"; see {child.log}" if child.log is not None else ""
-        raise RunError(f"{child.name} ended with {how}{': ' + sentence if sentence else ''}{where}")
+        error = BudgetSpent if code == EXIT_BUDGET else RunError
+        raise error(f"{child.name} ended with {how}{': ' + sentence if sentence else ''}{where}")
+
+    def _that_prints(self, child: ChildProcess) -> ChildProcess:
+        """All ranks end with exit code 3 when the budget is spent; the one without a log has printed the message, but
+        may end a moment later than this one. Returns that one, or this one if the other does not end."""
+        for other in self._children:
+            if other.saves and other.log is None:
+                try:
+                    other.process.wait(SAY_S)
+                except subprocess.TimeoutExpired:
+                    return child
+                return other if other.process.returncode == EXIT_BUDGET else child
+        return child
 
 
 def _lasting_caches() -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from collab_megatron.errors import RunError
+from collab_megatron.errors import BudgetSpent, RunError
 from collab_megatron.launch import supervisor as module
 from collab_megatron.launch.ports import free_port, port_in_use
 from collab_megatron.launch.supervisor import Supervisor
@@ -39,6 +39,23 @@ def test_a_failed_child_ends_the_others_and_is_quoted(tmp_path: Path) -> None:
         supervisor.start("engine", python("import sys; print('error: the disk is full'); sys.exit(1)"), {})
         supervisor.wait_for([sleeper])
     assert sleeper.process.poll() is not None
+
+
+@pytest.mark.parametrize("printed", [True, False])
+def test_a_spent_budget_keeps_its_exit_code_whichever_rank_ends_first(tmp_path: Path, printed: bool) -> None:
+    """Rank 0 prints to our output and may end later; without it, the message comes from the other rank's log."""
+    code = "import sys, time; time.sleep({}); print('error: the budget is spent', file=sys.stderr); sys.exit(3)"
+    with Supervisor(tmp_path) as supervisor:
+        if printed:
+            supervisor.start("trainer-0", python(code.format(1)), {}, show=True, saves=True)
+        last = supervisor.start("trainer-1", python(code.format(0)), {}, saves=True)
+        last.process.wait()
+        with pytest.raises(SystemExit if printed else BudgetSpent) as ended:
+            supervisor.check()
+    if isinstance(ended.value, SystemExit):
+        assert ended.value.code == 3
+    else:
+        assert "trainer-1 ended with exit code 3: the budget is spent" in str(ended.value)
 
 
 def test_a_users_mistake_keeps_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
