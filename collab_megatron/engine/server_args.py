@@ -16,6 +16,8 @@ from collab_megatron.errors import UserError
 PYTHON_PLACES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """Variables of processes whose peers are all on this node: gloo and NCCL listen on loopback only."""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Of every process of a run on the CPU: SGLang's `is_cuda` and Megatron ask torch for GPUs, whatever a flag says."""
 
 OWN_FLAGS: Mapping[str, str] = {
     "--model-path": "model.path",
@@ -94,7 +96,7 @@ def engine_command(
         argv.append("--disable-overlap-schedule")
         # the pool gives up a server that reports no finished batch; SGLang's default, 15 decode steps, takes too long
         argv += ["--load-snapshot-publish-interval", "1"]
-        env |= {"SGLANG_USE_CPU_ENGINE": "1", **OPENMP_WAITS}
+        env |= {"SGLANG_USE_CPU_ENGINE": "1", **OPENMP_WAITS, **NO_GPU}
         env["OMP_NUM_THREADS"] = str(settings.threads or threads)
         # glibc returns large blocks to the kernel at once, and fresh pages cost more than the copy into them: without
         # these the server would fault in its receive buffers again for every bucket of weights

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, show_config
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.engine.server_args import ON_LOOPBACK, OPENMP_WAITS, EngineCommand, engine_command
+from collab_megatron.engine.server_args import NO_GPU, ON_LOOPBACK, OPENMP_WAITS, EngineCommand, engine_command
 from collab_megatron.files import publish_text
 from collab_megatron.launch.drivers import Drivers
 from collab_megatron.launch.fleet import Fleet
@@ -75,7 +75,13 @@ def _supervisor(config: RLConfig | SFTConfig, lock: RunLock) -> Supervisor:
         held=lock.held,
         stopped_timeout_s=config.run.stopped_timeout_s,
         save_grace_s=config.train.save_grace_s,
+        env=child_env(config),
     )
+
+
+def child_env(config: RLConfig | SFTConfig | EvaluateConfig) -> Mapping[str, str]:
+    """Environment of every process of the run."""
+    return NO_GPU if device_of(config.parallel) == "cpu" else {}
 
 
 def launch_sft(config: SFTConfig, lock: RunLock) -> None:
@@ -185,7 +191,7 @@ def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here:
     if here:
         env |= ON_LOOPBACK
     if device == "cpu":
-        env |= {"OMP_NUM_THREADS": str(threads), **OPENMP_WAITS}
+        env |= {"OMP_NUM_THREADS": str(threads), **OPENMP_WAITS, **NO_GPU}
     return env
 
 
