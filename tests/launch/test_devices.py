@@ -14,6 +14,7 @@ from collab_megatron.demo.pipeline import DemoPipeline, DemoSettings
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.errors import UserError
 from collab_megatron.launch import node, run_processes
+from collab_megatron.launch.gpu_env import trainer_env
 from collab_megatron.launch.node import device_of, has_gpu_packages, this_node, visible_gpus
 from collab_megatron.launch.run_processes import engine_gpus, on_chosen_device
 from collab_megatron.launch.supervisor import Supervisor
@@ -121,3 +122,17 @@ def test_the_demo_is_a_cpu_run_unless_asked_otherwise(monkeypatch: pytest.Monkey
     assert seen == ["", "0"]
     config = load(*on_gpu.extra_overrides("rl"))
     assert (config.parallel.device, config.parallel.world_size, config.engine.placement) == ("cuda", 1, "colocated")
+
+
+def test_ranks_on_gpus_have_the_servers_nccl_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that join one communicator must agree; the weight sync's holds trainer and engine ranks."""
+    for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    config = load("parallel.device=cuda", "parallel.tensor=1")
+    engine = engine_command(config.engine, model_path="m", dtype="bfloat16", device="cuda", port=1, seed=1).env
+    assert trainer_env(config) == {name: engine[name] for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")}
+    assert trainer_env(load("parallel.device=cpu")) == {}
+    assert trainer_env(load("parallel.device=cuda", "parallel.tensor=1", "engine.placement=colocated")) == {}  # ipc
+    assert trainer_env(load("parallel.device=cuda"))["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"  # tensor parallel
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    assert trainer_env(load("parallel.device=cuda"))["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
