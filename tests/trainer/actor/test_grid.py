@@ -9,7 +9,6 @@ import pytest
 import torch.distributed as dist
 
 from collab_megatron.config.sections import ParallelSection
-from collab_megatron.trainer.actor import grid as grid_module
 from collab_megatron.trainer.actor.grid import init_grid
 
 
@@ -30,7 +29,7 @@ def test_collectives_of_the_model_outlast_a_wait_for_an_engine(monkeypatch: pyte
 
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", joined)
-    monkeypatch.setattr(grid_module.parallel_state, "initialize_model_parallel", divided)
+    monkeypatch.setattr("collab_megatron.trainer.actor.grid.parallel_state.initialize_model_parallel", divided)
     with pytest.raises(_Known):
         init_grid(ParallelSection(device="cpu", collective_timeout_s=60), seed=1, waits_s=300)
     assert found == {"world": timedelta(seconds=360), "model": timedelta(seconds=360)}
