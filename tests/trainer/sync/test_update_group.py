@@ -32,4 +32,5 @@ def test_the_watchdog_leaves_this_groups_errors_to_the_sync(
     group.join(Attempt(dist.HashStore(), number=1, rank=0, members=(), timeout_s=5))
     assert seen == ["0"]
     assert os.environ.get(HANDLING) == before
+    assert group.group is not None
     c10d._world.pg_group_ranks.pop(group.group)
