@@ -31,7 +31,7 @@ from collab_megatron.trainer.sync.ipc_transport import IpcTransport
 from collab_megatron.trainer.sync.proof.checksums import ExpectedChecksums, compare, merge, skip_patterns, units_of_sync
 from collab_megatron.trainer.sync.proof.engine_layout import Device
 from collab_megatron.trainer.sync.proof.probe import largest_gap, trainer_logprobs
-from collab_megatron.trainer.sync.servers import EnginesLost, SyncServers
+from collab_megatron.trainer.sync.servers import MEMORY_TAGS, EnginesLost, SyncServers
 from collab_megatron.trainer.sync.transport import Transport
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
@@ -109,7 +109,7 @@ class Publisher:
         self._attempts = 0  # of all syncs
         self._syncs = 0  # that succeeded
         self._seen: set[EngineEntry] = set()  # checked as a whole before
-        self._released: set[EngineEntry] = set()  # hold no device memory for weights
+        self._released: set[tuple[EngineEntry, str]] = set()  # server, tag of the memory that it has given back
 
     def _make_transport(self, weights_dir: Path) -> Transport:
         actor, servers, sync = self._actor, self._servers, self._sync
@@ -158,7 +158,7 @@ class Publisher:
             servers = self.servers
             servers.members = servers.live
             servers.release_memory()
-            self._released = set(servers.members)
+            self._released = {(entry, tag) for entry in servers.members for tag in MEMORY_TAGS}
 
         on_rank_zero(self._actor.grid, release, group=self._all_ranks)
 
@@ -289,11 +289,13 @@ class Publisher:
         )
 
     def _resume_memory(self, tag: str) -> None:
-        """A server that was started since then holds its memory already."""
+        """A server that was started since then holds its memory already, and so does one that took it back in an
+        attempt that failed: asked twice, it would end."""
 
         def resume(control: EngineControl, entry: EngineEntry) -> None:
-            if entry in self._released:
+            if (entry, tag) in self._released:
                 control.resume_memory([tag])
+                self._released.discard((entry, tag))
 
         self.servers.call_survivors("resume_memory_occupation", resume)
 

@@ -27,6 +27,8 @@ ANSWER_S = 10.0
 RELEASE_S = 20.0
 """How long a server that waited for a dead one may take to notice the death."""
 READ_ROSTER_EVERY_S = 0.5
+MEMORY_TAGS = ("kv_cache", "weights")
+"""Device memory that a server gives back, by SGLang's names."""
 
 
 class EnginesLost(RunError):
@@ -245,11 +247,16 @@ class SyncServers:
         batch in its overlapped loop: only a flush tells that it is idle.
         """
 
+        done: set[EngineEntry] = set()  # the call is repeated if a server is lost
+
         def release(control: EngineControl, entry: EngineEntry) -> None:
+            if entry in done:
+                return
             control.pause("abort")
             if not control.flush_cache(timeout_s=self.timeout_s / 2):
                 raise EngineSilent(f"{entry} is still busy {self.timeout_s / 2:g} s after its requests were aborted")
-            control.release_memory(["kv_cache", "weights"])
+            control.release_memory(MEMORY_TAGS)
+            done.add(entry)
 
         self.call_survivors("release_memory_occupation", release)
 

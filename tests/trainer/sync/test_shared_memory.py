@@ -14,7 +14,7 @@ import torch.distributed as dist
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.trainer.sync import publisher as publisher_module
 from collab_megatron.trainer.sync.publisher import Publisher
-from collab_megatron.trainer.sync.servers import EnginesLost, SyncServers
+from collab_megatron.trainer.sync.servers import MEMORY_TAGS, EnginesLost, SyncServers
 from tests.trainer.sync.fake_controls import ENTRIES, FakeControl, sync_servers
 
 
@@ -41,6 +41,18 @@ def test_a_server_that_stays_busy_is_given_up_and_not_asked_for_its_memory(serve
     FakeControl.does = staticmethod(lambda url, call: False)
     with pytest.raises(EnginesLost):
         servers.release_memory()
+
+
+def test_no_server_is_asked_twice_for_memory(servers: SyncServers) -> None:
+    """sglang 0.5.23 ends at the second call (weight_updater.py: offload_tags.remove)."""
+    FakeControl.does = staticmethod(lambda url, call: call == "flush_cache" and url == ENTRIES[0].url)
+    servers.release_memory()  # repeated without the server that is lost
+    assert FakeControl.calls.count((ENTRIES[0].url, "release_memory")) == 1
+    publisher: Any = object.__new__(Publisher)
+    publisher._servers, publisher._released = servers, {(ENTRIES[0], tag) for tag in MEMORY_TAGS}
+    for tag in ("weights", "weights", "kv_cache"):  # an attempt, and another one
+        publisher._resume_memory(tag)
+    assert FakeControl.calls.count((ENTRIES[0].url, "resume_memory")) == 2
 
 
 @pytest.mark.parametrize(
