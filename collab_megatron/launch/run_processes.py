@@ -6,6 +6,7 @@ If a driver or trainer rank fails, all other processes are ended and its error m
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,14 @@ from pydantic import BaseModel
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, show_config
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.engine.server_args import ON_LOOPBACK, OPENMP_WAITS, EngineCommand, engine_command
+from collab_megatron.engine.server_args import (
+    NO_GPU,
+    ON_LOOPBACK,
+    OPENMP_WAITS,
+    EngineCommand,
+    engine_command,
+    nccl_settings,
+)
 from collab_megatron.files import publish_text
 from collab_megatron.launch.drivers import Drivers
 from collab_megatron.launch.fleet import Fleet
@@ -34,6 +42,7 @@ C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
 
 DRIVER_END_S = 60.0
 RESOLVED = "resolved.yaml"
+ONE_QUEUE = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
@@ -42,7 +51,8 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
         files = supervisor.scratch
         resolved = write_resolved(on_chosen_device(config), files, config.run.logs_dir)
         keys_file = make_keys(supervisor, config)
-        fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config), keys_file)
+        shared = config.model_copy(update={"engine": start.engine})
+        fleet = start_fleet(supervisor, shared, device_of(config.parallel), engine_gpus(config), keys_file)
         drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver", keys_file)
         drivers.start(start.first_step)
         trainers = start_trainers(
@@ -57,6 +67,7 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
                 *(("--engine-keys", str(keys_file)) if keys_file else ()),
             ],
             here=engines_are_here(config.engine),
+            env=trainer_env(config),
         )
         fleet.wait_until_ready()
         (files / "engine").write_text("ready")
@@ -75,7 +86,13 @@ def _supervisor(config: RLConfig | SFTConfig, lock: RunLock) -> Supervisor:
         held=lock.held,
         stopped_timeout_s=config.run.stopped_timeout_s,
         save_grace_s=config.train.save_grace_s,
+        env=child_env(config),
     )
+
+
+def child_env(config: RLConfig | SFTConfig | EvaluateConfig) -> Mapping[str, str]:
+    """Environment of every process of the run."""
+    return NO_GPU if device_of(config.parallel) == "cpu" else {}
 
 
 def launch_sft(config: SFTConfig, lock: RunLock) -> None:
@@ -84,7 +101,13 @@ def launch_sft(config: SFTConfig, lock: RunLock) -> None:
         resolved = write_resolved(on_chosen_device(config), supervisor.scratch, config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(
-                supervisor, "collab_megatron.train_sft", resolved, config.parallel, threads_of(config).trainer, []
+                supervisor,
+                "collab_megatron.train_sft",
+                resolved,
+                config.parallel,
+                threads_of(config).trainer,
+                [],
+                env=trainer_env(config),
             )
         )
 
@@ -158,16 +181,21 @@ def start_trainers(
     extra: list[str],
     *,
     here: bool = True,
+    env: Mapping[str, str],
 ) -> list[ChildProcess]:
     """One process per rank; rank 0 writes to our terminal, the others to their logs. threads: of each rank, on CPU.
-    here: all processes that they exchange tensors with run on this node."""
+    here: all processes that they exchange tensors with run on this node. env: of every rank besides."""
     port = free_port()
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
     device = device_of(parallel)
     return [
         supervisor.start(
-            f"trainer-{rank}", argv, _rank_env(rank, world, port, device, threads, here), show=rank == 0, saves=True
+            f"trainer-{rank}",
+            argv,
+            {**_rank_env(rank, world, port, device, threads, here), **env},
+            show=rank == 0,
+            saves=True,
         )
         for rank in range(world)
     ]
@@ -185,7 +213,22 @@ def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here:
     if here:
         env |= ON_LOOPBACK
     if device == "cpu":
-        env |= {"OMP_NUM_THREADS": str(threads), **OPENMP_WAITS}
+        env |= {"OMP_NUM_THREADS": str(threads), **OPENMP_WAITS, **NO_GPU}
+    return env
+
+
+def trainer_env(config: RLConfig | SFTConfig) -> dict[str, str]:
+    """Variables of every trainer rank on GPUs, which NCCL and the driver read when they are first used; what the user
+    has set stays. Nothing on CPU."""
+    if device_of(config.parallel) == "cpu":
+        return {}
+    env = {}
+    if config.parallel.tensor > 1 or config.parallel.context > 1:
+        # Megatron starts a collective just before the kernel that it shall overlap with, and relies on one queue for
+        # that order (megatron-core 0.16.1, core/tensor_parallel/layers.py). Servers have 8: SGLang sets that itself
+        env[ONE_QUEUE] = os.environ.get(ONE_QUEUE, "1")
+    if isinstance(config, RLConfig) and config.sync.transport_for(config.engine.placement) == "broadcast":
+        env |= nccl_settings(config.engine.extra_args, os.environ)
     return env
 
 

@@ -27,6 +27,8 @@ ANSWER_S = 10.0
 RELEASE_S = 20.0
 """How long a server that waited for a dead one may take to notice the death."""
 READ_ROSTER_EVERY_S = 0.5
+MEMORY_TAGS = ("kv_cache", "weights")
+"""Device memory that a server gives back, by SGLang's names."""
 
 
 class EnginesLost(RunError):
@@ -236,6 +238,27 @@ class SyncServers:
         """Let generation go on; seconds since the attempt's first pause."""
         self.call_survivors("continue_generation", lambda control, _: control.resume())
         return 0.0 if self._paused_at is None else time.monotonic() - self._paused_at
+
+    def release_memory(self) -> None:
+        """Have all servers abort what they still sample and give their device memory back; they stay paused.
+
+        A server that is asked for its memory while a batch runs ends (sglang 0.5.23, srt/managers/scheduler_components/
+        weight_updater.py, asserts). `abort` stops new requests and ends the others, but the scheduler may still have a
+        batch in its overlapped loop: only a flush tells that it is idle.
+        """
+
+        done: set[EngineEntry] = set()  # the call is repeated if a server is lost
+
+        def release(control: EngineControl, entry: EngineEntry) -> None:
+            if entry in done:
+                return
+            control.pause("abort")
+            if not control.flush_cache(timeout_s=self.timeout_s / 2):
+                raise EngineSilent(f"{entry} is still busy {self.timeout_s / 2:g} s after its requests were aborted")
+            control.release_memory(MEMORY_TAGS)
+            done.add(entry)
+
+        self.call_survivors("release_memory_occupation", release)
 
     def close(self) -> None:
         for control in self._controls.values():
