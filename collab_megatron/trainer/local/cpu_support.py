@@ -188,7 +188,8 @@ def patch_torch_adamw() -> None:
 
     A: setting a parameter's restored state would drop or overwrite `step`; the one already restored is kept.
     B: after loading, all parameters share one `step` tensor, which AdamW then increments once per parameter: training
-       diverges without an error. Each parameter gets its own. Upstream: optimizer/distrib_optimizer.py (0.16.1, 0.19.2).
+       diverges without an error. Each parameter gets its own.
+    Upstream: optimizer/distrib_optimizer.py (0.16.1, 0.19.2).
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
