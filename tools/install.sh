@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly VENV=.venv STAMP=.venv/.installed LOG=.venv/install.log KIND=.venv/.kind
+readonly DRIVER=580 GLIBC=2.34  # of CUDA 13, and of the wheels in gpu.txt (x86_64-manylinux_2_34)
 
 fail() { echo "install: $*" >&2; exit 1; }
 
@@ -71,6 +72,28 @@ install_cpu() {
   locked --require-hashes -r requirements/nodeps.txt
 }
 
+# what pip does not say, before it fetches anything; an image is built where there is no driver
+check_gpu_machine() {
+  local header driver
+  header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+  [ -e "$header" ] || fail "no $header, which transformer-engine is compiled with; on Debian and Ubuntu: apt-get \
+install python$(version_of "$python")-dev"
+  command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler (${CXX:-g++}): install g++, or name yours with CXX=..."
+  "$python" - "$GLIBC" <<'CHECK' || fail "this system's C library is older than glibc $GLIBC: use the Containerfile"
+import os, sys
+found, wanted = os.confstr("CS_GNU_LIBC_VERSION").split()[1], sys.argv[1]
+sys.exit([int(part) for part in found.split(".")] < [int(part) for part in wanted.split(".")])
+CHECK
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || true
+  if [ -z "$driver" ]; then
+    step "warning: no NVIDIA driver here; a node that runs this needs $DRIVER or newer"
+  elif [ "${driver%%.*}" -lt "$DRIVER" ]; then
+    fail "NVIDIA's driver is $driver, and CUDA 13 needs $DRIVER or newer: update it"
+  fi
+  command -v nvcc >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] ||
+    step "warning: no nvcc in PATH or CUDA_HOME: SGLang compiles some kernels when a server starts (docs/install.md)"
+}
+
 install_gpu() {
   local site source=transformer-engine-torch
   step "locked packages with torch for CUDA 13 and SGLang, several GB (requirements/gpu.txt)"
@@ -78,7 +101,6 @@ install_gpu() {
   awk -v name="$source" '/^[a-z0-9]/ {on = index($0, name "==") == 1} on' requirements/gpu.txt >"$VENV/source.txt"
   locked --require-hashes --only-binary :all: -r "$VENV/built.txt"
   step "$source, compiled against that torch: some minutes"
-  command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler (${CXX:-g++}): install g++, or name yours with CXX=..."
   site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   # FORCE_BUILD: its setup.py would otherwise download a wheel that no hash covers. Headers come from NVIDIA's wheels,
   # whose versions the lock has; a toolkit of the machine lacks those of cuDNN and NCCL. NCCL's own expert parallelism
@@ -91,6 +113,7 @@ install_gpu() {
 python=$(find_python)
 want=$(fingerprint)
 if [ "$(cat "$STAMP" 2>/dev/null)" = "$want" ]; then echo "install: $VENV is up to date ($kind)"; exit 0; fi
+[ "$kind" = cpu ] || check_gpu_machine
 
 step "a new $VENV for $kind with $("$python" --version)"
 "$python" -m venv --clear "$VENV" ||
