@@ -4,8 +4,8 @@ Megatron has the device "cuda" in literals and asks torch.cuda for devices, stre
 on a machine without CUDA, and does nothing on one with it: the device is the CPU, streams and events do nothing, the
 CUDA generator is the CPU generator. Three patches (A, B, C) fix what upstream does not do for torch's AdamW, its
 fallback without transformer-engine and apex; they are needed on a GPU too. A fourth (D) lets a mixture of experts run
-without transformer-engine. One file for 0.16.1 (Python 3.11) and 0.19.2: the newer one fixes half of D and nothing
-else. tests/trainer/actor/test_upstream_bugs.py shows each bug on the version that is installed.
+without transformer-engine. One file for 0.16.1 (Python 3.11) and 0.19.2: the newer one fixes half of D.
+tests/trainer/actor/test_upstream_bugs.py shows each bug on the version that is installed.
 """
 
 from __future__ import annotations

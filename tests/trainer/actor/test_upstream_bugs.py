@@ -1,4 +1,4 @@
-"""Which of the bugs that local/cpu_support.py works around the installed Megatron-Core has.
+"""Which of the bugs that local/cpu_support.py and policy_model.py work around the installed Megatron-Core has.
 
 One table for both versions. Where a test fails, upstream has changed: correct the table, and remove the workaround once
 no supported version has the bug. `PYTHONPATH=FOLDER_OF_ANOTHER_WHEEL` runs the tests against another version.
@@ -16,7 +16,9 @@ import collab_megatron.trainer.actor  # before megatron: makes it importable wit
 import megatron.core
 import pytest
 import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.optimizer import distrib_optimizer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.moe import moe_utils
 
 STEP_NOT_RESTORED = "A: restoring a parameter's Adam state asks for a step that checkpoints do not have"
@@ -24,10 +26,11 @@ STEP_SHARED = "B: after a load all parameters share one step tensor"
 NO_STATE = "C: the state of an optimizer that has not stepped cannot be described"
 NO_GEMM = "D: the router's matmul has no name without transformer-engine"
 NO_NUMPY = "D: the token dispatcher gets no numpy arrays from tensors on the CPU"
+EXPERTS_NOT_SUMMED = "without expert parallelism, experts' gradients are not summed over tensor-parallel ranks"
 
 FIXED = {
     "0.16.1": set[str](),
-    "0.19.2": {NO_GEMM},
+    "0.19.2": {NO_GEMM, EXPERTS_NOT_SUMMED},
 }
 """Version of megatron-core: which of the bugs it has no more."""
 
@@ -129,3 +132,18 @@ def test_the_router_without_transformer_engine() -> None:
 def test_the_dispatchers_arrays_on_a_cpu() -> None:
     given = moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True)
     assert torch.is_tensor(given) == has_bug(NO_NUMPY)
+
+
+def test_gradients_of_experts_that_tensor_parallel_ranks_share() -> None:
+    """A whole expert on each of two tensor-parallel ranks. `allreduce` false: reduced over the experts' own group."""
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=2,
+        expert_tensor_parallel_size=1,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+    alone: Any = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    layer = ColumnParallelLinear(
+        4, 4, config=config, init_method=torch.nn.init.zeros_, bias=False, is_expert=True, tp_group=alone
+    )
+    assert layer.weight.allreduce == has_bug(EXPERTS_NOT_SUMMED)
