@@ -102,7 +102,7 @@ def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid, reco
         # the one dispatcher of experts that takes any length, even without experts
         variable_seq_lengths=grid.pp_size > 1,
         moe_token_dispatcher_type="alltoall",
-        # with batched p2p the interleaved schedule of 0.16 is wrong at two stages, without an error; 0.19's was not tried
+        # with batched p2p the interleaved schedule of 0.16 is wrong at two stages, without an error (0.19: not tried)
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=grid.pp_size > 1,

@@ -1,7 +1,7 @@
 """Megatron-Core 0.19 under Python 3.11, where 0.16 is installed: its bugs, and checkpoints with real ranks.
 
-The wheel comes from the package index, by the hash in requirements/megatron-py312.txt. It is for Python 3.12, but nothing
-that is used here is compiled. An interpreter of its own finds it before everything that is installed; so do its ranks.
+The wheel comes from the package index, by the hash in requirements/megatron-py312.txt. It is for Python 3.12, but what
+is used here of it is not compiled. An interpreter of its own finds it before what is installed; so do its ranks.
 """
 
 from __future__ import annotations
