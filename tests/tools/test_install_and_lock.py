@@ -13,16 +13,32 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REQUIREMENTS = REPOSITORY / "requirements"
-COMMANDS = ("bash", "cat", "tr", "find", "sort", "xargs", "sha256sum", "cut", "dirname", "sh")
+COMMANDS = ("bash", "cat", "tr", "find", "sort", "xargs", "sha256sum", "cut", "dirname", "head", "sh")
+NO_CUDA = {"CUDA_HOME": "/nonexistent"}
 UNREACHABLE = 3  # exit code of tools/lock.sh
 
 
-def interpreter(file: Path, version: str) -> None:
+def interpreter(file: Path, version: str, *, has_glibc: bool = True) -> None:
     """A Python of that version, as far as tools/install.sh asks before it makes an environment, and no venv."""
     file.parent.mkdir(parents=True, exist_ok=True)
     minor = ".".join(version.split(".")[:2])
-    answers = f"-c) echo {minor};; --version) echo Python {version};; *) exit 1;;"
-    file.write_text(f"#!/bin/sh\ncase $1 in {answers} esac\n")
+    (file.parent / "Python.h").touch()
+    file.write_text(
+        f"""#!/bin/sh
+case "$1 $2" in
+  *sysconfig*) echo {file.parent} ;;
+  -c*) echo {minor} ;;
+  --version*) echo Python {version} ;;
+  "- "*) exit {1 - has_glibc} ;;
+  *) exit 1 ;;
+esac
+"""
+    )
+    file.chmod(0o755)
+
+
+def program(file: Path, script: str = "exit 0") -> None:
+    file.write_text(f"#!/bin/sh\n{script}\n")
     file.chmod(0o755)
 
 
@@ -42,7 +58,7 @@ def install(tmp_path: Path, *arguments: str, **env: str) -> str:
     done = subprocess.run(
         ["bash", "tools/install.sh", *arguments],
         cwd=copy,
-        env={"PATH": f"{tmp_path / 'bin'}:{tmp_path / 'system'}", "HOME": str(tmp_path / "home"), **env},
+        env={"PATH": f"{tmp_path / 'bin'}:{tmp_path / 'system'}", "HOME": str(tmp_path / "home"), **NO_CUDA, **env},
         capture_output=True,
         text=True,
         timeout=60,
@@ -63,16 +79,38 @@ def test_no_interpreter_that_fits(tmp_path: Path) -> None:
 
 
 def test_the_interpreter_of_a_kind(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
     interpreter(tmp_path / "home" / ".pyenv" / "versions" / "3.12.1" / "bin" / "python", "3.12.1")
     assert "for cpu with Python 3.12.1" in install(tmp_path)
     interpreter(tmp_path / "bin" / "python3.11", "3.11.7")
     assert "for cpu with Python 3.11.7" in install(tmp_path)
+    program(tmp_path / "bin" / "g++")
     found = install(tmp_path, "gpu")
     assert "for gpu with Python 3.12.1" in found
     assert "apt-get install python3.12-venv" in found
     (tmp_path / "repository" / ".venv").mkdir()
     (tmp_path / "repository" / ".venv" / ".kind").write_text("gpu\n")
     assert "for gpu with" in install(tmp_path)  # make test on a GPU node keeps its environment
+
+
+def test_what_pip_does_not_say_is_checked_before_it_fetches_anything(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python3.12"
+    interpreter(python, "3.12.3", has_glibc=False)
+    assert "no C++ compiler (g++): install g++" in install(tmp_path, "gpu")
+    program(tmp_path / "bin" / "g++")
+    assert "this system's C library is older than glibc 2.34: use the Containerfile" in install(tmp_path, "gpu")
+    interpreter(python, "3.12.3")
+    assert "warning: no NVIDIA driver here" in install(tmp_path, "gpu")
+    program(tmp_path / "bin" / "nvidia-smi", "echo 570.86.10; echo 570.86.10")
+    assert "NVIDIA's driver is 570.86.10, and CUDA 13 needs 580 or newer: update it" in install(tmp_path, "gpu")
+    program(tmp_path / "bin" / "nvidia-smi", "echo 580.65.06; echo 580.65.06")
+    found = install(tmp_path, "gpu")
+    assert "driver" not in found
+    assert "warning: no nvcc in PATH or CUDA_HOME" in found
+    program(tmp_path / "bin" / "nvcc")
+    assert "warning" not in install(tmp_path, "gpu")
+    (tmp_path / "bin" / "Python.h").unlink()
+    assert "Python.h, which transformer-engine is compiled with" in install(tmp_path, "gpu")
 
 
 def pins(name: str) -> dict[str, str]:
