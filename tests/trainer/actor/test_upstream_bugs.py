@@ -68,9 +68,7 @@ def in_megatron(optimizer: torch.optim.Optimizer) -> SimpleNamespace:
         grad_scaler=None,
         gbuf_ranges=[],
         ddp_config=SimpleNamespace(use_megatron_fsdp=False),
-        config=SimpleNamespace(
-            use_precision_aware_optimizer_no_fp8_or_ds_fp8=False, use_precision_aware_optimizer=False
-        ),
+        config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False, fp16=False),
         model_param_group_index_map={weight: (0, place) for place, weight in enumerate(weights)},
     )
 
