@@ -1,18 +1,22 @@
-# make install | test | test-quick | test-full | lint | format | demo | demo-ablation | lock | clean
-# PYTHON=/path/to/python3.11 chooses the interpreter of .venv; ARGS="..." goes to pytest or to the demo.
+# make install | install-gpu | test | test-quick | test-full | lint | format | demo | demo-ablation | lock | clean
+# PYTHON=/path/to/python chooses the interpreter of .venv (3.11, 3.12; GPU: 3.12); ARGS="..." goes to pytest or to the demo.
 # demo and tests run on the CPU, on any machine; DEVICE=cuda lets them use the GPUs of an environment with GPU packages.
 PYTHON ?=
 ARGS ?=
 DEVICE ?= cpu
 export PYTHON DEVICE
 
-.PHONY: help install test test-quick test-full lint format demo demo-ablation lock clean
+.PHONY: help install install-gpu test test-quick test-full lint format demo demo-ablation lock clean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
+# keeps the kind of .venv that is there; on GPU nodes: make install-gpu, once (docs/install.md)
 install:
 	@bash tools/install.sh
+
+install-gpu:
+	@bash tools/install.sh gpu
 
 test: install
 	.venv/bin/python -m pytest -m "not full" $(ARGS)

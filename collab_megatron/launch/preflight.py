@@ -23,6 +23,7 @@ from collab_megatron.launch.colocation import with_share
 from collab_megatron.launch.config_warnings import warn_of_config, warn_of_memory, warn_of_prompts
 from collab_megatron.launch.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
 from collab_megatron.launch.engine_checks import check_context_length, check_engine, check_flags
+from collab_megatron.launch.engine_versions import check_versions
 from collab_megatron.launch.machine_checks import (
     check_disk_space,
     check_gpus,
@@ -239,6 +240,8 @@ def _check_engines(config: RLConfig | EvaluateConfig, node: Node) -> None:
     engine = config.engine
     if node.here:
         check_engine(engine)
+        if isinstance(config, RLConfig):
+            check_versions(engine, config.sync, node.device(config.parallel))
     if node.here and engine.extra_args and not engine.urls:
         check_flags(
             engine_command(

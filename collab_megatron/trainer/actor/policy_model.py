@@ -102,7 +102,7 @@ def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid, reco
         # the one dispatcher of experts that takes any length, even without experts
         variable_seq_lengths=grid.pp_size > 1,
         moe_token_dispatcher_type="alltoall",
-        # with batched p2p the interleaved schedule of 0.16 is wrong at two stages, without an error
+        # with batched p2p the interleaved schedule of 0.16 is wrong at two stages, without an error (0.19: not tried)
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=grid.pp_size > 1,
@@ -209,8 +209,8 @@ def _mark_shards(model: PolicyModel, spec: ModelSpec, grid: RankGrid) -> None:
             "partition_stride": 1,
         }
         if by_name[name].expert is not None and grid.tp_size > 1:
-            # without expert parallelism upstream reduces experts like dense weights: not over the tensor-parallel
-            # ranks, each of which has different tokens
+            # without expert parallelism upstream (0.16; fixed in 0.19) reduces experts like dense weights: not over the
+            # tensor-parallel ranks, each of which has different tokens
             marks["allreduce"] = False
         for mark, value in marks.items():
             setattr(parameter, mark, value)

@@ -2,7 +2,8 @@
 
 Upstream reads `.metadata` with pickle.load and passes byte entries to an unrestricted torch.load. Here a pickle may
 name only the few classes that describe tensors, and byte entries, which are never written, are refused.
-Upstream: megatron/core/dist_checkpointing/strategies/{torch,common}.py (0.16.1), torch/distributed/checkpoint.
+Upstream: megatron/core/dist_checkpointing/serialization.py, strategies/torch.py (0.16.1 and 0.19.2, of which only what
+both have is used), torch/distributed/checkpoint.
 """
 
 from __future__ import annotations
@@ -10,14 +11,23 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.strategies import common as upstream_common
+from megatron.core.dist_checkpointing.core import maybe_load_config
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as upstream
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.validation import (
+    StrictHandling,
+    determine_global_metadata,
+    parse_strict_flag,
+    validate_integrity_and_strict_load,
+)
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -103,41 +113,43 @@ def _refusal(path: Path, error: BaseException) -> str:
     return f"{path} holds something other than tensors{named}: it is damaged or hostile; resume from another checkpoint"
 
 
-class SafeCommon(upstream_common.TorchCommonLoadStrategy):
-    """Gives megatron an empty common part: read_common has read it already."""
+def load_sharded(tree: dict[str, Any], folder: Path, metadata: Metadata, group: dist.ProcessGroup) -> dict[str, Any]:
+    """Megatron's `dist_checkpointing.load` without its common part, which read_common has read.
 
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return {}
+    Megatron's own entry point differs between versions: 0.19 has no strategy for the common part, and where common.pt
+    is missing unpickles the metadata. Collective. Raises torch's CheckpointException on every rank if any cannot read.
+    """
+    if maybe_load_config(str(folder)) is None:
+        raise RunError(f"{folder} is not a checkpoint of megatron's: it has no metadata.json")
+    sharded, plain, factories = load_preprocess(tree)
+    loaded: dict[str, Any] = {}
+    merge(loaded, plain)
+    sharded, _ = extract_sharded_base(sharded)
+    mine, everyones = determine_global_metadata(sharded)
+    strict = parse_strict_flag(StrictHandling.ASSUME_OK_UNEXPECTED)
+    sharded, _, _ = validate_integrity_and_strict_load(sharded, strict, True, mine, everyones, None)
+    merge(loaded, _read_tensors(sharded, folder, metadata, group))
+    return cast("dict[str, Any]", apply_factory_merges(loaded, factories))
 
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: str | Path) -> Any:
-        raise AssertionError("checkpoints hold tensors only")
 
-
-class SafeLoad(upstream.TorchDistLoadShardedStrategy):
-    """Upstream's load with safely read metadata, and without byte entries."""
-
-    def __init__(self, group: dist.ProcessGroup, metadata: Metadata) -> None:
-        super().__init__()
-        self._group, self._metadata = group, metadata
-
-    def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
-        """Collective. Raises torch's CheckpointException on every rank if any rank cannot read."""
-        tensors = list(nested_values(sharded_state_dict))
-        # the vocabulary is padded for the tensor-parallel size: its tensors differ in length between layouts
-        padded = {tensor.key: tensor for tensor in tensors if tensor.allow_shape_mismatch}
-        flat, flat_mapping, renamed = upstream._replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
-        state = upstream.mcore_to_pyt_state_dict(flat, True)
-        dcp.load(
-            state,
-            storage_reader=_PreparsedReader(checkpoint_dir, self._metadata),
-            planner=_TensorPlanner(
-                shapes_validation_sharded_tensors=[tensor for tensor in tensors if tensor.key not in padded],
-                allow_shape_mismatch_sharded_tensors=padded,
-            ),
-            process_group=self._group,
-        )
-        plain = {key: upstream._unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
-        return upstream._replace_sharded_keys_with_state_dict_keys(plain, flat_mapping, renamed)
+def _read_tensors(sharded: Any, folder: Path, metadata: Metadata, group: dist.ProcessGroup) -> Any:
+    """Megatron's TorchDistLoadShardedStrategy.load with safely read metadata, and without byte entries."""
+    tensors = list(nested_values(sharded))
+    # the vocabulary is padded for the tensor-parallel size: its tensors differ in length between layouts
+    padded = {tensor.key: tensor for tensor in tensors if tensor.allow_shape_mismatch}
+    flat, flat_mapping, renamed = upstream._replace_state_dict_keys_with_sharded_keys(sharded)
+    state = upstream.mcore_to_pyt_state_dict(flat, True)
+    dcp.load(
+        state,
+        storage_reader=_PreparsedReader(folder, metadata),
+        planner=_TensorPlanner(
+            shapes_validation_sharded_tensors=[tensor for tensor in tensors if tensor.key not in padded],
+            allow_shape_mismatch_sharded_tensors=padded,
+        ),
+        process_group=group,
+    )
+    unwrapped = {key: upstream._unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
+    return upstream._replace_sharded_keys_with_state_dict_keys(unwrapped, flat_mapping, renamed)
 
 
 class _PreparsedReader(dcp.FileSystemReader):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import CheckpointException
 
 from collab_megatron.errors import DiskFull, RunError, UserError
@@ -23,7 +22,7 @@ from collab_megatron.files import fsync_folder
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.agreement import fail_together, gather
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.checkpoint.reader import SafeCommon, SafeLoad, read_common, read_metadata, refusal
+from collab_megatron.trainer.checkpoint.reader import load_sharded, read_common, read_metadata, refusal
 from collab_megatron.trainer.checkpoint.state import PROGRESS, ShardedState, grid_of, layout_of
 from collab_megatron.trainer.checkpoint.writer import DeferredSave, write_tensors
 from collab_megatron.trainer.convert.disk_space import free_bytes
@@ -97,9 +96,8 @@ def _fill(actor: Actor, info: CheckpointInfo, *, optimizer: bool, random_states:
     progress = read_common(info.model_folder / "common.pt").get(PROGRESS, {})
     metadata = read_metadata(info.model_folder / ".metadata")
     state = ShardedState(actor, loading=True, random_states=random_states, optimizer=optimizer)
-    strategy = SafeLoad(actor.grid.cpu_group, metadata)
     try:
-        loaded = dist_checkpointing.load(state.tree, str(info.model_folder), strategy, SafeCommon())
+        loaded = load_sharded(state.tree, info.model_folder, metadata, actor.grid.cpu_group)
     except (Exception, CheckpointException) as error:
         # torch's CheckpointException is a BaseException
         if sentence := refusal(info.model_folder, error):
@@ -212,7 +210,7 @@ def _prepare(actor: Actor, aside: Path) -> None:
     (aside / "model").mkdir(parents=True)
     (aside / "hf").mkdir()
     copy_companions(actor.source_folder, aside / "hf")
-    # reserves space for a small file that upstream writes on rank 0 while the other ranks wait in a barrier
+    # reserves space for metadata.json, which rank 0 writes while the other ranks wait in a barrier
     (aside / _BALLAST).write_bytes(b"\0" * _BALLAST_BYTES)
 
 
@@ -232,19 +230,19 @@ def _collect(actor: Actor, folder: Path, *, copy: bool) -> dict[str, Any]:
         if grid.is_main:
             (folder.parent / _BALLAST).unlink()
 
-    strategy = DeferredSave(before, copy=copy)
+    saving = DeferredSave(before, copy=copy)
     with fail_together(grid, "collecting the state", folder), contextlib.suppress(_OtherRankFailed):
         try:
             state = ShardedState(actor, loading=False, random_states=actor.optimizer is not None)
             with torch.no_grad():
-                dist_checkpointing.save({**state.tree, PROGRESS: state.progress}, str(folder), strategy)
+                saving.save({**state.tree, PROGRESS: state.progress}, folder)
         except Exception:
             if not reached:
                 gather(grid, True)  # the other ranks wait in before()
             raise
-        if strategy.failure is not None:
-            raise strategy.failure
-    return strategy.tensors
+        if saving.failure is not None:
+            raise saving.failure
+    return saving.tensors
 
 
 def _reason(error: BaseException) -> str:

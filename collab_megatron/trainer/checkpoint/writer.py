@@ -4,12 +4,12 @@ Upstream's strategy writes in child processes with a multiprocessing manager: it
 interpreter that imports torch again, and needs a `__main__` guard. Here megatron only plans the save; the tensors are
 kept, and `write_tensors` writes the same files through torch.distributed.checkpoint, on any thread that has a process
 group of its own.
-Upstream: megatron/core/dist_checkpointing/strategies/torch.py (0.16.1).
+Upstream: megatron/core/dist_checkpointing/serialization.py, strategies/torch.py (0.16.1 and 0.19.2, of which only what
+both have is used).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,38 +17,46 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as upstream
 from torch.distributed.checkpoint import CheckpointException
 
 from collab_megatron.errors import RunError
 
-# upstream warns about an "old incomplete checkpoint" when another rank has already written into the new folder
-logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
 
+class DeferredSave:
+    """Megatron's `dist_checkpointing.save` up to the tensors: `tensors` has this rank's, ready for write_tensors.
 
-class DeferredSave(upstream.TorchDistSaveShardedStrategy):
-    """Collects this rank's tensors in `tensors`, in torch's terms, ready for write_tensors.
-
-    before: called on every rank first. Rank 0 has written its common part by then, or failed, and `before` is where the
-    other ranks learn of that. copy: copy the tensors to host memory, so that training can go on. An error after
-    `before` is kept in `failure`: raised here, it would leave the other ranks in a barrier of upstream's.
+    Megatron 0.16 writes the part that is not sharded to common.pt, 0.19 as a pickle among the tensors. Here it is
+    common.pt with both, so that each version reads the other's checkpoints and no tensor file holds a pickle.
+    before: called on every rank once rank 0 has written common.pt, or failed; there the other ranks learn of that.
+    copy: copy the tensors to host memory, so that training can go on. An error after `before` is kept in `failure`:
+    raised here, it would leave the other ranks in the barrier.
     """
 
     def __init__(self, before: Callable[[], None], *, copy: bool) -> None:
-        super().__init__("torch_dist", 1, keep_only_main_replica=True, thread_count=1)
         self._before, self._copy = before, copy
         self.tensors: dict[str, Any] = {}
         self.failure: Exception | None = None
 
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+    def save(self, tree: dict[str, Any], folder: Path) -> None:
+        """Collective."""
+        sharded, common = save_preprocess(tree)
+        is_main = dist.get_rank() == 0
+        if is_main:
+            torch.save(common, folder / "common.pt")
         self._before()
         try:
-            flat, _, _ = upstream._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+            flat, _, _ = upstream._replace_state_dict_keys_with_sharded_keys(sharded, True)
             if self._copy:
-                _copy_to_host([sharded for shards in flat.values() for sharded in shards])
+                _copy_to_host([shard for shards in flat.values() for shard in shards])
             self.tensors = upstream.mcore_to_pyt_state_dict(flat, False)
         except Exception as error:  # noqa: BLE001  (see above)
             self.failure = error
+        if is_main:
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        dist.barrier()
 
 
 def write_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup) -> None:

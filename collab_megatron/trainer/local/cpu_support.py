@@ -1,10 +1,11 @@
-"""Patches that let Megatron-Core 0.16 run without CUDA, and with torch's own AdamW.
+"""Patches that let Megatron-Core run without CUDA, and with torch's own AdamW.
 
 Megatron has the device "cuda" in literals and asks torch.cuda for devices, streams and random states. `install` answers
 on a machine without CUDA, and does nothing on one with it: the device is the CPU, streams and events do nothing, the
 CUDA generator is the CPU generator. Three patches (A, B, C) fix what upstream does not do for torch's AdamW, its
 fallback without transformer-engine and apex; they are needed on a GPU too. A fourth (D) lets a mixture of experts run
-without transformer-engine.
+without transformer-engine. One file for 0.16.1 (Python 3.11) and 0.19.2: the newer one fixes half of D.
+tests/trainer/actor/test_upstream_bugs.py shows each bug on the version that is installed.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def patch_experts() -> None:
     """D: megatron's mixture of experts without transformer-engine and on a CPU.
 
     The router falls back to torch's matmul if transformer-engine's is None, but without transformer-engine its name is
-    missing; and the dispatcher needs numpy arrays, which it makes of CUDA tensors only.
+    missing (0.16; fixed in 0.19); and the dispatcher needs numpy arrays, which it makes of CUDA tensors only.
     """
     import megatron.core.transformer.moe.moe_utils as moe
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
@@ -187,7 +188,8 @@ def patch_torch_adamw() -> None:
 
     A: setting a parameter's restored state would drop or overwrite `step`; the one already restored is kept.
     B: after loading, all parameters share one `step` tensor, which AdamW then increments once per parameter: training
-       diverges without an error. Each parameter gets its own. Upstream: optimizer/distrib_optimizer.py (0.16.1).
+       diverges without an error. Each parameter gets its own.
+    Upstream: optimizer/distrib_optimizer.py (0.16.1, 0.19.2).
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -195,6 +197,7 @@ def patch_torch_adamw() -> None:
     plain_set = optimizer_class._set_main_param_and_optimizer_states
     plain_load = optimizer_class.load_state_dict
 
+    @functools.wraps(plain_set)
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
@@ -202,6 +205,7 @@ def patch_torch_adamw() -> None:
             tensors = {**tensors, "step": state["step"]}
         return plain_set(self, model_param, tensors)
 
+    @functools.wraps(plain_load)
     def load_state_dict(self: Any, state_dict: Any) -> Any:
         result = plain_load(self, state_dict)
         for state in self.optimizer.state.values():
