@@ -27,13 +27,16 @@ INT64 = 8
 # GPU (measured on CPUs only); and its fewest columns: with fewer, matmuls of many tokens lose more than the cache gains
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
 TILE_COLUMNS = 1024
+TILE_MULTIPLE = 128
+"""A GPU reads rows in 16-byte pieces only where they begin at one; the number of tokens in a tile can be any."""
 
 
 def tile_columns(tokens: int, *, device: str, chunk_bytes: int) -> int:
     """Vocabulary columns in one tile of trainer/actor/logprobs.py, whose fp32 logits take at most `chunk_bytes`."""
     column_bytes = FP32 * max(1, tokens)
     wanted = max(TILE_COLUMNS, TILE_BYTES.get(device, 0) // column_bytes)
-    return max(1, min(wanted, chunk_bytes // column_bytes))
+    columns = max(1, min(wanted, chunk_bytes // column_bytes))
+    return columns - columns % TILE_MULTIPLE if columns > TILE_MULTIPLE else columns
 
 
 def size_of(dtype: str) -> int:

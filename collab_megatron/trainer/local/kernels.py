@@ -8,12 +8,16 @@ size, n any leading dimensions.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -136,15 +140,42 @@ def _into_buffer(weight: Any, rows: Tensor, inputs: Tensor) -> Tensor:
     The protocol is that of megatron's fused kernel: `grad_added_to_main_grad`, reset with the buffer, makes its hook
     ignore the placeholder. Here it also shows whether this is the buffer's first gradient, which needs no addition.
     """
-    buffer, first = weight.main_grad, not weight.grad_added_to_main_grad
-    if buffer.dtype == rows.dtype:
-        buffer.addmm_(rows.t(), inputs, beta=0.0 if first else 1.0)
-    elif first:
-        buffer.copy_(rows.t() @ inputs)
-    else:
-        buffer.add_(rows.t() @ inputs)
+    into_rows(weight.main_grad, rows.t(), inputs, adds=weight.grad_added_to_main_grad)
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)
+
+
+@functools.cache
+def adds_into_fp32(device: torch.device) -> bool:
+    """Whether torch's addmm adds a product of bf16 matrices to an fp32 one on this device; tried once.
+
+    torch 2.8 has out_dtype on CUDA (aten/src/ATen/native/cuda/Blas.cpp, _addmm_dtype_out_cuda), but refuses an fp32
+    matrix to add to; later versions take it. No version has it on a CPU.
+    """
+    rows = torch.ones(16, 16, device=device)
+    ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        torch.addmm(rows, ones, ones, out_dtype=torch.float32, out=rows)
+    except (RuntimeError, TypeError) as error:
+        logger.debug("weight gradients are added to their buffer after the matrix product: %s", error)
+        return False
+    return bool((rows == 17).all())
+
+
+def into_rows(rows: Tensor, left: Tensor, right: Tensor, *, adds: bool) -> None:
+    """rows = left @ right, or rows += left @ right, where rows may be wider than the factors: an fp32 buffer of bf16.
+
+    Where torch can, the matrix product adds to the wide buffer itself, as apex's wgrad_gemm_accum_fp32 does: it is
+    never rounded to bf16, and nothing else reads or writes the buffer.
+    """
+    if rows.dtype == left.dtype:
+        rows.addmm_(left, right, beta=1.0 if adds else 0.0)
+    elif rows.dtype == torch.float32 and adds_into_fp32(rows.device):
+        torch.addmm(rows, left, right, out_dtype=rows.dtype, beta=1.0 if adds else 0.0, out=rows)
+    elif adds:
+        rows.add_(left @ right)
+    else:
+        rows.copy_(left @ right)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
