@@ -100,7 +100,9 @@ def trainer_memory(
     for stage in range(parallel.pipeline):
         dense, experts = stage_parameters(spec, parallel, stage)
         state = 2 * FP32 + (FP32 if size < FP32 else 0)
-        copies = _copies(parallel) if optimizer.distributed else (1, 1)
+        copies = _copies(parallel)
+        if not optimizer.shards_state(device=device, copies=copies[0]):
+            copies = (1, 1)
         whole = math.ceil(dense / copies[0]) * state + math.ceil(experts / copies[1]) * state
         on_host = round(whole * optimizer.cpu_offload)
         weights = (dense + experts) * size
