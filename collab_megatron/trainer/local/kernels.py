@@ -1,8 +1,8 @@
 """Norm, rotary embedding, gated activation, linear layer and short bf16 attention with hand-written backward passes.
 
 Autograd derives the same gradients operation by operation: each writes a whole tensor that the next one reads. On a CPU
-this memory traffic is most of the time besides the matrix products. Plain torch on any device; gradients are tested
-against autograd's. Legend: s sequence, b batch, h heads, g key/value heads, d head
+this memory traffic is most of the time besides the matrix products. Plain torch on any device, but on a GPU compiled.py
+comes first; gradients are tested against autograd's. Legend: s sequence, b batch, h heads, g key/value heads, d head
 size, n any leading dimensions.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from collab_megatron.trainer.local.compiled import compiled
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [n, hidden], weight [hidden] -> x / rms(x) * weight, same shape and dtype."""
+    if x.is_cuda and (fast := compiled("rms_norm", x.device)):
+        return fast(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
     out: Tensor = _RmsNorm.apply(x, weight, eps)
     return out
 
@@ -80,6 +84,8 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(x: Tensor) -> Tensor:
     """x [n, 2*ffn], gate before up -> silu(gate) * up [n, ffn]."""
+    if x.is_cuda and (fast := compiled("swiglu", x.device)):
+        return fast(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
     out: Tensor = _SwiGlu.apply(x)
     return out
 
@@ -110,6 +116,8 @@ class _Rope(torch.autograd.Function):
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [s, b, h, d] rotated by angles whose cosines and sines are [s, 1, 1, d/2], in x's dtype."""
+    if x.is_cuda and (fast := compiled("rope", x.device)):
+        return fast(x, cos, sin)
     out: Tensor = _Rope.apply(x, cos, sin)
     return out
 
