@@ -5,6 +5,7 @@ The stand-in of the compiler is torch's `aot_eager`: the same capture and gradie
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from types import SimpleNamespace
@@ -102,7 +103,7 @@ def fake_varlen(
     """What torch 2.13 documents of varlen_attn, without a GPU."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     ends = cu_seq_q.tolist()
-    lengths = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
+    lengths = [stop - start for start, stop in itertools.pairwise(ends)]
     assert max(lengths) == max_q == max_k
     left, right = window_size
     assert right == 0
