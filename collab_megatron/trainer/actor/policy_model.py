@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    layers,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -185,7 +190,7 @@ def _build_chunk(
     logits_chunk_bytes: int,
 ) -> PolicyModel:
     device = grid.device
-    with device if device.type == "meta" else contextlib.nullcontext():
+    with device if device.type == "meta" else contextlib.nullcontext(), output_layer_without_apex():
         model = PolicyModel(
             config=config,
             transformer_layer_spec=layer_spec(config, grid.backend, chunk),
@@ -204,6 +209,21 @@ def _build_chunk(
     # upstream supports llama3 scaling with one set of constants only; the frequencies are a plain attribute
     model.rotary_pos_emb.inv_freq = rope_frequencies(spec.rope, spec.head_dim).to(device)
     return model
+
+
+@contextlib.contextmanager
+def output_layer_without_apex() -> Iterator[None]:
+    """Megatron refuses to build its own linear layers for fused weight gradients if apex's extension is missing.
+
+    transformer-engine's layers have a fusion of their own, so only the output layer is left, and that is never called:
+    PolicyModel takes its weight. Source: megatron-core 0.16.1, tensor_parallel/layers.py, ColumnParallelLinear.
+    """
+    before = layers._grad_accum_fusion_available
+    layers._grad_accum_fusion_available = True
+    try:
+        yield
+    finally:
+        layers._grad_accum_fusion_available = before
 
 
 def _mark_shards(model: PolicyModel, spec: ModelSpec, grid: RankGrid) -> None:
