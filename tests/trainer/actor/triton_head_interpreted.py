@@ -53,7 +53,7 @@ def made(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def close(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], bound: float) -> None:
     for ours, reference in zip(found, wanted, strict=True):
         assert ours.dtype == reference.dtype
-        scale = max(1.0, float(reference.abs().max()))
+        scale = max(1.0, float(reference.detach().abs().max()))
         torch.testing.assert_close(ours, reference, rtol=0, atol=bound * scale)
 
 
