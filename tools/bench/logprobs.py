@@ -91,8 +91,9 @@ class Heads:
         from collab_megatron.trainer.actor import logprobs as head
 
         if variant != "naive":
-            without = variant in WITHOUT_TRITON
-            with patch.object(head, "_triton_head", lambda: None) if without else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if variant in WITHOUT_TRITON:
+                    stack.enter_context(patch.object(head, "_triton_head", lambda: None))
                 return head.head_logprobs(
                     self.hidden,
                     self.weight,

@@ -99,7 +99,8 @@ def make_batches(shape: ModelShape, call: Call, *, share: bool) -> tuple[list[Mi
     """The micro-batches of a call, and the same samples as padded rows. share: a packed prompt is there once."""
     from collab_megatron.trainer.batching.micro_batch import collate, split_by_tokens
 
-    ours, padded = [], []
+    ours: list[MicroBatch] = []
+    padded: list[MicroBatch] = []
     for number in range(call.micro_batches):
         samples = make_samples(shape, call.kind, ragged=call.packing, tokens=call.tokens, seed=2 + number)
         all_in_one = 2 * sum(len(sample.ids) for sample in samples)

@@ -29,7 +29,7 @@ def attend(
     """
     from torch.nn.attention.varlen import varlen_attn  # here: missing in old versions
 
-    out: Tensor = varlen_attn(
+    out = varlen_attn(
         query,
         key,
         value,
@@ -41,6 +41,7 @@ def attend(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(out, Tensor)
     return out
 
 

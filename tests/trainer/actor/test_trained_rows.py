@@ -44,7 +44,8 @@ def head_of(batch: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor
     )
     out = PolicyModel._postprocess(cast(Any, model), hidden, labels=labelled.ids, loss_mask=labelled.trained_rows())
     assert out.shape == (2, rows, length)
-    return hidden, out, *seen[0]
+    labels, selected = seen[0]
+    return hidden, out, labels, selected
 
 
 @pytest.mark.parametrize("packed", [False, True])

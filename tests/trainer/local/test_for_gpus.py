@@ -79,7 +79,7 @@ def test_what_does_not_work_is_not_used(
     monkeypatch.setattr(varlen, "_difference", trial)
     varlen_module = SimpleNamespace(varlen_attn=fake_varlen)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", cast(Any, varlen_module))
-    cuda = cast(Any, SimpleNamespace(type="cuda"))
+    cuda = torch.device("cuda", 0)
     with caplog.at_level(logging.WARNING):
         assert compiled.compiled.__wrapped__("swiglu", CPU) is None
         assert not varlen.usable.__wrapped__(cuda, torch.bfloat16, 64)
@@ -143,4 +143,4 @@ def test_a_packed_row_is_one_call_unless_it_shares_a_prompt(
 
 def test_a_cpu_and_fp32_have_a_call_per_sequence() -> None:
     assert not varlen.usable(CPU, torch.bfloat16, 64)
-    assert not varlen.usable(cast(Any, SimpleNamespace(type="cuda")), torch.float32, 64)
+    assert not varlen.usable(torch.device("cuda", 0), torch.float32, 64)
