@@ -9,7 +9,11 @@ that other load slows both. A row holds medians; `ratio` is ours / theirs in tok
 transformers runs AutoModelForCausalLM with sdpa and without key-value cache, log_softmax and gather in fp32,
 clip_grad_norm_, torch's fused AdamW. The actor keeps fp32 master weights of a bf16 model; so does the reference of a
 bf16 `step`. `transformers_no_masters_tokens_per_s` is AdamW on the bf16 weights themselves, which loses small updates.
+Where both do not fit into a GPU, and with --alone, a row has our figures only, and nothing was compared.
 `--packing`: samples of unequal length, ours packed, theirs padded, as sdpa has no packing. Counts real tokens only.
+`--batch grpo`: short replies to long prompts; on a CPU and packed, ours computes a prompt once for its replies, as in
+training. `--micro-batches`: so many of them in a call, with gradients accumulated. MFU counts the logits of trained
+tokens only, on both sides, although transformers computes all.
 """
 
 from __future__ import annotations
@@ -17,26 +21,24 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json
+from tools.bench.train_step_batches import KINDS, SHAPES, Call, Dtype, make_batches, make_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from collab_megatron.trainer.actor.actor import Actor, LossFn, StepResult
-    from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample
+    from collab_megatron.trainer.batching.micro_batch import MicroBatch
 
-Dtype = Literal["float32", "bfloat16"]
 PHASES = ("logprobs", "forward_backward", "step")
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 WARM_UPS = 2
@@ -44,32 +46,6 @@ LR = 1e-6
 # Largest differences of the two sides: mean of a token's log-prob (spread 1 to 1.5); relative loss and gradient norm.
 # In bf16 each side is as far from fp32 as from the other: 30 layers of rounding.
 TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (0.1, 0.05)}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A model and its batch."""
-
-    architecture: str
-    sizes: dict[str, int]
-    rows: int
-    length: int  # tokens of a row; the longest one with packing
-    tied: bool = True
-
-
-def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> dict[str, int]:
-    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
-    return dict(zip(names.split(), (hidden, layers, heads, kv_heads, ffn, vocab), strict=True))
-
-
-_LLAMA, _QWEN2, _QWEN3 = "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
-SHAPES: dict[str, ModelShape] = {
-    "tiny": ModelShape(_QWEN3, _sizes(64, 2, 4, 2, 128, 512), rows=2, length=32),
-    "8m": ModelShape(_LLAMA, _sizes(256, 6, 8, 4, 768, 12288), rows=4, length=256),  # 7.9 M parameters, 40% embedding
-    "135m": ModelShape(_LLAMA, _sizes(576, 30, 9, 3, 1536, 49152), rows=2, length=256),  # SmolLM2-135M
-    "qwen2.5-1.5b": ModelShape(_QWEN2, _sizes(1536, 28, 12, 2, 8960, 151936), rows=4, length=2048),
-    "qwen2.5-7b": ModelShape(_QWEN2, _sizes(3584, 28, 28, 4, 18944, 152064), rows=4, length=2048, tied=False),
-}
 
 
 @dataclass(frozen=True)
@@ -81,11 +57,14 @@ class TrainStepRow:
     threads: int
     packing: bool
     tokens_per_s: float
-    transformers_tokens_per_s: float
-    ratio: float
+    transformers_tokens_per_s: float | None = None  # None: only ours was measured
+    ratio: float | None = None
     transformers_no_masters_tokens_per_s: float | None = None  # `step` in bf16 only
     mfu: float | None = None  # share of the device's peak; where that is known
     transformers_mfu: float | None = None
+    batch: str = "sft"
+    micro_batches: int = 1
+    trained_share: float | None = None  # of the tokens
 
 
 @dataclass(frozen=True)
@@ -96,51 +75,17 @@ class Skipped:
     skipped: str  # why
 
 
-def make_model(shape: ModelShape, dtype: Dtype, folder: Path) -> None:
-    """Write a Hugging Face folder with random weights, wide enough for distributions that differ."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    model_type = {_LLAMA: "llama", _QWEN2: "qwen2", _QWEN3: "qwen3"}[shape.architecture]
-    sizes = {**shape.sizes, "max_position_embeddings": 8192}
-    config = AutoConfig.for_model(model_type, **sizes, tie_word_embeddings=shape.tied, initializer_range=0.05)
-    config.architectures = [shape.architecture]
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
-
-
-def make_samples(shape: ModelShape, packing: bool, tokens: int | None) -> list[TokenSample]:
-    """Random tokens: the first quarter is the prompt, the rest is trained."""
-    from collab_megatron.trainer.batching.micro_batch import TokenSample
-
-    rng = random.Random(2)
-    wanted, samples = tokens or shape.rows * shape.length, []
-    while wanted > 1:
-        length = rng.randint(shape.length // 4, shape.length) if packing else shape.length
-        length = min(length, wanted)
-        prompt, vocab = length // 4, shape.sizes["vocab_size"]
-        ids = [rng.randrange(vocab) for _ in range(length)]
-        values = {
-            "advantages": [rng.uniform(-1.0, 1.0)] * length,
-            **{name: [rng.uniform(-12.0, -8.0) for _ in ids] for name in ("rollout_logprobs", "ref_logprobs")},
-        }
-        samples.append(TokenSample(ids, [0.0] * prompt + [1.0] * (length - prompt), values))
-        wanted -= length
-    return samples
-
-
 class Reference:
-    """Plain transformers and torch, on the same batch in padded form."""
+    """Plain transformers and torch, on the same micro-batches in padded form."""
 
-    def __init__(self, folder: Path, dtype: Dtype, batch: MicroBatch, loss_fn: LossFn, device: Any) -> None:
+    def __init__(self, folder: Path, dtype: Dtype, batches: Sequence[MicroBatch], loss_fn: LossFn, device: Any) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
         self.model = model.to(device).train()
-        self.batch, self.loss_fn = batch, loss_fn
+        self.batches, self.loss_fn = [batch.to(device) for batch in batches], loss_fn
+        self.trained = sum(batch.num_trained_tokens for batch in batches)
         self.weights: list[Any] = list(self.model.parameters())
 
     def make_step(self, *, masters: bool) -> Callable[[], None]:
@@ -165,12 +110,11 @@ class Reference:
 
         return step
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Log-prob of each token and the entropy there: fp32 [B, S], zero in the first column."""
+    def statistics(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [B, S]: log-prob of each token and the entropy there: fp32 [B, S], zero in the first column."""
         import torch
         import torch.nn.functional as F
 
-        ids = self.batch.ids
         scores = torch.log_softmax(self.model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
         with torch.no_grad():
             entropy = -(scores.exp() * scores).sum(dim=-1)
@@ -178,32 +122,37 @@ class Reference:
         logprobs = scores.gather(-1, ids.roll(-1, dims=1)[..., None])[..., 0]
         return F.pad(logprobs[:, :-1], (1, 0)), F.pad(entropy[:, :-1], (1, 0))
 
-    def logprobs(self) -> Tensor:
+    def logprobs(self) -> list[Tensor]:
+        """[B, S] per micro-batch."""
         import torch
 
         with torch.no_grad():
-            logprobs, entropy = self.statistics()
-        entropy.cpu()
-        return logprobs.cpu()
+            found = [self.statistics(batch.ids) for batch in self.batches]
+        on_host = [(logprobs.cpu(), entropy.cpu()) for logprobs, entropy in found]  # both, as ours returns them
+        return [logprobs for logprobs, _ in on_host]
 
     def gradients(self) -> float:
         """The loss."""
         self.model.zero_grad(set_to_none=True)
-        logprobs, _ = self.statistics()
-        loss = self.loss_fn(logprobs, self.batch).loss / self.batch.num_trained_tokens
-        loss.backward()
-        return float(loss.detach())
+        total = 0.0
+        for batch in self.batches:
+            loss = self.loss_fn(self.statistics(batch.ids)[0], batch).loss / self.trained
+            loss.backward()
+            total += float(loss.detach())
+        return total
 
 
 class Ours:
     """The actor on the same samples, padded or packed."""
 
-    def __init__(self, actor: Actor, batch: MicroBatch, loss_fn: LossFn) -> None:
-        self.actor, self.batch = actor, batch
-        self.step_arguments = ([batch], loss_fn, batch.num_trained_tokens)
+    def __init__(self, actor: Actor, batches: Sequence[MicroBatch], loss_fn: LossFn) -> None:
+        self.actor, self.batches = actor, batches
+        self.trained = sum(batch.num_trained_tokens for batch in batches)
+        self.step_arguments = (batches, loss_fn, self.trained)
 
-    def logprobs(self) -> Tensor:
-        return self.actor.logprobs([self.batch])[0][0]
+    def logprobs(self) -> list[Tensor]:
+        """[B, S] per micro-batch, 0 where nothing is trained."""
+        return self.actor.logprobs(self.batches)[0]
 
     def gradients(self) -> None:
         self.actor._gradients(*self.step_arguments)  # train_step without the optimizer: only a benchmark wants that
@@ -216,7 +165,7 @@ def check_same(ours: Ours, reference: Reference, dtype: Dtype) -> None:
     """Log-probs, loss and gradient norm of both sides before the first update. Raises RunError where they differ."""
     import torch
 
-    pairs = zip(ours.batch.per_sample(ours.logprobs()), reference.batch.per_sample(reference.logprobs()), strict=True)
+    pairs = zip(_trained(ours.batches, ours.logprobs()), _trained(reference.batches, reference.logprobs()), strict=True)
     apart = torch.cat([a - b for a, b in pairs]).abs().mean().item()
     wanted_loss = reference.gradients()
     norms = [w.grad.float().norm() for w in reference.weights if w.grad is not None]
@@ -231,6 +180,14 @@ def check_same(ours: Ours, reference: Reference, dtype: Dtype) -> None:
     ):
         if not difference <= tolerance:
             raise RunError(f"the {what} of actor and transformers differ by {difference:.2g}, above {tolerance:g}")
+
+
+def _trained(batches: Sequence[MicroBatch], values: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The values of each sample's trained tokens, in the order in which the samples were made."""
+    for batch, found in zip(batches, values, strict=True):
+        by_sample = zip(batch.sample_indices, batch.per_sample(found), batch.per_sample(batch.mask.cpu()), strict=True)
+        for _, sample, mask in sorted(by_sample, key=lambda entry: entry[0]):
+            yield sample[mask > 0]
 
 
 def interleaved(sides: Sequence[Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> list[float]:
@@ -255,26 +212,26 @@ def gpu_clock() -> float:
 class Comparison:
     """One shape in one dtype: both sides built, checked, and ready to be measured."""
 
-    def __init__(self, name: str, dtype: Dtype, packing: bool, tokens: int | None) -> None:
+    def __init__(self, name: str, dtype: Dtype, call: Call, *, alone: bool = False) -> None:
+        """alone: without transformers' side."""
         from collab_megatron.config.sections import AlgorithmSection, OptimizerSection
         from collab_megatron.trainer.actor.actor import Actor
         from collab_megatron.trainer.actor.grid import grid
-        from collab_megatron.trainer.batching.micro_batch import split_by_tokens
         from collab_megatron.trainer.loss.grpo_step import make_grpo_loss
 
-        self.name, self.dtype, self.packing = name, dtype, packing
+        self.name, self.dtype, self.call = name, dtype, call
         loss_fn = make_grpo_loss(AlgorithmSection())
-        samples = make_samples(SHAPES[name], packing, tokens)
-        cut = partial(split_by_tokens, samples, micro_batch_tokens=10**9, pad_id=0)
         with tempfile.TemporaryDirectory() as work:
             make_model(SHAPES[name], dtype, Path(work))
             self.device = grid().device
             section = OptimizerSection(lr=LR)
             actor = Actor.build(work, dtype=dtype, grid=grid(), optimizer=section, total_steps=10**6)
-            self.reference = Reference(Path(work), dtype, cut()[0].to(self.device), loss_fn, self.device)
+            batches, padded = make_batches(SHAPES[name], call, share=self.device.type == "cpu")
+            self.reference = None if alone else Reference(Path(work), dtype, padded, loss_fn, self.device)
         self.spec = actor.spec
-        self.ours = Ours(actor, cut(packed=packing)[0], loss_fn)
-        check_same(self.ours, self.reference, dtype)
+        self.ours = Ours(actor, batches, loss_fn)
+        if self.reference is not None:
+            check_same(self.ours, self.reference, dtype)
 
     def row(self, phase: str, repeats: int, cpu_time: bool) -> TrainStepRow:
         import torch
@@ -282,55 +239,76 @@ class Comparison:
         from collab_megatron.model.flops import forward_flops, peak_flops, train_flops
 
         no_masters = phase == "step" and self.dtype == "bfloat16"
+        ours, theirs = self.ours, self.reference
         sides: list[Callable[[], Any]]
         if phase == "step":
-            sides = [self.ours.step, self.reference.make_step(masters=no_masters)]
-            if no_masters:
-                sides.append(self.reference.make_step(masters=False))
+            sides = [ours.step]
+            if theirs is not None:
+                sides += [theirs.make_step(masters=masters) for masters in ((True, False) if no_masters else (False,))]
         elif phase == "forward_backward":
-            sides = [self.ours.gradients, self.reference.gradients]
+            sides = [side.gradients for side in (ours, theirs) if side is not None]
         else:
-            sides = [self.ours.logprobs, self.reference.logprobs]
+            sides = [side.logprobs for side in (ours, theirs) if side is not None]
         on_gpu = self.device.type == "cuda"
         clock = gpu_clock if on_gpu else time.process_time if cpu_time else time.perf_counter
         seconds = interleaved(sides, repeats, clock)
-        lengths = self.ours.batch.lengths
+        lengths = [length for batch in ours.batches for length in batch.lengths]
         peak = peak_flops(torch.cuda.get_device_name()) if on_gpu and self.dtype == "bfloat16" else None
-        flops = (forward_flops if phase == "logprobs" else train_flops)(self.spec, lengths)
+        flops = (forward_flops if phase == "logprobs" else train_flops)(self.spec, lengths, ours.trained)
         speeds = [sum(lengths) / t for t in seconds]
+        compared = theirs is not None
         return TrainStepRow(
             shape=self.name,
             dtype=self.dtype,
             phase=phase,
             tokens=sum(lengths),
             threads=torch.get_num_threads(),
-            packing=self.packing,
+            packing=self.call.packing,
+            batch=self.call.kind,
+            micro_batches=self.call.micro_batches,
+            trained_share=ours.trained / sum(lengths),
             tokens_per_s=speeds[0],
-            transformers_tokens_per_s=speeds[1],
-            ratio=speeds[0] / speeds[1],
-            transformers_no_masters_tokens_per_s=speeds[2] if no_masters else None,
+            transformers_tokens_per_s=speeds[1] if compared else None,
+            ratio=speeds[0] / speeds[1] if compared else None,
+            transformers_no_masters_tokens_per_s=speeds[2] if compared and no_masters else None,
             mfu=flops / seconds[0] / peak if peak else None,
-            transformers_mfu=flops / seconds[1] / peak if peak else None,
+            transformers_mfu=flops / seconds[1] / peak if compared and peak else None,
         )
 
 
 def measure(args: argparse.Namespace) -> Iterator[TrainStepRow | Skipped]:
-    """All phases of all shapes in all dtypes."""
+    """All phases of all shapes in all dtypes. Where both sides do not fit, ours is measured alone from there on."""
     import torch
 
+    call = Call(args.batch, args.micro_batches, args.packing, args.tokens)
     for name in args.shapes:
         for dtype in args.dtypes:
+            alone = args.alone
             comparison: Comparison | None = None
             for phase in args.phases:
-                try:
-                    comparison = comparison or Comparison(name, dtype, args.packing, args.tokens)
-                    yield comparison.row(phase, args.repeats, args.cpu_time)
-                except torch.OutOfMemoryError as error:
-                    yield Skipped(name, dtype, phase, f"out of memory: {str(error).splitlines()[0]}")
-            del comparison
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                row: TrainStepRow | Skipped | None = None
+                while row is None:
+                    try:
+                        comparison = comparison or Comparison(name, dtype, call, alone=alone)
+                        row = comparison.row(phase, args.repeats, args.cpu_time)
+                    except torch.OutOfMemoryError as error:
+                        reason = f"out of memory: {str(error).splitlines()[0]}"
+                    if row is None:  # here: the error holds the frames of what did not fit
+                        comparison = None
+                        _free_memory()
+                        row = Skipped(name, dtype, phase, reason) if alone else None
+                        alone = True
+                yield row
+            comparison = None
+            _free_memory()
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def line(row: TrainStepRow | Skipped) -> str:
@@ -338,12 +316,13 @@ def line(row: TrainStepRow | Skipped) -> str:
     head = f"{row.shape:14s} {row.dtype:9s} {row.phase:17s}"
     if isinstance(row, Skipped):
         return f"{head} skipped: {row.skipped}"
-    theirs = row.transformers_tokens_per_s
-    text = f"{head} {row.tokens_per_s:10.1f} tokens/s, transformers {theirs:10.1f}, ratio {row.ratio:.3f}"
+    text = f"{head} {row.tokens_per_s:10.1f} tokens/s"
+    if row.transformers_tokens_per_s is not None:
+        text += f", transformers {row.transformers_tokens_per_s:10.1f}, ratio {row.ratio:.3f}"
     if row.transformers_no_masters_tokens_per_s is not None:
         text += f" ({row.tokens_per_s / row.transformers_no_masters_tokens_per_s:.3f} to AdamW on bf16 weights)"
     if row.mfu is not None:
-        text += f", MFU {row.mfu:.1%} and {row.transformers_mfu:.1%}"
+        text += f", MFU {row.mfu:.1%}" + (f" and {row.transformers_mfu:.1%}" if row.transformers_mfu else "")
     return text
 
 
@@ -353,19 +332,26 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 8m 135m; on CUDA the two qwen2.5")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 8m 135m; on CUDA qwen2.5-1.5b")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both; on CUDA bfloat16")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--repeats", type=int, default=5, help="measured calls of each side")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     cpu_time = "measure the process's CPU time instead of the wall clock's, for a busy machine; needs --threads 1"
     parser.add_argument("--cpu-time", action="store_true", help=cpu_time)
-    parser.add_argument("--tokens", type=int, help="tokens of a call; default: the shape's own")
+    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; default: the shape's own")
+    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a call")
+    parser.add_argument("--batch", choices=KINDS, default="sft", help="see above")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, help="see above; default: on CUDA")
+    parser.add_argument("--alone", action="store_true", help="ours only, for what does not fit twice; not compared")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, as a list")
     args = parser.parse_args()
-    if args.repeats < 1 or (args.tokens is not None and args.tokens < 8) or (args.threads or 1) < 1:
-        raise UserError("--repeats and --threads must be at least 1, --tokens at least 8")
+    if (
+        args.repeats < 1
+        or (args.tokens is not None and args.tokens < 8)
+        or min(args.threads or 1, args.micro_batches) < 1
+    ):
+        raise UserError("--repeats, --threads and --micro-batches must be at least 1, --tokens at least 8")
     if args.cpu_time and args.threads != 1:
         raise UserError("--cpu-time counts all threads together: give --threads 1 with it")
     return args
@@ -383,7 +369,7 @@ def main() -> None:
     from collab_megatron.trainer.actor.grid import close_grid, init_grid
 
     on_gpu = torch.cuda.is_available()
-    args.shapes = args.shapes or (["qwen2.5-1.5b", "qwen2.5-7b"] if on_gpu else ["8m", "135m"])
+    args.shapes = args.shapes or (["qwen2.5-1.5b"] if on_gpu else ["8m", "135m"])
     args.dtypes = args.dtypes or (["bfloat16"] if on_gpu else list(DTYPES))
     args.packing = on_gpu if args.packing is None else args.packing
     init_grid(ParallelSection(), seed=1)

@@ -20,6 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST_PADDING = 0.1
+"""Of a pipeline's tokens: the most that of_one_length adds. It saves a message, for which the host waits, per stage and
+micro-batch."""
+
 
 @dataclass(frozen=True)
 class TokenSample:
@@ -82,15 +86,6 @@ class MicroBatch:
                 yield 0, slice(start, start + length)
                 start += length
 
-    @property
-    def first_columns(self) -> list[int]:
-        """Columns at which a sequence, a shared prefix or a reply after one starts: their tokens are not predicted by
-        the token before. The same columns in every row."""
-        if not self.packed:
-            return [0]
-        lengths = (length for prefix, own in self.groups for length in ((prefix, *own) if prefix else own))
-        return list(itertools.accumulate(lengths, initial=0))[:-1] or [0]
-
     def per_sample(self, values: Tensor) -> list[Tensor]:
         """values [B, S] -> a [T] tensor per sample, without padding, with a shared prefix in front."""
         found = []
@@ -110,9 +105,11 @@ class MicroBatch:
             start += group.prefix + sum(group.own)
 
     def to(self, device: torch.device) -> MicroBatch:
-        if self.ids.device == device:
-            return self
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: on_device(tensor, device))
+
+    def trained_rows(self) -> Tensor:
+        """Where the mask is set, ascending, in the order of the model's output: [s, b] flattened. int64 [N]."""
+        return self.mask.t().flatten().nonzero()[:, 0]
 
     def by_predicting_position(self) -> MicroBatch:
         """Every tensor shifted left by one: entry [b, t] now belongs to token t + 1, which position t predicts.
@@ -130,6 +127,13 @@ class MicroBatch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         values = {name: change(value) for name, value in self.values.items()}
         return replace(self, ids=change(self.ids), mask=change(self.mask), values=values)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. A GPU reads it from pinned memory: from other memory, the copy waits for the GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def split_by_tokens(
@@ -244,6 +248,20 @@ def _groups(samples: Sequence[TokenSample], share: bool) -> Iterator[PackedGroup
     for prefix, members in itertools.groupby(samples, key=lambda sample: sample.prefix):
         own = tuple(len(sample.ids) - len(prefix) for sample in members)
         yield PackedGroup(len(prefix), own) if len(own) > 1 else PackedGroup(0, (len(prefix) + own[0],))
+
+
+def of_one_length(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The batches, packed rows padded to the longest if that adds at most MOST_PADDING tokens per token."""
+    lengths = [batch.ids.shape[1] for batch in batches]
+    longest = max(lengths)
+    if not all(batch.packed for batch in batches) or longest * len(lengths) > (1 + MOST_PADDING) * sum(lengths):
+        return list(batches)
+    return [batch._map(lambda tensor: _wider(tensor, longest)) for batch in batches]
+
+
+def _wider(tensor: Tensor, length: int) -> Tensor:
+    """[B, S] -> [B, length], zeros behind: they are masked, and id 0 is as good as any."""
+    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]))
 
 
 def idle_like(batch: MicroBatch, pad_multiple: int) -> MicroBatch:
