@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.trainer.parallel.ranks import Ran, run_script
-from tools.bench.train_step import interleaved
+from tools.bench import train_step
+from tools.bench.train_step import Skipped, TrainStepRow, interleaved, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,3 +79,51 @@ def test_the_sides_take_turns_and_warm_ups_do_not_count() -> None:
     medians = interleaved([lambda: turns.append("a"), lambda: turns.append("b")], 3, lambda: float(next(ticks)))
     assert "".join(turns) == "baabbaabba"  # two warm-ups and three measured turns
     assert medians == [1.0, 1.0]
+
+
+class SmallGpu:
+    """Stands in for Comparison on a GPU that holds some shapes once and none twice."""
+
+    fits: Sequence[str] = ()
+    built: list[bool]
+
+    def __init__(self, name: str, dtype: str, packing: bool, tokens: int | None, *, alone: bool) -> None:
+        self.built.append(alone)
+        self.name, self.alone = name, alone
+        if name not in self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nmore")
+
+    def row(self, phase: str, repeats: int, cpu_time: bool) -> TrainStepRow:
+        if phase == "step" and not self.alone:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        ratio = None if self.alone else 1.5
+        return TrainStepRow(self.name, "bfloat16", phase, 48, 1, True, 10.0, ratio and 5.0, ratio, mfu=0.4)
+
+
+@pytest.fixture
+def wanted() -> argparse.Namespace:
+    return argparse.Namespace(
+        shapes=["qwen2.5-1.5b", "qwen2.5-7b"],
+        dtypes=["bfloat16"],
+        phases=["logprobs", "step"],
+        packing=True,
+        tokens=None,
+        repeats=1,
+        cpu_time=False,
+        alone=False,
+    )
+
+
+def test_what_does_not_fit_twice_is_measured_alone(monkeypatch: pytest.MonkeyPatch, wanted: argparse.Namespace) -> None:
+    monkeypatch.setattr(train_step, "Comparison", SmallGpu)
+    monkeypatch.setattr(SmallGpu, "fits", ["qwen2.5-1.5b"])
+    monkeypatch.setattr(SmallGpu, "built", [], raising=False)
+    fast, step, *large = measure(wanted)
+    assert isinstance(fast, TrainStepRow)
+    assert fast.ratio == 1.5
+    assert isinstance(step, TrainStepRow)
+    assert (step.ratio, step.mfu) == (None, 0.4)
+    reason = "out of memory: CUDA out of memory. Tried to allocate 20 MiB."
+    assert large == [Skipped("qwen2.5-7b", "bfloat16", phase, reason) for phase in ("logprobs", "step")]
+    assert train_step.line(step).endswith("10.0 tokens/s, MFU 40.0%")
+    assert SmallGpu.built == [False, True, False, True, True]

@@ -9,6 +9,7 @@ that other load slows both. A row holds medians; `ratio` is ours / theirs in tok
 transformers runs AutoModelForCausalLM with sdpa and without key-value cache, log_softmax and gather in fp32,
 clip_grad_norm_, torch's fused AdamW. The actor keeps fp32 master weights of a bf16 model; so does the reference of a
 bf16 `step`. `transformers_no_masters_tokens_per_s` is AdamW on the bf16 weights themselves, which loses small updates.
+Where both do not fit into a GPU, and with --alone, a row has our figures only, and nothing was compared.
 `--packing`: samples of unequal length, ours packed, theirs padded, as sdpa has no packing. Counts real tokens only.
 """
 
@@ -81,8 +82,8 @@ class TrainStepRow:
     threads: int
     packing: bool
     tokens_per_s: float
-    transformers_tokens_per_s: float
-    ratio: float
+    transformers_tokens_per_s: float | None = None  # None: only ours was measured
+    ratio: float | None = None
     transformers_no_masters_tokens_per_s: float | None = None  # `step` in bf16 only
     mfu: float | None = None  # share of the device's peak; where that is known
     transformers_mfu: float | None = None
@@ -255,7 +256,8 @@ def gpu_clock() -> float:
 class Comparison:
     """One shape in one dtype: both sides built, checked, and ready to be measured."""
 
-    def __init__(self, name: str, dtype: Dtype, packing: bool, tokens: int | None) -> None:
+    def __init__(self, name: str, dtype: Dtype, packing: bool, tokens: int | None, *, alone: bool = False) -> None:
+        """alone: without transformers' side."""
         from collab_megatron.config.sections import AlgorithmSection, OptimizerSection
         from collab_megatron.trainer.actor.actor import Actor
         from collab_megatron.trainer.actor.grid import grid
@@ -271,10 +273,12 @@ class Comparison:
             self.device = grid().device
             section = OptimizerSection(lr=LR)
             actor = Actor.build(work, dtype=dtype, grid=grid(), optimizer=section, total_steps=10**6)
-            self.reference = Reference(Path(work), dtype, cut()[0].to(self.device), loss_fn, self.device)
+            batch = cut()[0].to(self.device)
+            self.reference = None if alone else Reference(Path(work), dtype, batch, loss_fn, self.device)
         self.spec = actor.spec
         self.ours = Ours(actor, cut(packed=packing)[0], loss_fn)
-        check_same(self.ours, self.reference, dtype)
+        if self.reference is not None:
+            check_same(self.ours, self.reference, dtype)
 
     def row(self, phase: str, repeats: int, cpu_time: bool) -> TrainStepRow:
         import torch
@@ -282,15 +286,16 @@ class Comparison:
         from collab_megatron.model.flops import forward_flops, peak_flops, train_flops
 
         no_masters = phase == "step" and self.dtype == "bfloat16"
+        ours, theirs = self.ours, self.reference
         sides: list[Callable[[], Any]]
         if phase == "step":
-            sides = [self.ours.step, self.reference.make_step(masters=no_masters)]
-            if no_masters:
-                sides.append(self.reference.make_step(masters=False))
+            sides = [ours.step]
+            if theirs is not None:
+                sides += [theirs.make_step(masters=masters) for masters in ((True, False) if no_masters else (False,))]
         elif phase == "forward_backward":
-            sides = [self.ours.gradients, self.reference.gradients]
+            sides = [side.gradients for side in (ours, theirs) if side is not None]
         else:
-            sides = [self.ours.logprobs, self.reference.logprobs]
+            sides = [side.logprobs for side in (ours, theirs) if side is not None]
         on_gpu = self.device.type == "cuda"
         clock = gpu_clock if on_gpu else time.process_time if cpu_time else time.perf_counter
         seconds = interleaved(sides, repeats, clock)
@@ -298,6 +303,7 @@ class Comparison:
         peak = peak_flops(torch.cuda.get_device_name()) if on_gpu and self.dtype == "bfloat16" else None
         flops = (forward_flops if phase == "logprobs" else train_flops)(self.spec, lengths)
         speeds = [sum(lengths) / t for t in seconds]
+        compared = theirs is not None
         return TrainStepRow(
             shape=self.name,
             dtype=self.dtype,
@@ -306,31 +312,46 @@ class Comparison:
             threads=torch.get_num_threads(),
             packing=self.packing,
             tokens_per_s=speeds[0],
-            transformers_tokens_per_s=speeds[1],
-            ratio=speeds[0] / speeds[1],
-            transformers_no_masters_tokens_per_s=speeds[2] if no_masters else None,
+            transformers_tokens_per_s=speeds[1] if compared else None,
+            ratio=speeds[0] / speeds[1] if compared else None,
+            transformers_no_masters_tokens_per_s=speeds[2] if compared and no_masters else None,
             mfu=flops / seconds[0] / peak if peak else None,
-            transformers_mfu=flops / seconds[1] / peak if peak else None,
+            transformers_mfu=flops / seconds[1] / peak if compared and peak else None,
         )
 
 
 def measure(args: argparse.Namespace) -> Iterator[TrainStepRow | Skipped]:
-    """All phases of all shapes in all dtypes."""
+    """All phases of all shapes in all dtypes. Where both sides do not fit, ours is measured alone from there on."""
     import torch
 
     for name in args.shapes:
         for dtype in args.dtypes:
+            alone = args.alone
             comparison: Comparison | None = None
             for phase in args.phases:
-                try:
-                    comparison = comparison or Comparison(name, dtype, args.packing, args.tokens)
-                    yield comparison.row(phase, args.repeats, args.cpu_time)
-                except torch.OutOfMemoryError as error:
-                    yield Skipped(name, dtype, phase, f"out of memory: {str(error).splitlines()[0]}")
-            del comparison
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                row: TrainStepRow | Skipped | None = None
+                while row is None:
+                    try:
+                        comparison = comparison or Comparison(name, dtype, args.packing, args.tokens, alone=alone)
+                        row = comparison.row(phase, args.repeats, args.cpu_time)
+                    except torch.OutOfMemoryError as error:
+                        reason = f"out of memory: {str(error).splitlines()[0]}"
+                    if row is None:  # here: the error holds the frames of what did not fit
+                        comparison = None
+                        _free_memory()
+                        row = Skipped(name, dtype, phase, reason) if alone else None
+                        alone = True
+                yield row
+            comparison = None
+            _free_memory()
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def line(row: TrainStepRow | Skipped) -> str:
@@ -338,12 +359,13 @@ def line(row: TrainStepRow | Skipped) -> str:
     head = f"{row.shape:14s} {row.dtype:9s} {row.phase:17s}"
     if isinstance(row, Skipped):
         return f"{head} skipped: {row.skipped}"
-    theirs = row.transformers_tokens_per_s
-    text = f"{head} {row.tokens_per_s:10.1f} tokens/s, transformers {theirs:10.1f}, ratio {row.ratio:.3f}"
+    text = f"{head} {row.tokens_per_s:10.1f} tokens/s"
+    if row.transformers_tokens_per_s is not None:
+        text += f", transformers {row.transformers_tokens_per_s:10.1f}, ratio {row.ratio:.3f}"
     if row.transformers_no_masters_tokens_per_s is not None:
         text += f" ({row.tokens_per_s / row.transformers_no_masters_tokens_per_s:.3f} to AdamW on bf16 weights)"
     if row.mfu is not None:
-        text += f", MFU {row.mfu:.1%} and {row.transformers_mfu:.1%}"
+        text += f", MFU {row.mfu:.1%}" + (f" and {row.transformers_mfu:.1%}" if row.transformers_mfu else "")
     return text
 
 
@@ -353,7 +375,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 8m 135m; on CUDA the two qwen2.5")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 8m 135m; on CUDA qwen2.5-1.5b")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both; on CUDA bfloat16")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--repeats", type=int, default=5, help="measured calls of each side")
@@ -362,6 +384,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cpu-time", action="store_true", help=cpu_time)
     parser.add_argument("--tokens", type=int, help="tokens of a call; default: the shape's own")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, help="see above; default: on CUDA")
+    parser.add_argument("--alone", action="store_true", help="ours only, for what does not fit twice; not compared")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, as a list")
     args = parser.parse_args()
     if args.repeats < 1 or (args.tokens is not None and args.tokens < 8) or (args.threads or 1) < 1:
@@ -383,7 +406,7 @@ def main() -> None:
     from collab_megatron.trainer.actor.grid import close_grid, init_grid
 
     on_gpu = torch.cuda.is_available()
-    args.shapes = args.shapes or (["qwen2.5-1.5b", "qwen2.5-7b"] if on_gpu else ["8m", "135m"])
+    args.shapes = args.shapes or (["qwen2.5-1.5b"] if on_gpu else ["8m", "135m"])
     args.dtypes = args.dtypes or (["bfloat16"] if on_gpu else list(DTYPES))
     args.packing = on_gpu if args.packing is None else args.packing
     init_grid(ParallelSection(), seed=1)
