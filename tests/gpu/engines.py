@@ -22,7 +22,7 @@ from tests.gpu.device import DEVICE, ENGINE_ARGS
 from tests.trainer.parallel.ranks import run_ranks
 from tests.trainer.parallel.tiny import make_model
 
-START_S = 400.0  # a GPU's first start compiles kernels
+START_S = 200.0  # a GPU's first start compiles kernels
 CACHE_TOKENS = {"cpu": 8192, "cuda": 2**20}  # on a GPU large enough that its release shows
 CACHE_BYTES_PER_TOKEN = 4 * 2 * 2 * 64 * 2  # layers, key and value, heads, head size, bytes
 Placement = Literal["disaggregated", "colocated"]

@@ -22,7 +22,7 @@ from tests.trainer.parallel.tiny import make_model
 
 pytestmark = ON_DEVICE
 
-ALL_S = 500.0  # of all cases of one number of ranks
+ALL_S = 200.0  # of all cases of one number of ranks
 
 
 def why_not(case: Case) -> str | None:
