@@ -1,8 +1,10 @@
 # make install | test | test-quick | test-full | lint | format | demo | demo-ablation | lock | clean
 # PYTHON=/path/to/python3.11 chooses the interpreter of .venv; ARGS="..." goes to pytest or to the demo.
+# demo and tests run on the CPU, on any machine; DEVICE=cuda lets them use the GPUs of an environment with GPU packages.
 PYTHON ?=
 ARGS ?=
-export PYTHON
+DEVICE ?= cpu
+export PYTHON DEVICE
 
 .PHONY: help install test test-quick test-full lint format demo demo-ablation lock clean
 
@@ -35,10 +37,10 @@ format: install
 	.venv/bin/ruff format .
 
 demo: install
-	.venv/bin/python tools/demo.py $(ARGS)
+	.venv/bin/python tools/demo.py --device $(DEVICE) $(ARGS)
 
 demo-ablation: install
-	.venv/bin/python tools/demo.py --ablation $(ARGS)
+	.venv/bin/python tools/demo.py --device $(DEVICE) --ablation $(ARGS)
 
 lock:
 	bash tools/lock.sh

@@ -34,7 +34,7 @@ from collab_megatron.launch.cli import parse_arguments
 from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
 from collab_megatron.launch.lock import run_lock
 from collab_megatron.launch.preflight import check_evaluate
-from collab_megatron.launch.run_processes import launch_engine_only, on_chosen_device
+from collab_megatron.launch.run_processes import child_env, launch_engine_only, on_chosen_device
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.log import set_up_logging
 from collab_megatron.model.folder import resolve_model_folder
@@ -143,7 +143,7 @@ def main() -> None:
             config = with_model(given, hf_folder_of(checkpoint, config.run.dir / "converted", config.run.logs_dir))
         config = on_chosen_device(config)
         output = config.output or config.run.evaluations_dir / f"{Path(config.model.path).name}.json"
-        with Supervisor(config.run.logs_dir, held=lock.held) as supervisor:
+        with Supervisor(config.run.logs_dir, held=lock.held, env=child_env(config)) as supervisor:
             urls, keys = launch_engine_only(supervisor, config)
             with closing(own_journal(config, weights_name(config, urls))) as journal:
                 result = uvloop.run(play(config, urls, max_context_tokens, journal, keys))

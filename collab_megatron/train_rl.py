@@ -52,6 +52,8 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.trainer.sync.proof.probe import probe_ids
     from collab_megatron.trainer.sync.publisher import Publisher
 
+    if config.engine.placement == "colocated":  # they divide the memory that is free at their start (launch/colocation)
+        arguments.wait_for_engine(config.engine.startup_timeout_s)
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
     actor = Actor.build(

@@ -25,6 +25,8 @@ DESK_KEY = "a-key-for-tests-0123456789abcdef"
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if os.environ.get("DEVICE") != "cuda":  # the tests are for the CPU, on a machine with GPUs too; tests/gpu skips then
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # in the background of a shell or under nohup these are ignored, and every process that a test starts would ignore them
 for _number in (signal.SIGINT, signal.SIGHUP):

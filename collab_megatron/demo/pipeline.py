@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from collab_megatron.errors import UserError
 from collab_megatron.launch.supervisor import ChildProcess, Supervisor
@@ -24,6 +24,22 @@ from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 ENDPOINT_START_S = 30.0
 STAGE_END_S = 120.0  # for an interrupted stage: train.save_grace_s, and the end of its servers
 KEY_VARIABLE = "DESK_API_KEY"
+Device = Literal["cpu", "cuda"]
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of a CPU demo's stages: the same commands then choose the CPU, on a machine with GPUs too."""
+ON_ONE_GPU: Mapping[str, tuple[str, ...]] = {
+    # bf16: SGLang's fastest attention kernels have no fp32
+    "evaluate": ("parallel.device=cuda", "model.dtype=bfloat16"),
+    "sft": ("parallel.device=cuda", "parallel.tensor=1", "model.dtype=bfloat16"),
+    "rl": (
+        "parallel.device=cuda",
+        "parallel.tensor=1",
+        "engine.placement=colocated",
+        "model.dtype=bfloat16",
+        "sync.max_logprob_gap=0.1",
+    ),
+}
+"""Overrides of a GPU demo's stages: trainer and engine share one GPU."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class DemoSettings:
 
     run_dir: Path
     seed: int = 1
+    device: Device = "cpu"
     conversations: int = 6000  # grown by the data builder
     held_out: int = 1000
     sft_steps: int | None = None  # None: the shipped config's value
@@ -68,7 +85,8 @@ class DemoPipeline:
         """Run one command with its output on this terminal; exits with its code if it fails."""
         print(f"\n== {name}: python {' '.join(argv)}", flush=True)
         start = time.monotonic()
-        code = _call([sys.executable, *argv], self._repository, {**os.environ, KEY_VARIABLE: self._key})
+        env = {**os.environ, **(ON_CPU if self._settings.device == "cpu" else {}), KEY_VARIABLE: self._key}
+        code = _call([sys.executable, *argv], self._repository, env)
         self.wall_s[name] = self.wall_s.get(name, 0.0) + time.monotonic() - start
         if code:
             sys.exit(code)
@@ -79,7 +97,8 @@ class DemoPipeline:
         return [f"simulators.{name}.api_base={self._api_base}" for name in names]
 
     def extra_overrides(self, stage: str) -> list[str]:
-        return list(self._settings.overrides.get(stage, ()))
+        on_gpu = ON_ONE_GPU.get(stage, ()) if self._settings.device == "cuda" else ()
+        return [*on_gpu, *self._settings.overrides.get(stage, ())]
 
     # the stages, in order
 

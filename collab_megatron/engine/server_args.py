@@ -16,6 +16,8 @@ from collab_megatron.errors import UserError
 PYTHON_PLACES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """Variables of processes whose peers are all on this node: gloo and NCCL listen on loopback only."""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Of every process of a run on the CPU: SGLang's `is_cuda` and Megatron ask torch for GPUs, whatever a flag says."""
 
 OWN_FLAGS: Mapping[str, str] = {
     "--model-path": "model.path",
@@ -35,6 +37,19 @@ OWN_FLAGS: Mapping[str, str] = {
     "--config": "the keys of engine, which SGLang's file would override",
 }
 """Flags that a key of the config sets: repeated in engine.extra_args they would silently override the key."""
+
+
+NCCL_DEFAULTS: Mapping[str, str] = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+"""What SGLang sets where the environment does not (0.5.23, srt/entrypoints/engine.py, _set_envs_and_config)."""
+
+
+def nccl_settings(extra_args: Sequence[str], inherited: Mapping[str, str]) -> dict[str, str]:
+    """The settings of every process that shares an NCCL communicator with a server: ranks that differ in them hang or
+    fail when they connect. `inherited`: the environment of trainer and servers. A flag of SGLang outranks it."""
+    flags = {word.partition("=")[0] for word in extra_args}
+    symmetric = "--enable-symm-mem" in flags
+    on = {"NCCL_CUMEM_ENABLE": symmetric, "NCCL_NVLS_ENABLE": symmetric or "--enable-nccl-nvls" in flags}
+    return {name: "1" if on[name] else inherited.get(name, default) for name, default in NCCL_DEFAULTS.items()}
 
 
 def check_own_flags(extra_args: Sequence[str]) -> None:
@@ -80,7 +95,8 @@ def engine_command(
     `number`: of the server within its run. `cores`: CPU cores for its ranks; None: all that this process may use.
     `threads`: of each rank on CPU, unless engine.threads is set. `keys_file`: the API keys it asks for (keys.py).
     `scratch`: folder of mode 0700 through which its ranks find each other; None: over a port that is open to all.
-    On CPU: pure-torch attention and sampling, because SGLang's CPU kernels are not on PyPI (tools/cpu_support).
+    On CPU: pure-torch attention and sampling, because SGLang's CPU kernels are not on PyPI (tools/cpu_support). On GPUs
+    in fp32: Triton's attention.
     """
     argv = [settings.python or sys.executable, "-m", "sglang.launch_server"]
     argv += ["--model-path", model_path, "--dtype", dtype, "--host", settings.host, "--port", str(port)]
@@ -94,7 +110,7 @@ def engine_command(
         argv.append("--disable-overlap-schedule")
         # the pool gives up a server that reports no finished batch; SGLang's default, 15 decode steps, takes too long
         argv += ["--load-snapshot-publish-interval", "1"]
-        env |= {"SGLANG_USE_CPU_ENGINE": "1", **OPENMP_WAITS}
+        env |= {"SGLANG_USE_CPU_ENGINE": "1", **OPENMP_WAITS, **NO_GPU}
         env["OMP_NUM_THREADS"] = str(settings.threads or threads)
         # glibc returns large blocks to the kernel at once, and fresh pages cost more than the copy into them: without
         # these the server would fault in its receive buffers again for every bucket of weights
@@ -103,8 +119,14 @@ def engine_command(
             env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
                 str(core) for core in _cores(settings.tensor, number, cores or sorted(os.sched_getaffinity(0)))
             )
-    elif settings.placement == "colocated":
-        argv.append("--enable-memory-saver")  # frees its memory while the trainer works on the same GPUs
+    else:
+        argv += _attention(dtype, settings.extra_args)
+        env |= nccl_settings(settings.extra_args, os.environ)
+        if settings.placement == "colocated":
+            argv.append("--enable-memory-saver")  # frees its memory while the trainer works on the same GPUs
+            # a server that restarts finds GPUs of which the trainer has taken unequal shares (0.5.23,
+            # srt/distributed/bootstrap.py, _check_tp_memory_balance)
+            env["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
     mem_fraction = settings.mem_fraction or (0.1 if device == "cpu" else None)
     for flag, value in (
         ("--mem-fraction-static", mem_fraction),
@@ -124,6 +146,13 @@ def engine_command(
     argv += settings.extra_args
     unset = PYTHON_PLACES if settings.python is not None else ()
     return EngineCommand(tuple(argv), env, f"http://{settings.host}:{port}", unset)
+
+
+def _attention(dtype: str, extra_args: Sequence[str]) -> list[str]:
+    """The attention backend, where SGLang's choice cannot serve the dtype: fa3 (Hopper), trtllm_mha (Blackwell) and
+    flashinfer have kernels for 16 bits and less (0.5.23, srt/arg_groups/model_override_base.py)."""
+    chosen = any("attention-backend" in word for word in extra_args)  # also --decode-attention-backend and others
+    return ["--attention-backend", "triton"] if dtype == "float32" and not chosen else []
 
 
 def _cores(ranks: int, number: int, cores: Sequence[int]) -> list[int]:

@@ -1,7 +1,13 @@
-"""The machine that a run is planned for: this one, or the node that `--gpus 8x80` describes."""
+"""The machine that a run is planned for: this one, or the node that `--gpus 8x80` describes.
+
+A machine with a driver is no GPU machine for an environment without GPU packages (`make install` on a login node with
+one card): parallel.device=auto is cuda only where both are there.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -11,6 +17,8 @@ from pathlib import Path
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import UserError
+
+DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Node:
         """cpu or cuda: `parallel.device`, with auto decided for this node."""
         if parallel.device != "auto":
             return parallel.device
-        return "cuda" if self.gpus and (has_driver() or not self.here) else "cpu"
+        return "cuda" if self.gpus and (not self.here or (has_driver() and has_gpu_packages())) else "cpu"
 
     def chosen(self, parallel: ParallelSection) -> str:
         """The device and the reason, for the plan."""
@@ -35,7 +43,12 @@ class Node:
             return f"{device} (parallel.device)"
         if not self.here:
             return f"{device} (--gpus)"
-        found = "GPUs found" if device == "cuda" else "no GPU found"
+        if device == "cuda":
+            found = "GPUs found"
+        elif self.gpus and has_driver():
+            found = "this environment has no GPU packages"
+        else:
+            found = "no GPU found"
         return f"{device} (parallel.device=auto: {found})"
 
 
@@ -59,15 +72,44 @@ def device_of(parallel: ParallelSection) -> str:
 
 
 def has_driver() -> bool:
-    return Path("/dev/nvidiactl").exists()
+    return (DEVICES / "nvidiactl").exists()
+
+
+def has_gpu_packages() -> bool:
+    """Whether this environment was installed for GPUs: a torch built for CUDA, and SGLang's kernels unless the engines
+    have an environment of their own. tools/install.sh puts the stand-in for these kernels into every CPU environment,
+    also where it finds only a CUDA build of torch. Imports neither."""
+    if not _torch_has_cuda():
+        return False
+    return _is_installed("sglang-kernel") or not _is_installed("sglang-cpu-support")
+
+
+def _torch_has_cuda() -> bool:
+    """torch/version.py of every build assigns `cuda`: None, or CUDA's version."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = Path(spec.origin).with_name("version.py")
+    return version.is_file() and re.search(r"^cuda\b[^=]*= *['\"]", version.read_text(), re.MULTILINE) is not None
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def visible_gpus() -> list[str]:
     """Ids of the GPUs that this process may use, in the form of CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [number for number in visible.split(",") if number]
-    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    if visible is None:
+        return [str(number) for number in range(len(list(DEVICES.glob("nvidia[0-9]*"))))]
+    numbers = [number.strip() for number in visible.split(",")]
+    # CUDA ends the list at the first id that is none, such as -1
+    end = next((place for place, number in enumerate(numbers) if number.startswith("-")), len(numbers))
+    return [number for number in numbers[:end] if number]
 
 
 def gpu_bytes() -> int | None:

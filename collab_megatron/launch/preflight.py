@@ -9,7 +9,7 @@ from typing import Any
 
 from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
 from collab_megatron.config.roles import llm_roles
-from collab_megatron.config.sections import ParallelSection
+from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_task_files
 from collab_megatron.data.sft_tokens import read_sft_rows
@@ -19,6 +19,7 @@ from collab_megatron.data_engine.problems import read_problems
 from collab_megatron.data_engine.worker import make_players
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.errors import UserError, masked
+from collab_megatron.launch.colocation import with_share
 from collab_megatron.launch.config_warnings import warn_of_config, warn_of_memory, warn_of_prompts
 from collab_megatron.launch.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
 from collab_megatron.launch.engine_checks import check_context_length, check_engine, check_flags
@@ -66,6 +67,7 @@ class RLStart(StartPoint):
     """The start of a run with engines and a driver."""
 
     max_context_tokens: int
+    engine: EngineSection  # engine of the config, with mem_fraction decided
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,12 @@ def check_rl(
     train, held_out = _check_prompts(config, model.chat, context_tokens)
     gateway = _check_players(config)
     check_placement(config, node.device(config.parallel))
+    shared = with_share(config, model.spec, node)
     calls = {
         "steps": (config.train.steps, step_calls(config, lengths_of(train))),
         "evaluations": (evaluations(config), evaluation_calls(config, lengths_of(held_out), len(held_out))),
     }
-    report(rl_plan(config, model.spec, node=node, calls=calls))
+    report(rl_plan(shared, model.spec, node=node, calls=calls))
     warn_of_config(config, model.spec, node)
     start = find_start(config, rl_missing, node)
     if not start.is_done:
@@ -108,7 +111,7 @@ def check_rl(
             check_disk_space(config.run.dir, model.spec, config.model.dtype)
         _check_engines(config, node)
         asyncio.run(_check_reachable(gateway, node))
-    return RLStart(start.first_step, start.missing, context_tokens)
+    return RLStart(start.first_step, start.missing, context_tokens, shared.engine)
 
 
 def check_sft(

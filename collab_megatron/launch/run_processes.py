@@ -18,10 +18,11 @@ from pydantic import BaseModel
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, show_config
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.engine.server_args import ON_LOOPBACK, OPENMP_WAITS, EngineCommand, engine_command
+from collab_megatron.engine.server_args import NO_GPU, ON_LOOPBACK, OPENMP_WAITS, EngineCommand, engine_command
 from collab_megatron.files import publish_text
 from collab_megatron.launch.drivers import Drivers
 from collab_megatron.launch.fleet import Fleet
+from collab_megatron.launch.gpu_env import trainer_env
 from collab_megatron.launch.lock import RunLock
 from collab_megatron.launch.node import device_of, visible_gpus
 from collab_megatron.launch.ports import free_port
@@ -42,7 +43,8 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
         files = supervisor.scratch
         resolved = write_resolved(on_chosen_device(config), files, config.run.logs_dir)
         keys_file = make_keys(supervisor, config)
-        fleet = start_fleet(supervisor, config, device_of(config.parallel), engine_gpus(config), keys_file)
+        shared = config.model_copy(update={"engine": start.engine})
+        fleet = start_fleet(supervisor, shared, device_of(config.parallel), engine_gpus(config), keys_file)
         drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver", keys_file)
         drivers.start(start.first_step)
         trainers = start_trainers(
@@ -57,6 +59,7 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
                 *(("--engine-keys", str(keys_file)) if keys_file else ()),
             ],
             here=engines_are_here(config.engine),
+            env=trainer_env(config),
         )
         fleet.wait_until_ready()
         (files / "engine").write_text("ready")
@@ -75,7 +78,13 @@ def _supervisor(config: RLConfig | SFTConfig, lock: RunLock) -> Supervisor:
         held=lock.held,
         stopped_timeout_s=config.run.stopped_timeout_s,
         save_grace_s=config.train.save_grace_s,
+        env=child_env(config),
     )
+
+
+def child_env(config: RLConfig | SFTConfig | EvaluateConfig) -> Mapping[str, str]:
+    """Environment of every process of the run."""
+    return NO_GPU if device_of(config.parallel) == "cpu" else {}
 
 
 def launch_sft(config: SFTConfig, lock: RunLock) -> None:
@@ -84,7 +93,13 @@ def launch_sft(config: SFTConfig, lock: RunLock) -> None:
         resolved = write_resolved(on_chosen_device(config), supervisor.scratch, config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(
-                supervisor, "collab_megatron.train_sft", resolved, config.parallel, threads_of(config).trainer, []
+                supervisor,
+                "collab_megatron.train_sft",
+                resolved,
+                config.parallel,
+                threads_of(config).trainer,
+                [],
+                env=trainer_env(config),
             )
         )
 
@@ -158,16 +173,21 @@ def start_trainers(
     extra: list[str],
     *,
     here: bool = True,
+    env: Mapping[str, str],
 ) -> list[ChildProcess]:
     """One process per rank; rank 0 writes to our terminal, the others to their logs. threads: of each rank, on CPU.
-    here: all processes that they exchange tensors with run on this node."""
+    here: all processes that they exchange tensors with run on this node. env: of every rank besides."""
     port = free_port()
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
     device = device_of(parallel)
     return [
         supervisor.start(
-            f"trainer-{rank}", argv, _rank_env(rank, world, port, device, threads, here), show=rank == 0, saves=True
+            f"trainer-{rank}",
+            argv,
+            {**_rank_env(rank, world, port, device, threads, here), **env},
+            show=rank == 0,
+            saves=True,
         )
         for rank in range(world)
     ]
@@ -185,7 +205,7 @@ def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here:
     if here:
         env |= ON_LOOPBACK
     if device == "cpu":
-        env |= {"OMP_NUM_THREADS": str(threads), **OPENMP_WAITS}
+        env |= {"OMP_NUM_THREADS": str(threads), **OPENMP_WAITS, **NO_GPU}
     return env
 
 

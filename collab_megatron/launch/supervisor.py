@@ -58,7 +58,7 @@ class Supervisor:
     The children share a temporary folder (scratch.py), which is removed at the end; without `logs_dir` it also holds
     the logs. `held`: open files that every child inherits, so that their locks (flock) last until the last child ends.
     `stopped_timeout_s`: a child that is stopped for this long has failed; None: no check.
-    `save_grace_s`: time between TERM and KILL for children that save (train.save_grace_s).
+    `save_grace_s`: time between TERM and KILL for children that save (train.save_grace_s). `env`: of every child.
     """
 
     def __init__(
@@ -68,11 +68,13 @@ class Supervisor:
         *,
         stopped_timeout_s: float | None = None,
         save_grace_s: float = 0.0,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._logs_dir = logs_dir or Path()
         self._keeps_logs = logs_dir is not None
         self._held = tuple(held)
         self._save_grace_s = save_grace_s
+        self._env = dict(env or {})
         self._scratch: ScratchFolder | None = None
         self._children: list[ChildProcess] = []
         self._stopped = None if stopped_timeout_s is None else StoppedWatch(stopped_timeout_s)
@@ -136,7 +138,7 @@ class Supervisor:
         try:
             process = subprocess.Popen(
                 list(argv),
-                env={**ours, **env},
+                env={**ours, **self._env, **env},
                 pass_fds=held,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,

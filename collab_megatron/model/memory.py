@@ -13,6 +13,7 @@ Legend: `size` is the bytes of a weight or activation (2 or 4); values without a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,12 @@ INT64 = 8
 # GPU (measured on CPUs only); and its fewest columns: with fewer, matmuls of many tokens lose more than the cache gains
 TILE_BYTES = {"cpu": 2**22, "cuda": 2**28}
 TILE_COLUMNS = 1024
+ENGINE_RESERVE, ENGINE_RESERVE_FROM = 10 * 2**30, 60 * 2**30
+"""What SGLang leaves for its activations and CUDA graphs, on GPUs from that size on; a smaller GPU: the same share.
+Upstream: sglang/srt/arg_groups/memory_hook.py (0.5.23)."""
+RANK_OVERHEAD = 2 * 2**30
+"""CUDA's context, NCCL's buffers and fragmentation of a trainer rank: an estimate, not measured."""
+BUCKETS = 2  # of the weight sync, at a time
 
 
 def tile_columns(tokens: int, *, device: str, chunk_bytes: int) -> int:
@@ -59,6 +66,11 @@ class RankMemory:
     def device(self) -> int:
         """The device's peak."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.working + self.reference
+
+    @property
+    def resident(self) -> int:
+        """What stays on the device while the engines sample."""
+        return self.weights + self.gradients + self.optimizer + self.reference
 
     @property
     def host(self) -> int:
@@ -151,6 +163,17 @@ def engine_memory(spec: ModelSpec, *, dtype: str, engine: EngineSection) -> Engi
     per_token = 2 * spec.layers * kv_heads * spec.head_dim * size
     cache = None if engine.max_total_tokens is None else engine.max_total_tokens * per_token
     return EngineMemory(math.ceil(parameter_count(spec) * size / ranks), per_token, cache)
+
+
+def colocated_share(stages: Sequence[RankMemory], *, gpu_bytes: int, bucket_bytes: int) -> float:
+    """Share of a GPU for weights and KV cache of an engine rank next to a trainer rank (engine.mem_fraction).
+
+    SGLang keeps the rest of what it finds free at its start; the trainer rank, which comes later, and the engine's
+    runtime share that rest. Zero or less where nothing is left.
+    """
+    runtime = min(ENGINE_RESERVE, gpu_bytes * ENGINE_RESERVE // ENGINE_RESERVE_FROM)
+    kept = max(stage.resident for stage in stages) + RANK_OVERHEAD + BUCKETS * bucket_bytes
+    return 1 - (kept + runtime) / gpu_bytes
 
 
 class _Activations:

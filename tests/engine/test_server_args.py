@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from collab_megatron.config.sections import EngineSection
-from collab_megatron.engine.server_args import engine_command
+from collab_megatron.engine.server_args import engine_command, nccl_settings
 
 
 def value_of(argv: tuple[str, ...], flag: str) -> str:
@@ -64,3 +66,34 @@ def test_colocated_servers_give_their_memory_back() -> None:
     assert "--enable-memory-saver" in command.argv
     on_cpu = engine_command(section, model_path="m", dtype="float32", device="cpu", port=1, seed=1)
     assert "--enable-memory-saver" not in on_cpu.argv  # nothing of it works without a GPU
+    # a server that restarts finds GPUs that the trainer fills unequally
+    assert command.env["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
+    apart = engine_command(EngineSection(), model_path="m", dtype="bfloat16", device="cuda", port=1, seed=1)
+    assert "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK" not in apart.env
+
+
+@pytest.mark.parametrize("flags", [(), ("--log-requests",), ("--decode-attention-backend=flex_attention",)])
+def test_fp32_on_a_gpu_takes_a_backend_that_has_it(flags: tuple[str, ...]) -> None:
+    section = EngineSection(extra_args=flags)
+    command = engine_command(section, model_path="m", dtype="float32", device="cuda", port=1, seed=1)
+    chosen = "--attention-backend" in command.argv
+    assert chosen == (not any("attention" in flag for flag in flags))  # the user's choice stays
+    assert not chosen or value_of(command.argv, "--attention-backend") == "triton"
+
+
+def test_nccl_settings_are_those_that_sglang_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srt/entrypoints/engine.py, _set_envs_and_config."""
+    names = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
+
+    def settings(*flags: str, **inherited: str) -> tuple[str, ...]:
+        found = nccl_settings(flags, inherited)
+        return tuple(found[name] for name in names)
+
+    assert settings() == ("0", "0")
+    assert settings(NCCL_CUMEM_ENABLE="1") == ("1", "0")
+    assert settings("--enable-nccl-nvls") == ("0", "1")
+    assert settings("--enable-symm-mem", NCCL_CUMEM_ENABLE="0") == ("1", "1")  # the flag outranks the environment
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    engine = engine_command(EngineSection(), model_path="m", dtype="bfloat16", device="cuda", port=1, seed=1)
+    assert {name: engine.env[name] for name in names} == nccl_settings((), {})

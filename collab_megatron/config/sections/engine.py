@@ -23,7 +23,8 @@ class EngineSection(Section):
     tensor: Positive = 1  # tensor-parallel ranks of each server
     max_total_tokens: Positive | None = None  # KV-cache tokens; None: SGLang decides
     max_running_requests: Positive | None = None  # requests in one batch of a server; None: SGLang decides
-    # share of GPU memory for weights and KV cache; None: SGLang decides
+    # share of GPU memory for weights and KV cache; None: SGLang decides, and for colocated engines what the trainer's
+    # memory leaves (--dry-run prints it)
     mem_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     context_length: Positive | None = None  # tokens of prompt and reply; None: the model's
     # additional flags of sglang.launch_server, except flags that keys of this config set

@@ -145,7 +145,7 @@ class ParallelSection(Section):
     context: Positive = 1  # ranks that share each sequence; needs transformer-engine
     expert: Positive = 1  # ranks that share the experts of a mixture-of-experts model; divides tensor * context * data
     data: Positive = 1  # replicas
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if this machine has a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if GPU and GPU packages are there
     # CPU threads of each rank. None: all cores; with
     # driver.max_staleness > 0 a share, because engines run at the same time
     threads: Positive | None = None

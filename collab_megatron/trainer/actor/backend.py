@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def choose_backend(wanted: str, local_rank: int) -> Backend:
             "parallel.device is cpu (with auto, the launcher found no GPU), but torch finds CUDA devices: set "
             "parallel.device=cuda, or hide them with CUDA_VISIBLE_DEVICES=''"
         )
-    has_te, has_apex = _importable("transformer_engine"), _importable("apex")
+    has_te, has_apex = _has_transformer_engine(), _importable("apex")
     if not has_cuda:
         backend = Backend("cpu", torch.device("cpu"), "gloo", False, False, False, _adam())
         reason = "torch finds no CUDA device"
@@ -71,6 +72,21 @@ def _adam() -> str:
     from megatron.core.optimizer import Adam  # here: importing it before cpu_support has run would fail without CUDA
 
     return str(Adam.__module__).split(".")[0]
+
+
+def _has_transformer_engine() -> bool:
+    """Asked of megatron too, which imports its torch part: the core wheel is found without that part (it is built for
+    one version of torch), and its layers would then be stand-ins that fail when the model is built."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE  # here: as in _adam
+
+    if not HAVE_TE and _importable("transformer_engine"):
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+            reason = "megatron-core does not support this version"
+        except Exception as error:  # noqa: BLE001  (a library that cannot be loaded raises anything)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("transformer-engine is installed but cannot be used, so megatron's layers are: %s", reason)
+    return bool(HAVE_TE)
 
 
 def _importable(module: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.optimizer import set_learning_rates
@@ -66,12 +67,13 @@ class ShardedState:
         self._actor = actor
         actor.gather_weights()  # the last step may have left the weights sharded over the data ranks
         metadata = {"singleton_local_shards": False, "dp_cp_group": actor.grid.dp_cp_group}
-        # without transformer-engine's fp8 bookkeeping: empty in fp32 and bf16, and a pickle
+        # without transformer-engine's fp8 bookkeeping: empty in fp32 and bf16, and a pickle. By type, because grouped
+        # experts have _extra_state, _extra_state1, ... (megatron/core/extensions/transformer_engine.py, 0.16.1)
         chunks = {
             str(number): {
-                name: tensor
-                for name, tensor in chunk.sharded_state_dict(metadata=metadata).items()
-                if not name.endswith("_extra_state")
+                name: entry
+                for name, entry in chunk.sharded_state_dict(metadata=metadata).items()
+                if not isinstance(entry, ShardedObject)
             }
             for number, chunk in enumerate(actor.chunks)
         }
@@ -99,7 +101,7 @@ class ShardedState:
         """Put a loaded tree and its progress into the actor."""
         for number, chunk in enumerate(self._actor.chunks):
             missing, unexpected = chunk.load_state_dict(loaded["model"][str(number)], strict=False)
-            lost = [name for name in missing if not name.endswith("_extra_state")]
+            lost = _tensors_of(chunk).intersection(missing)
             assert not lost, lost
             assert not unexpected, unexpected
         if self._optimizer is not None:
@@ -111,6 +113,12 @@ class ShardedState:
             set_learning_rates(optimizer, scheduler)
         if "random" in loaded:
             _restore_random(loaded["random"])
+
+
+def _tensors_of(chunk: torch.nn.Module) -> set[str]:
+    """Names of its parameters and buffers; a state dict may have entries of other types besides."""
+    named = (*chunk.named_parameters(remove_duplicate=False), *chunk.named_buffers(remove_duplicate=False))
+    return {name for name, _ in named}
 
 
 def _random_states() -> dict[str, torch.Tensor]:

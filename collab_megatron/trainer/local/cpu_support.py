@@ -225,6 +225,10 @@ def create_empty_adam_state(optimizer: Any) -> None:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
                 if parameter.numel() and not state:
-                    state["step"] = torch.tensor(0.0)
+                    # as torch's AdamW does (torch 2.13, optim/adamw.py and adam.py, _init_group): the fused kernel
+                    # refuses a step on another device than the parameter
+                    on_device = group.get("fused") or group.get("capturable")
+                    step_device = parameter.device if on_device else torch.device("cpu")
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)

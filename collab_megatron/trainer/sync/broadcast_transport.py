@@ -117,12 +117,17 @@ class BroadcastTransport(BucketTransport):
     def _send(self, attempt: Attempt, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
         assert self._group is not None, "sending before _connect"
         assert self._group.group is not None, "sending before the group was joined"
-        works = [dist.broadcast(tensor, src=0, group=self._group.group, async_op=True) for tensor in tensors]
+        # the first one connects NCCL and waits for every member before it returns, even as an async one: for a member
+        # that has died, without end
+        starting = in_background("starting a broadcast", self._broadcast, self._group.group, tensors)
 
         def is_sent() -> bool:
-            if not all(work.is_completed() for work in works):
+            if not starting.done():
                 return False
             try:
+                works = starting.result()
+                if not all(work.is_completed() for work in works):
+                    return False
                 for work in works:
                     work.wait()
             except RuntimeError as error:
@@ -133,6 +138,14 @@ class BroadcastTransport(BucketTransport):
             return True
 
         return is_sent
+
+    def _broadcast(self, group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> list[dist.Work]:
+        """On a thread of its own, which has a current device of its own. Its stream is the default one, as the main
+        thread's is, so that it comes after the packing."""
+        if self._grid.device.type == "cuda":
+            torch.cuda.set_device(self._grid.device)
+        works = [dist.broadcast(tensor, src=0, group=group, async_op=True) for tensor in tensors]
+        return [work for work in works if work is not None]
 
     def _load(
         self, attempt: Attempt, bucket: Bucket, version: int | None, control: EngineControl, entry: EngineEntry

@@ -35,6 +35,7 @@ class BucketTransport(ABC):
     unpacked: bool  # whether the tensors of a bucket that is `apart` travel one by one; else all are packed
     one_at_a_time: bool  # whether a bucket is sent only once the one before has arrived
     every_stage: bool  # whether this rank sends the buckets of the other pipeline stages, too
+    renewed: bool = False  # whether a sent buffer is given up for a new one, instead of being written again
 
     def __init__(self, actor: Actor, servers: SyncServers | None, bucket_bytes: int) -> None:
         """`servers` on rank 0."""
@@ -148,11 +149,14 @@ class BucketTransport(ABC):
                 if bucket.apart and self.unpacked:
                     tensors = stream.pieces(bucket)
                 else:
-                    flat = flats[count % len(flats)]
-                    in_flight.wait_for(flat)
-                    tensors = [flat[: bucket.num_bytes]]
+                    place = count % len(flats)
+                    in_flight.wait_for(flats[place])
+                    if self.renewed and count >= len(flats):
+                        tensors = []  # or the buffer would live on here
+                        self._renew(flats, place)
+                    tensors = [flats[place][: bucket.num_bytes]]
                     if mine:
-                        stream.pack(bucket, flat)
+                        stream.pack(bucket, flats[place])
                     if self.every_stage:
                         dist.broadcast(tensors[0], group=self._grid.pp_group, group_src=bucket.stage)
                 if failure is None:
@@ -172,6 +176,13 @@ class BucketTransport(ABC):
         in_flight.wait_for_all()
         if self._grid.device.type != "cpu":
             self._kept = []
+
+    def _renew(self, flats: list[Tensor], place: int) -> None:
+        """A new buffer in the place of one that was sent. The old one is let go of first, so that its memory can be
+        used again as soon as nobody reads it."""
+        num_bytes = flats[place].numel()
+        flats[place] = flats[place].new_empty(0)
+        flats[place] = self._buffers(num_bytes, 1)[0]
 
     def _room(self, stream: BucketStream, buckets: Sequence[Bucket]) -> list[Tensor]:
         """Buffers for the buckets that are packed: two, or one where another is needed for gathering."""

@@ -47,6 +47,10 @@ class IpcTransport(BucketTransport):
         # on GPUs every rank sends to the engine rank on its own GPU, which holds the layers of all stages
         self.sends = is_stage_sender(self._grid) if self._on_cpu else True
         self.every_stage = not self._on_cpu and self._grid.pp_size > 1
+        # A server answers once its copies are queued; its GPU may still read the bucket. torch takes care of that for
+        # memory that the sender lets go of: it is free again when the reader has closed it, which waits for the copies
+        # (torch/csrc/CudaIPCTypes.cpp and StorageSharing.cpp). Memory that the sender writes again has no such guard
+        self.renewed = not self._on_cpu
         self._first_rank: dict[EngineEntry, int] = {}  # of a server, over all servers
         self._readers: list[int] = []  # the engine ranks, over all servers, that read what this rank sends
         if self._on_cpu:

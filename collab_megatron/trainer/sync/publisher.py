@@ -15,6 +15,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from collab_megatron.config.sections import EngineSection, SyncSection
@@ -148,16 +149,15 @@ class Publisher:
                 self._servers.give_up(entry, lost[entry.url])
 
     def make_room(self) -> None:
-        """Colocated engines give their device memory back until the next publish; they must be idle. Collective."""
+        """Colocated engines give their device memory back until the next publish; what they still sample is aborted.
+        Collective."""
         if self._engine.placement != "colocated":
             return
 
         def release() -> None:
             servers = self.servers
             servers.members = servers.live
-            servers.call_survivors(
-                "release_memory_occupation", lambda control, _: control.release_memory(["kv_cache", "weights"])
-            )
+            servers.release_memory()
             self._released = set(servers.members)
 
         on_rank_zero(self._actor.grid, release, group=self._all_ranks)
@@ -178,6 +178,8 @@ class Publisher:
                 "sent to the engines; lower optimizer.lr, then go on from an earlier checkpoint"
             )
         for number in range(1, MAX_ATTEMPTS + 1):
+            self._free_cache()
+            dist.barrier(group=self._all_ranks)  # rank 0 has the engines take their memory back
             members = on_rank_zero(self._actor.grid, self._find, group=self._all_ranks)
             self._attempts += 1
             attempt = Attempt(
@@ -225,6 +227,7 @@ class Publisher:
             outcome = _Outcome("abandoned")
         except RunError as error:
             outcome = _Outcome("error", str(error))
+        self._free_cache()  # the buffers of the sync, before the engines take memory for their KV cache
         outcomes: list[_Outcome] = [outcome] * actor.grid.world_size
         dist.all_gather_object(outcomes, outcome, group=self._all_ranks)
         attempt.close()
@@ -236,6 +239,12 @@ class Publisher:
         if any(one.kind == "abandoned" for one in outcomes):
             raise RunError("a rank abandoned the sync without an error of its own")
         return merge(one.checksums for one in outcomes)
+
+    def _free_cache(self) -> None:
+        """Give back what torch has cached on this rank's GPU: the engine on the same GPU cannot use it."""
+        if self._engine.placement == "colocated" and self._actor.grid.device.type == "cuda":
+            torch.cuda.ipc_collect()  # first the buckets that the engine has read and closed
+            torch.cuda.empty_cache()
 
     def _finish(
         self,

@@ -237,6 +237,22 @@ class SyncServers:
         self.call_survivors("continue_generation", lambda control, _: control.resume())
         return 0.0 if self._paused_at is None else time.monotonic() - self._paused_at
 
+    def release_memory(self) -> None:
+        """Have all servers abort what they still sample and give their device memory back; they stay paused.
+
+        A server that is asked for its memory while a batch runs ends (sglang 0.5.23, srt/managers/scheduler_components/
+        weight_updater.py, asserts). `abort` stops new requests and ends the others, but the scheduler may still have a
+        batch in its overlapped loop: only a flush tells that it is idle.
+        """
+
+        def release(control: EngineControl, entry: EngineEntry) -> None:
+            control.pause("abort")
+            if not control.flush_cache(timeout_s=self.timeout_s / 2):
+                raise EngineSilent(f"{entry} is still busy {self.timeout_s / 2:g} s after its requests were aborted")
+            control.release_memory(["kv_cache", "weights"])
+
+        self.call_survivors("release_memory_occupation", release)
+
     def close(self) -> None:
         for control in self._controls.values():
             control.close()

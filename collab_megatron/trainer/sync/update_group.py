@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -15,6 +17,8 @@ from collab_megatron.trainer.actor.rendezvous import listening_store
 from collab_megatron.trainer.sync.attempt import Attempt
 from collab_megatron.trainer.sync.threads import in_background
 from collab_megatron.wire.roster import EngineEntry
+
+HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 class UpdateGroup:
@@ -41,15 +45,16 @@ class UpdateGroup:
         """torch has no public call for a second, independent world, so this does what the server does on its side
         (sglang/srt/utils/common.py, init_custom_process_group): same store prefix, same group name."""
         store = dist.TCPStore(self.host, self.port, is_master=False, timeout=self._timeout)
-        group, _ = c10d._new_process_group_helper(
-            self.world_size,
-            0,
-            [],
-            dist.Backend(self.backend),
-            dist.PrefixStore(self.name, store),
-            group_name=c10d.GroupName(self.name),
-            timeout=self._timeout,
-        )
+        with _watchdog_leaves_errors_to_us():
+            group, _ = c10d._new_process_group_helper(
+                self.world_size,
+                0,
+                [],
+                dist.Backend(self.backend),
+                dist.PrefixStore(self.name, store),
+                group_name=c10d.GroupName(self.name),
+                timeout=self._timeout,
+            )
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self.world_size)}
         self.group = group
         if self._store is None:  # closed in the meantime
@@ -62,6 +67,25 @@ class UpdateGroup:
             # an NCCL kernel that waits for a dead peer never ends by itself
             leave = c10d._abort_process_group if self.backend == "nccl" else dist.destroy_process_group
             in_background(f"leaving {self.name}", leave, group)
+
+
+@contextlib.contextmanager
+def _watchdog_leaves_errors_to_us() -> Iterator[None]:
+    """NCCL groups made in the block do not end the process when a member dies: the sync gives that server up.
+
+    By default torch's watchdog ends it at a member's death or at the group's deadline, which is also ours. A group
+    reads the variable when it is made (torch 2.13, ProcessGroupNCCL.cpp; _abort_process_group asks for this value).
+    The trainer's own groups keep their watchdog.
+    """
+    before = os.environ.get(HANDLING)
+    os.environ[HANDLING] = "0"  # NoHandling
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[HANDLING]
+        else:
+            os.environ[HANDLING] = before
 
 
 def address_seen_by(members: Sequence[EngineEntry]) -> str:

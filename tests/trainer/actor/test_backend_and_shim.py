@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -37,3 +41,34 @@ def test_the_shim_does_nothing_where_cuda_is_there(monkeypatch: pytest.MonkeyPat
     before = torch.zeros
     assert cpu_support.install.__wrapped__() is False
     assert torch.zeros is before
+
+
+@no_cuda
+def test_a_half_installed_transformer_engine_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its core wheel without the torch part: find_spec finds it, megatron-core does not import it."""
+    choose_backend("auto", 0)  # imports megatron
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, value in (("is_available", True), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with caplog.at_level(logging.WARNING):
+        backend = choose_backend("cuda", 0)
+    assert (backend.name, backend.transformer_engine) == ("cuda", False)
+    assert "cannot be used" in caplog.text
+    assert "No module named 'transformer_engine.pytorch'" in caplog.text
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_step_of_an_empty_adam_state_is_where_the_kernel_wants_it(fused: bool) -> None:
+    """A checkpoint saved before the first step that was not skipped creates the state. The meta device stands for a
+    GPU."""
+    weight = torch.nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.param_groups[0]["fused"] = fused
+    cpu_support.create_empty_adam_state(SimpleNamespace(optimizer=optimizer))
+    state = optimizer.state[weight]
+    assert state["step"].device.type == ("meta" if fused else "cpu")
+    assert state["exp_avg"].device.type == "meta"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from collab_megatron.engine.client import EngineGone
 from collab_megatron.errors import RunError
 from collab_megatron.trainer.convert.buckets import Bucket, TensorInfo
 from collab_megatron.trainer.sync import broadcast_transport
 from collab_megatron.trainer.sync.attempt import Attempt
 from collab_megatron.trainer.sync.broadcast_transport import BroadcastTransport
-from collab_megatron.trainer.sync.servers import SyncServers
+from collab_megatron.trainer.sync.servers import EnginesLost, SyncServers
 from tests.trainer.sync.fake_controls import ENTRIES, FakeControl, sync_servers
 
 PLAN = [Bucket(i, 0, (), (TensorInfo(f"w{i}", (2,), torch.float32),)) for i in range(4)]
 MEMBERS = ENTRIES[:2]
+TIMEOUT_S = 5.0
+SENT: list[Tensor] = []  # the first tensor of every bucket, in order
 
 
 class Stream:
@@ -76,7 +80,10 @@ def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SyncSer
         yield found
 
 
-def transport_of(servers: SyncServers, stream: Stream, send: Callable[[Bucket], Callable[[], bool]]) -> Any:
+def transport_of(
+    servers: SyncServers, stream: Stream, send: Callable[[Bucket], Callable[[], bool]] | None, *, renewed: bool = False
+) -> Any:
+    """`send` None: the transport's own."""
     grid = SimpleNamespace(
         rank=0,
         pp_rank=0,
@@ -90,10 +97,13 @@ def transport_of(servers: SyncServers, stream: Stream, send: Callable[[Bucket], 
 
     class Transport(BroadcastTransport):
         def _send(self, attempt: Attempt, bucket: Bucket, tensors: Sequence[Tensor]) -> Callable[[], bool]:
-            return send(bucket)
+            SENT.append(tensors[0])
+            return send(bucket) if send else super()._send(attempt, bucket, tensors)
 
+    SENT.clear()
+    Transport.renewed = renewed
     nobody_else: Any = None
-    return Transport(actor, servers, 100, all_ranks=nobody_else, timeout_s=5)
+    return Transport(actor, servers, 100, all_ranks=nobody_else, timeout_s=TIMEOUT_S)
 
 
 def attempt() -> Attempt:
@@ -175,3 +185,32 @@ def test_a_rank_that_cannot_send_goes_on_gathering_and_ends_everybodys_wait(serv
     assert stream.gathered == [0, 1, 2, 3], "the other ranks of the stage wait for it there"
     assert this.is_posted("abandoned")
     assert Group.closed > closed, "servers that wait in the group wake up"
+
+
+def test_a_buffer_that_a_server_may_still_read_is_not_written_again(servers: SyncServers) -> None:
+    """CUDA IPC: a server answers before its GPU has copied the bucket. torch keeps memory that the sender lets go of."""
+    transport_of(servers, Stream(), lambda bucket: lambda: True, renewed=True).deliver(attempt(), 3, NoChecksums())
+    assert len({tensor.data_ptr() for tensor in SENT}) == len(PLAN)  # SENT holds them all, as readers would
+    transport_of(servers, Stream(), lambda bucket: lambda: True).deliver(attempt(), 3, NoChecksums())
+    assert len({tensor.data_ptr() for tensor in SENT}) == 2
+
+
+def test_a_server_that_dies_before_the_first_broadcast_does_not_block_the_main_thread(
+    servers: SyncServers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL connects in the first collective, which blocks until every member has come, even as an async one."""
+    never = threading.Event()
+    monkeypatch.setattr(dist, "broadcast", lambda *_, **__: never.wait(60))
+
+    def does(url: str, call: str) -> None:
+        if call == "receive_bucket" and url == MEMBERS[1].url:
+            raise EngineGone(f"engine {url} is gone during receive_bucket")
+
+    FakeControl.does = staticmethod(does)
+    closed, start = Group.closed, time.monotonic()
+    with pytest.raises(EnginesLost):
+        transport_of(servers, Stream(), None).deliver(attempt(), 3, NoChecksums())
+    assert time.monotonic() - start < TIMEOUT_S
+    assert Group.closed > closed
+    assert servers.members == MEMBERS[:1]
+    never.set()
