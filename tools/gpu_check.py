@@ -155,6 +155,7 @@ def main() -> None:
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
+        "DEVICE": args.device,  # tests/conftest.py hides the GPUs from tests without it
         "COLLAB_MEGATRON_GPU_TESTS": args.device,
         "COLLAB_MEGATRON_GPU_ENGINE_ARGS": args.engine_args,
         **({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}),

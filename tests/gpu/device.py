@@ -1,8 +1,9 @@
-"""The device of the tests in this folder: a GPU, or with COLLAB_MEGATRON_GPU_TESTS=cpu the same programs on the CPU.
+"""The device of the tests in this folder: a GPU, or the CPU, where they prove that the tests themselves are sound.
 
+    DEVICE=cuda python -m pytest tests/gpu
     COLLAB_MEGATRON_GPU_TESTS=cpu python -m pytest tests/gpu
 
-On the CPU they prove that the tests themselves are sound. tools/gpu_check.py runs them on either.
+tools/gpu_check.py runs them on either.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ ENGINE_ARGS = tuple(shlex.split(os.environ.get("COLLAB_MEGATRON_GPU_ENGINE_ARGS"
 ON_DEVICE = [
     pytest.mark.gpu,
     pytest.mark.slow,
-    pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device is visible"),
+    pytest.mark.skipif(
+        DEVICE == "cuda" and not torch.cuda.is_available(),
+        reason="no CUDA device is visible; where there is one, DEVICE=cuda shows it to the tests",
+    ),
 ]
 
 

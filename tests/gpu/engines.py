@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.control import EngineControl
-from collab_megatron.engine.server_args import engine_command
+from collab_megatron.engine.server_args import engine_command, nccl_settings
 from collab_megatron.launch.node import visible_gpus
 from collab_megatron.launch.ports import free_port
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
@@ -87,10 +89,19 @@ def write_job(server: GpuServer, work: Path, **sync: Any) -> Path:
     return work / "job.json"
 
 
+def run_rank(script: Path, job: Path, *arguments: str) -> None:
+    """One trainer rank, with NCCL set as the launcher sets it: as the server has it."""
+    with pytest.MonkeyPatch.context() as environment:
+        if DEVICE == "cuda":
+            for name, value in nccl_settings(ENGINE_ARGS, os.environ).items():
+                environment.setenv(name, value)
+        run_ranks(script, 1, str(job), *arguments)
+
+
 def publish_eleven_versions(script: Path, server: GpuServer, work: Path, transport: str) -> list[dict[str, Any]]:
     """The rows of tests/trainer/sync/sync_ranks.py, checked: every version is served, with the trainer's weights."""
     job = write_job(server, work, transport=transport, verify_every=1, bucket_mb=0.25)
-    run_ranks(script, 1, str(job))
+    run_rank(script, job)
     rows: list[dict[str, Any]] = json.loads((work / "replies.json").read_text())
     assert len(rows) == 3
     for row in rows:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from collab_megatron.launch.gpu_env import ONE_QUEUE
 from tests.gpu import gpu_ranks
 from tests.gpu.cases import CASES, OUTCOMES, Case
 from tests.gpu.device import DEVICE, ON_DEVICE, has_transformer_engine
@@ -63,10 +64,13 @@ def run_cases(work: Path, cases: Sequence[Case], ranks: int) -> dict[str, str]:
         if left <= 0:
             return {**errors, **dict.fromkeys(rest, f"not run: the cases before it took {ALL_S:g} s")}
         error = ""
-        try:
-            run_ranks(Path(gpu_ranks.__file__), ranks, str(work), DEVICE, *rest, deadline_s=left)
-        except RanksFailed as failure:
-            error = str(failure)
+        with pytest.MonkeyPatch.context() as environment:
+            if ranks > 1:
+                environment.setenv(ONE_QUEUE, "1")  # as the launcher does
+            try:
+                run_ranks(Path(gpu_ranks.__file__), ranks, str(work), DEVICE, *rest, deadline_s=left)
+            except RanksFailed as failure:
+                error = str(failure)
         outcomes = work / OUTCOMES
         lines = outcomes.read_text().splitlines() if outcomes.exists() else []
         errors |= {json.loads(line)["case"]: "" for line in lines}

@@ -10,8 +10,7 @@ import pytest
 
 from tests.gpu import killed_engine_ranks
 from tests.gpu.device import ON_DEVICE, need_gpus
-from tests.gpu.engines import GpuServer, publish_eleven_versions, running, write_job
-from tests.trainer.parallel.ranks import run_ranks
+from tests.gpu.engines import GpuServer, publish_eleven_versions, run_rank, running, write_job
 from tests.trainer.sync import sync_ranks
 
 pytestmark = ON_DEVICE
@@ -35,7 +34,7 @@ def test_eleven_syncs_by_broadcast(server: GpuServer, tmp_path: Path) -> None:
 def test_an_engine_killed_during_a_broadcast_is_noticed(server: GpuServer, tmp_path: Path, sync: int) -> None:
     """In the first sync, whose group is new, and in a later one."""
     job = write_job(server, tmp_path, transport="broadcast", timeout_s=CALL_S, bucket_mb=0.25)
-    run_ranks(Path(killed_engine_ranks.__file__), 1, str(job), str(sync))
+    run_rank(Path(killed_engine_ranks.__file__), job, str(sync))
     said = json.loads((tmp_path / "said.json").read_text())
     assert said["error"] == "NoEngineLeft", said
     assert said["seconds"] < NOTICED_S

@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.control import EngineControl
-from collab_megatron.engine.server_args import ON_LOOPBACK, engine_command
+from collab_megatron.engine.server_args import ON_LOOPBACK, engine_command, nccl_settings
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.launch.node import visible_gpus
@@ -218,8 +218,9 @@ def run_job(
         publish_json(folder / "job.json", job)
         port = free_port()
         argv = [sys.executable, str(RANK_SCRIPT), str(folder)]
+        nccl = nccl_settings(section.extra_args, os.environ) if gpus else {}  # as the server has it
         ranks = [
-            supervisor.start(f"trainer-{rank}", argv, rank_env(rank, world_size, port), show=rank == 0)
+            supervisor.start(f"trainer-{rank}", argv, rank_env(rank, world_size, port) | nccl, show=rank == 0)
             for rank in range(world_size)
         ]
         supervisor.wait_for(ranks, timeout_s=START_S + len(transports) * (args.repeats + 3) * SYNC_S)
@@ -227,7 +228,7 @@ def run_job(
     return [{"transport": row["transport"], "shape": name, **row} for row in rows]
 
 
-def rank_env(rank: int, world_size: int, port: int) -> Mapping[str, str]:
+def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
     """As the launcher sets it on CPU: one thread per rank, without spinning."""
     torchs = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **ON_LOOPBACK}

@@ -14,19 +14,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from collab_megatron.demo.pipeline import DemoPipeline, DemoSettings, refuse_used_folder
+from collab_megatron.demo.pipeline import DemoPipeline, DemoSettings, Device, refuse_used_folder
 from collab_megatron.errors import RunError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.launch.supervisor import Supervisor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STEPS = {"cuda": 10, "cpu": 2}
+STEPS: Mapping[Device, int] = {"cuda": 10, "cpu": 2}
 
 
-def settings(device: str, run_dir: Path, engine_args: Sequence[str]) -> DemoSettings:
+def settings(device: Device, run_dir: Path, engine_args: Sequence[str]) -> DemoSettings:
     """A policy that has learned the chat format, and short RL; on the CPU just enough to run every stage."""
     on_gpu = device == "cuda"
-    sft = ("parallel.tensor=1", f"parallel.device={device}", "model.dtype=bfloat16", "train.eval_interval=0")
+    sft = ("parallel.tensor=1", "model.dtype=bfloat16", "train.eval_interval=0")
     rl = (
         *(f"parallel.device={device}", "train.eval_at_start=false", "evaluation.num_tasks=24"),
         *("engine.max_restarts=0", f"engine.extra_args=[{', '.join(map(repr, engine_args))}]"),
@@ -36,6 +36,7 @@ def settings(device: str, run_dir: Path, engine_args: Sequence[str]) -> DemoSett
         rl += ("rollout.prompts_per_step=4", "rollout.num_replies=4")
     return DemoSettings(
         run_dir=run_dir,
+        device=device,
         conversations=400 if on_gpu else 48,
         held_out=48 if on_gpu else 24,
         sft_steps=200 if on_gpu else 4,
