@@ -46,21 +46,33 @@ def attention_pairs(length: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def forward_flops(spec: ModelSpec, lengths: Sequence[int]) -> float:
-    """FLOPs of one forward pass over sequences of `lengths` tokens, output head included. Padding is not counted."""
+def forward_flops(spec: ModelSpec, lengths: Sequence[int], trained: int | None = None) -> float:
+    """FLOPs of one forward pass over sequences of `lengths` tokens. Padding is not counted.
+
+    trained: tokens of all sequences that have logits; None: all.
+    """
+    tokens = sum(lengths)
     pairs = sum(attention_pairs(length, spec.sliding_window) for length in lengths)
     per_pair = 4 * spec.layers * spec.heads * spec.head_dim  # query * key, and weight * value
-    return 2.0 * matmul_parameters(spec) * sum(lengths) + float(per_pair * pairs)
+    without_logits = 0 if trained is None else tokens - trained
+    products = matmul_parameters(spec) * tokens - spec.hidden * spec.vocab * without_logits
+    return 2.0 * products + float(per_pair * pairs)
 
 
-def train_flops(spec: ModelSpec, lengths: Sequence[int]) -> float:
+def train_flops(spec: ModelSpec, lengths: Sequence[int], trained: int | None = None) -> float:
     """FLOPs of one forward and backward pass. The optimizer's few operations per parameter are not counted."""
-    return 3.0 * forward_flops(spec, lengths)
+    return 3.0 * forward_flops(spec, lengths, trained)
 
 
-def sample_cost(spec: ModelSpec, length: int) -> float:
-    """Cost of one sequence in tokens: its length, plus attention's FLOPs converted into tokens of matrix products.
+def sample_cost(spec: ModelSpec, length: int, trained: int | None = None) -> float:
+    """Cost of one sequence in tokens: its length, plus attention's FLOPs converted into tokens of matrix products,
+    minus the output head's of the tokens that are not trained.
 
     Balances data ranks: two sequences of 4k are cheaper than one of 8k. The same for forward and training.
     """
-    return forward_flops(spec, [length]) / (2.0 * matmul_parameters(spec))
+    return forward_flops(spec, [length], trained) / token_flops(spec)
+
+
+def token_flops(spec: ModelSpec) -> float:
+    """FLOPs of sample_cost's unit: the matrix products of one token's forward pass, logits included."""
+    return 2.0 * matmul_parameters(spec)

@@ -34,13 +34,16 @@ Upstream: sglang/srt/arg_groups/memory_hook.py (0.5.23)."""
 RANK_OVERHEAD = 2 * 2**30
 """CUDA's context, NCCL's buffers and fragmentation of a trainer rank: an estimate, not measured."""
 BUCKETS = 2  # of the weight sync, at a time
+TILE_MULTIPLE = 128
+"""A GPU reads rows in 16-byte pieces only where they begin at one; the number of tokens in a tile can be any."""
 
 
 def tile_columns(tokens: int, *, device: str, chunk_bytes: int) -> int:
     """Vocabulary columns in one tile of trainer/actor/logprobs.py, whose fp32 logits take at most `chunk_bytes`."""
     column_bytes = FP32 * max(1, tokens)
     wanted = max(TILE_COLUMNS, TILE_BYTES.get(device, 0) // column_bytes)
-    return max(1, min(wanted, chunk_bytes // column_bytes))
+    columns = max(1, min(wanted, chunk_bytes // column_bytes))
+    return columns - columns % TILE_MULTIPLE if columns > TILE_MULTIPLE else columns
 
 
 def size_of(dtype: str) -> int:
@@ -109,7 +112,9 @@ def trainer_memory(
     for stage in range(parallel.pipeline):
         dense, experts = stage_parameters(spec, parallel, stage)
         state = 2 * FP32 + (FP32 if size < FP32 else 0)
-        copies = _copies(parallel) if optimizer.distributed else (1, 1)
+        copies = _copies(parallel)
+        if not optimizer.shards_state(device=device, copies=copies[0]):
+            copies = (1, 1)
         whole = math.ceil(dense / copies[0]) * state + math.ceil(experts / copies[1]) * state
         on_host = round(whole * optimizer.cpu_offload)
         weights = (dense + experts) * size

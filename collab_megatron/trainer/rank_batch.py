@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from collab_megatron.config.sections import TrainSection
-from collab_megatron.model.flops import sample_cost
+from collab_megatron.model.flops import sample_cost, token_flops
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.batching import MicroBatch, TokenSample, idle_like, split_by_tokens
@@ -23,6 +23,7 @@ class RankBatch:
 
     micro_batches: list[MicroBatch]  # at least one; with fewer samples than ranks it may train nothing
     imbalance: float  # cost of the most loaded data rank / mean; 1 is even. The same on every rank
+    forward_flops: float = 0.0  # of one pass over the global batch; prompts count where they are computed
 
 
 def rank_batch(grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], train: TrainSection) -> RankBatch:
@@ -40,7 +41,11 @@ def rank_batch(grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], 
     )
     if not mine:
         micro_batches = [idle_like(micro_batches[0], grid.pad_multiple)]
-    return RankBatch(micro_batches, imbalance=max(loads) * len(loads) / sum(loads))
+    return RankBatch(
+        micro_batches,
+        imbalance=max(loads) * len(loads) / sum(loads),
+        forward_flops=sum(loads) * token_flops(spec),
+    )
 
 
 def _can_share_prompts(grid: RankGrid, samples: Sequence[TokenSample], train: TrainSection) -> bool:
@@ -56,14 +61,14 @@ def _divide(
 ) -> tuple[list[list[int]], list[float]]:
     """(indices, cost) of each data rank. With shared prompts a group stays on one rank, unless dividing it makes the
     most loaded rank faster."""
-    costs = [sample_cost(spec, len(sample.ids)) for sample in samples]
+    costs = [sample_cost(spec, len(sample.ids), int(sum(sample.mask[1:]))) for sample in samples]
     apart = balanced_partition(costs, ranks)
     if not share_prompts:
         return apart, [sum(costs[i] for i in part) for part in apart]
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, sample in enumerate(samples):
         groups.setdefault(sample.prefix, []).append(i)
-    prompt_costs = {prefix: sample_cost(spec, len(prefix)) for prefix in groups}
+    prompt_costs = {prefix: sample_cost(spec, len(prefix), trained=0) for prefix in groups}
 
     def load(part: Sequence[int]) -> float:
         here = Counter(samples[i].prefix for i in part)

@@ -17,6 +17,7 @@ from collab_megatron.trainer.report.alarms import Alarms
 from collab_megatron.trainer.report.dashboard import Dashboard, first_again
 from collab_megatron.trainer.report.progress_line import ProgressLine
 from collab_megatron.trainer.sync.publisher import SyncReport
+from collab_megatron.trainer.utilization import utilization
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class RLReporter:
         self._dashboard.text("config", show_config(config))
         self._progress = ProgressLine(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._alarms = Alarms()
+        self._parallel, self._model = config.parallel, config.model
         self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]
         self._failed_evaluations = 0
         self._unfinished: tuple[int, dict[str, float]] | None = None  # a trained step that `step` has not reported yet
@@ -63,6 +65,9 @@ class RLReporter:
         metrics = {**rollout, **update, **seconds}
         metrics |= sync.metrics()
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
+        if "train/model_tflop" in update:  # not after a step without samples
+            passes_s = seconds["time_s/logprobs"] + seconds["time_s/update"]
+            metrics |= utilization(update["train/model_tflop"], passes_s, self._parallel, self._model)
         metrics |= memory_shares()
         self._dashboard.log(done, metrics)
         self._unfinished = None

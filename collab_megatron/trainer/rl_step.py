@@ -47,11 +47,13 @@ def update(
         return {f"train/{name}": value for name, value in idle.items()}
     parts = mini_batches(batch.samples, algorithm.mini_batches)
     prepared: list[tuple[list[MicroBatch], int]] = []
-    imbalance = 1.0
+    imbalance, flops = 1.0, 0.0
+    forward_passes = (reference is not None) + (len(parts) > 1)
     with timer("logprobs"):
         for part in parts:
             mine = rank_batch(actor.grid, actor.spec, [token_sample(sample, batch.step) for sample in part], train)
             imbalance = max(imbalance, mine.imbalance)
+            flops += mine.forward_flops * (forward_passes + 3)  # a backward pass is twice a forward pass
             micro = mine.micro_batches
             if reference is not None:
                 micro = _attach(micro, "ref_logprobs", reference)
@@ -75,6 +77,7 @@ def update(
     metrics["train/skipped_in_a_row"] = skipped.count(results)
     metrics["train/tokens"] = sum(sample.num_tokens for sample in batch.samples)
     metrics["train/dp_imbalance"] = imbalance
+    metrics["train/model_tflop"] = flops / 1e12
     return metrics
 
 

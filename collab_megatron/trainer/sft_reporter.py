@@ -11,6 +11,7 @@ from collab_megatron.trainer.rank_batch import RankBatch
 from collab_megatron.trainer.report.dashboard import Dashboard
 from collab_megatron.trainer.report.progress_line import ProgressLine, steps_between
 from collab_megatron.trainer.sft_data import SFTData
+from collab_megatron.trainer.utilization import utilization
 
 MOST_LINES, MOST_POINTS = 100, 1000
 """The most lines on the terminal and points on the dashboard in a whole run: a step may take milliseconds."""
@@ -23,6 +24,7 @@ class SFTReporter:
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
         self._dashboard.text("config", show_config(config))
         self._name, self._data = config.run.name, data
+        self._parallel, self._model = config.parallel, config.model
         total = config.train.steps
         self._progress = ProgressLine(
             config.run.name, first_step=first_step, total_steps=total, every=steps_between(total, MOST_LINES)
@@ -43,6 +45,8 @@ class SFTReporter:
             metrics = {f"train/{name}": value for name, value in result.metrics.items()}
             metrics |= {"train/grad_norm": result.grad_norm, "train/lr": result.lr, "train/tokens_per_s": tokens_per_s}
             metrics["train/dp_imbalance"] = batch.imbalance
+            tflop = 3 * batch.forward_flops / 1e12  # a backward pass is twice a forward pass
+            metrics |= utilization(tflop, seconds["time_s/update"], self._parallel, self._model)
             metrics["data/conversations_left_out"] = self._data.left_out
             metrics["data/conversations_left_out_share"] = self._data.share_left_out
             self._dashboard.log(done, {**metrics, **seconds})

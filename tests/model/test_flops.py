@@ -95,6 +95,14 @@ def test_cost_of_a_sequence_is_its_length_and_more_the_longer_it_is() -> None:
     assert train_flops(spec, lengths) == pytest.approx(sum(train_flops(spec, [length]) for length in lengths))
 
 
+def test_tokens_without_logits_cost_nothing_in_the_head() -> None:
+    spec = model_spec(QWEN_7B)
+    head = 2 * spec.hidden * spec.vocab
+    assert forward_flops(spec, [100, 50], trained=30) == pytest.approx(forward_flops(spec, [100, 50]) - 120 * head)
+    assert forward_flops(spec, [100, 50], trained=150) == forward_flops(spec, [100, 50])
+    assert sample_cost(spec, 1, trained=0) == pytest.approx(1 - head / 2 / matmul_parameters(spec), rel=1e-3)
+
+
 def test_peaks_by_device_name() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H200") == 989e12

@@ -14,6 +14,7 @@ import torch
 from tests.trainer.parallel.ranks import Ran, run_script
 from tools.bench import train_step
 from tools.bench.train_step import Skipped, TrainStepRow, interleaved, measure
+from tools.bench.train_step_batches import REPLIES, SHAPES, Call, make_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,12 +25,16 @@ def run(*arguments: str | Path) -> Ran:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Ran, Path]]:
-    """Padded and packed, side by side."""
+    """Padded, and packed with replies to shared prompts in two micro-batches, side by side."""
     folder = tmp_path_factory.mktemp("rows")
     common = ("--shapes", "tiny", "--threads", "1", "--repeats", "1", "--tokens", "48", "--json")
     files = {False: folder / "no-packing.json", True: folder / "packing.json"}
+    more = {False: (), True: ("--batch", "grpo", "--micro-batches", "2")}
     with ThreadPoolExecutor() as pool:
-        running = {packing: pool.submit(run, *common, file, f"--{file.stem}") for packing, file in files.items()}
+        running = {
+            packing: pool.submit(run, *common, file, f"--{file.stem}", *more[packing])
+            for packing, file in files.items()
+        }
     return {packing: (running[packing].result(), file) for packing, file in files.items()}
 
 
@@ -47,7 +52,9 @@ def test_a_row_for_every_phase(measured: dict[bool, tuple[Ran, Path]], packing: 
     assert [(row["shape"], row["dtype"], row["phase"]) for row in rows] == wanted
     assert len(done.stdout.splitlines()) == len(rows)
     for row in rows:
-        assert row["tokens"] == 48
+        assert row["tokens"] == (96 if packing else 48)
+        assert (row["batch"], row["micro_batches"]) == (("grpo", 2) if packing else ("sft", 1))
+        assert row["trained_share"] == pytest.approx(0.25 if packing else 0.75, abs=0.05)
         assert row["packing"] is packing
         assert row["threads"] == 1
         assert row["tokens_per_s"] > 0
@@ -64,6 +71,7 @@ def test_a_row_for_every_phase(measured: dict[bool, tuple[Ran, Path]], packing: 
         (["--repeats", "0"], "--repeats"),
         (["--tokens", "2"], "--tokens"),
         (["--cpu-time"], "--threads 1"),
+        (["--micro-batches", "0"], "--micro-batches"),
         (["--shapes", "70b"], "70b"),
     ],
 )
@@ -71,6 +79,17 @@ def test_mistakes_end_with_2(arguments: list[str], says: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert says in done.stderr
+
+
+def test_a_grpo_batch_is_groups_of_short_replies_to_long_prompts() -> None:
+    ours, padded = make_batches(SHAPES["tiny"], Call("grpo", 2, packing=True, tokens=160), share=True)
+    assert [batch.sample_indices == tuple(range(len(batch.lengths))) for batch in padded] == [True, True]
+    for batch, rows in zip(ours, padded, strict=True):
+        assert sum(batch.lengths) == sum(rows.lengths) == 160
+        assert batch.num_trained_tokens == rows.num_trained_tokens < 0.35 * 160
+        assert max(len(group.own) for group in batch.groups) <= REPLIES
+        assert batch.num_tokens < 160, "no prompt is shared"
+    assert not torch.equal(ours[0].ids, ours[1].ids[:, : ours[0].ids.shape[1]])
 
 
 def test_the_sides_take_turns_and_warm_ups_do_not_count() -> None:
@@ -87,7 +106,7 @@ class SmallGpu:
     fits: Sequence[str] = ()
     built: list[bool]
 
-    def __init__(self, name: str, dtype: str, packing: bool, tokens: int | None, *, alone: bool) -> None:
+    def __init__(self, name: str, dtype: str, call: Call, *, alone: bool) -> None:
         self.built.append(alone)
         self.name, self.alone = name, alone
         if name not in self.fits:
@@ -107,6 +126,8 @@ def wanted() -> argparse.Namespace:
         dtypes=["bfloat16"],
         phases=["logprobs", "step"],
         packing=True,
+        batch="sft",
+        micro_batches=1,
         tokens=None,
         repeats=1,
         cpu_time=False,

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from collab_megatron.config.sections import TrainSection
+from collab_megatron.model.flops import forward_flops
 from collab_megatron.trainer.batching import MicroBatch, TokenSample
 from collab_megatron.trainer.rank_batch import RankBatch, rank_batch
 from tests.trainer.one_process import SPEC, grid_of
@@ -59,3 +60,13 @@ def test_no_prompt_is_shared_where_attention_cannot_do_it(grid: dict[str, int | 
     (part,) = parts([sample(1, number, 6) for number in range(3)], 1, SHARED, **grid)
     assert sum(batch.num_tokens for batch in part.micro_batches) == 3 * 26
     assert not any(batch.packed for batch in part.micro_batches)
+
+
+def test_flops_count_a_shared_prompt_once() -> None:
+    """19 of a prompt's 20 tokens are shared; three replies of 6 behind it. The same on every rank."""
+    samples = [sample(1, number, 6) for number in range(3)]
+    (apart,) = parts(samples, 1, PADDED)
+    (shared,) = parts(samples, 1, SHARED)
+    assert apart.forward_flops == pytest.approx(forward_flops(SPEC, [26] * 3, trained=18))
+    assert shared.forward_flops == pytest.approx(apart.forward_flops - 2 * forward_flops(SPEC, [19], trained=0))
+    assert {part.forward_flops for part in parts(samples, 2, PADDED)} == {apart.forward_flops}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from collab_megatron.config import RLConfig, SFTConfig
 from collab_megatron.json_lines import read_rows
@@ -19,7 +20,7 @@ from collab_megatron.trainer.rl_reporter import RLReporter
 from collab_megatron.trainer.sft_reporter import SFTReporter
 from collab_megatron.trainer.sync.publisher import SyncReport
 
-SECONDS = {"time_s/update": 2.0, "time_s/step": 5.0}
+SECONDS = {"time_s/logprobs": 1.0, "time_s/update": 2.0, "time_s/step": 5.0}
 
 
 @pytest.fixture
@@ -40,10 +41,13 @@ def test_an_rl_step_is_a_row_a_line_and_a_warning(
 ) -> None:
     reporter = RLReporter(rl, first_step=0)
     rollout = {"reward/mr_mean": 0.5, "rollout/cut_share": 0.9, "rollout/clarify_rate": 0.25}
-    reporter.step(1, rollout, {"train/tokens": 100.0, "train/kl": 0.125}, SyncReport(engines=2), SECONDS)
+    update = {"train/tokens": 100.0, "train/kl": 0.125, "train/model_tflop": 6.0}
+    reporter.step(1, rollout, update, SyncReport(engines=2), SECONDS)
     reporter.close()
     (row,) = read_metrics(rl.run.tensorboard_dir)
     assert (row["step"], row["train/tokens_per_s"], row["sync/engines"], row["time_s/step"]) == (1, 50, 2, 5)
+    assert row["train/tflop_per_s_per_rank"] == 2  # 6 in the three seconds of logprobs and update
+    assert ("train/mfu" in row) == torch.cuda.is_available()
     assert 0 < row["system/host_memory_share"] < 1
     assert "demo 1/5 | reward 0.50 | asks 0.25 | kl 0.12" in capsys.readouterr().out
     assert "step 1: 90% of the replies are cut at the token limit" in caplog.text

@@ -3,7 +3,9 @@
     python tools/bench/logprobs.py [--tokens 4096 --vocab 49152 --hidden 576] [--dtypes float32 bfloat16] [--json FILE]
 
 Rows: `naive` (logits.float().log_softmax, gather, entropy without gradient), `ours, kept` (the softmax is kept for the
-backward pass), `ours, chunked` (at most --chunk-mb of fp32 logits, recomputed in the backward pass).
+backward pass), `ours, chunked` (at most --chunk-mb of fp32 logits, recomputed in the backward pass). On a GPU those two
+are Triton's, and `torch, kept` and `torch, chunked` what a CPU uses. The head computes trained tokens only: to see what
+a batch of long prompts costs, give --tokens those that are trained.
 
 Memory is what forward and backward pass take over the inputs, gradients included. On a CPU each row has a fresh process
 of its own, and the kernel's high-water mark is read (VmHWM of /proc/self/status, so Linux only: ru_maxrss would start
@@ -15,6 +17,7 @@ time of all threads. `forward` runs without gradient.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -25,6 +28,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 VARIANTS = ("naive", "ours, kept", "ours, chunked")
+WITHOUT_TRITON = ("torch, kept", "torch, chunked")  # on a GPU, besides
 EVERYTHING = 2**62  # chunk bytes that any logits fit into
 
 
@@ -83,16 +88,18 @@ class Heads:
         """Log-probability of the label and entropy, [tokens] fp32."""
         import torch
 
-        from collab_megatron.trainer.actor.logprobs import head_logprobs
+        from collab_megatron.trainer.actor import logprobs as head
 
         if variant != "naive":
-            return head_logprobs(
-                self.hidden,
-                self.weight,
-                self.labels,
-                vocab=self.inputs.vocab,
-                chunk_bytes=EVERYTHING if variant == "ours, kept" else self.inputs.chunk_mb * 2**20,
-            )
+            without = variant in WITHOUT_TRITON
+            with patch.object(head, "_triton_head", lambda: None) if without else contextlib.nullcontext():
+                return head.head_logprobs(
+                    self.hidden,
+                    self.weight,
+                    self.labels,
+                    vocab=self.inputs.vocab,
+                    chunk_bytes=EVERYTHING if variant.endswith("kept") else self.inputs.chunk_mb * 2**20,
+                )
         every = (self.hidden @ self.weight.t()).float().log_softmax(dim=-1)
         with torch.no_grad():
             entropy = -(every.exp() * every).sum(dim=-1)
@@ -156,17 +163,18 @@ def measure(inputs: HeadInputs, repeats: int) -> list[HeadRow]:
     """One row per variant; the naive one's fp32 matrices must fit in memory."""
     cuda = inputs.device == "cuda"
     heads = Heads(inputs)
-    peaks = {v: heads.peak_mib(v) if cuda else _peak_in_fresh_process(inputs, v) for v in VARIANTS}
-    forward: dict[str, list[float]] = {v: [] for v in VARIANTS}
-    both: dict[str, list[tuple[float, float]]] = {v: [] for v in VARIANTS}
+    variants = VARIANTS + (WITHOUT_TRITON if cuda else ())
+    peaks = {v: heads.peak_mib(v) if cuda else _peak_in_fresh_process(inputs, v) for v in variants}
+    forward: dict[str, list[float]] = {v: [] for v in variants}
+    both: dict[str, list[tuple[float, float]]] = {v: [] for v in variants}
     for repeat in range(repeats + 1):
-        for variant in VARIANTS:
+        for variant in variants:
             without = _seconds(partial(heads.forward_only, variant), cuda)[0]
             whole = _seconds(partial(heads.forward_backward, variant), cuda)
             if repeat:  # the first round warms up
                 forward[variant].append(without)
                 both[variant].append(whole)
-    wall = {v: min(seconds for seconds, _ in both[v]) for v in VARIANTS}
+    wall = {v: min(seconds for seconds, _ in both[v]) for v in variants}
     return [
         HeadRow(
             variant=v,
@@ -177,7 +185,7 @@ def measure(inputs: HeadInputs, repeats: int) -> list[HeadRow]:
             forward_backward_cpu_s=min(cpu for _, cpu in both[v]),
             speedup=wall["naive"] / wall[v],
         )
-        for v in VARIANTS
+        for v in variants
     ]
 
 

@@ -11,6 +11,9 @@ clip_grad_norm_, torch's fused AdamW. The actor keeps fp32 master weights of a b
 bf16 `step`. `transformers_no_masters_tokens_per_s` is AdamW on the bf16 weights themselves, which loses small updates.
 Where both do not fit into a GPU, and with --alone, a row has our figures only, and nothing was compared.
 `--packing`: samples of unequal length, ours packed, theirs padded, as sdpa has no packing. Counts real tokens only.
+`--batch grpo`: short replies to long prompts; on a CPU and packed, ours computes a prompt once for its replies, as in
+training. `--micro-batches`: so many of them in a call, with gradients accumulated. MFU counts the logits of trained
+tokens only, on both sides, although transformers computes all.
 """
 
 from __future__ import annotations
@@ -18,26 +21,24 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json
+from tools.bench.train_step_batches import KINDS, SHAPES, Call, Dtype, make_batches, make_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from collab_megatron.trainer.actor.actor import Actor, LossFn, StepResult
-    from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample
+    from collab_megatron.trainer.batching.micro_batch import MicroBatch
 
-Dtype = Literal["float32", "bfloat16"]
 PHASES = ("logprobs", "forward_backward", "step")
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 WARM_UPS = 2
@@ -45,32 +46,6 @@ LR = 1e-6
 # Largest differences of the two sides: mean of a token's log-prob (spread 1 to 1.5); relative loss and gradient norm.
 # In bf16 each side is as far from fp32 as from the other: 30 layers of rounding.
 TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (0.1, 0.05)}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A model and its batch."""
-
-    architecture: str
-    sizes: dict[str, int]
-    rows: int
-    length: int  # tokens of a row; the longest one with packing
-    tied: bool = True
-
-
-def _sizes(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> dict[str, int]:
-    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
-    return dict(zip(names.split(), (hidden, layers, heads, kv_heads, ffn, vocab), strict=True))
-
-
-_LLAMA, _QWEN2, _QWEN3 = "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
-SHAPES: dict[str, ModelShape] = {
-    "tiny": ModelShape(_QWEN3, _sizes(64, 2, 4, 2, 128, 512), rows=2, length=32),
-    "8m": ModelShape(_LLAMA, _sizes(256, 6, 8, 4, 768, 12288), rows=4, length=256),  # 7.9 M parameters, 40% embedding
-    "135m": ModelShape(_LLAMA, _sizes(576, 30, 9, 3, 1536, 49152), rows=2, length=256),  # SmolLM2-135M
-    "qwen2.5-1.5b": ModelShape(_QWEN2, _sizes(1536, 28, 12, 2, 8960, 151936), rows=4, length=2048),
-    "qwen2.5-7b": ModelShape(_QWEN2, _sizes(3584, 28, 28, 4, 18944, 152064), rows=4, length=2048, tied=False),
-}
 
 
 @dataclass(frozen=True)
@@ -87,6 +62,9 @@ class TrainStepRow:
     transformers_no_masters_tokens_per_s: float | None = None  # `step` in bf16 only
     mfu: float | None = None  # share of the device's peak; where that is known
     transformers_mfu: float | None = None
+    batch: str = "sft"
+    micro_batches: int = 1
+    trained_share: float | None = None  # of the tokens
 
 
 @dataclass(frozen=True)
@@ -97,51 +75,17 @@ class Skipped:
     skipped: str  # why
 
 
-def make_model(shape: ModelShape, dtype: Dtype, folder: Path) -> None:
-    """Write a Hugging Face folder with random weights, wide enough for distributions that differ."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    model_type = {_LLAMA: "llama", _QWEN2: "qwen2", _QWEN3: "qwen3"}[shape.architecture]
-    sizes = {**shape.sizes, "max_position_embeddings": 8192}
-    config = AutoConfig.for_model(model_type, **sizes, tie_word_embeddings=shape.tied, initializer_range=0.05)
-    config.architectures = [shape.architecture]
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
-
-
-def make_samples(shape: ModelShape, packing: bool, tokens: int | None) -> list[TokenSample]:
-    """Random tokens: the first quarter is the prompt, the rest is trained."""
-    from collab_megatron.trainer.batching.micro_batch import TokenSample
-
-    rng = random.Random(2)
-    wanted, samples = tokens or shape.rows * shape.length, []
-    while wanted > 1:
-        length = rng.randint(shape.length // 4, shape.length) if packing else shape.length
-        length = min(length, wanted)
-        prompt, vocab = length // 4, shape.sizes["vocab_size"]
-        ids = [rng.randrange(vocab) for _ in range(length)]
-        values = {
-            "advantages": [rng.uniform(-1.0, 1.0)] * length,
-            **{name: [rng.uniform(-12.0, -8.0) for _ in ids] for name in ("rollout_logprobs", "ref_logprobs")},
-        }
-        samples.append(TokenSample(ids, [0.0] * prompt + [1.0] * (length - prompt), values))
-        wanted -= length
-    return samples
-
-
 class Reference:
-    """Plain transformers and torch, on the same batch in padded form."""
+    """Plain transformers and torch, on the same micro-batches in padded form."""
 
-    def __init__(self, folder: Path, dtype: Dtype, batch: MicroBatch, loss_fn: LossFn, device: Any) -> None:
+    def __init__(self, folder: Path, dtype: Dtype, batches: Sequence[MicroBatch], loss_fn: LossFn, device: Any) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
         self.model = model.to(device).train()
-        self.batch, self.loss_fn = batch, loss_fn
+        self.batches, self.loss_fn = [batch.to(device) for batch in batches], loss_fn
+        self.trained = sum(batch.num_trained_tokens for batch in batches)
         self.weights: list[Any] = list(self.model.parameters())
 
     def make_step(self, *, masters: bool) -> Callable[[], None]:
@@ -166,12 +110,11 @@ class Reference:
 
         return step
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Log-prob of each token and the entropy there: fp32 [B, S], zero in the first column."""
+    def statistics(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids [B, S]: log-prob of each token and the entropy there: fp32 [B, S], zero in the first column."""
         import torch
         import torch.nn.functional as F
 
-        ids = self.batch.ids
         scores = torch.log_softmax(self.model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
         with torch.no_grad():
             entropy = -(scores.exp() * scores).sum(dim=-1)
@@ -179,32 +122,37 @@ class Reference:
         logprobs = scores.gather(-1, ids.roll(-1, dims=1)[..., None])[..., 0]
         return F.pad(logprobs[:, :-1], (1, 0)), F.pad(entropy[:, :-1], (1, 0))
 
-    def logprobs(self) -> Tensor:
+    def logprobs(self) -> list[Tensor]:
+        """[B, S] per micro-batch."""
         import torch
 
         with torch.no_grad():
-            logprobs, entropy = self.statistics()
-        entropy.cpu()
-        return logprobs.cpu()
+            found = [self.statistics(batch.ids) for batch in self.batches]
+        on_host = [(logprobs.cpu(), entropy.cpu()) for logprobs, entropy in found]  # both, as ours returns them
+        return [logprobs for logprobs, _ in on_host]
 
     def gradients(self) -> float:
         """The loss."""
         self.model.zero_grad(set_to_none=True)
-        logprobs, _ = self.statistics()
-        loss = self.loss_fn(logprobs, self.batch).loss / self.batch.num_trained_tokens
-        loss.backward()
-        return float(loss.detach())
+        total = 0.0
+        for batch in self.batches:
+            loss = self.loss_fn(self.statistics(batch.ids)[0], batch).loss / self.trained
+            loss.backward()
+            total += float(loss.detach())
+        return total
 
 
 class Ours:
     """The actor on the same samples, padded or packed."""
 
-    def __init__(self, actor: Actor, batch: MicroBatch, loss_fn: LossFn) -> None:
-        self.actor, self.batch = actor, batch
-        self.step_arguments = ([batch], loss_fn, batch.num_trained_tokens)
+    def __init__(self, actor: Actor, batches: Sequence[MicroBatch], loss_fn: LossFn) -> None:
+        self.actor, self.batches = actor, batches
+        self.trained = sum(batch.num_trained_tokens for batch in batches)
+        self.step_arguments = (batches, loss_fn, self.trained)
 
-    def logprobs(self) -> Tensor:
-        return self.actor.logprobs([self.batch])[0][0]
+    def logprobs(self) -> list[Tensor]:
+        """[B, S] per micro-batch, 0 where nothing is trained."""
+        return self.actor.logprobs(self.batches)[0]
 
     def gradients(self) -> None:
         self.actor._gradients(*self.step_arguments)  # train_step without the optimizer: only a benchmark wants that
@@ -217,7 +165,7 @@ def check_same(ours: Ours, reference: Reference, dtype: Dtype) -> None:
     """Log-probs, loss and gradient norm of both sides before the first update. Raises RunError where they differ."""
     import torch
 
-    pairs = zip(ours.batch.per_sample(ours.logprobs()), reference.batch.per_sample(reference.logprobs()), strict=True)
+    pairs = zip(_trained(ours.batches, ours.logprobs()), _trained(reference.batches, reference.logprobs()), strict=True)
     apart = torch.cat([a - b for a, b in pairs]).abs().mean().item()
     wanted_loss = reference.gradients()
     norms = [w.grad.float().norm() for w in reference.weights if w.grad is not None]
@@ -232,6 +180,14 @@ def check_same(ours: Ours, reference: Reference, dtype: Dtype) -> None:
     ):
         if not difference <= tolerance:
             raise RunError(f"the {what} of actor and transformers differ by {difference:.2g}, above {tolerance:g}")
+
+
+def _trained(batches: Sequence[MicroBatch], values: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The values of each sample's trained tokens, in the order in which the samples were made."""
+    for batch, found in zip(batches, values, strict=True):
+        by_sample = zip(batch.sample_indices, batch.per_sample(found), batch.per_sample(batch.mask.cpu()), strict=True)
+        for _, sample, mask in sorted(by_sample, key=lambda entry: entry[0]):
+            yield sample[mask > 0]
 
 
 def interleaved(sides: Sequence[Callable[[], Any]], repeats: int, clock: Callable[[], float]) -> list[float]:
@@ -256,27 +212,24 @@ def gpu_clock() -> float:
 class Comparison:
     """One shape in one dtype: both sides built, checked, and ready to be measured."""
 
-    def __init__(self, name: str, dtype: Dtype, packing: bool, tokens: int | None, *, alone: bool = False) -> None:
+    def __init__(self, name: str, dtype: Dtype, call: Call, *, alone: bool = False) -> None:
         """alone: without transformers' side."""
         from collab_megatron.config.sections import AlgorithmSection, OptimizerSection
         from collab_megatron.trainer.actor.actor import Actor
         from collab_megatron.trainer.actor.grid import grid
-        from collab_megatron.trainer.batching.micro_batch import split_by_tokens
         from collab_megatron.trainer.loss.grpo_step import make_grpo_loss
 
-        self.name, self.dtype, self.packing = name, dtype, packing
+        self.name, self.dtype, self.call = name, dtype, call
         loss_fn = make_grpo_loss(AlgorithmSection())
-        samples = make_samples(SHAPES[name], packing, tokens)
-        cut = partial(split_by_tokens, samples, micro_batch_tokens=10**9, pad_id=0)
         with tempfile.TemporaryDirectory() as work:
             make_model(SHAPES[name], dtype, Path(work))
             self.device = grid().device
             section = OptimizerSection(lr=LR)
             actor = Actor.build(work, dtype=dtype, grid=grid(), optimizer=section, total_steps=10**6)
-            batch = cut()[0].to(self.device)
-            self.reference = None if alone else Reference(Path(work), dtype, batch, loss_fn, self.device)
+            batches, padded = make_batches(SHAPES[name], call, share=self.device.type == "cpu")
+            self.reference = None if alone else Reference(Path(work), dtype, padded, loss_fn, self.device)
         self.spec = actor.spec
-        self.ours = Ours(actor, cut(packed=packing)[0], loss_fn)
+        self.ours = Ours(actor, batches, loss_fn)
         if self.reference is not None:
             check_same(self.ours, self.reference, dtype)
 
@@ -299,9 +252,9 @@ class Comparison:
         on_gpu = self.device.type == "cuda"
         clock = gpu_clock if on_gpu else time.process_time if cpu_time else time.perf_counter
         seconds = interleaved(sides, repeats, clock)
-        lengths = self.ours.batch.lengths
+        lengths = [length for batch in ours.batches for length in batch.lengths]
         peak = peak_flops(torch.cuda.get_device_name()) if on_gpu and self.dtype == "bfloat16" else None
-        flops = (forward_flops if phase == "logprobs" else train_flops)(self.spec, lengths)
+        flops = (forward_flops if phase == "logprobs" else train_flops)(self.spec, lengths, ours.trained)
         speeds = [sum(lengths) / t for t in seconds]
         compared = theirs is not None
         return TrainStepRow(
@@ -310,7 +263,10 @@ class Comparison:
             phase=phase,
             tokens=sum(lengths),
             threads=torch.get_num_threads(),
-            packing=self.packing,
+            packing=self.call.packing,
+            batch=self.call.kind,
+            micro_batches=self.call.micro_batches,
+            trained_share=ours.trained / sum(lengths),
             tokens_per_s=speeds[0],
             transformers_tokens_per_s=speeds[1] if compared else None,
             ratio=speeds[0] / speeds[1] if compared else None,
@@ -324,6 +280,7 @@ def measure(args: argparse.Namespace) -> Iterator[TrainStepRow | Skipped]:
     """All phases of all shapes in all dtypes. Where both sides do not fit, ours is measured alone from there on."""
     import torch
 
+    call = Call(args.batch, args.micro_batches, args.packing, args.tokens)
     for name in args.shapes:
         for dtype in args.dtypes:
             alone = args.alone
@@ -332,7 +289,7 @@ def measure(args: argparse.Namespace) -> Iterator[TrainStepRow | Skipped]:
                 row: TrainStepRow | Skipped | None = None
                 while row is None:
                     try:
-                        comparison = comparison or Comparison(name, dtype, args.packing, args.tokens, alone=alone)
+                        comparison = comparison or Comparison(name, dtype, call, alone=alone)
                         row = comparison.row(phase, args.repeats, args.cpu_time)
                     except torch.OutOfMemoryError as error:
                         reason = f"out of memory: {str(error).splitlines()[0]}"
@@ -382,13 +339,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     cpu_time = "measure the process's CPU time instead of the wall clock's, for a busy machine; needs --threads 1"
     parser.add_argument("--cpu-time", action="store_true", help=cpu_time)
-    parser.add_argument("--tokens", type=int, help="tokens of a call; default: the shape's own")
+    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch; default: the shape's own")
+    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a call")
+    parser.add_argument("--batch", choices=KINDS, default="sft", help="see above")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, help="see above; default: on CUDA")
     parser.add_argument("--alone", action="store_true", help="ours only, for what does not fit twice; not compared")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, as a list")
     args = parser.parse_args()
-    if args.repeats < 1 or (args.tokens is not None and args.tokens < 8) or (args.threads or 1) < 1:
-        raise UserError("--repeats and --threads must be at least 1, --tokens at least 8")
+    if (
+        args.repeats < 1
+        or (args.tokens is not None and args.tokens < 8)
+        or min(args.threads or 1, args.micro_batches) < 1
+    ):
+        raise UserError("--repeats, --threads and --micro-batches must be at least 1, --tokens at least 8")
     if args.cpu_time and args.threads != 1:
         raise UserError("--cpu-time counts all threads together: give --threads 1 with it")
     return args

@@ -177,9 +177,14 @@ class OptimizerSection(Section):
     beta2: float = Field(default=0.95, ge=0, lt=1)  # decay of the squared gradient's running mean
     eps: float = Field(default=1e-8, gt=0)  # added to the denominator of the update
     clip_grad: float = Field(default=1.0, ge=0)  # largest gradient norm; 0 turns clipping off
-    distributed: bool = False  # megatron's DistributedOptimizer (optimizer state sharded over data ranks)
+    # megatron's DistributedOptimizer (optimizer state sharded over data ranks); None: on GPUs with several data ranks
+    distributed: bool | None = None
     overlap: bool | None = None  # overlap communication with computation; None: on GPUs
     cpu_offload: Share = 0.0  # share of master weights and moments that are kept and updated on the host
+
+    def shards_state(self, *, device: str, copies: int) -> bool:
+        """Whether each of the `copies` ranks that hold the same weights has a part of their optimizer state only."""
+        return device == "cuda" and copies > 1 if self.distributed is None else self.distributed
 
     @model_validator(mode="after")
     def _decays(self) -> Self:

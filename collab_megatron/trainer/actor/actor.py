@@ -142,7 +142,7 @@ class Actor:
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
         """Per micro-batch [B, S] fp32 on the CPU: log-probability of each token, and entropy of its distribution.
 
-        Both are 0 at a sample's first token and meaningless at padding. Collective over the ranks that share the model,
+        Both are 0 outside the mask, where the head computes nothing. Collective over the ranks that share the model,
         which must pass the same micro-batches; with expert parallelism over all ranks.
         """
         self.gather_weights()
@@ -159,7 +159,7 @@ class Actor:
 
         with phase(self.grid, "log-probs"):
             run_schedule(step, self.chunks, micro_batches, self.grid, forward_only=True)
-            aligned = [token_aligned(out, batch, self.grid) for out, batch in zip(found, micro_batches, strict=False)]
+            aligned = [token_aligned(out, self.grid) for out, _ in zip(found, micro_batches, strict=False)]
             shapes = [(2, *batch.ids.shape) for batch in micro_batches]
             statistics = from_last_stage(aligned, shapes, self.grid)
         return [logprobs for logprobs, _ in statistics], [entropy for _, entropy in statistics]

@@ -22,7 +22,7 @@ class Backend:
     device: torch.device
     process_group: str  # gloo | nccl
     transformer_engine: bool  # its layers; else those of local/layers.py
-    gradient_fusion: bool  # weight gradients are added to the buffer inside the matmul (apex extension, on CUDA)
+    gradient_fusion: bool  # weight gradients are added to the buffer inside the matmul (of transformer-engine or apex)
     overlap: bool  # gradients are reduced during the backward pass
     optimizer: str  # whose Adam megatron uses: transformer_engine | apex | torch; optimizer.cpu_offload uses torch's
 
@@ -52,8 +52,9 @@ def choose_backend(wanted: str, local_rank: int) -> Backend:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        # megatron asserts on this extension when the fusion is asked for without it
-        fusion = _importable("fused_weight_gradient_mlp_cuda")
+        # transformer-engine's layers have it built in; megatron's own need this extension of apex, and the local ones
+        # neither (kernels.into_rows)
+        fusion = has_te or _importable("fused_weight_gradient_mlp_cuda")
         backend = Backend("cuda", device, "nccl", has_te, fusion, True, _adam())
         reason = f"CUDA is there; transformer-engine {_has(has_te)}, apex {_has(has_apex)}"
     logger.info("backend %s: %s (%s)", backend.name, _summary(backend), reason)

@@ -4,6 +4,8 @@ The vocabulary is processed in tiles. A tile's softmax is reduced to two numbers
 entropy); those of all tiles, then of all ranks, are merged exactly. Tiles of columns, not of tokens, mean that one
 matmul writes each row of the weight's gradient, without accumulation.
 
+On a GPU, triton_head.py does the same with fewer passes over memory; this file is the reference, and what a CPU uses.
+
 The backward pass needs every tile's softmax again. They are kept from the forward pass if all fit the caller's budget
 (three matmuls per step, as in a plain head), else recomputed (four). The kept softmax is that of the tile alone, so it
 is not touched again: the rest of the gradient's factor belongs to the token and goes to the small side of each matmul.
@@ -16,6 +18,8 @@ of a tile, T tiles.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -24,8 +28,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from collab_megatron.model.memory import tile_columns
+from collab_megatron.trainer.actor.head_parts import WeightGrad, merge
 
-NO_COLUMNS = -1e30  # log-normalizer of a rank with padding only: its weight is 0, without NaN
+logger = logging.getLogger(__name__)
+
+# the largest difference in the trial of Triton's head: fp32 or TF32 products, of logits with a spread of 16
+TRIAL_BOUND = 0.05
 # a tile with less than 1 / MOST_RARE of the probability counts as if it had that much, so that its factors are finite
 MOST_RARE = 1e15
 
@@ -92,14 +100,7 @@ class _HeadLogprobs(torch.autograd.Function):
             torch.add(log_share, mean, out=entropies[t]).neg_()
             if keep:
                 kept.append(softmax.to(hidden.dtype, copy=True))
-        log_normalizer, entropy = _merge(log_totals, entropies)
-        if group is not None and dist.get_world_size(group) > 1:
-            mine = torch.stack([log_normalizer, entropy, label_logit])
-            shards = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(shards, mine, group=group)
-            every = torch.stack(shards, dim=1)  # [3, ranks, N]
-            log_normalizer, entropy = _merge(every[0], every[1])
-            label_logit = every[2].sum(dim=0)
+        log_normalizer, entropy, label_logit = merge(log_totals, entropies, label_logit, group)
         logprobs = label_logit - log_normalizer
         rarity = (log_normalizer - log_totals).exp_().clamp_(max=MOST_RARE)  # 1 / (the tile's share of probability)
         label_share = (label_logit - log_totals).exp_()  # the label's share of the tile that has it
@@ -120,7 +121,7 @@ class _HeadLogprobs(torch.autograd.Function):
         hidden_wanted, weight_wanted = ctx.needs_input_grad[:2]
         work = None if kept or not ctx.tiles else _Workspace(hidden, ctx.tiles[0][1], ctx.temperature)
         hidden_grad = torch.zeros_like(hidden, dtype=rarity.dtype)
-        weight_grad = _WeightGrad(weight, ctx.is_embedding) if weight_wanted else None
+        weight_grad = WeightGrad(weight, ctx.is_embedding) if weight_wanted else None
         part = torch.empty_like(hidden)
         for t, (i, j) in enumerate(ctx.tiles):
             if work is None:
@@ -138,43 +139,6 @@ class _HeadLogprobs(torch.autograd.Function):
         return hidden_grad.to(hidden.dtype) if hidden_wanted else None, found, *[None] * 7
 
 
-class _WeightGrad:
-    """Target of the weight gradient's rows: megatron's buffer if the weight has one, else a new tensor.
-
-    The protocol of the buffer is that of kernels._into_buffer, unless the weight is the embedding too: then autograd
-    gets no gradient from here, and megatron's hook adds the embedding's gradient to the buffer.
-    """
-
-    def __init__(self, weight: Any, is_embedding: bool) -> None:
-        self._weight, self._is_embedding = weight, is_embedding
-        self._buffer: Tensor | None = getattr(weight, "main_grad", None)
-        self._adds = self._buffer is not None and (is_embedding or weight.grad_added_to_main_grad)
-        self._rows: Tensor = torch.empty_like(weight) if self._buffer is None else self._buffer
-
-    def write(self, i: int, j: int, softmax: Tensor, scaled: Tensor) -> None:
-        """Write rows i..j: softmax [N, j - i] transposed, times scaled [N, H]."""
-        rows = self._rows[i:j]
-        if rows.dtype != softmax.dtype:
-            product = softmax.t() @ scaled
-            rows.add_(product) if self._adds else rows.copy_(product)
-        elif self._adds:
-            rows.addmm_(softmax.t(), scaled)
-        else:
-            torch.mm(softmax.t(), scaled, out=rows)
-
-    def finish(self, written: int) -> Tensor | None:
-        """The gradient for autograd. Rows from `written` on are padding."""
-        if self._buffer is None:
-            self._rows[written:] = 0.0
-            return self._rows
-        if self._is_embedding:
-            return None
-        if not self._adds:
-            self._rows[written:] = 0.0
-        self._weight.grad_added_to_main_grad = True
-        return torch.empty_like(self._weight)
-
-
 def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The start of a flat buffer as a contiguous matrix."""
     return flat[: shape[0] * shape[1]].view(shape)
@@ -190,15 +154,6 @@ def _subtract_label(softmax: Tensor, local: Tensor, i: int, j: int, value: Tenso
     inside, column = _columns(local, i, j)
     here = column[:, None]
     softmax.scatter_(1, here, torch.where(inside[:, None], value[:, None].to(softmax.dtype), softmax.gather(1, here)))
-
-
-def _merge(log_totals: Tensor, entropies: Tensor) -> tuple[Tensor, Tensor]:
-    """[parts, N] logs of the totals and entropies of parts of the vocabulary -> those of their union, [N] each."""
-    if not len(log_totals):
-        return torch.full_like(log_totals.sum(dim=0), NO_COLUMNS), entropies.sum(dim=0)
-    whole = log_totals.logsumexp(dim=0)
-    log_shares = log_totals - whole
-    return whole, (log_shares.exp() * (entropies - log_shares)).sum(dim=0)  # entropy's chain rule
 
 
 def head_logprobs(
@@ -242,7 +197,44 @@ def head_logprobs(
     columns = tile_columns(hidden.shape[0], device=hidden.device.type, chunk_bytes=chunk_bytes)
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     keep = keep and column_bytes * real <= chunk_bytes
-    logprobs, entropy = _HeadLogprobs.apply(
+    triton_head = _triton_head() if hidden.is_cuda and hidden.dtype in (torch.float32, torch.bfloat16) else None
+    head = _HeadLogprobs if triton_head is None else triton_head
+    logprobs, entropy = head.apply(
         hidden, weight, labels - first, real, columns, keep, group, is_embedding, temperature
     )
     return logprobs, entropy
+
+
+@functools.cache
+def _triton_head() -> type[torch.autograd.Function] | None:
+    """The head of triton_head.py, tried once against the one in this file; None, with a warning, if it does not work.
+
+    Both have the same collectives, so ranks need not agree.
+    """
+    try:
+        from collab_megatron.trainer.actor.triton_head import TritonHeadLogprobs  # here: Triton may be missing
+
+        differs = _difference(TritonHeadLogprobs, torch.device("cuda", torch.cuda.current_device()))
+    except Exception as error:  # noqa: BLE001  # a missing package, or whatever compiler and driver raise: training goes on without it
+        logger.warning("output head: torch's operations, because Triton's cannot be used (%r)", error)
+        return None
+    if not differs < TRIAL_BOUND:
+        logger.warning("output head: torch's operations, because Triton's differ from them by %g", differs)
+        return None
+    logger.info("output head: Triton, which differs from torch's operations by %.1g", differs)
+    return TritonHeadLogprobs
+
+
+def _difference(other: type[torch.autograd.Function], device: torch.device) -> float:
+    """The largest difference of the two heads' results and gradients for a few tokens."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 299, 7, 150, 128], device=device)
+    hidden, weight = (torch.randn(n, 64, generator=generator).to(device) for n in (len(labels), 300))
+    found = []
+    for head in (_HeadLogprobs, other):
+        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.enable_grad():
+            results = head.apply(*inputs, labels, len(weight), 128, False, None, False, 0.5)
+            gradients = torch.autograd.grad(results[0].sum(), inputs)
+        found.append(torch.cat([values.detach().flatten() for values in (*results, *gradients)]))
+    return (found[0] - found[1]).abs().max().item()

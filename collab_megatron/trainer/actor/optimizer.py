@@ -28,17 +28,22 @@ def overlaps(section: OptimizerSection, grid: RankGrid) -> bool:
     return grid.backend.overlap if section.overlap is None else section.overlap
 
 
+def shards_state(section: OptimizerSection, grid: RankGrid) -> bool:
+    """Whether the optimizer state is sharded over the ranks that hold the same weights."""
+    return section.shards_state(device=grid.backend.name, copies=grid.dp_size * grid.cp_size)
+
+
 def wrap_for_training(
     chunks: Sequence[PolicyModel], section: OptimizerSection, grid: RankGrid
 ) -> list[DistributedDataParallel]:
     """Each chunk inside megatron's DDP: contiguous fp32 gradient buffers, summed (never averaged) over data ranks."""
     config = chunks[0].config
-    overlap = overlaps(section, grid)
+    overlap, sharded = overlaps(section, grid), shards_state(section, grid)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=section.distributed,
+        use_distributed_optimizer=sharded,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and section.distributed,
+        overlap_param_gather=overlap and sharded,
         check_for_nan_in_grad=False,  # step_if_finite does; a rank that raises would leave the others waiting
     )
     wrapped = [
@@ -70,6 +75,7 @@ def build_optimizer(
     The first warm-up step has lr / warmup_steps: at 0 it would train nothing.
     """
     patch_torch_adamw()
+    sharded = wrapped[0].ddp_config.use_distributed_optimizer
     config = OptimizerConfig(
         optimizer="adam",
         lr=section.lr,
@@ -81,14 +87,14 @@ def build_optimizer(
         clip_grad=section.clip_grad,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=section.distributed,
+        use_distributed_optimizer=sharded,
         overlap_param_gather=wrapped[0].ddp_config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, wrapped)
     logger.info(
         "optimizer: %s, state %s, lr %g %s",
         type(parts(optimizer)[0].optimizer).__name__,
-        "sharded over the data ranks" if section.distributed else "whole on every data rank",
+        "sharded over the data ranks" if sharded else "whole on every data rank",
         section.lr,
         section.schedule,
     )

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    layers,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -27,10 +32,11 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class PolicyModel(GPTModel):
-    """GPTModel that, on the last stage and given labels, returns [2, b, s] fp32: log-probability of each label, and
-    entropy.
+    """GPTModel that, on the last stage and given labels, returns [2, b, s] fp32: log-probability of each trained label,
+    and entropy; 0 elsewhere.
 
-    Overrides the method in which GPTModel makes the logits of all tokens at once.
+    Overrides the method in which GPTModel makes the logits of all tokens at once. Tokens that are not trained, such as
+    prompts, have no logits at all.
     """
 
     spec: ModelSpec
@@ -38,22 +44,30 @@ class PolicyModel(GPTModel):
     logits_chunk_bytes: int
     temperature: float = 1.0  # of the distribution of both results
 
-    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None, **_: Any) -> Tensor:
-        """hidden_states [s, b, h] (a part of s under sequence parallelism), labels [b, s] int64 -> [2, b, s]."""
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """hidden_states [s, b, h] (a part of s under sequence parallelism), labels [b, s] int64 -> [2, b, s].
+
+        loss_mask: not a mask, but the positions in [s, b], flattened, whose labels are trained (trained_rows).
+        """
         if not self.post_process or labels is None:
             return hidden_states
+        assert loss_mask is not None
+        rows = loss_mask
         group = self.grid.tp_group if self.grid.tp_size > 1 else None
         # in the backward pass both sum the gradient over the vocabulary's shards
         if self.grid.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group) if group else hidden_states
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1]).index_select(0, rows)
+        if group is not None and not self.grid.sequence_parallel:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        logprobs, entropy = head_logprobs(
-            hidden.reshape(-1, hidden.shape[-1]),
+        found = head_logprobs(
+            hidden,
             weight,
-            labels.transpose(0, 1).reshape(-1),
+            labels.t().flatten().index_select(0, rows),
             vocab=self.spec.vocab,
             tp_rank=self.grid.tp_rank,
             group=group,
@@ -61,7 +75,9 @@ class PolicyModel(GPTModel):
             is_embedding=tied and self.pre_process,
             temperature=self.temperature,
         )
-        return torch.stack([logprobs, entropy]).view(2, *hidden.shape[:2]).transpose(1, 2)
+        statistics = torch.stack(found)
+        every = statistics.new_zeros(2, labels.numel()).index_copy(1, rows, statistics)
+        return every.view(2, *hidden_states.shape[:2]).transpose(1, 2)
 
 
 def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid, recompute: Recompute) -> TransformerConfig:
@@ -174,7 +190,7 @@ def _build_chunk(
     logits_chunk_bytes: int,
 ) -> PolicyModel:
     device = grid.device
-    with device if device.type == "meta" else contextlib.nullcontext():
+    with device if device.type == "meta" else contextlib.nullcontext(), output_layer_without_apex():
         model = PolicyModel(
             config=config,
             transformer_layer_spec=layer_spec(config, grid.backend, chunk),
@@ -193,6 +209,21 @@ def _build_chunk(
     # upstream supports llama3 scaling with one set of constants only; the frequencies are a plain attribute
     model.rotary_pos_emb.inv_freq = rope_frequencies(spec.rope, spec.head_dim).to(device)
     return model
+
+
+@contextlib.contextmanager
+def output_layer_without_apex() -> Iterator[None]:
+    """Megatron refuses to build its own linear layers for fused weight gradients if apex's extension is missing.
+
+    transformer-engine's layers have a fusion of their own, so only the output layer is left, and that is never called:
+    PolicyModel takes its weight. Source: megatron-core 0.16.1, tensor_parallel/layers.py, ColumnParallelLinear.
+    """
+    before = layers._grad_accum_fusion_available
+    layers._grad_accum_fusion_available = True
+    try:
+        yield
+    finally:
+        layers._grad_accum_fusion_available = before
 
 
 def _mark_shards(model: PolicyModel, spec: ModelSpec, grid: RankGrid) -> None:

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.batching.micro_batch import MicroBatch, idle_like
+from collab_megatron.trainer.batching.micro_batch import MicroBatch, idle_like, on_device
 from collab_megatron.trainer.batching.partition import context_columns, from_context_parts
 from collab_megatron.trainer.local.layers import Packing
 
@@ -22,20 +22,23 @@ ForwardStep = Callable[[Iterator[MicroBatch], Any], tuple[Tensor, Any]]
 def forward(model: Any, batch: MicroBatch, grid: RankGrid) -> tuple[Tensor, MicroBatch]:
     """One forward pass; returns the chunk's output and the batch for the loss function.
 
-    The output is [2, B, S] fp32 on the last stage (log-probability and entropy of each label), else hidden states. The
-    batch is on grid.device, with its entries at the positions that predict them; under context parallelism both are
-    this rank's columns.
+    The output is [2, B, S] fp32 on the last stage (log-probability and entropy of each trained label, 0 elsewhere),
+    else hidden states. The batch is on grid.device, with its entries at the positions that predict them; under context
+    parallelism both are this rank's columns.
     """
-    batch = batch.to(grid.device)
     inputs, labelled = batch.ids, batch.by_predicting_position()
     if grid.cp_size > 1:
-        columns = context_columns(inputs.shape[1], grid.cp_rank, grid.cp_size).to(grid.device)
+        columns = context_columns(inputs.shape[1], grid.cp_rank, grid.cp_size).to(inputs.device)
         inputs, labelled = inputs.index_select(1, columns), labelled.take_columns(columns)
+    rows = labelled.trained_rows()  # before the copy to a GPU: the search would wait for all that is queued there
+    inputs, rows = on_device(inputs, grid.device), on_device(rows, grid.device)
+    labelled = labelled.to(grid.device)
     output = model(
         input_ids=inputs,
         position_ids=None,
         attention_mask=None,
         labels=labelled.ids,
+        loss_mask=rows,
         packed_seq_params=Packing.of(batch.segments, grid.device) if batch.packed else None,
     )
     return output, labelled
@@ -75,15 +78,16 @@ def _with_idle(micro_batches: Sequence[MicroBatch], grid: RankGrid) -> list[Micr
     return [*micro_batches, *[idle_like(micro_batches[0], grid.pad_multiple)] * (count - len(micro_batches))]
 
 
-def token_aligned(output: Tensor, batch: MicroBatch, grid: RankGrid) -> Tensor:
-    """The last stage's [2, B, S] (this context rank's columns) -> whole rows, each entry at the token it belongs to."""
+def token_aligned(output: Tensor, grid: RankGrid) -> Tensor:
+    """The last stage's [2, B, S] (this context rank's columns) -> whole rows, each entry at the token it belongs to.
+
+    A first token gets the entry of the row's, or of another sample's, last position, which predicts nothing: 0.
+    """
     if grid.cp_size > 1:
         parts = [torch.empty_like(output) for _ in range(grid.cp_size)]
         dist.all_gather(parts, output.contiguous(), group=grid.cp_group)
         output = from_context_parts(parts)
-    aligned = output.roll(1, dims=-1)
-    aligned[..., batch.first_columns] = 0.0
-    return aligned.cpu()
+    return output.roll(1, dims=-1).cpu()
 
 
 def from_last_stage(tensors: list[Tensor], shapes: Sequence[tuple[int, ...]], grid: RankGrid) -> list[Tensor]:

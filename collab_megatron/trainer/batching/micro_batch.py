@@ -82,15 +82,6 @@ class MicroBatch:
                 yield 0, slice(start, start + length)
                 start += length
 
-    @property
-    def first_columns(self) -> list[int]:
-        """Columns at which a sequence, a shared prefix or a reply after one starts: their tokens are not predicted by
-        the token before. The same columns in every row."""
-        if not self.packed:
-            return [0]
-        lengths = (length for prefix, own in self.groups for length in ((prefix, *own) if prefix else own))
-        return list(itertools.accumulate(lengths, initial=0))[:-1] or [0]
-
     def per_sample(self, values: Tensor) -> list[Tensor]:
         """values [B, S] -> a [T] tensor per sample, without padding, with a shared prefix in front."""
         found = []
@@ -110,9 +101,11 @@ class MicroBatch:
             start += group.prefix + sum(group.own)
 
     def to(self, device: torch.device) -> MicroBatch:
-        if self.ids.device == device:
-            return self
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: on_device(tensor, device))
+
+    def trained_rows(self) -> Tensor:
+        """Where the mask is set, ascending, in the order of the model's output: [s, b] flattened. int64 [N]."""
+        return self.mask.t().flatten().nonzero()[:, 0]
 
     def by_predicting_position(self) -> MicroBatch:
         """Every tensor shifted left by one: entry [b, t] now belongs to token t + 1, which position t predicts.
@@ -130,6 +123,13 @@ class MicroBatch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         values = {name: change(value) for name, value in self.values.items()}
         return replace(self, ids=change(self.ids), mask=change(self.mask), values=values)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. A GPU reads it from pinned memory: from other memory, the copy waits for the GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def split_by_tokens(

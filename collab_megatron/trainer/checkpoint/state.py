@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from collab_megatron.trainer.actor.actor import Actor
-from collab_megatron.trainer.actor.optimizer import set_learning_rates
+from collab_megatron.trainer.actor.optimizer import set_learning_rates, shards_state
 from collab_megatron.trainer.checkpoint.optimizer_state import OptimizerState
 
 PROGRESS = "progress"
@@ -30,7 +30,7 @@ def layout_of(actor: Actor) -> dict[str, Any]:
         "num_params": actor.num_params,
         "dtype": str(actor.dtype).removeprefix("torch."),
         "optimizer": actor.optimizer is not None,
-        "distributed_optimizer": bool(actor.section and actor.section.distributed),
+        "distributed_optimizer": actor.section is not None and shards_state(actor.section, actor.grid),
     }
 
 

@@ -1,19 +1,25 @@
 """Norm, rotary embedding, gated activation, linear layer and short bf16 attention with hand-written backward passes.
 
 Autograd derives the same gradients operation by operation: each writes a whole tensor that the next one reads. On a CPU
-this memory traffic is most of the time besides the matrix products. Plain torch on any device; gradients are tested
-against autograd's. Legend: s sequence, b batch, h heads, g key/value heads, d head
+this memory traffic is most of the time besides the matrix products. Plain torch on any device, but on a GPU compiled.py
+comes first; gradients are tested against autograd's. Legend: s sequence, b batch, h heads, g key/value heads, d head
 size, n any leading dimensions.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from collab_megatron.trainer.local.compiled import compiled
+
+logger = logging.getLogger(__name__)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -52,6 +58,8 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [n, hidden], weight [hidden] -> x / rms(x) * weight, same shape and dtype."""
+    if x.is_cuda and (fast := compiled("rms_norm", x.device)):
+        return fast(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
     out: Tensor = _RmsNorm.apply(x, weight, eps)
     return out
 
@@ -76,6 +84,8 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(x: Tensor) -> Tensor:
     """x [n, 2*ffn], gate before up -> silu(gate) * up [n, ffn]."""
+    if x.is_cuda and (fast := compiled("swiglu", x.device)):
+        return fast(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
     out: Tensor = _SwiGlu.apply(x)
     return out
 
@@ -106,6 +116,8 @@ class _Rope(torch.autograd.Function):
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [s, b, h, d] rotated by angles whose cosines and sines are [s, 1, 1, d/2], in x's dtype."""
+    if x.is_cuda and (fast := compiled("rope", x.device)):
+        return fast(x, cos, sin)
     out: Tensor = _Rope.apply(x, cos, sin)
     return out
 
@@ -136,15 +148,42 @@ def _into_buffer(weight: Any, rows: Tensor, inputs: Tensor) -> Tensor:
     The protocol is that of megatron's fused kernel: `grad_added_to_main_grad`, reset with the buffer, makes its hook
     ignore the placeholder. Here it also shows whether this is the buffer's first gradient, which needs no addition.
     """
-    buffer, first = weight.main_grad, not weight.grad_added_to_main_grad
-    if buffer.dtype == rows.dtype:
-        buffer.addmm_(rows.t(), inputs, beta=0.0 if first else 1.0)
-    elif first:
-        buffer.copy_(rows.t() @ inputs)
-    else:
-        buffer.add_(rows.t() @ inputs)
+    into_rows(weight.main_grad, rows.t(), inputs, adds=weight.grad_added_to_main_grad)
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)
+
+
+@functools.cache
+def adds_into_fp32(device: torch.device) -> bool:
+    """Whether torch's addmm adds a product of bf16 matrices to an fp32 one on this device; tried once.
+
+    torch 2.8 has out_dtype on CUDA (aten/src/ATen/native/cuda/Blas.cpp, _addmm_dtype_out_cuda), but refuses an fp32
+    matrix to add to; later versions take it. No version has it on a CPU.
+    """
+    rows = torch.ones(16, 16, device=device)
+    ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        torch.addmm(rows, ones, ones, out_dtype=torch.float32, out=rows)
+    except (RuntimeError, TypeError) as error:
+        logger.debug("weight gradients are added to their buffer after the matrix product: %s", error)
+        return False
+    return bool((rows == 17).all())
+
+
+def into_rows(rows: Tensor, left: Tensor, right: Tensor, *, adds: bool) -> None:
+    """rows = left @ right, or rows += left @ right, where rows may be wider than the factors: an fp32 buffer of bf16.
+
+    Where torch can, the matrix product adds to the wide buffer itself, as apex's wgrad_gemm_accum_fp32 does: it is
+    never rounded to bf16, and nothing else reads or writes the buffer.
+    """
+    if rows.dtype == left.dtype:
+        rows.addmm_(left, right, beta=1.0 if adds else 0.0)
+    elif rows.dtype == torch.float32 and adds_into_fp32(rows.device):
+        torch.addmm(rows, left, right, out_dtype=rows.dtype, beta=1.0 if adds else 0.0, out=rows)
+    elif adds:
+        rows.add_(left @ right)
+    else:
+        rows.copy_(left @ right)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

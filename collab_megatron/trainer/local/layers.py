@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from collab_megatron.trainer.actor.backend import Backend
 from collab_megatron.trainer.batching.micro_batch import PackedGroup
+from collab_megatron.trainer.local import varlen
 from collab_megatron.trainer.local.kernels import linear, rms_norm, rope, short_attention, swiglu
 
 SHORT = 256  # tokens up to which short_attention trains faster than torch's CPU kernel
@@ -89,6 +90,11 @@ class SdpaAttention(MegatronModule):
             return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
         assert isinstance(packed_seq_params, Packing)
         groups = packed_seq_params.groups
+        shared = any(group.prefix for group in groups)
+        if not shared and varlen.usable(query.device, query.dtype, query.shape[-1]):
+            ends, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+            out = varlen.attend(query, key, value, ends, longest, scale=self.scale, window=self.window)
+            return out.reshape(query.shape[0], -1)
         parts = zip(*(x.split([g.prefix + sum(g.own) for g in groups]) for x in (query, key, value)), strict=True)
         outs = [out for group, qkv in zip(groups, parts, strict=True) for out in self._group(group, *qkv)]
         return torch.cat(outs).reshape(query.shape[0], -1)

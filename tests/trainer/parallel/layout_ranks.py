@@ -44,10 +44,7 @@ def micro_batches(case: Case, grid: RankGrid) -> list[MicroBatch]:
 
 
 def compare_statistics(actor: Actor, batches: list[MicroBatch], wanted: dict[str, list[Tensor]]) -> float:
-    """Log-probs (and entropies where `wanted` has them) of every sample; the largest relative difference.
-
-    With shared prompts of the trained tokens: the first token behind a prompt of several has one place for each.
-    """
+    """Log-probs (and entropies where `wanted` has them) of every trained token, relative; all others have exactly 0."""
     worst = 0.0
     for name, found in zip(("logprobs", "entropies"), actor.logprobs(batches), strict=True):
         if name not in wanted:
@@ -56,9 +53,9 @@ def compare_statistics(actor: Actor, batches: list[MicroBatch], wanted: dict[str
             assert values.shape == batch.ids.shape
             assert values.dtype == torch.float32
             for sample, found_T in zip(batch.sample_indices, batch.per_sample(values), strict=True):
-                assert found_T[0] == 0
-                mask_T = torch.tensor(SAMPLES[sample].mask) if any(g.prefix for g in batch.groups) else 1.0
-                worst = max(worst, relative(found_T * mask_T, wanted[name][sample] * mask_T))
+                mask_T = torch.tensor(SAMPLES[sample].mask)
+                assert not found_T[mask_T == 0].any()
+                worst = max(worst, relative(found_T, wanted[name][sample] * mask_T))
     assert worst < TOLERANCE, f"{'/'.join(wanted)} differ by {worst}"
     return worst
 
