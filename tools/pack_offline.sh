@@ -11,14 +11,16 @@
 #
 # Environment variables, with their defaults below: PYTHON (any, with pip; for te an environment with torch), TARGET
 # (Python of the GPU machine), PIECE_MB, HAVE (packages that are there already), SGLANG, KERNEL, TE, TE_SOURCE (a file,
-# if pip cannot fetch it), LOCKS (what to bring), DEMO (a run of make demo).
+# if pip cannot fetch it), LOCKS, TEST_LOCK and TEST_PACKAGES (what to bring), DEMO (a run of make demo).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly PYTHON=${PYTHON:-python3} TARGET=${TARGET:-3.12} PIECE_MB=${PIECE_MB:-60} DEMO=${DEMO:-runs/demo}
 readonly HAVE=${HAVE:-torch triton transformers tokenizers safetensors accelerate numpy}
-readonly LOCKS=${LOCKS:-requirements/cpu.txt requirements/dev.txt}
-# of the second lock only what runs tests/gpu
+# all of these, where the second one exists
+readonly LOCKS=${LOCKS:-requirements/cpu.txt requirements/megatron-py${TARGET/./}.txt}
+# and of this lock what runs tests/gpu
+readonly TEST_LOCK=${TEST_LOCK-requirements/dev.txt}
 readonly TEST_PACKAGES=${TEST_PACKAGES:-pytest pytest-timeout pytest-asyncio pluggy iniconfig}
 readonly SGLANG=${SGLANG:-sglang==0.5.23}
 readonly KERNEL=${KERNEL:-sglang-kernel==0.4.5}  # built for torch 2.11.0
@@ -69,12 +71,15 @@ pack() {  # GROUP FOLDER: pieces of the folder's tar, and their sums
 tree() { git archive --format=tar --prefix=collab_megatron/ HEAD | tar -C "$1" -xf -; }
 
 base() {
-  local first rest
-  read -r first rest <<<"$LOCKS"
-  lock_blocks "$first" "$HAVE" 0 > "$work/base.txt"
-  [ -z "$rest" ] || lock_blocks "$rest" "$TEST_PACKAGES" 1 > "$work/tests.txt"
-  download "$1/wheels" --require-hashes -r "$work/base.txt"
-  [ ! -s "$work/tests.txt" ] || download "$1/wheels" --require-hashes -r "$work/tests.txt"
+  local lock
+  for lock in $LOCKS; do
+    [ -e "$lock" ] || continue
+    lock_blocks "$lock" "$HAVE" 0 > "$work/lock.txt"
+    download "$1/wheels" --require-hashes -r "$work/lock.txt"
+  done
+  [ -n "$TEST_LOCK" ] || return 0
+  lock_blocks "$TEST_LOCK" "$TEST_PACKAGES" 1 > "$work/lock.txt"
+  download "$1/wheels" --require-hashes -r "$work/lock.txt"
 }
 
 engine() {

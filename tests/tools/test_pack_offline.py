@@ -73,6 +73,7 @@ def test_pieces_are_small_and_join_to_what_was_packed(tmp_path: Path) -> None:
     env = {
         "PYTHON": sys.executable,
         "LOCKS": str(tmp_path / "lock.txt"),
+        "TEST_LOCK": "",
         "PIECE_MB": "1",
         "DEMO": str(demo),
         "PIP_NO_INDEX": "1",
