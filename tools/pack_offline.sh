@@ -10,8 +10,8 @@
 # demo    data and SFT model of DEMO; not needed for tools/gpu_check.py, which makes its own
 #
 # Environment variables, with their defaults below: PYTHON (any, with pip; for te an environment with torch), TARGET
-# (Python of the GPU machine), PIECE_MB, HAVE (packages that are there already), SGLANG, KERNEL, TE, TE_SOURCE (a file,
-# if pip cannot fetch it), LOCKS, TEST_LOCK and TEST_PACKAGES (what to bring), DEMO (a run of make demo).
+# (Python of the GPU machine), PIECE_MB, HAVE (packages that are there already), LOCKS, TEST_LOCK and TEST_PACKAGES (what
+# to bring), SGLANG, KERNEL, ENGINE_EXTRA, TE, TE_SOURCE (a file, if pip cannot fetch it), DEMO (a run of make demo).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,6 +24,8 @@ readonly TEST_LOCK=${TEST_LOCK-requirements/dev.txt}
 readonly TEST_PACKAGES=${TEST_PACKAGES:-pytest pytest-timeout pytest-asyncio pluggy iniconfig}
 readonly SGLANG=${SGLANG:-sglang==0.5.23}
 readonly KERNEL=${KERNEL:-sglang-kernel==0.4.5}  # built for torch 2.11.0
+# for colocated engines; for SGLang's config modules, to go with torch 2.11; for the device's memory
+readonly ENGINE_EXTRA=${ENGINE_EXTRA:-torch-memory-saver==0.0.10 torchvision==0.26.0 nvidia-ml-py==13.615.71}
 readonly TE=${TE:-2.11.0} TE_SOURCE=${TE_SOURCE:-}
 # not loaded by an engine with the triton attention backend on one sm_90 GPU
 readonly SGLANG_WITHOUT='sglang/(multimodal_gen|rust|test|benchmark|srt/multimodal)/'
@@ -85,6 +87,8 @@ base() {
 engine() {
   download "$1/wheels" "$SGLANG"
   download "$1/wheels" "$KERNEL"
+  local extra
+  for extra in $ENGINE_EXTRA; do download "$1/wheels" "$extra"; done
   "$PYTHON" tools/gpu/trim_wheel.py "$1"/wheels/sglang-*.whl "$SGLANG_WITHOUT"
   "$PYTHON" tools/gpu/trim_wheel.py "$1"/wheels/sglang_kernel-*.whl "$KERNEL_WITHOUT"
 }
