@@ -26,8 +26,8 @@ STEPS: Mapping[Device, int] = {"cuda": 10, "cpu": 2}
 def settings(device: Device, run_dir: Path, engine_args: Sequence[str]) -> DemoSettings:
     """A policy that has learned the chat format, and short RL; on the CPU just enough to run every stage."""
     on_gpu = device == "cuda"
-    sft = ("parallel.tensor=1", "model.dtype=bfloat16", "train.eval_interval=0")
-    rl = (
+    sft: tuple[str, ...] = ("parallel.tensor=1", "model.dtype=bfloat16", "train.eval_interval=0")
+    rl: tuple[str, ...] = (
         *(f"parallel.device={device}", "train.eval_at_start=false", "evaluation.num_tasks=24"),
         *("engine.max_restarts=0", f"engine.extra_args=[{', '.join(map(repr, engine_args))}]"),
     )
