@@ -9,7 +9,7 @@
 # te      transformer-engine: the core wheel, and the source of its torch part
 # demo    data and SFT model of DEMO; not needed for tools/gpu_check.py, which makes its own
 #
-# Environment variables, with their defaults below: PYTHON (any, with pip; for te an environment with torch), TARGET
+# Environment variables, with defaults below: PYTHON (any, with pip; for te an environment with torch), TARGET
 # (Python of the GPU machine), PIECE_MB, HAVE (packages that are there already), LOCKS, TEST_LOCK, TEST_PACKAGES (what to
 # bring), SGLANG, KERNEL, ENGINE_EXTRA, TE, TE_SOURCE (a file, if pip cannot fetch it), DEMO (a run of make demo).
 set -euo pipefail

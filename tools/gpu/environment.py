@@ -22,7 +22,8 @@ from collab_megatron.files import publish_json
 PACKAGES = (
     *("torch", "triton", "transformers", "tokenizers", "numpy", "megatron-core", "transformer-engine"),
     *("transformer-engine-cu13", "transformer-engine-torch", "flash-attn", "apex", "sglang", "sglang-kernel"),
-    *("torch-memory-saver", "flashinfer-python", "nvidia-nccl-cu13", "nvidia-cudnn-cu13", "litellm", "openai", "pydantic"),
+    *("torch-memory-saver", "flashinfer-python", "nvidia-nccl-cu13", "nvidia-cudnn-cu13"),
+    *("litellm", "openai", "pydantic"),
 )
 PROGRAMS: Mapping[str, tuple[str, ...]] = {
     "nvidia-smi": ("--query-gpu=name,driver_version,memory.total,memory.used,clocks.max.sm", "--format=csv,noheader"),
