@@ -10,7 +10,7 @@
 # demo    data and SFT model of DEMO; not needed for tools/gpu_check.py, which makes its own
 #
 # Environment variables, with defaults below: PYTHON (any, with pip; for te an environment with torch), TARGET
-# (Python of the GPU machine), PIECE_MB, HAVE (packages that are there already), LOCKS, TEST_LOCK, TEST_PACKAGES (what to
+# (Python there), PIECE_MB, HAVE (packages that are there already), LOCKS, TEST_LOCK, TEST_PACKAGES (what to
 # bring), SGLANG, KERNEL, ENGINE_EXTRA, TE, TE_SOURCE (a file, if pip cannot fetch it), DEMO (a run of make demo).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
