@@ -52,9 +52,10 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.trainer.sync.proof.probe import probe_ids
     from collab_megatron.trainer.sync.publisher import Publisher
 
-    if config.engine.placement == "colocated":  # they divide the memory that is free at their start (launch/colocation)
+    if config.engine.placement == "colocated" and config.parallel.device == "cuda":
+        # before this rank uses its GPU: they divide the memory that is free at their start (launch/colocation.py)
         arguments.wait_for_engine(config.engine.startup_timeout_s)
-    grid = init_grid(config.parallel, config.run.seed)
+    grid = init_grid(config.parallel, config.run.seed, waits_s=config.sync.timeout_s)
     total = config.train.steps
     actor = Actor.build(
         config.model.path,

@@ -60,8 +60,10 @@ def main() -> None:
     keep_from_others(UMASKS[0])
     run_dir = args.run_dir.absolute()
     check_folder("--run-dir", run_dir)
-    make = short_settings if args.short else DemoSettings
-    settings = make(run_dir=run_dir, seed=args.seed, device=args.device)
+    if args.short:
+        settings = short_settings(run_dir, args.seed, args.device)
+    else:
+        settings = DemoSettings(run_dir, args.seed, args.device)
     summary = run_ablation(settings, REPOSITORY) if args.ablation else run_demo(settings, REPOSITORY)
     print_summary(summary, args.run_dir)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.errors import UserError
-from collab_megatron.launch.node import Node
+from collab_megatron.launch.node import Node, has_gpu_packages
 from collab_megatron.launch.threads import usable_cores
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.model.tables import parameter_count
@@ -74,11 +74,19 @@ def started_ranks(engine: EngineSection) -> int:
 
 
 def check_gpus(parallel: ParallelSection, needed: int, node: Node) -> None:
-    if node.device(parallel) == "cuda" and node.gpus < needed:
+    """Check that the node has the GPUs, and this environment what uses them. Raises UserError."""
+    if node.device(parallel) == "cpu":
+        return
+    if node.gpus < needed:
         there = f"{node.gpus} are visible" if node.here else f"--gpus names {node.gpus}"
         raise UserError(
             f"this layout needs {needed} GPUs on the node, {there}: lower parallel.tensor, parallel.data, engine.count "
             "or engine.tensor, or set parallel.device=cpu to train on the CPU"
+        )
+    if node.here and not has_gpu_packages():
+        raise UserError(
+            "parallel.device=cuda, but this environment has no GPU packages (a torch built for CUDA, and SGLang's "
+            "kernels): build one with make install-gpu, or set parallel.device=cpu"
         )
 
 

@@ -6,6 +6,7 @@ If a driver or trainer rank fails, all other processes are ended and its error m
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,11 +19,17 @@ from pydantic import BaseModel
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, show_config
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.engine.server_args import NO_GPU, ON_LOOPBACK, OPENMP_WAITS, EngineCommand, engine_command
+from collab_megatron.engine.server_args import (
+    NO_GPU,
+    ON_LOOPBACK,
+    OPENMP_WAITS,
+    EngineCommand,
+    engine_command,
+    nccl_settings,
+)
 from collab_megatron.files import publish_text
 from collab_megatron.launch.drivers import Drivers
 from collab_megatron.launch.fleet import Fleet
-from collab_megatron.launch.gpu_env import trainer_env
 from collab_megatron.launch.lock import RunLock
 from collab_megatron.launch.node import device_of, visible_gpus
 from collab_megatron.launch.ports import free_port
@@ -35,6 +42,7 @@ C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
 
 DRIVER_END_S = 60.0
 RESOLVED = "resolved.yaml"
+ONE_QUEUE = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
@@ -206,6 +214,21 @@ def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here:
         env |= ON_LOOPBACK
     if device == "cpu":
         env |= {"OMP_NUM_THREADS": str(threads), **OPENMP_WAITS, **NO_GPU}
+    return env
+
+
+def trainer_env(config: RLConfig | SFTConfig) -> dict[str, str]:
+    """Variables of every trainer rank on GPUs, which NCCL and the driver read when they are first used; what the user
+    has set stays. Nothing on CPU."""
+    if device_of(config.parallel) == "cpu":
+        return {}
+    env = {}
+    if config.parallel.tensor > 1 or config.parallel.context > 1:
+        # Megatron starts a collective just before the kernel that it shall overlap with, and relies on one queue for
+        # that order (megatron-core 0.16.1, core/tensor_parallel/layers.py). Servers have 8: SGLang sets that itself
+        env[ONE_QUEUE] = os.environ.get(ONE_QUEUE, "1")
+    if isinstance(config, RLConfig) and config.sync.transport_for(config.engine.placement) == "broadcast":
+        env |= nccl_settings(config.engine.extra_args, os.environ)
     return env
 
 

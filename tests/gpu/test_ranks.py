@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from collab_megatron.launch.gpu_env import ONE_QUEUE
+from collab_megatron.launch.run_processes import ONE_QUEUE
 from tests.gpu import gpu_ranks
 from tests.gpu.cases import CASES, OUTCOMES, Case
 from tests.gpu.device import DEVICE, ON_DEVICE, has_transformer_engine

@@ -13,10 +13,10 @@ from collab_megatron.config import RLConfig, load_config
 from collab_megatron.demo.pipeline import DemoPipeline, DemoSettings
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.errors import UserError
-from collab_megatron.launch import node, run_processes
-from collab_megatron.launch.gpu_env import trainer_env
+from collab_megatron.launch import machine_checks, node, run_processes
+from collab_megatron.launch.machine_checks import check_gpus
 from collab_megatron.launch.node import device_of, has_gpu_packages, this_node, visible_gpus
-from collab_megatron.launch.run_processes import engine_gpus, on_chosen_device
+from collab_megatron.launch.run_processes import engine_gpus, on_chosen_device, trainer_env
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.trainer.actor.backend import choose_backend
 from tests.conftest import REPOSITORY
@@ -136,3 +136,13 @@ def test_ranks_on_gpus_have_the_servers_nccl_settings(monkeypatch: pytest.Monkey
     assert trainer_env(load("parallel.device=cuda"))["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"  # tensor parallel
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
     assert trainer_env(load("parallel.device=cuda"))["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+@pytest.mark.usefixtures("driver")
+def test_cuda_in_an_environment_without_gpu_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel = load("parallel.device=cuda").parallel
+    monkeypatch.setattr(machine_checks, "has_gpu_packages", lambda: False)
+    with pytest.raises(UserError, match=r"this environment has no GPU packages .* or set parallel\.device=cpu"):
+        check_gpus(parallel, 2, this_node())
+    monkeypatch.setattr(machine_checks, "has_gpu_packages", lambda: True)
+    check_gpus(parallel, 2, this_node())

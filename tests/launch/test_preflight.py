@@ -232,6 +232,7 @@ def test_gpus_that_are_not_there(load: Load, monkeypatch: pytest.MonkeyPatch) ->
 def test_colocated_engines_stand_on_every_gpu_of_the_trainer(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     monkeypatch.setattr("collab_megatron.launch.node.gpu_bytes", lambda: 80 * 2**30)
+    monkeypatch.setattr("collab_megatron.launch.machine_checks.has_gpu_packages", lambda: True)
     colocated = ("parallel.device=cuda", "engine.placement=colocated")
     check_rl(load(*colocated, "engine.count=2"))
     check_rl(load(*colocated, "engine.tensor=2"))

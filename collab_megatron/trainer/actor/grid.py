@@ -92,11 +92,12 @@ def grid() -> RankGrid:
     return _grid
 
 
-def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
+def init_grid(parallel: ParallelSection, seed: int, *, waits_s: float = 0.0) -> RankGrid:
     """Join the process groups and seed. RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are in the environment.
 
-    A single rank needs none of them. Waits at most `collective_timeout_s` for the other ranks. Raises UserError if
-    WORLD_SIZE does not fit the layout or the layout cannot run here, RunError if the other ranks do not come in time.
+    A single rank needs none of them. Waits at most `collective_timeout_s` for the other ranks; in collectives of the
+    model, `waits_s` longer: a rank may come that late, because it waits for an engine. Raises UserError if WORLD_SIZE
+    does not fit the layout or the layout cannot run here, RunError if the other ranks do not come in time.
     """
     global _grid
     if _grid is not None:
@@ -112,8 +113,10 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
     parallel.require_transformer_engine(backend.transformer_engine)
     _set_threads(backend)
     timeout = timedelta(seconds=parallel.collective_timeout_s)
+    # NCCL's watchdog ends the process at this deadline, before the late rank could give the engine up
+    of_model = timeout + timedelta(seconds=waits_s)
     if not dist.is_initialized():  # else close_grid(leave_world=False) was called before
-        _join_world(backend, rank, world_size, timeout)
+        _join_world(backend, rank, world_size, timeout, of_model)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -122,7 +125,7 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
         # an int by megatron's annotation, but it only makes a timedelta of it
-        distributed_timeout_minutes=parallel.collective_timeout_s / 60,
+        distributed_timeout_minutes=of_model.total_seconds() / 60,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -156,10 +159,10 @@ def init_grid(parallel: ParallelSection, seed: int) -> RankGrid:
     return _grid
 
 
-def _join_world(backend: Backend, rank: int, world_size: int, timeout: timedelta) -> None:
+def _join_world(backend: Backend, rank: int, world_size: int, timeout: timedelta, of_model: timedelta) -> None:
     try:
         store = local_store(rank, world_size, timeout)
-        dist.init_process_group(backend.process_group, timeout=timeout, rank=rank, world_size=world_size, store=store)
+        dist.init_process_group(backend.process_group, timeout=of_model, rank=rank, world_size=world_size, store=store)
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(f"rank {rank} of {world_size} could not join the others at {address}: {error}") from error

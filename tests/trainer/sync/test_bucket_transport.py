@@ -188,7 +188,7 @@ def test_a_rank_that_cannot_send_goes_on_gathering_and_ends_everybodys_wait(serv
 
 
 def test_a_buffer_that_a_server_may_still_read_is_not_written_again(servers: SyncServers) -> None:
-    """CUDA IPC: a server answers before its GPU has copied the bucket. torch keeps memory that the sender lets go of."""
+    """CUDA IPC: a server answers before its GPU has copied the bucket. Memory that the sender lets go of is kept."""
     transport_of(servers, Stream(), lambda bucket: lambda: True, renewed=True).deliver(attempt(), 3, NoChecksums())
     assert len({tensor.data_ptr() for tensor in SENT}) == len(PLAN)  # SENT holds them all, as readers would
     transport_of(servers, Stream(), lambda bucket: lambda: True).deliver(attempt(), 3, NoChecksums())

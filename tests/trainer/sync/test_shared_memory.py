@@ -53,10 +53,15 @@ def test_every_rank_empties_its_cache_before_the_engines_take_memory_back(
     for call in ("ipc_collect", "empty_cache"):
         monkeypatch.setattr(torch.cuda, call, lambda call=call: order.append(call))
     monkeypatch.setattr(dist, "barrier", lambda **_: order.append("barrier"))
-    monkeypatch.setattr(publisher_module, "trainer_logprobs", lambda *_: order.append("probe") or [0.0])
+
+    def probe(*_: Any) -> list[float]:
+        order.append("probe")
+        return [0.0]
 
     def find() -> None:
         raise _Found
+
+    monkeypatch.setattr(publisher_module, "trainer_logprobs", probe)
 
     publisher: Any = object.__new__(Publisher)
     grid = SimpleNamespace(device=torch.device(device), world_size=1)
