@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from collab_megatron.config.sections import EngineSection, OptimizerSection, ParallelSection, TrainSection
-from collab_megatron.model.memory import RankMemory, chunks_in_flight, engine_memory, stage_parameters, trainer_memory
+from collab_megatron.model.memory import (
+    RankMemory,
+    chunks_in_flight,
+    engine_memory,
+    stage_parameters,
+    tile_columns,
+    trainer_memory,
+)
 from collab_megatron.model.spec import ModelSpec, RopeSpec
 from collab_megatron.model.tables import parameter_count
 
@@ -172,3 +179,16 @@ def test_a_llama_of_eight_billion() -> None:
     assert rank.weights + rank.gradients + rank.optimizer == 18 * 8_030_261_248
     inputs = 32 * 8192 * 4096 * 2
     assert inputs < rank.activations < 1.6 * inputs  # one layer is whole again in the backward pass
+
+
+def test_data_ranks_on_gpus_share_the_optimizer_state_unless_told_otherwise() -> None:
+    (alone,), (cpu,) = memory(device="cuda"), memory(parallel=ParallelSection(data=4))
+    four = {"device": "cuda", "parallel": ParallelSection(data=4)}
+    (shared,), (whole,) = memory(**four), memory(**four, optimizer=OptimizerSection(distributed=False))
+    assert alone.optimizer == cpu.optimizer == whole.optimizer == 4 * shared.optimizer
+
+
+def test_a_tile_begins_where_a_gpu_can_read_it() -> None:
+    assert tile_columns(1733, device="cuda", chunk_bytes=2**29) == 38656  # of 38,724
+    assert tile_columns(10**6, device="cuda", chunk_bytes=2**29) == 128
+    assert tile_columns(10**7, device="cuda", chunk_bytes=2**29) == 13

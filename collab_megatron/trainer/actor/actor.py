@@ -159,8 +159,8 @@ class Actor:
 
         with phase(self.grid, "log-probs"):
             run_schedule(step, self.chunks, micro_batches, self.grid, forward_only=True)
-            aligned = [token_aligned(out, self.grid) for out, _ in zip(found, micro_batches, strict=False)]
             shapes = [(2, *batch.ids.shape) for batch in micro_batches]
+            aligned = [token_aligned(out, shape[-1], self.grid) for out, shape in zip(found, shapes, strict=False)]
             statistics = from_last_stage(aligned, shapes, self.grid)
         return [logprobs for logprobs, _ in statistics], [entropy for _, entropy in statistics]
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.batching.micro_batch import MicroBatch, idle_like, on_device
+from collab_megatron.trainer.batching.micro_batch import MicroBatch, idle_like, of_one_length, on_device
 from collab_megatron.trainer.batching.partition import context_columns, from_context_parts
 from collab_megatron.trainer.local.layers import Packing
 
@@ -49,22 +51,39 @@ def run_schedule(
 ) -> list[Any]:
     """Run every micro-batch forward (and backward). Returns the loss functions' results in order, on the last stage.
 
-    Idle micro-batches are added at the end if ranks or the schedule need equal numbers.
+    Idle micro-batches are added at the end if ranks or the schedule need equal numbers. The steps of a pipeline may get
+    longer rows than those of `micro_batches`, with padding at the end.
     """
     batches = _with_idle(micro_batches, grid)
+    if grid.pp_size > 1:
+        batches = of_one_length(batches)
     iterators = [iter(batches) for _ in chunks]
     several = len(chunks) > 1
-    results: list[Any] = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iterators if several else iterators[0],
-        model=list(chunks),
-        num_microbatches=len(batches),
-        # unused, because stages send each other the shapes
-        seq_length=batches[0].ids.shape[1],
-        micro_batch_size=batches[0].ids.shape[0],
-        forward_only=forward_only,
-    )
+    with _shapes_sent_if_they_differ(chunks[0].config, batches):
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if several else iterators[0],
+            model=list(chunks),
+            num_microbatches=len(batches),
+            seq_length=batches[0].ids.shape[1],
+            micro_batch_size=batches[0].ids.shape[0],
+            forward_only=forward_only,
+        )
     return results
+
+
+@contextlib.contextmanager
+def _shapes_sent_if_they_differ(config: TransformerConfig, batches: Sequence[MicroBatch]) -> Iterator[None]:
+    """Inside, the stages of a pipeline send each other the shapes only if they cannot know them.
+
+    megatron-core 0.16.1 reads the setting at every message: pipeline_parallel/p2p_communication.py, _communicate.
+    """
+    before = config.variable_seq_lengths
+    config.variable_seq_lengths = before and len({batch.ids.shape for batch in batches}) > 1
+    try:
+        yield
+    finally:
+        config.variable_seq_lengths = before
 
 
 def _with_idle(micro_batches: Sequence[MicroBatch], grid: RankGrid) -> list[MicroBatch]:
@@ -78,8 +97,10 @@ def _with_idle(micro_batches: Sequence[MicroBatch], grid: RankGrid) -> list[Micr
     return [*micro_batches, *[idle_like(micro_batches[0], grid.pad_multiple)] * (count - len(micro_batches))]
 
 
-def token_aligned(output: Tensor, grid: RankGrid) -> Tensor:
+def token_aligned(output: Tensor, length: int, grid: RankGrid) -> Tensor:
     """The last stage's [2, B, S] (this context rank's columns) -> whole rows, each entry at the token it belongs to.
+
+    length: of the rows; what the schedule added is cut off.
 
     A first token gets the entry of the row's, or of another sample's, last position, which predicts nothing: 0.
     """
@@ -87,7 +108,7 @@ def token_aligned(output: Tensor, grid: RankGrid) -> Tensor:
         parts = [torch.empty_like(output) for _ in range(grid.cp_size)]
         dist.all_gather(parts, output.contiguous(), group=grid.cp_group)
         output = from_context_parts(parts)
-    return output.roll(1, dims=-1).cpu()
+    return output.roll(1, dims=-1)[..., :length].cpu()
 
 
 def from_last_stage(tensors: list[Tensor], shapes: Sequence[tuple[int, ...]], grid: RankGrid) -> list[Tensor]:

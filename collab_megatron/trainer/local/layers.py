@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from collab_megatron.trainer.actor.backend import Backend
-from collab_megatron.trainer.batching.micro_batch import PackedGroup
+from collab_megatron.trainer.batching.micro_batch import PackedGroup, on_device
 from collab_megatron.trainer.local import varlen
 from collab_megatron.trainer.local.kernels import linear, rms_norm, rope, short_attention, swiglu
 
@@ -49,7 +49,7 @@ class Packing(PackedSeqParams):
     def of(cls, groups: tuple[PackedGroup, ...], device: torch.device) -> Packing:
         """transformer-engine reads the boundaries, which cannot express a shared prefix: use none with it."""
         lengths = tuple(length for prefix, own in groups for length in ((prefix, *own) if prefix else own))
-        ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        ends = on_device(torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
         longest = max(group.prefix + max(group.own) for group in groups)
         return cls(
             qkv_format="thd",

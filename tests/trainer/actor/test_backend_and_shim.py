@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from collab_megatron.errors import UserError
 from collab_megatron.trainer.actor.backend import choose_backend
+from collab_megatron.trainer.actor.policy_model import output_layer_without_apex
 from collab_megatron.trainer.local import cpu_support
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -72,3 +75,25 @@ def test_the_step_of_an_empty_adam_state_is_where_the_kernel_wants_it(fused: boo
     state = optimizer.state[weight]
     assert state["step"].device.type == ("meta" if fused else "cpu")
     assert state["exp_avg"].device.type == "meta"
+
+
+def test_the_output_layer_is_built_with_fused_gradients_and_without_apex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformer-engine's layers need no apex, and megatron's own output layer is never called."""
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        gradient_accumulation_fusion=True,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+
+    def build() -> None:
+        layers.ColumnParallelLinear(8, 8, config=config, init_method=torch.nn.init.zeros_, bias=False)
+
+    with pytest.raises(RuntimeError, match="APEX"):
+        build()
+    with output_layer_without_apex():
+        build()
+    assert not layers._grad_accum_fusion_available

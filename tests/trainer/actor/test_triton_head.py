@@ -31,11 +31,14 @@ def test_the_numbers_are_those_of_torch() -> None:
 
 
 @pytest.mark.slow
-def test_no_kernel_spills_registers_on_an_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_kernel_spills_registers_on_an_h100(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     done = run_script(ROOT / "tools" / "compile_kernels.py", "--json", tmp_path / "kernels.json")
     assert done.returncode == 0, done.stderr
-    print(done.stdout)
+    with capsys.disabled():  # CI's log shows the table
+        print(f"\n{done.stdout}")
     kernels = json.loads((tmp_path / "kernels.json").read_text())
     assert {(row["kernel"], row["dtype"]) for row in kernels} == {
         (kernel, dtype) for kernel in ("statistics_kernel", "gradient_kernel") for dtype in ("bfloat16", "float32")

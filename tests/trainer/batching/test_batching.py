@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collab_megatron.trainer.batching import TokenSample, idle_like, split_by_tokens
+from collab_megatron.trainer.batching.micro_batch import MicroBatch, collate, of_one_length
 from collab_megatron.trainer.batching.partition import balanced_partition
 
 
@@ -82,3 +84,35 @@ def test_shares_are_a_partition_and_close(costs: list[int], ranks: int) -> None:
     assert sorted(i for share in shares for i in share) == list(range(len(costs)))
     loads = [sum(costs[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0)
+
+
+def packed(*lengths: int) -> list[MicroBatch]:
+    """One packed row for each length."""
+    samples = [TokenSample([7] * n, [0.0] + [1.0] * (n - 1), {"advantages": [0.5] * n}) for n in lengths]
+    return [collate([sample], (i,), 0, 1, True) for i, sample in enumerate(samples)]
+
+
+def test_rows_of_a_pipeline_get_one_length_if_that_costs_little() -> None:
+    batches = packed(20, 19, 20, 17)
+    same = of_one_length(batches)
+    assert [batch.ids.shape for batch in same] == [(1, 20)] * 4
+    for before, after in zip(batches, same, strict=True):
+        length = before.ids.shape[1]
+        assert torch.equal(after.ids[:, :length], before.ids)
+        assert after.num_trained_tokens == before.num_trained_tokens
+        assert not after.values["advantages"][:, length:].any()
+        assert sum(group.prefix + sum(group.own) for group in after.segments) == 20
+    for kept in (
+        packed(20, 10),
+        [*packed(20), *split_by_tokens([TokenSample([7] * 19, [1.0] * 19)], micro_batch_tokens=99, pad_id=0)],
+    ):
+        assert [batch.ids.shape for batch in of_one_length(kept)] == [batch.ids.shape for batch in kept]
+
+
+def test_rows_are_where_the_model_predicts_a_trained_token() -> None:
+    """In the model's order: position by position, of every row."""
+    samples = [TokenSample([1, 2, 3], [0.0, 1.0, 1.0]), TokenSample([4, 5, 6], [0.0, 0.0, 1.0])]
+    labelled = collate(samples, (0, 1), 0, 1, False).by_predicting_position()
+    assert labelled.trained_rows().tolist() == [0, 2, 3]
+    labels = labelled.ids.t().flatten()[labelled.trained_rows()]
+    assert labels.tolist() == [2, 3, 6]
