@@ -84,8 +84,7 @@ def test_the_children_of_a_part_end_with_it(tmp_path: Path) -> None:
 
 XML = """<testsuites><testsuite>
 <testcase name="a" time="1.5"/>
-<testcase name="b" time="2"><failure message="AssertionError: first
-assert 1 == 2">trace</failure></testcase>
+<testcase name="b" time="2"><failure message="AssertionError: first&#10;assert 1 == 2">trace</failure></testcase>
 <testcase name="c" time="0"><skipped message="needs 2 GPUs, 1 are visible"/></testcase>
 </testsuite></testsuites>"""
 
