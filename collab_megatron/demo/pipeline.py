@@ -53,6 +53,7 @@ class DemoSettings:
     held_out: int = 1000
     sft_steps: int | None = None  # None: the shipped config's value
     rl_steps: int | None = None
+    rl_config: str = "conf/demo_rl.yaml"
     overrides: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stage -> more a.b=c
 
 
@@ -143,7 +144,7 @@ class DemoPipeline:
         self.stage("sft", argv)
 
     def train_rl(self, name: str = "rl", run_dir: Path | None = None, overrides: Sequence[str] = ()) -> None:
-        argv = ["-m", "collab_megatron.train_rl", "conf/demo_rl.yaml", *self.roles("user", "judge")]
+        argv = ["-m", "collab_megatron.train_rl", self._settings.rl_config, *self.roles("user", "judge")]
         argv += [*self._common(run_dir), f"run.name={name}", f"model.path={self.run_dir / 'sft_hf'}", *self._rl_data()]
         self.stage(name, [*argv, *self._steps(self._settings.rl_steps), *self.extra_overrides("rl"), *overrides])
 

@@ -38,7 +38,7 @@ def load(tmp_path: Path, tiny_model: Path, desk: Server, monkeypatch: pytest.Mon
     tasks = tmp_path / "tasks.parquet"
     write_tasks(tasks, [TASK])
 
-    def loaded(*overrides: str) -> RLConfig:
+    def loaded(*overrides: str, file: str = "demo_rl.yaml") -> RLConfig:
         sound = [
             f"run.dir={tmp_path / 'run'}",
             f"model.path={tiny_model}",
@@ -47,7 +47,7 @@ def load(tmp_path: Path, tiny_model: Path, desk: Server, monkeypatch: pytest.Mon
             f"simulators.user.api_base={desk.url}",
             f"simulators.judge.api_base={desk.url}",
         ]
-        return load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", [*sound, *overrides])
+        return load_config(RLConfig, REPOSITORY / "conf" / file, [*sound, *overrides])
 
     return loaded
 
@@ -245,6 +245,17 @@ def test_colocated_engines_stand_on_every_gpu_of_the_trainer(load: Load, monkeyp
     check_rl(load(*colocated, "engine.count=2", "sync.transport=disk"))
     # without GPUs any number of servers can run next to the trainer
     check_rl(load("parallel.device=cpu", "engine.placement=colocated", "sync.transport=broadcast"))
+
+
+def test_the_demo_for_one_gpu(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    """The dry run for a node of one GPU, whatever this machine has."""
+    config = load(file="demo_gpu.yaml")
+    assert check_rl(config, dry_run=True, node=parse_node("1x80")).first_step == 0
+    plan = capsys.readouterr().out
+    assert "1 rank on cuda" in plan
+    assert "1 SGLang server at tensor parallel 1, colocated" in plan
+    assert (config.model.dtype, config.train.steps, config.sync.verify_every) == ("bfloat16", 10, 1)
+    assert config.sync.transport_for(config.engine.placement) == "ipc"
 
 
 def test_an_interpreter_that_is_none(load: Load, tmp_path: Path) -> None:

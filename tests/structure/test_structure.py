@@ -46,6 +46,7 @@ KINDS: dict[str, type[BaseModel]] = {
     "sft": SFTConfig,
     "evaluate": EvaluateConfig,
     "data": BuildDatasetConfig,
+    "gpu": RLConfig,
 }
 
 

@@ -22,12 +22,15 @@ import argparse
 import gc
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, Python finds only tools/bench/
 
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json

@@ -24,18 +24,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.control import EngineControl
-from collab_megatron.engine.server_args import ON_LOOPBACK, engine_command
+from collab_megatron.engine.server_args import ON_LOOPBACK, engine_command, nccl_settings
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_json
+from collab_megatron.launch.node import visible_gpus
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
@@ -173,14 +175,19 @@ def run_job(
     world_size, dtype = args.tensor * args.pipeline, SHAPES[name].dtype
     folder = work / placement
     section = EngineSection(
-        placement=placement, tensor=args.engine_tensor, mem_fraction=0.4, max_total_tokens=2048, max_running_requests=4
+        placement=placement,
+        tensor=args.engine_tensor,
+        mem_fraction=0.4,
+        max_total_tokens=2048,
+        max_running_requests=4,
+        extra_args=tuple(shlex.split(args.engine_args)),
     )
     device = "cuda" if gpus else "cpu"
     command = engine_command(
         section, model_path=str(work / "model"), dtype=dtype, device=device, port=free_port(), seed=1
     )
     first_gpu = 0 if placement == "colocated" else world_size
-    own = ",".join(str(first_gpu + rank) for rank in range(args.engine_tensor))
+    own = ",".join(visible_gpus()[first_gpu : first_gpu + args.engine_tensor])
     env = {**command.env, "CUDA_VISIBLE_DEVICES": own} if gpus else command.env
     with Supervisor(folder / "logs") as supervisor:
         server = supervisor.start("engine-0", command.argv, env)
@@ -211,8 +218,9 @@ def run_job(
         publish_json(folder / "job.json", job)
         port = free_port()
         argv = [sys.executable, str(RANK_SCRIPT), str(folder)]
+        nccl = nccl_settings(section.extra_args, os.environ) if gpus else {}  # as the server has it
         ranks = [
-            supervisor.start(f"trainer-{rank}", argv, rank_env(rank, world_size, port), show=rank == 0)
+            supervisor.start(f"trainer-{rank}", argv, rank_env(rank, world_size, port) | nccl, show=rank == 0)
             for rank in range(world_size)
         ]
         supervisor.wait_for(ranks, timeout_s=START_S + len(transports) * (args.repeats + 3) * SYNC_S)
@@ -220,7 +228,7 @@ def run_job(
     return [{"transport": row["transport"], "shape": name, **row} for row in rows]
 
 
-def rank_env(rank: int, world_size: int, port: int) -> Mapping[str, str]:
+def rank_env(rank: int, world_size: int, port: int) -> dict[str, str]:
     """As the launcher sets it on CPU: one thread per rank, without spinning."""
     torchs = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **ON_LOOPBACK}
@@ -252,6 +260,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks of the trainer")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages of the trainer")
     parser.add_argument("--engine-tensor", type=int, default=1, help="tensor-parallel ranks of the server")
+    parser.add_argument("--engine-args", default="", metavar="FLAGS", help="more flags of sglang.launch_server, quoted")
     parser.add_argument("--dir", type=Path, help="for models and the disk transport; default: the temporary folder")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, two syncs: whether it works, not how fast")
     parser.add_argument("--json", type=Path, help="write the rows here")

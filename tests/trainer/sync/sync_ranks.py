@@ -2,8 +2,9 @@
 
     sync_ranks.py JOB.json
 
-The job: model, roster, out, parallel and sync settings. Rank 0 writes OUT/replies.json, and the weights of every
-version that it asked for as OUT/v{version}.
+The job: model, roster, out, parallel and sync settings; device, if not the CPU. Rank 0 writes OUT/replies.json, the
+weights of every version that it asked for as OUT/v{version}, and OUT/freed.json: the bytes of its GPU that colocated
+engines gave back before each change.
 """
 
 from __future__ import annotations
@@ -32,23 +33,30 @@ def change(actor: Actor) -> None:
                 parameter.mul_(1.02)
 
 
+def free_bytes() -> int:
+    """Of this rank's GPU, for all processes; 0 on CPU."""
+    return torch.cuda.mem_get_info()[0] if torch.version.cuda and torch.cuda.is_available() else 0
+
+
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     out = Path(job["out"])
-    grid = init_grid(ParallelSection(device="cpu", **job["parallel"]), seed=1)
+    grid = init_grid(ParallelSection(device=job.get("device", "cpu"), **job["parallel"]), seed=1)
     actor = Actor.build(job["model"], dtype=job["dtype"], grid=grid, optimizer=None)
     publisher = Publisher(
         actor,
         roster=Path(job["roster"]),
         engine=EngineSection(startup_timeout_s=4, **job.get("engine", {})),
-        sync=SyncSection(timeout_s=120, verify_every=4, **job["sync"]),
+        sync=SyncSection(**{"timeout_s": 120, "verify_every": 4, **job["sync"]}),
         probe_ids=list(range(5, 45)),
         weights_dir=out / "weights",
     )
-    rows = []
+    rows, freed = [], []
     for version in range(max(ASKED) + 1):
         if version:
+            before = free_bytes()
             publisher.make_room()
+            freed.append(free_bytes() - before)
             change(actor)
         report = publisher.publish(version)
         if version not in ASKED:
@@ -63,6 +71,7 @@ def main(job_file: str) -> None:
                 rows.append(row | {"engine": entry.name, "checked": report.checked, "gap": report.probe_gap})
     if grid.is_main:
         (out / "replies.json").write_text(json.dumps(rows))
+        (out / "freed.json").write_text(json.dumps(freed))
     publisher.close()
     close_grid()
 

@@ -1,0 +1,115 @@
+"""tools/pack_offline.sh and the script that joins its pieces, on wheels made here; nothing is fetched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tools.gpu.trim_wheel import trim
+
+PIECE_BYTES = 10**6
+
+
+def make_wheel(folder: Path, name: str, files: dict[str, bytes]) -> Path:
+    info = f"{name}-1.0.dist-info"
+    files = {
+        **files,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in files) + f"{info}/RECORD,,\n"
+    folder.mkdir(exist_ok=True)
+    wheel = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as target:
+        for path, data in {**files, f"{info}/RECORD": record.encode()}.items():
+            target.writestr(path, data)
+    return wheel
+
+
+def test_a_wheel_without_what_is_not_loaded(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path, "engine", {"engine/srt/a.py": b"", "engine/test/b.py": b"", "engine/testing.py": b""})
+    assert trim(wheel, "engine/(test|rust)/") == 1
+    with zipfile.ZipFile(wheel) as after:
+        assert "engine/test/b.py" not in after.namelist()
+        record = after.read("engine-1.0.dist-info/RECORD").decode()
+        assert sorted(line.split(",")[0] for line in record.splitlines()) == sorted(after.namelist())
+        assert {"engine/srt/a.py", "engine/testing.py"} < set(after.namelist())
+    with pytest.raises(ValueError, match="its layout has changed"):
+        trim(wheel, "engine/(test|rust)/")
+    assert list(tmp_path.iterdir()) == [wheel]
+
+
+def bash(script: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(script), *(str(argument) for argument in arguments)]
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+    return subprocess.run(
+        command, env={**plain, **env}, capture_output=True, text=True, timeout=120, check=False, cwd=REPOSITORY
+    )
+
+
+@pytest.mark.slow
+def test_pieces_are_small_and_join_to_what_was_packed(tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    large = make_wheel(index, "large", {"large.bin": random.Random(1).randbytes(5 * PIECE_BYTES // 2)})
+    lock = "# a comment\n"
+    for wheel in (large, make_wheel(index, "small", {"small.py": b"x = 1\n"})):
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        lock += f"{wheel.name.partition('-')[0]}==1.0 \\\n    --hash=sha256:{digest}\n    # via somebody\n"
+    lock += f"torch==1.0 \\\n    --hash=sha256:{'0' * 64}\n"  # is there already
+    (tmp_path / "lock.txt").write_text(lock)
+    demo = tmp_path / "demo"
+    (demo / "sft_hf").mkdir(parents=True)
+    (demo / "data").mkdir()
+    (demo / "sft_hf" / "config.json").write_text("{}")
+    (demo / "data" / "rl_train.parquet").write_text("rows")
+    env = {
+        "PYTHON": sys.executable,
+        "LOCKS": str(tmp_path / "lock.txt"),
+        "TEST_LOCK": "",
+        "PIECE_MB": "1",
+        "DEMO": str(demo),
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(index),
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+    out, there = tmp_path / "pieces", tmp_path / "there"
+    packed = bash(REPOSITORY / "tools" / "pack_offline.sh", out, "base", "demo", **env)
+    assert packed.returncode == 0, packed.stderr
+    pieces = sorted(out.glob("base.tar.*"))
+    assert len(pieces) == 3
+    assert all(piece.stat().st_size <= PIECE_BYTES for piece in out.iterdir())
+    joined = bash(out / "join.sh", "--unpack-only", "base", "demo", INTO=str(there))
+    assert joined.returncode == 0, joined.stderr
+    assert sorted(path.name for path in (there / "wheels").iterdir()) == sorted(path.name for path in index.iterdir())
+    assert (there / "wheels" / large.name).read_bytes() == large.read_bytes()
+    assert (there / "collab_megatron" / "runs" / "demo" / "sft_hf" / "config.json").read_text() == "{}"
+
+    pieces[1].write_bytes(pieces[1].read_bytes()[:-1])
+    damaged = bash(out / "join.sh", "--unpack-only", "base", INTO=str(there))
+    assert damaged.returncode == 2
+    assert "a piece of base is missing or damaged" in damaged.stderr
+    again = bash(REPOSITORY / "tools" / "pack_offline.sh", out, "base", **env)
+    assert (again.returncode, "is not empty" in again.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ((), "name a folder for the pieces"),
+        (("OUT", "bsae"), "bsae is none of the groups"),
+        (("OUT", "demo"), "run make demo first"),
+    ],
+)
+def test_mistakes_end_with_2(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    given = [str(tmp_path / word) if word == "OUT" else word for word in arguments]
+    done = bash(REPOSITORY / "tools" / "pack_offline.sh", *given, DEMO=str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert says in done.stderr

@@ -1,0 +1,132 @@
+"""Versions, devices and two speed probes of this machine, as JSON: the first part of tools/gpu_check.py.
+
+python tools/gpu/environment.py --device cuda --json FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from collab_megatron.errors import UserError, run_cli
+from collab_megatron.files import publish_json
+
+PACKAGES = (
+    *("torch", "triton", "transformers", "tokenizers", "numpy", "megatron-core", "transformer-engine"),
+    *("transformer-engine-cu13", "transformer-engine-torch", "flash-attn", "apex", "sglang", "sglang-kernel"),
+    *("torch-memory-saver", "flashinfer-python", "nvidia-nccl-cu13", "nvidia-cudnn-cu13"),
+    *("litellm", "openai", "pydantic"),
+)
+PROGRAMS: Mapping[str, tuple[str, ...]] = {
+    "nvidia-smi": ("--query-gpu=name,driver_version,memory.total,memory.used,clocks.max.sm", "--format=csv,noheader"),
+    "nvcc": ("--version",),
+}
+PROGRAM_S = 30.0
+SIDE = {"cuda": 8192, "cpu": 256}  # of the matrices that are multiplied
+COPIED = {"cuda": 2**30, "cpu": 2**22}  # bytes
+REPEATS = 10
+
+
+def packages() -> dict[str, str]:
+    """Installed versions; packages that are not there are left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def said_by(program: str, arguments: tuple[str, ...]) -> str:
+    """The output of a program, or why there is none."""
+    if shutil.which(program) is None:
+        return "not installed"
+    try:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=PROGRAM_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"failed: {error}"
+    return (done.stdout or done.stderr).strip()
+
+
+def speeds(device: str) -> dict[str, float]:
+    """TB/s of a copy within the device, read and write counted, and TFLOP/s of a bf16 product."""
+    import torch
+
+    source = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    matrix = torch.randn(SIDE[device], SIDE[device], device=device).to(torch.bfloat16)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    copied = 2 * source.numel() / seconds(lambda: target.copy_(source)) / 1e12
+    return {"copy_tb_per_s": copied, "matmul_tflops": 2 * SIDE[device] ** 3 / seconds(lambda: matrix @ matrix) / 1e12}
+
+
+def torch_facts(device: str) -> dict[str, Any]:
+    """What torch was built with, and the devices that it finds."""
+    import torch
+
+    facts: dict[str, Any] = {"torch_cuda": torch.version.cuda, "devices": []}
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU: see nvidia-smi for the driver, "
+                "and requirements/README.md for the environment of a GPU machine"
+            )
+        facts["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
+        facts["cudnn"] = torch.backends.cudnn.version()
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            capability = f"{properties.major}.{properties.minor}"
+            memory = round(properties.total_memory / 2**30, 1)
+            facts["devices"].append({"name": properties.name, "memory_gib": memory, "capability": capability})
+    return facts
+
+
+def backend_facts(device: str) -> dict[str, Any]:
+    """What a trainer rank would choose here."""
+    from collab_megatron.trainer.actor.backend import choose_backend
+
+    return {**asdict(choose_backend(device, 0)), "device": device}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+    found: dict[str, Any] = {
+        "machine": platform.platform(),
+        "python": platform.python_version(),
+        "libc": " ".join(platform.libc_ver()),
+        "packages": packages(),
+        "programs": {program: said_by(program, arguments) for program, arguments in PROGRAMS.items()},
+    }
+    publish_json(args.json, found)  # what is known so far, in case torch cannot be imported
+    found["torch"] = torch_facts(args.device)
+    publish_json(args.json, found)
+    found["speed"] = speeds(args.device)
+    publish_json(args.json, found)
+    found["backend"] = backend_facts(args.device)
+    publish_json(args.json, found)
+
+
+if __name__ == "__main__":
+    run_cli(main)

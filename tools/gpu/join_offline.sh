@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Joins the pieces of tools/pack_offline.sh on the GPU machine and installs them on top of the machine's own torch.
+#   bash join.sh [--unpack-only] GROUP ...       next to the pieces; INTO=folder (default: here) gets the result
+# The environment is INTO/.venv-gpu, the project INTO/collab_megatron. A group whose pieces are incomplete is refused.
+set -euo pipefail
+from=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+into=${INTO:-$PWD}
+python=${PYTHON:-python3}
+
+fail() { echo "join: $*" >&2; exit 2; }
+
+unpack_only=
+if [ "${1:-}" = --unpack-only ]; then unpack_only=1; shift; fi
+here=$(cd "$from" && for sums in *.sha256; do printf '%s ' "${sums%.sha256}"; done)
+[ $# -gt 0 ] || fail "name the groups that have arrived, of: $here"
+mkdir -p "$into"
+
+for group in "$@"; do
+  [ -e "$from/$group.sha256" ] || fail "there is no $from/$group.sha256: carry this group over"
+  (cd "$from" && sha256sum --check --quiet "$group.sha256") ||
+    fail "a piece of $group is missing or damaged: carry $group.tar.* over again"
+  cat "$from/$group".tar.* | tar -C "$into" -xf -
+  echo "join: $group unpacked"
+done
+[ -z "$unpack_only" ] || exit 0
+
+venv=$into/.venv-gpu
+[ -e "$venv/bin/python" ] || "$python" -m venv --system-site-packages "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check install --no-index --no-deps --no-build-isolation "$@"; }
+
+shopt -s nullglob
+wheels=("$into"/wheels/*.whl)
+[ ${#wheels[@]} -eq 0 ] || pip --quiet "${wheels[@]}"
+[ ! -d "$into/collab_megatron" ] || pip --quiet --editable "$into/collab_megatron"
+for source in "$into"/source/transformer_engine_torch-*; do
+  "$venv/bin/python" -c 'import transformer_engine_torch' 2>/dev/null && continue
+  nvidia=$("$venv/bin/python" -c 'import nvidia; print(list(nvidia.__path__)[0])') ||
+    fail "torch's NVIDIA packages are not there, whose headers transformer-engine needs"
+  echo "join: compiling transformer-engine for torch; this takes minutes"
+  CPATH="$nvidia/cudnn/include:$nvidia/nccl/include${CPATH:+:$CPATH}" NVTE_FRAMEWORK=pytorch \
+    MAX_JOBS="${MAX_JOBS:-$(nproc)}" pip "$source"
+done
+"$venv/bin/python" -c 'import torch; print("join: torch", torch.__version__, "and", torch.cuda.device_count(), "GPUs")'
+cat <<TEXT
+join: done. Next:
+  cd $into/collab_megatron
+  export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1
+  $venv/bin/python tools/gpu_check.py --engine-args "--attention-backend triton --sampling-backend pytorch \\
+    --disable-cuda-graph --grammar-backend none"
+TEXT

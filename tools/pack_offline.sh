@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Packs what a GPU machine without an index needs, in pieces of at most 60 MB, with the script that joins them there.
+#   tools/pack_offline.sh OUT [GROUP ...]     groups: tree base engine te demo; default: all but demo
+#   there: bash join.sh GROUP ...             installs what has arrived into .venv-gpu, on top of the machine's torch
+#
+# tree    this commit
+# base    the locked packages for trainer and driver, and pytest
+# engine  SGLang and its kernels for sm_90
+# te      transformer-engine: the core wheel, and the source of its torch part
+# demo    data and SFT model of DEMO; not needed for tools/gpu_check.py, which makes its own
+#
+# Environment variables, with defaults below: PYTHON (any, with pip; for te an environment with torch), TARGET
+# (Python there), PIECE_MB, HAVE (packages that are there already), LOCKS, TEST_LOCK, TEST_PACKAGES (what to
+# bring), SGLANG, KERNEL, ENGINE_EXTRA, TE, TE_SOURCE (a file, if pip cannot fetch it), DEMO (a run of make demo).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly PYTHON=${PYTHON:-python3} TARGET=${TARGET:-3.12} PIECE_MB=${PIECE_MB:-60} DEMO=${DEMO:-runs/demo}
+readonly HAVE=${HAVE:-torch triton transformers tokenizers safetensors accelerate numpy}
+# all of these, where the second one exists
+readonly LOCKS=${LOCKS:-requirements/cpu.txt requirements/megatron-py${TARGET/./}.txt}
+# and of this lock what runs tests/gpu
+readonly TEST_LOCK=${TEST_LOCK-requirements/dev.txt}
+readonly TEST_PACKAGES=${TEST_PACKAGES:-pytest pytest-timeout pytest-asyncio pluggy iniconfig}
+readonly SGLANG=${SGLANG:-sglang==0.5.23}
+readonly KERNEL=${KERNEL:-sglang-kernel==0.4.5}  # built for torch 2.11.0
+# for colocated engines; for SGLang's config modules, to go with torch 2.11; for the device's memory
+readonly ENGINE_EXTRA=${ENGINE_EXTRA:-torch-memory-saver==0.0.10 torchvision==0.26.0 nvidia-ml-py==13.615.71}
+readonly TE=${TE:-2.11.0} TE_SOURCE=${TE_SOURCE:-}
+# not loaded by an engine with the triton attention backend on one sm_90 GPU
+readonly SGLANG_WITHOUT='sglang/(multimodal_gen|rust|test|benchmark|srt/multimodal)/'
+readonly KERNEL_WITHOUT='(flash_ops|sm100/)'
+
+fail() { echo "pack_offline: $*" >&2; exit 2; }
+
+[ $# -ge 1 ] || fail "name a folder for the pieces: tools/pack_offline.sh OUT [tree base engine te demo]"
+out=$1; shift
+[ ! -e "$out" ] || [ -z "$(ls -A "$out")" ] || fail "$out is not empty: choose another folder, or remove it"
+groups=("$@"); [ $# -gt 0 ] || groups=(tree base engine te)
+for group in "${groups[@]}"; do
+  case $group in tree|base|engine|te|demo) ;; *) fail "$group is none of the groups tree base engine te demo" ;; esac
+done
+mkdir -p "$out"
+work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+
+platforms=()  # of a machine with glibc 2.34; pip adds no older ones by itself
+for tag in manylinux_2_{34,31,28,27,26,24,17,12,5}_x86_64 manylinux{2014,2010,1}_x86_64 linux_x86_64; do
+  platforms+=(--platform "$tag")
+done
+
+download() {  # FOLDER ARGUMENT...: wheels for the target, nothing resolved
+  local folder=$1; shift
+  "$PYTHON" -m pip --disable-pip-version-check download --quiet --no-deps --only-binary :all: --dest "$folder" \
+    --python-version "$TARGET" --implementation cp --abi "cp${TARGET/./}" --abi abi3 --abi none \
+    "${platforms[@]}" "$@" ||
+    fail "pip found no wheel for Python $TARGET: $*"
+}
+
+# blocks of a lock ("name==version \" and its hashes): all but the named packages, or only those
+lock_blocks() {  # LOCK NAMES WANTED: 1 keeps the blocks of the names, 0 all others
+  awk -v names=" $2 " -v wanted="$3" '/^[a-zA-Z0-9]/ {
+    name = $1; sub(/==.*/, "", name); keep = (index(names, " " name " ") > 0) == wanted
+  } keep' "$1"
+}
+
+pack() {  # GROUP FOLDER: pieces of the folder's tar, and their sums
+  tar --sort=name --owner=0 --group=0 -C "$2" -cf - . | split --bytes="${PIECE_MB}MB" -d -a 2 - "$out/$1.tar."
+  (cd "$out" && sha256sum "$1".tar.* > "$1.sha256")
+  printf 'pack_offline: %-7s %s in %s pieces\n' "$1" "$(du -ch "$out/$1".tar.* | tail -n 1 | cut -f1)" \
+    "$(find "$out" -name "$1.tar.*" | wc -l)"
+}
+
+tree() { git archive --format=tar --prefix=collab_megatron/ HEAD | tar -C "$1" -xf -; }
+
+base() {
+  local lock
+  for lock in $LOCKS; do
+    [ -e "$lock" ] || continue
+    lock_blocks "$lock" "$HAVE" 0 > "$work/lock.txt"
+    download "$1/wheels" --require-hashes -r "$work/lock.txt"
+  done
+  [ -n "$TEST_LOCK" ] || return 0
+  lock_blocks "$TEST_LOCK" "$TEST_PACKAGES" 1 > "$work/lock.txt"
+  download "$1/wheels" --require-hashes -r "$work/lock.txt"
+}
+
+engine() {
+  download "$1/wheels" "$SGLANG"
+  download "$1/wheels" "$KERNEL"
+  local extra
+  for extra in $ENGINE_EXTRA; do download "$1/wheels" "$extra"; done
+  "$PYTHON" tools/gpu/trim_wheel.py "$1"/wheels/sglang-*.whl "$SGLANG_WITHOUT"
+  "$PYTHON" tools/gpu/trim_wheel.py "$1"/wheels/sglang_kernel-*.whl "$KERNEL_WITHOUT"
+}
+
+te() {  # its torch part is compiled there, against the torch that is there
+  download "$1/wheels" "transformer-engine-cu13==$TE"
+  download "$1/wheels" "transformer-engine==$TE"
+  mkdir -p "$1/source" "$work/cuda/include"
+  if [ -n "$TE_SOURCE" ]; then cp "$TE_SOURCE" "$1/source/"; return; fi
+  # pip runs setup.py for a source's metadata; that imports torch and asks for a toolkit, of which it compiles nothing
+  CUDA_HOME="$work/cuda" NVTE_FRAMEWORK=pytorch "$PYTHON" -m pip --disable-pip-version-check download --quiet \
+    --no-deps --no-binary :all: --no-build-isolation --dest "$1/source" "transformer-engine-torch==$TE" ||
+    fail "pip could not fetch transformer-engine-torch $TE: let PYTHON have torch, or give its source as TE_SOURCE"
+}
+
+demo() {
+  [ -d "$DEMO/sft_hf" ] || fail "there is no $DEMO/sft_hf: run make demo first, or set DEMO to its folder"
+  mkdir -p "$1/collab_megatron/runs/demo/data"
+  cp -r "$DEMO/sft_hf" "$1/collab_megatron/runs/demo/"
+  cp "$DEMO"/data/*.parquet "$1/collab_megatron/runs/demo/data/"
+}
+
+for group in "${groups[@]}"; do
+  mkdir "$work/$group"
+  "$group" "$work/$group"
+  pack "$group" "$work/$group"
+done
+cp tools/gpu/join_offline.sh "$out/join.sh"
+echo "pack_offline: carry $out over, then: bash join.sh ${groups[*]}"
