@@ -58,7 +58,7 @@ class IpcTransport(BucketTransport):
             torch.multiprocessing.set_sharing_strategy("file_system")
             # starts torch's shared memory manager now, not within a sync's deadline: it loads libtorch_cpu.so, which
             # took more than 10 s from a cold disk
-            self._manager_starts = torch.empty(1, dtype=torch.uint8).share_memory_()
+            torch.empty(1, dtype=torch.uint8).share_memory_()
 
     def _connect(self, attempt: Attempt) -> None:
         members = attempt.members
