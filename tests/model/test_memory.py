@@ -183,8 +183,9 @@ def test_a_llama_of_eight_billion() -> None:
 
 def test_data_ranks_on_gpus_share_the_optimizer_state_unless_told_otherwise() -> None:
     (alone,), (cpu,) = memory(device="cuda"), memory(parallel=ParallelSection(data=4))
-    four = {"device": "cuda", "parallel": ParallelSection(data=4)}
-    (shared,), (whole,) = memory(**four), memory(**four, optimizer=OptimizerSection(distributed=False))
+    four = ParallelSection(data=4)
+    (shared,) = memory(device="cuda", parallel=four)
+    (whole,) = memory(device="cuda", parallel=four, optimizer=OptimizerSection(distributed=False))
     assert alone.optimizer == cpu.optimizer == whole.optimizer == 4 * shared.optimizer
 
 

@@ -77,12 +77,12 @@ def _difference(device: torch.device, dtype: torch.dtype, head_dim: int) -> floa
     shapes = [(sum(lengths), heads, head_dim) for heads in (4, 2, 2)]
     tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
-    def flash(*qkv: Tensor) -> Tensor:
-        return attend(*qkv, ends, max(lengths), scale=None, window=None)
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, ends, max(lengths), scale=None, window=None)
 
     def apart(*qkv: Tensor) -> Tensor:
         parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in qkv), strict=True)
-        outs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+        outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in parts]
         return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
     found = []

@@ -108,11 +108,11 @@ def fake_varlen(
     left, right = window_size
     assert right == 0
     outs = []
-    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
-        distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
+    for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in parts)
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
         seen = (distance >= 0) & ((distance <= left) if left >= 0 else True)
-        heads = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
 
