@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,8 +58,11 @@ def test_a_half_installed_transformer_engine_is_not_used(
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, value in (("is_available", True), ("device_count", 1), ("set_device", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    with caplog.at_level(logging.WARNING):
-        backend = choose_backend("cuda", 0)
+    try:
+        with caplog.at_level(logging.WARNING):
+            backend = choose_backend("cuda", 0)
+    finally:
+        sys.modules.pop("transformer_engine", None)
     assert (backend.name, backend.transformer_engine) == ("cuda", False)
     assert "cannot be used" in caplog.text
     assert "No module named 'transformer_engine.pytorch'" in caplog.text
