@@ -10,6 +10,7 @@ import math
 
 from collab_megatron.config import RLConfig
 from collab_megatron.errors import UserError
+from collab_megatron.launch.machine_checks import check_gpus
 from collab_megatron.launch.node import Node
 from collab_megatron.launch.plan import stages_of
 from collab_megatron.model.memory import colocated_share, engine_memory
@@ -25,11 +26,12 @@ REMEDY = (
 def with_share(config: RLConfig, spec: ModelSpec, node: Node) -> RLConfig:
     """The config with engine.mem_fraction set where colocated engines are started on GPUs; else unchanged.
 
-    Raises UserError where the memory of a GPU is not known, or does not hold both.
+    Raises UserError where there are too few GPUs, or the memory of one is not known or does not hold both.
     """
     engine, device = config.engine, node.device(config.parallel)
     if device != "cuda" or engine.placement != "colocated" or engine.urls or engine.mem_fraction is not None:
         return config
+    check_gpus(config.parallel, config.parallel.world_size, node)
     if node.gpu_bytes is None:
         raise UserError(
             "engine.placement=colocated divides the memory of a GPU, which nvidia-smi does not report here: set "

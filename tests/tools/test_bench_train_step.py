@@ -54,7 +54,7 @@ def test_a_row_for_every_phase(measured: dict[bool, tuple[Ran, Path]], packing: 
     for row in rows:
         assert row["tokens"] == (96 if packing else 48)
         assert (row["batch"], row["micro_batches"]) == (("grpo", 2) if packing else ("sft", 1))
-        assert row["trained_share"] == pytest.approx(0.25 if packing else 0.75, abs=0.05)
+        assert row["trained_share"] == pytest.approx(0.25 if packing else 0.75, abs=0.06)
         assert row["packing"] is packing
         assert row["threads"] == 1
         assert row["tokens_per_s"] > 0
