@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -45,6 +46,45 @@ def test_a_wheel_without_what_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its layout has changed"):
         trim(wheel, "engine/(test|rust)/")
     assert list(tmp_path.iterdir()) == [wheel]
+
+
+IMPORT_WITHOUT = """
+import importlib, re, sys
+
+class Trimmed:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if re.search(sys.argv[1], name.replace(".", "/") + "/"):
+            raise ModuleNotFoundError(f"{name} was left out")
+
+sys.meta_path.insert(0, Trimmed)
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+print(sorted(name for name in sys.modules if name.startswith("sglang.srt.multimodal"))[0])
+"""
+LOADED = ("entrypoints.http_server", "entrypoints.engine", "managers.scheduler", "models.llama", "models.qwen2")
+
+
+def setting(name: str) -> str:
+    """A setting of pack_offline.sh, or its default."""
+    text = (REPOSITORY / "tools" / "pack_offline.sh").read_text()
+    found = re.search(rf"\b{name}=(?:\${{{name}:?-([^}}]*)}}|'([^']*)')", text)
+    assert found is not None, name
+    return found[1] or found[2]
+
+
+@pytest.mark.slow
+def test_the_engine_that_is_packed_can_be_imported() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_WITHOUT, setting("SGLANG_WITHOUT"), *(f"sglang.srt.{name}" for name in LOADED)],
+        env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith("sglang.srt.multimodal")  # what looks superfluous is loaded
 
 
 def bash(script: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
