@@ -6,8 +6,10 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -153,3 +155,44 @@ def test_mistakes_end_with_2(tmp_path: Path, arguments: tuple[str, ...], says: s
     done = bash(REPOSITORY / "tools" / "pack_offline.sh", *given, DEMO=str(tmp_path / "none"))
     assert done.returncode == 2
     assert says in done.stderr
+
+
+CORE_SOURCE = """
+import os, pathlib, setuptools
+
+pathlib.Path("built.py").write_text(f"FORCED, CPATH = {os.environ['NVTE_PYTORCH_FORCE_BUILD']!r}, {os.environ['CPATH']!r}")
+setuptools.setup(name="transformer_engine_torch", version="1.0", py_modules=["built"])
+"""
+
+
+@pytest.mark.slow
+def test_what_has_arrived_is_installed_on_top_of_a_virtual_environment(tmp_path: Path) -> None:
+    """The Python of these tests is one, with torch and pip, as the machine's may be."""
+    make_wheel(tmp_path / "wheels", "arrived", {"arrived.py": b"x = 1\n"})
+    make_wheel(tmp_path / "wheels", "nvidia_stub", {"nvidia/cudnn/include/cudnn.h": b""})
+    source = tmp_path / "source" / "transformer_engine_torch-1.0"
+    source.mkdir(parents=True)
+    (source / "setup.py").write_text(CORE_SOURCE)
+    shutil.copy(REPOSITORY / "tools" / "gpu" / "join_offline.sh", tmp_path / "join.sh")
+    (tmp_path / "empty").mkdir()
+    subprocess.run(
+        ["bash", "-c", "tar -cf none.tar.00 -C empty . && sha256sum none.tar.* > none.sha256"], cwd=tmp_path, check=True
+    )
+    env = {"PYTHON": sys.executable, "INTO": str(tmp_path), "CPATH": "/more"}
+    joined = bash(tmp_path / "join.sh", "none", **env)
+    assert joined.returncode == 0, joined.stderr
+    assert "compiling transformer-engine" in joined.stdout
+    shows = (
+        "import arrived, built, pip, torch; print(arrived.__file__, built.FORCED, built.CPATH, pip.__file__, sep='\\n')"
+    )
+    python = tmp_path / ".venv-gpu" / "bin" / "python"
+    said = subprocess.run([python, "-c", shows], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
+    arrived, forced, cpath, pip = said.stdout.splitlines()
+    assert Path(arrived).is_relative_to(tmp_path / ".venv-gpu")
+    assert forced == "TRUE"  # else its setup looks for a wheel on the net
+    assert cpath.endswith("nvidia/nccl/include:/more")
+    assert Path(pip).is_relative_to(sysconfig.get_path("purelib"))
+    again = bash(
+        tmp_path / "join.sh", "none", **env
+    )  # its module is not there; what is installed is not compiled again
+    assert (again.returncode, "compiling" in again.stdout) == (0, False), again.stderr
