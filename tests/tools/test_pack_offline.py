@@ -142,6 +142,49 @@ def test_pieces_are_small_and_join_to_what_was_packed(tmp_path: Path) -> None:
     assert (again.returncode, "is not empty" in again.stderr) == (2, True)
 
 
+SETUP = """
+import os, pathlib, subprocess, sys
+
+at = sys.argv.index("--dest") + 1
+said = ""
+if "--no-binary" in sys.argv:  # as transformer-engine's setup.py
+    import torch
+    nvcc = pathlib.Path(os.environ["CUDA_HOME"], "bin", "nvcc")
+    said = subprocess.run([nvcc, "-V"], capture_output=True, text=True, check=True).stdout + torch.version.cuda
+pathlib.Path(sys.argv[at]).mkdir(exist_ok=True)
+pathlib.Path(sys.argv[at], sys.argv[-1]).write_text(said)
+sys.exit("transformer-engine==" in sys.argv[-1] and os.environ.get("BREAKS") == "1")
+"""
+
+
+@pytest.mark.slow
+def test_the_source_of_transformer_engine_is_fetched_without_cuda(tmp_path: Path) -> None:
+    """Its setup.py wants a toolkit of CUDA and a torch for CUDA, where neither is."""
+    (tmp_path / "pip.py").write_text(SETUP)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/pip.py "$@"\n')
+    python.chmod(0o755)
+    pack = REPOSITORY / "tools" / "pack_offline.sh"
+    packed = bash(pack, tmp_path / "out", "te", PYTHON=str(python))
+    assert packed.returncode == 0, packed.stderr
+    bash(tmp_path / "out" / "join.sh", "--unpack-only", "te", INTO=str(tmp_path / "there"))
+    (source,) = (tmp_path / "there" / "source").iterdir()
+    nvcc, cuda = source.read_text().splitlines()
+    assert nvcc == "Cuda compilation tools, release 13.0, V13.0.48"
+    assert cuda.startswith("13.")
+    broken = bash(pack, tmp_path / "broken", "te", PYTHON=str(python), BREAKS="1")
+    assert broken.returncode == 2
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["join.sh"]
+
+
+def test_what_the_machine_has_is_not_carried_over() -> None:
+    have = setting("HAVE").replace("\\", "").split()
+    text = "".join((REPOSITORY / "requirements" / name).read_text() for name in ("cpu.txt", "torch.txt"))
+    locked = set(re.findall(r"^([a-z0-9.-]+)==", text, re.MULTILINE))
+    assert {"pyarrow", "scipy", "grpcio"} <= set(have) <= locked  # a misspelt name would be carried over
+    assert len(set(have)) == len(have)
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [

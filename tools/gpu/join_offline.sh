@@ -29,7 +29,8 @@ venv=$into/.venv-gpu
 # the machine's packages, torch and pip among them, behind the new ones. Not --system-site-packages: where the machine's
 # Python is itself a virtual environment, that shows only the packages of its base
 folder=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-"$python" -c 'import site; print("import site", *map("site.addsitedir({!r})".format, site.getsitepackages()), sep="; ")' \
+"$python" -c 'import site
+print("import site", *(f"site.addsitedir({path!r})" for path in site.getsitepackages()), sep="; ")' \
   > "$folder/machine.pth"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check install --no-index --no-deps --no-build-isolation "$@"; }
 
