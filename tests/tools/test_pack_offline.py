@@ -203,7 +203,8 @@ def test_mistakes_end_with_2(tmp_path: Path, arguments: tuple[str, ...], says: s
 CORE_SOURCE = """
 import os, pathlib, setuptools
 
-pathlib.Path("built.py").write_text(f"FORCED, CPATH = {os.environ['NVTE_PYTORCH_FORCE_BUILD']!r}, {os.environ['CPATH']!r}")
+forced, cpath = os.environ["NVTE_PYTORCH_FORCE_BUILD"], os.environ["CPATH"]
+pathlib.Path("built.py").write_text(f"FORCED, CPATH = {forced!r}, {cpath!r}")
 setuptools.setup(name="transformer_engine_torch", version="1.0", py_modules=["built"])
 """
 
