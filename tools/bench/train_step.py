@@ -9,7 +9,7 @@ that other load slows both. A row holds medians; `ratio` is ours / theirs in tok
 transformers runs AutoModelForCausalLM with sdpa and without key-value cache, log_softmax and gather in fp32,
 clip_grad_norm_, torch's fused AdamW. The actor keeps fp32 master weights of a bf16 model; so does the reference of a
 bf16 `step`. `transformers_no_masters_tokens_per_s` is AdamW on the bf16 weights themselves, which loses small updates:
-not with --only-masters. Where both do not fit into a GPU, and with --alone, a row has our figures only, and nothing was compared.
+not with --only-masters. Where both do not fit into a GPU, and with --alone, a row has our figures only: no comparison.
 `--packing`: samples of unequal length, ours packed, theirs padded, as sdpa has no packing. Counts real tokens only.
 `--batch grpo`: short replies to long prompts; on a CPU and packed, ours computes a prompt once for its replies, as in
 training. `--micro-batches`: so many of them in a call, with gradients accumulated. MFU counts the logits of trained

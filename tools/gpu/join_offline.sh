@@ -53,6 +53,6 @@ cat <<TEXT
 join: done. Next:
   cd $into/collab_megatron
   export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1
-  $venv/bin/python tools/gpu_check.py --engine-args "--attention-backend triton --sampling-backend pytorch \\
+  $venv/bin/python tools/gpu_check.py --engine-args="--attention-backend triton --sampling-backend pytorch \\
     --disable-cuda-graph --grammar-backend none"
 TEXT
