@@ -22,7 +22,9 @@ case ${COLLAB_IMAGE:-} in
     COLLAB_RUN=("$COLLAB_PYTHON")
     ;;
   *.sif)
-    COLLAB_RUN=(apptainer exec --nv --pwd "$PWD")
+    # the host's toolkit and compiler (a loaded module's) are not those of the image, which apptainer would give it
+    unset CUDA_PATH CUDA_ROOT CPATH LIBRARY_PATH CC CXX
+    COLLAB_RUN=(apptainer exec --nv --env CUDA_HOME=/usr/local/cuda --pwd "$PWD")
     for folder in "$PWD" ${COLLAB_MOUNTS[@]+"${COLLAB_MOUNTS[@]}"}; do COLLAB_RUN+=(--bind "$folder"); done
     COLLAB_RUN+=("$COLLAB_IMAGE" "${COLLAB_PYTHON:-/opt/collab_megatron/.venv/bin/python}")
     ;;
@@ -32,6 +34,7 @@ case ${COLLAB_IMAGE:-} in
     for name in $(compgen -e); do
       case $name in
         PATH | HOME | PWD | OLDPWD | SHLVL | SHELL | TMPDIR | LD_* | PYTHONPATH | PYTHONHOME | VIRTUAL_ENV | _) ;;
+        CUDA_HOME | CUDA_PATH | CUDA_ROOT | CPATH | LIBRARY_PATH | CC | CXX) ;;  # the host's toolkit and compiler
         *) COLLAB_RUN+=(--env "$name") ;;
       esac
     done

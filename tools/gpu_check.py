@@ -1,13 +1,14 @@
-"""One command for a machine with GPUs: what works there, and how fast. Under ten minutes on one GPU.
+"""One command for a machine with GPUs: what works there, and how fast. Stops after at most ten minutes on one GPU.
 
     python tools/gpu_check.py [--out DIR] [--parts NAME ...] [--engine-args FLAGS]
     python tools/gpu_check.py --device cpu      # the same programs in tiny shapes, to try them without a GPU
 
-Each part is a child process with its own deadline; one that fails or hangs does not stop the rest. The table goes to
-the terminal, everything to OUT/gpu_check.json after each part, and each part's output to OUT/logs. Parts for two GPUs
-run where there are two. Ends with 1 if a part failed.
+Each part is a child process with its own deadline; one that fails or hangs does not stop the rest, and leaves each of
+them the least time that it needs. The table goes to the terminal, everything to OUT/gpu_check.json after each part, and
+each part's output to OUT/logs. Parts for two GPUs run where there are two; "SFT run" only if it is named. Ends with 1
+if a part failed.
 
-Without flash-attention 3 or flashinfer: --engine-args "--attention-backend triton --sampling-backend pytorch".
+Without flash-attention 3 or flashinfer: --engine-args="--attention-backend triton --sampling-backend pytorch".
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from collab_megatron.launch.node import visible_gpus  # noqa: E402
 from collab_megatron.launch.supervisor import Supervisor  # noqa: E402
 from tools.gpu.parts import Part, parts  # noqa: E402
 
-LIMIT_S = {1: 590.0, 2: 1500.0}  # of all parts, by the number of GPUs that they use
-SHORTEST_S = 20.0  # with less time left a part is not started
+LIMIT_S = {1: 560.0, 2: 1500.0}  # of all parts and their ends, by the number of GPUs that they use
+SHORTEST_S = 10.0  # with less time left a part is not started
 END_S = 15.0  # between TERM and KILL: servers need up to nine seconds
 WELL = ("ok", "skipped")
 
@@ -51,12 +52,18 @@ class Outcome:
     log: str = ""
 
 
+def room_s(left_s: float, later: Sequence[Part], gpus: int) -> float:
+    """Seconds of `left_s` that a part may take, so that it and those that come later can end in time, even by force."""
+    return left_s - END_S - sum(part.least_s + END_S for part in later if part.gpus <= gpus)
+
+
 def run_part(part: Part, supervisor: Supervisor, out: Path, env: Mapping[str, str], deadline_s: float) -> Outcome:
     """Run a part to its end or its deadline, and read what it left, whatever its end was."""
     name = part.name.replace(":", "").replace(" ", "_")
     result = out / "results" / f"{name}{part.suffix}"
     result.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
+    env = {**env, "COLLAB_MEGATRON_GPU_PART_S": f"{deadline_s:.0f}"}  # tests/gpu/device.py
     child = supervisor.start(name, [sys.executable, *part.argv(result)], env, essential=False)
     try:
         child.process.wait(deadline_s)
@@ -101,12 +108,14 @@ def check(chosen: Sequence[Part], out: Path, *, gpus: int, limit_s: float, env: 
     start = time.monotonic()
     outcomes: list[Outcome] = []
     with Supervisor(out / "logs") as supervisor:
-        for part in chosen:
-            left = limit_s - (time.monotonic() - start)
+        for number, part in enumerate(chosen, start=1):
+            left = room_s(limit_s - (time.monotonic() - start), chosen[number:], gpus)
             if gpus < part.gpus:
                 outcome = Outcome(part.name, "skipped", 0.0, f"needs {part.gpus} GPUs, {gpus} are visible")
             elif left < SHORTEST_S:
-                outcome = Outcome(part.name, "no time", 0.0, f"{max(left, 0.0):.0f} of {limit_s:.0f} s were left")
+                outcome = Outcome(
+                    part.name, "no time", 0.0, f"{max(left, 0.0):.0f} of {limit_s:.0f} s were left for it"
+                )
             else:
                 outcome = run_part(part, supervisor, out, env, min(part.deadline_s, left))
             outcomes.append(outcome)
@@ -133,8 +142,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, help="a new folder; default: runs/gpu_check-DATE")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--engine-args", default="", metavar="FLAGS", help="more flags of sglang.launch_server, quoted")
-    parser.add_argument("--limit-s", type=float, help="of all parts together; default: 590, with two GPUs 1500")
+    parser.add_argument(
+        "--engine-args", default="", metavar="FLAGS", help='more of sglang.launch_server: --engine-args="--a --b"'
+    )
+    default = f"{LIMIT_S[1]:.0f}, with two GPUs {LIMIT_S[2]:.0f}"
+    parser.add_argument("--limit-s", type=float, help=f"of all parts together; default: {default}")
     return parser.parse_args()
 
 
@@ -161,7 +173,7 @@ def main() -> None:
         **({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}),
     }
     os.chdir(REPOSITORY)  # where the parts find tests/ and conf/
-    chosen = [part for part in known if not args.parts or part.name in args.parts]
+    chosen = [part for part in known if (part.name in args.parts if args.parts else part.by_default)]
     limit_s = args.limit_s or LIMIT_S[min(gpus, 2)]
     outcomes = check(chosen, out, gpus=gpus, limit_s=limit_s, env=env)
     print(f"figures in {out / 'gpu_check.json'}, output of each part in {out / 'logs'}")

@@ -104,10 +104,11 @@ install_gpu() {
   site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   # FORCE_BUILD: its setup.py would otherwise download a wheel that no hash covers. Headers come from NVIDIA's wheels,
   # whose versions the lock has; a toolkit of the machine lacks those of cuDNN and NCCL. NCCL's own expert parallelism
-  # is not used here.
-  CPATH=$site/nvidia/cudnn/include:$site/nvidia/nccl/include${CPATH:+:$CPATH} NVTE_FRAMEWORK=pytorch \
-    NVTE_BUILD_USE_NVIDIA_WHEELS=${NVTE_BUILD_USE_NVIDIA_WHEELS:-1} NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 \
-    MAX_JOBS=${MAX_JOBS:-$(nproc)} locked --no-build-isolation --require-hashes -r "$VENV/source.txt"
+  # is not used here. PATH: the build looks for the ninja of .venv there.
+  PATH="$PWD/$VENV/bin:$PATH" CPATH=$site/nvidia/cudnn/include:$site/nvidia/nccl/include${CPATH:+:$CPATH} \
+    NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=${NVTE_BUILD_USE_NVIDIA_WHEELS:-1} \
+    NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 MAX_JOBS=${MAX_JOBS:-$(nproc)} \
+    locked --no-build-isolation --require-hashes -r "$VENV/source.txt"
 }
 
 python=$(find_python)

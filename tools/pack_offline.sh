@@ -16,7 +16,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly PYTHON=${PYTHON:-python3} TARGET=${TARGET:-3.12} PIECE_MB=${PIECE_MB:-60} DEMO=${DEMO:-runs/demo}
-readonly HAVE=${HAVE:-torch triton transformers tokenizers safetensors accelerate numpy}
+# what images with torch usually have and is large, each with what must match it
+readonly HAVE=${HAVE:-torch triton transformers tokenizers safetensors accelerate huggingface-hub hf-xet numpy \
+  scipy pandas pyarrow sympy mpmath networkx psutil setuptools sentencepiece tiktoken regex requests einops lxml \
+  matplotlib contourpy cycler fonttools kiwisolver pyparsing pillow python-dateutil \
+  tensorboard tensorboard-data-server absl-py grpcio markdown protobuf werkzeug \
+  aiohttp aiohappyeyeballs aiosignal frozenlist multidict propcache yarl uvloop}
 # all of these, where the second one exists
 readonly LOCKS=${LOCKS:-requirements/cpu.txt requirements/megatron-py${TARGET/./}.txt}
 # and of this lock what runs tests/gpu
@@ -26,9 +31,9 @@ readonly SGLANG=${SGLANG:-sglang==0.5.23}
 readonly KERNEL=${KERNEL:-sglang-kernel==0.4.5}  # built for torch 2.11.0
 # for colocated engines; for SGLang's config modules, to go with torch 2.11; for the device's memory
 readonly ENGINE_EXTRA=${ENGINE_EXTRA:-torch-memory-saver==0.0.10 torchvision==0.26.0 nvidia-ml-py==13.615.71}
-readonly TE=${TE:-2.11.0} TE_SOURCE=${TE_SOURCE:-}
-# not loaded by an engine with the triton attention backend on one sm_90 GPU
-readonly SGLANG_WITHOUT='sglang/(multimodal_gen|rust|test|benchmark|srt/multimodal)/'
+readonly TE=${TE:-2.11.0} TE_SOURCE=${TE_SOURCE:-} TE_CUDA=13.0
+# not loaded by an engine with the triton attention backend on one sm_90 GPU; srt/multimodal is, by configs of models
+readonly SGLANG_WITHOUT='sglang/(multimodal_gen|rust|test|benchmark)/'
 readonly KERNEL_WITHOUT='(flash_ops|sm100/)'
 
 fail() { echo "pack_offline: $*" >&2; exit 2; }
@@ -96,11 +101,15 @@ engine() {
 te() {  # its torch part is compiled there, against the torch that is there
   download "$1/wheels" "transformer-engine-cu13==$TE"
   download "$1/wheels" "transformer-engine==$TE"
-  mkdir -p "$1/source" "$work/cuda/include"
+  mkdir -p "$1/source" "$work"/cuda/{bin,include} "$work/shim"
   if [ -n "$TE_SOURCE" ]; then cp "$TE_SOURCE" "$1/source/"; return; fi
-  # pip runs setup.py for a source's metadata; that imports torch and asks for a toolkit, of which it compiles nothing
-  CUDA_HOME="$work/cuda" NVTE_FRAMEWORK=pytorch "$PYTHON" -m pip --disable-pip-version-check download --quiet \
-    --no-deps --no-binary :all: --no-build-isolation --dest "$1/source" "transformer-engine-torch==$TE" ||
+  # pip runs setup.py for a source's metadata; that asks torch and a toolkit for CUDA's version, and compiles nothing
+  printf '#!/bin/sh\necho "Cuda compilation tools, release %s, V%s.48"\n' {,}"$TE_CUDA" > "$work/cuda/bin/nvcc"
+  chmod +x "$work/cuda/bin/nvcc"
+  printf 'import torch\ntorch.version.cuda = torch.version.cuda or "%s"\n' "$TE_CUDA" > "$work/shim/sitecustomize.py"
+  CUDA_HOME="$work/cuda" PYTHONPATH="$work/shim" NVTE_FRAMEWORK=pytorch "$PYTHON" -m pip --disable-pip-version-check \
+    download --quiet --no-deps --no-binary :all: --no-build-isolation --dest "$1/source" \
+    "transformer-engine-torch==$TE" ||
     fail "pip could not fetch transformer-engine-torch $TE: let PYTHON have torch, or give its source as TE_SOURCE"
 }
 
@@ -111,10 +120,10 @@ demo() {
   cp "$DEMO"/data/*.parquet "$1/collab_megatron/runs/demo/data/"
 }
 
+cp tools/gpu/join_offline.sh "$out/join.sh"  # first: a group that fails leaves what is packed of use
 for group in "${groups[@]}"; do
   mkdir "$work/$group"
   "$group" "$work/$group"
   pack "$group" "$work/$group"
 done
-cp tools/gpu/join_offline.sh "$out/join.sh"
 echo "pack_offline: carry $out over, then: bash join.sh ${groups[*]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,7 @@ def engine_command(
     else:
         argv += _attention(dtype, settings.extra_args)
         env |= nccl_settings(settings.extra_args, os.environ)
+        env["PATH"] = _path(argv[0])
         if settings.placement == "colocated":
             argv.append("--enable-memory-saver")  # frees its memory while the trainer works on the same GPUs
             # a server that restarts finds GPUs of which the trainer has taken unequal shares (0.5.23,
@@ -146,6 +148,13 @@ def engine_command(
     argv += settings.extra_args
     unset = PYTHON_PLACES if settings.python is not None else ()
     return EngineCommand(tuple(argv), env, f"http://{settings.host}:{port}", unset)
+
+
+def _path(python: str) -> str:
+    """PATH with the programs of an interpreter's environment in front: SGLang compiles kernels with a bare `ninja`
+    (0.5.23, kernels/jit/utils/compile/ninja.py), which nobody finds where the environment is not activated."""
+    folder = os.path.dirname(os.path.abspath(shutil.which(python) or python))  # its link's own, not the base's
+    return os.pathsep.join((folder, os.environ.get("PATH", os.defpath)))
 
 
 def _attention(dtype: str, extra_args: Sequence[str]) -> list[str]:

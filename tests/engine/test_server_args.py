@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
 from collab_megatron.config.sections import EngineSection
@@ -34,6 +38,29 @@ def test_gpu_leaves_the_choice_to_sglang() -> None:
     # its environment is another one
     assert command.unset == ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     assert "--enable-memory-saver" not in command.argv
+
+
+def test_a_server_on_a_gpu_finds_the_programs_of_its_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ninja, above all, although nobody has activated it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)  # an environment's interpreter is a link to its base's
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr(sys, "executable", "/opt/trainer/bin/python")
+
+    def path(python: str | None, device: str = "cuda") -> str | None:
+        section = EngineSection(python=python)
+        command = engine_command(section, model_path="m", dtype="bfloat16", device=device, port=1, seed=1)
+        return command.env.get("PATH")
+
+    assert path(str(tmp_path / "bin" / "python")) == os.pathsep.join((str(tmp_path / "bin"), "/usr/bin"))
+    assert path(None) == os.pathsep.join(("/opt/trainer/bin", "/usr/bin"))
+    assert path(None, device="cpu") is None
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert path("python") == os.pathsep.join((str(tmp_path / "bin"),) * 2)
+    monkeypatch.delenv("PATH")
+    assert path(None) == os.pathsep.join(("/opt/trainer/bin", os.defpath))
 
 
 def test_threads_are_the_launchers_unless_the_config_says_otherwise() -> None:

@@ -19,6 +19,8 @@ import torch
 DEVICE: Literal["cpu", "cuda"] = "cpu" if os.environ.get("COLLAB_MEGATRON_GPU_TESTS") == "cpu" else "cuda"
 ENGINE_ARGS = tuple(shlex.split(os.environ.get("COLLAB_MEGATRON_GPU_ENGINE_ARGS", "")))
 """More flags of sglang.launch_server, for machines without some of its kernels."""
+PART_S = float(os.environ.get("COLLAB_MEGATRON_GPU_PART_S", "inf"))
+"""After these seconds tools/gpu_check.py ends the tests. One that has not failed by then leaves no reason."""
 
 ON_DEVICE = [
     pytest.mark.gpu,

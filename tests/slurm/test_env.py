@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+HOSTS = dict.fromkeys(("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "CPATH", "LIBRARY_PATH", "CC", "CXX"), "/host")
 IN_IMAGE = "/opt/collab_megatron/.venv/bin/python"
 
 
@@ -58,9 +59,17 @@ def test_an_apptainer_image(tmp_path: Path) -> None:
     found = command(tmp_path, COLLAB_IMAGE=image(tmp_path, "sif"), SETUP="COLLAB_MOUNTS=(/data)")
     binds = ["--bind", str(tmp_path), "--bind", "/data"]
     assert found == [
-        *("apptainer", "exec", "--nv", "--pwd", str(tmp_path), *binds, str(tmp_path / "x.sif")),
-        IN_IMAGE,
+        *("apptainer", "exec", "--nv", "--env", "CUDA_HOME=/usr/local/cuda", "--pwd", str(tmp_path)),
+        *(*binds, str(tmp_path / "x.sif"), IN_IMAGE),
     ]
+
+
+def test_the_hosts_toolkit_does_not_reach_an_apptainer_image(tmp_path: Path) -> None:
+    """Apptainer passes the environment on."""
+    env = {**HOSTS, "CUDA_VISIBLE_DEVICES": "1", "COLLAB_IMAGE": image(tmp_path, "sif")}
+    lines = run(tmp_path, "env", **env).stdout.splitlines()
+    assert "CUDA_VISIBLE_DEVICES=1" in lines
+    assert not [line for line in lines if line.partition("=")[0] in HOSTS and not line.startswith("CUDA_HOME=")]
 
 
 def test_an_enroot_image_starts_in_the_folder_with_the_jobs_variables(tmp_path: Path) -> None:
@@ -69,12 +78,13 @@ def test_an_enroot_image_starts_in_the_folder_with_the_jobs_variables(tmp_path: 
     program(tmp_path / "bin" / "enroot", f'while [ "$1" != {path} ]; do echo "$1"; shift; done; shift; exec "$@"')
     python = program(tmp_path / "python", 'echo "in $PWD: $@"')
     env = {"COLLAB_IMAGE": path, "COLLAB_PYTHON": str(python), "DESK_API_KEY": "k", "SLURM_JOB_ID": "7"}
+    env |= {"CUDA_VISIBLE_DEVICES": "1", **HOSTS}
     done = run(tmp_path, 'exec "${COLLAB_RUN[@]}" -m a "b c"', **env)
     lines = done.stdout.splitlines()
     assert lines[-1] == f"in {tmp_path}: -m a b c"
     passed = [name for option, name in itertools.pairwise(lines) if option == "--env"]
-    assert {"DESK_API_KEY", "SLURM_JOB_ID", "PYTHONUNBUFFERED"} <= set(passed)
-    assert not {"PATH", "HOME"} & set(passed)
+    assert {"DESK_API_KEY", "SLURM_JOB_ID", "PYTHONUNBUFFERED", "CUDA_VISIBLE_DEVICES"} <= set(passed)
+    assert not {"PATH", "HOME", *HOSTS} & set(passed)
     assert f"{tmp_path}:{tmp_path}" in lines
     assert "k" not in lines  # a value would be in the process list
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from collab_megatron.trainer.actor import grid
 from tests.trainer.parallel.ranks import Ran, run_script
 from tools.bench import train_step
 from tools.bench.train_step import Skipped, TrainStepRow, interleaved, measure
@@ -106,7 +108,8 @@ class SmallGpu:
     fits: Sequence[str] = ()
     built: list[bool]
 
-    def __init__(self, name: str, dtype: str, call: Call, *, alone: bool) -> None:
+    def __init__(self, name: str, dtype: str, call: Call, *, alone: bool, only_masters: bool) -> None:
+        assert only_masters
         self.built.append(alone)
         self.name, self.alone = name, alone
         if name not in self.fits:
@@ -132,6 +135,7 @@ def wanted() -> argparse.Namespace:
         repeats=1,
         cpu_time=False,
         alone=False,
+        only_masters=True,
     )
 
 
@@ -148,3 +152,28 @@ def test_what_does_not_fit_twice_is_measured_alone(monkeypatch: pytest.MonkeyPat
     assert large == [Skipped("qwen2.5-7b", "bfloat16", phase, reason) for phase in ("logprobs", "step")]
     assert train_step.line(step).endswith("10.0 tokens/s, MFU 40.0%")
     assert SmallGpu.built == [False, True, False, True, True]
+
+
+def test_rows_are_written_before_the_next_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """tools/gpu_check.py ends a benchmark at its deadline, and keeps what is there."""
+
+    def until_the_deadline(args: argparse.Namespace) -> Iterator[TrainStepRow]:
+        yield TrainStepRow("tiny", "bfloat16", "logprobs", 48, 1, True, 10.0)
+        raise TimeoutError
+
+    monkeypatch.setattr(train_step, "measure", until_the_deadline)
+    monkeypatch.setattr(grid, "init_grid", lambda section, seed: None)
+    monkeypatch.setattr(sys, "argv", ["train_step.py", "--json", str(tmp_path / "rows.json")])
+    with pytest.raises(TimeoutError):
+        train_step.main()
+    assert [row["phase"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["logprobs"]
+
+
+@pytest.mark.slow
+def test_a_step_with_masters_only(tmp_path: Path) -> None:
+    options = ("--shapes", "tiny", "--dtypes", "bfloat16", "--phases", "step", "--threads", "1", "--repeats", "1")
+    done = run(*options, "--only-masters", "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["ratio"] > 0
+    assert "transformers_no_masters_tokens_per_s" not in row

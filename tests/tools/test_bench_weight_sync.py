@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Run
+from tools.bench import weight_sync
 from tools.bench.weight_sync import SHAPES, rank_env, why_not
 
 TOOL = "tools/bench/weight_sync.py"
@@ -96,3 +100,18 @@ def test_mistakes_end_with_2(arguments: list[str], says: str, run: Run) -> None:
     done = run(TOOL, *arguments)
     assert done.code == 2
     assert says in done.output
+
+
+def test_rows_are_written_before_the_next_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """tools/gpu_check.py ends a benchmark at its deadline, and keeps what is there."""
+
+    def until_the_deadline(name: str, args: argparse.Namespace) -> Iterator[dict[str, str]]:
+        yield {"transport": "ipc", "shape": name, "skipped": "needs 2 GPUs"}
+        raise TimeoutError
+
+    monkeypatch.setattr(weight_sync, "measure", until_the_deadline)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # main sets it for good
+    monkeypatch.setattr(sys, "argv", ["weight_sync.py", "--json", str(tmp_path / "rows.json")])
+    with pytest.raises(TimeoutError):
+        weight_sync.main()
+    assert [row["transport"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["ipc"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,11 +14,13 @@ import pytest
 
 from collab_megatron.errors import RunError
 from tests.conftest import REPOSITORY, Ended, Run
+from tools import gpu_check
+from tools.bench import weight_sync
 from tools.gpu import results
 from tools.gpu.parts import Part, parts
 from tools.gpu.results import Reading
 from tools.gpu.rl_steps import STEPS, figures
-from tools.gpu_check import check, line
+from tools.gpu_check import END_S, LIMIT_S, SHORTEST_S, check, line, room_s
 
 WRITES = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('7')"
 
@@ -24,9 +29,9 @@ def read_number(path: Path) -> Reading:
     return Reading(f"found {int(path.read_text())}", {"number": 7})
 
 
-def part(name: str, code: str, deadline_s: float = 30.0, gpus: int = 1) -> Part:
+def part(name: str, code: str, deadline_s: float = 30.0, gpus: int = 1, least_s: float = 1.0) -> Part:
     """A part that runs `code`; sys.argv[1] is the file of its results."""
-    return Part(name, lambda out: ["-c", code, str(out)], deadline_s, read_number, gpus)
+    return Part(name, lambda out: ["-c", code, str(out)], deadline_s, least_s, read_number, gpus)
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_rest(tmp_path: Path) -> None:
@@ -58,12 +63,72 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_rest(tmp_path: Path) -> No
     assert "waiting" in Path(outcomes["hangs"].log).read_text()
 
 
-def test_the_limit_ends_the_check(tmp_path: Path) -> None:
-    chosen = [part("slow", "import time; time.sleep(99)", deadline_s=50.0), part("late", WRITES)]
+def test_the_limit_ends_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "END_S", 1.0)
+    monkeypatch.setattr(gpu_check, "SHORTEST_S", 1.0)
+    hangs = "import time; time.sleep(99)"
+    chosen = [part("slow", hangs, deadline_s=50.0), part("late", WRITES, least_s=0.0)]
     start = time.monotonic()
-    slow, late = check(chosen, tmp_path, gpus=1, limit_s=22.0, env={})
-    assert time.monotonic() - start < 40
+    slow, late = check(chosen, tmp_path, gpus=1, limit_s=5.0, env={})
+    assert time.monotonic() - start < 20
     assert (slow.status, late.status) == ("timeout", "no time")
+
+
+def test_parts_that_hang_leave_the_others_their_least_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "END_S", 1.0)
+    monkeypatch.setattr(gpu_check, "SHORTEST_S", 1.0)
+    hangs = "import time; time.sleep(99)"
+    works = f"import os; assert float(os.environ['COLLAB_MEGATRON_GPU_PART_S']) >= 5; {WRITES}"
+    chosen = [
+        part("hangs", hangs, deadline_s=99.0),
+        part("too", hangs, deadline_s=99.0, least_s=3.0),
+        part("large", WRITES, gpus=2, least_s=99.0),  # does not run, so nothing waits for it
+        part("works", works, least_s=6.0),
+    ]
+    start = time.monotonic()
+    outcomes = check(chosen, tmp_path, gpus=1, limit_s=14.0, env={})
+    assert [one.status for one in outcomes] == ["timeout", "timeout", "skipped", "ok"], outcomes
+    assert time.monotonic() - start < 14
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_if_every_part_hangs_all_have_had_their_least_time(device: str, gpus: int, tmp_path: Path) -> None:
+    chosen = [one for one in parts(device, "", tmp_path) if one.by_default]
+    spent = 0.0
+    for number, one in enumerate(chosen, start=1):
+        if one.gpus <= gpus:
+            given = min(one.deadline_s, room_s(LIMIT_S[gpus] - spent, chosen[number:], gpus))
+            assert given >= one.least_s > SHORTEST_S, one.name
+            spent += given + END_S
+    assert spent <= LIMIT_S[gpus] <= {1: 570.0, 2: 1500.0}[gpus]  # a GPU is often given for ten minutes
+
+
+@pytest.mark.slow
+def test_tests_on_a_gpu_fail_before_the_check_ends_them() -> None:
+    """By their own deadlines, which leave a reason; and no server captures graphs within them."""
+    shows = "from tests.gpu import engines as e, test_ranks as r; print(e.START_S, r.ALL_S, *e.NO_GRAPHS)"
+    env = {"COLLAB_MEGATRON_GPU_PART_S": "120", "COLLAB_MEGATRON_GPU_TESTS": "cuda", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", shows],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.split() == ["80.0", "90.0", "--disable-cuda-graph"]
+
+
+def test_flags_for_engines_reach_the_programs_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also a single one, which argparse would take for an option of its own."""
+    for flags in ("", "--disable-overlap-schedule", "--attention-backend triton --sampling-backend pytorch"):
+        (sync,) = (one for one in parts("cuda", flags, tmp_path) if one.name == "weight sync")
+        monkeypatch.setattr(sys, "argv", sync.argv(tmp_path / "x.json"))
+        found = shlex.split(weight_sync.parse().engine_args)
+        assert found == [*shlex.split(flags), "--disable-cuda-graph"]
+        (steps,) = (one for one in parts("cuda", flags, tmp_path) if one.name == "RL steps")
+        assert f"--engine-args={flags}" in steps.argv(tmp_path / "x.json")
 
 
 def test_the_children_of_a_part_end_with_it(tmp_path: Path) -> None:
@@ -154,6 +219,9 @@ def test_every_part_names_programs_and_tests_that_exist(device: str, tmp_path: P
         text = (REPOSITORY / path).read_text()
         assert f"def {test.partition('[')[0] or 'main' * path.startswith('/')}" in text
     assert all(one.gpus == 2 for one in known if one.name.startswith("two"))
+    assert [one.name for one in known if not one.by_default] == ["SFT run"]
+    names = [one.name for one in known]
+    assert names.index("RL steps") < min(names.index("MFU"), names.index("head"))
     assert sorted(STEPS) == ["cpu", "cuda"]
 
 

@@ -13,13 +13,30 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REQUIREMENTS = REPOSITORY / "requirements"
-COMMANDS = ("bash", "cat", "tr", "find", "sort", "xargs", "sha256sum", "cut", "dirname", "head", "sh")
+COMMANDS = (
+    "bash",
+    "cat",
+    "tr",
+    "find",
+    "sort",
+    "xargs",
+    "sha256sum",
+    "cut",
+    "dirname",
+    "head",
+    "sh",
+    "awk",
+    "mkdir",
+    "cp",
+    "chmod",
+    "tail",
+)
 NO_CUDA = {"CUDA_HOME": "/nonexistent"}
 UNREACHABLE = 3  # exit code of tools/lock.sh
 
 
-def interpreter(file: Path, version: str, *, has_glibc: bool = True) -> None:
-    """A Python of that version, as far as tools/install.sh asks before it makes an environment, and no venv."""
+def interpreter(file: Path, version: str, *, has_glibc: bool = True, venv: str = "") -> None:
+    """A Python of that version, as far as tools/install.sh asks. venv: commands that make an environment."""
     file.parent.mkdir(parents=True, exist_ok=True)
     minor = ".".join(version.split(".")[:2])
     (file.parent / "Python.h").touch()
@@ -28,6 +45,7 @@ def interpreter(file: Path, version: str, *, has_glibc: bool = True) -> None:
 case "$1 $2" in
   *sysconfig*) echo {file.parent} ;;
   -c*) echo {minor} ;;
+  "-m venv") {venv or "exit 1"} ;;
   --version*) echo Python {version} ;;
   "- "*) exit {1 - has_glibc} ;;
   *) exit 1 ;;
@@ -111,6 +129,16 @@ def test_what_pip_does_not_say_is_checked_before_it_fetches_anything(tmp_path: P
     assert "warning" not in install(tmp_path, "gpu")
     (tmp_path / "bin" / "Python.h").unlink()
     assert "Python.h, which transformer-engine is compiled with" in install(tmp_path, "gpu")
+
+
+def test_what_is_compiled_finds_the_programs_of_the_new_environment(tmp_path: Path) -> None:
+    """transformer-engine is built with the ninja that the lock has."""
+    inner = 'case "$*" in *source.txt*) command -v ninja; exit 1 ;; esac'
+    venv = f"mkdir -p .venv/bin; printf '#!/bin/sh\\n%s\\n' '{inner}' >.venv/bin/python; chmod +x .venv/bin/python"
+    interpreter(tmp_path / "bin" / "python3.12", "3.12.3", venv=f"{venv}; cp .venv/bin/python .venv/bin/ninja")
+    for name in ("g++", "nproc"):
+        program(tmp_path / "bin" / name)
+    assert f"{tmp_path}/repository/.venv/bin/ninja" in install(tmp_path, "gpu")
 
 
 def pins(name: str) -> dict[str, str]:

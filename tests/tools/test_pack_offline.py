@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -45,6 +48,45 @@ def test_a_wheel_without_what_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its layout has changed"):
         trim(wheel, "engine/(test|rust)/")
     assert list(tmp_path.iterdir()) == [wheel]
+
+
+IMPORT_WITHOUT = """
+import importlib, re, sys
+
+class Trimmed:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if re.search(sys.argv[1], name.replace(".", "/") + "/"):
+            raise ModuleNotFoundError(f"{name} was left out")
+
+sys.meta_path.insert(0, Trimmed)
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+print(sorted(name for name in sys.modules if name.startswith("sglang.srt.multimodal"))[0])
+"""
+LOADED = ("entrypoints.http_server", "entrypoints.engine", "managers.scheduler", "models.llama", "models.qwen2")
+
+
+def setting(name: str) -> str:
+    """A setting of pack_offline.sh, or its default."""
+    text = (REPOSITORY / "tools" / "pack_offline.sh").read_text()
+    found = re.search(rf"\b{name}=(?:\${{{name}:?-([^}}]*)}}|'([^']*)')", text)
+    assert found is not None, name
+    return found[1] or found[2]
+
+
+@pytest.mark.slow
+def test_the_engine_that_is_packed_can_be_imported() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_WITHOUT, setting("SGLANG_WITHOUT"), *(f"sglang.srt.{name}" for name in LOADED)],
+        env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith("sglang.srt.multimodal")  # what looks superfluous is loaded
 
 
 def bash(script: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -100,6 +142,49 @@ def test_pieces_are_small_and_join_to_what_was_packed(tmp_path: Path) -> None:
     assert (again.returncode, "is not empty" in again.stderr) == (2, True)
 
 
+SETUP = """
+import os, pathlib, subprocess, sys
+
+at = sys.argv.index("--dest") + 1
+said = ""
+if "--no-binary" in sys.argv:  # as transformer-engine's setup.py
+    import torch
+    nvcc = pathlib.Path(os.environ["CUDA_HOME"], "bin", "nvcc")
+    said = subprocess.run([nvcc, "-V"], capture_output=True, text=True, check=True).stdout + torch.version.cuda
+pathlib.Path(sys.argv[at]).mkdir(exist_ok=True)
+pathlib.Path(sys.argv[at], sys.argv[-1]).write_text(said)
+sys.exit("transformer-engine==" in sys.argv[-1] and os.environ.get("BREAKS") == "1")
+"""
+
+
+@pytest.mark.slow
+def test_the_source_of_transformer_engine_is_fetched_without_cuda(tmp_path: Path) -> None:
+    """Its setup.py wants a toolkit of CUDA and a torch for CUDA, where neither is."""
+    (tmp_path / "pip.py").write_text(SETUP)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/pip.py "$@"\n')
+    python.chmod(0o755)
+    pack = REPOSITORY / "tools" / "pack_offline.sh"
+    packed = bash(pack, tmp_path / "out", "te", PYTHON=str(python))
+    assert packed.returncode == 0, packed.stderr
+    bash(tmp_path / "out" / "join.sh", "--unpack-only", "te", INTO=str(tmp_path / "there"))
+    (source,) = (tmp_path / "there" / "source").iterdir()
+    nvcc, cuda = source.read_text().splitlines()
+    assert nvcc == "Cuda compilation tools, release 13.0, V13.0.48"
+    assert cuda.startswith("13.")
+    broken = bash(pack, tmp_path / "broken", "te", PYTHON=str(python), BREAKS="1")
+    assert broken.returncode == 2
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["join.sh"]
+
+
+def test_what_the_machine_has_is_not_carried_over() -> None:
+    have = setting("HAVE").replace("\\", "").split()
+    text = "".join((REPOSITORY / "requirements" / name).read_text() for name in ("cpu.txt", "torch.txt"))
+    locked = set(re.findall(r"^([a-z0-9.-]+)==", text, re.MULTILINE))
+    assert {"pyarrow", "scipy", "grpcio"} <= set(have) <= locked  # a misspelt name would be carried over
+    assert len(set(have)) == len(have)
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -113,3 +198,45 @@ def test_mistakes_end_with_2(tmp_path: Path, arguments: tuple[str, ...], says: s
     done = bash(REPOSITORY / "tools" / "pack_offline.sh", *given, DEMO=str(tmp_path / "none"))
     assert done.returncode == 2
     assert says in done.stderr
+
+
+CORE_SOURCE = """
+import os, pathlib, setuptools
+
+forced, cpath = os.environ["NVTE_PYTORCH_FORCE_BUILD"], os.environ["CPATH"]
+pathlib.Path("built.py").write_text(f"FORCED, CPATH = {forced!r}, {cpath!r}")
+setuptools.setup(name="transformer_engine_torch", version="1.0", py_modules=["built"])
+"""
+
+
+@pytest.mark.slow
+def test_what_has_arrived_is_installed_on_top_of_a_virtual_environment(tmp_path: Path) -> None:
+    """The Python of these tests is one, with torch and pip, as the machine's may be."""
+    make_wheel(tmp_path / "wheels", "arrived", {"arrived.py": b"x = 1\n"})
+    make_wheel(tmp_path / "wheels", "nvidia_stub", {"nvidia/cudnn/include/cudnn.h": b""})
+    source = tmp_path / "source" / "transformer_engine_torch-1.0"
+    source.mkdir(parents=True)
+    (source / "setup.py").write_text(CORE_SOURCE)
+    shutil.copy(REPOSITORY / "tools" / "gpu" / "join_offline.sh", tmp_path / "join.sh")
+    (tmp_path / "empty").mkdir()
+    subprocess.run(
+        ["bash", "-c", "tar -cf none.tar.00 -C empty . && sha256sum none.tar.* > none.sha256"], cwd=tmp_path, check=True
+    )
+    env = {"PYTHON": sys.executable, "INTO": str(tmp_path), "CPATH": "/more"}
+    joined = bash(tmp_path / "join.sh", "none", **env)
+    assert joined.returncode == 0, joined.stderr
+    assert "compiling transformer-engine" in joined.stdout
+    shows = (
+        "import arrived, built, pip, torch; print(arrived.__file__, built.FORCED, built.CPATH, pip.__file__, sep='\\n')"
+    )
+    python = tmp_path / ".venv-gpu" / "bin" / "python"
+    said = subprocess.run([python, "-c", shows], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
+    arrived, forced, cpath, pip = said.stdout.splitlines()
+    assert Path(arrived).is_relative_to(tmp_path / ".venv-gpu")
+    assert forced == "TRUE"  # else its setup looks for a wheel on the net
+    assert cpath.endswith("nvidia/nccl/include:/more")
+    assert Path(pip).is_relative_to(sysconfig.get_path("purelib"))
+    again = bash(
+        tmp_path / "join.sh", "none", **env
+    )  # its module is not there; what is installed is not compiled again
+    assert (again.returncode, "compiling" in again.stdout) == (0, False), again.stderr

@@ -8,8 +8,8 @@ that other load slows both. A row holds medians; `ratio` is ours / theirs in tok
 
 transformers runs AutoModelForCausalLM with sdpa and without key-value cache, log_softmax and gather in fp32,
 clip_grad_norm_, torch's fused AdamW. The actor keeps fp32 master weights of a bf16 model; so does the reference of a
-bf16 `step`. `transformers_no_masters_tokens_per_s` is AdamW on the bf16 weights themselves, which loses small updates.
-Where both do not fit into a GPU, and with --alone, a row has our figures only, and nothing was compared.
+bf16 `step`. `transformers_no_masters_tokens_per_s` is AdamW on the bf16 weights themselves, which loses small updates:
+not with --only-masters. Where both do not fit into a GPU, and with --alone, a row has our figures only: no comparison.
 `--packing`: samples of unequal length, ours packed, theirs padded, as sdpa has no packing. Counts real tokens only.
 `--batch grpo`: short replies to long prompts; on a CPU and packed, ours computes a prompt once for its replies, as in
 training. `--micro-batches`: so many of them in a call, with gradients accumulated. MFU counts the logits of trained
@@ -215,14 +215,14 @@ def gpu_clock() -> float:
 class Comparison:
     """One shape in one dtype: both sides built, checked, and ready to be measured."""
 
-    def __init__(self, name: str, dtype: Dtype, call: Call, *, alone: bool = False) -> None:
-        """alone: without transformers' side."""
+    def __init__(self, name: str, dtype: Dtype, call: Call, *, alone: bool = False, only_masters: bool = False) -> None:
+        """alone: without transformers' side. only_masters: without its step on the bf16 weights themselves."""
         from collab_megatron.config.sections import AlgorithmSection, OptimizerSection
         from collab_megatron.trainer.actor.actor import Actor
         from collab_megatron.trainer.actor.grid import grid
         from collab_megatron.trainer.loss.grpo_step import make_grpo_loss
 
-        self.name, self.dtype, self.call = name, dtype, call
+        self.name, self.dtype, self.call, self.only_masters = name, dtype, call, only_masters
         loss_fn = make_grpo_loss(AlgorithmSection())
         with tempfile.TemporaryDirectory() as work:
             make_model(SHAPES[name], dtype, Path(work))
@@ -241,13 +241,15 @@ class Comparison:
 
         from collab_megatron.model.flops import forward_flops, peak_flops, train_flops
 
-        no_masters = phase == "step" and self.dtype == "bfloat16"
+        in_bf16 = phase == "step" and self.dtype == "bfloat16"
+        no_masters = in_bf16 and not self.only_masters
         ours, theirs = self.ours, self.reference
         sides: list[Callable[[], Any]]
         if phase == "step":
             sides = [ours.step]
             if theirs is not None:
-                sides += [theirs.make_step(masters=masters) for masters in ((True, False) if no_masters else (False,))]
+                kinds = (True, False) if no_masters else (in_bf16,)
+                sides += [theirs.make_step(masters=masters) for masters in kinds]
         elif phase == "forward_backward":
             sides = [side.gradients for side in (ours, theirs) if side is not None]
         else:
@@ -292,7 +294,9 @@ def measure(args: argparse.Namespace) -> Iterator[TrainStepRow | Skipped]:
                 row: TrainStepRow | Skipped | None = None
                 while row is None:
                     try:
-                        comparison = comparison or Comparison(name, dtype, call, alone=alone)
+                        comparison = comparison or Comparison(
+                            name, dtype, call, alone=alone, only_masters=args.only_masters
+                        )
                         row = comparison.row(phase, args.repeats, args.cpu_time)
                     except torch.OutOfMemoryError as error:
                         reason = f"out of memory: {str(error).splitlines()[0]}"
@@ -347,7 +351,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", choices=KINDS, default="sft", help="see above")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, help="see above; default: on CUDA")
     parser.add_argument("--alone", action="store_true", help="ours only, for what does not fit twice; not compared")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, as a list")
+    parser.add_argument("--only-masters", action="store_true", help="see above")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, as a list, after each row")
     args = parser.parse_args()
     if (
         args.repeats < 1
@@ -380,9 +385,9 @@ def main() -> None:
     for row in measure(args):
         print(line(row), flush=True)
         rows.append({name: value for name, value in asdict(row).items() if value is not None})
+        if args.json:
+            publish_json(args.json, rows)
     close_grid()
-    if args.json:
-        publish_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engine-args", default="", metavar="FLAGS", help="more flags of sglang.launch_server, quoted")
     parser.add_argument("--dir", type=Path, help="for models and the disk transport; default: the temporary folder")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, two syncs: whether it works, not how fast")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="write the rows here, after each row")
     args = parser.parse_args()
     for option in ("repeats", "bucket_mb", "tensor", "pipeline", "engine_tensor"):
         value = getattr(args, option)
@@ -284,8 +284,8 @@ def main() -> None:
         for row in measure(name, args):
             rows.append(row)
             print(line(row), flush=True)
-    if args.json is not None:
-        publish_json(args.json, rows)
+            if args.json is not None:
+                publish_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,13 @@ done
 [ -z "$unpack_only" ] || exit 0
 
 venv=$into/.venv-gpu
-[ -e "$venv/bin/python" ] || "$python" -m venv --system-site-packages "$venv"
+[ -e "$venv/bin/python" ] || "$python" -m venv --without-pip "$venv"
+# the machine's packages, torch and pip among them, behind the new ones. Not --system-site-packages: where the machine's
+# Python is itself a virtual environment, that shows only the packages of its base
+folder=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$python" -c 'import site
+print("import site", *(f"site.addsitedir({path!r})" for path in site.getsitepackages()), sep="; ")' \
+  > "$folder/machine.pth"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check install --no-index --no-deps --no-build-isolation "$@"; }
 
 shopt -s nullglob
@@ -33,18 +39,20 @@ wheels=("$into"/wheels/*.whl)
 [ ${#wheels[@]} -eq 0 ] || pip --quiet "${wheels[@]}"
 [ ! -d "$into/collab_megatron" ] || pip --quiet --editable "$into/collab_megatron"
 for source in "$into"/source/transformer_engine_torch-*; do
-  "$venv/bin/python" -c 'import transformer_engine_torch' 2>/dev/null && continue
+  # not by an import: its library alone finds no symbols of transformer-engine's core
+  "$venv/bin/python" -c 'from importlib.metadata import version; version("transformer-engine-torch")' 2>/dev/null &&
+    continue
   nvidia=$("$venv/bin/python" -c 'import nvidia; print(list(nvidia.__path__)[0])') ||
     fail "torch's NVIDIA packages are not there, whose headers transformer-engine needs"
   echo "join: compiling transformer-engine for torch; this takes minutes"
   CPATH="$nvidia/cudnn/include:$nvidia/nccl/include${CPATH:+:$CPATH}" NVTE_FRAMEWORK=pytorch \
-    MAX_JOBS="${MAX_JOBS:-$(nproc)}" pip "$source"
+    NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS="${MAX_JOBS:-$(nproc)}" pip "$source"
 done
 "$venv/bin/python" -c 'import torch; print("join: torch", torch.__version__, "and", torch.cuda.device_count(), "GPUs")'
 cat <<TEXT
 join: done. Next:
   cd $into/collab_megatron
   export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1
-  $venv/bin/python tools/gpu_check.py --engine-args "--attention-backend triton --sampling-backend pytorch \\
+  $venv/bin/python tools/gpu_check.py --engine-args="--attention-backend triton --sampling-backend pytorch \\
     --disable-cuda-graph --grammar-backend none"
 TEXT

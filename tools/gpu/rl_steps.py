@@ -1,4 +1,4 @@
-"""Ten RL steps of conf/demo_gpu.yaml on data and a model made for it: the last part of tools/gpu_check.py.
+"""Ten RL steps of conf/demo_gpu.yaml on data and a model made for it: a part of tools/gpu_check.py.
 
     python tools/gpu/rl_steps.py --device cuda --run-dir DIR --json FILE [--engine-args FLAGS]
 
