@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -81,6 +82,14 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+async def running(server: Server, calls: Sequence[asyncio.Task[Any]]) -> None:
+    """Until the server works on some of the calls. It publishes its load now and then only."""
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        while not (load := (await client.get(f"{server.url}/v1/loads")).json()["loads"][0])["num_running_reqs"]:
+            assert not any(call.done() for call in calls), f"the calls ended before the load showed them: {load}"
+            await asyncio.sleep(0.01)
+
+
 async def generate_while(pool: EnginePool, doomed: Server, happens: Callable[[], None]) -> None:
     """64 calls of at most 64 tokens, all answered, although `happens` hits `doomed` once it works."""
 
@@ -122,7 +131,7 @@ async def test_a_stopped_scheduler_is_given_up_though_its_http_side_is_well(surv
             asyncio.create_task(pool.generate([3, 40 + i, 2, 4], n=4, temperature=1.0, max_new_tokens=400))
             for i in range(8)
         ]
-        await until(lambda: httpx.get(f"{doomed.url}/v1/loads", trust_env=False).json()["loads"][0]["num_running_reqs"])
+        await asyncio.wait_for(running(doomed, asked), timeout=60)
         await asyncio.to_thread(control.pause)
         await asyncio.sleep(8)
         assert not any(call.done() for call in asked)

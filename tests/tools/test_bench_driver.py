@@ -207,7 +207,8 @@ def test_the_engine_serves_at_its_rate(stand_ins: httpx.Client) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert min(ended) >= 0.35  # two requests share it as one of twice the size does
+    # two requests share it as one of twice the size does, 0.4 s for both; the first is alone until the other begins
+    assert min(ended) >= 0.3
 
 
 def test_the_endpoint_answers_after_the_latency_and_keeps_the_trace(stand_ins: httpx.Client) -> None:

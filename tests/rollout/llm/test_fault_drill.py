@@ -30,6 +30,18 @@ async def ask(role: RoleClient, count: int) -> Counter[str]:
     return Counter(await asyncio.gather(*(one(index) for index in range(count))))
 
 
+@pytest.fixture(scope="module")
+def imported() -> None:
+    """LiteLLM imports parts of itself and of openai at the first error of a kind: seconds in which the loop stands still
+    and calls that the endpoint has answered time out."""
+    for provider in ("hosted_vllm", "openai"):
+        with MisbehavingEndpoint(good, seed=3, faults=faults_at(0.9)) as endpoint:
+            config = config_for(endpoint.url, provider=provider, max_concurrency=32, timeout_s=0.5)
+            use_role(config, lambda role: ask(role, 48))
+            assert set(ALL_FAULTS) <= set(endpoint.counts)
+
+
+@pytest.mark.usefixtures("imported")
 @pytest.mark.parametrize("provider, calls", [("hosted_vllm", 160), ("openai", 120)])
 def test_with_a_third_of_the_calls_faulty_every_counter_is_what_was_injected(provider: str, calls: int) -> None:
     with MisbehavingEndpoint(good, seed=3) as endpoint:
