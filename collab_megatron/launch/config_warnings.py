@@ -11,6 +11,7 @@ from collab_megatron.config.roles import user_places
 from collab_megatron.config.sections import SimulatorsSection
 from collab_megatron.launch.node import Node
 from collab_megatron.launch.plan import stages_of
+from collab_megatron.model.memory import engine_runtime
 from collab_megatron.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,14 @@ def memory_warnings(config: RLConfig | SFTConfig, spec: ModelSpec, node: Node) -
     stages = stages_of(config, spec, device)
     top = max(stage.device for stage in stages)
     remedy = "lower train.micro_batch_tokens, set train.recompute, or raise parallel.tensor or parallel.pipeline"
-    if device == "cuda" and node.gpu_bytes is not None and top > NEAR * node.gpu_bytes:
-        has = node.gpu_bytes / 2**30
-        yield f"a trainer rank is estimated at {top / 2**30:.1f} GB and a GPU has {has:.1f} GB: {remedy}"
+    if device == "cuda" and node.gpu_bytes is not None:
+        # an engine that has given its weights and KV cache back keeps the rest
+        shares = isinstance(config, RLConfig) and config.engine.placement == "colocated"
+        engine = engine_runtime(node.gpu_bytes) if shares else 0
+        if top > NEAR * (node.gpu_bytes - engine):
+            has = f"a GPU has {node.gpu_bytes / 2**30:.1f} GB"
+            keeps = f", of which a colocated engine keeps about {engine / 2**30:.1f} GB" if engine else ""
+            yield f"a trainer rank is estimated at {top / 2**30:.1f} GB and {has}{keeps}: {remedy}"
     each = ranks // len(stages)
     host = sum(each * (stage.host + (stage.device if device == "cpu" else 0)) for stage in stages)
     if node.host_bytes is not None and host > NEAR * node.host_bytes:

@@ -176,9 +176,13 @@ def colocated_share(stages: Sequence[RankMemory], *, gpu_bytes: int, bucket_byte
     SGLang keeps the rest of what it finds free at its start; the trainer rank, which comes later, and the engine's
     runtime share that rest. Zero or less where nothing is left.
     """
-    runtime = min(ENGINE_RESERVE, gpu_bytes * ENGINE_RESERVE // ENGINE_RESERVE_FROM)
     kept = max(stage.resident for stage in stages) + RANK_OVERHEAD + BUCKETS * bucket_bytes
-    return 1 - (kept + runtime) / gpu_bytes
+    return 1 - (kept + engine_runtime(gpu_bytes)) / gpu_bytes
+
+
+def engine_runtime(gpu_bytes: int) -> int:
+    """Of an engine rank, besides weights and KV cache: CUDA's context, workspaces, CUDA graphs. An estimate."""
+    return min(ENGINE_RESERVE, gpu_bytes * ENGINE_RESERVE // ENGINE_RESERVE_FROM)
 
 
 class _Activations:

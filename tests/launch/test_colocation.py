@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from collab_megatron.config import RLConfig, load_config
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.errors import UserError
 from collab_megatron.launch.colocation import with_share
+from collab_megatron.launch.config_warnings import NEAR, memory_warnings
 from collab_megatron.launch.node import Node, parse_node
 from collab_megatron.launch.plan import rl_plan, stages_of
 from collab_megatron.model.memory import ENGINE_RESERVE, RANK_OVERHEAD
@@ -75,6 +77,17 @@ def test_the_server_is_started_with_it_and_the_plan_tells_it() -> None:
 def test_elsewhere_the_config_is_left_alone(overrides: tuple[str, ...]) -> None:
     config = load(*overrides)
     assert with_share(config, SPEC, GPU) is config
+
+
+def test_the_warning_counts_what_a_released_engine_keeps() -> None:
+    config = load()
+    peak = max(stage.device for stage in stages_of(config, SPEC, "cuda"))
+    alone = replace(GPU, gpu_bytes=round(peak / NEAR) + 1)
+    assert not list(memory_warnings(load("engine.placement=disaggregated"), SPEC, alone))
+    (warning,) = memory_warnings(config, SPEC, alone)
+    assert re.search(r"of which a colocated engine keeps about \d+\.\d GB: lower train", warning)
+    large = replace(GPU, gpu_bytes=round(peak / NEAR) + ENGINE_RESERVE + 1)
+    assert not list(memory_warnings(config, SPEC, large))
 
 
 def test_a_gpu_that_cannot_hold_both() -> None:

@@ -182,6 +182,16 @@ def test_rows_of_the_benchmarks_become_one_line(tmp_path: Path) -> None:
     assert results.weight_sync(tmp_path / "sync.json").nothing_ran
 
 
+def test_the_environment_tells_how_far_the_attention_is_off(tmp_path: Path) -> None:
+    found = {"python": "3.12", "packages": {}}
+    for attention, expected in (
+        ({"differs": 0.0123, "bound": 0.04}, "a packed row differs by 1.23% (bound 4%)"),
+        ({"failed": "no kernel image", "bound": 0.04}, "a packed row: no kernel image"),
+    ):
+        (tmp_path / "facts").write_text(json.dumps(found | {"packed_attention": attention}))
+        assert expected in results.environment(tmp_path / "facts").summary
+
+
 def step(number: int, **changes: float) -> dict[str, float]:
     good = {
         "step": number,

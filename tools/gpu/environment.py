@@ -33,6 +33,7 @@ PROGRAM_S = 30.0
 SIDE = {"cuda": 8192, "cpu": 256}  # of the matrices that are multiplied
 COPIED = {"cuda": 2**30, "cpu": 2**22}  # bytes
 REPEATS = 10
+HEAD_SIZES = (64, 128)  # of the attention that is compared
 
 
 def packages() -> dict[str, str]:
@@ -107,6 +108,26 @@ def backend_facts(device: str) -> dict[str, Any]:
     return {**asdict(choose_backend(device, 0)), "device": device}
 
 
+def attention_facts() -> dict[str, Any]:
+    """How far torch's attention over a packed row is from fp32, and what the trainer accepts (trainer/local/varlen.py).
+
+    With transformer-engine the trainer uses its attention instead.
+    """
+    import torch
+
+    from collab_megatron.trainer.local import varlen
+
+    try:
+        found = [
+            varlen.difference(torch.device("cuda", 0), torch.bfloat16, size, windowed=windowed)
+            for size in HEAD_SIZES
+            for windowed in (False, True)
+        ]
+    except Exception as error:  # noqa: BLE001  # an old torch, or whatever its kernels raise: a fact like the others
+        return {"failed": str(error).partition("\n")[0], "bound": varlen.BOUND}
+    return {"differs": max(found), "bound": varlen.BOUND}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
@@ -126,6 +147,9 @@ def main() -> None:
     publish_json(args.json, found)
     found["backend"] = backend_facts(args.device)
     publish_json(args.json, found)
+    if args.device == "cuda":
+        found["packed_attention"] = attention_facts()
+        publish_json(args.json, found)
 
 
 if __name__ == "__main__":

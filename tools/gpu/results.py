@@ -58,6 +58,12 @@ def environment(path: Path) -> Reading:
         line += [device["name"] for device in found["torch"]["devices"]]
     if "speed" in found:
         line.append(f"{found['speed']['matmul_tflops']:.3g} TFLOP/s, {found['speed']['copy_tb_per_s']:.2g} TB/s")
+    if attention := found.get("packed_attention"):
+        if "failed" in attention:
+            said = f": {attention['failed']}"
+        else:
+            said = f" differs by {attention['differs']:.2%} (bound {attention['bound']:.0%})"
+        line.append("attention over a packed row" + said)
     return Reading(", ".join(line), found)
 
 

@@ -54,8 +54,11 @@ class DeferredSave:
             self.tensors = upstream.mcore_to_pyt_state_dict(flat, False)
         except Exception as error:  # noqa: BLE001  (see above)
             self.failure = error
-        if is_main:
-            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        try:
+            if is_main:
+                save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        except Exception as error:  # noqa: BLE001  (see above)
+            self.failure = self.failure or error
         dist.barrier()
 
 

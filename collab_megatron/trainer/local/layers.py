@@ -91,7 +91,8 @@ class SdpaAttention(MegatronModule):
         assert isinstance(packed_seq_params, Packing)
         groups = packed_seq_params.groups
         shared = any(group.prefix for group in groups)
-        if not shared and varlen.usable(query.device, query.dtype, query.shape[-1]):
+        windowed = self.window is not None
+        if not shared and varlen.usable(query.device, query.dtype, query.shape[-1], windowed):
             ends, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
             out = varlen.attend(query, key, value, ends, longest, scale=self.scale, window=self.window)
             return out.reshape(query.shape[0], -1)

@@ -132,50 +132,67 @@ class BucketTransport(ABC):
     def _send_all(self, attempt: Attempt, stream: BucketStream, expected: ExpectedChecksums) -> None:
         """Send this rank's buckets. Collective over the ranks of a stage.
 
-        After a failure it goes on gathering, since the other ranks wait for it there, and raises at the end: Abandoned,
-        or RunError naming rank and bucket.
+        After a failure it goes on with what other ranks wait for: gathering, and where every rank sends all stages,
+        handing buckets from stage to stage. It raises at the end: Abandoned, or RunError naming rank and bucket.
         """
         buckets = stream.plan if self.every_stage else stream.mine
         flats = self._room(stream, buckets) if self.sends else []
+        tensors: list[Tensor] = []
         in_flight = _InFlight(attempt)
         failure: Exception | None = None
         for count, bucket in enumerate(buckets):
-            mine = bucket.stage == self._grid.pp_rank
+            mine, is_packed = bucket.stage == self._grid.pp_rank, not (bucket.apart and self.unpacked)
             if mine:
                 stream.gather(bucket)
             if not self.sends or (failure and not self.every_stage):
                 continue
-            try:
-                if bucket.apart and self.unpacked:
-                    tensors = stream.pieces(bucket)
-                else:
-                    place = count % len(flats)
-                    in_flight.wait_for(flats[place])
-                    if self.renewed and count >= len(flats):
-                        tensors = []  # or the buffer would live on here
-                        self._renew(flats, place)
-                    tensors = [flats[place][: bucket.num_bytes]]
-                    if mine:
-                        stream.pack(bucket, flats[place])
-                    if self.every_stage:
-                        dist.broadcast(tensors[0], group=self._grid.pp_group, group_src=bucket.stage)
+            tensors = []  # or a sent buffer would live on here
+            if is_packed:
+                place = count % len(flats)
                 if failure is None:
-                    if self.one_at_a_time:
-                        in_flight.wait_for_all()
-                    in_flight.add(bucket, tensors, self._send(attempt, bucket, tensors))
-            except (Abandoned, RunError) as error:
-                failure = error
-                self._give_up(attempt)
-                continue
-            if mine and expected.wants(info.name for info in bucket.tensors):
+                    failure = self._tried(attempt, partial(in_flight.wait_for, flats[place]))
+                if failure is not None:
+                    in_flight.forget()  # and renew: a server may still read them
+                    if not self.every_stage:
+                        continue
+                if self.renewed and count >= len(flats):
+                    self._renew(flats, place)
+                tensors = [flats[place][: bucket.num_bytes]]
+                if mine:
+                    stream.pack(bucket, flats[place])
+                if self.every_stage:
+                    dist.broadcast(tensors[0], group=self._grid.pp_group, group_src=bucket.stage)
+            else:
+                tensors = stream.pieces(bucket)
+            if failure is None:
+                failure = self._tried(attempt, partial(self._start_sending, attempt, bucket, tensors, in_flight))
+            if failure is None and mine and expected.wants(info.name for info in bucket.tensors):
                 for name, tensor in stream.tensors(bucket):  # while the bucket travels
                     expected.add(name, tensor)
         stream.free()
+        if failure is None:
+            failure = self._tried(attempt, in_flight.wait_for_all)
+        if self._grid.device.type != "cpu":  # whatever came of it: the error's traceback holds this frame
+            in_flight.forget()
+            tensors = []
+            flats.clear()
+            self._kept = []
         if failure is not None:
             raise failure
-        in_flight.wait_for_all()
-        if self._grid.device.type != "cpu":
-            self._kept = []
+
+    def _start_sending(self, attempt: Attempt, bucket: Bucket, tensors: Sequence[Tensor], in_flight: _InFlight) -> None:
+        if self.one_at_a_time:
+            in_flight.wait_for_all()
+        in_flight.add(bucket, tensors, self._send(attempt, bucket, tensors))
+
+    def _tried(self, attempt: Attempt, call: Callable[[], None]) -> Exception | None:
+        """What ended the attempt in `call`, after telling all ranks; None if nothing did."""
+        try:
+            call()
+        except (Abandoned, RunError) as error:
+            self._give_up(attempt)
+            return error.with_traceback(None)  # its frames hold buffers
+        return None
 
     def _renew(self, flats: list[Tensor], place: int) -> None:
         """A new buffer in the place of one that was sent. The old one is let go of first, so that its memory can be
@@ -203,6 +220,10 @@ class _InFlight:
 
     def add(self, bucket: Bucket, tensors: Sequence[Tensor], is_sent: Callable[[], bool]) -> None:
         self._buckets.append((bucket, tensors, is_sent))
+
+    def forget(self) -> None:
+        """Wait for none of them."""
+        self._buckets.clear()
 
     def wait_for(self, flat: Tensor) -> None:
         """Wait until no bucket in flight lies in `flat`."""

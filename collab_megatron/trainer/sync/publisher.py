@@ -180,7 +180,10 @@ class Publisher:
         for number in range(1, MAX_ATTEMPTS + 1):
             self._free_cache()
             dist.barrier(group=self._all_ranks)  # rank 0 has the engines take their memory back
-            members = on_rank_zero(self._actor.grid, self._find, group=self._all_ranks)
+            try:
+                members = on_rank_zero(self._actor.grid, self._find, group=self._all_ranks)
+            except EnginesLost:
+                continue
             self._attempts += 1
             attempt = Attempt(
                 self._store,
@@ -206,10 +209,17 @@ class Publisher:
         raise RunError(f"{MAX_ATTEMPTS} attempts to publish version {version} lost servers: see the engines' logs")
 
     def _find(self) -> tuple[EngineEntry, ...]:
+        """Rank 0: the servers of an attempt, with memory for the weights. Here and not in `_deliver`: an error there
+        would keep this rank from gathers that the others are in.
+
+        Raises EnginesLost when none has taken its memory back.
+        """
         members = self.servers.find()
         if len({member.ranks for member in members}) > 1:
             raise RunError("the engines have different numbers of tensor-parallel ranks")
-        return members
+        if self._released:
+            self._resume_memory("weights")
+        return self.servers.members
 
     def _deliver(self, attempt: Attempt, version: int, units: frozenset[int]) -> dict[str, list[str]] | None:
         """The checksums of all that was sent, on every rank; None: servers were lost, start over."""
@@ -217,8 +227,6 @@ class Publisher:
         device: Device = "cpu" if actor.grid.device.type == "cpu" else "cuda"
         expected = ExpectedChecksums(actor.spec, actor.dtype, attempt.members[0].ranks, units, device=device)
         try:
-            if self._servers and self._released:
-                self._resume_memory("weights")
             self._transport.deliver(attempt, version, expected)
             outcome = _Outcome("ok", checksums=expected.result())
         except EnginesLost as error:

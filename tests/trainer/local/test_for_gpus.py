@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -70,19 +71,19 @@ def test_other_lengths_compile_nothing_again(name: str) -> None:
 def test_what_does_not_work_is_not_used(
     outcome: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def trial(*_: Any) -> float:
+    def trial(*_: Any, **__: Any) -> float:
         if outcome == "raises":
             raise RuntimeError("no compiler\nmore of it")
         return float("nan")
 
     monkeypatch.setattr(compiled, "_difference", trial)
-    monkeypatch.setattr(varlen, "_difference", trial)
+    monkeypatch.setattr(varlen, "difference", trial)
     varlen_module = SimpleNamespace(varlen_attn=fake_varlen)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", cast(Any, varlen_module))
     cuda = torch.device("cuda", 0)
     with caplog.at_level(logging.WARNING):
         assert compiled.compiled.__wrapped__("swiglu", CPU) is None
-        assert not varlen.usable.__wrapped__(cuda, torch.bfloat16, 64)
+        assert not varlen.usable.__wrapped__(cuda, torch.bfloat16, 64, False)
     assert len(caplog.records) == 2
     assert "more of it" not in caplog.text
 
@@ -117,6 +118,48 @@ def fake_varlen(
     return torch.cat(outs)
 
 
+def as_flash(query: Tensor, key: Tensor, value: Tensor, *rest: Any, enable_gqa: bool, **others: Any) -> Tensor:
+    """fake_varlen with a copy of keys and values for each query head: flash's gradients of shared heads are rounded for
+    each query head, then added."""
+    assert enable_gqa
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return fake_varlen(query, key, value, *rest, **others)
+
+
+def changed(**arguments: Any) -> Callable[..., Tensor]:
+    return lambda *args, **given: fake_varlen(*args, **{**given, **arguments})
+
+
+def unmasked(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float, **__: Any) -> Tensor:
+    """Sees what comes after a token, and the other sequence."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_the_trial_takes_roundings_and_refuses_other_attention(
+    windowed: bool, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differs(attention: Callable[..., Tensor], dtype: torch.dtype = torch.bfloat16) -> float:
+        module = SimpleNamespace(varlen_attn=attention)
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", cast(Any, module))
+        return varlen.difference(CPU, dtype, head_dim, windowed=windowed)
+
+    assert differs(as_flash, torch.float32) < 1e-5
+    for attention in (fake_varlen, as_flash):
+        assert 1e-3 < differs(attention) < varlen.BOUND / 2
+    wrong = {
+        "scale": changed(scale=None),
+        "a tenth": changed(scale=0.55 * head_dim**-0.5),
+        "window": changed(window_size=(-1, 0) if windowed else (2, 0)),
+        "window, one off": changed(window_size=(2 if windowed else 3, 0)),
+        "mask": unmasked,
+        "nan": lambda *args, **given: fake_varlen(*args, **given) * float("nan"),
+    }
+    assert [name for name, attention in wrong.items() if differs(attention) < varlen.BOUND] == []
+
+
 @pytest.mark.parametrize("window", [None, (2, 0)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_packed_row_is_one_call_unless_it_shares_a_prompt(
@@ -142,5 +185,5 @@ def test_a_packed_row_is_one_call_unless_it_shares_a_prompt(
 
 
 def test_a_cpu_and_fp32_have_a_call_per_sequence() -> None:
-    assert not varlen.usable(CPU, torch.bfloat16, 64)
-    assert not varlen.usable(torch.device("cuda", 0), torch.float32, 64)
+    assert not varlen.usable(CPU, torch.bfloat16, 64, False)
+    assert not varlen.usable(torch.device("cuda", 0), torch.float32, 64, False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from collab_megatron.engine.client import EngineGone
 from collab_megatron.errors import RunError
 from collab_megatron.trainer.convert.buckets import Bucket, TensorInfo
 from collab_megatron.trainer.sync import broadcast_transport
-from collab_megatron.trainer.sync.attempt import Attempt
+from collab_megatron.trainer.sync.attempt import Abandoned, Attempt
 from collab_megatron.trainer.sync.broadcast_transport import BroadcastTransport
 from collab_megatron.trainer.sync.servers import EnginesLost, SyncServers
 from tests.trainer.sync.fake_controls import ENTRIES, FakeControl, sync_servers
@@ -37,12 +39,13 @@ class Stream:
 
     def __init__(self) -> None:
         self.gathered: list[int] = []
+        self.packed: list[int] = []  # the addresses of the buffers
 
     def gather(self, bucket: Bucket) -> None:
         self.gathered.append(bucket.number)
 
     def pack(self, bucket: Bucket, flat: Tensor) -> None:
-        return
+        self.packed.append(flat.data_ptr())
 
     def free(self) -> None:
         return
@@ -185,6 +188,81 @@ def test_a_rank_that_cannot_send_goes_on_gathering_and_ends_everybodys_wait(serv
     assert stream.gathered == [0, 1, 2, 3], "the other ranks of the stage wait for it there"
     assert this.is_posted("abandoned")
     assert Group.closed > closed, "servers that wait in the group wake up"
+
+
+def two_stages(
+    servers: SyncServers, monkeypatch: pytest.MonkeyPatch, send: Callable[[Bucket], Callable[[], bool]]
+) -> tuple[Any, Stream, list[tuple[int, int]]]:
+    """A rank of stage 0 that sends all stages, as ipc on GPUs does; and what it broadcasts: (stage, address)."""
+    plan = [Bucket(i, i % 2, (), bucket.tensors) for i, bucket in enumerate(PLAN + PLAN)]
+    stream, broadcasts = Stream(), []
+    stream.plan = plan
+
+    def broadcast(tensor: Tensor, *, group: Any, group_src: int) -> None:
+        broadcasts.append((group_src, tensor.data_ptr()))
+
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    transport = transport_of(servers, stream, send, renewed=True)
+    transport._grid.pp_group = None
+    monkeypatch.setattr(transport, "_load", lambda *_: None)
+    transport.every_stage, transport.one_at_a_time = True, False
+    return transport, stream, broadcasts
+
+
+@pytest.mark.parametrize("failing", ["sending", "waiting"])
+def test_a_rank_that_sends_all_stages_still_hands_on_every_bucket_after_a_failure(
+    servers: SyncServers, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Ranks notice a failure at different buckets: one that left out a broadcast would meet another bucket's."""
+    this = attempt()
+
+    def send(bucket: Bucket) -> Callable[[], bool]:
+        if bucket.number == 2 and failing == "sending":
+            raise RunError("trainer rank 0 could not send bucket 2")
+        if bucket.number == 2:
+            this.abandon()  # noticed while bucket 4 waits for the buffer
+        return lambda: bucket.number < 2
+
+    transport, stream, broadcasts = two_stages(servers, monkeypatch, send)
+    with pytest.raises(RunError if failing == "sending" else Abandoned):
+        transport.deliver(this, 3, NoChecksums())
+    assert [stage for stage, _ in broadcasts] == [0, 1] * 4
+    assert stream.gathered == [0, 2, 4, 6]
+    assert stream.packed == [address for stage, address in broadcasts if stage == 0]
+    assert len(SENT) == (3 if failing == "sending" else 4), "nothing is sent after the failure"
+    sent, after = {tensor.data_ptr() for tensor in SENT}, {address for _, address in broadcasts[len(SENT) + 1 :]}
+    assert not sent & after, "a server may still read what was sent"
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_no_buffer_on_a_gpu_outlives_an_attempt(
+    servers: SyncServers, monkeypatch: pytest.MonkeyPatch, succeeds: bool
+) -> None:
+    """The engine on the same GPU needs the memory, also while the error is being handled."""
+    this = attempt()
+
+    def send(bucket: Bucket) -> Callable[[], bool]:
+        if bucket.number == 2 and not succeeds:
+            this.abandon()
+        return lambda: succeeds or bucket.number < 2
+
+    made: list[weakref.ref[Tensor]] = []
+
+    def buffers(num_bytes: int, count: int) -> list[Tensor]:
+        found = [torch.empty(num_bytes, dtype=torch.uint8) for _ in range(count)]
+        made.extend(weakref.ref(flat) for flat in found)
+        return found
+
+    transport, _, _ = two_stages(servers, monkeypatch, send)
+    transport._grid.device = torch.device("cuda", 0)
+    monkeypatch.setattr(transport, "_buffers", buffers)
+    with contextlib.nullcontext() if succeeds else pytest.raises(Abandoned) as raised:
+        transport.deliver(this, 3, NoChecksums())
+    SENT.clear()
+    assert made
+    assert [ref() for ref in made if ref() is not None] == []
+    assert transport._kept == []
+    assert (raised is None) == succeeds  # and it held the traceback until here
 
 
 def test_a_buffer_that_a_server_may_still_read_is_not_written_again(servers: SyncServers) -> None:

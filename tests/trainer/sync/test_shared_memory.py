@@ -11,10 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from collab_megatron.config.sections import EngineSection
+from collab_megatron.config.sections import EngineSection, SyncSection
+from collab_megatron.engine.client import EngineGone
+from collab_megatron.errors import NoEngineLeft
+from collab_megatron.trainer.actor.agreement import RankFailure
 from collab_megatron.trainer.sync import publisher as publisher_module
+from collab_megatron.trainer.sync.attempt import Attempt
 from collab_megatron.trainer.sync.publisher import Publisher
 from collab_megatron.trainer.sync.servers import MEMORY_TAGS, EnginesLost, SyncServers
+from collab_megatron.wire.roster import EngineEntry
 from tests.trainer.sync.fake_controls import ENTRIES, FakeControl, sync_servers
 
 
@@ -87,3 +92,63 @@ def test_every_rank_empties_its_cache_before_the_engines_take_memory_back(
 
 class _Found(Exception):
     """The engines are looked for now."""
+
+
+class _Delivered(Exception):
+    """The first attempt that sends weights."""
+
+
+def delivering(monkeypatch: pytest.MonkeyPatch, grid: Any) -> tuple[Any, list[Any]]:
+    """A publisher whose `publish` ends in _Delivered, and the members of what it delivered."""
+    monkeypatch.setattr(publisher_module, "trainer_logprobs", lambda *_: [0.0])
+    monkeypatch.setattr(publisher_module, "units_of_sync", lambda *_: frozenset())
+    monkeypatch.setattr(dist, "barrier", lambda **_: None)
+    publisher: Any = object.__new__(Publisher)
+    publisher._actor = SimpleNamespace(grid=grid, spec=None)
+    publisher._engine, publisher._sync = EngineSection(placement="colocated"), SyncSection()
+    publisher._probe_ids, publisher._all_ranks, publisher._store = (1, 2), None, None
+    publisher._attempts, publisher._syncs, publisher._seen, publisher._released = 0, 0, set(), set()
+    found: list[Any] = []
+
+    def deliver(attempt: Attempt, *_: Any) -> None:
+        found.append(attempt.members)
+        raise _Delivered
+
+    publisher._servers, publisher._deliver = None, deliver
+    return publisher, found
+
+
+@pytest.mark.parametrize("lost", [ENTRIES[:1], ENTRIES[:2]])
+def test_a_server_lost_while_it_takes_memory_back_is_lost_before_any_rank_sends(
+    servers: SyncServers, monkeypatch: pytest.MonkeyPatch, lost: tuple[EngineEntry, ...]
+) -> None:
+    """Rank 0. Alone in skipping the delivery, it would leave the other ranks in gathers."""
+
+    def does(url: str, call: str) -> None:
+        if call == "resume_memory" and url in [entry.url for entry in lost]:
+            raise EngineGone(f"engine {url} is gone during resume_memory")
+
+    FakeControl.does = staticmethod(does)
+    grid = SimpleNamespace(device=torch.device("cpu"), world_size=1, rank=0)
+    publisher, found = delivering(monkeypatch, grid)
+    publisher._servers = servers
+    publisher._released = {(entry, tag) for entry in ENTRIES[:2] for tag in MEMORY_TAGS}
+    left = tuple(entry for entry in ENTRIES[:2] if entry not in lost)
+    with pytest.raises(_Delivered if left else NoEngineLeft):
+        publisher.publish(1)
+    assert found == ([left] if left else [])
+
+
+def test_other_ranks_start_over_where_rank_0_lost_all_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    news: list[list[Any]] = [[None, RankFailure(EnginesLost, "all lost")], [ENTRIES[:2], None]]
+
+    def broadcast(outcome: list[Any], **_: Any) -> None:
+        outcome[:] = news.pop(0)
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    grid = SimpleNamespace(device=torch.device("cpu"), world_size=2, rank=1, is_main=False, cpu_group=None)
+    publisher, found = delivering(monkeypatch, grid)
+    with pytest.raises(_Delivered):
+        publisher.publish(1)
+    assert found == [ENTRIES[:2]]
+    assert not news
