@@ -101,7 +101,7 @@ def run_rank(script: Path, job: Path, *arguments: str) -> None:
 
 def publish_eleven_versions(script: Path, server: GpuServer, work: Path, transport: str) -> list[dict[str, Any]]:
     """The rows of tests/trainer/sync/sync_ranks.py, checked: every version is served, with the trainer's weights."""
-    # ten scalings make the tiny model's logits so steep that bf16 alone moves log-probs by 0.11; the checksums are exact
+    # ten scalings make the logits so steep that bf16 alone moves log-probs by 0.11; the checksums are exact
     job = write_job(server, work, transport=transport, verify_every=1, bucket_mb=0.25, max_probe_gap=0.3)
     run_rank(script, job)
     rows: list[dict[str, Any]] = json.loads((work / "replies.json").read_text())

@@ -32,7 +32,7 @@ async def ask(role: RoleClient, count: int) -> Counter[str]:
 
 @pytest.fixture(scope="module")
 def imported() -> None:
-    """LiteLLM imports parts of itself and of openai at the first error of a kind: seconds in which the loop stands still
+    """LiteLLM imports parts of itself and of openai at the first error of a kind: for seconds the loop stands still,
     and calls that the endpoint has answered time out."""
     for provider in ("hosted_vllm", "openai"):
         with MisbehavingEndpoint(good, seed=3, faults=faults_at(0.9)) as endpoint:
