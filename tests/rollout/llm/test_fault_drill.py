@@ -36,7 +36,7 @@ def imported() -> None:
     and calls that the endpoint has answered time out."""
     for provider in ("hosted_vllm", "openai"):
         with MisbehavingEndpoint(good, seed=3, faults=faults_at(0.9)) as endpoint:
-            config = config_for(endpoint.url, provider=provider, max_concurrency=32, timeout_s=0.5)
+            config = config_for(endpoint.url, provider=provider, max_concurrency=32, timeout_s=0.5, max_attempts=1)
             use_role(config, lambda role: ask(role, 48))
             assert set(ALL_FAULTS) <= set(endpoint.counts)
 
