@@ -226,7 +226,8 @@ class TrainingSample:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The driver's result for one training step.
+    """The driver's result for one training step. With online_dpo samples 2i and 2i + 1 are the chosen and the rejected
+    reply of pair i.
 
     Example: 16 prompts with 8 replies each, none dropped, make 128 samples.
     """

@@ -137,16 +137,22 @@ def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> l
     if not group.kept or (zero_advantage == "drop" and not has_spread(group)):
         return []
     return [
-        TrainingSample(
-            prompt_ids=group.prompt_ids,
-            reply_ids_T=reply.generation.token_ids_T,
-            rollout_logprobs_T=reply.generation.logprobs_T,
-            versions_T=reply.generation.versions_T,
-            advantage=reply.advantage,
-        )
+        training_sample(group, reply)
         for reply in group.replies_G
         if reply.advantage is not None and reply.generation.token_ids_T
     ]
+
+
+def training_sample(group: Group, reply: Reply) -> TrainingSample:
+    """A reply of the group as the trainer sees it. The reply must have an advantage."""
+    assert reply.advantage is not None
+    return TrainingSample(
+        prompt_ids=group.prompt_ids,
+        reply_ids_T=reply.generation.token_ids_T,
+        rollout_logprobs_T=reply.generation.logprobs_T,
+        versions_T=reply.generation.versions_T,
+        advantage=reply.advantage,
+    )
 
 
 async def sample_replies(

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
-from torch import Tensor
+from collections.abc import Mapping, Sequence
 
 from collab_megatron.config.sections import AlgorithmSection, TrainSection
-from collab_megatron.trainer.actor.actor import Actor
+from collab_megatron.trainer.actor.actor import Actor, StepResult
 from collab_megatron.trainer.batching import MicroBatch
-from collab_megatron.trainer.loss.grpo_step import make_grpo_loss, mini_batches, token_sample, with_values
-from collab_megatron.trainer.rank_batch import rank_batch
+from collab_megatron.trainer.loss.grpo_step import make_grpo_loss, mini_batches, token_sample
+from collab_megatron.trainer.rank_batch import LogprobModel, attach_logprobs, rank_batch
 from collab_megatron.trainer.report.timers import PhaseTimer
 from collab_megatron.trainer.skipped_steps import SkippedSteps, largest_norm
 from collab_megatron.types import RolloutBatch
-
-
-class LogprobModel(Protocol):
-    """The actor, or a reference of either kind."""
-
-    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]: ...
 
 
 def update(
@@ -40,11 +31,7 @@ def update(
     counted; weights and learning-rate schedule stay as they are.
     """
     if not batch.samples:
-        for phase in ("logprobs", "update"):
-            with timer(phase):
-                pass  # the dashboard shows both phases at every step
-        idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "lr": actor.lr}
-        return {f"train/{name}": value for name, value in idle.items()}
+        return without_samples(actor.lr, timer)
     parts = mini_batches(batch.samples, algorithm.mini_batches)
     prepared: list[tuple[list[MicroBatch], int]] = []
     imbalance, flops = 1.0, 0.0
@@ -56,15 +43,37 @@ def update(
             flops += mine.forward_flops * (forward_passes + 3)  # a backward pass is twice a forward pass
             micro = mine.micro_batches
             if reference is not None:
-                micro = _attach(micro, "ref_logprobs", reference)
+                micro = attach_logprobs(micro, "ref_logprobs", reference)
             if len(parts) > 1:
-                micro = _attach(micro, "old_logprobs", actor)
+                micro = attach_logprobs(micro, "old_logprobs", actor)
             prepared.append((micro, sum(len(sample.reply_ids_T) for sample in part)))
     loss_fn = make_grpo_loss(algorithm)
     with timer("update"):
         results = [actor.train_step(micro, loss_fn, normalizer=tokens) for micro, tokens in prepared]
-    names = results[0].metrics
-    metrics = {f"train/{name}": sum(r.metrics[name] for r in results) / len(results) for name in names}
+    means = [result.metrics for result in results]
+    return step_metrics(results, means, batch, imbalance=imbalance, flops=flops, skipped=skipped)
+
+
+def without_samples(lr: float, timer: PhaseTimer) -> dict[str, float]:
+    """The metrics of a step that trains nothing. lr: of the next step."""
+    for phase in ("logprobs", "update"):
+        with timer(phase):
+            pass  # the dashboard shows both phases at every step
+    idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "lr": lr}
+    return {f"train/{name}": value for name, value in idle.items()}
+
+
+def step_metrics(
+    results: Sequence[StepResult],
+    means: Sequence[Mapping[str, float]],
+    batch: RolloutBatch,
+    *,
+    imbalance: float,
+    flops: float,
+    skipped: SkippedSteps,
+) -> dict[str, float]:
+    """The metrics of `update` from its optimizer steps and the means of each step's metrics."""
+    metrics = {f"train/{name}": sum(each[name] for each in means) / len(means) for name in means[0]}
     metrics |= {f"train/{name}": max(r.largest[name] for r in results) for name in results[0].largest}
     on_policy = metrics["train/on_policy_share"]
     gap = metrics.pop("train/on_policy_gap")  # a sum over on-policy tokens, divided by all tokens
@@ -79,8 +88,3 @@ def update(
     metrics["train/dp_imbalance"] = imbalance
     metrics["train/model_tflop"] = flops / 1e12
     return metrics
-
-
-def _attach(micro_batches: list[MicroBatch], name: str, model: LogprobModel) -> list[MicroBatch]:
-    logprobs, _ = model.logprobs(micro_batches)
-    return [with_values(batch, name, values) for batch, values in zip(micro_batches, logprobs, strict=True)]

@@ -201,8 +201,8 @@ class TrainSection(Section):
     epochs: float | None = Field(default=None, gt=0)
     micro_batch_tokens: Positive = 8192  # tokens of one micro-batch on one data rank, padding included
     packing: bool = False  # concatenate sequences in one row (THD) instead of padding rows
-    # RL: pack the replies of a group into one row after their prompt, which is computed once. Not implemented on GPUs
-    # and for parallel.context > 1: there the prompt is computed for every reply
+    # RL and DPO: pack the replies to a prompt into one row after it, so that it is computed once. Not implemented on
+    # GPUs and for parallel.context > 1: there the prompt is computed for every reply
     share_prompts: bool = True
     recompute: Literal["none", "selective", "full"] = "none"  # activations to compute again in the backward pass
     logits_chunk_mb: Positive = 512  # largest size of fp32 logits at a time; more tokens are computed in chunks
@@ -218,10 +218,10 @@ class TrainSection(Section):
     max_skipped_steps: Positive = 3
     async_save: bool = False  # write checkpoints in the background
     # steps between evaluations on data.validation; 0: only before the first step and after the last. RL plays whole
-    # conversations, SFT computes the loss of assistant tokens
+    # conversations, SFT and DPO compute the loss
     eval_interval: Count = 0
     eval_at_start: bool = True  # evaluate before the first step too
-    # SFT: save whenever the held-out loss is the lowest so far, and keep that checkpoint besides keep_last
+    # SFT and DPO: save whenever the held-out loss is the lowest so far, and keep that checkpoint besides keep_last
     keep_best: bool = True
 
     @model_validator(mode="before")
@@ -267,3 +267,22 @@ class AlgorithmSection(Section):
     # upper limit of the trainer/engine importance weight exp(logp - rollout_logp)
     importance_cap: float = Field(default=2.0, gt=0)
     mini_batches: Positive = 1  # optimizer steps per rollout batch
+
+
+class PreferenceSection(Section):
+    """Online DPO in train_rl, in place of the policy gradient: the best reply of each group against its worst, by
+    multiturn-aware reward. null: off. algorithm.reference says where the reference model is; other keys of algorithm
+    that shape the policy gradient have no effect."""
+
+    # strength of the reference: the loss of a pair is -log sigmoid(beta * margin). A small beta lets the policy move
+    # further away from it
+    beta: float = Field(default=0.1, gt=0)
+    min_gap: float = Field(default=0.0, ge=0)  # a group whose best and worst rewards differ by no more gives no pair
+
+
+class DPOSection(Section):
+    """DPO on pairs of replies."""
+
+    beta: float = Field(default=0.1, gt=0)  # as online_dpo.beta
+    # model: a second copy of model.path on the device; swap: its weights are kept on the host and swapped in
+    reference: Literal["model", "swap"] = "model"

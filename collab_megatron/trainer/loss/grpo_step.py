@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from collab_megatron.config.sections import AlgorithmSection
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample
 from collab_megatron.trainer.loss.losses import LossSum, grpo_loss
 from collab_megatron.types import TrainingSample
+
+T = TypeVar("T")
 
 
 def token_sample(sample: TrainingSample, version: int) -> TokenSample:
@@ -32,7 +35,7 @@ def token_sample(sample: TrainingSample, version: int) -> TokenSample:
     )
 
 
-def mini_batches(samples: Sequence[TrainingSample], count: int) -> list[list[TrainingSample]]:
+def mini_batches(samples: Sequence[T], count: int) -> list[list[T]]:
     """`count` consecutive parts of nearly equal size, none empty; groups stay together as far as the sizes allow.
 
     Raises ValueError without samples.
@@ -71,14 +74,18 @@ def make_grpo_loss(algorithm: AlgorithmSection) -> Callable[[Tensor, MicroBatch]
             importance_cap=algorithm.importance_cap,
             clip_dual=algorithm.clip_dual,
         )
-        gap = ((old - rollout).abs() * batch.mask).detach()
-        # only for tokens of the newest weights: otherwise the gap includes the policy's own change since then
-        on_policy = batch.values.get("on_policy", batch.mask) * batch.mask
-        metrics = {
-            "logprob_gap": torch.sum(gap),
-            "on_policy_share": torch.sum(on_policy),
-            "on_policy_gap": torch.sum(gap * on_policy),
-        }
-        return replace(total, metrics={**total.metrics, **metrics})
+        return replace(total, metrics={**total.metrics, **engine_gap(old, batch)})
 
     return loss
+
+
+def engine_gap(old_logprobs: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+    """How far the engine's log-probs are from the trainer's at the start of the step, as sums over trained tokens."""
+    gap = ((old_logprobs - batch.values["rollout_logprobs"]).abs() * batch.mask).detach()
+    # only for tokens of the newest weights: otherwise the gap includes the policy's own change since then
+    on_policy = batch.values.get("on_policy", batch.mask) * batch.mask
+    return {
+        "logprob_gap": torch.sum(gap),
+        "on_policy_share": torch.sum(on_policy),
+        "on_policy_gap": torch.sum(gap * on_policy),
+    }

@@ -22,7 +22,7 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, collate
 from collab_megatron.trainer.convert.loader import SafetensorsFolder
-from collab_megatron.trainer.held_out_loss import mean_loss
+from collab_megatron.trainer.supervised.held_out import mean_loss
 from tests.trainer.parallel.layouts import CASES, Case
 from tests.trainer.parallel.plain import OPTIMIZER, SAMPLES, STEPS, loss_fn
 
