@@ -35,7 +35,8 @@ CHAT = [
 LLAMA3 = (
     "{{ '<s>' }}{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system<|sep|>\n\nToday is monday<|im_end|>' }}"
     "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|sep|>\n\n' }}"
-    "{{ m['content'] | trim + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|sep|>\n\n' }}{% endif %}"
+    "{{ m['content'] | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|sep|>\n\n' }}{% endif %}"
 )
 # the system text inside the first user turn, a begin-of-text for every user turn, a space before the end of a reply
 LLAMA2 = (
