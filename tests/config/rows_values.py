@@ -174,7 +174,7 @@ OTHERS = [
     Row("dpo-context", "train_dpo", ("parallel.context=2",), ("parallel.context=2", "set parallel.context=1")),
     Row("dpo-max-tokens", "train_dpo", ("max_tokens=1",), ("max_tokens", "raise", "pairs")),
     rl("online_dpo={beta: -1}", "online_dpo.beta", "greater than 0"),
-    rl(("online_dpo={}", "parallel.context=2"), "parallel.context=2", "DPO", name="online-dpo-context"),
+    rl(("parallel.context=2", "online_dpo={}"), "DPO", "set parallel.context=1", name="online-dpo-context"),
     rl("online_dpo.gap=1", "'online_dpo.gap'", "min_gap"),
     Row("sft-lr", "train_sft", ("optimizer.lr=yes",), ("optimizer.lr", "number")),
     Row("sft-export-weights", "train_sft", ("export_weights=newest",), ("export_weights", "'best'")),

@@ -29,7 +29,7 @@ def write_world(folder: Path, model: Path, port: int) -> World:
     write_tasks(folder / "held.parquet", [held])
     chat = (Message("user", "a"), Message("assistant", "b"))
     write_conversations(folder / "sft.parquet", [Conversation(f"c{number}", chat) for number in range(4)])
-    better, worse = (Message("assistant", "b"),), (Message("assistant", "c"),)
+    better, worse = (Message("assistant", "which day?"),), (Message("assistant", "monday"),)
     write_pairs(folder / "dpo.parquet", [Pair(f"c{number}", chat[:1], better, worse) for number in range(4)])
     problem = {"single_turn_prompt": "book a room", "single_turn_completion": "book"}
     (folder / "problems.jsonl").write_text(json.dumps(problem) + "\n")
