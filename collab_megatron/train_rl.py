@@ -66,6 +66,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         recompute=config.train.recompute,
         logits_chunk_mb=config.train.logits_chunk_mb,
         temperature=config.rollout.temperature,
+        entropy_gradient=config.algorithm.entropy_coef > 0,
     )
     reference = build_reference(actor, config.algorithm, logits_chunk_mb=config.train.logits_chunk_mb)
     checkpoints = CheckpointManager(
@@ -118,6 +119,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                 train=config.train,
                 timer=timer,
                 skipped=skipped,
+                longest_reply=config.rollout.max_new_tokens,
             )
         if reporter:
             reporter.trained(saving.done, batch.metrics, metrics)

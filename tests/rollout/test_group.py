@@ -74,7 +74,7 @@ def reply(*rewards: float | None) -> Reply:
 
 
 def group(*replies: Reply) -> Group:
-    return with_advantages(Group(TASK, (1, 2), replies, kept=True), min_replies=2, eps=0.05, min_std=0.01)
+    return with_advantages(Group(TASK, (1, 2), replies, kept=True), RULES)
 
 
 async def test_every_future_has_its_own_sample_index() -> None:

@@ -65,6 +65,7 @@ def run(
         train=TrainSection(micro_batch_tokens=16),
         timer=PhaseTimer(),
         skipped=SkippedSteps(3),
+        longest_reply=16,
     )
 
 
