@@ -28,7 +28,6 @@ from collab_megatron.trainer.skipped_steps import SkippedSteps, largest_norm
 from collab_megatron.trainer.step_advantages import step_advantages
 from collab_megatron.types import RolloutBatch, TrainingSample
 
-
 Part = tuple[list[MicroBatch], int]  # of an optimizer step: this rank's micro-batches, trained tokens of all ranks
 
 

@@ -33,7 +33,11 @@ _DECIDES = (
     *("model", "data.train", "algorithm", "optimizer", "rollout", "reward", "batch_size", "max_tokens"),
     *("run.seed", "run.init_from", "driver.max_staleness", "driver.oversample_prompts"),
 )
-_DECIDES_NOT = ("algorithm.reference", "optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload")
+_DECIDES_NOT = (
+    "algorithm.preset",  # its pieces decide
+    "algorithm.reference",
+    *("optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload"),
+)
 _DECIDES_OF_LLMS = ("model", "temperature", "prompt_file", "max_tokens")
 """Of simulators and judges, and all of `extra`; addresses, time limits and retries may change."""
 _NAMED_BY_THE_USER = (".metric_weights.", ".extra.")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-
 Preset = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "dapo", "gspo", "cispo"]
 Baseline = Literal["group", "leave_one_out", "batch"]
 Scale = Literal["group_std", "batch_std", "none"]
 PolicyLoss = Literal["ppo", "gspo", "cispo"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 KLEstimator = Literal["k1", "k2", "k3"]
-ImportanceLevel = Literal["token", "sequence", "off"]
+ImportanceLevel = Literal["token", "sequence", "none"]
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "grpo": {},
@@ -67,8 +66,8 @@ def check_pieces(
         )
     if baseline == "leave_one_out" and scale == "group_std":
         raise ValueError(
-            "algorithm.baseline=leave_one_out with scale=group_std is GRPO times n / (n - 1): set algorithm.scale=none, "
-            "or algorithm.baseline=group"
+            "algorithm.baseline=leave_one_out with scale=group_std is GRPO times n / (n - 1): set "
+            "algorithm.scale=none, or algorithm.baseline=group"
         )
     if baseline == "batch" and zero_advantage == "drop":
         raise ValueError(
@@ -82,8 +81,8 @@ def check_pieces(
         )
     if policy_loss == "gspo" and kl_coef and kl_in == "reward" and baseline == "batch":
         raise ValueError(
-            "algorithm.policy_loss=gspo needs one advantage per reply, but kl_in=reward with baseline=batch gives every "
-            "token its own: set algorithm.kl_in=loss, or algorithm.baseline=group"
+            "algorithm.policy_loss=gspo needs one advantage per reply, but kl_in=reward with baseline=batch gives "
+            "every token its own: set algorithm.kl_in=loss, or algorithm.baseline=group"
         )
     _check_importance(importance, importance_beyond, importance_cap, importance_floor)
 
@@ -91,9 +90,9 @@ def check_pieces(
 def _check_importance(
     importance: ImportanceLevel, beyond: Literal["truncate", "mask"], cap: float, floor: float
 ) -> None:
-    if importance == "off" and (beyond == "mask" or floor):
+    if importance == "none" and (beyond == "mask" or floor):
         raise ValueError(
-            "algorithm.importance=off computes no weight to mask or to bound: remove importance_beyond and "
+            "algorithm.importance=none computes no weight to mask or to bound: remove importance_beyond and "
             "importance_floor, or set algorithm.importance=token"
         )
     if floor and beyond == "truncate":
@@ -103,8 +102,8 @@ def _check_importance(
         )
     if beyond == "mask" and not floor <= 1.0 <= cap:
         raise ValueError(
-            f"algorithm.importance_floor={floor:g} and importance_cap={cap:g} mask a weight of 1, which every token has "
-            "where trainer and engine agree: choose limits on both sides of 1"
+            f"algorithm.importance_floor={floor:g} and importance_cap={cap:g} mask a weight of 1, which every "
+            "token has where trainer and engine agree: choose limits on both sides of 1"
         )
 
 

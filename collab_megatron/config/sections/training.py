@@ -258,8 +258,8 @@ class TrainSection(Section):
 
 
 class AlgorithmSection(Section):
-    """The RL algorithm on multiturn-aware rewards. A name stands for its pieces (docs/algorithms.md): `algorithm: gspo`, or
-    `algorithm: {preset: gspo, clip_high: 0.001}`, where keys that are set win."""
+    """The RL algorithm on multiturn-aware rewards. A name stands for its pieces (docs/algorithms.md):
+    `algorithm: gspo`, or `algorithm: {preset: gspo, clip_high: 0.001}`, where keys that are set win."""
 
     # GRPO and others, by name. The defaults below are those of grpo
     preset: Preset = "grpo"
@@ -301,7 +301,7 @@ class AlgorithmSection(Section):
     # model: a second copy on the device; swap: the initial weights are kept on the host and swapped in
     reference: Literal["model", "swap"] = "model"
     # trainer/engine importance weight. token: exp(logp - rollout_logp) of each; sequence: their product over the reply;
-    # off: 1
+    # none: 1
     importance: ImportanceLevel = "token"
     importance_beyond: Literal["truncate", "mask"] = "truncate"  # weights beyond their limits: cut there, or set to 0
     importance_cap: float = Field(default=2.0, gt=0)  # upper limit of the importance weight

@@ -18,7 +18,7 @@ from collab_megatron.trainer.loss.sequences import Sequences
 
 def raw_weights(gap: Tensor, level: ImportanceLevel, sequences: Sequences | None) -> Tensor:
     """gap [B, S]: trainer - engine, 0 outside the mask -> exp(d) [B, S], with d clamped to MAX_LOG_RATIO."""
-    if level == "off":
+    if level == "none":
         return torch.ones_like(gap)
     if level == "sequence":
         assert sequences is not None, "weights of sequences need to know them"

@@ -69,7 +69,7 @@ def policy_loss(
     gap = ((old_logprobs - rollout_logprobs) * mask).detach()
     raw = raw_weights(gap, algorithm.importance, sequences)
     masks, floor, cap = algorithm.importance_beyond == "mask", algorithm.importance_floor, algorithm.importance_cap
-    weight = raw if algorithm.importance == "off" else limited(raw, masks=masks, floor=floor, cap=cap)
+    weight = raw if algorithm.importance == "none" else limited(raw, masks=masks, floor=floor, cap=cap)
     mean_weight = mask if weights is None else weights * mask
     loss = -(weight * surrogate)
     metrics |= {
@@ -77,7 +77,7 @@ def policy_loss(
         "clip_fraction": (clipped.detach() * mask).sum(),
         "log_ratio_clamped": ((log_ratio.detach().abs() > MAX_LOG_RATIO).to(mask.dtype) * mask).sum(),
     }
-    if algorithm.importance != "off":
+    if algorithm.importance != "none":
         beyond = (raw > cap) | (raw < floor)  # a floor above 0 comes with masks only
         metrics |= {
             "importance_weight": (weight * mask).sum(),

@@ -24,8 +24,8 @@ def token_samples(
     version: int,
     longest: int,
 ) -> list[TokenSample]:
-    """The samples of one optimizer step, of all ranks. version: of the weights that are trained now. longest: tokens that
-    a reply may have."""
+    """The samples of one optimizer step, of all ranks. version: of the weights that are trained now. longest: tokens
+    that a reply may have."""
     lengths = [len(sample.reply_ids_T) for sample in samples]
     weights: Sequence[float | None] = [None] * len(samples)
     if algorithm.aggregation != "token_mean":

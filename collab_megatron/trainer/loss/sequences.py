@@ -33,9 +33,9 @@ class Sequences:
     reduce: Reduce = on_this_rank
 
     def sums(self, *values: Tensor) -> Tensor:
-        """[B, S] each -> [number of values, count]: sums over the tokens of each reply, without gradient. One reduction.
+        """[B, S] each -> [number of values, count]: sums over the tokens of each reply, without gradient.
 
-        The values must be 0 where they shall not count.
+        One reduction. The values must be 0 where they shall not count.
         """
         stacked = torch.stack([value.detach() for value in values]).flatten(1)
         found = stacked.new_zeros(len(values), self.count).index_add_(1, self.index.flatten(), stacked)
@@ -53,8 +53,8 @@ def mean_weights(lengths_N: Sequence[int], aggregation: Aggregation, *, longest:
     sequence_mean:  mean over i of (mean over t of l_it)    GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3)
     constant:       sum of l_it / (N * longest)             Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, 3.2)
 
-    lengths_N: |o_i|, trained tokens of the replies of one optimizer step on all ranks, each at least 1. So micro-batches
-    and ranks do not change the mean. longest: tokens that a reply may have.
+    lengths_N: |o_i|, trained tokens of the replies of one optimizer step on all ranks, each at least 1. So
+    micro-batches and ranks do not change the mean. longest: tokens that a reply may have.
     """
     if aggregation == "token_mean":
         return [1.0] * len(lengths_N)

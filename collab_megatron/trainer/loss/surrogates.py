@@ -42,10 +42,10 @@ def gspo_surrogate(
 ) -> Surrogate:
     """min(s * A, clip(s, 1 - low, 1 + high) * A) with s = exp(mean over the reply's tokens of log r), as in GSPO.
 
-    In the form of GSPO-token: every token has s_t = sg[s] * r_t / sg[r_t]. With equal advantages in a reply its value is
-    that of s, and its mean over the reply has the gradient of s, because grad s = s * mean(grad log r_t). So the reply's
-    sum needs no gradient, and none passes between context ranks. Source: Zheng et al. 2025, arXiv 2507.18071, eq. 5, 7,
-    14 and 15.
+    In the form of GSPO-token: every token has s_t = sg[s] * r_t / sg[r_t]. With equal advantages in a reply its value
+    is that of s, and its mean over the reply has the gradient of s, because grad s = s * mean(grad log r_t). So the
+    reply's sum needs no gradient, and none passes between context ranks. Source: Zheng et al. 2025, arXiv 2507.18071,
+    eq. 5, 7, 14 and 15.
     """
     total, count = sequences.sums(log_ratio, mask)
     mean = sequences.spread(total / count.clamp(min=1.0))

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from collab_megatron.config.sections import AlgorithmSection
-from collab_megatron.rollout.advantages import group_advantages
 from collab_megatron.trainer.batching import TokenSample, split_by_tokens
 from collab_megatron.trainer.loss.kl import kl_estimate
 from collab_megatron.trainer.loss.losses import LossSum, policy_loss, sft_loss
@@ -167,14 +166,6 @@ def test_a_gap_that_is_no_number_is_the_largest() -> None:
 def test_sft_loss_is_the_sum_of_negative_logprobs() -> None:
     result = sft_loss(torch.tensor([[-1.0, -2.0, -4.0]]), mask=torch.tensor([[0.0, 1.0, 1.0]]))
     assert result.loss.item() == 6.0
-
-
-def test_advantages_by_hand() -> None:
-    assert group_advantages([1.0, 0.0], eps=0.0 + 1e-9, min_std=0.01) == pytest.approx([2**-0.5, -(2**-0.5)], rel=1e-6)
-    # all wrong, lengths differ by a token: no signal rather than a full-size one
-    assert group_advantages([-0.0010, -0.0011, -0.0012], eps=0.05, min_std=0.01) == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError):
-        group_advantages([1.0], eps=0.05, min_std=0.01)
 
 
 def sample(length: int, advantage: float) -> TrainingSample:
