@@ -1,6 +1,7 @@
 """The policy step in plain PyTorch and transformers, one process: what every layout must reproduce.
 
-Written down once per model and loss (a .pt file, and a folder with the weights after the last step), read by every rank.
+Written down once per model and loss (a .pt file, and a folder with the weights after the last step); every rank reads
+it.
 """
 
 from __future__ import annotations
