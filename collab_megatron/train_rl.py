@@ -69,6 +69,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         recompute=config.train.recompute,
         logits_chunk_mb=config.train.logits_chunk_mb,
         temperature=config.rollout.temperature,
+        entropy_gradient=config.algorithm.entropy_coef > 0,
     )
     reference: LogprobModel | None = None
     if config.needs_reference:
@@ -137,6 +138,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
                     train=config.train,
                     timer=timer,
                     skipped=skipped,
+                    longest_reply=config.rollout.max_new_tokens,
                 )
         if reporter:
             reporter.trained(saving.done, batch.metrics, metrics)

@@ -46,6 +46,7 @@ from collab_megatron.config.sections import (
     TrainSection,
     Umask,
 )
+from collab_megatron.config.sections.algorithms import check_refills
 from collab_megatron.config.timeouts import check_timeouts
 
 
@@ -110,6 +111,7 @@ class RLConfig(Section):
                 f"algorithm.mini_batches={self.algorithm.mini_batches} is larger than "
                 f"rollout.prompts_per_step={self.rollout.prompts_per_step}: lower it"
             )
+        check_refills(self.algorithm.baseline, self.driver.refill_groups)
         check_validation(self.data, self.train)
         return self
 

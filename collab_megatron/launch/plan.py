@@ -9,6 +9,7 @@ from itertools import groupby
 from collab_megatron.config import BuildDatasetConfig, DPOConfig, EvaluateConfig, RLConfig, SupervisedConfig
 from collab_megatron.config.roles import own_metrics
 from collab_megatron.config.sections import ParallelSection, RewardSection
+from collab_megatron.launch.algorithm_lines import algorithm_lines
 from collab_megatron.launch.cost import Calls, call_lines, dollar_lines
 from collab_megatron.launch.node import Node
 from collab_megatron.model.flops import train_flops
@@ -37,6 +38,7 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
         *(call_lines("evaluation", evaluations[1]) if evaluations[0] else []),
         *dollar_lines(calls),
         *_own_metric_lines(config.reward),
+        *algorithm_lines(config.algorithm, rollout, config.driver),
         *_driver_lines(config),
         f"training    {_count(config.train.steps, 'step')}",
         *_not_here(node, "the disk, ports, engine.python, addresses of the LLM services"),

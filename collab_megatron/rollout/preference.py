@@ -1,4 +1,7 @@
-"""Preference pairs of online DPO: the best reply of a group against its worst, by multiturn-aware reward. Pure."""
+"""Preference pairs of online DPO: the best reply of a group against its worst, by multiturn-aware reward. Pure.
+
+Rewards are those that the advantages compare: with overlong shaping, if it is on.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,11 @@ def preference_pair(group: Group, rules: PreferenceSection) -> list[TrainingSamp
     """
     if not has_spread(group):
         return []
-    scored = [(reply.mr, reply) for reply in group.replies_G if reply.mr is not None and reply.generation.token_ids_T]
+    scored = [
+        (reply.shaped_reward, reply)
+        for reply in group.replies_G
+        if reply.shaped_reward is not None and reply.generation.token_ids_T
+    ]
     if not scored:
         return []
     best, chosen = max(scored, key=lambda each: each[0])
@@ -34,7 +41,7 @@ def preference_figures(groups: Sequence[Group], rules: PreferenceSection) -> Fig
     pairs = [bool(preference_pair(group, rules)) for group in groups]
     gaps = []
     for group, is_pair in zip(groups, pairs, strict=True):
-        rewards = [reply.mr for reply in group.replies_G if reply.mr is not None]
+        rewards = [reply.shaped_reward for reply in group.replies_G if reply.shaped_reward is not None]
         if is_pair:
             gaps.append(max(rewards) - min(rewards))
     return {

@@ -12,8 +12,8 @@ from collab_megatron.errors import RunError
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.batching import MicroBatch, TokenSample, units_of
 from collab_megatron.trainer.loss.dpo import PAIR, make_dpo_loss, means_of_pairs, with_preference
-from collab_megatron.trainer.loss.grpo_step import engine_gap, mini_batches, token_sample
 from collab_megatron.trainer.loss.losses import LossSum
+from collab_megatron.trainer.loss.policy_step import engine_gap, mini_batches, token_sample
 from collab_megatron.trainer.rank_batch import LogprobModel, attach_logprobs, rank_batch
 from collab_megatron.trainer.report.timers import PhaseTimer
 from collab_megatron.trainer.rl_step import step_metrics, without_samples
@@ -69,7 +69,7 @@ def pairs_of(batch: RolloutBatch) -> list[Pair]:
     except ValueError:
         pairs = []
     if not pairs or any(
-        chosen.prompt_ids != rejected.prompt_ids or chosen.advantage <= rejected.advantage for chosen, rejected in pairs
+        chosen.prompt_ids != rejected.prompt_ids or chosen.reward <= rejected.reward for chosen, rejected in pairs
     ):
         raise RunError(
             f"the batch of step {batch.step + 1} with {len(samples)} samples has no pairs of a chosen and a rejected "
@@ -81,7 +81,7 @@ def pairs_of(batch: RolloutBatch) -> list[Pair]:
 def pair_tokens(pairs: Sequence[Pair], version: int) -> list[TokenSample]:
     """Token samples of the pairs, chosen and rejected in turn. version: of the weights that are trained now."""
     return [
-        with_preference(token_sample(sample, version), number, sign)
+        with_preference(token_sample(sample, version, [sample.advantage] * len(sample.reply_ids_T)), number, sign)
         for number, pair in enumerate(pairs)
         for sample, sign in zip(pair, (1, -1), strict=True)
     ]

@@ -15,7 +15,7 @@ from collab_megatron.model.spec import ModelSpec
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.batching import MicroBatch, TokenSample, idle_like, split_by_tokens, units_of
 from collab_megatron.trainer.batching.partition import balanced_partition
-from collab_megatron.trainer.loss.grpo_step import with_values
+from collab_megatron.trainer.loss.policy_step import with_values
 
 PAD_ID = 0
 """Any valid id: padding is right of the tokens, masked, and unseen by causal attention."""

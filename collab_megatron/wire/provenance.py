@@ -35,11 +35,9 @@ _DECIDES = (
     *("run.seed", "run.init_from", "driver.max_staleness", "driver.oversample_prompts"),
 )
 _DECIDES_NOT = (
-    "algorithm.reference",
-    "dpo.reference",
-    "optimizer.distributed",
-    "optimizer.overlap",
-    "optimizer.cpu_offload",
+    "algorithm.preset",  # its pieces decide
+    *("algorithm.reference", "dpo.reference"),
+    *("optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload"),
 )
 _DECIDES_OF_LLMS = ("model", "temperature", "prompt_file", "max_tokens")
 """Of simulators and judges, and all of `extra`; addresses, time limits and retries may change."""

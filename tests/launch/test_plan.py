@@ -69,6 +69,44 @@ def test_reference_and_offload_have_columns_where_they_hold_something(planned: C
     assert heading.split()[1:] == ["weights", "gradients", "activations", "working", "device", "host"]
 
 
+def algorithm_of(lines: list[str]) -> list[str]:
+    """The algorithm's lines of a plan."""
+    first = next(number for number, text in enumerate(lines) if text.startswith("algorithm "))
+    more = [text for text in lines[first:] if not text.startswith(("algorithm ", " "))]
+    return [text[12:] for text in lines[first : lines.index(more[0])]]
+
+
+def test_a_name_is_shown_with_its_pieces(planned: Callable[..., list[str]]) -> None:
+    assert algorithm_of(planned()) == [
+        "grpo: reward minus the group's mean, divided by the group's std + 0.05",
+        "groups whose rewards have a std below 0.01 are kept with advantage 0",
+        "each token's ratio, clipped to [0.8, 1.2], mean over tokens",
+        "KL k3 x 0.005 in the loss; importance weight of each token, at most 2",
+    ]
+    assert algorithm_of(planned("algorithm=dapo", "algorithm.kl_coef=0", "driver.refill_groups=4")) == [
+        "dapo: reward minus the group's mean, divided by the group's std + 0.05",
+        "a reply loses up to 1 of reward in the last 200 of 1000 tokens",
+        "groups whose rewards have a std below 0.01 are not trained, and up to 4 a step replaced",
+        "each token's ratio, clipped to [0.8, 1.28], mean over tokens",
+        "no KL; importance weight of each token, at most 2",
+    ]
+    masked = ("algorithm.importance=sequence", "algorithm.importance_beyond=mask", "algorithm.importance_floor=0.5")
+    assert algorithm_of(planned("algorithm=gspo", *masked))[-2:] == [
+        "each reply's mean ratio, clipped to [0.9997, 1.0004], mean over each reply's tokens, then over replies",
+        "KL k3 x 0.005 in the loss; importance weight of each reply, 0 outside [0.5, 2]",
+    ]
+    assert algorithm_of(planned("algorithm=reinforce_pp", "algorithm.importance=none")) == [
+        "reinforce_pp: reward minus the mean over the step's tokens, divided by the std over the step's tokens",
+        "each token's ratio, clipped to [0.8, 1.2], mean over tokens",
+        "KL k1 x 0.005 in the reward; no importance weights",
+    ]
+    cispo = algorithm_of(planned("algorithm=cispo", "algorithm.aggregation=constant", "algorithm.entropy_coef=0.01"))
+    assert cispo[-2:] == [
+        "each token's ratio, clipped to [0, 1.2], as the weight of its log-prob, sum over tokens / (replies x 1000)",
+        "KL k3 x 0.005 in the loss, entropy bonus x 0.01; importance weight of each token, at most 2",
+    ]
+
+
 def test_a_micro_batch_is_at_least_the_longest_sample(planned: Callable[..., list[str]]) -> None:
     lines = planned("train.micro_batch_tokens=100", "rollout.max_prompt_tokens=3000")
     assert "a micro-batch of 4,000 tokens" in line(lines, "memory")

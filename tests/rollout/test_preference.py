@@ -6,18 +6,27 @@ from dataclasses import replace
 
 from collab_megatron.config.sections import PreferenceSection
 from collab_megatron.figures import values
-from collab_megatron.rollout.group import with_advantages
+from collab_megatron.rollout.group import GroupRules, with_advantages
 from collab_megatron.rollout.preference import preference_figures, preference_pair
 from collab_megatron.types import Group, Reply
 from tests.rollout.fakes import TASK, generation, policy_turn
 
 RULES = PreferenceSection()
+GROUPS = GroupRules(
+    num_replies=4,
+    num_futures=2,
+    min_replies=2,
+    min_futures=1,
+    group_timeout_s=60,
+    advantage_eps=0.05,
+    min_group_std=0.01,
+)
 
 
 def group(**rewards: float | None) -> Group:
     """Replies by text; the reward of each."""
     replies = tuple(Reply(policy_turn(text), (), mr=reward) for text, reward in rewards.items())
-    return with_advantages(Group(TASK, (1, 2), replies, kept=True), min_replies=2, eps=0.05, min_std=0.01)
+    return with_advantages(Group(TASK, (1, 2), replies, kept=True), GROUPS)
 
 
 def trained(found: Group, rules: PreferenceSection = RULES) -> list[tuple[int, ...]]:
@@ -35,6 +44,13 @@ def test_the_best_reply_comes_first_and_the_worst_second() -> None:
     assert chosen.prompt_ids == rejected.prompt_ids == (1, 2)
     assert chosen.advantage > 0 > rejected.advantage
     assert trained(group(b=1.0, a=1.0, d=0.0, c=0.0)) == ids("b", "d")  # of equal rewards the first
+
+
+def test_a_longer_reply_that_loses_reward_is_the_worse_one() -> None:
+    """As in the advantages: overlong shaping decides between replies with one multiturn-aware reward."""
+    rules = replace(GROUPS, overlong_share=0.5, overlong_penalty=1.0, longest=len(generation("aaaa").token_ids_T))
+    found = with_advantages(replace(group(aaaa=1.0, b=1.0), kept=True), rules)
+    assert trained(found) == ids("b", "aaaa")
 
 
 def test_groups_without_a_pair() -> None:

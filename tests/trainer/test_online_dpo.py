@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from dataclasses import replace
+from typing import cast
 
 import pytest
 
@@ -22,7 +23,10 @@ PROMPT = 3
 
 def pair(chosen: int, rejected: int, *, gap: float = 0.125, version: int = STEP) -> list[TrainingSample]:
     """Replies of so many tokens."""
-    return [sample(chosen, 1.0, gap=gap, version=version), sample(rejected, -1.0, gap=gap, version=version)]
+    return [
+        replace(sample(tokens, sign, gap=gap, version=version), reward=sign)
+        for tokens, sign in ((chosen, 1.0), (rejected, -1.0))
+    ]
 
 
 def run(
@@ -86,18 +90,13 @@ def test_a_skipped_step_is_counted() -> None:
     assert (metrics["train/steps_skipped"], metrics["train/skipped_in_a_row"]) == (1, 1)
 
 
-def _with(second: TrainingSample, **changes: Any) -> TrainingSample:
-    fields = {name: getattr(second, name) for name in second.__dataclass_fields__}
-    return TrainingSample(**{**fields, **changes})
-
-
 def test_samples_that_are_not_pairs_are_refused() -> None:
     chosen, rejected = pair(2, 3)
     assert pairs_of(RolloutBatch(STEP, (chosen, rejected), {})) == [(chosen, rejected)]
     for samples in (
         (chosen,),
         (rejected, chosen),
-        (chosen, _with(rejected, prompt_ids=(1, 2))),
+        (chosen, replace(rejected, prompt_ids=(1, 2))),
     ):
         with pytest.raises(RunError, match=f"step {STEP + 1} .* has no pairs"):
             pairs_of(RolloutBatch(STEP, samples, {}))

@@ -86,6 +86,13 @@ class MicroBatch:
                 yield 0, slice(start, start + length)
                 start += length
 
+    def numbered(self) -> Tensor:
+        """[B, S] float32: each token's sample, as its place in sample_indices; 0 on padding and shared prefixes."""
+        numbers = torch.zeros(self.ids.shape, dtype=torch.float32)
+        for number, (row, columns) in enumerate(self.spans()):
+            numbers[row, columns] = number
+        return numbers
+
     def per_sample(self, values: Tensor) -> list[Tensor]:
         """values [B, S] -> a [T] tensor per sample, without padding, with a shared prefix in front."""
         found = []

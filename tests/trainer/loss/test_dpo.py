@@ -13,7 +13,7 @@ from torch import Tensor
 from collab_megatron.config.sections import TrainSection
 from collab_megatron.trainer.batching import MicroBatch, TokenSample, collate, idle_like, split_by_tokens
 from collab_megatron.trainer.loss.dpo import PAIR, PREFERENCE, dpo_loss, make_dpo_loss, means_of_pairs, pair_samples
-from collab_megatron.trainer.loss.grpo_step import with_values
+from collab_megatron.trainer.loss.policy_step import with_values
 from collab_megatron.trainer.rank_batch import rank_batch
 from tests.trainer.one_process import SPEC, grid_of
 

@@ -83,7 +83,16 @@ def check_no_samples(folder: Path, grid: RankGrid) -> None:
         batch, algorithm = RolloutBatch(0, samples, {}), AlgorithmSection(mini_batches=2)
         skipped = SkippedSteps(3)
         found.append(
-            update(actor, None, batch, algorithm=algorithm, train=TrainSection(), timer=timer, skipped=skipped)
+            update(
+                actor,
+                None,
+                batch,
+                algorithm=algorithm,
+                train=TrainSection(),
+                timer=timer,
+                skipped=skipped,
+                longest_reply=8,
+            )
         )
         phases.append(set(timer.drain()))
     assert phases[0] == phases[1]
