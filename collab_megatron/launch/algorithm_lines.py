@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collab_megatron.config.sections import AlgorithmSection, DriverSection, RolloutSection
+from collab_megatron.config.sections import AlgorithmSection, DriverSection, PreferenceSection, RolloutSection
 
 BASELINES = {
     "group": "the group's mean",
@@ -32,6 +32,15 @@ def algorithm_lines(algorithm: AlgorithmSection, rollout: RolloutSection, driver
     entropy = f", entropy bonus x {a.entropy_coef:g}" if a.entropy_coef else ""
     lines.append(f"{kl}{entropy}; {_importance(a)}")
     return [lines[0], *(f"            {line}" for line in lines[1:])]
+
+
+def online_dpo_lines(online: PreferenceSection, algorithm: AlgorithmSection) -> list[str]:
+    """The same for online DPO, which takes the place of the policy gradient."""
+    return [
+        f"algorithm   online DPO, beta {online.beta:g}: the best reply of each group against its worst",
+        f"            groups whose rewards have a std below {algorithm.min_group_std:g}, or a gap of at most "
+        f"{online.min_gap:g}, give no pair",
+    ]
 
 
 def _groups_without_spread(a: AlgorithmSection, driver: DriverSection) -> str:

@@ -9,7 +9,7 @@ from itertools import groupby
 from collab_megatron.config import BuildDatasetConfig, DPOConfig, EvaluateConfig, RLConfig, SupervisedConfig
 from collab_megatron.config.roles import own_metrics
 from collab_megatron.config.sections import ParallelSection, RewardSection
-from collab_megatron.launch.algorithm_lines import algorithm_lines
+from collab_megatron.launch.algorithm_lines import algorithm_lines, online_dpo_lines
 from collab_megatron.launch.cost import Calls, call_lines, dollar_lines
 from collab_megatron.launch.node import Node
 from collab_megatron.model.flops import train_flops
@@ -38,7 +38,7 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
         *(call_lines("evaluation", evaluations[1]) if evaluations[0] else []),
         *dollar_lines(calls),
         *_own_metric_lines(config.reward),
-        *algorithm_lines(config.algorithm, rollout, config.driver),
+        *_algorithm_lines(config),
         *_driver_lines(config),
         f"training    {_count(config.train.steps, 'step')}",
         *_not_here(node, "the disk, ports, engine.python, addresses of the LLM services"),
@@ -88,6 +88,12 @@ def _own_metric_lines(reward: RewardSection) -> list[str]:
 
 def _not_here(node: Node, what: str) -> list[str]:
     return [] if node.here else [f"not checked {what}: this is not that node"]
+
+
+def _algorithm_lines(config: RLConfig) -> list[str]:
+    if config.online_dpo is not None:
+        return online_dpo_lines(config.online_dpo, config.algorithm)
+    return algorithm_lines(config.algorithm, config.rollout, config.driver)
 
 
 def _driver_lines(config: RLConfig) -> list[str]:

@@ -177,3 +177,12 @@ def test_a_node_that_is_not_there_is_for_planning_only() -> None:
 def test_overrides_may_stand_on_either_side_of_an_option() -> None:
     found = parse_arguments("", ["a.yaml", "x.y=1", "--dry-run", "x.z=2"])
     assert (found.overrides, found.dry_run) == (["x.y=1", "x.z=2"], True)
+
+
+def test_online_dpo_takes_the_place_of_the_algorithm(planned: Callable[..., list[str]]) -> None:
+    lines = planned("online_dpo={beta: 0.2, min_gap: 0.5}", "algorithm.kl_coef=0")
+    assert line(lines, "algorithm").endswith("online DPO, beta 0.2: the best reply of each group against its worst")
+    assert any("a gap of at most 0.5, give no pair" in text for text in lines)
+    assert not any("clipped" in text for text in lines)
+    assert any("reference" in text for text in lines)  # a second model, without a KL too
+    assert not any("reference" in text for text in planned("algorithm.kl_coef=0"))

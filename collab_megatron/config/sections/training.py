@@ -338,8 +338,8 @@ class AlgorithmSection(Section):
 
 class PreferenceSection(Section):
     """Online DPO in train_rl, in place of the policy gradient: the best reply of each group against its worst, by
-    multiturn-aware reward. null: off. algorithm.reference says where the reference model is; other keys of algorithm
-    that shape the policy gradient have no effect."""
+    multiturn-aware reward. null: off. Of `algorithm` it uses min_group_std, overlong_share, overlong_penalty, reference
+    and mini_batches."""
 
     # strength of the reference: the loss of a pair is -log sigmoid(beta * margin). A small beta lets the policy move
     # further away from it
