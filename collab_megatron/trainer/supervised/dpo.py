@@ -13,6 +13,7 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.reference import build_reference
 from collab_megatron.trainer.batching import MicroBatch, TokenSample
 from collab_megatron.trainer.loss.dpo import PAIR, make_dpo_loss, means_of_pairs, pair_samples
+from collab_megatron.trainer.loss.losses import LossSum
 from collab_megatron.trainer.rank_batch import attach_logprobs
 from collab_megatron.trainer.report.timers import PhaseTimer
 from collab_megatron.trainer.supervised.data import RowKind, StepBatch, SupervisedData
@@ -41,7 +42,7 @@ class DPOObjective:
         self._actor = actor
         self._reference = build_reference(actor, config.dpo.reference, logits_chunk_mb=config.train.logits_chunk_mb)
         self.data = SupervisedData(config, actor.grid, actor.spec, PAIRS)
-        self.loss = make_dpo_loss(config.dpo.beta)
+        self._loss = make_dpo_loss(config.dpo.beta)
 
     def micro_batches(self, batch: StepBatch, timer: PhaseTimer) -> list[MicroBatch]:
         with timer("logprobs"):
@@ -49,6 +50,9 @@ class DPOObjective:
 
     def normalizer(self, batch: StepBatch) -> float:
         return batch.rows
+
+    def loss(self, logprobs: Tensor, batch: MicroBatch) -> LossSum:
+        return self._loss(logprobs, batch)
 
     def figures(self, metrics: Mapping[str, float], batch: StepBatch) -> dict[str, float]:
         return means_of_pairs(metrics, pairs=batch.rows, tokens=batch.trained_tokens)
