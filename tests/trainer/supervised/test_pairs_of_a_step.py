@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import pytest
+from torch import Tensor
 
 from collab_megatron.config import DPOConfig
 from collab_megatron.data.parquet import Pair, write_pairs
 from collab_megatron.demo.tokenizer import build_tokenizer
 from collab_megatron.trainer.actor.actor import StepResult
-from collab_megatron.trainer.loss.dpo import PREFERENCE
+from collab_megatron.trainer.batching import MicroBatch
+from collab_megatron.trainer.loss.dpo import PREFERENCE, make_dpo_loss
 from collab_megatron.trainer.rank_batch import RankBatch
 from collab_megatron.trainer.report.dashboard import read_metrics
 from collab_megatron.trainer.supervised.data import StepBatch, SupervisedData
@@ -74,6 +77,30 @@ def test_held_out_pairs_come_once_each_and_those_trained_on_are_reported(config:
     assert [numbers(batches) for batches in data.held_out_batches()] == [[-3, -2, -1, 1, 2, 3]]
     assert sum(b.num_trained_tokens for part in data.held_out_batches() for b in part) == data.held_out_tokens
     assert any("1 held-out pairs are trained on too" in notice for notice in data.notices)
+
+
+class Flat:
+    """A model that gives every token one log-probability."""
+
+    def __init__(self, logprob: float) -> None:
+        self.logprob = logprob
+
+    def logprobs(self, micro_batches: list[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]:
+        found = [self.logprob * batch.mask for batch in micro_batches]
+        return found, found
+
+
+def test_held_out_sums_are_over_pairs(config: DPOConfig) -> None:
+    """Every token is 0.5 above the reference, so a pair's margin is half the difference of its lengths, times beta."""
+    objective = DPOObjective.__new__(DPOObjective)
+    objective.data = SupervisedData(config, grid_of(), SPEC, PAIRS)
+    objective._actor, objective._reference = cast(Any, Flat(-1.0)), cast(Any, Flat(-1.5))
+    objective._loss = make_dpo_loss(0.5)
+    (batches,) = objective.data.held_out_batches()
+    words = [[1 + (number + extra) % 3 for extra in (0, 1)] for number in range(TRAINED - 1, TRAINED - 1 + HELD_OUT)]
+    margins = [0.25 * 3 * (chosen - rejected) for chosen, rejected in words]  # "which", " day", "?"
+    wanted = [sum(math.log1p(math.exp(-m)) for m in margins), sum(m > 0 for m in margins), sum(margins)]
+    assert objective._measure(batches).tolist() == pytest.approx(wanted)
 
 
 def test_a_dpo_run_reports_pairs_margins_and_log_probs(config: DPOConfig, capsys: pytest.CaptureFixture[str]) -> None:
