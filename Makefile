@@ -1,4 +1,5 @@
-# make install | install-gpu | test | test-quick | test-full | lint | format | demo | demo-ablation | lock | clean
+# make install | install-gpu | test | test-quick | test-full | lint | format | lock | clean
+# make demo | demo-ablation | demo-algorithms
 # PYTHON=/path/to/python chooses the interpreter of .venv (3.11, 3.12; GPU: 3.12); ARGS="..." goes to pytest or to the demo.
 # demo and tests run on the CPU, on any machine; DEVICE=cuda lets them use the GPUs of an environment with GPU packages.
 PYTHON ?=
@@ -6,10 +7,10 @@ ARGS ?=
 DEVICE ?= cpu
 export PYTHON DEVICE
 
-.PHONY: help install install-gpu test test-quick test-full lint format demo demo-ablation lock clean
+.PHONY: help install install-gpu test test-quick test-full lint format demo demo-ablation demo-algorithms lock clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 # keeps the kind of .venv that is there; on GPU nodes: make install-gpu, once (docs/install.md)
 install:
@@ -44,6 +45,10 @@ demo: install
 
 demo-ablation: install
 	.venv/bin/python tools/demo.py --device $(DEVICE) --ablation $(ARGS)
+
+# hours on two cores; a finished run is not run again
+demo-algorithms: install
+	.venv/bin/python tools/demo_algorithms.py --device $(DEVICE) $(ARGS)
 
 lock:
 	bash tools/lock.sh

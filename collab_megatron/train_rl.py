@@ -4,7 +4,8 @@
 
 One step. The driver samples n replies per prompt from the engines, plays K futures of each against the simulated user,
 has them judged, and turns the rewards into group advantages. The trainer scores the replies under the reference, takes
-a clipped policy-gradient step, and publishes the new weights to the engines, with proof that they arrived.
+a clipped policy-gradient step, and publishes the new weights to the engines, with proof that they arrived. With
+online_dpo the step is a DPO step on the best and the worst reply of each group.
 
 `main` launches engines, driver and trainer ranks on this node. `train` runs in every trainer rank:
 
@@ -26,6 +27,7 @@ from collab_megatron.launch.cli import TrainerArguments, parse_arguments
 from collab_megatron.log import set_up_logging
 
 if TYPE_CHECKING:
+    from collab_megatron.trainer.rank_batch import LogprobModel
     from collab_megatron.trainer.sync.publisher import SyncReport
     from collab_megatron.types import RolloutBatch
 
@@ -43,6 +45,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.trainer.engines import Engines
     from collab_megatron.trainer.evaluation_schedule import EvaluationSchedule
     from collab_megatron.trainer.interrupt import Interrupt
+    from collab_megatron.trainer.online_dpo import update_on_pairs
     from collab_megatron.trainer.report.timers import PhaseTimer
     from collab_megatron.trainer.rl_reporter import RLReporter
     from collab_megatron.trainer.rl_step import update
@@ -66,8 +69,12 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         recompute=config.train.recompute,
         logits_chunk_mb=config.train.logits_chunk_mb,
         temperature=config.rollout.temperature,
+        entropy_gradient=config.algorithm.entropy_coef > 0,
     )
-    reference = build_reference(actor, config.algorithm, logits_chunk_mb=config.train.logits_chunk_mb)
+    reference: LogprobModel | None = None
+    if config.needs_reference:
+        kind, chunk_mb = config.algorithm.reference, config.train.logits_chunk_mb
+        reference = build_reference(actor, kind, logits_chunk_mb=chunk_mb)
     checkpoints = CheckpointManager(
         actor,
         config.run,
@@ -109,16 +116,30 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
             return engines.next_batch(saving.done, checkpoints.saved)
 
     def update_policy(batch: RolloutBatch) -> Mapping[str, float]:
+        online = config.online_dpo
         with saving.step():
-            metrics = update(
-                actor,
-                reference,
-                batch,
-                algorithm=config.algorithm,
-                train=config.train,
-                timer=timer,
-                skipped=skipped,
-            )
+            if online is not None and reference is not None:
+                metrics = update_on_pairs(
+                    actor,
+                    reference,
+                    batch,
+                    beta=online.beta,
+                    mini_batch_count=config.algorithm.mini_batches,
+                    train=config.train,
+                    timer=timer,
+                    skipped=skipped,
+                )
+            else:
+                metrics = update(
+                    actor,
+                    reference,
+                    batch,
+                    algorithm=config.algorithm,
+                    train=config.train,
+                    timer=timer,
+                    skipped=skipped,
+                    longest_reply=config.rollout.max_new_tokens,
+                )
         if reporter:
             reporter.trained(saving.done, batch.metrics, metrics)
         skipped.check(saving.done)

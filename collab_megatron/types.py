@@ -177,6 +177,7 @@ class Reply:
     futures_K: tuple[Future, ...]
     mr: float | None = None  # mean reward of the scored futures; None without a scored future
     advantage: float | None = None  # None if the reply or its group was dropped
+    shaped_reward: float | None = None  # mr with overlong shaping, from which the advantage comes; None like that
 
     @property
     def text(self) -> str:
@@ -204,6 +205,7 @@ class Group:
     replies_G: tuple[Reply, ...]
     kept: bool  # False: too few scored replies; not trained, and counted
     error: str = ""  # why its replies could not be sampled
+    name: str = ""  # of its tree, unique in the run
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,11 @@ class TrainingSample:
     reply_ids_T: tuple[int, ...]
     rollout_logprobs_T: tuple[float, ...]
     versions_T: tuple[int, ...]
-    advantage: float
+    advantage: (
+        float  # of the driver; the trainer changes it where it depends on the whole step (algorithm.scale, kl_in)
+    )
+    reward: float = 0.0  # MR with overlong shaping
+    group: str = ""  # samples with the same name are compared with each other
 
     @property
     def num_tokens(self) -> int:
@@ -226,7 +232,8 @@ class TrainingSample:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The driver's result for one training step.
+    """The driver's result for one training step. With online_dpo samples 2i and 2i + 1 are the chosen and the rejected
+    reply of pair i.
 
     Example: 16 prompts with 8 replies each, none dropped, make 128 samples.
     """

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig, sections
+from collab_megatron.config import BuildDatasetConfig, DPOConfig, EvaluateConfig, RLConfig, SFTConfig, sections
 from collab_megatron.config.explain import REMOVED
 from collab_megatron.config.sections import Section
 
@@ -34,6 +34,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 PROGRAMS: dict[str, type[Section]] = {
     "python -m collab_megatron.train_rl": RLConfig,
     "python -m collab_megatron.train_sft": SFTConfig,
+    "python -m collab_megatron.train_dpo": DPOConfig,
     "python -m collab_megatron.evaluate": EvaluateConfig,
     "python tools/build_dataset.py": BuildDatasetConfig,
 }

@@ -17,6 +17,8 @@ from collab_megatron.config.yaml_text import NotYaml, parse_yaml
 from collab_megatron.errors import UserError, masked
 
 WIDE = 2**16  # columns: no address is broken over two lines
+NAMED = {"algorithm": "preset"}
+"""Sections that a name stands for, and the key that holds it."""
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -78,6 +80,7 @@ def _read_with_extends(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{path} must contain a mapping of sections, not a {type(raw).__name__}")
     _find_modules(raw, path.parent)
+    raw |= {section: {NAMED[section]: raw[section]} for section in NAMED if isinstance(raw.get(section), str)}
     parents = raw.pop("extends", None)
     if parents is None:
         return raw
@@ -132,6 +135,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override {cut(override)!r}: {parent} is a value, not a section: set {parent} itself")
     try:
-        node[last] = parse_yaml(text)
+        value = parse_yaml(text)
     except NotYaml as error:
         raise UserError(f"override {dotted}={cut(text)}: {error}") from None
+    if dotted in NAMED and isinstance(value, str) and isinstance(raw.get(dotted) or {}, dict):
+        value = {**(raw.get(dotted) or {}), NAMED[dotted]: value}  # a name changes its own key only
+    node[last] = value

@@ -60,6 +60,14 @@ def check_packing(parallel: ParallelSection, train: TrainSection) -> None:
         )
 
 
+def check_pairs(parallel: ParallelSection) -> None:
+    if parallel.context > 1:
+        raise ValueError(
+            f"DPO does not work with parallel.context={parallel.context} yet, because a rank sees parts of replies "
+            "only: set parallel.context=1"
+        )
+
+
 def check_engine(engine: EngineSection) -> None:
     if engine.urls and engine.count > 1:
         raise ValueError("engine.urls names running servers and engine.count starts new ones: set only one of them")

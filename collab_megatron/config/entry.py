@@ -12,6 +12,7 @@ from collab_megatron.config.cross_checks import (
     check_engine,
     check_metrics,
     check_packing,
+    check_pairs,
     check_ranks,
     check_schedule,
     check_transport,
@@ -23,6 +24,7 @@ from collab_megatron.config.sections import (
     BudgetSection,
     Count,
     DataSection,
+    DPOSection,
     DriverSection,
     EngineSection,
     EvaluationSection,
@@ -32,6 +34,7 @@ from collab_megatron.config.sections import (
     OptimizerSection,
     ParallelSection,
     Positive,
+    PreferenceSection,
     RecordSection,
     RewardSection,
     RolloutSection,
@@ -43,6 +46,7 @@ from collab_megatron.config.sections import (
     TrainSection,
     Umask,
 )
+from collab_megatron.config.sections.algorithms import check_refills
 from collab_megatron.config.timeouts import check_timeouts
 
 
@@ -56,6 +60,7 @@ class RLConfig(Section):
     reward: RewardSection = RewardSection()
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
+    online_dpo: PreferenceSection | None = None
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
     parallel: ParallelSection = ParallelSection()
@@ -67,12 +72,19 @@ class RLConfig(Section):
     budget: BudgetSection = BudgetSection()
     evaluation: EvaluationSection = EvaluationSection()
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the trainer computes log-probs of a frozen reference."""
+        return self.online_dpo is not None or self.algorithm.kl_coef > 0
+
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         check_metrics(self.reward, self.simulators)
         if self.train.epochs is None:
             check_schedule(self.optimizer, self.train.steps * self.algorithm.mini_batches)
         check_packing(self.parallel, self.train)
+        if self.online_dpo is not None:
+            check_pairs(self.parallel)
         samples = self.rollout.prompts_per_step * self.rollout.num_replies
         check_ranks(self.parallel, samples, "rollout.prompts_per_step x num_replies")
         if not any(self.reward.metric_weights.values()):
@@ -99,20 +111,21 @@ class RLConfig(Section):
                 f"algorithm.mini_batches={self.algorithm.mini_batches} is larger than "
                 f"rollout.prompts_per_step={self.rollout.prompts_per_step}: lower it"
             )
+        check_refills(self.algorithm.baseline, self.driver.refill_groups)
         check_validation(self.data, self.train)
         return self
 
 
-class SFTConfig(Section):
-    """`python -m collab_megatron.train_sft`."""
+class SupervisedConfig(Section):
+    """Training on rows of a dataset, without engines and driver."""
 
-    run: RunSection = RunSection(name="sft")
+    run: RunSection = RunSection()
     model: ModelSection
     data: DataSection
     train: TrainSection = TrainSection()
-    batch_size: Positive = 64  # conversations per optimizer step, over all data ranks
-    max_tokens: Positive = 4096  # longer conversations are left out and counted
-    optimizer: OptimizerSection = OptimizerSection(lr=1e-5)
+    batch_size: Positive = 64  # conversations (DPO: pairs) per optimizer step, over all data ranks
+    max_tokens: Positive = 4096  # longer conversations (DPO: pairs with a longer reply) are left out and counted
+    optimizer: OptimizerSection = OptimizerSection()
     parallel: ParallelSection = ParallelSection()
     export_hf: Path | None = None  # folder for the final weights, as a Hugging Face model; null: no export
     # weights that export_hf gets. best: those with the lowest held-out loss (the last ones without data.validation or
@@ -127,6 +140,26 @@ class SFTConfig(Section):
         check_ranks(self.parallel, self.batch_size, "batch_size")
         check_timeouts(run=self.run, parallel=self.parallel)
         check_validation(self.data, self.train)
+        return self
+
+
+class SFTConfig(SupervisedConfig):
+    """`python -m collab_megatron.train_sft`."""
+
+    run: RunSection = RunSection(name="sft")
+    optimizer: OptimizerSection = OptimizerSection(lr=1e-5)
+
+
+class DPOConfig(SupervisedConfig):
+    """`python -m collab_megatron.train_dpo`."""
+
+    run: RunSection = RunSection(name="dpo")
+    optimizer: OptimizerSection = OptimizerSection(lr=5e-6)
+    dpo: DPOSection = DPOSection()
+
+    @model_validator(mode="after")
+    def _checks_of_pairs(self) -> Self:
+        check_pairs(self.parallel)
         return self
 
 
@@ -151,6 +184,7 @@ class EvaluateConfig(Section):
     output: Path | None = None
     # sections of an RL config: checked, not used
     algorithm: AlgorithmSection | None = None
+    online_dpo: PreferenceSection | None = None
     train: TrainSection | None = None
     optimizer: OptimizerSection | None = None
     sync: SyncSection | None = None

@@ -168,17 +168,17 @@ class ChatTemplate:
         """Whether a sampled reply ends with an end-of-turn id. If not, it was cut."""
         return bool(token_ids) and token_ids[-1] in self.end_ids
 
-    def sft_ids_and_mask(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def sft_ids_and_mask(self, messages: Sequence[Message], *, context: int = 0) -> tuple[list[int], list[bool]]:
         """(ids [T], mask [T]) of a conversation; True on assistant content and its end-of-turn id.
 
-        Ends at the last trained token. Raises ValueError if the template rewrites earlier turns, or if the ids of a
-        turn do not decode to its content.
+        The first `context` messages are not trained. Ends at the last trained token. Raises ValueError if the template
+        rewrites turns before a trained one, or if the ids of a trained turn do not decode to its content.
         """
         full = self._encode(self._render(messages, generation_prompt=False))
         mask = [False] * len(full)
         last = 0
         for i, message in enumerate(messages):
-            if message.role != "assistant":
+            if message.role != "assistant" or i < context:
                 continue
             head = self.prompt_ids(messages[:i])
             if full[: len(head)] != head:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from collab_megatron.data.chat import ChatTemplate
 from collab_megatron.data.parquet import read_conversation_files
 from collab_megatron.data.token_limit import keep_fitting
 from collab_megatron.errors import UserError
+
+T = TypeVar("T")
 
 
 class TokenRow(NamedTuple):
@@ -21,19 +23,19 @@ class TokenRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SFTRows:
-    """The usable conversations of some files, in order."""
+class UsableRows(Generic[T]):
+    """The usable conversations, or pairs of replies (pair_tokens.py), of some files, in order."""
 
-    kept: list[TokenRow]
+    kept: list[T]
     left_out: int  # too long, or without an assistant turn
-    notices: list[str]  # one line for each reason to leave conversations out
+    notices: list[str]  # one line for each reason to leave rows out
 
     @property
     def share_left_out(self) -> float:
         return self.left_out / (self.left_out + len(self.kept))
 
 
-def read_sft_rows(files: Sequence[Path], chat: ChatTemplate, max_tokens: int) -> SFTRows:
+def read_sft_rows(files: Sequence[Path], chat: ChatTemplate, max_tokens: int) -> UsableRows[TokenRow]:
     """Read and tokenize. Raises UserError for a file or conversation that cannot be read or rendered, if more than half
     exceed `max_tokens`, or if nothing is left to train on."""
     names = ", ".join(map(str, files))
@@ -62,4 +64,4 @@ def read_sft_rows(files: Sequence[Path], chat: ChatTemplate, max_tokens: int) ->
     notices = [fit.notice] if fit.left_out else []
     notices += [f"left out: {silent} conversations of {names} without an assistant turn"] if silent else []
     notices += [f"left out: {repeated} conversations that an earlier file of {names} already has"] if repeated else []
-    return SFTRows(kept, fit.left_out + silent, notices)
+    return UsableRows(kept, fit.left_out + silent, notices)

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 
-from collab_megatron.config import RLConfig, SFTConfig
+from collab_megatron.config import RLConfig, SupervisedConfig
 from collab_megatron.config.roles import user_places
 from collab_megatron.config.sections import SimulatorsSection
 from collab_megatron.launch.node import Node
@@ -31,7 +31,7 @@ def warn_of_prompts(simulators: SimulatorsSection) -> None:
         logger.warning("%s", sentence)
 
 
-def warn_of_memory(config: RLConfig | SFTConfig, spec: ModelSpec, node: Node) -> None:
+def warn_of_memory(config: RLConfig | SupervisedConfig, spec: ModelSpec, node: Node) -> None:
     for sentence in memory_warnings(config, spec, node):
         logger.warning("%s", sentence)
 
@@ -48,7 +48,7 @@ def prompt_warnings(simulators: SimulatorsSection) -> Iterator[str]:
             )
 
 
-def memory_warnings(config: RLConfig | SFTConfig, spec: ModelSpec, node: Node) -> Iterator[str]:
+def memory_warnings(config: RLConfig | SupervisedConfig, spec: ModelSpec, node: Node) -> Iterator[str]:
     """Estimates near or above the memory of a GPU or of the host."""
     device, ranks = node.device(config.parallel), config.parallel.world_size
     stages = stages_of(config, spec, device)

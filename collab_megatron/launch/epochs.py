@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from collab_megatron.config import RLConfig, SFTConfig
+from collab_megatron.config import DPOConfig, RLConfig, SupervisedConfig
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
+from collab_megatron.data.pair_tokens import read_pair_rows
 from collab_megatron.data.parquet import read_task_files
-from collab_megatron.data.sft_tokens import read_sft_rows
+from collab_megatron.data.sft_tokens import UsableRows, read_sft_rows
 from collab_megatron.data.token_limit import fitting_tasks, max_context_tokens
 from collab_megatron.errors import UserError
 from collab_megatron.model.folder import read_hf_config, resolve_model_folder
 
-C = TypeVar("C", RLConfig, SFTConfig)
+C = TypeVar("C", bound=RLConfig | SupervisedConfig)
 
 
 def epochs_to_steps(config: C) -> C:
@@ -30,7 +32,8 @@ def epochs_to_steps(config: C) -> C:
     if isinstance(config, RLConfig):
         rows, per_step, what = _usable_prompts(config), config.rollout.prompts_per_step, "prompts"
     else:
-        rows, per_step, what = _usable_conversations(config), config.batch_size, "conversations"
+        what = "pairs" if isinstance(config, DPOConfig) else "conversations"
+        rows, per_step = _usable_rows(config), config.batch_size
     steps = max(1, math.ceil(epochs * rows / per_step))
     print(f"train.epochs={epochs:g}: {rows:,} usable {what} in steps of {per_step} make {steps:,} steps", flush=True)
     update = {**config.train.model_dump(), "steps": steps, "epochs": None}
@@ -59,6 +62,13 @@ def _usable_prompts(config: RLConfig) -> int:
     return len(fit.kept)
 
 
-def _usable_conversations(config: SFTConfig) -> int:
+def _usable_rows(config: SupervisedConfig) -> int:
     chat = ChatTemplate(load_tokenizer(resolve_model_folder(config.model.path, weights=False)))
-    return len(read_sft_rows(config.data.train_files, chat, config.max_tokens).kept)
+    return len(supervised_rows(config, config.data.train_files, chat).kept)
+
+
+def supervised_rows(config: SupervisedConfig, files: Sequence[Path], chat: ChatTemplate) -> UsableRows[Any]:
+    """The rows of train_sft or train_dpo that can be used. Raises UserError as read_sft_rows and read_pair_rows."""
+    if isinstance(config, DPOConfig):
+        return read_pair_rows(files, chat, config.max_tokens)
+    return read_sft_rows(files, chat, config.max_tokens)

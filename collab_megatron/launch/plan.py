@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config import BuildDatasetConfig, DPOConfig, EvaluateConfig, RLConfig, SupervisedConfig
 from collab_megatron.config.roles import own_metrics
 from collab_megatron.config.sections import ParallelSection, RewardSection
+from collab_megatron.launch.algorithm_lines import algorithm_lines, online_dpo_lines
 from collab_megatron.launch.cost import Calls, call_lines, dollar_lines
 from collab_megatron.launch.node import Node
 from collab_megatron.model.flops import train_flops
@@ -37,6 +38,7 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
         *(call_lines("evaluation", evaluations[1]) if evaluations[0] else []),
         *dollar_lines(calls),
         *_own_metric_lines(config.reward),
+        *_algorithm_lines(config),
         *_driver_lines(config),
         f"training    {_count(config.train.steps, 'step')}",
         *_not_here(node, "the disk, ports, engine.python, addresses of the LLM services"),
@@ -72,9 +74,11 @@ def build_plan(config: BuildDatasetConfig, tasks: Sequence[Task], calls: Sequenc
     return "\n".join(lines)
 
 
-def reference_of(config: RLConfig | SFTConfig) -> Reference:
+def reference_of(config: RLConfig | SupervisedConfig) -> Reference:
     """Where the reference model lives."""
-    return config.algorithm.reference if isinstance(config, RLConfig) and config.algorithm.kl_coef else "none"
+    if isinstance(config, DPOConfig):
+        return config.dpo.reference
+    return config.algorithm.reference if isinstance(config, RLConfig) and config.needs_reference else "none"
 
 
 def _own_metric_lines(reward: RewardSection) -> list[str]:
@@ -84,6 +88,12 @@ def _own_metric_lines(reward: RewardSection) -> list[str]:
 
 def _not_here(node: Node, what: str) -> list[str]:
     return [] if node.here else [f"not checked {what}: this is not that node"]
+
+
+def _algorithm_lines(config: RLConfig) -> list[str]:
+    if config.online_dpo is not None:
+        return online_dpo_lines(config.online_dpo, config.algorithm)
+    return algorithm_lines(config.algorithm, config.rollout, config.driver)
 
 
 def _driver_lines(config: RLConfig) -> list[str]:
@@ -111,14 +121,15 @@ def _cap(usd: float | None, calls: int | None) -> str:
     return " or ".join(filter(None, said))
 
 
-def sft_plan(config: SFTConfig, spec: ModelSpec, *, node: Node) -> str:
+def supervised_plan(config: SupervisedConfig, spec: ModelSpec, *, node: Node) -> str:
     """The plan as text."""
-    lines = _training_lines(spec, config, node, samples=config.batch_size, longest=config.max_tokens)
-    lines.append(f"training    {_count(config.train.steps, 'step')} of {_count(config.batch_size, 'conversation')}")
+    replies, row = (2, "pair") if isinstance(config, DPOConfig) else (1, "conversation")
+    lines = _training_lines(spec, config, node, samples=config.batch_size * replies, longest=config.max_tokens)
+    lines.append(f"training    {_count(config.train.steps, 'step')} of {_count(config.batch_size, row)}")
     return "\n".join([*lines, *_not_here(node, "the disk")])
 
 
-def stages_of(config: RLConfig | SFTConfig, spec: ModelSpec, device: str) -> list[RankMemory]:
+def stages_of(config: RLConfig | SupervisedConfig, spec: ModelSpec, device: str) -> list[RankMemory]:
     """Bytes of a rank of each pipeline stage."""
     if isinstance(config, RLConfig):
         longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
@@ -141,7 +152,7 @@ def _model_line(spec: ModelSpec, dtype: str) -> str:
 
 
 def _training_lines(
-    spec: ModelSpec, config: RLConfig | SFTConfig, node: Node, *, samples: int, longest: int
+    spec: ModelSpec, config: RLConfig | SupervisedConfig, node: Node, *, samples: int, longest: int
 ) -> list[str]:
     """samples: trained per step, over all data ranks; longest: tokens of the longest sample."""
     parallel, train = config.parallel, config.train

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SupervisedConfig
 from collab_megatron.config.roles import llm_roles
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.data.chat import ChatTemplate, InexactTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_task_files
-from collab_megatron.data.sft_tokens import read_sft_rows
 from collab_megatron.data.splits import shared_tasks
 from collab_megatron.data.token_limit import FittingRows, fitting_tasks, max_context_tokens
 from collab_megatron.data_engine.problems import read_problems
@@ -24,6 +23,7 @@ from collab_megatron.launch.config_warnings import warn_of_config, warn_of_memor
 from collab_megatron.launch.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
 from collab_megatron.launch.engine_checks import check_context_length, check_engine, check_flags
 from collab_megatron.launch.engine_versions import check_versions
+from collab_megatron.launch.epochs import supervised_rows
 from collab_megatron.launch.machine_checks import (
     check_disk_space,
     check_gpus,
@@ -40,7 +40,7 @@ from collab_megatron.launch.path_checks import (
     check_prompt_files,
     check_run,
 )
-from collab_megatron.launch.plan import build_plan, evaluate_plan, rl_plan, sft_plan
+from collab_megatron.launch.plan import build_plan, evaluate_plan, rl_plan, supervised_plan
 from collab_megatron.launch.start_point import StartPoint, find_start
 from collab_megatron.model.folder import read_hf_config, resolve_model_folder
 from collab_megatron.model.layout import check_layout
@@ -51,7 +51,7 @@ from collab_megatron.rollout.llm.health import SimulatorHealth
 from collab_megatron.rollout.rewards import configured_scorer
 from collab_megatron.types import Task
 from collab_megatron.wire.checkpoints import MARKER
-from collab_megatron.wire.completion import is_exported, rl_missing, sft_missing
+from collab_megatron.wire.completion import is_exported, rl_missing, supervised_missing
 
 REACH_TIMEOUT_S = 5.0
 DEFAULT_PORT = 30000  # SGLang's default, in place of the free port that is found at the start
@@ -115,20 +115,20 @@ def check_rl(
     return RLStart(start.first_step, start.missing, context_tokens, shared.engine)
 
 
-def check_sft(
-    config: SFTConfig, *, dry_run: bool = False, node: Node | None = None, report: Report = print_at_once
+def check_supervised(
+    config: SupervisedConfig, *, dry_run: bool = False, node: Node | None = None, report: Report = print_at_once
 ) -> StartPoint:
-    """All checks of train_sft, as `check_rl`. Raises UserError."""
+    """All checks of train_sft and train_dpo, as `check_rl`. Raises UserError."""
     node = node or this_node()
     # chats are rendered whole and never grow
     model = _check_model(config.model.path, config.parallel, "as_sampled", weights=not dry_run)
     for files in filter(None, (config.data.train_files, config.data.validation_files)):
-        rows = read_sft_rows(files, model.chat, config.max_tokens)
+        rows = supervised_rows(config, files, model.chat)
         if dry_run:  # in a run the trainer prints them
             print(*rows.notices, sep="\n", end="\n" * bool(rows.notices), flush=True)
-    report(sft_plan(config, model.spec, node=node))
+    report(supervised_plan(config, model.spec, node=node))
     warn_of_memory(config, model.spec, node)
-    start = find_start(config, sft_missing, node)
+    start = find_start(config, supervised_missing, node)
     if start.is_done:
         return start
     check_trainer(config.parallel, None, node)

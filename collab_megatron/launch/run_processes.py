@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
-from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, dump_config, show_config
+from collab_megatron.config import EvaluateConfig, RLConfig, SupervisedConfig, dump_config, show_config
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.server_args import (
@@ -38,7 +38,7 @@ from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 from collab_megatron.launch.threads import ThreadCounts, share_threads, usable_cores
 from collab_megatron.wire.roster import RosterFolder
 
-C = TypeVar("C", RLConfig, SFTConfig, EvaluateConfig)
+C = TypeVar("C", bound=RLConfig | SupervisedConfig | EvaluateConfig)
 
 DRIVER_END_S = 60.0
 RESOLVED = "resolved.yaml"
@@ -80,7 +80,7 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
         supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # rank 0 has told them to stop
 
 
-def _supervisor(config: RLConfig | SFTConfig, lock: RunLock) -> Supervisor:
+def _supervisor(config: RLConfig | SupervisedConfig, lock: RunLock) -> Supervisor:
     return Supervisor(
         config.run.logs_dir,
         held=lock.held,
@@ -90,19 +90,19 @@ def _supervisor(config: RLConfig | SFTConfig, lock: RunLock) -> Supervisor:
     )
 
 
-def child_env(config: RLConfig | SFTConfig | EvaluateConfig) -> Mapping[str, str]:
+def child_env(config: RLConfig | SupervisedConfig | EvaluateConfig) -> Mapping[str, str]:
     """Environment of every process of the run."""
     return NO_GPU if device_of(config.parallel) == "cpu" else {}
 
 
-def launch_sft(config: SFTConfig, lock: RunLock) -> None:
-    """Run the trainer ranks; returns when training is done. Raises RunError when one fails."""
+def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock) -> None:
+    """Run the trainer ranks, each `python -m module`; returns when training is done. Raises RunError when one fails."""
     with _supervisor(config, lock) as supervisor:
         resolved = write_resolved(on_chosen_device(config), supervisor.scratch, config.run.logs_dir)
         supervisor.wait_for(
             start_trainers(
                 supervisor,
-                "collab_megatron.train_sft",
+                module,
                 resolved,
                 config.parallel,
                 threads_of(config).trainer,
@@ -217,7 +217,7 @@ def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here:
     return env
 
 
-def trainer_env(config: RLConfig | SFTConfig) -> dict[str, str]:
+def trainer_env(config: RLConfig | SupervisedConfig) -> dict[str, str]:
     """Variables of every trainer rank on GPUs, which NCCL and the driver read when they are first used; what the user
     has set stays. Nothing on CPU."""
     if device_of(config.parallel) == "cpu":
@@ -238,10 +238,10 @@ def on_chosen_device(config: C) -> C:
     return config.model_copy(update={"parallel": parallel})
 
 
-def threads_of(config: RLConfig | SFTConfig | EvaluateConfig) -> ThreadCounts:
+def threads_of(config: RLConfig | SupervisedConfig | EvaluateConfig) -> ThreadCounts:
     """Threads of a trainer rank and of an engine rank: from the config, else a share of the cores. Used on CPU only."""
     parallel = config.parallel
-    engine = None if isinstance(config, SFTConfig) else config.engine
+    engine = None if isinstance(config, SupervisedConfig) else config.engine
     shared = share_threads(
         usable_cores(),
         trainer_ranks=0 if isinstance(config, EvaluateConfig) else parallel.world_size,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from collab_megatron.config import RLConfig, SFTConfig, kept_config
+from collab_megatron.config import RLConfig, SupervisedConfig, kept_config
 from collab_megatron.errors import UserError
 from collab_megatron.json_lines import read_rows
 from collab_megatron.launch.node import Node
@@ -15,7 +15,7 @@ from collab_megatron.wire.checkpoints import named_checkpoint, newest_complete, 
 from collab_megatron.wire.completion import METRICS_FILE
 from collab_megatron.wire.provenance import decisive_differences
 
-C = TypeVar("C", RLConfig, SFTConfig)
+C = TypeVar("C", bound=RLConfig | SupervisedConfig)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from collab_megatron.rollout.group import tally, training_samples
 from collab_megatron.rollout.llm import GatewaySnapshot
 from collab_megatron.rollout.llm.health import share_figures
 from collab_megatron.rollout.metrics import rollout_metrics, staleness_metrics
+from collab_megatron.rollout.preference import preference_figures, preference_pair
 from collab_megatron.rollout.record_files import RecordWriter
 from collab_megatron.rollout.record_lines import tree_line
 from collab_megatron.rollout.tree_grower import TreeGrower
@@ -128,10 +129,12 @@ class BatchCollector:
         return self._recorded(step, answer, lines)
 
     def _samples(self, tree: Tree) -> list[TrainingSample]:
-        """The tree's training samples. A replaced tree has none: it has no learning signal, and would dilute the batch
-        that its replacement completes."""
+        """The tree's training samples; with online_dpo a pair or none. A replaced tree has none: it has no learning
+        signal, and would dilute the batch that its replacement completes."""
         if tree.group is None or tree.replaced:
             return []
+        if self._config.online_dpo is not None:
+            return preference_pair(tree.group, self._config.online_dpo)
         return training_samples(tree.group, self._config.algorithm.zero_advantage)
 
     def _line(self, step: int, tree: Tree, group: Group) -> bytes:
@@ -147,8 +150,10 @@ class BatchCollector:
         now = time.monotonic()
         rollout_s = now - min(tree.started_s for tree in trees)
         health = self._clients.health.metrics()
+        online = self._config.online_dpo
         return {
             **rollout_metrics(groups, self._config.reward.metric_weights),
+            **(preference_figures(groups, online) if online is not None else {}),
             **staleness_metrics(groups, step),
             "rollout/groups_replaced": Figure.of("sum", [sum(tree.replaced for tree in trees)]),
             "rollout/trees_carried_over": Figure.of("sum", [sum(tree.id.step < step for tree in trees)]),

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from collab_megatron.concurrency import run_all
-from collab_megatron.rollout.advantages import group_advantages
+from collab_megatron.config.sections.algorithms import Baseline, Scale
+from collab_megatron.rollout.advantages import group_advantages, overlong_shaping
 from collab_megatron.rollout.future import Limits, Players, ask_policy, play_future
 from collab_megatron.rollout.rewards import multiturn_reward
 from collab_megatron.run_order import POSITION, RunPosition
@@ -26,6 +27,17 @@ class GroupRules:
     group_timeout_s: float  # starts when the replies are sampled; then the group is complete without its late futures
     advantage_eps: float
     min_group_std: float
+    baseline: Baseline = "group"
+    scale: Scale = "group_std"
+    overlong_share: float = 0.0  # of `longest`, in which a reply loses reward
+    overlong_penalty: float = 1.0
+    longest: int = 1  # tokens that a reply may have
+
+    def shaping(self, turn: PolicyTurn) -> float:
+        """What its length adds to the reward of a reply; never positive."""
+        return overlong_shaping(
+            turn.num_tokens, longest=self.longest, share=self.overlong_share, penalty=self.overlong_penalty
+        )
 
 
 @dataclass(frozen=True)
@@ -88,10 +100,7 @@ async def grow_group(
         _reply(turn, [futures[g, k] for k in range(count)], rules.min_futures) for g, turn in enumerate(turns_G)
     )
     return with_advantages(
-        Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=replies, kept=True),
-        min_replies=rules.min_replies,
-        eps=rules.advantage_eps,
-        min_std=rules.min_group_std,
+        Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=replies, kept=True, name=str(tree_id)), rules
     )
 
 
@@ -104,17 +113,29 @@ def _reply(turn: PolicyTurn, futures: Sequence[Future], min_futures: int) -> Rep
     )
 
 
-def with_advantages(group: Group, *, min_replies: int, eps: float, min_std: float) -> Group:
+def with_advantages(group: Group, rules: GroupRules) -> Group:
     """The group with advantages over the replies with a reward; dropped if there are fewer than `min_replies` of them.
 
     A missing reward is not a zero: such a reply leaves the group and does not lower the mean.
     """
-    scored = [reply.mr for reply in group.replies_G if reply.mr is not None]
-    if len(scored) < max(min_replies, 2):
+    shaped = [
+        None if reply.mr is None else reply.mr + rules.shaping(reply.turn) for reply in group.replies_G
+    ]  # what the advantages compare
+    scored = [reward for reward in shaped if reward is not None]
+    if len(scored) < max(rules.min_replies, 2):
         return replace(group, kept=False)
-    advantages = iter(group_advantages(scored, eps=eps, min_std=min_std))
+    advantages = iter(
+        group_advantages(
+            scored,
+            eps=rules.advantage_eps,
+            min_std=rules.min_group_std,
+            baseline=rules.baseline,
+            scale=rules.scale,
+        )
+    )
     replies = tuple(
-        reply if reply.mr is None else replace(reply, advantage=next(advantages)) for reply in group.replies_G
+        reply if reward is None else replace(reply, shaped_reward=reward, advantage=next(advantages))
+        for reply, reward in zip(group.replies_G, shaped, strict=True)
     )
     return replace(group, replies_G=replies)
 
@@ -137,16 +158,25 @@ def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> l
     if not group.kept or (zero_advantage == "drop" and not has_spread(group)):
         return []
     return [
-        TrainingSample(
-            prompt_ids=group.prompt_ids,
-            reply_ids_T=reply.generation.token_ids_T,
-            rollout_logprobs_T=reply.generation.logprobs_T,
-            versions_T=reply.generation.versions_T,
-            advantage=reply.advantage,
-        )
+        training_sample(group, reply)
         for reply in group.replies_G
-        if reply.advantage is not None and reply.generation.token_ids_T
+        if reply.advantage is not None and reply.shaped_reward is not None and reply.generation.token_ids_T
     ]
+
+
+def training_sample(group: Group, reply: Reply) -> TrainingSample:
+    """A reply of the group as the trainer sees it. The reply must have an advantage."""
+    assert reply.advantage is not None
+    assert reply.shaped_reward is not None
+    return TrainingSample(
+        prompt_ids=group.prompt_ids,
+        reply_ids_T=reply.generation.token_ids_T,
+        rollout_logprobs_T=reply.generation.logprobs_T,
+        versions_T=reply.generation.versions_T,
+        advantage=reply.advantage,
+        reward=reply.shaped_reward,
+        group=group.name,
+    )
 
 
 async def sample_replies(

@@ -42,6 +42,7 @@ FREE: Mapping[str, frozenset[str]] = {
     "model": frozenset({"path"}),  # by content
     "data": frozenset({"train", "validation"}),  # by content; held-out rows do not change the training
     "reward": frozenset({"metric_modules"}),  # by content
+    "algorithm": frozenset({"preset"}),  # its pieces count
     "optimizer": frozenset({"distributed", "overlap", "cpu_offload"}),
     "simulators": frozenset({"health", "assistant"}),  # limits of the health check; the data engine's LLM
     "driver": frozenset({"shards", "future_timeout_s", "group_timeout_s", "max_restarts", "max_unexpected_errors"}),

@@ -51,6 +51,11 @@ class TreeGrower:
             group_timeout_s=driver.group_timeout_s,
             advantage_eps=config.algorithm.advantage_eps,
             min_group_std=config.algorithm.min_group_std,
+            baseline=config.algorithm.baseline,
+            scale=config.algorithm.scale,
+            overlong_share=config.algorithm.overlong_share,
+            overlong_penalty=config.algorithm.overlong_penalty,
+            longest=rollout.max_new_tokens,
         )
 
     def reserve(self) -> Reservation | None:

@@ -1,4 +1,4 @@
-"""The trainer ranks: the parts of the step loops in train_rl.py and train_sft.py.
+"""The trainer ranks: the parts of the step loops in train_rl.py, train_sft.py and train_dpo.py.
 
 One RL step, the same code on every rank:
 
@@ -23,6 +23,7 @@ One RL step, the same code on every rank:
 
 All ranks meet in every phase except logprobs. Rank 0 alone asks the driver, controls the engines and reports to the
 user. What it does for the others goes through actor/agreement.py: its result, or its error, reaches every rank, and no
-rank waits for one that has raised. saving.py also saves before whatever ends the run. An SFT step reads sft_data
-instead of waiting for rollouts and has no engines; the ranks measure its held-out loss themselves (held_out_loss).
+rank waits for one that has raised. saving.py also saves before whatever ends the run. With online_dpo the logprobs and
+update phases are those of online_dpo.py. SFT and DPO on a dataset have no engines and wait for no rollouts: their loop
+is supervised/loop.py.
 """

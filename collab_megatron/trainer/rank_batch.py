@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
 
 from collab_megatron.config.sections import TrainSection
 from collab_megatron.model.flops import sample_cost, token_flops
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.batching import MicroBatch, TokenSample, idle_like, split_by_tokens
+from collab_megatron.trainer.batching import MicroBatch, TokenSample, idle_like, split_by_tokens, units_of
 from collab_megatron.trainer.batching.partition import balanced_partition
+from collab_megatron.trainer.loss.policy_step import with_values
 
 PAD_ID = 0
 """Any valid id: padding is right of the tokens, masked, and unseen by causal attention."""
@@ -26,18 +30,24 @@ class RankBatch:
     forward_flops: float = 0.0  # of one pass over the global batch; prompts count where they are computed
 
 
-def rank_batch(grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], train: TrainSection) -> RankBatch:
-    """Divide `samples` over the data ranks, balanced by FLOPs (with attention's quadratic part); return this rank's."""
+def rank_batch(
+    grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], train: TrainSection, *, unit: int = 1
+) -> RankBatch:
+    """Divide `samples` over the data ranks, balanced by FLOPs (with attention's quadratic part); return this rank's.
+
+    unit: consecutive samples that stay in one micro-batch, with equal prefixes (2: pairs).
+    """
     share_prompts = _can_share_prompts(grid, samples, train)
-    parts, loads = _divide(spec, samples, grid.dp_size, share_prompts)
+    parts, loads = _divide(spec, samples, units_of(len(samples), unit), grid.dp_size, share_prompts)
     mine = [samples[i] for i in parts[grid.dp_rank]]
     micro_batches = split_by_tokens(
-        mine or samples[:1],
+        mine or samples[:unit],
         micro_batch_tokens=train.micro_batch_tokens,
         pad_id=PAD_ID,
         pad_multiple=grid.pad_multiple,
         packed=train.packing,
         share=share_prompts,
+        unit=unit,
     )
     if not mine:
         micro_batches = [idle_like(micro_batches[0], grid.pad_multiple)]
@@ -46,6 +56,18 @@ def rank_batch(grid: RankGrid, spec: ModelSpec, samples: Sequence[TokenSample], 
         imbalance=max(loads) * len(loads) / sum(loads),
         forward_flops=sum(loads) * token_flops(spec),
     )
+
+
+class LogprobModel(Protocol):
+    """The actor, or a reference of either kind."""
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor]]: ...
+
+
+def attach_logprobs(micro_batches: Sequence[MicroBatch], name: str, model: LogprobModel) -> list[MicroBatch]:
+    """The micro-batches with the log-probs of `model` as another value. Collective as Actor.logprobs."""
+    logprobs, _ = model.logprobs(micro_batches)
+    return [with_values(batch, name, found) for batch, found in zip(micro_batches, logprobs, strict=True)]
 
 
 def _can_share_prompts(grid: RankGrid, samples: Sequence[TokenSample], train: TrainSection) -> bool:
@@ -57,12 +79,13 @@ def _can_share_prompts(grid: RankGrid, samples: Sequence[TokenSample], train: Tr
 
 
 def _divide(
-    spec: ModelSpec, samples: Sequence[TokenSample], ranks: int, share_prompts: bool
+    spec: ModelSpec, samples: Sequence[TokenSample], units: Sequence[list[int]], ranks: int, share_prompts: bool
 ) -> tuple[list[list[int]], list[float]]:
     """(indices, cost) of each data rank. With shared prompts a group stays on one rank, unless dividing it makes the
     most loaded rank faster."""
     costs = [sample_cost(spec, len(sample.ids), int(sum(sample.mask[1:]))) for sample in samples]
-    apart = balanced_partition(costs, ranks)
+    alone = balanced_partition([sum(costs[i] for i in unit) for unit in units], ranks)
+    apart = [[i for u in part for i in units[u]] for part in alone]
     if not share_prompts:
         return apart, [sum(costs[i] for i in part) for part in apart]
     groups: dict[tuple[int, ...], list[int]] = {}

@@ -96,7 +96,8 @@ class RLReporter:
 
 
 def progress_figures(metrics: Mapping[str, float], weighted: Sequence[str]) -> dict[str, str]:
-    """Figures of the progress line, in order: reward, this run's weighted metrics, how often replies ask, KL, speed.
+    """Figures of the progress line, in order: reward, this run's weighted metrics, how often replies ask, KL, margin of
+    online DPO, speed.
 
     Figures that the step does not have are left out."""
     named = {"reward": "reward/mr_mean"} | {name: f"reward/{name}_mean" for name in weighted}
@@ -107,7 +108,7 @@ def progress_figures(metrics: Mapping[str, float], weighted: Sequence[str]) -> d
         }
     else:
         named["asks"] = "rollout/clarify_rate"
-    named["kl"] = "train/kl"
+    named |= {"kl": "train/kl", "margin": "train/reward_margin"}
     shown = {name: f"{metrics[figure]:.2f}" for name, figure in named.items() if figure in metrics}
     if "rollout/tokens_per_s" in metrics:
         shown["tokens/s"] = f"{metrics['rollout/tokens_per_s']:,.0f}"

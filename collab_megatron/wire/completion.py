@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from collab_megatron.config import RLConfig, SFTConfig
+from collab_megatron.config import RLConfig, SupervisedConfig
 from collab_megatron.json_lines import read_rows
 from collab_megatron.model.tensor_check import header_metadata
 from collab_megatron.wire.checkpoints import read_best
@@ -31,7 +31,7 @@ def rl_missing(config: RLConfig) -> list[str]:
     return missing
 
 
-def sft_missing(config: SFTConfig) -> list[str]:
+def supervised_missing(config: SupervisedConfig) -> list[str]:
     """As `rl_missing`."""
     run, steps = config.run, config.train.steps
     missing = []
@@ -63,7 +63,7 @@ def is_measured(metrics: Path, step: int) -> bool:
     return any(row["step"] == step and ("eval/tokens" in row or "eval/loss" in row) for row in rows)
 
 
-def exported_step(config: SFTConfig) -> int:
+def exported_step(config: SupervisedConfig) -> int:
     """The step whose weights the run exports: the last, or the one with the lowest held-out loss (export_weights)."""
     best = None
     if config.data.validation is not None and config.train.keep_best and config.export_weights == "best":
@@ -71,7 +71,7 @@ def exported_step(config: SFTConfig) -> int:
     return config.train.steps if best is None else best.step
 
 
-def is_exported(config: SFTConfig) -> bool:
+def is_exported(config: SupervisedConfig) -> bool:
     """Whether export_hf has the weights of the finished run. An export folder is published whole."""
     folder = config.export_hf
     if folder is None or not folder.is_dir():
@@ -80,6 +80,6 @@ def is_exported(config: SFTConfig) -> bool:
     return any(label.items() <= header_metadata(file).items() for file in sorted(folder.glob("*.safetensors"))[:1])
 
 
-def export_label(config: SFTConfig, step: int) -> dict[str, str]:
+def export_label(config: SupervisedConfig, step: int) -> dict[str, str]:
     """The label in the header of every exported file."""
     return {"run": str(config.run.dir), "name": config.run.name, "step": str(step)}

@@ -142,8 +142,8 @@ class DriverClient:
         if samples:
             return result
         note = (
-            f"step {step + 1}: the advantages of all groups are 0 and algorithm.zero_advantage is drop, so there is no "
-            "optimizer step"
+            f"step {step + 1}: the advantages of all groups are 0 and algorithm.zero_advantage is drop, or no group "
+            "has a pair for online_dpo, so there is no optimizer step"
         )
         return replace(result, notes=(*result.notes, note))
 

@@ -31,13 +31,19 @@ _SILENT = ("run.resume",)  # differs because this is a resume
 # sections and keys that decide the weights of every step: if they differ, it is another run
 _DECIDES = (
     *("model", "data.train", "algorithm", "optimizer", "rollout", "reward", "batch_size", "max_tokens"),
+    *("dpo", "online_dpo"),
     *("run.seed", "run.init_from", "driver.max_staleness", "driver.oversample_prompts"),
 )
-_DECIDES_NOT = ("algorithm.reference", "optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload")
+_DECIDES_NOT = (
+    "algorithm.preset",  # its pieces decide
+    *("algorithm.reference", "dpo.reference"),
+    *("optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload"),
+)
 _DECIDES_OF_LLMS = ("model", "temperature", "prompt_file", "max_tokens")
 """Of simulators and judges, and all of `extra`; addresses, time limits and retries may change."""
-_NAMED_BY_THE_USER = (".metric_weights.", ".extra.")
-"""Mappings with keys chosen by the user: an absent key is a difference, not the default of an older version."""
+_CHOSEN = (".metric_weights.", ".extra.", "online_dpo.")
+"""Mappings with keys chosen by the user, and a section that is off by default: an absent key is a difference, not the
+default of an older version."""
 
 
 def package_versions() -> dict[str, str]:
@@ -93,7 +99,7 @@ def decisive_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> li
         for key in sorted(before.keys() | after.keys())
         if _decides(key)
         and before.get(key, _ABSENT) != after.get(key, _ABSENT)
-        and ((key in before and key in after) or any(name in key for name in _NAMED_BY_THE_USER))
+        and ((key in before and key in after) or any(name in key for name in _CHOSEN))
     ]
 
 

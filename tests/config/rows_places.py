@@ -98,6 +98,8 @@ DATA = [
     data("data-of-sft", "data.train=WORLD/sft.parquet", "column", "prepare_dataset"),
     data("validation-missing", "data.validation=DIR/none.parquet", "none.parquet", "prepare_dataset"),
     data("sft-data-of-rl", "data.train=WORLD/train.parquet", "column", "prepare_dataset", program="train_sft"),
+    data("dpo-data-of-sft", "data.train=WORLD/sft.parquet", "column", "--dataset-type dpo", program="train_dpo"),
+    data("dpo-data-missing", "data.train=DIR/none.parquet", "none.parquet", program="train_dpo"),
     data("sft-data-missing", "data.train=DIR/none.parquet", "none.parquet", program="train_sft"),
     place("problems-missing", "problems=DIR/none.jsonl", "none.jsonl", program="build"),
     data("problems-no-json", "problems=DIR/p.jsonl", "line 1", prepare=file("p.jsonl", b"{"), program="build"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from collab_megatron.data.parquet import Conversation, write_conversations, write_tasks
+from collab_megatron.data.parquet import Conversation, Pair, write_conversations, write_pairs, write_tasks
 from collab_megatron.types import Message
 from tests.config.table import World
 from tests.rollout.fakes import TASK
@@ -29,6 +29,8 @@ def write_world(folder: Path, model: Path, port: int) -> World:
     write_tasks(folder / "held.parquet", [held])
     chat = (Message("user", "a"), Message("assistant", "b"))
     write_conversations(folder / "sft.parquet", [Conversation(f"c{number}", chat) for number in range(4)])
+    better, worse = (Message("assistant", "which day?"),), (Message("assistant", "monday"),)
+    write_pairs(folder / "dpo.parquet", [Pair(f"c{number}", chat[:1], better, worse) for number in range(4)])
     problem = {"single_turn_prompt": "book a room", "single_turn_completion": "book"}
     (folder / "problems.jsonl").write_text(json.dumps(problem) + "\n")
 
@@ -44,17 +46,12 @@ def write_world(folder: Path, model: Path, port: int) -> World:
     small = {"max_new_tokens": 24, "max_prompt_tokens": 128, "prompts_per_step": 4, "num_replies": 2}
     played = {"model": named, "data": tasks, "simulators": players, "reward": reward, "rollout": small}
     cpu = {"parallel": {"device": "cpu"}}
+    supervised = {"batch_size": 2, "max_tokens": 128, **cpu, "train": {"steps": 3}}
     configs: dict[str, dict[str, Any]] = {
         "train_rl": {**played, **cpu, "train": {"steps": 3}},
         "evaluate": {**played, **cpu},
-        "train_sft": {
-            "model": named,
-            "data": {"train": str(folder / "sft.parquet")},
-            "batch_size": 2,
-            "max_tokens": 128,
-            **cpu,
-            "train": {"steps": 3},
-        },
+        "train_sft": {"model": named, "data": {"train": str(folder / "sft.parquet")}, **supervised},
+        "train_dpo": {"model": named, "data": {"train": str(folder / "dpo.parquet")}, **supervised},
         "build": {
             "problems": str(folder / "problems.jsonl"),
             "output": str(folder / "built"),

@@ -29,6 +29,7 @@ SHORTEST, LONGEST = 30, 700  # characters of a sentence: what, which value, what
 MODULES = {
     "train_rl": "collab_megatron.train_rl",
     "train_sft": "collab_megatron.train_sft",
+    "train_dpo": "collab_megatron.train_dpo",
     "evaluate": "collab_megatron.evaluate",
     "build": "tools.build_dataset",
     "prepare": "tools.prepare_dataset",
@@ -41,7 +42,7 @@ MODULES = {
     "demo_tasks": "collab_megatron.demo.task_files",
     "endpoint": "collab_megatron.demo.endpoint",
 }
-WITH_CONFIG = ("train_rl", "train_sft", "evaluate", "build")
+WITH_CONFIG = ("train_rl", "train_sft", "train_dpo", "evaluate", "build")
 
 
 @dataclass(frozen=True)

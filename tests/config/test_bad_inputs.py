@@ -47,7 +47,7 @@ def test_the_table_is_long_and_names_each_row_once() -> None:
     assert set(AS_A_PROCESS) <= set(names)
 
 
-@pytest.mark.parametrize("program", ["train_rl", "train_sft", "evaluate", "build"])
+@pytest.mark.parametrize("program", ["train_rl", "train_sft", "train_dpo", "evaluate", "build"])
 def test_what_the_rows_change_is_sound(
     world: World, program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from collab_megatron.config import (
     load_config,
     show_config,
 )
+from collab_megatron.config.sections.algorithms import PRESETS
 from collab_megatron.errors import UserError
 
 RL = """
@@ -44,6 +45,30 @@ def test_extends_and_overrides_in_that_order(tmp_path: Path, rl_file: Path) -> N
 def test_metric_weights_are_replaced_whole(rl_file: Path) -> None:
     config = load_config(RLConfig, rl_file, ["reward.metric_weights={accuracy: 1.0}"])
     assert config.reward.metric_weights == {"accuracy": 1.0}
+
+
+def test_an_algorithm_by_name_changes_its_own_pieces_only(tmp_path: Path, rl_file: Path) -> None:
+    """In a file, in a file that extends it, and on the command line; keys that are set win wherever they stand."""
+    plain = load_config(RLConfig, rl_file).algorithm
+    assert (plain.preset, plain.policy_loss, plain.aggregation) == ("grpo", "ppo", "token_mean")
+    named = tmp_path / "named.yaml"
+    named.write_text(f"extends: {rl_file}\nalgorithm: gspo\n")
+    algorithm = load_config(RLConfig, named, ["algorithm.clip_high=0.01"]).algorithm
+    assert (algorithm.policy_loss, algorithm.clip_low, algorithm.clip_high) == ("gspo", 3e-4, 0.01)
+    more = tmp_path / "more.yaml"
+    more.write_text("extends: named.yaml\nalgorithm: {kl_coef: 0.25}\n")
+    algorithm = load_config(RLConfig, more).algorithm
+    assert (algorithm.policy_loss, algorithm.kl_coef) == ("gspo", 0.25)
+    for overrides in (["algorithm=dr_grpo"], ["algorithm.preset=dr_grpo"]):
+        algorithm = load_config(RLConfig, more, overrides).algorithm
+        assert (algorithm.scale, algorithm.policy_loss, algorithm.kl_coef) == ("none", "ppo", 0.25)
+    (tmp_path / "dumped.yaml").write_text(dump_config(load_config(RLConfig, more)))
+    assert load_config(RLConfig, tmp_path / "dumped.yaml") == load_config(RLConfig, more)
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_is_sound(rl_file: Path, preset: str) -> None:
+    assert load_config(RLConfig, rl_file, [f"algorithm={preset}"]).algorithm.preset == preset
 
 
 def test_what_is_dumped_loads_again(tmp_path: Path, rl_file: Path) -> None:
@@ -75,6 +100,18 @@ def test_a_config_cannot_change_after_loading(rl_file: Path) -> None:
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'steps'?"),
         ("simulators.judge.modle=x", "did you mean 'model'?"),
         ("qqq=1", "known keys here: algorithm, budget, data"),
+        ("algorithm=ppo", "'ppo' is not one of grpo, dr_grpo, rloo"),
+        ("algorithm={baseline: batch}", "set algorithm.scale=batch_std"),
+        ("algorithm.baseline=leave_one_out", "is GRPO times n / (n - 1): set algorithm.scale=none"),
+        ("algorithm={preset: reinforce_pp, zero_advantage: drop}", "set algorithm.zero_advantage=keep"),
+        (
+            "algorithm={preset: gspo, clip_dual: 3}",
+            "which policy_loss=gspo does not have: set algorithm.clip_dual=null",
+        ),
+        ("algorithm={preset: reinforce_pp, policy_loss: gspo}", "gives every token its own: set algorithm.kl_in=loss"),
+        ("algorithm={importance: none, importance_beyond: mask}", "computes no weight to mask or to bound"),
+        ("algorithm={importance_floor: 0.5}", "is the lower limit of importance_beyond=mask"),
+        ("algorithm={importance_beyond: mask, importance_cap: 0.9}", "choose limits on both sides of 1"),
         ("rollout.top_p=0.9", "truncate the distribution, so the trainer cannot compute its log-probs: leave top_p=1"),
         ("rollout.top_k=50", "top_k=50 truncate the distribution"),
         ("rollout.temperature=0", "greater than or equal to 0.01"),

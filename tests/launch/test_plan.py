@@ -69,6 +69,44 @@ def test_reference_and_offload_have_columns_where_they_hold_something(planned: C
     assert heading.split()[1:] == ["weights", "gradients", "activations", "working", "device", "host"]
 
 
+def algorithm_of(lines: list[str]) -> list[str]:
+    """The algorithm's lines of a plan."""
+    first = next(number for number, text in enumerate(lines) if text.startswith("algorithm "))
+    more = [text for text in lines[first:] if not text.startswith(("algorithm ", " "))]
+    return [text[12:] for text in lines[first : lines.index(more[0])]]
+
+
+def test_a_name_is_shown_with_its_pieces(planned: Callable[..., list[str]]) -> None:
+    assert algorithm_of(planned()) == [
+        "grpo: reward minus the group's mean, divided by the group's std + 0.05",
+        "groups whose rewards have a std below 0.01 are kept with advantage 0",
+        "each token's ratio, clipped to [0.8, 1.2], mean over tokens",
+        "KL k3 x 0.005 in the loss; importance weight of each token, at most 2",
+    ]
+    assert algorithm_of(planned("algorithm=dapo", "algorithm.kl_coef=0", "driver.refill_groups=4")) == [
+        "dapo: reward minus the group's mean, divided by the group's std + 0.05",
+        "a reply loses up to 1 of reward in the last 200 of 1000 tokens",
+        "groups whose rewards have a std below 0.01 are not trained, and up to 4 a step replaced",
+        "each token's ratio, clipped to [0.8, 1.28], mean over tokens",
+        "no KL; importance weight of each token, at most 2",
+    ]
+    masked = ("algorithm.importance=sequence", "algorithm.importance_beyond=mask", "algorithm.importance_floor=0.5")
+    assert algorithm_of(planned("algorithm=gspo", *masked))[-2:] == [
+        "each reply's mean ratio, clipped to [0.9997, 1.0004], mean over each reply's tokens, then over replies",
+        "KL k3 x 0.005 in the loss; importance weight of each reply, 0 outside [0.5, 2]",
+    ]
+    assert algorithm_of(planned("algorithm=reinforce_pp", "algorithm.importance=none")) == [
+        "reinforce_pp: reward minus the mean over the step's tokens, divided by the std over the step's tokens",
+        "each token's ratio, clipped to [0.8, 1.2], mean over tokens",
+        "KL k1 x 0.005 in the reward; no importance weights",
+    ]
+    cispo = algorithm_of(planned("algorithm=cispo", "algorithm.aggregation=constant", "algorithm.entropy_coef=0.01"))
+    assert cispo[-2:] == [
+        "each token's ratio, clipped to [0, 1.2], as the weight of its log-prob, sum over tokens / (replies x 1000)",
+        "KL k3 x 0.005 in the loss, entropy bonus x 0.01; importance weight of each token, at most 2",
+    ]
+
+
 def test_a_micro_batch_is_at_least_the_longest_sample(planned: Callable[..., list[str]]) -> None:
     lines = planned("train.micro_batch_tokens=100", "rollout.max_prompt_tokens=3000")
     assert "a micro-batch of 4,000 tokens" in line(lines, "memory")
@@ -139,3 +177,12 @@ def test_a_node_that_is_not_there_is_for_planning_only() -> None:
 def test_overrides_may_stand_on_either_side_of_an_option() -> None:
     found = parse_arguments("", ["a.yaml", "x.y=1", "--dry-run", "x.z=2"])
     assert (found.overrides, found.dry_run) == (["x.y=1", "x.z=2"], True)
+
+
+def test_online_dpo_takes_the_place_of_the_algorithm(planned: Callable[..., list[str]]) -> None:
+    lines = planned("online_dpo={beta: 0.2, min_gap: 0.5}", "algorithm.kl_coef=0")
+    assert line(lines, "algorithm").endswith("online DPO, beta 0.2: the best reply of each group against its worst")
+    assert any("a gap of at most 0.5, give no pair" in text for text in lines)
+    assert not any("clipped" in text for text in lines)
+    assert any("reference" in text for text in lines)  # a second model, without a KL too
+    assert not any("reference" in text for text in planned("algorithm.kl_coef=0"))

@@ -20,7 +20,7 @@ from collab_megatron.launch.epochs import epochs_to_steps
 from collab_megatron.launch.node import Node, parse_node
 from collab_megatron.launch.plan import stages_of
 from collab_megatron.launch.ports import free_port
-from collab_megatron.launch.preflight import check_evaluate, check_rl, check_sft
+from collab_megatron.launch.preflight import check_evaluate, check_rl, check_supervised
 from collab_megatron.model.folder import read_hf_config
 from collab_megatron.model.spec import model_spec
 from collab_megatron.types import Message
@@ -289,7 +289,7 @@ def test_sft_refuses_to_write_over_an_export(
         ],
     )
     with pytest.raises(UserError, match="not empty"):
-        check_sft(config)
+        check_supervised(config)
     assert "trainer     2 ranks on cpu" in capsys.readouterr().out  # the plan comes before what the machine refuses
 
 

@@ -9,7 +9,7 @@ import pytest
 from collab_megatron.config import SFTConfig, load_config
 from collab_megatron.data.parquet import Conversation, write_conversations
 from collab_megatron.errors import UserError
-from collab_megatron.launch.preflight import check_sft
+from collab_megatron.launch.preflight import check_supervised
 from collab_megatron.types import Message
 from tests.conftest import REPOSITORY
 
@@ -33,11 +33,11 @@ def test_conversations_that_cannot_be_trained_are_found_before_the_start(
     for train, validation in (("long", "short"), ("short", "long")):
         for dry_run in (False, True):
             with pytest.raises(UserError, match=r"2 of 3 conversations of .*long.parquet .*: raise max_tokens"):
-                check_sft(load(train, validation), dry_run=dry_run)
+                check_supervised(load(train, validation), dry_run=dry_run)
     with pytest.raises(UserError, match=r"conversation 1 of .*none.parquet .* no assistant turn"):
-        check_sft(load("none", "short"))
+        check_supervised(load("none", "short"))
     assert not capsys.readouterr().out  # no plan of what cannot run
-    check_sft(load("some", "short"), dry_run=True)
+    check_supervised(load("some", "short"), dry_run=True)
     assert "left out: 1 of 3 conversations" in capsys.readouterr().out
-    check_sft(load("some", "short"))
+    check_supervised(load("some", "short"))
     assert "left out" not in capsys.readouterr().out

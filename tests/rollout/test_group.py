@@ -74,7 +74,7 @@ def reply(*rewards: float | None) -> Reply:
 
 
 def group(*replies: Reply) -> Group:
-    return with_advantages(Group(TASK, (1, 2), replies, kept=True), min_replies=2, eps=0.05, min_std=0.01)
+    return with_advantages(Group(TASK, (1, 2), replies, kept=True), RULES)
 
 
 async def test_every_future_has_its_own_sample_index() -> None:
@@ -268,6 +268,27 @@ async def test_a_broken_reply_is_judged_once_for_all_its_futures() -> None:
     assert punished.replies_G[0].advantage == pytest.approx(-(punished.replies_G[1].advantage or 0.0))
     metrics = values(rollout_metrics([punished], {"accuracy": 1.0}))
     assert metrics["reward/accuracy_mean"] == 3.0  # of what was judged
+
+
+def test_a_long_reply_loses_reward_but_keeps_its_mr() -> None:
+    """Replies of 8 and 10 of 10 tokens; the last 4 cost: 0.5 and 1."""
+    lengths, rules = (8, 10), replace(RULES, overlong_share=0.4, longest=10, scale="none")
+    replies = tuple(replace(reply(1.0), turn=policy_turn("o" * (length - 1))) for length in lengths)
+    assert tuple(each.turn.num_tokens for each in replies) == lengths
+    group = with_advantages(Group(TASK, (1, 2), replies, kept=True, name="5/0"), rules)
+    assert [each.mr for each in group.replies_G] == [1.0, 1.0]
+    assert [each.advantage for each in group.replies_G] == pytest.approx([0.25, -0.25])
+    samples = training_samples(group, "keep")
+    assert [sample.reward for sample in samples] == [0.5, 0.0]
+    assert {sample.group for sample in samples} == {"5/0"}
+
+
+def test_rewards_go_to_the_trainer_where_the_baseline_is_the_batchs() -> None:
+    group = with_advantages(
+        Group(TASK, (1, 2), (reply(0.5), reply(0.5), reply(None)), kept=True),
+        replace(RULES, baseline="batch", scale="batch_std"),
+    )
+    assert [each.advantage for each in group.replies_G] == [0.5, 0.5, None]
 
 
 def test_broken_turns_are_counted() -> None:

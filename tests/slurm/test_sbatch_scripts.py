@@ -15,7 +15,7 @@ from tests.slurm.cluster import SlurmCluster, poll
 
 pytestmark = pytest.mark.slurm
 REPOSITORY = Path(__file__).parents[2]
-KINDS = ("rl", "sft")
+KINDS = ("rl", "sft", "dpo")
 PYTHON = {"COLLAB_PYTHON": sys.executable}
 
 STAND_IN = """

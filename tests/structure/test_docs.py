@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig
+from collab_megatron.config import BuildDatasetConfig, DPOConfig, EvaluateConfig, RLConfig, SFTConfig
 from collab_megatron.config.explain import REMOVED
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ DOCUMENTS = (
 )
 HISTORY = ("CHANGELOG.md", "config.md")  # they name removed keys
 LONGEST_README = 200
-CONFIGS = (RLConfig, SFTConfig, EvaluateConfig, BuildDatasetConfig)
+CONFIGS = (RLConfig, SFTConfig, DPOConfig, EvaluateConfig, BuildDatasetConfig)
 SECTIONS = frozenset(name for config in CONFIGS for name in config.model_fields)
 OTHER_FILES = re.compile(r"\.(py|yaml|md|sh|json|jsonl|sqlite|log|txt|sbatch|zst)$")  # `journal.sqlite` is no key
 

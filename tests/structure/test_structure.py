@@ -22,7 +22,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SFTConfig, load_config
+from collab_megatron.config import BuildDatasetConfig, DPOConfig, EvaluateConfig, RLConfig, SFTConfig, load_config
 from tests.structure import import_rules
 
 REPOSITORY = Path(__file__).parents[2]
@@ -44,6 +44,7 @@ MACHINE_PATH = re.compile(rf"(?<![\w.~}}*])/({'|'.join(('work', 'root', 'home', 
 KINDS: dict[str, type[BaseModel]] = {
     "rl": RLConfig,
     "sft": SFTConfig,
+    "dpo": DPOConfig,
     "evaluate": EvaluateConfig,
     "data": BuildDatasetConfig,
     "gpu": RLConfig,

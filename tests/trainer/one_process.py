@@ -32,5 +32,6 @@ def grid_of(dp_rank: int = 0, dp_size: int = 1, *, cp_size: int = 1, device: str
             is_main=True,
             pad_multiple=1,
             backend=SimpleNamespace(name=device),
+            sum_over_context=lambda sums: sums,
         ),
     )

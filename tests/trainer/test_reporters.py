@@ -13,11 +13,13 @@ import torch
 from collab_megatron.config import RLConfig, SFTConfig
 from collab_megatron.json_lines import read_rows
 from collab_megatron.trainer.actor.actor import StepResult
-from collab_megatron.trainer.held_out_loss import HeldOutLoss
 from collab_megatron.trainer.rank_batch import RankBatch
 from collab_megatron.trainer.report.dashboard import read_metrics
 from collab_megatron.trainer.rl_reporter import RLReporter
-from collab_megatron.trainer.sft_reporter import SFTReporter
+from collab_megatron.trainer.supervised.data import StepBatch
+from collab_megatron.trainer.supervised.held_out import HeldOutLoss
+from collab_megatron.trainer.supervised.reporter import SupervisedReporter
+from collab_megatron.trainer.supervised.sft import SFTObjective
 from collab_megatron.trainer.sync.publisher import SyncReport
 
 SECONDS = {"time_s/logprobs": 1.0, "time_s/update": 2.0, "time_s/step": 5.0}
@@ -62,7 +64,7 @@ def test_an_rl_evaluation_is_a_row_of_its_own_file(rl: RLConfig, capsys: pytest.
     assert "held-out after step 2: mr 0.750 (8 conversations)" in capsys.readouterr().out
 
 
-def sft(folder: Path, steps: int) -> SFTReporter:
+def sft(folder: Path, steps: int) -> SupervisedReporter:
     config = SFTConfig.model_validate(
         {
             "run": {"dir": folder, "name": "sft"},
@@ -72,11 +74,13 @@ def sft(folder: Path, steps: int) -> SFTReporter:
             "batch_size": 4,
         }
     )
-    data = cast(Any, _Data())
-    return SFTReporter(config, first_step=0, data=data)
+    objective = SFTObjective.__new__(SFTObjective)
+    objective.data = cast(Any, _Data())
+    return SupervisedReporter(config, first_step=0, objective=objective)
 
 
 class _Data:
+    noun = "conversations"
     num_held_out, left_out, share_left_out = 2, 1, 0.125
     notices = ("1 conversation was left out",)
 
@@ -90,7 +94,7 @@ def test_a_supervised_run_has_a_head_a_row_a_step_and_its_held_out_loss(
     reporter = sft(tmp_path, steps=3)
     result = StepResult(1.5, 1e-3, {"loss": 0.5, "entropy": 1.0}, skipped=False)
     for done in (1, 2, 3):
-        reporter.step(done, result, RankBatch([], imbalance=1.25), 100, SECONDS)
+        reporter.step(done, result, StepBatch(RankBatch([], imbalance=1.25), 4, 100), SECONDS)
     reporter.evaluation(3, HeldOutLoss(math.log(2), 30, 2), best=True, seconds=0.5)
     reporter.close()
     rows = read_metrics(tmp_path / "tensorboard" / "sft")
@@ -111,5 +115,5 @@ def test_a_long_supervised_run_draws_a_thousand_points_at_most(tmp_path: Path) -
     reporter._dashboard = cast(Any, SimpleNamespace(log=lambda step, _: drawn.append(step)))
     result = StepResult(1.0, 1e-3, {"loss": 0.5}, skipped=False)
     for done in range(1, 5001):
-        reporter.step(done, result, RankBatch([], 1.0), 1, SECONDS)
+        reporter.step(done, result, StepBatch(RankBatch([], 1.0), 4, 1), SECONDS)
     assert (len(drawn), drawn[-1]) == (1000, 5000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -65,6 +66,7 @@ def run(
         train=TrainSection(micro_batch_tokens=16),
         timer=PhaseTimer(),
         skipped=SkippedSteps(3),
+        longest_reply=16,
     )
 
 
@@ -91,6 +93,45 @@ def test_mini_batches_are_compared_with_the_policy_at_the_start_of_the_step() ->
     assert metrics["train/policy_loss"] == pytest.approx(-(1 + ratio) / 2)
     assert (metrics["train/grad_norm"], metrics["train/lr"]) == (2.0, 2e-3)
     assert "train/kl" not in metrics
+
+
+def test_a_kl_in_the_reward_takes_a_pass_of_the_policy_and_lowers_the_advantages() -> None:
+    """KL of 0.5 a token (k1), coefficient 0.1: rewards 1 and 1 become 0.8 and 0.4, the mean of which is 0.6."""
+    model, reference = Model(-1.0), Model(-1.5)
+    samples = [
+        replace(sample(4, 0.0, gap=0.0), reward=1.0, group="a"),
+        replace(sample(12, 0.0, gap=0.0), reward=1.0, group="a"),
+    ]
+    metrics = run(model, samples, reference, preset="dr_grpo", kl_in="reward", kl_estimator="k1", kl_coef=0.1)
+    assert (model.passes, reference.passes) == (["logprobs", "train"], ["logprobs"])
+    # sum over tokens / (2 replies x 16 tokens); the KL is in the figures, but not in the loss
+    assert metrics["train/policy_loss"] == pytest.approx(-(4 * 0.2 - 12 * 0.2) / 32)
+    assert metrics["train/kl"] == pytest.approx(0.5)
+
+
+def test_sequence_means_and_the_effective_share_of_importance_weights() -> None:
+    """Weights exp(-0.5) and 1 of replies that count alike: (4 x 0.607 + 12 x 1)^2 / (16 x (4 x 0.368 + 12))."""
+    metrics = run(
+        Model(-1.0),
+        [sample(4, 1.0, gap=0.5), sample(12, -0.5, gap=0.0)],
+        kl_coef=0.0,
+        aggregation="sequence_mean",
+        importance_cap=1.0,
+    )
+    low = math.exp(-0.5)
+    assert metrics["train/policy_loss"] == pytest.approx((-low * 1.0 + 0.5) / 2)
+    assert metrics["train/importance_effective_share"] == pytest.approx((4 * low + 12) ** 2 / (16 * (4 * low**2 + 12)))
+    assert "train/importance_weight_squared" not in metrics
+
+
+@pytest.mark.parametrize("preset", ["gspo", "reinforce_pp", "dapo", "cispo"])
+def test_every_preset_trains_in_several_micro_batches(preset: str) -> None:
+    """gspo at the start of its step: all ratios are 1, and the loss is minus the mean advantage."""
+    samples = [replace(sample(n, a, gap=0.0), reward=a, group="a") for n, a in ((9, 1.0), (12, -0.5), (4, 0.25))]
+    metrics = run(Model(-1.0), samples, Model(-1.0), preset=preset)
+    assert metrics["train/clip_fraction"] == 0
+    if preset == "gspo":
+        assert metrics["train/policy_loss"] == pytest.approx(-0.75 / 3)
 
 
 def test_a_skipped_step_is_counted_and_shown() -> None:

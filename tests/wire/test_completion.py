@@ -14,7 +14,7 @@ from collab_megatron.config import RLConfig, SFTConfig
 from collab_megatron.errors import UserError
 from collab_megatron.json_lines import append_rows
 from collab_megatron.wire.checkpoints import step_folder, write_best, write_marker
-from collab_megatron.wire.completion import export_label, rl_missing, sft_missing
+from collab_megatron.wire.completion import export_label, rl_missing, supervised_missing
 
 
 def rl(folder: Path, **data: str) -> RLConfig:
@@ -73,21 +73,21 @@ def test_a_supervised_run_is_done_with_its_last_loss_and_its_export(tmp_path: Pa
     metrics.parent.mkdir(parents=True)
     append_rows(metrics, [{"step": 4, "eval/loss": 0.5}, {"step": 5, "train/loss": 0.5}])
     export = f"the export to {tmp_path / 'hf'}"
-    assert sft_missing(config) == ["the held-out loss after step 5", export]
+    assert supervised_missing(config) == ["the held-out loss after step 5", export]
     append_rows(metrics, [{"step": 5, "eval/loss": 0.75}])
-    assert sft_missing(config) == [export]
-    assert sft_missing(sft(tmp_path, export_hf=None)) == []
+    assert supervised_missing(config) == [export]
+    assert supervised_missing(sft(tmp_path, export_hf=None)) == []
 
     def exported(step: int) -> list[str]:
         (tmp_path / "hf").mkdir(exist_ok=True)
         label = export_label(config, step)
         save_file({"a": torch.zeros(1)}, tmp_path / "hf" / "model.safetensors", metadata=label)
-        return sft_missing(config)
+        return supervised_missing(config)
 
     (tmp_path / "hf").mkdir()
-    assert sft_missing(config) == [export]
+    assert supervised_missing(config) == [export]
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"half")
-    assert sft_missing(config) == [export]
+    assert supervised_missing(config) == [export]
     assert exported(4) == [export]
     assert exported(5) == []
     best = step_folder(config.run.checkpoints_dir, 4)
@@ -98,4 +98,4 @@ def test_a_supervised_run_is_done_with_its_last_loss_and_its_export(tmp_path: Pa
     assert exported(5) == [export]  # the weights of the lowest loss are exported
     assert exported(4) == []
     other = sft(tmp_path, run={"dir": tmp_path, "name": "other"}, data={"train": "t"})
-    assert sft_missing(other) == [export]
+    assert supervised_missing(other) == [export]

@@ -76,8 +76,11 @@ def test_what_decides_the_weights_makes_another_run() -> None:
     other["simulators"]["user"] |= {"model": "another", "extra": {"top_p": 0.5}}
     other["data"]["train"] = "other.parquet"
     other["reward"]["metric_weights"]["bleu"] = 1.0
+    other["online_dpo"] = {"beta": 0.1, "min_gap": 0.0}
     assert decisive_differences(saved(), other) == [
         "data.train: train.parquet -> other.parquet",
+        "online_dpo.beta: (absent) -> 0.1",
+        "online_dpo.min_gap: (absent) -> 0.0",
         "optimizer.lr: 1e-06 -> 2e-06",
         "reward.metric_weights.bleu: (absent) -> 1.0",
         "simulators.user.extra.top_p: (absent) -> 0.5",

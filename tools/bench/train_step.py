@@ -220,10 +220,10 @@ class Comparison:
         from collab_megatron.config.sections import AlgorithmSection, OptimizerSection
         from collab_megatron.trainer.actor.actor import Actor
         from collab_megatron.trainer.actor.grid import grid
-        from collab_megatron.trainer.loss.grpo_step import make_grpo_loss
+        from collab_megatron.trainer.loss.policy_step import make_policy_loss
 
         self.name, self.dtype, self.call, self.only_masters = name, dtype, call, only_masters
-        loss_fn = make_grpo_loss(AlgorithmSection())
+        loss_fn = make_policy_loss(AlgorithmSection())
         with tempfile.TemporaryDirectory() as work:
             make_model(SHAPES[name], dtype, Path(work))
             self.device = grid().device

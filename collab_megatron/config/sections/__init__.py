@@ -38,9 +38,11 @@ from collab_megatron.config.sections.rollout import (
 from collab_megatron.config.sections.training import (
     AlgorithmSection,
     DataSection,
+    DPOSection,
     ModelSection,
     OptimizerSection,
     ParallelSection,
+    PreferenceSection,
     RunSection,
     TrainSection,
 )
@@ -50,6 +52,7 @@ __all__ = [
     "AlgorithmSection",
     "BudgetSection",
     "Count",
+    "DPOSection",
     "DataSection",
     "DeploymentSection",
     "DriverSection",
@@ -66,6 +69,7 @@ __all__ = [
     "OptimizerSection",
     "ParallelSection",
     "Positive",
+    "PreferenceSection",
     "RecordSection",
     "RewardSection",
     "RolloutSection",

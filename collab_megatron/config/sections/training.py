@@ -8,6 +8,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from collab_megatron.config.sections.algorithms import (
+    Aggregation,
+    Baseline,
+    ImportanceLevel,
+    KLEstimator,
+    PolicyLoss,
+    Preset,
+    Scale,
+    check_pieces,
+    expanded,
+)
 from collab_megatron.config.sections.base import (
     Count,
     FolderOrHubName,
@@ -201,8 +212,8 @@ class TrainSection(Section):
     epochs: float | None = Field(default=None, gt=0)
     micro_batch_tokens: Positive = 8192  # tokens of one micro-batch on one data rank, padding included
     packing: bool = False  # concatenate sequences in one row (THD) instead of padding rows
-    # RL: pack the replies of a group into one row after their prompt, which is computed once. Not implemented on GPUs
-    # and for parallel.context > 1: there the prompt is computed for every reply
+    # RL and DPO: pack the replies to a prompt into one row after it, so that it is computed once. Not implemented on
+    # GPUs and for parallel.context > 1: there the prompt is computed for every reply
     share_prompts: bool = True
     recompute: Literal["none", "selective", "full"] = "none"  # activations to compute again in the backward pass
     logits_chunk_mb: Positive = 512  # largest size of fp32 logits at a time; more tokens are computed in chunks
@@ -218,10 +229,10 @@ class TrainSection(Section):
     max_skipped_steps: Positive = 3
     async_save: bool = False  # write checkpoints in the background
     # steps between evaluations on data.validation; 0: only before the first step and after the last. RL plays whole
-    # conversations, SFT computes the loss of assistant tokens
+    # conversations, SFT and DPO compute the loss
     eval_interval: Count = 0
     eval_at_start: bool = True  # evaluate before the first step too
-    # SFT: save whenever the held-out loss is the lowest so far, and keep that checkpoint besides keep_last
+    # SFT and DPO: save whenever the held-out loss is the lowest so far, and keep that checkpoint besides keep_last
     keep_best: bool = True
 
     @model_validator(mode="before")
@@ -247,23 +258,98 @@ class TrainSection(Section):
 
 
 class AlgorithmSection(Section):
-    """GRPO on multiturn-aware rewards."""
+    """The RL algorithm on multiturn-aware rewards. A name stands for its pieces (docs/algorithms.md):
+    `algorithm: gspo`, or `algorithm: {preset: gspo, clip_high: 0.001}`, where keys that are set win."""
 
+    # GRPO and others, by name. The defaults below are those of grpo
+    preset: Preset = "grpo"
+    # what is subtracted from a reply's reward. group: the group's mean; leave_one_out: the mean of the other replies;
+    # batch: the mean over the step's tokens
+    baseline: Baseline = "group"
+    # what the difference is divided by: the std of the group's rewards, the std over the step's tokens, or nothing
+    scale: Scale = "group_std"
     # added to the group's std; a tiny value amplifies groups that differ in reply length only
     advantage_eps: float = Field(default=0.05, gt=0)
-    min_group_std: float = Field(default=0.01, ge=0)  # groups with a smaller std of rewards get advantage 0
+    # groups with a smaller std of rewards get advantage 0. Not used with baseline: batch
+    min_group_std: float = Field(default=0.01, ge=0)
     # groups below min_group_std. keep: their tokens count in the mean over tokens and have the KL term only, so they
     # dilute the gradient of other groups and pull towards the reference. drop: they are not trained, and a step without
     # other groups makes no update. Groups that driver.refill_groups replaced are never trained
     zero_advantage: Literal["keep", "drop"] = "keep"
+    # DAPO's overlong shaping: the last share of rollout.max_new_tokens in which a longer reply loses reward; 0: none
+    overlong_share: Share = 0.0
+    overlong_penalty: float = Field(default=1.0, gt=0)  # reward that a reply of rollout.max_new_tokens loses
+    # ppo: clipped ratio of each token; gspo: clipped mean ratio of the reply; cispo: clipped ratio as a weight, which
+    # keeps the gradient of clipped tokens
+    policy_loss: PolicyLoss = "ppo"
     clip_low: float = Field(default=0.2, ge=0)  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = Field(default=0.2, ge=0)  # as clip_low
     # largest ratio in the loss of a token with a negative advantage (dual-clip PPO; verl's clip_ratio_c is 3)
     clip_dual: float | None = Field(default=None, gt=1)
-    # weight of the low-variance KL to the reference model; 0: no reference model
+    # token_mean: over the trained tokens of an optimizer step; sequence_mean: over each reply, then over replies;
+    # constant: sum over tokens / (replies x rollout.max_new_tokens)
+    aggregation: Aggregation = "token_mean"
+    entropy_coef: float = Field(default=0.0, ge=0)  # weight of the entropy bonus; above 0 the output head is slower
+    # weight of the KL to the reference model; 0: no reference model
     kl_coef: float = Field(default=0.001, ge=0)
+    # with d = log-prob of policy - of reference. k1: d; k2: d**2 / 2; k3: exp(-d) + d - 1. In the loss, k1 has an
+    # expected gradient of 0, and only k2 has that of the KL
+    kl_estimator: KLEstimator = "k3"
+    # loss: a term of the loss. reward: subtracted from the rewards, from which the trainer then makes the advantages;
+    # takes one more forward pass
+    kl_in: Literal["loss", "reward"] = "loss"
     # model: a second copy on the device; swap: the initial weights are kept on the host and swapped in
     reference: Literal["model", "swap"] = "model"
-    # upper limit of the trainer/engine importance weight exp(logp - rollout_logp)
-    importance_cap: float = Field(default=2.0, gt=0)
+    # trainer/engine importance weight. token: exp(logp - rollout_logp) of each; sequence: their product over the reply;
+    # none: 1
+    importance: ImportanceLevel = "token"
+    importance_beyond: Literal["truncate", "mask"] = "truncate"  # weights beyond their limits: cut there, or set to 0
+    importance_cap: float = Field(default=2.0, gt=0)  # upper limit of the importance weight
+    importance_floor: float = Field(default=0.0, ge=0)  # lower limit, with importance_beyond: mask
     mini_batches: Positive = 1  # optimizer steps per rollout batch
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pieces_of_preset(cls, values: Any) -> Any:
+        return expanded(values)
+
+    @model_validator(mode="after")
+    def _meaning(self) -> Self:
+        check_pieces(
+            baseline=self.baseline,
+            scale=self.scale,
+            zero_advantage=self.zero_advantage,
+            policy_loss=self.policy_loss,
+            clip_dual=self.clip_dual,
+            kl_coef=self.kl_coef,
+            kl_in=self.kl_in,
+            importance=self.importance,
+            importance_beyond=self.importance_beyond,
+            importance_cap=self.importance_cap,
+            importance_floor=self.importance_floor,
+        )
+        return self
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the trainer subtracts a KL from the rewards."""
+        return self.kl_coef > 0 and self.kl_in == "reward"
+
+
+class PreferenceSection(Section):
+    """Online DPO in train_rl, in place of the policy gradient: the best reply of each group against its worst, by
+    multiturn-aware reward. null: off. Of `algorithm` it uses min_group_std, overlong_share, overlong_penalty, reference
+    and mini_batches."""
+
+    # strength of the reference: the loss of a pair is -log sigmoid(beta * margin). A small beta lets the policy move
+    # further away from it
+    beta: float = Field(default=0.1, gt=0)
+    min_gap: float = Field(default=0.0, ge=0)  # a group whose best and worst rewards differ by no more gives no pair
+
+
+class DPOSection(Section):
+    """DPO on pairs of replies."""
+
+    beta: float = Field(default=0.1, gt=0)  # as online_dpo.beta
+    # model: a second copy of model.path on the device; swap: its weights are kept on the host and swapped in
+    reference: Literal["model", "swap"] = "model"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -84,11 +84,13 @@ class Actor:
         recompute: Recompute = "none",
         logits_chunk_mb: int = 512,
         temperature: float = 1.0,
+        entropy_gradient: bool = False,
     ) -> Actor:
         """Load a model folder onto the grid.
 
         optimizer: None for a frozen reference, which has no gradients. temperature: of the sampling; log-probs,
-        entropies and losses are of the distribution at it. load_weights: False leaves the weights undefined, if a
+        entropies and losses are of the distribution at it. entropy_gradient: give loss functions the entropy as
+        values["entropy"], with its gradient. load_weights: False leaves the weights undefined, if a
         checkpoint is loaded next. Raises UserError if the folder is not a supported model or the layout does not fit.
         """
         folder = resolve_model_folder(model_path)
@@ -98,7 +100,7 @@ class Actor:
         torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
         chunks = build_model(spec, torch_dtype, grid, recompute=recompute, logits_chunk_bytes=logits_chunk_mb * 2**20)
         for chunk in chunks:
-            chunk.temperature = temperature
+            chunk.temperature, chunk.entropy_gradient = temperature, entropy_gradient
         if load_weights:
             load_hf_weights(chunks, spec, folder, grid)
         actor = cls(grid, spec, torch_dtype, folder, chunks, optimizer)
@@ -237,7 +239,12 @@ class Actor:
 
         def loss(output: Tensor) -> tuple[Tensor, Tensor, StepMetrics]:
             logprobs, entropy = output
-            result = loss_fn(logprobs, batch)
+            seen = (
+                replace(batch, values={**batch.values, "entropy": entropy})
+                if self.chunks[0].entropy_gradient
+                else batch
+            )
+            result = loss_fn(logprobs, seen)
             metrics = {
                 **result.metrics,
                 "loss": result.loss.detach(),

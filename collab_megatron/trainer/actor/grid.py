@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import RunError, UserError
@@ -71,6 +72,12 @@ class RankGrid:
         """For messages: "tp 0, pp 1, dp 0", without axes of one rank."""
         axes = {"tp": self.tp_size, "pp": self.pp_size, "cp": self.cp_size, "ep": self.ep_size, "dp": self.dp_size}
         return ", ".join(f"{axis} {getattr(self, axis + '_rank')}" for axis, size in axes.items() if size > 1)
+
+    def sum_over_context(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor on `device` over the ranks that share its rows, in place. Collective over them."""
+        if self.cp_size > 1:
+            dist.all_reduce(tensor, group=self.cp_group)
+        return tensor
 
     @property
     def pad_multiple(self) -> int:

@@ -68,6 +68,35 @@ class _Workspace:
         return _view(self.product, softmax.shape).copy_(softmax) if self.rounded else softmax
 
 
+def _statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    tiles: list[tuple[int, int]],
+    work: _Workspace,
+    keep: bool,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    """The forward pass: log of each tile's total [T, N]; log-normalizer, entropy and label's logit [N] of the whole
+    vocabulary; with `keep` each tile's softmax [N, C]."""
+    label_logit = work.softmax.new_zeros(hidden.shape[0])
+    log_totals, entropies = work.softmax.new_empty(2, len(tiles), hidden.shape[0])
+    kept = []
+    for t, (i, j) in enumerate(tiles):
+        logits, softmax = work.fill(hidden, weight[i:j])
+        # the fused softmax does not return its total, but the highest logit's share is exp(highest - log total)
+        highest, log_share = logits.amax(dim=1), softmax.amax(dim=1).log_()
+        torch.sub(highest, log_share, out=log_totals[t])
+        inside, column = _columns(local, i, j)
+        label_logit = torch.where(inside, logits.gather(1, column[:, None])[:, 0], label_logit)
+        # relative to the highest logit: the rounding of large logits would show in a small entropy
+        mean = logits.sub_(highest[:, None]).mul_(softmax).sum(dim=1)
+        torch.add(log_share, mean, out=entropies[t]).neg_()
+        if keep:
+            kept.append(softmax.to(hidden.dtype, copy=True))
+    return log_totals, merge(log_totals, entropies, label_logit, group), kept
+
+
 class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -85,22 +114,9 @@ class _HeadLogprobs(torch.autograd.Function):
         """local: [N] labels, counted from this rank's first column. real: columns of this rank without padding."""
         tiles = [(i, min(i + columns, real)) for i in range(0, real, columns)]
         work = _Workspace(hidden, min(columns, real), temperature)
-        label_logit = work.softmax.new_zeros(hidden.shape[0])
-        log_totals, entropies = work.softmax.new_empty(2, len(tiles), hidden.shape[0])
-        kept = []
-        for t, (i, j) in enumerate(tiles):
-            logits, softmax = work.fill(hidden, weight[i:j])
-            # the fused softmax does not return its total, but the highest logit's share is exp(highest - log total)
-            highest, log_share = logits.amax(dim=1), softmax.amax(dim=1).log_()
-            torch.sub(highest, log_share, out=log_totals[t])
-            inside, column = _columns(local, i, j)
-            label_logit = torch.where(inside, logits.gather(1, column[:, None])[:, 0], label_logit)
-            # relative to the highest logit: the rounding of large logits would show in a small entropy
-            mean = logits.sub_(highest[:, None]).mul_(softmax).sum(dim=1)
-            torch.add(log_share, mean, out=entropies[t]).neg_()
-            if keep:
-                kept.append(softmax.to(hidden.dtype, copy=True))
-        log_normalizer, entropy, label_logit = merge(log_totals, entropies, label_logit, group)
+        log_totals, (log_normalizer, entropy, label_logit), kept = _statistics(
+            hidden, weight, local, tiles, work, keep, group
+        )
         logprobs = label_logit - log_normalizer
         rarity = (log_normalizer - log_totals).exp_().clamp_(max=MOST_RARE)  # 1 / (the tile's share of probability)
         label_share = (label_logit - log_totals).exp_()  # the label's share of the tile that has it
@@ -139,6 +155,60 @@ class _HeadLogprobs(torch.autograd.Function):
         return hidden_grad.to(hidden.dtype) if hidden_wanted else None, found, *[None] * 7
 
 
+class _HeadWithEntropy(torch.autograd.Function):
+    """As _HeadLogprobs, and the entropy has a gradient too, for an entropy bonus. Every tile is computed again in the
+    backward pass, in the dtype of the statistics:
+
+    d(g * logprob + h * entropy) / d logit_j = g * (1 if j is the label else 0) - p_j * (g + h * (log p_j + entropy))
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        local: Tensor,
+        real: int,
+        columns: int,
+        group: dist.ProcessGroup | None,
+        is_embedding: bool,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Arguments as those of _HeadLogprobs."""
+        tiles = [(i, min(i + columns, real)) for i in range(0, real, columns)]
+        work = _Workspace(hidden, min(columns, real), temperature)
+        _, (log_normalizer, entropy, label_logit), _ = _statistics(hidden, weight, local, tiles, work, False, group)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(hidden, local, log_normalizer, entropy)
+            ctx.weight = weight  # the parameter, not a saved copy: megatron's gradient buffer is an attribute of it
+            ctx.tiles, ctx.is_embedding, ctx.temperature = tiles, is_embedding, temperature
+        return label_logit - log_normalizer, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, local, log_normalizer, entropy = ctx.saved_tensors
+        weight = ctx.weight
+        hidden_wanted, weight_wanted = ctx.needs_input_grad[:2]
+        hidden_grad = torch.zeros_like(hidden, dtype=log_normalizer.dtype)
+        weight_grad = WeightGrad(weight, ctx.is_embedding) if weight_wanted else None
+        work = _Workspace(hidden, ctx.tiles[0][1], ctx.temperature) if ctx.tiles else None
+        for i, j in ctx.tiles:
+            assert work is not None
+            log_shares = work.fill(hidden, weight[i:j])[0] - log_normalizer[:, None]
+            slope = grad[:, None] + entropy_grad[:, None] * (log_shares + entropy[:, None])
+            of_logits = -log_shares.exp() * slope
+            inside, column = _columns(local, i, j)
+            of_logits.scatter_add_(1, column[:, None], torch.where(inside, grad, 0.0)[:, None])
+            of_logits = (of_logits / ctx.temperature).to(hidden.dtype)
+            if weight_grad is not None:
+                weight_grad.write(i, j, of_logits, hidden)
+            if hidden_wanted:
+                hidden_grad.add_(torch.mm(of_logits, weight[i:j]))
+        found = None if weight_grad is None else weight_grad.finish(ctx.tiles[-1][1] if ctx.tiles else 0)
+        return hidden_grad.to(hidden.dtype) if hidden_wanted else None, found, *[None] * 6
+
+
 def _view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The start of a flat buffer as a contiguous matrix."""
     return flat[: shape[0] * shape[1]].view(shape)
@@ -167,8 +237,10 @@ def head_logprobs(
     chunk_bytes: int,
     is_embedding: bool = False,
     temperature: float = 1.0,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Per token: log-probability of its label (differentiable) and entropy of its distribution (not); fp32 [N] each.
+    """Per token: log-probability of its label and entropy of its distribution; fp32 [N] each. The entropy is
+    differentiable with `entropy_gradient` only, which computes every softmax again in the backward pass.
 
     hidden: [N, H], any float dtype (statistics of float64 are float64), all tokens of this data rank, gathered over
     sequence parallelism. weight: [V, H], same dtype, this rank's rows of the padded output matrix. labels: [N] int64,
@@ -195,8 +267,13 @@ def head_logprobs(
     real = min(max(vocab - first, 0), weight.shape[0])
     column_bytes = 4 * max(1, hidden.shape[0])
     columns = tile_columns(hidden.shape[0], device=hidden.device.type, chunk_bytes=chunk_bytes)
-    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = keep and column_bytes * real <= chunk_bytes
+    trains = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if trains and entropy_gradient:
+        found: tuple[Tensor, Tensor] = _HeadWithEntropy.apply(
+            hidden, weight, labels - first, real, columns, group, is_embedding, temperature
+        )
+        return found
+    keep = trains and column_bytes * real <= chunk_bytes
     triton_head = _triton_head() if hidden.is_cuda and hidden.dtype in (torch.float32, torch.bfloat16) else None
     head = _HeadLogprobs if triton_head is None else triton_head
     logprobs, entropy = head.apply(

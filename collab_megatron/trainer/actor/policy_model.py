@@ -43,6 +43,7 @@ class PolicyModel(GPTModel):
     grid: RankGrid
     logits_chunk_bytes: int
     temperature: float = 1.0  # of the distribution of both results
+    entropy_gradient: bool = False  # whether the entropy has a gradient, for an entropy bonus
 
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None = None, **_: Any
@@ -74,6 +75,7 @@ class PolicyModel(GPTModel):
             chunk_bytes=self.logits_chunk_bytes,
             is_embedding=tied and self.pre_process,
             temperature=self.temperature,
+            entropy_gradient=self.entropy_gradient,
         )
         statistics = torch.stack(found)
         every = statistics.new_zeros(2, labels.numel()).index_copy(1, rows, statistics)

@@ -1,4 +1,4 @@
-"""Frozen reference policy of the KL term: a second model, or the initial weights on the host, swapped in for use."""
+"""Frozen reference policy (KL term, DPO): a second model, or the initial weights on the host, swapped in for use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from collab_megatron.config.sections import AlgorithmSection
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.batching.micro_batch import MicroBatch
 
@@ -62,13 +61,9 @@ def _on_host(parameter: Tensor) -> Tensor:
     return kept.copy_(parameter.detach())
 
 
-def build_reference(
-    actor: Actor, algorithm: AlgorithmSection, *, logits_chunk_mb: int
-) -> Actor | SwappedReference | None:
-    """None if the KL weight is 0: then its log-probs are not used."""
-    if algorithm.kl_coef == 0:
-        return None
-    kind: Literal["model", "swap"] = algorithm.reference
+def build_reference(actor: Actor, kind: Literal["model", "swap"], *, logits_chunk_mb: int) -> Actor | SwappedReference:
+    """The weights of the actor's source folder; with "swap" the actor's current ones, so before a checkpoint is loaded
+    (algorithm.reference, dpo.reference)."""
     if kind == "swap":
         return SwappedReference(actor)
     dtype: Literal["float32", "bfloat16"] = "float32" if actor.dtype == torch.float32 else "bfloat16"

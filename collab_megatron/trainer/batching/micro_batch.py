@@ -86,6 +86,13 @@ class MicroBatch:
                 yield 0, slice(start, start + length)
                 start += length
 
+    def numbered(self) -> Tensor:
+        """[B, S] float32: each token's sample, as its place in sample_indices; 0 on padding and shared prefixes."""
+        numbers = torch.zeros(self.ids.shape, dtype=torch.float32)
+        for number, (row, columns) in enumerate(self.spans()):
+            numbers[row, columns] = number
+        return numbers
+
     def per_sample(self, values: Tensor) -> list[Tensor]:
         """values [B, S] -> a [T] tensor per sample, without padding, with a shared prefix in front."""
         found = []
@@ -144,51 +151,65 @@ def split_by_tokens(
     pad_multiple: int = 1,
     packed: bool = False,
     share: bool = False,
+    unit: int = 1,
 ) -> list[MicroBatch]:
-    """Micro-batches of at most `micro_batch_tokens` tokens with padding (one sample alone may exceed it).
+    """Micro-batches of at most `micro_batch_tokens` tokens with padding (one unit alone may exceed it).
 
     Sorted by length. pad_multiple: row lengths are multiples of it (RankGrid.pad_multiple). share: packed rows, in
-    which samples with equal prefixes are neighbors and share them. Raises ValueError for an empty list.
+    which samples with equal prefixes are neighbors and share them. unit: consecutive samples that stay in one
+    micro-batch (2: pairs); with `share` they must have equal prefixes. Raises ValueError for an empty list.
     """
     if not samples:
         raise ValueError("no samples to batch")
+    units = units_of(len(samples), unit)
     if share:
-        parts = _with_shared_prefixes(samples, micro_batch_tokens, pad_multiple)
+        parts = _with_shared_prefixes(samples, units, micro_batch_tokens, pad_multiple)
         return [collate([samples[i] for i in part], tuple(part), pad_id, pad_multiple, True, True) for part in parts]
-    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].ids), i))
     batches: list[list[int]] = []
     rows: list[int] = []
     total = 0
-    for i in order:  # ascending length: the newest row is the longest
-        length = len(samples[i].ids)
-        longest, count = (total + length, 1) if packed else (length, len(rows) + 1)
+    for members in _by_length(samples, units):  # ascending length: the newest row is the longest
+        lengths = [len(samples[i].ids) for i in members]
+        longest, count = (total + sum(lengths), 1) if packed else (max(lengths), len(rows) + len(members))
         size = _round_up(longest, pad_multiple) * count
         if rows and size > micro_batch_tokens:
             batches.append(rows)
             rows, total = [], 0
-        rows.append(i)
-        total += length
+        rows += members
+        total += sum(lengths)
     batches.append(rows)
     return [collate([samples[i] for i in rows], tuple(rows), pad_id, pad_multiple, packed) for rows in batches]
 
 
+def units_of(count: int, unit: int) -> list[list[int]]:
+    """The indices 0..count - 1 in consecutive units. Raises ValueError for a last unit that is not whole."""
+    if count % unit:
+        raise ValueError(f"{count} samples are not units of {unit}")
+    return [list(range(first, first + unit)) for first in range(0, count, unit)]
+
+
+def _by_length(samples: Sequence[TokenSample], units: Sequence[list[int]]) -> list[list[int]]:
+    """The units by their longest sample, shortest first."""
+    return sorted(units, key=lambda unit: (max(len(samples[i].ids) for i in unit), unit[0]))
+
+
 def _with_shared_prefixes(
-    samples: Sequence[TokenSample], micro_batch_tokens: int, pad_multiple: int
+    samples: Sequence[TokenSample], units: Sequence[list[int]], micro_batch_tokens: int, pad_multiple: int
 ) -> list[list[int]]:
     """Indices of each row. A group that does not fit a row is split, each part with the prefix; small groups first."""
     room = micro_batch_tokens // pad_multiple * pad_multiple
-    by_prefix: dict[tuple[int, ...], list[int]] = {}
-    for i, sample in enumerate(samples):
-        by_prefix.setdefault(sample.prefix, []).append(i)
+    by_prefix: dict[tuple[int, ...], list[list[int]]] = {}
+    for unit in units:
+        by_prefix.setdefault(samples[unit[0]].prefix, []).append(unit)
     parts: list[tuple[int, list[int]]] = []  # (tokens, samples)
     for prefix, members in by_prefix.items():
         tokens, part = len(prefix), list[int]()
-        for i in sorted(members, key=lambda i: (len(samples[i].ids), i)):
-            own = len(samples[i].ids) - len(prefix)
+        for unit in _by_length(samples, members):
+            own = sum(len(samples[i].ids) - len(prefix) for i in unit)
             if part and tokens + own > room:
                 parts.append((tokens, part))
                 tokens, part = len(prefix), []
-            tokens, part = tokens + own, [*part, i]
+            tokens, part = tokens + own, [*part, *unit]
         parts.append((tokens, part))
     rows: list[list[int]] = []
     total = 0

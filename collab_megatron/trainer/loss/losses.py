@@ -11,12 +11,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0
-"""Differences of log-probs are clamped to plus or minus this before the exponential: above 88 it is inf in fp32, and
-inf times a gradient of 0 is NaN. This limit and the next are those of verl (trainer/ppo/core_algos.py)."""
-MAX_KL = 10.0
-"""The KL estimate of one token is cut here, and so is its gradient: a token further from the reference than that has
-none. k3's grows with exp(ref - policy), so without the cut one token in 5,000 takes most of a step's gradient."""
+from collab_megatron.config.sections import AlgorithmSection
+from collab_megatron.trainer.loss.importance import limited, raw_weights
+from collab_megatron.trainer.loss.kl import MAX_KL, MAX_LOG_RATIO, kl_estimate, unclamped_kl
+from collab_megatron.trainer.loss.sequences import Sequences
+from collab_megatron.trainer.loss.surrogates import (
+    Surrogate,
+    cispo_surrogate,
+    dual_clipped,
+    gspo_surrogate,
+    ppo_surrogate,
+)
 
 
 @dataclass(frozen=True)
@@ -29,35 +34,12 @@ class LossSum:
     largest: dict[str, Tensor] = field(default_factory=dict)
 
 
-def clamped_exp(log_ratio: Tensor) -> Tensor:
-    """exp of a difference of log-probs, clamped so that it is finite; no gradient where it is clamped."""
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-
-
 def largest(values: Tensor, mask: Tensor) -> Tensor:
     """The largest absolute value under the mask, a detached scalar; 0 where nothing is trained, inf for NaN."""
     return (values.detach() * mask).abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max()
 
 
-def low_variance_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The k3 estimator of KL(policy || reference) per token: exp(d) - d - 1 with d = ref - policy, at most MAX_KL.
-
-    Never negative. Source: J. Schulman, "Approximating KL divergence" (2020).
-    """
-    return _k3(logprobs, ref_logprobs).clamp(max=MAX_KL)
-
-
-def _k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    delta = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return delta.exp() - delta - 1.0
-
-
-def importance_weights(logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
-    """Truncated exp(trainer - engine) per token, without gradient: corrects for the engine's sampling distribution."""
-    return clamped_exp((logprobs - rollout_logprobs).detach()).clamp(max=cap)
-
-
-def grpo_loss(
+def policy_loss(
     logprobs: Tensor,
     *,
     old_logprobs: Tensor,
@@ -65,55 +47,86 @@ def grpo_loss(
     ref_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    importance_cap: float,
-    clip_dual: float | None = None,
+    algorithm: AlgorithmSection,
+    sequences: Sequences | None = None,
+    weights: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> LossSum:
-    """Clipped policy gradient on group-relative advantages plus KL to the reference.
+    """sum of weight * (-importance * surrogate + kl_coef * KL - entropy_coef * entropy) over the trained tokens.
 
-    old_logprobs: the trainer's at the start of the step. rollout_logprobs: the engine's at sampling time. clip_dual:
-    (> 1) bounds the surrogate of a negative advantage from below by clip_dual * advantage; None: no bound, because
-    PPO's clip does not limit large ratios there.
-    Sources: PPO-clip (Schulman et al. 2017, eq. 7); GRPO (Shao et al. 2024, eq. 3); dual-clip (Ye et al. 2019, eq. 6).
+    old_logprobs: the trainer's at the start of the step. rollout_logprobs: the engine's at sampling time. ref_logprobs:
+    None: no KL. sequences: needed for policy_loss gspo and importance sequence. weights: of the mean (mean_weights);
+    None: 1. entropy: of each token's distribution, with gradient; needed for entropy_coef > 0. The pieces with their
+    sources are in surrogates.py, importance.py, kl.py and sequences.py.
     """
     # masked before the exponential: log-probs at padding are meaningless, and their ratio may overflow
     log_ratio = (logprobs - old_logprobs) * mask
-    ratio = clamped_exp(log_ratio)
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    dual: dict[str, Tensor] = {}
-    if clip_dual is not None:
-        bounded = (advantages < 0) & (surrogate < clip_dual * advantages)
-        surrogate = torch.where(bounded, clip_dual * advantages, surrogate)
-        dual["dual_clip_fraction"] = (bounded.float() * mask).sum()
-    weight = importance_weights(old_logprobs * mask, rollout_logprobs * mask, importance_cap)
+    surrogate, clipped = _surrogate(logprobs * mask, log_ratio, advantages, mask, algorithm, sequences)
+    metrics, most = {}, {}
+    if algorithm.clip_dual is not None:
+        surrogate, bounded = dual_clipped(surrogate, advantages, algorithm.clip_dual)
+        metrics["dual_clip_fraction"] = (bounded * mask).sum()
+    gap = ((old_logprobs - rollout_logprobs) * mask).detach()
+    raw = raw_weights(gap, algorithm.importance, sequences)
+    masks, floor, cap = algorithm.importance_beyond == "mask", algorithm.importance_floor, algorithm.importance_cap
+    weight = raw if algorithm.importance == "none" else limited(raw, masks=masks, floor=floor, cap=cap)
+    mean_weight = mask if weights is None else weights * mask
     loss = -(weight * surrogate)
-    metrics = {
-        "policy_loss": (loss.detach() * mask).sum(),
-        "clip_fraction": ((clipped * advantages < ratio * advantages).float() * mask).sum(),
-        "importance_weight": (weight * mask).sum(),
-        "log_ratio_clamped": ((log_ratio.detach().abs() > MAX_LOG_RATIO).float() * mask).sum(),
-        **dual,
+    metrics |= {
+        "policy_loss": (loss.detach() * mean_weight).sum(),
+        "clip_fraction": (clipped.detach() * mask).sum(),
+        "log_ratio_clamped": ((log_ratio.detach().abs() > MAX_LOG_RATIO).to(mask.dtype) * mask).sum(),
     }
-    most = {
-        "log_ratio_max": largest(log_ratio, mask),
-        "logprob_gap_max": largest((old_logprobs - rollout_logprobs) * mask, mask),
-    }
+    if algorithm.importance != "none":
+        beyond = (raw > cap) | (raw < floor)  # a floor above 0 comes with masks only
+        metrics |= {
+            "importance_weight": (weight * mask).sum(),
+            "importance_weight_squared": (weight.square() * mask).sum(),
+            "importance_beyond": (beyond.to(mask.dtype) * mask).sum(),
+        }
+        most["importance_weight_max"] = largest(raw, mask)
+    most["log_ratio_max"] = largest(log_ratio, mask)
+    most["logprob_gap_max"] = largest(gap, mask)
     if ref_logprobs is not None:
-        policy, reference = logprobs * mask, ref_logprobs * mask
-        kl = low_variance_kl(policy, reference)
-        loss = loss + kl_coef * kl
-        before = _k3(policy.detach(), reference)
-        metrics["kl"] = (kl.detach() * mask).sum()
-        metrics["kl_clamped"] = ((before > MAX_KL).float() * mask).sum()
-        most["kl_max"] = largest(before, mask)
-        most["ref_gap_max"] = largest(reference - policy, mask)
-    return LossSum(loss=(loss * mask).sum(), metrics=metrics, largest=most)
+        kl, kl_metrics, kl_most = _kl(logprobs * mask, ref_logprobs * mask, mask, algorithm)
+        metrics, most = metrics | kl_metrics, most | kl_most
+        if not algorithm.kl_in_reward:
+            loss = loss + algorithm.kl_coef * kl
+    if algorithm.entropy_coef:
+        assert entropy is not None, "an entropy bonus needs the entropy"
+        loss = loss - algorithm.entropy_coef * entropy
+    return LossSum(loss=(loss * mean_weight).sum(), metrics=metrics, largest=most)
 
 
 def sft_loss(logprobs: Tensor, *, mask: Tensor) -> LossSum:
     """Negative log-likelihood of the trained tokens."""
     loss = -(logprobs * mask).sum()
     return LossSum(loss=loss, metrics={"nll": loss.detach().clone()})
+
+
+def _surrogate(
+    logprobs: Tensor,
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    algorithm: AlgorithmSection,
+    sequences: Sequences | None,
+) -> Surrogate:
+    low, high = algorithm.clip_low, algorithm.clip_high
+    if algorithm.policy_loss == "cispo":
+        return cispo_surrogate(logprobs, log_ratio, advantages, low=low, high=high)
+    if algorithm.policy_loss == "gspo":
+        assert sequences is not None, "ratios of sequences need to know them"
+        return gspo_surrogate(log_ratio, advantages, mask, sequences, low=low, high=high)
+    return ppo_surrogate(log_ratio, advantages, low=low, high=high)
+
+
+def _kl(
+    policy: Tensor, reference: Tensor, mask: Tensor, algorithm: AlgorithmSection
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The estimate per token, its metrics and largest values. Both log-probs are 0 outside the mask."""
+    kl = kl_estimate(policy, reference, algorithm.kl_estimator)
+    before = unclamped_kl(policy.detach(), reference, algorithm.kl_estimator)
+    cut = before > MAX_KL if algorithm.kl_estimator == "k3" else torch.zeros_like(before, dtype=torch.bool)
+    metrics = {"kl": (kl.detach() * mask).sum(), "kl_clamped": (cut.to(mask.dtype) * mask).sum()}
+    return kl, metrics, {"kl_max": largest(before, mask), "ref_gap_max": largest(reference - policy, mask)}

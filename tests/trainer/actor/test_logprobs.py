@@ -92,6 +92,28 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(logprobs, (hidden, weight))
 
 
+@pytest.mark.parametrize("chunk_bytes", [ONE_CHUNK, MANY_CHUNKS, 1])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_an_entropy_with_gradient(dtype: torch.dtype, bound: float, temperature: float, chunk_bytes: int) -> None:
+    """Of a sum of log-probs and entropies with weights of their own, for an entropy bonus."""
+    hidden, weight, labels, token_weight = _inputs(dtype, 33)
+    ours = head_logprobs(
+        hidden, weight, labels, vocab=33, chunk_bytes=chunk_bytes, temperature=temperature, entropy_gradient=True
+    )
+    (ours[0] * token_weight + ours[1] * token_weight.flip(0)).sum().backward()
+    exact = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    plain = _plain(exact[0] / temperature, exact[1], labels, 33)
+    (plain[0] * token_weight + plain[1] * token_weight.flip(0)).sum().backward()
+    pairs = (*zip(ours, plain, strict=True), (hidden.grad, exact[0].grad), (weight.grad, exact[1].grad))
+    for found, wanted in pairs:
+        assert found is not None
+        assert wanted is not None
+        torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)
+    assert weight.grad is not None
+    assert not weight.grad[33:].any()
+
+
 @pytest.mark.parametrize("chunk_bytes", [ONE_CHUNK, MANY_CHUNKS])
 def test_bf16_is_as_close_as_a_plain_bf16_head(chunk_bytes: int) -> None:
     """Statistics in fp32 of logits rounded to bf16: at most 2**-9 of the greatest logit (about 15 here) off; gradients

@@ -13,11 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from collab_megatron.config.sections import AlgorithmSection
-from collab_megatron.rollout.advantages import group_advantages
-from collab_megatron.trainer.batching import split_by_tokens
-from collab_megatron.trainer.loss.grpo_step import make_grpo_loss, mini_batches, token_sample, with_values
-from collab_megatron.trainer.loss.losses import LossSum, grpo_loss, importance_weights, low_variance_kl, sft_loss
+from collab_megatron.trainer.batching import TokenSample, split_by_tokens
+from collab_megatron.trainer.loss.kl import kl_estimate
+from collab_megatron.trainer.loss.losses import LossSum, policy_loss, sft_loss
+from collab_megatron.trainer.loss.policy_step import make_policy_loss, mini_batches, token_sample, with_values
 from collab_megatron.types import TrainingSample
+
+
+def grpo_loss(logprobs: Tensor, *, importance_cap: float = 2.0, **given: Any) -> LossSum:
+    """policy_loss with the keys of the algorithm among the tensors."""
+    keys = {key: given.pop(key) for key in ("clip_low", "clip_high", "clip_dual", "kl_coef") if key in given}
+    return policy_loss(logprobs, algorithm=AlgorithmSection(importance_cap=importance_cap, **keys), **given)
 
 
 def test_one_token_by_hand() -> None:
@@ -82,14 +88,7 @@ def test_padding_never_counts_and_never_overflows() -> None:
 @given(st.floats(-5, 0), st.floats(-5, 0))
 @settings(max_examples=50, deadline=None)
 def test_the_kl_estimate_is_never_negative(policy: float, reference: float) -> None:
-    assert low_variance_kl(torch.tensor(policy), torch.tensor(reference)).item() >= -1e-6
-
-
-def test_importance_weights_are_cut_and_carry_no_gradient() -> None:
-    logprobs = torch.tensor([0.0, -1.0], requires_grad=True)
-    weights = importance_weights(logprobs, torch.tensor([-5.0, -1.0]), cap=2.0)
-    assert weights.tolist() == [2.0, 1.0]
-    assert not weights.requires_grad
+    assert kl_estimate(torch.tensor(policy), torch.tensor(reference)).item() >= -1e-6
 
 
 def ppo(log_ratio: Tensor, advantages: Tensor, **settings: float | Tensor | None) -> LossSum:
@@ -137,7 +136,7 @@ def test_a_token_far_from_the_reference_does_not_take_the_gradient_over() -> Non
 @pytest.mark.parametrize("delta", [-60.0, -11.5, -10.9, -3.0, 0.0, 2.6, 2.7, 60.0, 1000.0])
 def test_the_kl_estimate_is_cut_at_ten(delta: float) -> None:
     logprob = torch.zeros(1, requires_grad=True)
-    kl = low_variance_kl(logprob, torch.tensor([delta]))
+    kl = kl_estimate(logprob, torch.tensor([delta]))
     kl.sum().backward()
     plain = math.exp(min(delta, 20)) - max(delta, -20.0) - 1 if delta < 20 else math.inf
     assert kl.item() == pytest.approx(min(plain, 10.0))
@@ -169,14 +168,6 @@ def test_sft_loss_is_the_sum_of_negative_logprobs() -> None:
     assert result.loss.item() == 6.0
 
 
-def test_advantages_by_hand() -> None:
-    assert group_advantages([1.0, 0.0], eps=0.0 + 1e-9, min_std=0.01) == pytest.approx([2**-0.5, -(2**-0.5)], rel=1e-6)
-    # all wrong, lengths differ by a token: no signal rather than a full-size one
-    assert group_advantages([-0.0010, -0.0011, -0.0012], eps=0.05, min_std=0.01) == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError):
-        group_advantages([1.0], eps=0.05, min_std=0.01)
-
-
 def sample(length: int, advantage: float) -> TrainingSample:
     return TrainingSample(
         prompt_ids=tuple(range(1, 4)),
@@ -187,16 +178,20 @@ def sample(length: int, advantage: float) -> TrainingSample:
     )
 
 
+def _token_sample(each: TrainingSample, version: int) -> TokenSample:
+    return token_sample(each, version, [each.advantage] * len(each.reply_ids_T))
+
+
 @given(st.integers(8, 64), st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
 def test_the_loss_does_not_depend_on_micro_batching(tokens: int, pad_multiple: int) -> None:
     samples = [sample(length, advantage) for length, advantage in ((1, 1.0), (4, -1.0), (7, 0.5), (2, 0.0))]
 
     def total(micro_batch_tokens: int, multiple: int) -> float:
-        loss_fn = make_grpo_loss(AlgorithmSection(kl_coef=0.1))
+        loss_fn = make_policy_loss(AlgorithmSection(kl_coef=0.1))
         result = 0.0
         batches = split_by_tokens(
-            [token_sample(s, 0) for s in samples],
+            [_token_sample(s, 0) for s in samples],
             micro_batch_tokens=micro_batch_tokens,
             pad_id=0,
             pad_multiple=multiple,
@@ -212,12 +207,12 @@ def test_the_loss_does_not_depend_on_micro_batching(tokens: int, pad_multiple: i
 def test_the_engines_proof_looks_at_what_the_newest_weights_sampled() -> None:
     old, new = sample(3, 1.0), replace(sample(2, 1.0), versions_T=(1, 1))
     across = replace(sample(4, 1.0), versions_T=(0, 0, 1, 1))  # its later tokens stand on the older weights' cache
-    assert token_sample(across, 1).values["on_policy"] == [0.0] * 7
+    assert _token_sample(across, 1).values["on_policy"] == [0.0] * 7
     (batch,) = split_by_tokens(
-        [token_sample(s, 1) for s in (old, new)], micro_batch_tokens=99, pad_id=0, pad_multiple=1
+        [_token_sample(s, 1) for s in (old, new)], micro_batch_tokens=99, pad_id=0, pad_multiple=1
     )
     logprobs = batch.values["rollout_logprobs"] + batch.values["on_policy"] * 0.5 + (1 - batch.values["on_policy"]) * 3
-    metrics = make_grpo_loss(AlgorithmSection(kl_coef=0))(logprobs, batch).metrics
+    metrics = make_policy_loss(AlgorithmSection(kl_coef=0))(logprobs, batch).metrics
     assert metrics["on_policy_share"].item() == 2
     assert metrics["on_policy_gap"].item() == pytest.approx(2 * 0.5)
     assert metrics["logprob_gap"].item() == pytest.approx(2 * 0.5 + 3 * 3)

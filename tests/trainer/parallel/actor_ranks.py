@@ -83,7 +83,16 @@ def check_no_samples(folder: Path, grid: RankGrid) -> None:
         batch, algorithm = RolloutBatch(0, samples, {}), AlgorithmSection(mini_batches=2)
         skipped = SkippedSteps(3)
         found.append(
-            update(actor, None, batch, algorithm=algorithm, train=TrainSection(), timer=timer, skipped=skipped)
+            update(
+                actor,
+                None,
+                batch,
+                algorithm=algorithm,
+                train=TrainSection(),
+                timer=timer,
+                skipped=skipped,
+                longest_reply=8,
+            )
         )
         phases.append(set(timer.drain()))
     assert phases[0] == phases[1]
@@ -112,11 +121,10 @@ def check_references(folder: Path, grid: RankGrid) -> None:
     """A second model and swapped weights give the same log-probs after training, and swapping leaves no trace."""
     actor = Actor.build(folder, dtype="float32", grid=grid, optimizer=OPTIMIZER, total_steps=STEPS)
     batches = batches_of(6, grid, packed=True)
-    model = build_reference(actor, AlgorithmSection(kl_coef=0.1), logits_chunk_mb=64)
-    swap = build_reference(actor, AlgorithmSection(kl_coef=0.1, reference="swap"), logits_chunk_mb=64)
+    model = build_reference(actor, "model", logits_chunk_mb=64)
+    swap = build_reference(actor, "swap", logits_chunk_mb=64)
     assert isinstance(model, Actor)
     assert isinstance(swap, SwappedReference)
-    assert build_reference(actor, AlgorithmSection(kl_coef=0.0), logits_chunk_mb=64) is None
     first = actor.logprobs(batches)[0]
     actor.train_step(batches, loss_fn, 40.0)
     trained, own = weights(actor), actor.logprobs(batches)[0]

@@ -22,9 +22,10 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, collate
 from collab_megatron.trainer.convert.loader import SafetensorsFolder
-from collab_megatron.trainer.held_out_loss import mean_loss
+from collab_megatron.trainer.loss.policy_step import make_policy_loss
+from collab_megatron.trainer.supervised.held_out import mean_loss
 from tests.trainer.parallel.layouts import CASES, Case
-from tests.trainer.parallel.plain import OPTIMIZER, SAMPLES, STEPS, loss_fn
+from tests.trainer.parallel.plain import ALGORITHMS, OPTIMIZER, SAMPLES, STEPS, numbered, samples_for
 
 TOLERANCE = 1e-5
 SCALE = 0.1
@@ -40,7 +41,10 @@ def micro_batches(case: Case, grid: RankGrid) -> list[MicroBatch]:
     mine = list(range(len(SAMPLES))) if grid.dp_size == 1 else ([0, 1, 2], [3, 4, 5, 6, 7])[grid.dp_rank]
     parts = [mine[i : i + case.rows] for i in range(0, len(mine), case.rows)]
     packed, share = case.packed or case.share, case.share
-    return [collate([SAMPLES[i] for i in part], tuple(part), 0, grid.pad_multiple, packed, share) for part in parts]
+    algorithm = ALGORITHMS[case.loss]
+    samples = samples_for(algorithm)
+    batches = [collate([samples[i] for i in part], tuple(part), 0, grid.pad_multiple, packed, share) for part in parts]
+    return [numbered(batch, algorithm) for batch in batches]
 
 
 def compare_statistics(actor: Actor, batches: list[MicroBatch], wanted: dict[str, list[Tensor]]) -> float:
@@ -62,7 +66,7 @@ def compare_statistics(actor: Actor, batches: list[MicroBatch], wanted: dict[str
 
 def check(case: Case, work: Path) -> dict[str, float]:
     folder = work / case.kind
-    reference = torch.load(folder / "reference.pt", weights_only=True)
+    reference = torch.load(folder / f"{case.loss}.pt", weights_only=True)
     grid = init_grid(ParallelSection(device="cpu", collective_timeout_s=60, **case.parallel), seed=1)
     section = OPTIMIZER.model_copy(update=case.optimizer or {})
     actor = Actor.build(
@@ -72,7 +76,9 @@ def check(case: Case, work: Path) -> dict[str, float]:
         optimizer=section,
         total_steps=STEPS,
         recompute=case.recompute,  # type: ignore[arg-type]
+        entropy_gradient=ALGORITHMS[case.loss].entropy_coef > 0,
     )
+    loss_fn = make_policy_loss(ALGORITHMS[case.loss], grid.sum_over_context)
     for chunk in actor.chunks:
         chunk.logits_chunk_bytes = case.logits_chunk_bytes
     batches = micro_batches(case, grid)
@@ -94,7 +100,7 @@ def check(case: Case, work: Path) -> dict[str, float]:
             worst[name] = max(worst.get(name, 0.0), difference)
             assert difference < TOLERANCE, f"step {step}, {name}: {found[name]} instead of {wanted}"
     worst["after"] = compare_statistics(actor, batches, {"logprobs": reference["after"]})
-    worst["weights"] = compare_weights(actor, folder / "trained")
+    worst["weights"] = compare_weights(actor, folder / f"trained-{case.loss}")
     close_grid(leave_world=False)
     return worst
 

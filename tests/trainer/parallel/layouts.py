@@ -18,6 +18,7 @@ class Case:
     optimizer: dict[str, Any] | None = None  # changes of plain.OPTIMIZER
     recompute: str = "none"
     logits_chunk_bytes: int = 2**29
+    loss: str = "grpo"  # of plain.ALGORITHMS
     full: bool = False  # only in `make test-full`: every pair of its options is in another case
 
     @property
@@ -29,6 +30,8 @@ class Case:
             parts.append(f"recompute-{self.recompute}")
         if self.logits_chunk_bytes < 2**29:
             parts.append("chunked-head")
+        if self.loss != "grpo":
+            parts.append(self.loss)
         return "-".join(parts)
 
 
@@ -51,6 +54,8 @@ ONE = [
     Case("qwen3moe", {}, 8, share=True),
     Case("qwen3moe", {}, full=True),
     Case("qwen3moe", {}, packed=True, recompute="selective"),
+    Case("llama", {}, 2, loss="sequence"),
+    Case("llama", {}, 8, share=True, loss="sequence", logits_chunk_bytes=SMALL),
 ]
 TWO = [
     *(
@@ -76,6 +81,11 @@ TWO = [
     Case("qwen3moe", PP2, packed=True),
     Case("qwen3moe", SP2 | {"expert": 2}),
     Case("qwen3moe", SP2, packed=True),
+    Case("qwen2", TP2, 3, loss="sequence"),
+    Case("qwen2", SP2, packed=True, loss="sequence"),
+    Case("llama", PP2, 2, packed=True, loss="sequence"),  # tied: the entropy's gradient reaches the embedding too
+    Case("llama", PP2X2, 2, loss="sequence", full=True),
+    Case("llama", DP2, 3, share=True, loss="sequence"),
 ]
 FOUR = [
     Case("llama", SP2 | PP2, 2),
@@ -84,5 +94,6 @@ FOUR = [
     Case("qwen3moe", PP2 | {"data": 2, "expert": 2}, 2, packed=True),
     Case("qwen3moe", SP2 | {"data": 2, "expert": 2}, 2, optimizer=SHARDED),
     Case("qwen3moe", SP2 | {"data": 2, "expert": 4}, 2),
+    Case("qwen2", PP2 | DP2, 2, packed=True, loss="sequence"),
 ]
 CASES = {1: ONE, 2: TWO, 4: FOUR}

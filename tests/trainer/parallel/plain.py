@@ -1,10 +1,12 @@
-"""The GRPO step in plain PyTorch and transformers, one process: what every layout must reproduce.
+"""The policy step in plain PyTorch and transformers, one process: what every layout must reproduce.
 
-Written down once per model (reference.pt and a folder with the weights after the last step), read by every rank.
+Written down once per model and loss (a .pt file, and a folder with the weights after the last step); every rank reads
+it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from collab_megatron.config.sections import OptimizerSection
+from collab_megatron.config.sections import AlgorithmSection, OptimizerSection
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample, collate
-from collab_megatron.trainer.loss.losses import LossSum, grpo_loss
+from collab_megatron.trainer.loss.policy_step import make_policy_loss, needs_sequences, with_values
+from collab_megatron.trainer.loss.sequences import mean_weights
 from tests.trainer.parallel.tiny import make_samples
 
 OPTIMIZER = OptimizerSection(
@@ -47,19 +50,36 @@ def _samples() -> list[TokenSample]:
 SAMPLES = _samples()
 
 
-def loss_fn(logprobs: Tensor, batch: MicroBatch) -> LossSum:
-    return grpo_loss(
-        logprobs,
-        old_logprobs=batch.values["old_logprobs"],
-        rollout_logprobs=batch.values["rollout_logprobs"],
-        ref_logprobs=batch.values["ref_logprobs"],
-        advantages=batch.values["advantages"],
-        mask=batch.mask,
-        clip_low=0.2,
-        clip_high=0.2,
-        kl_coef=0.01,
-        importance_cap=2.0,
-    )
+# by name: the loss of tokens, and one with every reduction over replies and the entropy's gradient
+ALGORITHMS = {
+    "grpo": AlgorithmSection(kl_coef=0.01),
+    "sequence": AlgorithmSection(
+        preset="gspo", clip_low=0.9, clip_high=2.0, kl_coef=0.01, importance="sequence", entropy_coef=0.1
+    ),
+}
+
+
+loss_fn = make_policy_loss(ALGORITHMS["grpo"])
+
+
+def samples_for(algorithm: AlgorithmSection) -> list[TokenSample]:
+    """SAMPLES, for a loss of whole replies with the weights of its mean, and with an engine that is near the policy at
+    the start of the step: the product over a reply would be at a limit in every one."""
+    if algorithm.importance != "sequence":
+        return SAMPLES
+    weights = mean_weights([int(sum(s.mask)) for s in SAMPLES], algorithm.aggregation, longest=1)
+    found = []
+    for sample, weight in zip(SAMPLES, weights, strict=True):
+        pairs = zip(sample.values["old_logprobs"], sample.values["rollout_logprobs"], strict=True)
+        near = [old + (rollout - old) / 20 for old, rollout in pairs]
+        values = {"weights": [weight * trained for trained in sample.mask], "rollout_logprobs": near}
+        found.append(replace(sample, values={**sample.values, **values}))
+    return found
+
+
+def numbered(batch: MicroBatch, algorithm: AlgorithmSection) -> MicroBatch:
+    """The batch as rl_step gives it to the loss."""
+    return with_values(batch, "sequence", batch.numbered()) if needs_sequences(algorithm) else batch
 
 
 def statistics(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,20 +95,23 @@ def load_plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
-def write_reference(folder: Path) -> None:
-    """folder/reference.pt: {"reports": one dict a step, "logprobs", "entropies", "after": [T] per sample}; and the
-    trained model in folder/trained.
+def write_reference(folder: Path, name: str = "grpo") -> None:
+    """folder/NAME.pt: {"reports": one dict a step, "logprobs", "entropies", "after": [T] per sample}; and the trained
+    model in folder/trained-NAME. name: of ALGORITHMS.
     """
-    batch = collate(SAMPLES, tuple(range(len(SAMPLES))), pad_id=0, pad_multiple=1, packed=False)
+    algorithm = ALGORITHMS[name]
+    samples = samples_for(algorithm)
+    batch = collate(samples, tuple(range(len(samples))), pad_id=0, pad_multiple=1, packed=False)
+    batch = numbered(batch, algorithm)
     model = load_plain(folder)
     with torch.no_grad():
         before = [batch.per_sample(values) for values in statistics(model, batch.ids)]
-    reports = [_step(model, batch, lr, optimizer) for lr, optimizer in _schedule(model)]
+    reports = [_step(model, batch, lr, optimizer, algorithm) for lr, optimizer in _schedule(model)]
     with torch.no_grad():
         after = batch.per_sample(statistics(model, batch.ids)[0])
     found = {"reports": reports, "logprobs": before[0], "entropies": before[1], "after": after}
-    torch.save(found, folder / "reference.pt")
-    model.save_pretrained(folder / "trained")
+    torch.save(found, folder / f"{name}.pt")
+    model.save_pretrained(folder / f"trained-{name}")
 
 
 def _schedule(model: Any) -> list[tuple[float, torch.optim.Optimizer]]:
@@ -99,11 +122,13 @@ def _schedule(model: Any) -> list[tuple[float, torch.optim.Optimizer]]:
     return [(lr, optimizer) for lr in LEARNING_RATES]
 
 
-def _step(model: Any, batch: MicroBatch, lr: float, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def _step(
+    model: Any, batch: MicroBatch, lr: float, optimizer: torch.optim.Optimizer, algorithm: AlgorithmSection
+) -> dict[str, float]:
     for group in optimizer.param_groups:
         group["lr"] = lr
     logprobs, entropy = statistics(model, batch.ids)
-    result = loss_fn(logprobs, batch)
+    result = make_policy_loss(algorithm)(logprobs, with_values(batch, "entropy", entropy))
     tokens = batch.num_trained_tokens
     optimizer.zero_grad()
     (result.loss / tokens).backward()

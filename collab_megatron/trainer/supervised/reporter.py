@@ -4,53 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from collab_megatron.config import SFTConfig, show_config
+from collab_megatron.config import SupervisedConfig, show_config
 from collab_megatron.trainer.actor.actor import StepResult
-from collab_megatron.trainer.held_out_loss import HeldOutLoss
-from collab_megatron.trainer.rank_batch import RankBatch
 from collab_megatron.trainer.report.dashboard import Dashboard
 from collab_megatron.trainer.report.progress_line import ProgressLine, steps_between
-from collab_megatron.trainer.sft_data import SFTData
+from collab_megatron.trainer.supervised.data import StepBatch
+from collab_megatron.trainer.supervised.held_out import HeldOut
+from collab_megatron.trainer.supervised.objective import Objective
 from collab_megatron.trainer.utilization import utilization
 
 MOST_LINES, MOST_POINTS = 100, 1000
 """The most lines on the terminal and points on the dashboard in a whole run: a step may take milliseconds."""
+PASSES = ("time_s/logprobs", "time_s/update")
+"""Times of a step in which the model runs."""
 
 
-class SFTReporter:
+class SupervisedReporter:
     """For the trainer's rank 0."""
 
-    def __init__(self, config: SFTConfig, *, first_step: int, data: SFTData) -> None:
+    def __init__(self, config: SupervisedConfig, *, first_step: int, objective: Objective) -> None:
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
         self._dashboard.text("config", show_config(config))
-        self._name, self._data = config.run.name, data
+        self._name, self._objective, self._data = config.run.name, objective, objective.data
         self._parallel, self._model = config.parallel, config.model
-        total = config.train.steps
+        total, data = config.train.steps, objective.data
         self._progress = ProgressLine(
             config.run.name, first_step=first_step, total_steps=total, every=steps_between(total, MOST_LINES)
         )
         self._total, self._every = total, steps_between(total, MOST_POINTS)
         epochs = total * config.batch_size / len(data)
         held_out = f", {data.num_held_out:,} held out" if data.num_held_out else ""
-        print(f"{config.run.name}: {len(data):,} conversations{held_out}, {epochs:.1f} epochs", flush=True)
+        print(f"{config.run.name}: {len(data):,} {data.noun}{held_out}, {epochs:.1f} epochs", flush=True)
         for notice in data.notices:
             print(f"{config.run.name}: {notice}", flush=True)
 
-    def step(
-        self, done: int, result: StepResult, batch: RankBatch, trained_tokens: int, seconds: Mapping[str, float]
-    ) -> None:
+    def step(self, done: int, result: StepResult, batch: StepBatch, seconds: Mapping[str, float]) -> None:
         """Report a finished step; `done` counts from 1."""
-        tokens_per_s = trained_tokens / max(seconds["time_s/update"], 1e-9)
+        tokens_per_s = batch.trained_tokens / max(seconds["time_s/update"], 1e-9)
+        figures = self._objective.figures(result.metrics, batch)
         if done % self._every == 0 or done == self._total:
-            metrics = {f"train/{name}": value for name, value in result.metrics.items()}
+            metrics = {f"train/{name}": value for name, value in figures.items()}
             metrics |= {"train/grad_norm": result.grad_norm, "train/lr": result.lr, "train/tokens_per_s": tokens_per_s}
-            metrics["train/dp_imbalance"] = batch.imbalance
-            tflop = 3 * batch.forward_flops / 1e12  # a backward pass is twice a forward pass
-            metrics |= utilization(tflop, seconds["time_s/update"], self._parallel, self._model)
-            metrics["data/conversations_left_out"] = self._data.left_out
-            metrics["data/conversations_left_out_share"] = self._data.share_left_out
+            metrics["train/dp_imbalance"] = batch.rank.imbalance
+            tflop = self._objective.passes * batch.rank.forward_flops / 1e12
+            passes_s = sum(seconds.get(phase, 0.0) for phase in PASSES)
+            metrics |= utilization(tflop, passes_s, self._parallel, self._model)
+            metrics[f"data/{self._data.noun}_left_out"] = self._data.left_out
+            metrics[f"data/{self._data.noun}_left_out_share"] = self._data.share_left_out
             self._dashboard.log(done, {**metrics, **seconds})
-        self._progress.step(done, {"loss": f"{result.metrics['loss']:.3f}", "trained tokens/s": f"{tokens_per_s:,.0f}"})
+        shown = self._objective.shown(figures)
+        self._progress.step(done, {**shown, "trained tokens/s": f"{tokens_per_s:,.0f}"})
 
     def to_disk(self) -> None:
         """Force the figures to the disk; call it before a checkpoint. Raises RunError if the disk refuses."""
@@ -60,13 +63,13 @@ class SFTReporter:
         """Times of a checkpoint of `done` steps, which is written or, with train.async_save, under way."""
         self._dashboard.log(done, seconds)
 
-    def evaluation(self, step: int, found: HeldOutLoss, *, best: bool, seconds: float) -> None:
+    def evaluation(self, step: int, found: HeldOut, *, best: bool, seconds: float) -> None:
         """Report the held-out loss of the weights after `step` steps. best: it is the lowest so far."""
         self._progress.pause(seconds)
         self._dashboard.log(step, {**found.metrics(), "time_s/evaluation": seconds})
         print(
             f"{self._name}: held-out loss {found.loss:.4f} after step {step}{', the lowest so far' if best else ''} "
-            f"(perplexity {found.perplexity:.3f}, {found.conversations:,} conversations, {found.tokens:,} tokens)",
+            f"({found.described})",
             flush=True,
         )
 

@@ -9,7 +9,8 @@ import pytest
 from collab_megatron.config import SFTConfig
 from collab_megatron.data.parquet import Conversation, write_conversations
 from collab_megatron.demo.tokenizer import build_tokenizer
-from collab_megatron.trainer.sft_data import SFTData
+from collab_megatron.trainer.supervised.data import SupervisedData
+from collab_megatron.trainer.supervised.sft import CONVERSATIONS
 from collab_megatron.types import Message
 from tests.trainer.one_process import SPEC, grid_of
 
@@ -37,21 +38,23 @@ def trained(batches: Any) -> int:
 
 
 def test_a_step_is_divided_over_the_data_ranks_and_an_epoch_takes_every_conversation(config: SFTConfig) -> None:
-    ranks = [SFTData(config, grid_of(rank, 2), SPEC) for rank in range(2)]
+    ranks = [SupervisedData(config, grid_of(rank, 2), SPEC, CONVERSATIONS) for rank in range(2)]
     steps = TRAINED * 2 // BATCH  # two epochs
     seen, tokens = 0, 0
     for step in range(steps):
         shares = [data.step(step) for data in ranks]
-        assert {total for _, total in shares} == {sum(trained(share.micro_batches) for share, _ in shares)}
-        seen += sum(len(batch.sample_indices) for share, _ in shares for batch in share.micro_batches)
-        tokens += shares[0][1]
+        assert {share.trained_tokens for share in shares} == {
+            sum(trained(share.rank.micro_batches) for share in shares)
+        }
+        seen += sum(len(batch.sample_indices) for share in shares for batch in share.rank.micro_batches)
+        tokens += shares[0].trained_tokens
     assert seen == steps * BATCH
-    everything = SFTData(config.model_copy(update={"batch_size": TRAINED}), grid_of(), SPEC)
-    assert tokens == 2 * everything.step(0)[1]
+    everything = SupervisedData(config.model_copy(update={"batch_size": TRAINED}), grid_of(), SPEC, CONVERSATIONS)
+    assert tokens == 2 * everything.step(0).trained_tokens
 
 
 def test_held_out_conversations_come_once_each_and_those_trained_on_are_reported(config: SFTConfig) -> None:
-    data = SFTData(config, grid_of(), SPEC)
+    data = SupervisedData(config, grid_of(), SPEC, CONVERSATIONS)
     assert (len(data), data.num_held_out) == (TRAINED, HELD_OUT)
     batches = list(data.held_out_batches())
     assert trained(batch for part in batches for batch in part) == data.held_out_tokens > 0
@@ -60,5 +63,5 @@ def test_held_out_conversations_come_once_each_and_those_trained_on_are_reported
 
 def test_without_a_validation_file_nothing_is_held_out(config: SFTConfig) -> None:
     alone = config.model_copy(update={"data": config.data.model_copy(update={"validation": None})})
-    data = SFTData(alone, grid_of(), SPEC)
+    data = SupervisedData(alone, grid_of(), SPEC, CONVERSATIONS)
     assert (data.num_held_out, data.held_out_tokens, list(data.held_out_batches())) == (0, 0, [])
