@@ -148,7 +148,7 @@ class BatchCollector:
         rollout_s = now - min(tree.started_s for tree in trees)
         health = self._clients.health.metrics()
         return {
-            **rollout_metrics(groups, self._config.reward.metric_weights),
+            **rollout_metrics(groups, self._config.reward.metric_weights, self._config.reward.metric_clamps),
             **staleness_metrics(groups, step),
             "rollout/groups_replaced": Figure.of("sum", [sum(tree.replaced for tree in trees)]),
             "rollout/trees_carried_over": Figure.of("sum", [sum(tree.id.step < step for tree in trees)]),

@@ -103,6 +103,8 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "trainer.batching": ("torch",),
     "rollout.advantages": (),
     "rollout.rewards": (),
+    "rollout.rewards.bleu_score": ("sacrebleu",),
+    "rollout.rewards.math_worker": ("math_verify",),
     "demo": ("aiohttp", "rich"),
     "demo.tokenizer": ("tokenizers", "transformers"),
     "demo.tiny_model": ("torch", "tokenizers", "transformers"),
