@@ -41,7 +41,8 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "rollout": ("config", "data", "engine", "limiter", "model", "wire"),
     "rollout.journal": (),
     "rollout.llm": ("config", "limiter", "rollout.journal"),
-    "rollout.rewards": ("config", "rollout.llm"),
+    "rollout.sandbox": (),
+    "rollout.rewards": ("config", "rollout.llm", "rollout.sandbox"),
     "data_engine": (
         *("config", "data"),
         *("rollout.conversation", "rollout.journal", "rollout.llm", "rollout.rewards"),
@@ -103,6 +104,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "trainer.batching": ("torch",),
     "rollout.advantages": (),
     "rollout.rewards": (),
+    "rollout.sandbox": (),
     "rollout.rewards.bleu_score": ("sacrebleu",),
     "rollout.rewards.math_worker": ("math_verify",),
     "demo": ("aiohttp", "rich"),

@@ -6,6 +6,7 @@ from collab_megatron.rollout.rewards.accuracy import ExactAccuracy, JudgedAccura
 from collab_megatron.rollout.rewards.bleu_score import BleuScore
 from collab_megatron.rollout.rewards.interactivity import Interactivity
 from collab_megatron.rollout.rewards.math_checker import MathChecker
+from collab_megatron.rollout.rewards.pass_rate import PassRate, PassRateSettings
 from collab_megatron.rollout.rewards.registry import MetricContext, register_metric
 from collab_megatron.rollout.rewards.rubric import RubricJudge, RubricSettings
 from collab_megatron.rollout.rewards.token_amount import TokenAmount, TokenAmountSettings
@@ -34,6 +35,11 @@ def interactivity(context: MetricContext) -> Metric:
 @register_metric("judge")
 def judge(context: MetricContext) -> Metric:
     return RubricJudge(context.need_judge("judge"), context.settings(RubricSettings), context.prompt_file)
+
+
+@register_metric("pass_rate")
+def pass_rate(context: MetricContext) -> Metric:
+    return PassRate(context.extractor("code"), context.settings(PassRateSettings))
 
 
 @register_metric("token_amount")
