@@ -36,7 +36,7 @@ _DECIDES = (
 _DECIDES_NOT = ("algorithm.reference", "optimizer.distributed", "optimizer.overlap", "optimizer.cpu_offload")
 _DECIDES_OF_LLMS = ("model", "temperature", "prompt_file", "max_tokens")
 """Of simulators and judges, and all of `extra`; addresses, time limits and retries may change."""
-_NAMED_BY_THE_USER = (".metric_weights.", ".extra.")
+_NAMED_BY_THE_USER = (".metric_weights.", ".metric_clamps.", "reward.settings.", ".extra.")
 """Mappings with keys chosen by the user: an absent key is a difference, not the default of an older version."""
 
 

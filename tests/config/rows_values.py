@@ -137,7 +137,12 @@ CHOICES = [
 AT_ODDS = [
     rl("reward.metric_weights={}", "at least one"),
     rl("reward.metric_weights={accuracy: 0, interactivity: 0}", "0"),
-    Row("unknown-metric", "train_rl", ("reward.metric_weights={bleu: 1}",), ("'bleu'", "accuracy, bleu_score, interactivity")),
+    Row(
+        "unknown-metric",
+        "train_rl",
+        ("reward.metric_weights={bleu: 1}",),
+        ("'bleu'", "accuracy, bleu_score, interactivity"),
+    ),
     rl("reward.settings={bleu: {a: 1}}", "'bleu'", "known"),
     rl("reward.settings={accuracy: {a: 1}}", "no settings"),
     rl(("simulators.judge=null", "reward.metric_weights={interactivity: 1}"), "reward.judges.interactivity"),

@@ -79,10 +79,10 @@ class _Result(unittest.TestResult):
         super().__init__()
         self.passed = 0
 
-    def addSuccess(self, test: unittest.TestCase) -> None:
+    def addSuccess(self, _test: unittest.TestCase) -> None:
         self.passed += 1
 
-    def addExpectedFailure(self, test: unittest.TestCase, err: Any) -> None:
+    def addExpectedFailure(self, _test: unittest.TestCase, _error: Any) -> None:
         self.passed += 1
 
 
