@@ -21,11 +21,7 @@ def warnings(weights: dict[str, float], *, roles: dict[str, Any] | None = None, 
 @pytest.mark.parametrize(
     ("weight", "unit", "words"),
     [
-        (
-            -0.0001,
-            "kilotokens",
-            "token_amount=-0.0001 is per kilotokens, so 1,000 tokens change the reward by only 0.0001",
-        ),
+        (-0.0001, "kilotokens", "=-0.0001 is per kilotokens, so 1,000 tokens change the reward by only 0.0001"),
         (-0.0001, "words", ""),  # the verl recipe
         (-0.0001, "tokens", ""),  # the paper, on documents
         (-0.0005, "tokens", ""),  # and on code and mathematics
