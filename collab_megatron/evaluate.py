@@ -81,6 +81,7 @@ async def play(
             usable_tasks(tasks, clients, config.rollout.max_prompt_tokens),
             evaluation=config.evaluation,
             weights=config.reward.metric_weights,
+            clamps=config.reward.metric_clamps,
             limits=clients.limits,
             players=clients.players,
             within=partial(budget.room, calls),

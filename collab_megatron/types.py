@@ -162,6 +162,7 @@ class Future:
     policy_tokens: int = 0  # assistant tokens, the trained reply included
     versions: tuple[int, int] = (0, 0)  # lowest and highest weight version of its policy turns
     error: str = ""
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # metric name -> what it noted
     turns: tuple[PolicyTurn, ...] = ()  # the policy turns among `messages`, in order; the trained reply is not one
     calls: tuple[CallRecord, ...] = ()  # to user and judges, in the order of their ends
 
@@ -344,6 +345,31 @@ class ScoredConversation:
         return next((m.content for m in reversed(self.messages) if m.role == "assistant"), "")
 
 
+@dataclass(frozen=True)
+class Score:
+    """A metric's result with details for the record. A metric without details may return the number alone.
+
+    Example: Score(0.0, {"passed": 3, "tests": 4, "first_error": "AssertionError"})
+    """
+
+    value: float  # finite
+    details: Mapping[str, Any] = field(default_factory=dict)  # plain values; long texts are cut
+
+
+@dataclass(frozen=True)
+class NoScore:
+    """A metric's failure: the conversation cannot be scored and leaves the mean; it never counts as 0.
+
+    Example: NoScore("the task has no tests")
+    """
+
+    reason: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+MetricResult = float | Score | NoScore
+
+
 class Metric(Protocol):
     """One conversation-level metric; all metrics of a conversation run at the same time.
 
@@ -352,8 +378,8 @@ class Metric(Protocol):
 
     name: str
 
-    def score(self, conversation: ScoredConversation) -> float | Awaitable[float]:
-        """The raw score, a finite number: `async def` for a metric that waits, a plain function for one that counts.
+    def score(self, conversation: ScoredConversation) -> MetricResult | Awaitable[MetricResult]:
+        """The raw score: `async def` for a metric that waits, a plain function for one that counts.
 
         Raises SimulatorError if the judge does not answer.
         """

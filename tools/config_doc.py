@@ -49,7 +49,8 @@ before a process starts.
 
 - **Extend a file.** `extends: base.yaml`, or a list of files, reads other files first; their paths are relative to the
   file that names them. Sections merge key by key, and the extending file wins. `reward.metric_weights` is replaced as a
-  whole, so a metric that is left out is switched off.
+  whole, so a metric that is left out is switched off. On the command line `reward.metric_weights.bleu_score=1` adds a
+  metric and `reward.metric_weights.interactivity=null` removes one.
 - **Override a key.** `section.key=value` on the command line wins over every file, such as
   `train.steps=3 run.resume=true`. The value is YAML: lists as `[a, b]`, mappings as `{a: 1}`, nothing as `null`. A list
   is given as a whole.

@@ -13,9 +13,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from collab_megatron.config.explain import cut, explain, shown
+from collab_megatron.config.sections import RewardSection
 from collab_megatron.config.yaml_text import NotYaml, parse_yaml
 from collab_megatron.errors import UserError, masked
 
+WEIGHTS = "reward.metric_weights"
 WIDE = 2**16  # columns: no address is broken over two lines
 NAMED = {"algorithm": "preset"}
 """Sections that a name stands for, and the key that holds it."""
@@ -30,7 +32,10 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     """
     raw = _read_with_extends(path, ())
     for override in overrides:
-        _apply_override(raw, override)
+        if override.startswith(f"{WEIGHTS}."):
+            _apply_weight(raw, override)
+        else:
+            _apply_override(raw, override)
     _find_modules(raw, path.absolute().parent)
     try:
         return kind.model_validate(raw)
@@ -118,6 +123,21 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "metric_weights"
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _apply_weight(raw: dict[str, Any], override: str) -> None:
+    """reward.metric_weights.NAME=1 adds a metric to those of the files, or to the default ones; =null removes it."""
+    reward = raw["reward"] = {} if raw.get("reward") is None else raw["reward"]
+    if isinstance(reward, dict) and reward.get("metric_weights") is None:
+        reward["metric_weights"] = dict(RewardSection().metric_weights)
+    before = list(reward["metric_weights"]) if isinstance(reward, dict) else []
+    _apply_override(raw, override)
+    name = override.partition("=")[0].removeprefix(f"{WEIGHTS}.")
+    weights = reward["metric_weights"]
+    if name in weights and weights[name] is None:
+        if name not in before:
+            raise UserError(f"override {cut(override)!r}: {name} has no weight; metrics with one: {', '.join(before)}")
+        del weights[name]
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

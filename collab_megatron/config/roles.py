@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from collab_megatron.config.sections import LLMSection, RewardSection, SimulatorSection, SimulatorsSection, UserSection
+from collab_megatron.config.sections.llm import ROLES
 
 JUDGE_OF = "judge-"  # begins the role of a metric's own judge
-SHIPPED_METRICS = ("accuracy", "interactivity", "token_amount")
+EXTRACTOR = "extractor"  # the role in simulators.roles that extracts documents and code
+EXTRACTING_METRICS = ("bleu_score", "pass_rate")
+JUDGED_METRICS = ("accuracy", "interactivity", "judge", *EXTRACTING_METRICS)
+SHIPPED_METRICS = (*JUDGED_METRICS, "token_amount", "turn_count")
 
 
 def llm_roles(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
@@ -15,7 +19,7 @@ def llm_roles(simulators: SimulatorsSection, reward: RewardSection) -> dict[str,
     named: dict[str, Any] = {"user": simulators.user, "judge": simulators.judge, "assistant": simulators.assistant}
     roles = {role: section for role, section in named.items() if section is not None}
     own = {judge_role(metric): judge for metric, judge in reward.judges.items() if metric in reward.metric_weights}
-    return roles | own
+    return roles | dict(simulators.roles) | own
 
 
 def llms_of_conversations(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
@@ -40,16 +44,25 @@ def judge_role(metric: str) -> str:
 
 def role_place(role: str) -> str:
     """The key in the config of a role of `llm_roles`."""
-    return f"reward.judges.{role.removeprefix(JUDGE_OF)}" if role.startswith(JUDGE_OF) else f"simulators.{role}"
+    if role.startswith(JUDGE_OF):
+        return f"reward.judges.{role.removeprefix(JUDGE_OF)}"
+    return f"simulators.{role}" if role in ROLES else f"simulators.roles.{role}"
+
+
+def role_of_metric(metric: str, reward: RewardSection, simulators: SimulatorsSection) -> str:
+    """The role that a metric asks: its own judge, the extractor, or the judge of all."""
+    if metric in reward.judges:
+        return judge_role(metric)
+    return EXTRACTOR if metric in EXTRACTING_METRICS and EXTRACTOR in simulators.roles else "judge"
 
 
 def shipped_judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, LLMSection | None]:
-    """The judge of each weighted, shipped metric that needs one; None where no judge is configured for it."""
-    judged = ["accuracy"] if reward.accuracy_verifier == "judge" else []
+    """The LLM of each weighted, shipped metric that asks one; None where none is configured for it."""
+    roles = llm_roles(simulators, reward)
     return {
-        name: reward.judges.get(name, simulators.judge)
-        for name in (*judged, "interactivity")
-        if name in reward.metric_weights
+        name: roles.get(role_of_metric(name, reward, simulators))
+        for name in JUDGED_METRICS
+        if name in reward.metric_weights and not (name == "accuracy" and reward.accuracy_verifier == "exact")
     }
 
 

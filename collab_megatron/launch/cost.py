@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 
 from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig
-from collab_megatron.config.roles import judge_role, role_place, shipped_judges, user_places
+from collab_megatron.config.roles import role_of_metric, role_place, shipped_judges, user_places
 from collab_megatron.config.sections import DeploymentSection, LLMSection, RewardSection, SimulatorsSection
 from collab_megatron.rollout.llm.prices import price
 from collab_megatron.types import Task
@@ -139,7 +139,7 @@ def future_calls(
     end = lengths.chat + (turns + 1) * reply + turns * user
     for metric, (place, section) in judges(reward, simulators).items():
         shown = _prompt_tokens(*_judge_prompt(metric, section, reward))
-        if metric == "accuracy" or reward.interactivity_sees == "request":
+        if metric != "interactivity" or reward.interactivity_sees == "request":
             shown += lengths.request
         shown += lengths.reference if metric == "accuracy" else 0.0
         found.append(Calls(place, section, 1, shown + end, section.max_tokens))
@@ -149,7 +149,7 @@ def future_calls(
 def judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, tuple[str, LLMSection]]:
     """Shipped metric -> its judge: (key in the config, section). Calls of user-defined metrics are unknown."""
     return {
-        name: (role_place(judge_role(name) if name in reward.judges else "judge"), section)
+        name: (role_place(role_of_metric(name, reward, simulators)), section)
         for name, section in shipped_judges(reward, simulators).items()
         if section is not None
     }
@@ -219,6 +219,9 @@ def _judge_prompt(metric: str, section: LLMSection, reward: RewardSection) -> tu
     own = section.prompt_file if metric in reward.judges else None
     if metric == "accuracy":
         return "judge_accuracy", own or reward.accuracy_prompt_file
+    if metric != "interactivity":
+        shipped = {"bleu_score": "extract_document", "pass_rate": "extract_code", "judge": "judge_rubric"}
+        return shipped[metric], own
     return (
         "judge_interactivity_chat" if reward.interactivity_sees == "chat" else "judge_interactivity",
         section.prompt_file,

@@ -152,7 +152,7 @@ class BatchCollector:
         health = self._clients.health.metrics()
         online = self._config.online_dpo
         return {
-            **rollout_metrics(groups, self._config.reward.metric_weights),
+            **rollout_metrics(groups, self._config.reward.metric_weights, self._config.reward.metric_clamps),
             **(preference_figures(groups, online) if online is not None else {}),
             **staleness_metrics(groups, step),
             "rollout/groups_replaced": Figure.of("sum", [sum(tree.replaced for tree in trees)]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,7 @@ from collab_megatron.rollout.evaluation_tasks import has_both, sample_tasks, wit
 from collab_megatron.rollout.future import STOPS_ALL, Limits, Players
 from collab_megatron.rollout.group import TreeId, play_once
 from collab_megatron.rollout.metrics import evaluation_metrics
+from collab_megatron.rollout.rewards.aggregate import DEFAULT_CLAMPS, Clamps
 from collab_megatron.rollout.rewards.scorer import is_of_own_metric
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import Future, Generation, Group, PolicyTurn, Reply, RolloutStatus, Task
@@ -42,7 +43,8 @@ async def evaluate(
     tasks: Sequence[Task],
     *,
     evaluation: EvaluationSection,
-    weights: dict[str, float],
+    weights: Mapping[str, float],
+    clamps: Clamps = DEFAULT_CLAMPS,
     limits: Limits,
     players: Players,
     step: int = 0,
@@ -98,6 +100,7 @@ async def evaluate(
     figures = evaluation_metrics(
         [(group.task, reply) for group in groups for reply in group.replies_G],
         weights,
+        clamps,
         apart=has_both(chosen) and not evaluation.simulated_opening,
     )
     figures["wall_s"] = Figure.of("max", [time.monotonic() - start])

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError
 from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.rollout.conversation import Conversation, ConversationScorer, TurnLimits
 from collab_megatron.rollout.journal.store import ReplayMiss
 from collab_megatron.rollout.llm.accounting import CALLS
-from collab_megatron.rollout.rewards.scorer import is_of_own_metric
+from collab_megatron.rollout.rewards.scorer import DETAILS, is_of_own_metric
 from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
 from collab_megatron.types import (
     CallRecord,
@@ -95,6 +95,8 @@ async def play_future(
     """
     calls: list[CallRecord] = []
     before = CALLS.set(calls)
+    details: dict[str, Mapping[str, Any]] = {}
+    before_details = DETAILS.set(details)
     conversation = Conversation(task, task.prompt, reply, sample_index=sample_index)
     policy = EnginePolicy(task, prompt_ids, reply, name=name, limits=limits, players=players)
     try:
@@ -114,10 +116,12 @@ async def play_future(
             future = conversation.future(index, RolloutStatus.UNEXPECTED_ERROR, words)
     finally:
         CALLS.reset(before)
+        DETAILS.reset(before_details)
     versions = [version for turn in conversation.turns for version in turn.generation.versions_T]
     return replace(
         future,
         versions=(min(versions), max(versions)) if versions else (0, 0),
+        details=details,
         turns=tuple(conversation.turns[1:]),
         calls=tuple(calls),
     )

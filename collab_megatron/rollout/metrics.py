@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from collab_megatron.figures import Figure, Figures
 from collab_megatron.rollout.evaluation_tasks import is_opening
-from collab_megatron.rollout.rewards import asks_question, clamped_share
+from collab_megatron.rollout.rewards import asks_question, clamped_shares
+from collab_megatron.rollout.rewards.aggregate import DEFAULT_CLAMPS, Clamps
 from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
 
 
@@ -27,8 +28,8 @@ def clarify_rates(pairs: Iterable[tuple[Task, Reply]]) -> Figures:
     return {name: Figure.of("mean", values) for name, values in asked.items()}
 
 
-def score_metrics(futures: Sequence[Future], weights: Mapping[str, float]) -> Figures:
-    """Mean and std of every raw metric over the scored futures, and the share of futures with a clamped metric."""
+def score_metrics(futures: Sequence[Future], weights: Mapping[str, float], clamps: Clamps) -> Figures:
+    """Mean and std of every raw metric over the scored futures, and the share of futures in which it is clamped."""
     scored = [
         future for future in futures if future.status.scored and future.scores
     ]  # a penalized future has no scores
@@ -37,15 +38,17 @@ def score_metrics(futures: Sequence[Future], weights: Mapping[str, float]) -> Fi
         values = [future.scores[name] for future in scored]
         figures[f"reward/{name}_mean"] = Figure.of("mean", values)
         figures[f"reward/{name}_std"] = Figure.of("std", values)
-    figures["reward/clamped_share"] = Figure.ratio(clamped_share(scored, weights) * len(scored), len(scored))
+    for name, share in clamped_shares(scored, weights, clamps).items():
+        figure = f"reward/{name}_clamped_share" if name else "reward/clamped_share"
+        figures[figure] = Figure.ratio(share * len(scored), len(scored))
     return figures
 
 
-def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Figures:
+def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float], clamps: Clamps = DEFAULT_CLAMPS) -> Figures:
     """The figures of a step's groups. Shares and rates are in [0, 1], lengths in tokens."""
     replies = [(group.task, reply) for group in groups for reply in group.replies_G]
     futures = [future for _, reply in replies for future in reply.futures_K]
-    figures = score_metrics(futures, weights)
+    figures = score_metrics(futures, weights, clamps)
     mrs = [reply.mr for _, reply in replies if reply.mr is not None]
     figures["reward/mr_mean"] = Figure.of("mean", mrs)
     figures["reward/mr_std"] = Figure.of("std", mrs)
@@ -112,26 +115,31 @@ def staleness_metrics(groups: Sequence[Group], step: int) -> Figures:
 
 
 def evaluation_metrics(
-    plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float], *, apart: bool = False
+    plays: Sequence[tuple[Task, Reply]],
+    weights: Mapping[str, float],
+    clamps: Clamps = DEFAULT_CLAMPS,
+    *,
+    apart: bool = False,
 ) -> Figures:
     """Figures of held-out conversations with one future each; failed conversations are counted, not averaged.
 
     `apart` adds scores, reward and counts of openings and of later turns separately, as openings/NAME and later/NAME.
     Clarify rates are always over openings.
     """
-    figures = _score_figures(plays, weights)
+    figures = _score_figures(plays, weights, clamps)
     figures |= clarify_rates([(task, reply) for task, reply in plays if reply.mr is not None])
     if apart:
         for kind, opening in (("openings", True), ("later", False)):
             part = [(task, reply) for task, reply in plays if is_opening(task) is opening]
-            figures |= {f"{kind}/{name}": figure for name, figure in _score_figures(part, weights).items()}
+            figures |= {f"{kind}/{name}": figure for name, figure in _score_figures(part, weights, clamps).items()}
     return figures
 
 
-def _score_figures(plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float]) -> Figures:
+def _score_figures(plays: Sequence[tuple[Task, Reply]], weights: Mapping[str, float], clamps: Clamps) -> Figures:
     rewards = [reply.mr for _, reply in plays if reply.mr is not None]
     futures = [reply.futures_K[0] for _, reply in plays if reply.mr is not None]
-    figures = {name.removeprefix("reward/"): value for name, value in score_metrics(futures, weights).items()}
+    scored = score_metrics(futures, weights, clamps)
+    figures = {name.removeprefix("reward/"): value for name, value in scored.items()}
     for name in weights:
         figures[name] = figures.pop(f"{name}_mean")
     figures["mr"] = Figure.of("mean", rewards)

@@ -82,6 +82,7 @@ def _future(future: Future) -> dict[str, Any]:
         "turns": [_turn(turn) for turn in future.turns],
         "calls": [vars(call) for call in future.calls],
         "scores": dict(future.scores),
+        "details": dict(future.details),
         "reward": future.reward,
         "policy_tokens": future.policy_tokens,
         "weight_versions": list(future.versions),

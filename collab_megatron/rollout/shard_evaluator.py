@@ -38,6 +38,7 @@ class ShardEvaluator:
             self._tasks,
             evaluation=section,
             weights=self._config.reward.metric_weights,
+            clamps=self._config.reward.metric_clamps,
             limits=self._clients.limits,
             players=self._clients.players,
             step=step,

@@ -41,7 +41,7 @@ _DECIDES_NOT = (
 )
 _DECIDES_OF_LLMS = ("model", "temperature", "prompt_file", "max_tokens")
 """Of simulators and judges, and all of `extra`; addresses, time limits and retries may change."""
-_CHOSEN = (".metric_weights.", ".extra.", "online_dpo.")
+_CHOSEN = (".metric_weights.", ".metric_clamps.", "reward.settings.", ".extra.", "online_dpo.")
 """Mappings with keys chosen by the user, and a section that is off by default: an absent key is a difference, not the
 default of an older version."""
 

@@ -71,6 +71,32 @@ def test_every_preset_is_sound(rl_file: Path, preset: str) -> None:
     assert load_config(RLConfig, rl_file, [f"algorithm={preset}"]).algorithm.preset == preset
 
 
+def test_weights_are_added_and_removed_on_the_command_line(tmp_path: Path, rl_file: Path) -> None:
+    def weights(path: Path, *overrides: str) -> dict[str, float]:
+        config = load_config(RLConfig, path, [f"reward.metric_weights{override}" for override in overrides])
+        return config.reward.metric_weights
+
+    default = {"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1}
+    assert weights(rl_file) == default
+    assert weights(rl_file, ".bleu_score=1") == {**default, "bleu_score": 1.0}
+    assert weights(rl_file, ".accuracy=null", ".token_amount=-0.5") == {"interactivity": 1.0, "token_amount": -0.5}
+    assert weights(rl_file, "={bleu_score: 1}", ".turn_count=-0.1") == {"bleu_score": 1.0, "turn_count": -0.1}
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: rl.yaml\nreward: {metric_weights: {pass_rate: 1.0}}\n")
+    assert weights(child) == {"pass_rate": 1.0}  # a mapping in a file replaces the default
+    assert weights(child, ".token_amount=-0.1") == {"pass_rate": 1.0, "token_amount": -0.1}
+    child.write_text("extends: rl.yaml\nreward:\n")
+    assert weights(child, ".bleu_score=1") == {**default, "bleu_score": 1.0}
+    for overrides, words in (
+        ((".acuracy=null",), "acuracy has no weight; metrics with one: accuracy, interactivity, token_amount"),
+        (("={accuracy: 1}", ".accuracy=null"), "at least one metric"),
+        ((".accuracy",), "is not of the form section.key=value"),
+        ((".accuracy=much",), "should be a valid number"),
+    ):
+        with pytest.raises(UserError, match=words):
+            weights(rl_file, *overrides)
+
+
 def test_what_is_dumped_loads_again(tmp_path: Path, rl_file: Path) -> None:
     config = load_config(RLConfig, rl_file)
     (tmp_path / "dumped.yaml").write_text(dump_config(config))

@@ -196,7 +196,7 @@ def test_simulators_without_key_or_answer(load: Load, monkeypatch: pytest.Monkey
 def test_a_metric_that_nobody_registered(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = refusal(load("reward.metric_weights={bleu: 1}"))
     assert "'bleu'" in sentence
-    assert "accuracy, interactivity, token_amount" in sentence
+    assert "accuracy, bleu_score, interactivity" in sentence
     assert "no_such_module" in refusal(load("reward.metric_modules=[no_such_module]"))
     (tmp_path / "my_metrics.py").write_text(
         "from collab_megatron.rollout.rewards import register_metric\n"

@@ -11,6 +11,17 @@ from collab_megatron.config.sections.base import Finite, Named, Positive, Second
 from collab_megatron.config.sections.extra import check_address, check_extra
 from collab_megatron.types import TERMINATION_SIGNAL
 
+ROLES = ("user", "judge", "assistant")
+"""Roles with a section of their own."""
+
+
+def _free_name(name: str) -> str:
+    if name in ROLES or name.startswith("judge-"):
+        raise ValueError(f"{name} is the name of another role: choose another name")
+    return name
+
+
+RoleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$"), AfterValidator(_free_name)]
 Address = Annotated[str, Field(min_length=1), AfterValidator(check_address)]
 
 
@@ -87,9 +98,12 @@ class SimulatorsSection(Section):
     """The LLMs around the policy."""
 
     user: UserSection
-    # needed by interactivity and by accuracy_verifier: judge, unless reward.judges has one for them
+    # needed by every metric that asks an LLM (docs/rewards.md), unless reward.judges has one for it
     judge: JudgeSection | None = None
     assistant: LLMSection | None = None  # only for tools/build_dataset.py: proposes the candidate replies
+    # further LLMs for metrics, by name. bleu_score and pass_rate ask `extractor` where there is one; metrics of your
+    # own ask any (docs/rewards.md)
+    roles: dict[RoleName, JudgeSection] = Field(default={})
     health: HealthSection = HealthSection()
 
     @field_validator("judge", mode="before")
@@ -102,13 +116,17 @@ class SimulatorsSection(Section):
 
 
 class RewardSection(Section):
-    """R* = sum over metrics of clamp(weight * score, -1, 1). token_amount is in thousands of assistant tokens."""
+    """R* = sum over metrics of clamp(weight * score). token_amount is in thousands of assistant tokens, unless
+    reward.settings.token_amount.unit says otherwise."""
 
-    # by metric; only metrics with a weight are computed
+    # by metric; only metrics with a weight are computed. In a file the mapping replaces that of the files it extends;
+    # on the command line reward.metric_weights.NAME=1 adds one metric and =null removes it
     metric_weights: dict[str, Finite] = Field(default={"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1})
-    accuracy_verifier: Literal["exact", "judge"] = (
-        "judge"  # exact: compare with the reference answer; judge: ask an LLM
-    )
+    # by metric: the limit of |weight * score|, 1 for metrics that are not named; null: no limit
+    metric_clamps: dict[str, Annotated[float, Field(gt=0)] | None] = Field(default={})
+    # rules: an equal answer, or mathematics that math-verify compares, is decided by rule, and the rest by an LLM;
+    # exact: compare the last turn with the reference answer; judge: always ask an LLM
+    accuracy_verifier: Literal["rules", "exact", "judge"] = "rules"
     # what the judge of interactivity sees. request: the whole task too, so that it can tell what a question should have
     # asked; chat: the conversation only, like the paper's ITR judge
     interactivity_sees: Literal["request", "chat"] = "request"

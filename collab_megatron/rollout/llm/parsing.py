@@ -124,14 +124,19 @@ def text_field(reply: dict[str, Any], name: str) -> str:
 
 def share_field(reply: dict[str, Any], name: str) -> float:
     """A field that must be a number in [0, 1], possibly in quotes."""
+    return number_field(reply, name, 0.0, 1.0)
+
+
+def number_field(reply: dict[str, Any], name: str, lowest: float, highest: float) -> float:
+    """A field that must be a number between the two, possibly in quotes."""
     value = _field(reply, name)
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
             raise MalformedReply(f"field {name!r} is not a number") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        raise MalformedReply(f"field {name!r} is not a number between 0 and 1")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value <= highest:
+        raise MalformedReply(f"field {name!r} is not a number between {lowest:g} and {highest:g}")
     return float(value)
 
 

@@ -18,7 +18,8 @@ from collab_megatron.errors import UserError
 from collab_megatron.files import contents
 from collab_megatron.types import Message
 
-BLOCK_END = re.compile(r"</(?=\s*(?:chat|request|reference|task_desc)\s*>)", re.IGNORECASE)
+TEXT_FILES = ("prompt_file", "rubric_file")  # ends of keys that name a text file
+BLOCK_END = re.compile(r"</(?=\s*(?:chat|request|reference|rubric|task_desc)\s*>)", re.IGNORECASE)
 
 
 class PromptTemplate:
@@ -65,10 +66,10 @@ def shipped_prompts() -> list[Path]:
 
 
 def prompts_by_content(node: Any) -> Any:
-    """`node` with the hash of the text instead of the path of every `...prompt_file`."""
+    """`node` with the hash of the text instead of the path of every `...prompt_file` and `rubric_file`."""
     if isinstance(node, Mapping):
         return {
-            key: contents(Path(value)) if key.endswith("prompt_file") and value else prompts_by_content(value)
+            key: contents(Path(value)) if key.endswith(TEXT_FILES) and value else prompts_by_content(value)
             for key, value in node.items()
         }
     return [prompts_by_content(value) for value in node] if isinstance(node, list) else node

@@ -1,8 +1,9 @@
 """Conversation-level metrics, and the arithmetic from their scores to the multiturn-aware reward."""
 
+from collab_megatron.rollout.rewards import shipped as _shipped  # noqa: F401 - registers the shipped metrics
 from collab_megatron.rollout.rewards.aggregate import (
     asks_question,
-    clamped_share,
+    clamped_shares,
     conversation_reward,
     multiturn_reward,
 )
@@ -19,7 +20,7 @@ __all__ = [
     "MetricContext",
     "Scorer",
     "asks_question",
-    "clamped_share",
+    "clamped_shares",
     "configured_scorer",
     "conversation_reward",
     "judge_calls",

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from collab_megatron.config.roles import judge_role, own_metrics, shipped_judges
+from collab_megatron.config.roles import EXTRACTOR, judge_role, own_metrics, role_of_metric, shipped_judges
 from collab_megatron.config.sections import RewardSection, Section, SimulatorsSection
 from collab_megatron.errors import UserError
 from collab_megatron.rollout.llm import Gateway
-from collab_megatron.rollout.rewards.accuracy import ExactAccuracy, JudgedAccuracy
-from collab_megatron.rollout.rewards.interactivity import Interactivity, Sees
+from collab_megatron.rollout.rewards.aggregate import Clamps
+from collab_megatron.rollout.rewards.extraction import Extractor, Kind
+from collab_megatron.rollout.rewards.interactivity import Sees
 from collab_megatron.rollout.rewards.modules import import_metric_module
 from collab_megatron.rollout.rewards.scorer import Scorer
-from collab_megatron.rollout.rewards.token_amount import TokenAmount
 from collab_megatron.types import ChatLLM, Metric
 
 S = TypeVar("S", bound=Section)
@@ -34,10 +34,11 @@ class MetricContext:
     """The arguments of a metric's factory."""
 
     judge: ChatLLM | None  # None: no judge is configured
-    accuracy_verifier: str = "judge"  # exact | judge
+    accuracy_verifier: str = "judge"  # rules | exact | judge
     interactivity_sees: Sees = "request"
     prompt_file: Path | None = None  # replaces the shipped prompt of the metric's judge
     name: str = ""  # the metric's
+    roles: Mapping[str, ChatLLM] = field(default_factory=dict)  # those of simulators.roles
     raw_settings: Mapping[str, Any] = field(default_factory=dict)  # reward.settings.<name> from the config
     read: list[type[Section]] = field(default_factory=list, compare=False)  # classes that `settings` was called with
 
@@ -54,6 +55,19 @@ class MetricContext:
         if self.judge is None:
             raise UserError(f"metric {metric} needs an LLM judge: set simulators.judge, or reward.judges.{metric}")
         return self.judge
+
+    def need_role(self, role: str) -> ChatLLM:
+        """An LLM of simulators.roles by its name. Raises UserError if it is not configured."""
+        if role not in self.roles:
+            raise UserError(
+                f"metric {self.name} asks the LLM {role!r}, which is not configured: set simulators.roles.{role}"
+            )
+        return self.roles[role]
+
+    def extractor(self, kind: Kind) -> Extractor:
+        """Finds the final document or code of a conversation: one call, however many metrics ask. Raises UserError
+        without an LLM."""
+        return Extractor(self.need_judge(self.name), kind, self.prompt_file)
 
 
 MetricFactory = Callable[[MetricContext], Metric]
@@ -83,18 +97,26 @@ def make_scorer(
     interactivity_sees: Sees = "request",
     metric_modules: Sequence[str] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    clamps: Clamps | None = None,
+    roles: Mapping[str, ChatLLM] | None = None,
 ) -> Scorer:
     """The scorer of a run. `metric_modules` are imported first, so that they can register metrics.
 
-    By metric: `judges`, which replace `judge`; the `prompt_files` of the judges; and `settings`. Raises UserError for a
+    By metric: `judges`, which replace `judge`; the `prompt_files` of the judges; `settings`; and `clamps`. `roles`: the
+    LLMs that metrics may ask by name. Raises UserError for a
     module that cannot be imported, an unknown metric, a metric without its judge, settings that the metric does not
     take, or a factory that returns no metric.
     """
     for module in metric_modules:
         import_metric_module(module)
-    context = MetricContext(judge, accuracy_verifier, interactivity_sees)
-    settings, judges, prompt_files = settings or {}, judges or {}, prompt_files or {}
-    for place, names in (("", metric_weights), ("reward.settings: ", settings), ("reward.judges: ", judges)):
+    context = MetricContext(judge, accuracy_verifier, interactivity_sees, roles=roles or {})
+    settings, judges, prompt_files, clamps = settings or {}, judges or {}, prompt_files or {}, clamps or {}
+    for place, names in (
+        ("", metric_weights),
+        ("reward.settings: ", settings),
+        ("reward.judges: ", judges),
+        ("reward.metric_clamps: ", clamps),
+    ):
         unknown = sorted(set(names) - set(_FACTORIES))
         if unknown:
             raise UserError(f"{place}unknown metric {unknown[0]!r}; known are {', '.join(sorted(_FACTORIES))}")
@@ -111,7 +133,7 @@ def make_scorer(
         )
         for name in metric_weights
     ]
-    return Scorer(metrics, metric_weights)
+    return Scorer(metrics, metric_weights, clamps)
 
 
 def judge_calls(reward: RewardSection, simulators: SimulatorsSection) -> int:
@@ -127,19 +149,27 @@ def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gate
     """The scorer of a config. Raises UserError as make_scorer does, and for a bad prompt file."""
     judge = simulators.judge
     own = {name: section for name, section in reward.judges.items() if name in reward.metric_weights}
+    extractor = simulators.roles.get(EXTRACTOR)
+    extracting = [name for name in reward.metric_weights if role_of_metric(name, reward, simulators) == EXTRACTOR]
     return make_scorer(
         reward.metric_weights,
         None if judge is None else gateway.role("judge"),
         accuracy_verifier=reward.accuracy_verifier,
-        judges={name: gateway.role(judge_role(name)) for name in own},
+        judges={
+            **{name: gateway.role(judge_role(name)) for name in own},
+            **{name: gateway.role(EXTRACTOR) for name in extracting},
+        },
         prompt_files={
             "interactivity": None if judge is None else judge.prompt_file,
             "accuracy": reward.accuracy_prompt_file,
+            **{name: extractor.prompt_file for name in extracting if extractor is not None},
             **{name: section.prompt_file for name, section in own.items() if section.prompt_file is not None},
         },
         interactivity_sees=reward.interactivity_sees,
         metric_modules=reward.metric_modules,
         settings=reward.settings,
+        clamps=reward.metric_clamps,
+        roles={name: gateway.role(name) for name in simulators.roles},
     )
 
 
@@ -159,20 +189,3 @@ def _make(context: MetricContext) -> Metric:
     if context.raw_settings and not context.read:
         raise UserError(f"reward.settings.{name}: metric {name} takes no settings: remove them")
     return metric
-
-
-@register_metric("accuracy")
-def _accuracy(context: MetricContext) -> Metric:
-    if context.accuracy_verifier == "exact":
-        return ExactAccuracy()
-    return JudgedAccuracy(context.need_judge("accuracy"), context.prompt_file)
-
-
-@register_metric("interactivity")
-def _interactivity(context: MetricContext) -> Metric:
-    return Interactivity(context.need_judge("interactivity"), context.prompt_file, sees=context.interactivity_sees)
-
-
-@register_metric("token_amount")
-def _token_amount(context: MetricContext) -> Metric:
-    return TokenAmount()

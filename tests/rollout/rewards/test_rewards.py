@@ -17,7 +17,7 @@ from collab_megatron.rollout.rewards import (
     MetricContext,
     Scorer,
     asks_question,
-    clamped_share,
+    clamped_shares,
     configured_scorer,
     conversation_reward,
     make_scorer,
@@ -80,8 +80,8 @@ def test_share_at_the_clamp() -> None:
         future(RolloutStatus.TERMINATED, 0.0, tokens=2.0),  # reaches the limit: nothing is lost
         future(RolloutStatus.JUDGE_FAILED, None),
     ]
-    assert clamped_share(futures, {"tokens": -0.5}) == 0.5
-    assert clamped_share([], {"tokens": 1.0}) == 0.0
+    assert clamped_shares(futures, {"tokens": -0.5}) == {"": 0.5, "tokens": 0.5}
+    assert clamped_shares([], {"tokens": 1.0}) == {"": 0.0, "tokens": 0.0}
 
 
 @pytest.mark.parametrize(
