@@ -54,31 +54,37 @@ def _read_file(path: Path, bad: BadRows) -> list[Mapping[str, Any]]:
             if not isinstance(value, list):
                 raise UserError(f"{path} holds a {type(value).__name__}, but must hold a list of rows")
             return value
-    except (json.JSONDecodeError, RecursionError) as error:  # or nested too deeply
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except UserError:
+        raise
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # no JSON, a huge number, nested too deeply
+        what = "cannot be read" if path.suffix == ".parquet" else "is not valid JSON"
+        raise UserError(f"{path} {what}: {error}") from None
     raise UserError(f"{path} is not a known kind of file: its name must end in {', '.join(SUFFIXES)}")
 
 
 def read_json_lines(path: Path, bad: BadRows | None = None) -> Iterable[Mapping[str, Any]]:
     """The values of a JSONL file without its empty lines.
 
-    Raises UserError with the number (from 1) of the first line that is not JSON, unless `bad` skips such lines.
+    Raises UserError with the number (from 1) of the first line that is not JSON in UTF-8, unless `bad` skips such lines.
     """
     bad = bad or BadRows()
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:  # or nested too deeply
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    bad.found(f"{path}, line {number} is not UTF-8: {error}")
+                    continue
+                except (ValueError, RecursionError) as error:  # no JSON, a huge number, nested too deeply
                     bad.found(f"{path}, line {number} is not valid JSON: {error}")
                     continue
                 yield row
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 

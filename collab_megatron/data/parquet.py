@@ -1,4 +1,4 @@
-"""RL tasks and SFT conversations as parquet files, written atomically and read back as typed values.
+"""RL tasks, SFT conversations and DPO pairs as parquet files, written atomically and read back as typed values.
 
 Chats are lists of {role, content}. Metadata is one JSON string per row, because rows of a file may have different keys.
 Nothing that is read is evaluated. Error messages count rows from 1.
@@ -36,6 +36,9 @@ TASK_SCHEMA = pa.schema(
     ]
 )
 CONVERSATION_SCHEMA = pa.schema([("conv_id", pa.string()), ("messages", MESSAGES)])
+PAIR_SCHEMA = pa.schema(
+    [("conv_id", pa.string()), ("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES)]
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,20 @@ class Conversation:
 
     conv_id: str
     messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One DPO row: two continuations of one chat, of which the first is better.
+
+    Example: Pair("7", (Message("user", "Book a room."),), (Message("assistant", "For when?"),),
+    (Message("assistant", "Done."),))
+    """
+
+    conv_id: str
+    prompt: tuple[Message, ...]  # ends with a user turn
+    chosen: tuple[Message, ...]  # begins and ends with an assistant turn
+    rejected: tuple[Message, ...]  # as chosen
 
 
 def write_tasks(path: Path, tasks: Iterable[Task]) -> int:
@@ -100,6 +117,30 @@ def read_conversation_files(files: Sequence[Path]) -> tuple[list[Conversation], 
     return _join((read_conversations(file) for file in files), lambda row: row.messages)
 
 
+def write_pairs(path: Path, pairs: Iterable[Pair]) -> int:
+    """Write DPO pairs; returns how many."""
+    chats = ("prompt", "chosen", "rejected")
+    rows = [
+        {"conv_id": pair.conv_id, **{name: [turn.as_dict() for turn in getattr(pair, name)] for name in chats}}
+        for pair in pairs
+    ]
+    _write(path, rows, PAIR_SCHEMA)
+    return len(rows)
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """DPO pairs as written by prepare_dataset.py. Raises UserError as read_tasks does."""
+    return _read(Path(path), PAIR_SCHEMA, "dpo", _to_pairs)
+
+
+def read_pair_files(files: Sequence[Path]) -> tuple[list[Pair], int]:
+    """DPO pairs of all files, in order, and the number left out because an earlier file has the same texts.
+
+    Raises UserError as read_pairs.
+    """
+    return _join((read_pairs(file) for file in files), lambda row: (row.prompt, row.chosen, row.rejected))
+
+
 def _to_tasks(columns: ParquetColumns) -> list[Task]:
     """Tasks of the columns. Problems: empty texts, a chat that does not end with a user turn, one id for two tasks."""
     ids, wishes = columns.texts("task_id"), columns.texts("single_turn_prompt")
@@ -127,6 +168,27 @@ def _to_tasks(columns: ParquetColumns) -> list[Task]:
 
 def _to_conversations(columns: ParquetColumns) -> list[Conversation]:
     return list(map(Conversation, columns.texts("conv_id"), columns.chats("messages")))
+
+
+def _to_pairs(columns: ParquetColumns) -> list[Pair]:
+    """Pairs of the columns. Problems: a prompt without a last user turn, a reply that is no assistant turn or is empty,
+    two equal replies."""
+    prompts, replies = columns.chats("prompt"), {name: columns.chats(name) for name in ("chosen", "rejected")}
+    columns.note_where("prompt", prompts, lambda chat: bool(chat) and chat[-1].role != "user", MUST_END)
+    for name, chats in replies.items():
+        columns.note_where(
+            name,
+            chats,
+            lambda chat: bool(chat) and {chat[0].role, chat[-1].role} != {"assistant"},
+            "must begin and end with an assistant turn",
+        )
+        columns.note_where(
+            name, chats, lambda chat: bool(chat) and not (chat[0].content or "x").strip(), "begins with an empty turn"
+        )
+    for row, (chosen, rejected) in enumerate(zip(replies["chosen"], replies["rejected"], strict=True)):
+        if chosen and chosen == rejected:
+            columns.note(row, "chosen and rejected are equal, so the pair teaches nothing")
+    return list(map(Pair, columns.texts("conv_id"), prompts, replies["chosen"], replies["rejected"]))
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
