@@ -258,7 +258,9 @@ def _number(value: Any, where: str) -> float | None:
     try:
         number = float(value)
     except OverflowError:
-        raise UserError(f"{where} is a whole number of {value.bit_length()} bits, too large for a number here") from None
+        raise UserError(
+            f"{where} is a whole number of {value.bit_length()} bits, too large for a number here"
+        ) from None
     if math.isinf(number):
         raise UserError(f"{where} must be a finite number, but is {number}")
     return None if math.isnan(number) else number

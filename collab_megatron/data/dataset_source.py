@@ -28,8 +28,11 @@ def load_rows(source: str, splits: Sequence[str] = (), bad: BadRows | None = Non
     return parse_rows(load_raw(source, splits, bad), source, bad)
 
 
-def load_raw(source: str, splits: Sequence[str] = (), bad: BadRows | None = None) -> list[Mapping[str, Any]]:
-    """Rows as plain mappings, unchecked. Raises UserError as load_rows does."""
+def load_raw(
+    source: str, splits: Sequence[str] = (), bad: BadRows | None = None, *, subset: str | None = None
+) -> list[Mapping[str, Any]]:
+    """Rows as plain mappings, unchecked. `subset`: the configuration of a hub dataset. Raises UserError as load_rows
+    does."""
     path, bad = Path(source), bad or BadRows()
     if path.is_file():
         if splits:
@@ -39,7 +42,7 @@ def load_raw(source: str, splits: Sequence[str] = (), bad: BadRows | None = None
         return _read_folder(path, splits, bad)
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix in SUFFIXES or source.count("/") != 1:
         raise UserError(f"there is no dataset {source}: name a file, a folder, or a hub dataset (owner/name)")
-    return [row for split in splits or DEFAULT_SPLITS for row in _from_hub(source, split)]
+    return [row for split in splits or DEFAULT_SPLITS for row in _from_hub(source, split, subset)]
 
 
 def _read_file(path: Path, bad: BadRows) -> list[Mapping[str, Any]]:
@@ -67,7 +70,7 @@ def _read_file(path: Path, bad: BadRows) -> list[Mapping[str, Any]]:
 def read_json_lines(path: Path, bad: BadRows | None = None) -> Iterable[Mapping[str, Any]]:
     """The values of a JSONL file without its empty lines.
 
-    Raises UserError with the number (from 1) of the first line that is not JSON in UTF-8, unless `bad` skips such lines.
+    Raises UserError with the number (from 1) of the first line that is no JSON in UTF-8, unless `bad` skips such lines.
     """
     bad = bad or BadRows()
     try:
@@ -134,11 +137,11 @@ def _from_disk(folder: Path, splits: Sequence[str]) -> list[Mapping[str, Any]]:
     return [row for split in splits or DEFAULT_SPLITS for row in loaded[split].to_list()]
 
 
-def _from_hub(name: str, split: str) -> list[Mapping[str, Any]]:
+def _from_hub(name: str, split: str, subset: str | None) -> list[Mapping[str, Any]]:
     import datasets
 
     try:
-        rows: list[Mapping[str, Any]] = datasets.load_dataset(name, split=split).to_list()
+        rows: list[Mapping[str, Any]] = datasets.load_dataset(name, subset, split=split).to_list()
     except Exception as error:  # noqa: BLE001 - the hub client raises many types, all for the user to fix
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -1,4 +1,4 @@
-"""Length check of the rows that tools/prepare_dataset.py writes, with the chat template of the model that reads them."""
+"""Length check of the rows that tools/prepare_dataset.py writes, with the chat template of the model."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ class LengthCheck:
                 usable.append(row)
             except ValueError as error:
                 refused.append(f"row {number}: {error}")
-        shown = "; ".join(refused[:SHOWN]) + (f"; and {len(refused) - SHOWN:,} more" if len(refused) > SHOWN else "")
+        more = f"; and {len(refused) - SHOWN:,} more" if len(refused) > SHOWN else ""
+        shown = "; ".join(refused[:SHOWN]) + more
         if refused and not (self.skip_bad_rows and usable):
             raise UserError(
-                f"{len(refused):,} of {len(rows):,} rows for {path} cannot be rendered with the chat template: {shown}; "
-                "use the tokenizer of another model, or leave them out with --on-error skip"
+                f"{len(refused):,} of {len(rows):,} rows for {path} cannot be rendered with the chat template: "
+                f"{shown}; use the tokenizer of another model, or leave them out with --on-error skip"
             )
         notes = [lengths_line(lengths, "tokens")] if lengths else []
         notes += [f"left out: {len(refused):,} rows that the chat template cannot render: {shown}"] if refused else []

@@ -36,9 +36,7 @@ TASK_SCHEMA = pa.schema(
     ]
 )
 CONVERSATION_SCHEMA = pa.schema([("conv_id", pa.string()), ("messages", MESSAGES)])
-PAIR_SCHEMA = pa.schema(
-    [("conv_id", pa.string()), ("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES)]
-)
+PAIR_SCHEMA = pa.schema([("conv_id", pa.string()), ("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES)])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -40,7 +40,7 @@ class PrepareOptions:
     threshold: float = 0.0
     task_desc: str | None = None  # replaces the rows' own
     minimum_gap: float = 0.0  # DPO: of the scores of a pair; a pair is above it
-    lengths: LengthCheck = LengthCheck()
+    lengths: LengthCheck = field(default_factory=LengthCheck)
 
 
 @dataclass(frozen=True)

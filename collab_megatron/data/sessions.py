@@ -56,7 +56,9 @@ def whole_sessions(
 def _numbered(value: Mapping[Any, Any]) -> list[Mapping[Any, Any]]:
     """The sessions in the order of their numbers. In parquet, sessions that only other rows have are null."""
     return [
-        session for _, session in sorted(value.items(), key=lambda item: _place(item[0])) if isinstance(session, Mapping)
+        session
+        for _, session in sorted(value.items(), key=lambda item: _place(item[0]))
+        if isinstance(session, Mapping)
     ]
 
 
@@ -81,8 +83,6 @@ def _future(chat: Sequence[Message], head: Sequence[Message]) -> tuple[Message, 
     """`chat` without `head`, or without the completion, where it begins with them."""
     for start in (head, head[-1:]):
         same = zip(chat, start, strict=False)
-        if len(chat) >= len(start) and all(
-            (a.role, a.content.strip()) == (b.role, b.content.strip()) for a, b in same
-        ):
+        if len(chat) >= len(start) and all((a.role, a.content.strip()) == (b.role, b.content.strip()) for a, b in same):
             return tuple(chat[len(start) :])
     return tuple(chat)

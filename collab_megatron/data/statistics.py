@@ -28,7 +28,9 @@ def describe_rows(rows: Sequence[CollabRow]) -> list[str]:
     ]
     names = sorted({name for row in rows for name in row.rewards})
     if names:
-        means = ", ".join(f"{name} {fmean(row.rewards[name] for row in rows if name in row.rewards):.3g}" for name in names)
+        means = ", ".join(
+            f"{name} {fmean(row.rewards[name] for row in rows if name in row.rewards):.3g}" for name in names
+        )
         lines.append(f"rewards     {means} (means)")
     futures = [future for row in rows for future in row.futures or ()]
     unknown = sum(row.futures is None for row in rows)
