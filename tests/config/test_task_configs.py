@@ -24,7 +24,11 @@ from tests.rollout.fakes import TASK
 pytestmark = pytest.mark.slow
 
 CONF = REPOSITORY / "conf"
-TASKS = {"math_hard": ("accuracy", 5e-4, MATH), "medium": ("bleu_score", 1e-4, ARTICLES), "bigcodebench": ("pass_rate", 5e-4, CODE)}
+TASKS = {
+    "math_hard": ("accuracy", 5e-4, MATH),
+    "medium": ("bleu_score", 1e-4, ARTICLES),
+    "bigcodebench": ("pass_rate", 5e-4, CODE),
+}
 ASKED = (Message("user", "a table"),)
 GOOD, BAD = (Message("assistant", "which day?"),), (Message("assistant", "BOOK"),)
 

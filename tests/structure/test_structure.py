@@ -217,7 +217,9 @@ def test_every_shipped_config_loads(file: Path) -> None:
         load_config(kind, file)
     else:
         extended = {base for other in CONFIGS for base in _bases(other)}
-        assert file in extended or file.name in OWN_PROGRAM, f"{file.name}: neither a kind of {sorted(KINDS)} nor extended by one"
+        assert file in extended or file.name in OWN_PROGRAM, (
+            f"{file.name}: neither a kind of {sorted(KINDS)} nor extended by one"
+        )
 
 
 def _bases(file: Path) -> list[Path]:
