@@ -212,7 +212,10 @@ CONFIGS = sorted((REPOSITORY / "conf").rglob("*.yaml"))
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(REPOSITORY / "conf")))
 def test_every_shipped_config_loads(file: Path) -> None:
     """A file whose name does not say its kind is a base: one that does must extend it."""
-    kind = next((kind for word, kind in KINDS.items() if word in file.stem.split("_")), TASKS.get(file.name))
+    kind = next(
+        (kind for word, kind in KINDS.items() if word in file.stem.split("_")),
+        TASKS.get(str(file.relative_to(REPOSITORY / "conf"))),
+    )
     if kind is not None:
         load_config(kind, file)
     else:
