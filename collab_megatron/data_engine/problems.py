@@ -48,7 +48,7 @@ def read_problems(config: BuildDatasetConfig) -> Problems:
     if Path(source).suffix in SUFFIXES and not Path(source).is_file():
         raise UserError(f"there is no problems file {source}: set `problems` in the config to a file that exists")
     bad = BadRows(skip=config.on_bad_problem == "skip")
-    rows = load_raw(source, config.problems_split, bad, subset=config.problems_subset)
+    rows = load_raw(source, config.problems_split, bad, subset=config.problems_subset, option="problems_split")
     wanted = wanted_rows(rows, mapping) if mapping is not None else list(enumerate(rows))
     chosen, long = _choose(wanted, config, limit, bad)
     notices = [notice] if (notice := bad.notice()) else []
