@@ -7,6 +7,7 @@ from statistics import fmean, median, pstdev
 
 from collab_megatron.data.collab_rows import CollabRow
 from collab_megatron.data.splits import task_key
+from collab_megatron.text import whole_text
 
 SHARE_OF_P95 = 0.95
 
@@ -31,7 +32,7 @@ def describe_rows(rows: Sequence[CollabRow]) -> list[str]:
         means = ", ".join(
             f"{name} {fmean(row.rewards[name] for row in rows if name in row.rewards):.3g}" for name in names
         )
-        lines.append(f"rewards     {means} (means)")
+        lines.append(f"rewards     {whole_text(means)} (means)")
     futures = [future for row in rows for future in row.futures or ()]
     unknown = sum(row.futures is None for row in rows)
     if futures:

@@ -11,6 +11,7 @@ from typing import Any
 
 from collab_megatron.config.entry import BuildDatasetConfig
 from collab_megatron.data.bad_rows import BadRows
+from collab_megatron.data.collab_rows import ROLES
 from collab_megatron.data.dataset_source import SUFFIXES, load_raw
 from collab_megatron.data_engine.mapping import Rows, columns_of, mapped, too_long, wanted_rows
 from collab_megatron.data_engine.token_counter import token_counter
@@ -59,7 +60,7 @@ def read_problems(config: BuildDatasetConfig) -> Problems:
     if not chosen:
         why = f" that can be used ({'; '.join(notices)})" if notices else ""
         raise UserError(f"{source} holds no problems{why}: write one JSON object per line, or name another dataset")
-    return Problems(chosen, _contents(rows), notices)
+    return Problems(chosen, _contents(rows, source), notices)
 
 
 def _choose(wanted: Rows, config: BuildDatasetConfig, limit: int | None, bad: BadRows) -> tuple[list[Problem], int]:
@@ -87,10 +88,13 @@ def _choose(wanted: Rows, config: BuildDatasetConfig, limit: int | None, bad: Ba
     return chosen, long
 
 
-def _contents(rows: Sequence[Any]) -> str:
+def _contents(rows: Sequence[Any], source: str) -> str:
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, default=str).encode())
+    for place, row in enumerate(rows):
+        try:
+            digest.update(json.dumps(row, default=str).encode())
+        except (ValueError, TypeError, RecursionError) as error:  # a key that is no text, nested too deeply
+            raise UserError(f"{source}, problem {place + 1} cannot be written as JSON: {error}; remove it") from None
     return digest.hexdigest()
 
 
@@ -137,8 +141,8 @@ def _opening(value: Any, where: str) -> tuple[Message, ...]:
         messages = tuple(Message(turn["role"], turn["content"]) for turn in value)
     except (TypeError, KeyError):
         raise UserError(f"{where}: prompt must be text or a list of {{role, content}}") from None
-    if not all(isinstance(part, str) for turn in messages for part in (turn.role, turn.content)):
-        raise UserError(f"{where}: prompt has a turn whose role or content is not text")
+    if not all(turn.role in ROLES and isinstance(turn.content, str) for turn in messages):
+        raise UserError(f"{where}: prompt has a role that is none of {', '.join(ROLES)}, or a content that is not text")
     if messages[-1].role != "user" or not messages[-1].content.strip():
         raise UserError(f"{where}: prompt must end with a user turn that is not empty")
     return messages

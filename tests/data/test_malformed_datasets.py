@@ -4,6 +4,8 @@ with a file that reads back; never with another exception."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from collab_megatron.data.parquet import read_conversations, read_pairs, read_tasks
 from collab_megatron.data.prepare import KINDS, Kind, prepare
 from collab_megatron.errors import UserError
+from tests.conftest import REPOSITORY
 from tests.data.test_datasets import flat, turn
 
 READ: dict[Kind, Any] = {"rl": read_tasks, "sft": read_conversations, "dpo": read_pairs}
@@ -139,6 +142,17 @@ def test_skipped_rows_are_counted(kind: Kind, tmp_path: Path, capsys: pytest.Cap
     assert end_of(kind, source, tmp_path, skip=True) == ""
     assert "skipped 8 of 12 rows: " in capsys.readouterr().out
     assert "line 11 is not UTF-8" in end_of(kind, source, tmp_path, skip=False)
+
+
+def test_what_is_printed_can_be_shown_on_any_terminal(tmp_path: Path) -> None:
+    """Half a surrogate pair in the name of a column or metric: a strict stdout would raise."""
+    odd = {"\ud83d": 1}
+    source = written_as([{**odd, "prompt": 1}, {**SOUND[0], "rewards": {"\ud83d": 1.0}}], tmp_path / "rows.jsonl")
+    tool = [sys.executable, "tools/prepare_dataset.py", "--dataset", str(source), "--dataset-type", "rl"]
+    more = ["--output", str(tmp_path / "out"), "--validation-share", "0", "--on-error", "skip"]
+    done = subprocess.run([*tool, *more], cwd=REPOSITORY, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"skipped 1 of 2 rows" in done.stdout
 
 
 def test_parquet_values_that_json_lacks_become_text(tmp_path: Path) -> None:
