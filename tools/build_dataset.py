@@ -2,7 +2,9 @@
 
     python tools/build_dataset.py conf/build.yaml [section.key=value ...] [--dry-run]
 
-Writes conversations-*.jsonl (flat CollabLLM rows) into the config's `output` folder; tools/prepare_dataset.py reads it.
+`problems` is any single-turn dataset; `mapping` names its columns (conf/mappings/). The assistant is an API model, or
+`model`, which the build serves with SGLang. Writes conversations-*.jsonl (CollabLLM rows, flat or nested) into the
+config's `output` folder; tools/prepare_dataset.py reads it.
 The same command continues an interrupted build: finished conversations are not repeated, and paid LLM answers of the
 others come from the `journal`. Exit code 2 for an error in config or data, 1 if the build failed, 3 if it has spent
 its `budget`.
@@ -19,6 +21,7 @@ from collab_megatron.config import BuildDatasetConfig, load_config, show_config
 from collab_megatron.data_engine.build import BuildProgress, build_dataset
 from collab_megatron.errors import BudgetSpent, RunError, run_cli
 from collab_megatron.files import keep_from_others, publish_json
+from collab_megatron.launch.build_engine import with_assistant
 from collab_megatron.launch.lock import locked
 from collab_megatron.launch.preflight import check_build
 from collab_megatron.log import set_up_logging
@@ -75,12 +78,13 @@ def main() -> None:
     keep_from_others(config.umask)
     if args.dry_run:
         print(show_config(config), flush=True)
-    check_build(config)
+    check_build(config, dry_run=args.dry_run)
     if args.dry_run:
         return
     display = Display()
-    with locked(config.output / LOCK_FILE, f"output={config.output}", "choose another output folder"):
-        progress = build_dataset(config, display.show)
+    with locked(config.output / LOCK_FILE, f"output={config.output}", "choose another output folder") as lock:
+        with with_assistant(config, lock) as served:
+            progress = build_dataset(served, display.show)
         display.finish(progress)
         publish_json(config.output / API_USAGE_FILE, GatewaySnapshot(progress.counts.usage).metrics())
     if progress.counts.spent and not progress.complete:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -30,6 +30,7 @@ from collab_megatron.config.sections import (
     EvaluationSection,
     FolderOrHubName,
     JournalSection,
+    MappingSection,
     ModelSection,
     OptimizerSection,
     ParallelSection,
@@ -211,8 +212,15 @@ class EvaluateConfig(Section):
 class BuildDatasetConfig(Section):
     """`tools/build_dataset.py`: grow multi-turn conversations from single-turn problems."""
 
-    problems: Path  # JSONL: single_turn_prompt, single_turn_completion, [single_turn_metadata], [prompt]
+    # a hub name, a folder or a file of parquet, JSON or JSONL. Without `mapping` its columns are single_turn_prompt,
+    # single_turn_completion, [single_turn_metadata], [prompt], [task_desc]
+    problems: FolderOrHubName
+    problems_split: tuple[str, ...] = ()  # splits of a hub or saved dataset; empty: train
+    problems_subset: str | None = None  # configuration of a hub dataset; None: its default
+    mapping: MappingSection | None = None  # columns of another dataset
+    on_bad_problem: Literal["stop", "skip"] = "stop"  # a row that is no usable problem; skipped ones are counted
     output: Path  # folder; an interrupted build resumes in it and makes no conversation twice
+    form: Literal["flat", "nested"] = "flat"  # of the rows: one a candidate reply, or one a conversation (docs/data.md)
     umask: Umask = "077"  # permissions of that folder and its files, as run.umask
     tokenizer: FolderOrHubName | None = None  # counts tokens for token_amount; None: counts words
     simulators: SimulatorsSection
@@ -220,12 +228,21 @@ class BuildDatasetConfig(Section):
     seed: Seed = 1  # of LLM calls
     num_conversations: Positive | None = None  # the first so many problems; None: all
     num_candidate_responses: Positive = 2  # candidate replies per assistant turn; the best one is kept
+    # of these, how many the assistant writes under a prompt that asks for collaboration and shows it the whole request
+    # and the reference answer. The replies inside futures never see either
+    num_proactive_candidates: Count = 0
+    proactive_prompt_file: Path | None = None  # replaces the shipped prompt of these candidates
     num_repeat_rollouts: Annotated[int, Field(ge=1)] = 1  # futures per candidate
     max_total_turns: Positive = 4  # assistant turns per conversation
     max_user_turns: Count = 2  # user turns inside a scored future
     max_concurrency: Positive = 32  # conversations at a time, per process
     processes: Positive = 1  # each grows its share of the problems
     system_prompt: str = ""  # first message of every prompt; empty: none
+    # a model that the build serves with SGLang as the assistant: simulators.assistant then has sampling settings and no
+    # model. None: simulators.assistant names an API model
+    model: ModelSection | None = None
+    engine: EngineSection = EngineSection()  # of `model`
+    parallel: ParallelSection = ParallelSection()  # only `device` and `threads` are read
     budget: BudgetSection = BudgetSection()  # of the whole build, over all processes and restarts
     # every paid reply, so that a resumed build pays for none twice. path: None is OUTPUT/journal.sqlite. It is emptied
     # when the build is complete, unless keep_all is set
@@ -237,4 +254,39 @@ class BuildDatasetConfig(Section):
         check_timeouts(llms={role_place(role): llm for role, llm in llm_roles(self.simulators, self.reward).items()})
         if self.simulators.assistant is None:
             raise ValueError("simulators.assistant is not set: name the model that writes the candidate replies")
+        if self.num_proactive_candidates > self.num_candidate_responses:
+            raise ValueError(
+                f"num_proactive_candidates={self.num_proactive_candidates} is more than "
+                f"num_candidate_responses={self.num_candidate_responses}: lower it"
+            )
+        check_engine(self.engine)
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _assistant_of_our_own(cls, values: Any) -> Any:
+        """simulators.assistant of a model that the build serves."""
+        model, simulators = (values.get(key) if isinstance(values, dict) else None for key in ("model", "simulators"))
+        if not isinstance(model, dict) or not isinstance(simulators, dict):
+            return values
+        assistant = simulators.get("assistant") or {}
+        if not isinstance(assistant, dict):
+            return values
+        if twice := [key for key in ("model", "api_base", "deployments") if assistant.get(key)]:
+            raise ValueError(
+                f"model names the assistant that the build serves, and simulators.assistant.{twice[0]} names another: "
+                "remove one of them"
+            )
+        own = {"model": f"hosted_vllm/{model.get('path')}", "api_key_env": None}
+        free = {"input_usd_per_mtoken": 0, "output_usd_per_mtoken": 0}
+        return {**values, "simulators": {**simulators, "assistant": {**free, **assistant, **own}}}
+
+    @property
+    def counting_tokenizer(self) -> str | None:
+        """What counts tokens: `tokenizer`, else that of the model that the build serves."""
+        return self.tokenizer or (self.model.path if self.model else None)
+
+    @property
+    def run(self) -> RunSection:
+        """Where the servers of `model` log, and their seed."""
+        return RunSection(dir=self.output, name="build", seed=self.seed, umask=self.umask)

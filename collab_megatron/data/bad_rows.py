@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from collab_megatron.errors import UserError
+from collab_megatron.text import whole_text
 
 SHOWN = 3
 
@@ -37,4 +38,5 @@ class BadRows:
             return ""
         total = self.read + len(self.reasons)
         more = f"; and {len(self.reasons) - SHOWN:,} more" if len(self.reasons) > SHOWN else ""
-        return f"skipped {len(self.reasons):,} of {total:,} rows: {'; '.join(self.reasons[:SHOWN])}{more}"
+        reasons = whole_text("; ".join(self.reasons[:SHOWN]))  # names of columns can hold what no terminal can show
+        return f"skipped {len(self.reasons):,} of {total:,} rows: {reasons}{more}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from collab_megatron.data.bad_rows import BadRows
+from collab_megatron.data.sessions import Futures, read_futures, session_scores
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message
 
@@ -39,6 +40,7 @@ class CollabRow:
     task_desc: str = ""
     score: float | None = None  # MR; None: not scored
     rewards: Mapping[str, float] = field(default_factory=dict)  # metric -> mean over the sessions
+    futures: Futures | None = ()  # the turns after the completion in each session; None: of an unknown form
     metadata: Mapping[str, Any] = field(default_factory=dict)  # single_turn_metadata
     has_task: bool = True  # False in the messages form: its user cannot be simulated
 
@@ -130,7 +132,7 @@ def _read_messages_row(row: Mapping[str, Any], number: int, where: str) -> Colla
     return CollabRow(
         prompt=messages[:-1],
         completion=messages[-1].content,
-        conv_id=str(number if conv_id is None else conv_id),
+        conv_id=_text(str(number if conv_id is None else conv_id), f"{where}: conv_id"),
         turn_id=_user_turns(messages) - 1,
         single_turn_prompt=next(message.content for message in messages if message.role == "user"),
         has_task=False,
@@ -163,15 +165,16 @@ def _read_row(row: Mapping[str, Any], where: str) -> CollabRow:
     return CollabRow(
         prompt=prompt,
         completion=_text(row.get("completion"), f"{where}: completion"),
-        conv_id=str(row["conv_id"]),
+        conv_id=_text(str(row["conv_id"]), f"{where}: conv_id"),
         turn_id=_user_turns(prompt) - 1 if turn_id is None else turn_id,
         single_turn_prompt=task,
         single_turn_completion=_text(row.get("single_turn_completion") or "", f"{where}: single_turn_completion"),
         ground_truth=_text(row.get("ground_truth") or "", f"{where}: ground_truth"),
         task_desc=_text(row.get("task_desc") or "", f"{where}: task_desc"),
         score=_number(row.get("score"), f"{where}: score"),
-        rewards=_rewards(row.get("rewards"), f"{where}: rewards"),
-        metadata=_mapping(row.get("single_turn_metadata"), f"{where}: single_turn_metadata"),
+        rewards=_rewards(row.get("rewards") or session_scores(row.get("sessions")), f"{where}: rewards"),
+        futures=_futures(row.get("sessions"), prompt, str(row.get("completion"))),
+        metadata=_metadata(row.get("single_turn_metadata"), f"{where}: single_turn_metadata"),
     )
 
 
@@ -197,13 +200,25 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of over 4,300 digits, nested too deeply
             raise UserError(f"{where} is text, but must be a mapping or JSON") from None
     if not value:
         return {}
     if not isinstance(value, Mapping):
         raise UserError(f"{where} must be a mapping")
     return {str(name): item for name, item in value.items() if item is not None}
+
+
+def _metadata(value: Any, where: str) -> dict[str, Any]:
+    """As _mapping, in values that JSON has: dates and other values of parquet become text."""
+    found = _mapping(value, where)
+    try:
+        text = json.dumps(found, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError) as error:  # circular, or nested too deeply
+        raise UserError(f"{where} cannot be written as JSON: {error}") from None
+    _text(text, where)
+    plain: dict[str, Any] = json.loads(text)
+    return plain
 
 
 def _rewards(value: Any, where: str) -> dict[str, float]:
@@ -214,6 +229,14 @@ def _rewards(value: Any, where: str) -> dict[str, float]:
         if numbers:
             rewards[metric] = sum(numbers) / len(numbers)
     return rewards
+
+
+def _futures(value: Any, prompt: Sequence[Message], completion: str) -> Futures | None:
+    """None for an unknown form. Sessions are counted (statistics.py) and not trained, so they refuse no row."""
+    try:
+        return read_futures(value, prompt, completion)
+    except ValueError:
+        return None
 
 
 def _text(value: Any, where: str) -> str:
@@ -232,9 +255,15 @@ def _number(value: Any, where: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{where} must be a number, but is {type(value).__name__}")
-    if math.isinf(value):
-        raise UserError(f"{where} must be a finite number, but is {value}")
-    return None if math.isnan(value) else float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise UserError(
+            f"{where} is a whole number of {value.bit_length()} bits, too large for a number here"
+        ) from None
+    if math.isinf(number):
+        raise UserError(f"{where} must be a finite number, but is {number}")
+    return None if math.isnan(number) else number
 
 
 def _whole(value: Any, where: str) -> int | None:

@@ -28,18 +28,26 @@ def load_rows(source: str, splits: Sequence[str] = (), bad: BadRows | None = Non
     return parse_rows(load_raw(source, splits, bad), source, bad)
 
 
-def load_raw(source: str, splits: Sequence[str] = (), bad: BadRows | None = None) -> list[Mapping[str, Any]]:
-    """Rows as plain mappings, unchecked. Raises UserError as load_rows does."""
+def load_raw(
+    source: str,
+    splits: Sequence[str] = (),
+    bad: BadRows | None = None,
+    *,
+    subset: str | None = None,
+    option: str = "--split",
+) -> list[Mapping[str, Any]]:
+    """Rows as plain mappings, unchecked. `subset`: the configuration of a hub dataset. `option`: where the user names
+    splits, for messages. Raises UserError as load_rows does."""
     path, bad = Path(source), bad or BadRows()
     if path.is_file():
         if splits:
-            raise UserError(f"{source} is a single file without splits: leave --split out")
+            raise UserError(f"{source} is a single file without splits: leave {option} out")
         return _read_file(path, bad)
     if path.is_dir():
-        return _read_folder(path, splits, bad)
+        return _read_folder(path, splits, bad, option)
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix in SUFFIXES or source.count("/") != 1:
         raise UserError(f"there is no dataset {source}: name a file, a folder, or a hub dataset (owner/name)")
-    return [row for split in splits or DEFAULT_SPLITS for row in _from_hub(source, split)]
+    return [row for split in splits or DEFAULT_SPLITS for row in _from_hub(source, split, subset)]
 
 
 def _read_file(path: Path, bad: BadRows) -> list[Mapping[str, Any]]:
@@ -54,37 +62,43 @@ def _read_file(path: Path, bad: BadRows) -> list[Mapping[str, Any]]:
             if not isinstance(value, list):
                 raise UserError(f"{path} holds a {type(value).__name__}, but must hold a list of rows")
             return value
-    except (json.JSONDecodeError, RecursionError) as error:  # or nested too deeply
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except UserError:
+        raise
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # no JSON, a huge number, nested too deeply
+        what = "cannot be read" if path.suffix == ".parquet" else "is not valid JSON"
+        raise UserError(f"{path} {what}: {error}") from None
     raise UserError(f"{path} is not a known kind of file: its name must end in {', '.join(SUFFIXES)}")
 
 
 def read_json_lines(path: Path, bad: BadRows | None = None) -> Iterable[Mapping[str, Any]]:
     """The values of a JSONL file without its empty lines.
 
-    Raises UserError with the number (from 1) of the first line that is not JSON, unless `bad` skips such lines.
+    Raises UserError with the number (from 1) of the first line that is no JSON in UTF-8, unless `bad` skips such lines.
     """
     bad = bad or BadRows()
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:  # or nested too deeply
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    bad.found(f"{path}, line {number} is not UTF-8: {error}")
+                    continue
+                except (ValueError, RecursionError) as error:  # no JSON, a huge number, nested too deeply
                     bad.found(f"{path}, line {number} is not valid JSON: {error}")
                     continue
                 yield row
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def _read_folder(folder: Path, splits: Sequence[str], bad: BadRows) -> list[Mapping[str, Any]]:
+def _read_folder(folder: Path, splits: Sequence[str], bad: BadRows, option: str) -> list[Mapping[str, Any]]:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        return _from_disk(folder, splits)
+        return _from_disk(folder, splits, option)
     # Only one kind of file, rows before descriptions: dataset folders have small .json files next to their rows.
     found = [
         path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -92,25 +106,25 @@ def _read_folder(folder: Path, splits: Sequence[str], bad: BadRows) -> list[Mapp
     files = next((same for suffix in SUFFIXES if (same := sorted(p for p in found if p.suffix == suffix))), [])
     # Folders saved from the hub hold train-*.parquet next to test-*.parquet: mix them only on request.
     if any(path.name.startswith(SPLIT_NAMES) for path in files):
-        files = [path for split in splits or DEFAULT_SPLITS for path in _files_of(split, files, folder)]
+        files = [path for split in splits or DEFAULT_SPLITS for path in _files_of(split, files, folder, option)]
     elif splits and files:
         raise UserError(
-            f"the files of {folder} are not named after splits ({', '.join(SPLIT_NAMES)}): leave --split out"
+            f"the files of {folder} are not named after splits ({', '.join(SPLIT_NAMES)}): leave {option} out"
         )
     if not files:
         raise UserError(f"{folder} holds no {', '.join(SUFFIXES)} file and is not a saved dataset: name another folder")
     return [row for path in files for row in _read_file(path, bad)]
 
 
-def _files_of(split: str, files: Sequence[Path], folder: Path) -> list[Path]:
+def _files_of(split: str, files: Sequence[Path], folder: Path, option: str) -> list[Path]:
     own = [path for path in files if path.name.startswith(split)]
     if not own:
         names = ", ".join(path.name for path in files)
-        raise UserError(f"{folder} has no file of split {split!r}, but {names}: choose another --split")
+        raise UserError(f"{folder} has no file of split {split!r}, but {names}: choose another {option}")
     return own
 
 
-def _from_disk(folder: Path, splits: Sequence[str]) -> list[Mapping[str, Any]]:
+def _from_disk(folder: Path, splits: Sequence[str], option: str) -> list[Mapping[str, Any]]:
     import datasets  # only here: it takes a second, and files do not need it
 
     try:
@@ -119,20 +133,20 @@ def _from_disk(folder: Path, splits: Sequence[str]) -> list[Mapping[str, Any]]:
         raise UserError(f"{folder} cannot be read as a saved dataset: {error}") from None
     if not isinstance(loaded, datasets.DatasetDict):
         if splits:
-            raise UserError(f"{folder} is a saved dataset without splits: leave --split out")
+            raise UserError(f"{folder} is a saved dataset without splits: leave {option} out")
         rows: list[Mapping[str, Any]] = loaded.to_list()
         return rows
     for split in splits or DEFAULT_SPLITS:
         if split not in loaded:
-            raise UserError(f"{folder} has no split {split!r}, but {', '.join(loaded)}: choose with --split")
+            raise UserError(f"{folder} has no split {split!r}, but {', '.join(loaded)}: choose with {option}")
     return [row for split in splits or DEFAULT_SPLITS for row in loaded[split].to_list()]
 
 
-def _from_hub(name: str, split: str) -> list[Mapping[str, Any]]:
+def _from_hub(name: str, split: str, subset: str | None) -> list[Mapping[str, Any]]:
     import datasets
 
     try:
-        rows: list[Mapping[str, Any]] = datasets.load_dataset(name, split=split).to_list()
+        rows: list[Mapping[str, Any]] = datasets.load_dataset(name, subset, split=split).to_list()
     except Exception as error:  # noqa: BLE001 - the hub client raises many types, all for the user to fix
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

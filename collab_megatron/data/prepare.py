@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from collab_megatron.data.bad_rows import BadRows
 from collab_megatron.data.collab_rows import CollabRow
 from collab_megatron.data.dataset_source import load_rows
-from collab_megatron.data.parquet import write_conversations, write_tasks
+from collab_megatron.data.lengths import LengthCheck
+from collab_megatron.data.parquet import write_conversations, write_pairs, write_tasks
+from collab_megatron.data.preference_pairs import preference_pairs
 from collab_megatron.data.rl_tasks import rl_tasks
 from collab_megatron.data.sft_conversations import sft_conversations
 from collab_megatron.data.splits import DEFAULT_SHARE, refuse_overlap, split_rows
+from collab_megatron.data.statistics import describe_rows
 from collab_megatron.errors import UserError
+from collab_megatron.types import Message
 
-Kind = Literal["sft", "rl"]
+T = TypeVar("T")
+Chat = tuple[Message, ...]
+
+Kind = Literal["sft", "rl", "dpo"]
+KINDS: tuple[Kind, ...] = ("rl", "sft", "dpo")
 TEXT_SUFFIXES = (".txt", ".md")
 
 
@@ -31,6 +39,8 @@ class PrepareOptions:
     metric: str | None = None  # SFT: keep rows whose reward with this name reaches `threshold`
     threshold: float = 0.0
     task_desc: str | None = None  # replaces the rows' own
+    minimum_gap: float = 0.0  # DPO: of the scores of a pair; a pair is above it
+    lengths: LengthCheck = field(default_factory=LengthCheck)
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Written:
     rows_read: int
     rows_written: int
     conversations: int
+    notes: tuple[str, ...] = ()  # lines for the user: lengths, what was left out
 
 
 def prepare(
@@ -57,7 +68,8 @@ def prepare(
     """Write {kind}_train.parquet, and {kind}_validation.parquet if there is held-out data.
 
     Held-out data is a dataset of its own (`validation`) or a share of `dataset`, in whole conversations; a share of
-    None is DEFAULT_SHARE, 0 holds out nothing. `splits` are those of `dataset`. Prints a line about skipped rows.
+    None is DEFAULT_SHARE, 0 holds out nothing. `splits` are those of `dataset`. Prints statistics and a line about
+    skipped rows.
     Raises UserError, also if a task is on both sides.
     """
     if validation is not None and validation_share is not None:
@@ -108,6 +120,7 @@ def _load(kind: Kind, source: str, splits: Sequence[str], skip_bad_rows: bool) -
     rows = load_rows(source, splits, bad)
     if notice := bad.notice():
         print(notice)
+    print(f"{source}: " + "\n  ".join(describe_rows(rows)))
     if kind == "rl" and (plain := sum(not row.has_task for row in rows)):
         raise UserError(
             f"{plain:,} of {len(rows):,} rows of {source} are plain messages without a single_turn_prompt, which the "
@@ -119,15 +132,27 @@ def _load(kind: Kind, source: str, splits: Sequence[str], skip_bad_rows: bool) -
 def _write(kind: Kind, rows: Sequence[CollabRow], path: Path, options: PrepareOptions) -> Written:
     if options.task_desc is not None:
         rows = [replace(row, task_desc=options.task_desc) for row in rows]
+    notes: list[str] = []
+
+    def fitting(found: Sequence[T], chats: Callable[[T], Sequence[Chat]]) -> list[T]:
+        kept, lines = options.lengths.fitting(found, chats, path)
+        notes.extend(lines)
+        return kept[: options.max_rows]
+
     try:
         if kind == "rl":
             tasks = rl_tasks(rows, system_prompt=options.system_prompt, first_turn_only=options.first_turn_only)
-            count = write_tasks(path, tasks[: options.max_rows])
-        else:
+            count = write_tasks(path, fitting(tasks, lambda task: [task.prompt]))
+        elif kind == "sft":
             conversations = sft_conversations(
                 rows, system_prompt=options.system_prompt, metric=options.metric, threshold=options.threshold
             )
-            count = write_conversations(path, conversations[: options.max_rows])
+            count = write_conversations(path, fitting(conversations, lambda chat: [chat.messages]))
+        else:
+            pairs = preference_pairs(rows, system_prompt=options.system_prompt, minimum_gap=options.minimum_gap)
+            notes += [pairs.notice] if pairs.notice else []
+            both = fitting(pairs.found, lambda pair: [(*pair.prompt, *pair.chosen), (*pair.prompt, *pair.rejected)])
+            count = write_pairs(path, both)
     except (OSError, UnicodeEncodeError) as error:
         raise UserError(f"{path} cannot be written: {error}") from None
-    return Written(path, len(rows), count, len({row.conversation for row in rows}))
+    return Written(path, len(rows), count, len({row.conversation for row in rows}), tuple(notes))

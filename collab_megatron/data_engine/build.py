@@ -67,8 +67,9 @@ def build_dataset(config: BuildDatasetConfig, show: Callable[[BuildProgress], No
 
     Raises UserError for bad settings or an LLM that cannot be reached, RunError if a worker dies or gives up.
     """
-    problems = read_problems(config.problems, config.num_conversations)
-    done = claim_output(config)
+    found = read_problems(config)
+    problems = found.chosen
+    done = claim_output(config, found.contents)
     missing = [problem for problem in problems if problem.index not in done]
     tracker = _ProgressTracker(total=len(problems), before=len(problems) - len(missing), show=show)
     if not missing:

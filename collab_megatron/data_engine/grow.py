@@ -1,8 +1,9 @@
 """Grows one conversation of a dataset turn by turn: candidate replies, their simulated futures, the best one kept.
 
-At every turn the assistant proposes replies (one call). Each reply gets its multiturn-aware reward over simulated
-futures, in which the same assistant is the policy. The best reply enters the conversation, and the first user turn of
-its first scored future continues the chat, so the conversation goes the way that was scored.
+At every turn the assistant proposes replies, some of them under a prompt that shows it request and reference
+(proactive.py). Each reply gets its multiturn-aware reward over simulated futures, in which the same assistant is the
+policy and sees the chat alone. The best reply enters the conversation, and the first user turn of its first scored
+future continues the chat, so the conversation goes the way that was scored.
 
 Thoughts of the assistant (data/thought_tags.py) are in no row, and neither user nor judges see them. A failed future is
 dropped, and so is a candidate without a scored future. A turn without candidates fails the whole conversation with
@@ -11,12 +12,14 @@ SimulatorError.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from collab_megatron.concurrency import run_all
+from collab_megatron.data.sessions import MR, whole_sessions
 from collab_megatron.data.thought_tags import split_thoughts
+from collab_megatron.data_engine.proactive import ProactivePrompt
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.rollout.conversation import Conversation, TurnLimits
 from collab_megatron.rollout.llm import SimulatorError, ends_chat
@@ -44,6 +47,7 @@ class GrowthRules:
     num_futures: int
     max_total_turns: int  # assistant turns of a conversation
     max_user_turns: int  # user turns inside a scored future
+    num_proactive: int = 0  # of the candidates
     system_prompt: str = ""
     termination_signal: str = TERMINATION_SIGNAL
 
@@ -71,6 +75,7 @@ class BuildPlayers:
     user: UserSimulator
     scorer: Scorer
     count_tokens: Callable[[str], int]
+    proactive: ProactivePrompt | None = None  # for GrowthRules.num_proactive candidates
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class Candidate:
     """One proposed reply and its futures."""
 
     text: str
+    proactive: bool  # written with request and reference in sight
     futures_K: tuple[Future, ...]
     mr: float | None  # None: no future has a score
 
@@ -149,10 +155,7 @@ async def _propose(
     task: Task, chat: Sequence[Message], first_sample: int, rules: GrowthRules, players: BuildPlayers
 ) -> list[Candidate]:
     """The distinct, scored candidate replies to `chat`. Waits for all their futures. Raises SimulatorError for none."""
-    request = LLMRequest(chat, parse=str, sample_index=first_sample, n=rules.num_candidates)
-    splits = [split_thoughts(reply.strip()) for reply in await players.assistant.complete(request)]
-    # equal texts are one candidate: scoring them twice would only double the calls
-    texts = list(dict.fromkeys(split.reply for split in splits if split.closed and split.reply.strip()))
+    texts = await _candidate_texts(task, chat, first_sample, rules, players)
     if not texts:
         raise SimulatorError("the assistant proposed no reply: every answer is empty or ends inside a thought")
     played = await run_all(
@@ -161,13 +164,33 @@ async def _propose(
         for k in range(rules.num_futures)
     )
     candidates = []
-    for i, text in enumerate(texts):
+    for i, (text, proactive) in enumerate(texts.items()):
         futures_K = tuple(played[i * rules.num_futures : (i + 1) * rules.num_futures])
-        candidates.append(Candidate(text, futures_K, multiturn_reward(futures_K)))
+        candidates.append(Candidate(text, proactive, futures_K, multiturn_reward(futures_K)))
     scored = [candidate for candidate in candidates if candidate.mr is not None]
     if not scored:
         raise SimulatorError(f"no candidate could be scored; first error: {played[0].error}")
     return scored
+
+
+async def _candidate_texts(
+    task: Task, chat: Sequence[Message], sample_index: int, rules: GrowthRules, players: BuildPlayers
+) -> dict[str, bool]:
+    """The distinct replies -> whether only a proactive candidate gave it. Equal texts are one candidate: scoring them
+    twice would only double the calls. Waits for the assistant's calls. Raises SimulatorError."""
+    calls = []
+    if plain := rules.num_candidates - rules.num_proactive:
+        calls.append(LLMRequest(chat, parse=str, sample_index=sample_index, n=plain))
+    if rules.num_proactive:
+        assert players.proactive is not None, "proactive candidates need their prompt"
+        calls.append(players.proactive.request(task, chat, sample_index=sample_index, n=rules.num_proactive))
+    texts: dict[str, bool] = {}
+    answers = await run_all(players.assistant.complete(call) for call in calls)
+    for call, replies in zip(calls, answers, strict=True):
+        for split in (split_thoughts(reply.strip()) for reply in replies):
+            if split.closed and split.reply.strip():
+                texts.setdefault(split.reply, call.json_reply)
+    return texts
 
 
 async def _play_future(
@@ -209,14 +232,17 @@ def _row(problem: Problem, chat: Sequence[Message], turn_id: int, candidate: Can
         "conv_id": problem.index,
         "turn_id": turn_id,
         "score": candidate.mr,
+        "proactive": candidate.proactive,
         "single_turn_prompt": task.single_turn_prompt,
         "single_turn_completion": task.ground_truth,
         "single_turn_metadata": dict(task.metadata),
         "task_desc": task.task_desc,
-        "sessions": [[message.as_dict() for message in future.messages] for future in scored],
-        "rewards": _mean_scores([future.scores for future in scored]),
+        "sessions": whole_sessions(chat, candidate.text, [future.messages for future in scored]),
+        "rewards": _scores(scored),
     }
 
 
-def _mean_scores(scores_K: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(scores[name] for scores in scores_K) / len(scores_K) for name in scores_K[0]}
+def _scores(scored_K: Sequence[Future]) -> dict[str, list[float | None]]:
+    """Metric -> its score in each session, and the sessions' rewards R*, whose mean is the row's score."""
+    scores = {name: [future.scores[name] for future in scored_K] for name in scored_K[0].scores}
+    return {**scores, MR: [future.reward for future in scored_K]}

@@ -1,16 +1,16 @@
 """Output folder of a build: one append-only JSONL shard per worker process, and the settings of the build.
 
-A conversation is appended as a whole (json_lines.py). Every row has `conv_rows`, the row count of its conversation: a
-conversation that a kill cut short is recognized, and removed when the build continues.
+A conversation is appended as a whole (json_lines.py), as a row for each candidate or as one nested row. Every row has
+`conv_rows`, the row count of its conversation: a conversation that a kill cut short is recognized, and removed when the
+build continues.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ from collab_megatron.text import on_one_line
 SETTINGS_FILE = "build.json"
 # settings that may differ between runs into one folder: they do not change the conversations
 FREE_SETTINGS = frozenset(
-    {"output", "problems", "num_conversations", "max_concurrency", "processes", "budget", "journal", "umask"}
+    {
+        *("output", "form", "umask", "budget", "journal", "max_concurrency", "processes", "engine", "parallel"),
+        # compared by contents
+        *("problems", "problems_split", "problems_subset", "on_bad_problem", "num_conversations"),
+    }
 )
 BY_CONTENT = frozenset({"judges", "metric_modules"})  # of the reward section: compared separately
 SHAPING_LLM_SETTINGS = (
@@ -47,8 +51,8 @@ def shard_path(output: Path, worker: int) -> Path:
     return output / f"conversations-{worker:03d}.jsonl"
 
 
-def claim_output(config: BuildDatasetConfig) -> set[int]:
-    """Create or open the folder; returns the conv_ids of its finished conversations.
+def claim_output(config: BuildDatasetConfig, problems: str) -> set[int]:
+    """Create or open the folder; returns the conv_ids of its finished conversations. `problems`: a hash of all of them.
 
     Raises UserError if it has conversations of other settings: mixed rows would not be comparable.
     """
@@ -58,7 +62,7 @@ def claim_output(config: BuildDatasetConfig) -> set[int]:
         done: set[int] = set()
         for shard in sorted(output.glob("conversations-*.jsonl")):
             done |= _whole_conversations(shard)
-        path, settings = output / SETTINGS_FILE, _settings(config)
+        path, settings = output / SETTINGS_FILE, _settings(config, problems)
         if done and path.exists():
             _compare_settings(json.loads(path.read_text()), settings, output)
         else:
@@ -70,8 +74,10 @@ def claim_output(config: BuildDatasetConfig) -> set[int]:
     return done
 
 
-def append_conversation(shard: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def append_conversation(shard: Path, rows: Sequence[Mapping[str, Any]], *, nested: bool = False) -> None:
     """Append all rows of one conversation, or none. Raises RunError on a full disk."""
+    if nested:
+        rows = [nested_row(rows)]
     data = b"".join(on_one_line(json.dumps(row, ensure_ascii=False).encode(errors="replace")) + b"\n" for row in rows)
     try:
         append_lines(shard, data)
@@ -82,7 +88,18 @@ def append_conversation(shard: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         ) from None
 
 
-def _settings(config: BuildDatasetConfig) -> dict[str, Any]:
+def nested_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The flat rows of one conversation as one row."""
+    shared = ("conv_id", "single_turn_prompt", "single_turn_completion", "single_turn_metadata", "task_desc")
+    own = ("completion", "score", "proactive", "sessions", "rewards")
+    turns: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        turn = turns.setdefault(row["turn_id"], {"prompt": row["prompt"], "responses": []})
+        turn["responses"].append({name: row[name] for name in own})
+    return {**{name: rows[0][name] for name in shared}, "turns": list(turns.values()), "conv_rows": 1}
+
+
+def _settings(config: BuildDatasetConfig, problems: str) -> dict[str, Any]:
     """All settings that change the conversations: dotted name -> plain value."""
     raw = prompts_by_content(config.model_dump(mode="json"))
     settings = {name: value for name, value in raw.items() if name not in FREE_SETTINGS and name != "simulators"}
@@ -98,7 +115,7 @@ def _settings(config: BuildDatasetConfig) -> dict[str, Any]:
             shaping = prompts_by_content(part.model_dump(mode="json", include=set(SHAPING_LLM_SETTINGS)))
             settings |= {f"{place}.{name}": value for name, value in shaping.items()}
     settings["shipped prompts"] = {prompt.name: contents(prompt) for prompt in shipped_prompts()}
-    settings["problems (contents)"] = hashlib.sha256(config.problems.read_bytes()).hexdigest()
+    settings["problems (contents)"] = problems
     return settings
 
 

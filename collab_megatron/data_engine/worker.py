@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from collab_megatron.config.entry import BuildDatasetConfig
 from collab_megatron.config.roles import llm_roles
 from collab_megatron.data_engine.grow import BuildPlayers, GrowthRules, grow_conversation
 from collab_megatron.data_engine.output import append_conversation, shard_path
+from collab_megatron.data_engine.proactive import ProactivePrompt
 from collab_megatron.data_engine.problems import Problem
+from collab_megatron.data_engine.token_counter import token_counter
 from collab_megatron.errors import BudgetSpent, RunError
 from collab_megatron.rollout.journal.store import Journal, open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorError, user_simulator
@@ -79,7 +82,7 @@ async def _build_share(
         go_on="run the same command again",
     )
     counts = BuildCounts()
-    shard = shard_path(config.output, worker)
+    append = partial(append_conversation, shard_path(config.output, worker), nested=config.form == "nested")
     try:
         await gateway.check_reachable()
         players = make_players(config, gateway)
@@ -88,6 +91,7 @@ async def _build_share(
             num_futures=config.num_repeat_rollouts,
             max_total_turns=config.max_total_turns,
             max_user_turns=config.max_user_turns,
+            num_proactive=config.num_proactive_candidates,
             system_prompt=config.system_prompt,
             termination_signal=config.simulators.user.termination_signal,
         )
@@ -96,7 +100,7 @@ async def _build_share(
         gc.freeze()
         queue = iter(problems)
         growers = [
-            _grow_from(queue, rules, players, shard, counts, gateway.budget, judges)
+            _grow_from(queue, rules, players, append, counts, gateway.budget, judges)
             for _ in range(min(config.max_concurrency, len(problems)))
         ]
         done = asyncio.Event()
@@ -114,36 +118,22 @@ def make_players(config: BuildDatasetConfig, gateway: Gateway) -> BuildPlayers:
         assistant=gateway.role("assistant"),
         user=user_simulator(config.simulators, gateway),
         scorer=configured_scorer(config.reward, config.simulators, gateway),
-        count_tokens=token_counter(config.tokenizer),
+        count_tokens=token_counter(config.counting_tokenizer),
+        proactive=ProactivePrompt(config.proactive_prompt_file) if config.num_proactive_candidates else None,
     )
-
-
-def token_counter(tokenizer: str | None) -> Callable[[str], int]:
-    """A counter of a reply's tokens, including the end-of-turn id as in RL; of words if there is no tokenizer."""
-    if tokenizer is None:
-        return lambda text: len(text.split())
-    fast = Path(tokenizer) / "tokenizer.json"
-    if fast.exists():  # the same ids, without seconds of importing transformers in every process
-        from tokenizers import Tokenizer
-
-        counter = Tokenizer.from_file(str(fast))
-        return lambda text: len(counter.encode(text, add_special_tokens=False).ids) + 1
-    from collab_megatron.data.chat import load_tokenizer
-
-    loaded = load_tokenizer(tokenizer)
-    return lambda text: len(loaded.encode(text, add_special_tokens=False)) + 1
 
 
 async def _grow_from(
     queue: Iterator[Problem],
     rules: GrowthRules,
     players: BuildPlayers,
-    shard: Path,
+    append: Callable[[Sequence[Mapping[str, Any]]], None],
     counts: BuildCounts,
     budget: Budget,
     judges: int,
 ) -> None:
-    """Grow conversations from the queue until it is empty or the budget is spent; `judges`: their requests per future.
+    """Grow conversations from the queue until it is empty or the budget is spent, and `append` their rows; `judges`:
+    their requests per future.
 
     Waits for room in the budget, unblocked by finished conversations, and for LLM calls. Raises RunError if too many
     conversations fail in a row.
@@ -165,7 +155,7 @@ async def _grow_from(
                     "run the same command again"
                 ) from None
             continue
-        append_conversation(shard, rows)
+        append(rows)
         best = _best_scores(rows)
         counts.failed_in_a_row = 0
         counts.done += 1

@@ -27,6 +27,7 @@ from typing import Any
 
 from aiohttp import web
 
+from collab_megatron.demo.mini_roles import learn_items
 from collab_megatron.demo.scripted_roles import ROLES, answer
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_text
@@ -151,10 +152,13 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port (default)")
     parser.add_argument("--ready-file", type=Path, help="receives host:port once the endpoint listens")
+    parser.add_argument("--items", type=Path, help="folder of JSON lines that mini-assistant knows (conf/mini)")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends (Linux)")
     args = parser.parse_args()
     if args.ready_file is not None and not args.ready_file.parent.is_dir():
         raise UserError(f"--ready-file {args.ready_file}: there is no folder {args.ready_file.parent}; create it first")
+    if args.items is not None:
+        learn_items(args.items)
     if args.die_with_parent:
         die_with_parent()
     asyncio.run(serve(args.host, args.port, args.ready_file, os.environ.get(API_KEY_VARIABLE)))

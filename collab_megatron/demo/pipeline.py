@@ -73,12 +73,14 @@ class DemoPipeline:
     def run_dir(self) -> Path:
         return self._settings.run_dir
 
-    def start_endpoint(self, supervisor: Supervisor) -> None:
-        """Start the simulated user, judge and assistant behind HTTP on a free port."""
+    def start_endpoint(self, supervisor: Supervisor, *flags: str) -> None:
+        """Start the simulated user, judge and assistant behind HTTP on a free port. `flags` are more of its own."""
         ready = self.run_dir / "logs" / "endpoint.address"
         ready.unlink(missing_ok=True)
         argv = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", "0", "--ready-file", str(ready)]
-        child: ChildProcess = supervisor.start("endpoint", [*argv, "--die-with-parent"], {KEY_VARIABLE: self._key})
+        child: ChildProcess = supervisor.start(
+            "endpoint", [*argv, "--die-with-parent", *flags], {KEY_VARIABLE: self._key}
+        )
         address = supervisor.wait_for_file(ready, child, timeout_s=ENDPOINT_START_S)
         self._api_base = f"http://{address.strip()}/v1"
 

@@ -1,4 +1,5 @@
-"""The three rule-based roles of the demo as pure functions of a chat-completion request.
+"""The rule-based roles of the demo as pure functions of a chat-completion request; mini_roles.py has those of
+conf/mini/.
 
 `desk-user` plays CollabLLM's user simulator, `desk-judge` its judge, `desk-assistant` a passive assistant for SFT data.
 Each reads only the messages that a real LLM would get. User and judge read two blocks of the last message, not the
@@ -19,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from collab_megatron.demo import desk
+from collab_megatron.demo.mini_roles import MINI_ROLES
+from collab_megatron.demo.prompt_blocks import Turn, block, chat_block, read_turns
 from collab_megatron.types import TERMINATION_SIGNAL
 
 AMBIGUOUS_SHARE = 0.6  # of the openings that the user simulator invents
@@ -34,8 +37,6 @@ MAX_QUESTIONS = 2  # after these the assistant guesses
 
 MAX_CHOICES = 128
 
-Turn = tuple[str, str]  # (role, content)
-
 
 def answer(request: Mapping[str, Any]) -> list[str]:
     """The contents of the `n` choices for an OpenAI chat-completion request.
@@ -44,7 +45,7 @@ def answer(request: Mapping[str, Any]) -> list[str]:
     is malformed or that the role does not understand.
     """
     role = ROLES[request["model"]]
-    turns = _turns(request.get("messages"), "messages")
+    turns = read_turns(request.get("messages"), "messages")
     count = _number(request, "n", 1, 1, MAX_CHOICES, int)
     temperature = _number(request, "temperature", 1.0, 0.0, 10.0, float)
     seed = _number(request, "seed", 0, -(2**63), 2**63, int)
@@ -134,6 +135,7 @@ ROLES: dict[str, Callable[[Sequence[Turn], random.Random], str]] = {
     "desk-user": user_reply,
     "desk-judge": judge_reply,
     "desk-assistant": assistant_reply,
+    **MINI_ROLES,
 }
 """model name -> role"""
 
@@ -156,34 +158,8 @@ def _asked_for(text: str, slots: Mapping[str, str]) -> list[str]:
 def _read_prompt(turns: Sequence[Turn]) -> tuple[str, dict[str, str], list[Turn]]:
     """(intent, slots, chat) from the prompt of a simulator or judge."""
     prompt = turns[-1][1]
-    intent, slots = desk.read_request(_block(prompt, "request"))
-    lines = [line for line in _block(prompt, "chat").split("\n") if line.strip()]  # JSON may contain other line ends
-    try:
-        chat = [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the <chat> block must have one JSON object per line: {error}") from error
-    return intent, slots, _turns(chat, "<chat>", allow_empty=True)
-
-
-def _block(prompt: str, tag: str) -> str:
-    # The last closing tag and the nearest opening before it: instructions above may mention the tags by name.
-    end = prompt.rfind(f"</{tag}>")
-    start = prompt.rfind(f"<{tag}>", 0, max(end, 0))
-    if end < 0 or start < 0:
-        raise ValueError(f"the last message holds no <{tag}>...</{tag}> block")
-    return prompt[start + len(tag) + 2 : end].strip()
-
-
-def _turns(messages: Any, where: str, allow_empty: bool = False) -> list[Turn]:
-    if not isinstance(messages, list) or not (messages or allow_empty):
-        raise ValueError(f"{where} must be a list of turns" + ("" if allow_empty else " that is not empty"))
-    turns = []
-    for i, message in enumerate(messages):
-        ok = isinstance(message, dict) and isinstance(message.get("content"), str)
-        if not ok or message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"{where}[{i}] must have a role (system, user, assistant) and a content that is a string")
-        turns.append((message["role"], message["content"]))
-    return turns
+    intent, slots = desk.read_request(block(prompt, "request"))
+    return intent, slots, chat_block(prompt)
 
 
 def _number(request: Mapping[str, Any], key: str, default: Any, low: Any, high: Any, kind: type) -> Any:

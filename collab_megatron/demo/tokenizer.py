@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from collab_megatron.demo import desk
 from collab_megatron.types import TERMINATION_SIGNAL
 
 VOCAB_SIZE = 384
+TEXT_VOCAB_SIZE = 1024  # of a tokenizer that is trained on texts
 PAD, UNK, END = "<|pad|>", "<|unk|>", "<|end|>"
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 WORD_PATTERN = r" ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]"
@@ -38,6 +39,25 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
     core.decoder = decoders.Fuse()
     core.add_special_tokens([PAD, UNK, END, *ROLE_TOKENS])
+    return _chat_tokenizer(core)
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `texts` with the same chat template: any text decodes to itself."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TEXT_VOCAB_SIZE,
+        special_tokens=[PAD, UNK, END, *ROLE_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return _chat_tokenizer(core)
+
+
+def _chat_tokenizer(core: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,

@@ -90,8 +90,10 @@ def engine_command(
     threads: int = 1,
     keys_file: Path | None = None,
     scratch: Path | None = None,
+    text: bool = False,
 ) -> EngineCommand:
-    """The server for `model_path`; token ids only (no tokenizer in the server), prefix cache on.
+    """The server for `model_path`; prefix cache on. `text`: with a tokenizer, for chats over the OpenAI API; else for
+    token ids only.
 
     `number`: of the server within its run. `cores`: CPU cores for its ranks; None: all that this process may use.
     `threads`: of each rank on CPU, unless engine.threads is set. `keys_file`: the API keys it asks for (keys.py).
@@ -102,7 +104,7 @@ def engine_command(
     argv = [settings.python or sys.executable, "-m", "sglang.launch_server"]
     argv += ["--model-path", model_path, "--dtype", dtype, "--host", settings.host, "--port", str(port)]
     argv += ["--tp-size", str(settings.tensor), "--random-seed", str(seed), "--log-level", "warning"]
-    argv += ["--skip-tokenizer-init", "--sleep-on-idle"]
+    argv += [*([] if text else ["--skip-tokenizer-init"]), "--sleep-on-idle"]
     # log-probs of the distribution at the sampling temperature, as the trainer's are, whatever the caller's environment
     env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"} | ON_LOOPBACK  # a server's ranks are all on this node
     if device == "cpu":

@@ -115,9 +115,14 @@ def build_calls(config: BuildDatasetConfig, tasks: Sequence[Task]) -> list[Calls
     plays = config.num_candidate_responses * config.num_repeat_rollouts
     for turn in range(config.max_total_turns):
         before = Lengths(chat, lengths.request, lengths.description, lengths.reference)
-        found.append(
-            Calls("simulators.assistant", simulators.assistant, 1, chat, config.num_candidate_responses * reply)
-        )
+        plain = config.num_candidate_responses - config.num_proactive_candidates
+        if plain:
+            found.append(Calls("simulators.assistant", simulators.assistant, 1, chat, plain * reply))
+        if config.num_proactive_candidates:
+            told = _prompt_tokens("assistant_proactive", config.proactive_prompt_file) + lengths.description
+            told += lengths.request + lengths.reference + chat
+            proactive = config.num_proactive_candidates * reply
+            found.append(Calls("simulators.assistant", simulators.assistant, 1, told, proactive))
         future = future_calls(simulators, config.reward, before, turns=config.max_user_turns, reply=reply)
         found += [item.times(plays) for item in future]
         for number in range(config.max_user_turns):  # the assistant plays the policy in its own futures

@@ -64,9 +64,12 @@ def evaluate_plan(config: EvaluateConfig, spec: ModelSpec, *, node: Node, tasks:
 
 def build_plan(config: BuildDatasetConfig, tasks: Sequence[Task], calls: Sequence[Calls]) -> str:
     """The plan as text. tasks: the problems to grow conversations from."""
+    served = [] if config.model is None else [f"assistant   SGLang serves {config.model.path} during the build"]
+    proactive = f" ({config.num_proactive_candidates} proactive)" if config.num_proactive_candidates else ""
     lines = [
         f"grows       {len(tasks):,} conversations of at most {config.max_total_turns} assistant turns: "
-        f"{config.num_candidate_responses} candidates x {config.num_repeat_rollouts} futures at each turn",
+        f"{config.num_candidate_responses} candidates{proactive} x {config.num_repeat_rollouts} futures at each turn",
+        *served,
         *call_lines("calls", calls),
         *dollar_lines({"build": (1, calls)}),
         *_own_metric_lines(config.reward),

@@ -172,15 +172,25 @@ def check_evaluate(
     return context_tokens
 
 
-def check_build(config: BuildDatasetConfig, *, report: Report = print_at_once) -> None:
+def check_build(config: BuildDatasetConfig, *, dry_run: bool = False, report: Report = print_at_once) -> None:
     """All checks of tools/build_dataset.py, as `check_rl`. Raises UserError."""
     check_folder("output", config.output)
     check_journal_file(config.journal, config.output / "journal.sqlite")
     check_prompt_files(config)
     check_process_count("processes", config.processes)
-    tasks = [problem.task for problem in read_problems(config.problems, config.num_conversations)]
+    problems = read_problems(config)
+    for notice in problems.notices:
+        report(notice)
+    tasks = [problem.task for problem in problems.chosen]
     gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed, budget=config.budget)
     gateway.check_models()
+    if config.model is not None:
+        model = _check_model(
+            config.model.path, ParallelSection(device=config.parallel.device), "as_sampled", weights=not dry_run
+        )
+        check_context_length(config.engine, model.spec)
+        check_gpus(config.parallel, started_ranks(config.engine), this_node())
+        check_engine(config.engine)
     make_players(config, gateway)
     report(build_plan(config, tasks, build_calls(config, tasks)))
     warn_of_prompts(config.simulators)

@@ -16,7 +16,14 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
-from collab_megatron.config import EvaluateConfig, RLConfig, SupervisedConfig, dump_config, show_config
+from collab_megatron.config import (
+    BuildDatasetConfig,
+    EvaluateConfig,
+    RLConfig,
+    SupervisedConfig,
+    dump_config,
+    show_config,
+)
 from collab_megatron.config.sections import EngineSection, ParallelSection
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.server_args import (
@@ -90,7 +97,7 @@ def _supervisor(config: RLConfig | SupervisedConfig, lock: RunLock) -> Superviso
     )
 
 
-def child_env(config: RLConfig | SupervisedConfig | EvaluateConfig) -> Mapping[str, str]:
+def child_env(config: RLConfig | SupervisedConfig | EvaluateConfig | BuildDatasetConfig) -> Mapping[str, str]:
     """Environment of every process of the run."""
     return NO_GPU if device_of(config.parallel) == "cpu" else {}
 
@@ -112,7 +119,7 @@ def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock) -> N
         )
 
 
-def make_keys(supervisor: Supervisor, config: RLConfig | EvaluateConfig) -> Path | None:
+def make_keys(supervisor: Supervisor, config: RLConfig | EvaluateConfig | BuildDatasetConfig) -> Path | None:
     """A new file of API keys for the servers that we start; None for engine.urls, which keep their own."""
     if config.engine.urls:
         return None
@@ -123,20 +130,21 @@ def make_keys(supervisor: Supervisor, config: RLConfig | EvaluateConfig) -> Path
 
 def start_fleet(
     supervisor: Supervisor,
-    config: RLConfig | EvaluateConfig,
+    config: RLConfig | EvaluateConfig | BuildDatasetConfig,
     device: str,
     gpus: Sequence[str] | None,
     keys_file: Path | None,
 ) -> Fleet:
     """Start the servers of a run. gpus: ids of the GPUs that they may use, in order; None: all GPUs of this node.
     keys_file: from `make_keys`."""
-    engine = config.engine
+    engine, model = config.engine, config.model
+    assert model is not None, "a build without a model starts no server"
 
     def build(number: int, port: int) -> EngineCommand:
         command = engine_command(
             engine,
-            model_path=config.model.path,
-            dtype=config.model.dtype,
+            model_path=model.path,
+            dtype=model.dtype,
             device=device,
             port=port,
             seed=config.run.seed,
@@ -144,6 +152,7 @@ def start_fleet(
             threads=threads_of(config).engine,
             keys_file=keys_file,
             scratch=supervisor.scratch,
+            text=isinstance(config, BuildDatasetConfig),
         )
         if gpus is None:
             return command
@@ -160,7 +169,7 @@ def engines_are_here(engine: EngineSection) -> bool:
     return all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in engine.urls)
 
 
-def roster_folder(config: RLConfig | EvaluateConfig) -> Path:
+def roster_folder(config: RLConfig | EvaluateConfig | BuildDatasetConfig) -> Path:
     return config.run.logs_dir / "engines"
 
 
@@ -238,13 +247,13 @@ def on_chosen_device(config: C) -> C:
     return config.model_copy(update={"parallel": parallel})
 
 
-def threads_of(config: RLConfig | SupervisedConfig | EvaluateConfig) -> ThreadCounts:
+def threads_of(config: RLConfig | SupervisedConfig | EvaluateConfig | BuildDatasetConfig) -> ThreadCounts:
     """Threads of a trainer rank and of an engine rank: from the config, else a share of the cores. Used on CPU only."""
     parallel = config.parallel
     engine = None if isinstance(config, SupervisedConfig) else config.engine
     shared = share_threads(
         usable_cores(),
-        trainer_ranks=0 if isinstance(config, EvaluateConfig) else parallel.world_size,
+        trainer_ranks=0 if isinstance(config, EvaluateConfig | BuildDatasetConfig) else parallel.world_size,
         engine_ranks=0 if engine is None or engine.urls else engine.count * engine.tensor,
         at_once=isinstance(config, RLConfig) and config.driver.max_staleness > 0,
     )
@@ -262,8 +271,11 @@ def write_resolved(config: BaseModel, scratch: Path, logs_dir: Path) -> Path:
     return scratch / RESOLVED
 
 
-def launch_engine_only(supervisor: Supervisor, config: EvaluateConfig) -> tuple[list[str], EngineKeys | None]:
-    """Start the engines of an evaluation, on all GPUs of the node, and wait for them; their URLs and API keys."""
+def launch_engine_only(
+    supervisor: Supervisor, config: EvaluateConfig | BuildDatasetConfig
+) -> tuple[list[str], EngineKeys | None]:
+    """Start the engines of an evaluation or of a dataset build, on all GPUs of the node, and wait for them; their URLs
+    and API keys."""
     device = device_of(config.parallel)
     keys_file = make_keys(supervisor, config)
     fleet = start_fleet(supervisor, config, device, visible_gpus() if device == "cuda" else None, keys_file)

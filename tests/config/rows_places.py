@@ -107,6 +107,25 @@ DATA = [
     data("problems-empty", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b""), program="build"),
     data("problems-not-utf8", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b"\xff\n"), program="build"),
     data("problems-deep", "problems=DIR/p.jsonl", "p.jsonl", prepare=file("p.jsonl", b"[" * 99999), program="build"),
+    data("problems-folder", "problems=DIR", ".parquet", "name another", program="build"),
+    data("problems-csv", "problems=DIR/p.csv", "name must end", prepare=file("p.csv", b"a,b"), program="build"),
+    place("problems-split-of-a-file", "problems_split=[test]", "without splits", program="build"),
+    Row(
+        "mapping-column",
+        "build",
+        ("mapping={single_turn_prompt: $task, single_turn_completion: $single_turn_completion}",),
+        ("problem 1", "'task'", "its columns are single_turn_prompt"),
+    ),
+    Row(
+        "mapping-where",
+        "build",
+        (
+            "mapping={single_turn_prompt: $single_turn_prompt, single_turn_completion: $single_turn_completion, "
+            "where: {level: hard}}",
+        ),
+        ("'level'", "which no row has"),
+    ),
+    place("build-model-missing", "model={path: DIR/none}", "simulators.assistant.model", program="build"),
     place("build-tokenizer-missing", "tokenizer=DIR/none", "tokenizer", program="build"),
     place("build-output-is-a-file", "output=DIR/f", "is a file", prepare=file("f"), program="build"),
 ]

@@ -138,7 +138,29 @@ PREPARE = [
         "--dataset WORLD/problems.jsonl --dataset-type rl --output DIR/o --max-rows 0",
         "--max-rows",
     ),
-    row("prepare-type", "prepare", "--dataset a --dataset-type dpo --output DIR/o", "--dataset-type", "dpo"),
+    row("prepare-type", "prepare", "--dataset a --dataset-type ppo --output DIR/o", "--dataset-type", "ppo"),
+    row(
+        "prepare-gap-for-rl", "prepare", "--dataset a --dataset-type rl --output DIR/o --minimum-gap 1", "--minimum-gap"
+    ),
+    row(
+        "prepare-gap-nan",
+        "prepare",
+        "--dataset a --dataset-type dpo --output DIR/o --minimum-gap nan",
+        "--minimum-gap nan",
+    ),
+    row(
+        "prepare-no-tokenizer",
+        "prepare",
+        "--dataset a --dataset-type rl --output DIR/o --max-tokens 5",
+        "--max-tokens",
+        "--tokenizer",
+    ),
+    row(
+        "prepare-tokenizer-missing",
+        "prepare",
+        "--dataset a --dataset-type rl --output DIR/o --tokenizer DIR",
+        "tokenizer",
+    ),
     row(
         "prepare-output-is-a-file",
         "prepare",

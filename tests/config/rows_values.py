@@ -194,6 +194,25 @@ OTHERS = [
     Row("build-processes", "build", ("processes=0",), ("processes", "greater than 0")),
     Row("build-processes-huge", "build", ("processes=100000",), ("processes", "lower")),
     Row("build-concurrency", "build", ("max_concurrency=yes",), ("max_concurrency", "number")),
+    Row(
+        "build-proactive",
+        "build",
+        ("num_proactive_candidates=9",),
+        ("num_proactive_candidates=9", "num_candidate_responses=2", "lower it"),
+    ),
+    Row("build-form", "build", ("form=deep",), ("form", "flat")),
+    Row(
+        "build-mapping-dollar",
+        "build",
+        ("mapping={single_turn_prompt: costs $5, single_turn_completion: $a}",),
+        ("mapping.single_turn_prompt", "lone $", "$$"),
+    ),
+    Row(
+        "build-mapping-no-column",
+        "build",
+        ("mapping={single_turn_prompt: problem, single_turn_completion: $a}",),
+        ("mapping.single_turn_prompt", "names no column", "${column}"),
+    ),
     Row("build-no-assistant", "build", ("simulators.assistant=null",), ("simulators.assistant", "name the model")),
 ]
 

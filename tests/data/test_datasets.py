@@ -70,7 +70,7 @@ NESTED = [
             {
                 "prompt": prompt,
                 "responses": [
-                    {"completion": row["completion"], "score": row["score"], "sessions": [], "rewards": row["rewards"]}
+                    {name: row[name] for name in ("completion", "score", "sessions", "rewards")}
                     for row in FLAT[first : first + 2]
                 ],
             }

@@ -35,7 +35,9 @@ async def grown(*texts: str) -> tuple[list[dict[str, Any]], LengthScorer]:
 async def test_thoughts_stay_out_of_a_built_dataset() -> None:
     rows, scorer = await grown("<think>no hour</think>which day?", "<think>never ends")
     assert [row["completion"] for row in rows] == ["which day?"]
-    assert rows[0]["sessions"][0][0]["content"] == "noon which day?"
+    assert [turn["content"] for turn in rows[0]["sessions"][0][:3]] == [
+        *("book a table", "which day?", "noon which day?")
+    ]
     assert not any("no hour" in message.content for seen in scorer.seen for message in seen.messages)
 
 

@@ -83,7 +83,10 @@ def test_without_a_seed_samples_differ(address):
 def test_models_and_health(address):
     status, reply = call(address, "/v1/models")
     assert status == 200
-    assert [model["id"] for model in reply["data"]] == ["desk-user", "desk-judge", "desk-assistant"]
+    roles = ("user", "judge", "assistant")
+    assert [model["id"] for model in reply["data"]] == [
+        f"{world}-{role}" for world in ("desk", "mini") for role in roles
+    ]
     assert call(address, "/health", key=None)[0] == 200
 
 

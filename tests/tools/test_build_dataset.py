@@ -98,10 +98,12 @@ def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "built").glob("conversations-*.jsonl"))) == 2
     for row in rows:
         rewards = row["rewards"]
-        assert set(rewards) == {"accuracy", "interactivity", "token_amount"}
+        assert set(rewards) == {"accuracy", "interactivity", "token_amount", "MR"}
         assert 1 <= len(row["sessions"]) <= 2
-        expected = rewards["accuracy"] + rewards["interactivity"] - 0.1 * rewards["token_amount"]
-        assert row["score"] == pytest.approx(expected)
+        assert all(len(scores) == len(row["sessions"]) for scores in rewards.values())
+        mean = {name: sum(scores) / len(scores) for name, scores in rewards.items()}
+        assert row["score"] == pytest.approx(mean["MR"])
+        assert mean["MR"] == pytest.approx(mean["accuracy"] + mean["interactivity"] - 0.1 * mean["token_amount"])
     # A question's futures differ from a guess's: the engine has something to choose from.
     assert max(row["score"] for row in rows) > 1.9
     assert min(row["score"] for row in rows) < 0.5
@@ -112,7 +114,8 @@ def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
         kept = [r for r in rows if r["conv_id"] == row["conv_id"] and r["turn_id"] == row["turn_id"] - 1]
         best = max(kept, key=lambda r: r["score"])
         assert row["prompt"][-2]["content"] == best["completion"]
-        assert row["prompt"][-1]["content"] in [session[0]["content"] for session in best["sessions"]]
+        following = len(best["prompt"]) + 1  # sessions are whole conversations
+        assert row["prompt"][-1]["content"] in [session[following]["content"] for session in best["sessions"]]
 
     out, heldout = tmp_path / "out", str(tmp_path / "tasks" / "heldout.jsonl")
     common = ("prepare_dataset", "--dataset", str(tmp_path / "built"), "--output", str(out), "--dataset-type")
@@ -265,7 +268,11 @@ def test_futures_without_users_still_continue_the_chat(config: Path) -> None:
     build(config, "num_conversations=10", "max_user_turns=0", "max_total_turns=2")
     rows = built_rows(config)
     assert any(row["turn_id"] == 1 for row in rows)
-    assert all(session == [] for row in rows for session in row["sessions"])
+    assert all(
+        session == [*row["prompt"], {"role": "assistant", "content": row["completion"]}]
+        for row in rows
+        for session in row["sessions"]
+    )
 
 
 def test_failed_conversations_are_counted_and_left_out(config: Path, tmp_path: Path) -> None:

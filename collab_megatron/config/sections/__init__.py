@@ -28,6 +28,7 @@ from collab_megatron.config.sections.llm import (
     SimulatorsSection,
     UserSection,
 )
+from collab_megatron.config.sections.problems import ColumnTemplate, MappingSection
 from collab_megatron.config.sections.rollout import (
     DriverSection,
     EvaluationSection,
@@ -51,6 +52,7 @@ __all__ = [
     "UMASKS",
     "AlgorithmSection",
     "BudgetSection",
+    "ColumnTemplate",
     "Count",
     "DPOSection",
     "DataSection",
@@ -64,6 +66,7 @@ __all__ = [
     "JournalSection",
     "JudgeSection",
     "LLMSection",
+    "MappingSection",
     "ModelSection",
     "Named",
     "OptimizerSection",

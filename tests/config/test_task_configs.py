@@ -1,0 +1,116 @@
+"""Every config of the paper's tasks passes --dry-run for a node of eight GPUs, with stand-ins for the models and data
+that only the hub has; and it holds the paper's figures."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from collab_megatron.config import BuildDatasetConfig, DPOConfig, RLConfig, SFTConfig, load_config
+from collab_megatron.data.parquet import Conversation, Pair, write_conversations, write_pairs, write_tasks
+from collab_megatron.types import Message
+from tests.config.table import run_here
+from tests.conftest import REPOSITORY
+from tests.data_engine.test_problems import ARTICLES, CODE, MATH
+from tests.launch.full_size_models import LLAMA_31_8B, QWEN_25_7B, write_full_size
+from tests.rollout.fakes import TASK
+
+pytestmark = pytest.mark.slow
+
+CONF = REPOSITORY / "conf"
+TASKS = {
+    "math_hard": ("accuracy", 5e-4, MATH),
+    "medium": ("bleu_score", 1e-4, ARTICLES),
+    "bigcodebench": ("pass_rate", 5e-4, CODE),
+}
+ASKED = (Message("user", "a table"),)
+GOOD, BAD = (Message("assistant", "which day?"),), (Message("assistant", "BOOK"),)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Models and data."""
+    folder = tmp_path_factory.mktemp("paper")
+    write_full_size(folder / "llama", LLAMA_31_8B, tiny_model)
+    write_full_size(folder / "qwen", QWEN_25_7B, tiny_model)
+    write_tasks(folder / "rl_train.parquet", [replace(TASK, task_id=f"t{n}", prompt=ASKED) for n in range(16)])
+    held_out = replace(TASK, task_id="held", prompt=ASKED, single_turn_prompt="another one")
+    write_tasks(folder / "rl_validation.parquet", [held_out])
+    for part in ("train", "validation"):
+        chats = [Conversation(f"{part} {n}", (*ASKED, *GOOD)) for n in range(64)]
+        write_conversations(folder / f"sft_{part}.parquet", chats)
+        write_pairs(folder / f"dpo_{part}.parquet", [Pair(f"{part} {n}", ASKED, GOOD, BAD) for n in range(64)])
+    for task, (_, _, rows) in TASKS.items():
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{task}.parquet")
+    return folder
+
+
+def dry_run(program: str, config: Path, world: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    said = run_here(program, [str(config), "--dry-run", *overrides], capsys)
+    assert said.code == 0, said.err
+    return said.out
+
+
+def stand_ins(world: Path, kind: str, model: str) -> list[str]:
+    files = [f"data.{part}={world / f'{kind}_{part}.parquet'}" for part in ("train", "validation")]
+    return ["--gpus", "8x80", *files, f"model.path={world / model}", f"run.dir={world / 'runs'}"]
+
+
+@pytest.fixture(autouse=True)
+def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(name, "none")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("program", "name", "kind", "model"),
+    [
+        ("train_rl", "{}.yaml", "rl", "llama"),
+        ("evaluate", "{}.yaml", "rl", "llama"),
+        ("train_sft", "{}/sft.yaml", "sft", "llama"),
+        ("train_dpo", "{}/dpo.yaml", "dpo", "llama"),
+        ("train_rl", "{}/qwen_rl.yaml", "rl", "qwen"),
+        ("train_sft", "{}/qwen_sft.yaml", "sft", "qwen"),
+        ("train_dpo", "{}/qwen_dpo.yaml", "dpo", "qwen"),
+    ],
+)
+def test_a_task_trains(
+    program: str, name: str, kind: str, model: str, task: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = dry_run(program, CONF / name.format(task), world, capsys, *stand_ins(world, kind, model))
+    if program != "evaluate":
+        assert re.search(r"ranks on cuda .*tensor 4", out), out[-3000:]
+        assert "does not fit" not in out
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_builds_its_conversations(task: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [f"problems={world / f'{task}.parquet'}", "problems_split=[]", f"tokenizer={world / 'llama'}"]
+    out = dry_run("build", CONF / task / "data.yaml", world, capsys, *overrides, f"output={world / 'built'}")
+    assert "3 candidates (1 proactive) x 3 futures" in out
+    assert "of at most 7 assistant turns" in out
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_has_the_figures_of_the_paper(task: str) -> None:
+    metric, penalty, _ = TASKS[task]
+    weights = {metric: 1.0, "interactivity": 1.0, "token_amount": -1000 * penalty}
+    rl: Any = load_config(RLConfig, CONF / f"{task}.yaml")
+    assert rl.reward.metric_weights == weights
+    assert (rl.rollout.max_user_turns, rl.rollout.num_repeat_rollouts, rl.optimizer.lr) == (2, 3, 2e-6)
+    assert rl.simulators.user.model == "gpt-4o-mini"
+    qwen: Any = load_config(RLConfig, CONF / task / "qwen_rl.yaml")
+    assert (qwen.optimizer.lr, qwen.rollout.num_replies, qwen.rollout.prompts_per_step) == (1e-6, 8, 16)
+    assert load_config(BuildDatasetConfig, CONF / task / "data.yaml").reward.metric_weights == weights
+    sft, dpo = load_config(SFTConfig, CONF / task / "sft.yaml"), load_config(DPOConfig, CONF / task / "dpo.yaml")
+    assert (sft.optimizer.lr, dpo.optimizer.lr) == (1e-5, 5e-6)
+    assert sft.model.path == "meta-llama/Llama-3.1-8B-Instruct"
+    assert load_config(SFTConfig, CONF / task / "qwen_sft.yaml").model.path == "Qwen/Qwen2.5-7B-Instruct"
+    assert {rl.model.path, dpo.model.path} == {str(sft.export_hf)}
