@@ -141,6 +141,7 @@ class CallRecord:
     prompt_tokens: int = 0  # of all answers, those that could not be used included
     completion_tokens: int = 0
     cost_usd: float = 0.0
+    shared: bool = False  # the answer to an equal request at temperature 0: paid for once, by the call that sent it
     thought: str = ""  # of an answer in JSON
     marks: Mapping[str, Any] = field(default_factory=dict)  # its other plain values
     text: str = ""  # an answer that is not JSON
@@ -164,6 +165,7 @@ class Future:
     error: str = ""
     turns: tuple[PolicyTurn, ...] = ()  # the policy turns among `messages`, in order; the trained reply is not one
     calls: tuple[CallRecord, ...] = ()  # to user and judges, in the order of their ends
+    copied: bool = False  # played once, for an equal reply or for an earlier future of a broken one
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ class Reply:
     futures_K: tuple[Future, ...]
     mr: float | None = None  # mean reward of the scored futures; None without a scored future
     advantage: float | None = None  # None if the reply or its group was dropped
+    same_as: int | None = None  # index of the first equal reply of the group, with which it shares its `mr`
 
     @property
     def text(self) -> str:
@@ -270,6 +273,7 @@ class LLMReply:
     deployment: int = 0  # index of the role's deployment that answered
     problem: str = ""  # why the answer as a whole cannot be used: wrong_role | too_long; not stored
     replayed: bool = field(default=False, compare=False)  # it came from the journal: paid for before
+    shared: bool = field(default=False, compare=False)  # the answer to an equal request of this process
 
 
 class PolicyEngine(Protocol):
@@ -316,6 +320,21 @@ class UserSimulator(Protocol):
 
     async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
         """The next user turn; contains the termination signal when the user ends the chat. Raises SimulatorError."""
+        ...
+
+
+class UserTurnsTogether(Protocol):
+    """A user simulator that writes several next turns of one chat in one request.
+
+    Example: await together.replies(task, chat, sample_indices=(4, 5)) returns ["At noon.", "12 o'clock, please."].
+    """
+
+    def request_of(self, sample_index: int) -> int | None:
+        """Samples with the same number share a request; None: the sample has a request of its own."""
+        ...
+
+    async def replies(self, task: Task, chat: Sequence[Message], *, sample_indices: Sequence[int]) -> list[str]:
+        """The next user turn of each sample, all with the same `request_of`. Raises SimulatorError for all of them."""
         ...
 
 

@@ -107,7 +107,7 @@ def check_driver(driver: DriverSection, rollout: RolloutSection, engine: EngineS
         raise ValueError(
             f"driver.refill_groups={driver.refill_groups} is more than the {prompts} prompts of a step: lower it"
         )
-    if driver.min_futures > max(rollout.num_repeat_rollouts, 1):
+    if driver.min_futures > max(rollout.first_futures, 1):
         raise ValueError(
             f"driver.min_futures={driver.min_futures} is larger than "
             f"rollout.num_repeat_rollouts={rollout.num_repeat_rollouts}, so no reply would have a reward: lower it"

@@ -73,8 +73,8 @@ def lengths_of(tasks: Sequence[Task]) -> Lengths:
 def step_calls(config: RLConfig, lengths: Lengths) -> list[Calls]:
     """Calls of one training step."""
     rollout = config.rollout
-    futures = rollout.prompts_per_step * rollout.num_replies * max(rollout.num_repeat_rollouts, 1)
-    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.num_repeat_rollouts else 0
+    futures = rollout.prompts_per_step * rollout.tree_futures
+    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.first_futures else 0
     future = future_calls(config.simulators, config.reward, lengths, turns=turns, reply=rollout.max_new_tokens)
     return [item.times(futures) for item in future]
 

@@ -24,7 +24,7 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
     """The plan as text. calls: for `steps` and `evaluations`, their number and the calls of one (cost.py)."""
     rollout = config.rollout
     replies = rollout.prompts_per_step * rollout.num_replies
-    simulated = replies * rollout.num_repeat_rollouts
+    simulated = rollout.prompts_per_step * rollout.tree_futures if rollout.first_futures else 0
     turns = replies + simulated * min(rollout.max_user_turns, rollout.max_assistant_turns - 1)
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     steps, evaluations = calls["steps"], calls["evaluations"]

@@ -102,11 +102,13 @@ async def open_clients(
         gc.collect()
         gc.freeze()  # later collections skip the objects of the imports: 15 % of a call's CPU time
         gc.set_threshold(*GC_THRESHOLDS)
+        user = user_simulator(config.simulators, gateway, health)
         try:
             yield RolloutClients(
                 players=Players(
                     engine=engine,
-                    user=user_simulator(config.simulators, gateway, health),
+                    user=user,
+                    together=user,
                     scorer=configured_scorer(config.reward, config.simulators, gateway),
                     chat=chat,
                     engine_clock=BusyClock(),

@@ -29,6 +29,7 @@ from collab_megatron.types import (
     RolloutStatus,
     Task,
     UserSimulator,
+    UserTurnsTogether,
 )
 
 
@@ -71,6 +72,7 @@ class Players:
     user_clock: BusyClock
     judge_clock: BusyClock
     unexpected: UnexpectedErrors = field(default_factory=UnexpectedErrors)
+    together: UserTurnsTogether | None = None  # `user`, where it can write several turns in one request
 
 
 async def play_future(

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from collab_megatron.concurrency import run_all
+from collab_megatron.config.sections.rollout import EqualReplies
 from collab_megatron.rollout.advantages import group_advantages
+from collab_megatron.rollout.equal_replies import first_equal, is_uniform
 from collab_megatron.rollout.future import Limits, Players, ask_policy, play_future
+from collab_megatron.rollout.group_futures import AutoFutures, FuturesRules, play_futures
 from collab_megatron.rollout.rewards import multiturn_reward
 from collab_megatron.run_order import POSITION, RunPosition
-from collab_megatron.types import Future, Group, PolicyTurn, Reply, RolloutStatus, Task, TrainingSample
+from collab_megatron.types import Future, Group, PolicyTurn, Reply, Task, TrainingSample
 from collab_megatron.wire.protocol import Tally
 
 
@@ -20,12 +22,15 @@ class GroupRules:
     """Size of a group, and when replies or the group are dropped."""
 
     num_replies: int  # n
-    num_futures: int  # K; 0 scores each reply without a future
+    num_futures: int  # K; 0 scores each reply without a future; with `auto` of the first round
     min_replies: int  # with fewer scored replies the group is dropped
     min_futures: int  # with fewer scored futures the reply leaves its group
     group_timeout_s: float  # starts when the replies are sampled; then the group is complete without its late futures
     advantage_eps: float
     min_group_std: float
+    equal_replies: EqualReplies = "apart"
+    uniform_group_futures: int = 1  # of a group whose replies are all equal, unless they are kept apart
+    auto: AutoFutures | None = None
 
 
 @dataclass(frozen=True)
@@ -51,56 +56,66 @@ async def grow_group(
     limits: Limits,
     players: Players,
 ) -> Group:
-    """Play every future of every reply concurrently.
+    """Play the futures of the replies concurrently; rewards and advantages.
 
-    A broken reply (`limits.cut_reply`) has K equal futures: one is scored, and all K get its scores, so that counts and
-    `min_futures` keep their meaning.
-
-    Waits for all futures, at most `rules.group_timeout_s`; unfinished futures are cancelled and get the status LATE.
-    Raises what play_future raises.
+    Waits for the futures, at most `rules.group_timeout_s`. Raises what play_future raises.
     """
+    uniform = rules.equal_replies != "apart" and is_uniform(turns_G)
     count = max(rules.num_futures, 1)
-    played = [(g, k) for g, turn in enumerate(turns_G) for k in range(1 if limits.breaks_off(turn) else count)]
-    late = f"its group reached its deadline of {rules.group_timeout_s:g} s"
-    results = await run_all(
-        (
-            play_future(
-                task,
-                prompt_ids,
-                turns_G[g],
-                index=k,
-                name=f"{tree_id}/{g}/{k}",
-                sample_index=tree_id.first_sample + g * count + k,
-                simulate=rules.num_futures > 0,
-                limits=limits,
-                players=players,
-            )
-            for g, k in played
+    if uniform:  # no reply can be better than another
+        count = min(count, rules.uniform_group_futures)
+    group = Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=(), kept=True)
+    if not count:
+        return replace(group, replies_G=tuple(Reply(turn, (), advantage=0.0, same_as=0) for turn in turns_G))
+    futures_G = await play_futures(
+        task,
+        prompt_ids,
+        turns_G,
+        tree_id,
+        rules=FuturesRules(
+            num_futures=rules.num_futures,
+            equal_replies="once" if uniform else rules.equal_replies,
+            auto=rules.auto,
+            timeout_s=rules.group_timeout_s,
         ),
-        timeout_s=rules.group_timeout_s,
-        late=lambda number: Future(played[number][1], RolloutStatus.LATE, (), error=late),
+        count=count,
+        limits=limits,
+        players=players,
     )
-    futures = dict(zip(played, results, strict=True))
-    for g in range(len(turns_G)):
-        for k in range(1, count):
-            futures.setdefault((g, k), replace(futures[g, 0], index=k, calls=()))
-    replies = tuple(
-        _reply(turn, [futures[g, k] for k in range(count)], rules.min_futures) for g, turn in enumerate(turns_G)
-    )
+    replies = _replies(turns_G, futures_G, rules, least=min(rules.min_futures, count))
     return with_advantages(
-        Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=replies, kept=True),
+        replace(group, replies_G=replies),
         min_replies=rules.min_replies,
         eps=rules.advantage_eps,
         min_std=rules.min_group_std,
     )
 
 
-def _reply(turn: PolicyTurn, futures: Sequence[Future], min_futures: int) -> Reply:
-    enough = sum(future.status.scored for future in futures) >= min_futures
+def _replies(
+    turns_G: Sequence[PolicyTurn], futures_G: Sequence[Sequence[Future]], rules: GroupRules, *, least: int
+) -> tuple[Reply, ...]:
+    """The replies with their rewards; `least`: scored futures that a reward needs."""
+    first_G = first_equal(turns_G) if rules.equal_replies != "apart" else range(len(turns_G))
+    replies = []
+    for g, (turn, own, first) in enumerate(zip(turns_G, futures_G, first_G, strict=True)):
+        counted = own
+        if rules.equal_replies == "pool":
+            counted = [future for h, futures in enumerate(futures_G) if first_G[h] == first for future in futures]
+        reply = _reply(turn, own, least, counted)
+        replies.append(reply if first == g else replace(reply, same_as=first))
+    return tuple(replies)
+
+
+def _reply(
+    turn: PolicyTurn, futures: Sequence[Future], min_futures: int, counted: Sequence[Future] | None = None
+) -> Reply:
+    """`counted`: the futures that make the reward, if not its own."""
+    counted = futures if counted is None else counted
+    enough = sum(future.status.scored for future in counted) >= min_futures
     return Reply(
         turn=turn,
         futures_K=tuple(futures),
-        mr=multiturn_reward(futures) if enough else None,
+        mr=multiturn_reward(counted) if enough else None,
     )
 
 

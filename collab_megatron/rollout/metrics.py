@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from collab_megatron.figures import Figure, Figures
+from collab_megatron.rollout.equal_replies import first_equal, is_uniform
 from collab_megatron.rollout.evaluation_tasks import is_opening
 from collab_megatron.rollout.rewards import asks_question, clamped_share
 from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
@@ -67,10 +68,23 @@ def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Fi
     later = [turn for future in futures for turn in future.turns]
     figures["rollout/later_turns_broken_share"] = Figure.ratio(sum(turn.broken for turn in later), len(later))
     figures["rollout/groups_dropped"] = Figure.of("sum", [sum(not group.kept for group in groups)])
+    figures |= _equal_metrics(groups)
     for status in RolloutStatus:
         count = sum(future.status is status for future in futures)
         figures[f"rollout/futures_{status.value}"] = Figure.of("sum", [count])
     return figures
+
+
+def _equal_metrics(groups: Sequence[Group]) -> Figures:
+    """Share of replies that no earlier reply of their group equals; groups of one distinct reply; futures played."""
+    turns = [[reply.turn for reply in group.replies_G] for group in groups]
+    distinct = sum(first == g for turns_G in turns for g, first in enumerate(first_equal(turns_G)))
+    played = [sum(not f.copied for reply in group.replies_G for f in reply.futures_K) for group in groups]
+    return {
+        "rollout/distinct_share": Figure.ratio(distinct, sum(map(len, turns))),
+        "rollout/groups_uniform": Figure.of("sum", [sum(map(is_uniform, turns))]),
+        "rollout/futures_played": Figure.of("sum", [sum(played)]),
+    }
 
 
 def _spread_metrics(groups: Sequence[Group]) -> Figures:

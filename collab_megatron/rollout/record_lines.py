@@ -53,6 +53,7 @@ def reply_record(reply: Reply) -> dict[str, Any]:
         **_turn(reply.turn),
         "mr": reply.mr,
         "advantage": reply.advantage,
+        "same_as": reply.same_as,
         "futures": [_future(future) for future in reply.futures_K],
     }
 
@@ -86,6 +87,7 @@ def _future(future: Future) -> dict[str, Any]:
         "policy_tokens": future.policy_tokens,
         "weight_versions": list(future.versions),
         "error": future.error,
+        "copied": future.copied,
     }
 
 

@@ -78,7 +78,9 @@ async def service(
         data=DataSection(train=folder / "train.parquet", validation=folder / "train.parquet"),
         simulators=SimulatorsSection(user=UserSection(model="none")),
         reward=RewardSection(metric_weights={"accuracy": 1.0}, accuracy_verifier="exact"),
-        rollout=RolloutSection(prompts_per_step=2, num_replies=2, num_repeat_rollouts=1, max_new_tokens=4),
+        rollout=RolloutSection(
+            prompts_per_step=2, num_replies=2, num_repeat_rollouts=1, max_new_tokens=4, equal_replies="apart"
+        ),
         algorithm=AlgorithmSection(zero_advantage=zero_advantage),
         driver=DriverSection(**driver),
     )

@@ -41,6 +41,8 @@ class LLMSection(DeploymentSection):
     # fields too (json_object for models without it)
     response_format: Literal["text", "json_object", "json_schema"] = "json_object"
     prompt_file: Path | None = None  # replaces the shipped prompt template
+    # at temperature 0: requests with the same messages are sent once, and all callers get the same answer
+    answer_once: bool = False
     # further arguments of every call, in LiteLLM's terms, e.g. {top_p: 0.9, reasoning_effort: low}; no secrets.
     # LiteLLM leaves out OpenAI's arguments that it knows a provider not to take
     extra: dict[str, Any] = Field(default={})
@@ -55,12 +57,18 @@ class JudgeSection(LLMSection):
     """An LLM that scores. At temperature 0 it repeats its scores as far as its provider can."""
 
     temperature: float = Field(default=0.0, ge=0)  # sampling temperature
+    # at temperature 0: requests with the same messages are sent once, and all callers get the same answer
+    answer_once: bool = True
 
 
 class SimulatorSection(LLMSection):
     """A simulated user. With a mixture of several, the policy does not learn the habits of one simulator."""
 
     weight: float = Field(default=1.0, gt=0)  # share of the conversations, relative to the other weights
+    # ask for the first user turns of all futures of a reply in one request (`n`), which has the prompt's tokens once.
+    # None: if LiteLLM knows that the providers of all deployments take `n`. With true, a provider that returns fewer
+    # answers is asked again for the rest
+    first_turns_together: bool | None = None
 
 
 class UserSection(SimulatorSection):
