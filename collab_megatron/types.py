@@ -164,6 +164,10 @@ class Future:
     versions: tuple[int, int] = (0, 0)  # lowest and highest weight version of its policy turns
     error: str = ""
     turns: tuple[PolicyTurn, ...] = ()  # the policy turns among `messages`, in order; the trained reply is not one
+    # of each of `turns`, with algorithm.credit: tree: the token ids that it was sampled after, and its advantage (none
+    # if the future was not scored, or its reply or group was dropped)
+    contexts: tuple[tuple[int, ...], ...] = ()
+    advantages: tuple[float | None, ...] = ()
     calls: tuple[CallRecord, ...] = ()  # to user and judges, in the order of their ends
     copied: bool = False  # played once, for an equal reply or for an earlier future of a broken one
 
@@ -211,7 +215,7 @@ class Group:
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One reply as the trainer sees it: ids and numbers, no text.
+    """One reply, or with algorithm.credit: tree any policy turn, as the trainer sees it: ids and numbers, no text.
 
     Example: TrainingSample((1, 40), (523, 2), (-0.7, -0.1), (12, 12), 0.8): a prompt of 2 and a reply of 2 tokens.
     """
@@ -221,10 +225,6 @@ class TrainingSample:
     rollout_logprobs_T: tuple[float, ...]
     versions_T: tuple[int, ...]
     advantage: float
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.reply_ids_T)
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
     replies = rollout.prompts_per_step * rollout.num_replies
     simulated = rollout.prompts_per_step * rollout.tree_futures if rollout.first_futures else 0
     turns = replies + simulated * min(rollout.max_user_turns, rollout.max_assistant_turns - 1)
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    sequences = max(replies, simulated) if config.algorithm.credit == "tree" else replies
     steps, evaluations = calls["steps"], calls["evaluations"]
     lines = [
-        *_training_lines(spec, config, node, samples=replies, longest=longest),
+        *_training_lines(spec, config, node, samples=sequences, longest=longest_sequence(config)),
         *_engine_lines(spec, config, node.device(config.parallel)),
         f"per step    {rollout.prompts_per_step} prompts x {rollout.num_replies} replies = {replies} replies, "
         f"{simulated} futures, at most {turns} policy turns of {rollout.max_new_tokens} tokens",
@@ -70,6 +70,16 @@ def build_plan(config: BuildDatasetConfig, tasks: Sequence[Task], calls: Sequenc
         *_own_metric_lines(config.reward),
     ]
     return "\n".join(lines)
+
+
+def longest_sequence(config: RLConfig) -> int:
+    """The most tokens of a trained sequence: a prompt with a reply, or with algorithm.credit: tree a conversation."""
+    rollout = config.rollout
+    if config.algorithm.credit == "reply":
+        return rollout.max_prompt_tokens + rollout.max_new_tokens
+    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1)
+    each = rollout.max_new_tokens + config.simulators.user.max_tokens
+    return rollout.max_prompt_tokens + rollout.max_new_tokens + turns * each
 
 
 def reference_of(config: RLConfig | SFTConfig) -> Reference:
@@ -120,10 +130,7 @@ def sft_plan(config: SFTConfig, spec: ModelSpec, *, node: Node) -> str:
 
 def stages_of(config: RLConfig | SFTConfig, spec: ModelSpec, device: str) -> list[RankMemory]:
     """Bytes of a rank of each pipeline stage."""
-    if isinstance(config, RLConfig):
-        longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    else:
-        longest = config.max_tokens
+    longest = longest_sequence(config) if isinstance(config, RLConfig) else config.max_tokens
     return trainer_memory(
         spec,
         dtype=config.model.dtype,

@@ -120,6 +120,7 @@ class BatchCollector:
         notes = [*with_examples(warnings, self._clients.health.examples()), *self._clients.gateway.budget.warnings()]
         figures = self._figures(step, trees, groups)
         figures["rollout/samples"] = Figure.of("sum", [len(samples)])
+        figures["rollout/trained_tokens"] = Figure.of("sum", [sum(len(sample.reply_ids_T) for sample in samples)])
         answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
         self._clients.players.unexpected.begin()
         wanted = self._recorder.wants(step + 1)

@@ -124,6 +124,7 @@ async def open_clients(
                     temperature=rollout.temperature,
                     cut_reply=rollout.cut_reply,
                     cut_penalty=rollout.cut_penalty,
+                    keep_contexts=isinstance(config, RLConfig) and config.algorithm.credit == "tree",
                     termination_signal=config.simulators.user.termination_signal,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),

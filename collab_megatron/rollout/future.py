@@ -58,6 +58,7 @@ class Limits(TurnLimits):
     temperature: float
     future_timeout_s: float = 600.0  # deadline of one future
     cut_penalty: float = -1.0  # reward of a conversation that breaks off under `cut_reply: penalty`
+    keep_contexts: bool = False  # futures keep the token ids before each of their policy turns, for tree credit
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ async def play_future(
         future,
         versions=(min(versions), max(versions)) if versions else (0, 0),
         turns=tuple(conversation.turns[1:]),
+        contexts=tuple(policy.contexts[: len(conversation.turns) - 1]),
         calls=tuple(calls),
     )
 
@@ -168,6 +170,7 @@ class EnginePolicy:
         self._sampled = list(task.prompt)  # the messages with the policy's thoughts, as the chat template needs them
         self._context = list(prompt_ids)
         self._turns = 0
+        self.contexts: list[tuple[int, ...]] = []  # of the turns after the reply, with limits.keep_contexts
         self._add(reply)
 
     async def answer(self, messages: Sequence[Message]) -> PolicyTurn | None:
@@ -177,6 +180,8 @@ class EnginePolicy:
         self._sampled.append(user)
         if len(self._context) + self._limits.max_new_tokens > self._limits.max_context_tokens:
             return None
+        if self._limits.keep_contexts:
+            self.contexts.append(tuple(self._context))
         (turn,) = await ask_policy(
             self._context,
             1,

@@ -12,6 +12,7 @@ from collab_megatron.rollout.equal_replies import first_equal, is_uniform
 from collab_megatron.rollout.future import Limits, Players, ask_policy, play_future
 from collab_megatron.rollout.group_futures import AutoFutures, FuturesRules, play_futures
 from collab_megatron.rollout.rewards import multiturn_reward
+from collab_megatron.rollout.tree_credit import TreeBaseline, with_turn_advantages
 from collab_megatron.run_order import POSITION, RunPosition
 from collab_megatron.types import Future, Group, PolicyTurn, Reply, Task, TrainingSample
 from collab_megatron.wire.protocol import Tally
@@ -31,6 +32,7 @@ class GroupRules:
     equal_replies: EqualReplies = "apart"
     uniform_group_futures: int = 1  # of a group whose replies are all equal, unless they are kept apart
     auto: AutoFutures | None = None
+    tree_baseline: TreeBaseline | None = None  # None: only the replies get advantages (algorithm.credit: reply)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ async def grow_group(
     """
     uniform = rules.equal_replies != "apart" and is_uniform(turns_G)
     count = max(rules.num_futures, 1)
-    if uniform:  # no reply can be better than another
+    if uniform and rules.tree_baseline is None:  # no reply can be better than another
         count = min(count, rules.uniform_group_futures)
     group = Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=(), kept=True)
     if not count:
@@ -83,11 +85,16 @@ async def grow_group(
         players=players,
     )
     replies = _replies(turns_G, futures_G, rules, least=min(rules.min_futures, count))
-    return with_advantages(
+    group = with_advantages(
         replace(group, replies_G=replies),
         min_replies=rules.min_replies,
         eps=rules.advantage_eps,
         min_std=rules.min_group_std,
+    )
+    if rules.tree_baseline is None:
+        return group
+    return with_turn_advantages(
+        group, eps=rules.advantage_eps, min_std=rules.min_group_std, baseline=rules.tree_baseline
     )
 
 
@@ -136,7 +143,9 @@ def with_advantages(group: Group, *, min_replies: int, eps: float, min_std: floa
 
 def has_spread(group: Group) -> bool:
     """Whether the group has a learning signal: it is kept, and not all advantages are 0."""
-    return group.kept and any(reply.advantage for reply in group.replies_G)
+    return group.kept and any(
+        reply.advantage or any(any(future.advantages) for future in reply.futures_K) for reply in group.replies_G
+    )
 
 
 def tally(groups: Sequence[Group]) -> Tally:
@@ -148,20 +157,37 @@ def tally(groups: Sequence[Group]) -> Tally:
 
 
 def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> list[TrainingSample]:
-    """The replies to train on: none of a dropped group, and with "drop" none of a group without spread."""
+    """The policy turns to train on: none of a dropped group, and with "drop" none of a group without spread.
+
+    Every reply with an advantage, copies of equal ones included, then every later turn with one. A turn that several
+    conversations pass through is one sample.
+    """
     if not group.kept or (zero_advantage == "drop" and not has_spread(group)):
         return []
-    return [
-        TrainingSample(
-            prompt_ids=group.prompt_ids,
-            reply_ids_T=reply.generation.token_ids_T,
-            rollout_logprobs_T=reply.generation.logprobs_T,
-            versions_T=reply.generation.versions_T,
-            advantage=reply.advantage,
-        )
+    samples = [
+        _sample(group.prompt_ids, reply.turn, reply.advantage)
         for reply in group.replies_G
-        if reply.advantage is not None and reply.generation.token_ids_T
+        if reply.advantage is not None
     ]
+    later = {
+        (context, turn.generation.token_ids_T): _sample(context, turn, advantage)
+        for reply in group.replies_G
+        for future in reply.futures_K
+        for context, turn, advantage in zip(future.contexts, future.turns, future.advantages, strict=False)
+        if advantage is not None
+    }
+    return [sample for sample in (*samples, *later.values()) if sample.reply_ids_T]
+
+
+def _sample(prompt_ids: tuple[int, ...], turn: PolicyTurn, advantage: float) -> TrainingSample:
+    generation = turn.generation
+    return TrainingSample(
+        prompt_ids=prompt_ids,
+        reply_ids_T=generation.token_ids_T,
+        rollout_logprobs_T=generation.logprobs_T,
+        versions_T=generation.versions_T,
+        advantage=advantage,
+    )
 
 
 async def sample_replies(

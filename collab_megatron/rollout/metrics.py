@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from collab_megatron.figures import Figure, Figures
 from collab_megatron.rollout.equal_replies import first_equal, is_uniform
 from collab_megatron.rollout.evaluation_tasks import is_opening
+from collab_megatron.rollout.group import has_spread
 from collab_megatron.rollout.rewards import asks_question, clamped_share
 from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
 
@@ -55,8 +56,10 @@ def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Fi
     figures["advantage/std"] = Figure.of("std", advantages)
     figures["advantage/max"] = Figure.of("max", advantages)
     figures["advantage/min"] = Figure.of("min", advantages)
-    live = sum(any(r.advantage for r in group.replies_G) for group in groups)
-    figures["advantage/groups_with_signal"] = Figure.ratio(live, len(groups))
+    figures["advantage/groups_with_signal"] = Figure.ratio(sum(map(has_spread, groups)), len(groups))
+    later = [a for _, reply in replies for f in reply.futures_K if not f.copied for a in f.advantages if a is not None]
+    if later:  # algorithm.credit: tree
+        figures["advantage/later_turns_std"] = Figure.of("std", later)
     figures |= {f"rollout/{name}": value for name, value in clarify_rates(replies).items()}
     lengths = [len(reply.generation.token_ids_T) for _, reply in replies]
     figures["rollout/reply_tokens_mean"] = Figure.of("mean", lengths)
@@ -65,8 +68,8 @@ def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Fi
     figures["rollout/cut_share"] = Figure.ratio(cut, len(replies))
     empty = sum(reply.turn.broken and not reply.turn.cut for _, reply in replies)
     figures["rollout/empty_share"] = Figure.ratio(empty, len(replies))
-    later = [turn for future in futures for turn in future.turns]
-    figures["rollout/later_turns_broken_share"] = Figure.ratio(sum(turn.broken for turn in later), len(later))
+    turns = [turn for future in futures for turn in future.turns]
+    figures["rollout/later_turns_broken_share"] = Figure.ratio(sum(turn.broken for turn in turns), len(turns))
     figures["rollout/groups_dropped"] = Figure.of("sum", [sum(not group.kept for group in groups)])
     figures |= _equal_metrics(groups)
     for status in RolloutStatus:

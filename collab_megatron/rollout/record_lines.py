@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any
 
 import orjson
@@ -80,7 +80,10 @@ def _future(future: Future) -> dict[str, Any]:
     return {
         "status": future.status.value,
         "messages": [message.as_dict() for message in future.messages],
-        "turns": [_turn(turn) for turn in future.turns],
+        "turns": [
+            {**_turn(turn), "advantage": advantage}
+            for turn, advantage in zip_longest(future.turns, future.advantages[: len(future.turns)])
+        ],
         "calls": [vars(call) for call in future.calls],
         "scores": dict(future.scores),
         "reward": future.reward,

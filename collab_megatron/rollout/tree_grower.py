@@ -53,6 +53,7 @@ class TreeGrower:
             advantage_eps=config.algorithm.advantage_eps,
             min_group_std=config.algorithm.min_group_std,
             equal_replies=rollout.equal_replies,
+            tree_baseline=config.algorithm.tree_baseline if config.algorithm.credit == "tree" else None,
             uniform_group_futures=rollout.uniform_group_futures,
             auto=AutoFutures(rollout.most_futures, rollout.tree_futures) if auto else None,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from collab_megatron.config.sections import AlgorithmSection, TrainSection
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.batching import MicroBatch
+from collab_megatron.trainer.batching.merged_turns import merge_turns
 from collab_megatron.trainer.loss.grpo_step import make_grpo_loss, mini_batches, token_sample, with_values
 from collab_megatron.trainer.rank_batch import rank_batch
 from collab_megatron.trainer.report.timers import PhaseTimer
@@ -47,11 +48,15 @@ def update(
         return {f"train/{name}": value for name, value in idle.items()}
     parts = mini_batches(batch.samples, algorithm.mini_batches)
     prepared: list[tuple[list[MicroBatch], int]] = []
-    imbalance, flops = 1.0, 0.0
+    imbalance, flops, computed = 1.0, 0.0, 0
     forward_passes = (reference is not None) + (len(parts) > 1)
     with timer("logprobs"):
         for part in parts:
-            mine = rank_batch(actor.grid, actor.spec, [token_sample(sample, batch.step) for sample in part], train)
+            samples = [token_sample(sample, batch.step) for sample in part]
+            if algorithm.credit == "tree":
+                samples = merge_turns(samples)
+            computed += sum(len(sample.ids) for sample in samples)
+            mine = rank_batch(actor.grid, actor.spec, samples, train)
             imbalance = max(imbalance, mine.imbalance)
             flops += mine.forward_flops * (forward_passes + 3)  # a backward pass is twice a forward pass
             micro = mine.micro_batches
@@ -75,7 +80,8 @@ def update(
     metrics["train/steps_without_samples"] = 0.0
     metrics["train/steps_skipped"] = sum(result.skipped for result in results)
     metrics["train/skipped_in_a_row"] = skipped.count(results)
-    metrics["train/tokens"] = sum(sample.num_tokens for sample in batch.samples)
+    metrics["train/tokens"] = computed
+    metrics["train/trained_tokens"] = sum(tokens for _, tokens in prepared)
     metrics["train/dp_imbalance"] = imbalance
     metrics["train/model_tflop"] = flops / 1e12
     return metrics

@@ -256,6 +256,13 @@ class AlgorithmSection(Section):
     # dilute the gradient of other groups and pull towards the reference. drop: they are not trained, and a step without
     # other groups makes no update. Groups that driver.refill_groups replaced are never trained
     zero_advantage: Literal["keep", "drop"] = "keep"
+    # which policy turns are trained. reply: the n replies of a group, as in the paper. tree: also every later turn of
+    # their futures, from the same LLM calls; its return is the mean reward of the conversations below it
+    credit: Literal["reply", "tree"] = "reply"
+    # credit: tree: what a later turn's return is compared with, always without the conversations through that turn.
+    # siblings: an estimate of its context's value from the conversations through the same contexts, shrunk towards
+    # those through the same reply and the group; group: the mean over the group's conversations
+    tree_baseline: Literal["siblings", "group"] = "siblings"
     clip_low: float = Field(default=0.2, ge=0)  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = Field(default=0.2, ge=0)  # as clip_low
     # largest ratio in the loss of a token with a negative advantage (dual-clip PPO; verl's clip_ratio_c is 3)
