@@ -2,7 +2,7 @@
 
     equal_replies   once: replies a a b with K = 2 play a0 a1 b0 b1, and the second a gets copies of a0 a1
                     pool, apart: each reply plays its own
-    auto            two futures of each reply, then rounds of one more for undecided replies (rewards/futures_plan.py)
+    auto            two futures of each reply, then rounds of one more for undecided replies (rewards/noise.py)
 
 Names and sample indices of futures depend on reply and future alone, so a resume finds in the journal what was played,
 in whatever order.
@@ -21,7 +21,7 @@ from collab_megatron.config.sections.rollout import EqualReplies
 from collab_megatron.rollout.equal_replies import first_equal
 from collab_megatron.rollout.first_turns import FirstTurns
 from collab_megatron.rollout.future import Limits, Players, play_future
-from collab_megatron.rollout.rewards.futures_plan import undecided
+from collab_megatron.rollout.rewards.noise import undecided
 from collab_megatron.types import Future, PolicyTurn, RolloutStatus, Task
 
 Place = tuple[int, int]

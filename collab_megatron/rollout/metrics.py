@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from collab_megatron.figures import Figure, Figures
@@ -10,6 +11,7 @@ from collab_megatron.rollout.equal_replies import first_equal, is_uniform
 from collab_megatron.rollout.evaluation_tasks import is_opening
 from collab_megatron.rollout.group import has_spread
 from collab_megatron.rollout.rewards import asks_question, clamped_share
+from collab_megatron.rollout.rewards.noise import noise_variance
 from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
 
 
@@ -91,24 +93,41 @@ def _equal_metrics(groups: Sequence[Group]) -> Figures:
 
 
 def _spread_metrics(groups: Sequence[Group]) -> Figures:
-    """Variance between the replies of a group (signal) and between the futures of a reply (noise).
-
-    With K futures the noise variance of the MR is futures_var / K. If that is close to replies_var, raise K."""
+    """Variance of MR between the replies of a group, of R* between the futures of a reply, and the share of the former
+    that the latter explains: noise, on which advantages are wasted."""
     stds, between, within = [], [], []
+    noise = spread = 0.0
     for group in groups:
         mrs = [reply.mr for reply in group.replies_G if reply.mr is not None]
-        if len(mrs) > 1:
-            stds.append(statistics.stdev(mrs))
-            between.append(statistics.variance(mrs))
-        for reply in group.replies_G:
-            rewards = [future.reward for future in reply.futures_K if future.reward is not None]
-            if len(rewards) > 1:
-                within.append(statistics.variance(rewards))
+        rewards_C, copies_C = _estimates(group)
+        within += [statistics.variance(rewards) for rewards in rewards_C if len(rewards) > 1]
+        if len(mrs) < 2:
+            continue
+        stds.append(statistics.stdev(mrs))
+        between.append(statistics.variance(mrs))
+        known = noise_variance(rewards_C, copies_C)
+        if known is not None:
+            noise += min(known, between[-1])
+            spread += between[-1]
     return {
         "advantage/group_mr_std": Figure.of("mean", stds),
         "advantage/replies_var": Figure.of("mean", between),
         "advantage/futures_var": Figure.of("mean", within),
+        "advantage/noise_share": Figure.ratio(noise, spread),
     }
+
+
+def _estimates(group: Group) -> tuple[list[list[float]], list[int]]:
+    """For each reply with a reward of its own: the rewards of the futures behind it, and the replies that share it."""
+    rewards: dict[int, list[float]] = {}
+    copies: Counter[int] = Counter()
+    for g, reply in enumerate(group.replies_G):
+        if reply.mr is not None:
+            first = g if reply.same_as is None else reply.same_as
+            copies[first] += 1
+            own = [f.reward for f in reply.futures_K if f.reward is not None and not f.copied]
+            rewards.setdefault(first, []).extend(own)
+    return list(rewards.values()), [copies[first] for first in rewards]
 
 
 def staleness_metrics(groups: Sequence[Group], step: int) -> Figures:

@@ -39,6 +39,13 @@ ALARMS = (
         "too hard, raise rollout.num_replies, or set driver.refill_groups",
     ),
     Alarm(
+        "advantage/noise_share",
+        0.8,
+        False,
+        "of the difference between replies is noise of the simulators: raise rollout.num_repeat_rollouts, or set it to "
+        "auto",
+    ),
+    Alarm(
         "system/host_memory_share",
         0.9,
         False,

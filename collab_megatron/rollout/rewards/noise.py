@@ -1,4 +1,7 @@
-"""More futures for some replies: those where one more can change the ranking of the group. Pure."""
+"""Noise of the multiturn-aware reward: how far futures of one reply differ, and where one more can decide. Pure.
+
+Legend: C distinct replies of a group, those with an estimate of their own; K_C scored futures of each.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from collections.abc import Sequence
 
 
 def futures_variance(rewards_C: Sequence[Sequence[float]]) -> float | None:
-    """Variance of R* between futures of one reply, pooled over the replies; None if no reply has two rewards.
+    """Variance of R* between the futures of one reply, pooled over the replies; None if no reply has two rewards.
 
-    rewards_C: of each distinct reply, the rewards of its futures.
+    rewards_C: for each distinct reply the rewards of its futures.
     """
     squares = degrees = 0.0
     for rewards in rewards_C:
@@ -18,6 +21,21 @@ def futures_variance(rewards_C: Sequence[Sequence[float]]) -> float | None:
             squares += statistics.variance(rewards) * (len(rewards) - 1)
             degrees += len(rewards) - 1
     return squares / degrees if degrees else None
+
+
+def noise_variance(rewards_C: Sequence[Sequence[float]], copies_C: Sequence[int]) -> float | None:
+    """The part of the variance of MR over a group's replies that is noise of the simulators; None if unknown.
+
+    With a variance v between futures, the MR of a distinct reply has the variance v / K. With a share p of the replies
+    that are its copies, it adds p (1 - p) v / K to the variance over all n replies, here with n - 1 in the denominator.
+    copies_C: replies of the group that share each estimate, itself included.
+    """
+    variance, replies = futures_variance(rewards_C), sum(copies_C)
+    if variance is None or replies < 2 or not all(rewards_C):
+        return None
+    shares = [copies / replies for copies in copies_C]
+    noise = sum(p * (1 - p) * variance / len(rewards) for p, rewards in zip(shares, rewards_C, strict=True))
+    return noise * replies / (replies - 1)
 
 
 def undecided(rewards_C: Sequence[Sequence[float]]) -> list[int]:
