@@ -160,6 +160,7 @@ class Future:
     messages: tuple[Message, ...]  # the turns after the reply, user first
     scores: Mapping[str, float] = field(default_factory=dict)  # metric name -> raw score; empty if not scored
     reward: float | None = None  # weighted, clamped sum of the scores; None if not scored
+    second_scores: Mapping[str, float] = field(default_factory=dict)  # of reward.second_judge, which does not reward
     policy_tokens: int = 0  # assistant tokens, the trained reply included
     versions: tuple[int, int] = (0, 0)  # lowest and highest weight version of its policy turns
     error: str = ""

@@ -26,6 +26,13 @@ def check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
     lacking = [name for name, judge in shipped_judges(reward, simulators).items() if judge is None]
     if lacking:
         raise ValueError(f"{lacking[0]} needs an LLM judge: set simulators.judge, or reward.judges.{lacking[0]}")
+    if reward.second_judge is not None and not shipped_judges(reward, simulators):
+        raise ValueError("reward.second_judge has no scores to compare: no metric of reward.metric_weights has a judge")
+    if reward.second_judge is not None and reward.second_judge.prompt_file is not None:
+        raise ValueError(
+            "reward.second_judge.prompt_file is not used, because the second judge gets the prompts of the first: "
+            "remove it"
+        )
     accuracy = reward.judges.get("accuracy")
     if reward.accuracy_prompt_file is not None and accuracy is not None and accuracy.prompt_file is not None:
         raise ValueError(

@@ -7,12 +7,14 @@ from typing import Any
 from collab_megatron.config.sections import LLMSection, RewardSection, SimulatorSection, SimulatorsSection, UserSection
 
 JUDGE_OF = "judge-"  # begins the role of a metric's own judge
+SECOND_JUDGE = "second_judge"  # the role of reward.second_judge
 SHIPPED_METRICS = ("accuracy", "interactivity", "token_amount")
 
 
 def llm_roles(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
     """The configured roles by name. A metric's own judge is `judge-METRIC`, if the metric has a weight."""
     named: dict[str, Any] = {"user": simulators.user, "judge": simulators.judge, "assistant": simulators.assistant}
+    named[SECOND_JUDGE] = reward.second_judge
     roles = {role: section for role, section in named.items() if section is not None}
     own = {judge_role(metric): judge for metric, judge in reward.judges.items() if metric in reward.metric_weights}
     return roles | own
@@ -40,6 +42,8 @@ def judge_role(metric: str) -> str:
 
 def role_place(role: str) -> str:
     """The key in the config of a role of `llm_roles`."""
+    if role == SECOND_JUDGE:
+        return "reward.second_judge"
     return f"reward.judges.{role.removeprefix(JUDGE_OF)}" if role.startswith(JUDGE_OF) else f"simulators.{role}"
 
 

@@ -14,6 +14,7 @@ from collab_megatron.figures import Figure, Figures, of_kind
 from collab_megatron.rollout.clients import RolloutClients
 from collab_megatron.rollout.delivered_batches import DeliveredBatches
 from collab_megatron.rollout.group import tally, training_samples
+from collab_megatron.rollout.hacking import hacking_metrics
 from collab_megatron.rollout.llm import GatewaySnapshot
 from collab_megatron.rollout.llm.health import share_figures
 from collab_megatron.rollout.metrics import rollout_metrics, staleness_metrics
@@ -150,6 +151,7 @@ class BatchCollector:
         health = self._clients.health.metrics()
         return {
             **rollout_metrics(groups, self._config.reward.metric_weights),
+            **hacking_metrics(groups, self._config.reward.metric_weights),
             **staleness_metrics(groups, step),
             "rollout/groups_replaced": Figure.of("sum", [sum(tree.replaced for tree in trees)]),
             "rollout/trees_carried_over": Figure.of("sum", [sum(tree.id.step < step for tree in trees)]),

@@ -23,6 +23,7 @@ from collab_megatron.rollout.journaled_engine import JournaledEngine
 from collab_megatron.rollout.lineage import lineage_of
 from collab_megatron.rollout.llm import Gateway, SimulatorHealth, user_simulator
 from collab_megatron.rollout.rewards import configured_scorer
+from collab_megatron.rollout.rewards.second_judge import configured_second_judge
 from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
 from collab_megatron.types import Task
 
@@ -110,6 +111,7 @@ async def open_clients(
                     user=user,
                     together=user,
                     scorer=configured_scorer(config.reward, config.simulators, gateway),
+                    second_judge=configured_second_judge(config.reward, config.simulators, gateway) if driver else None,
                     chat=chat,
                     engine_clock=BusyClock(),
                     user_clock=BusyClock(),

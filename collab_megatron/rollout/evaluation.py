@@ -68,6 +68,7 @@ async def evaluate(
         keep_contexts=False,
         cut_reply="score" if limits.cut_reply == "penalty" else limits.cut_reply,  # measured, not penalized
     )
+    players = replace(players, second_judge=None)
     simulated = evaluation.simulated_opening
     slots = asyncio.Semaphore(max(1, evaluation.max_concurrency // shards))
     stop = ""

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from collab_megatron.concurrency import run_all
 from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError
 from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.rollout.conversation import Conversation, ConversationScorer, TurnLimits
 from collab_megatron.rollout.journal.store import ReplayMiss
 from collab_megatron.rollout.llm.accounting import CALLS
 from collab_megatron.rollout.rewards.scorer import is_of_own_metric
+from collab_megatron.rollout.rewards.second_judge import SecondJudge
 from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
 from collab_megatron.types import (
     CallRecord,
@@ -73,6 +75,7 @@ class Players:
     user_clock: BusyClock
     judge_clock: BusyClock
     unexpected: UnexpectedErrors = field(default_factory=UnexpectedErrors)
+    second_judge: SecondJudge | None = None  # scores a sample again
     together: UserTurnsTogether | None = None  # `user`, where it can write several turns in one request
 
 
@@ -145,9 +148,13 @@ async def _play(
     played = conversation.future(index, status)
     if limits.cut_reply == "penalty" and limits.breaks_off(conversation.turns[-1]):
         return replace(played, reward=limits.cut_penalty)
+    finished, second = conversation.finished(), players.second_judge
     with players.judge_clock:
-        scores = await conversation.score(players.scorer)
-    return replace(played, scores=scores, reward=players.scorer.reward(scores))
+        if second is None or not second.wants(finished.sample_index):
+            scores, others = await conversation.score(players.scorer), dict[str, float]()
+        else:
+            scores, others = await run_all([conversation.score(players.scorer), second.score(finished)])
+    return replace(played, scores=scores, second_scores=others, reward=players.scorer.reward(scores))
 
 
 class EnginePolicy:

@@ -86,6 +86,7 @@ def _future(future: Future) -> dict[str, Any]:
         ],
         "calls": [vars(call) for call in future.calls],
         "scores": dict(future.scores),
+        "second_scores": dict(future.second_scores),
         "reward": future.reward,
         "policy_tokens": future.policy_tokens,
         "weight_versions": list(future.versions),

@@ -12,6 +12,7 @@ from collab_megatron.rollout.group import GroupRules, grow_group, sample_replies
 from collab_megatron.rollout.group_futures import AutoFutures
 from collab_megatron.rollout.llm.budget import Reservation
 from collab_megatron.rollout.rewards import judge_calls
+from collab_megatron.rollout.rewards.second_judge import second_judge_calls
 from collab_megatron.rollout.shard_plan import ShardPlan
 from collab_megatron.rollout.tree_scheduler import SchedulerRules, Tree
 from collab_megatron.types import Group
@@ -36,7 +37,9 @@ class TreeGrower:
             index=index,
             count=driver.shards,
         )
-        self._tree_calls = tree_calls(rollout, judge_calls(config.reward, config.simulators))
+        self._tree_calls = tree_calls(rollout, judge_calls(config.reward, config.simulators)) + second_judge_calls(
+            config.reward, config.simulators, rollout.tree_futures
+        )
         self.scheduler_rules = SchedulerRules(
             max_staleness=driver.max_staleness,
             # a shard's part may be 0 trees, where oversample_prompts=0 stands for a whole batch

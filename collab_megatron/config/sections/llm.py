@@ -127,6 +127,10 @@ class RewardSection(Section):
     metric_modules: tuple[str, ...] = ()
     judges: dict[str, JudgeSection] = Field(default={})  # by metric: its own LLM instead of simulators.judge
     settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: its settings (docs/rewards.md)
+    # another LLM that scores a sample of the training's conversations again, with the prompts of the first judges. It
+    # never rewards: its agreement with them is in the reward-hacking panel (hacking/...). None: no sample
+    second_judge: JudgeSection | None = None
+    second_judge_share: Share = 0.05  # share of the conversations that the second judge scores
 
     @field_validator("metric_weights")
     @classmethod

@@ -132,15 +132,22 @@ def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gate
         None if judge is None else gateway.role("judge"),
         accuracy_verifier=reward.accuracy_verifier,
         judges={name: gateway.role(judge_role(name)) for name in own},
-        prompt_files={
-            "interactivity": None if judge is None else judge.prompt_file,
-            "accuracy": reward.accuracy_prompt_file,
-            **{name: section.prompt_file for name, section in own.items() if section.prompt_file is not None},
-        },
+        prompt_files=prompt_files(reward, simulators),
         interactivity_sees=reward.interactivity_sees,
         metric_modules=reward.metric_modules,
         settings=reward.settings,
     )
+
+
+def prompt_files(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, Path | None]:
+    """By metric: the file that replaces its shipped prompt."""
+    judge = simulators.judge
+    own = {name: section.prompt_file for name, section in reward.judges.items() if name in reward.metric_weights}
+    return {
+        "interactivity": None if judge is None else judge.prompt_file,
+        "accuracy": reward.accuracy_prompt_file,
+        **{name: file for name, file in own.items() if file is not None},
+    }
 
 
 def _make(context: MetricContext) -> Metric:

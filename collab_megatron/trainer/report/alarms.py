@@ -46,6 +46,13 @@ ALARMS = (
         "auto",
     ),
     Alarm(
+        "hacking/reply_length_ratio",
+        2.0,
+        False,
+        "of the first steps' length is the length of the replies now: if they say no more than before, raise the "
+        "weight of token_amount",
+    ),
+    Alarm(
         "system/host_memory_share",
         0.9,
         False,
