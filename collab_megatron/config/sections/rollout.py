@@ -65,18 +65,19 @@ class RolloutSection(Section):
     @property
     def first_futures(self) -> int:
         """Futures of each reply in the first round; 0: replies are scored without one."""
-        return AUTO_FIRST if self.num_repeat_rollouts == "auto" else self.num_repeat_rollouts
+        return self.num_repeat_rollouts if isinstance(self.num_repeat_rollouts, int) else AUTO_FIRST
 
     @property
     def most_futures(self) -> int:
         """The most futures of one reply; a reply that is scored without a future counts as one."""
-        return 2 * self.auto_futures if self.num_repeat_rollouts == "auto" else max(self.num_repeat_rollouts, 1)
+        fixed = self.num_repeat_rollouts
+        return max(fixed, 1) if isinstance(fixed, int) else 2 * self.auto_futures
 
     @property
     def tree_futures(self) -> int:
         """The most futures of a tree."""
-        each = self.auto_futures if self.num_repeat_rollouts == "auto" else max(self.num_repeat_rollouts, 1)
-        return self.num_replies * each
+        fixed = self.num_repeat_rollouts
+        return self.num_replies * (max(fixed, 1) if isinstance(fixed, int) else self.auto_futures)
 
     @model_validator(mode="after")
     def _whole_distribution(self) -> Self:
