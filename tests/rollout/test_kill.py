@@ -199,7 +199,7 @@ def test_trees_that_leave_as_they_end_and_are_replaced(tmp_path: Path, url: str,
 def test_rounds_of_futures_with_tree_credit_and_a_second_judge(tmp_path: Path, url: str) -> None:
     """Which futures a tree plays depends on rewards: after a kill the journal leads to the same ones."""
 
-    def settings(name: str) -> RLConfig:
+    def settings(name: str, url: str) -> RLConfig:
         base = config(tmp_path / name, url, min_group_std=0.0)
         second = JudgeSection(model="hosted_vllm/judge", api_base=f"{url}/v1", api_key_env=None)
         return base.model_copy(
@@ -212,10 +212,10 @@ def test_rounds_of_futures_with_tree_credit_and_a_second_judge(tmp_path: Path, u
 
     (tmp_path / "alone").mkdir()
     (tmp_path / "killed").mkdir()
-    alone = play(settings("alone"), url, steps=2)
-    before = counts(url)
-    when = [Moment(before["paid"] + more, 0.02) for more in (before["paid"] // 4, before["paid"] // 2)]
-    killed = settings("killed")
+    with stand_in(tmp_path / "alone", latency_ms=LATENCY_MS) as other:
+        alone = play(settings("alone", other), other, steps=2)
+    when = [Moment(alone.paid // 4, 0.02), Moment(alone.paid // 2, 0.02)]
+    killed = settings("killed", url)
     played = play(killed, url, steps=2, kills=when)
     assert len(played.kills) == 2
     assert played.batches == alone.batches
