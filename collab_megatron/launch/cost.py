@@ -76,7 +76,7 @@ def step_calls(config: RLConfig, lengths: Lengths) -> list[Calls]:
     futures = rollout.prompts_per_step * rollout.tree_futures
     turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.first_futures else 0
     future = future_calls(config.simulators, config.reward, lengths, turns=turns, reply=rollout.max_new_tokens)
-    return [item.times(futures) for item in (*future, *_second_judge(config.reward, future))]
+    return [item.times(futures) for item in (*future, *_second_judge(config.reward, lengths, future))]
 
 
 def evaluation_calls(config: RLConfig | EvaluateConfig, lengths: Lengths, tasks: int) -> list[Calls]:
@@ -146,14 +146,15 @@ def future_calls(
     return summed(found)
 
 
-def _second_judge(reward: RewardSection, future: Sequence[Calls]) -> list[Calls]:
-    """Calls of the second judge for its share of the futures: it reads what the first judges read."""
+def _second_judge(reward: RewardSection, lengths: Lengths, future: Sequence[Calls]) -> list[Calls]:
+    """Calls of the second judge for its share of the futures: it reads what the first judges read, and the opening."""
     second, share = reward.second_judge, reward.second_judge_share
     if second is None:
         return []
     first = [item for item in future if item.place == "simulators.judge" or item.place.startswith("reward.judges.")]
-    calls = sum(item.calls for item in first)
-    tokens_in = sum(item.tokens_in for item in first)
+    calls = 1 + sum(item.calls for item in first)
+    opening = _prompt_tokens("judge_opening", None) + lengths.request + lengths.chat
+    tokens_in = opening + sum(item.tokens_in for item in first)
     return [Calls("reward.second_judge", second, calls, tokens_in, calls * second.max_tokens).times(share)]
 
 

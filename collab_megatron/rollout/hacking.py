@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from collab_megatron.figures import Figure, Figures
 from collab_megatron.rollout.evaluation_tasks import is_opening
 from collab_megatron.rollout.rewards import asks_question, clamped_share
+from collab_megatron.rollout.rewards.second_judge import OPENING_COMPLETE
 from collab_megatron.types import Future, Group, Reply
 
 PHRASE_WORDS = 4
@@ -27,7 +28,9 @@ def hacking_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Fi
     futures = [future for _, reply in replies for future in reply.futures_K]
     scored = [future for future in futures if future.status.scored and future.scores]
     needless = [
-        float(asks_question(reply.text)) for task, reply in replies if is_opening(task) and task.ambiguous is False
+        float(asks_question(reply.text))
+        for task, reply in replies
+        if is_opening(task) and (task.ambiguous is False or _judged_complete(reply))
     ]
     lengths = [future.policy_tokens for future in scored]
     return {
@@ -60,11 +63,16 @@ def _phrase_metrics(groups: Sequence[Group]) -> Figures:
 def _second_judge_metrics(futures: Sequence[Future]) -> Figures:
     """Agreement of the two judges by metric, and by how much the first, which is rewarded, is more generous."""
     figures: Figures = {}
-    for name in sorted({name for future in futures for name in future.second_scores}):
+    for name in sorted({name for future in futures for name in future.second_scores} - {OPENING_COMPLETE}):
         gaps = [future.scores[name] - future.second_scores[name] for future in futures]
         figures[f"hacking/{name}_agreement"] = Figure.of("mean", [float(abs(gap) <= AGREES_WITHIN) for gap in gaps])
         figures[f"hacking/{name}_generosity"] = Figure.of("mean", gaps)
     return figures
+
+
+def _judged_complete(reply: Reply) -> bool:
+    """Whether the second judge has seen this reply and says that its opening leaves nothing out."""
+    return any(future.second_scores.get(OPENING_COMPLETE) for future in reply.futures_K)
 
 
 def phrases_of(text: str) -> Iterator[tuple[str, ...]]:

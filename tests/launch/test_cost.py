@@ -150,7 +150,13 @@ def test_prices_come_from_litellms_table_and_the_dearest_deployment_counts() -> 
 def test_the_second_judge_reads_its_share_of_what_the_first_read() -> None:
     found = figures(step_calls(rl(SECOND, "reward.second_judge_share=0.25"), LENGTHS))
     calls, tokens_in, _ = found["simulators.judge"]
-    assert found["reward.second_judge"] == (calls / 4, tokens_in / 4, calls / 4 * 8)
+    futures = 2 * 3 * 2
+    opening = futures * (PROMPT + 7 + 20)
+    assert found["reward.second_judge"] == (
+        (calls + futures) / 4,
+        (tokens_in + opening) / 4,
+        (calls + futures) / 4 * 8,
+    )
     assert "reward.second_judge" not in figures(evaluation_calls(rl(SECOND), LENGTHS, 10))
 
 

@@ -20,7 +20,7 @@ from collab_megatron.rollout.llm import SimulatorError
 from collab_megatron.rollout.record_lines import reply_record
 from collab_megatron.rollout.rewards.scorer import Scorer
 from collab_megatron.rollout.rewards.second_judge import SecondJudge, second_judge_calls
-from collab_megatron.types import Future, Group, Message, Reply, RolloutStatus, ScoredConversation, Task
+from collab_megatron.types import Future, Group, LLMRequest, Message, Reply, RolloutStatus, ScoredConversation, Task
 from tests.rollout.fakes import LIMITS, TASK, ScriptedEngine, ScriptedUser, players, policy_turn
 
 CLEAR = replace(TASK, metadata={"ambiguous": False})
@@ -62,6 +62,15 @@ def test_questions_count_where_the_opening_is_complete() -> None:
     asked = [group("which?", task=task) for task in (CLEAR, vague, unknown, FOLLOW_UP)]
     assert figures(*asked, group("done"))["hacking/needless_questions"] == 0.5
     assert "hacking/needless_questions" not in figures(*asked[1:])  # nothing was measured
+
+
+def test_without_metadata_the_second_judge_says_what_is_complete() -> None:
+    unknown = replace(TASK, metadata={})
+    complete, lacking = ({"interactivity": 0.5, "opening_complete": value} for value in (1.0, 0.0))
+    asked = [group("which?", task=unknown, second=second) for second in (complete, lacking, None)]
+    found = figures(*asked, group("done", task=unknown, second=complete))
+    assert found["hacking/needless_questions"] == 0.5
+    assert [name for name in found if "opening" in name] == []
 
 
 def test_clamped_share_and_lengths() -> None:
@@ -151,6 +160,43 @@ async def test_a_second_judge_that_fails_costs_the_conversation_nothing() -> Non
     assert lost.futures_K[0].status is RolloutStatus.JUDGE_FAILED
 
 
+@dataclass
+class Verdicts:
+    """Implements types.ChatLLM with one text for all."""
+
+    text: str
+    asked: list[LLMRequest[Any]] = field(default_factory=list)
+
+    async def complete(self, request: LLMRequest[Any]) -> list[Any]:
+        self.asked.append(request)
+        try:
+            return [request.parse(self.text)]
+        except ValueError as error:
+            raise SimulatorError(str(error)) from None
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "scores"),
+    [
+        (replace(TASK, metadata={}), '{"complete": true}', {"interactivity": 0.5, "opening_complete": 1.0}),
+        (replace(TASK, metadata={}), '{"complete": false}', {"interactivity": 0.5, "opening_complete": 0.0}),
+        (replace(TASK, metadata={}), '{"complete": "who knows"}', {}),
+        (TASK, "never asked", {"interactivity": 0.5}),
+        (replace(FOLLOW_UP, metadata={}), "never asked", {"interactivity": 0.5}),
+    ],
+)
+async def test_openings_are_judged_where_the_dataset_does_not_tell(
+    task: Task, text: str, scores: dict[str, float]
+) -> None:
+    llm = Verdicts(text)
+    conversation = ScoredConversation(task, (*task.prompt, Message("assistant", "which?")), len(task.prompt), 3)
+    assert await SecondJudge(scorer(0.5), 1.0, llm).score(conversation) == scores
+    assert len(llm.asked) == (text != "never asked")
+    if llm.asked:
+        assert task.single_turn_prompt in llm.asked[0].messages[0].content
+        assert "which?" not in llm.asked[0].messages[0].content
+
+
 def test_the_sample_has_its_share_and_is_always_the_same() -> None:
     judge = SecondJudge(scorer(1.0), 0.25)
     wanted = [judge.wants(index) for index in range(4000)]
@@ -161,7 +207,7 @@ def test_the_sample_has_its_share_and_is_always_the_same() -> None:
 def test_the_second_judge_is_a_role_with_calls_that_are_planned_and_reserved() -> None:
     assert llm_roles(SIMULATORS, REWARD)["second_judge"].model == "other"
     assert "reward.second_judge" in llms_of_conversations(SIMULATORS, REWARD)
-    assert second_judge_calls(REWARD, SIMULATORS, 10) == 3 * 2  # accuracy and interactivity
+    assert second_judge_calls(REWARD, SIMULATORS, 10) == 3 * 3  # accuracy, interactivity, opening
     assert second_judge_calls(RewardSection(), SIMULATORS, 10) == 0
     assert RolloutSection().tree_futures == 24
     assert len(future_calls(SIMULATORS, REWARD, Lengths(), turns=1, reply=1)) == 2
