@@ -66,8 +66,8 @@ class SimulatorSection(LLMSection):
 
     weight: float = Field(default=1.0, gt=0)  # share of the conversations, relative to the other weights
     # ask for the first user turns of all futures of a reply in one request (`n`), which has the prompt's tokens once.
-    # None: if LiteLLM knows that the providers of all deployments take `n`. With true, a provider that returns fewer
-    # answers is asked again for the rest
+    # None: if LiteLLM knows that the providers of all deployments take `n`. A provider that returns fewer answers than
+    # `n` is asked for the rest one after another, which takes longer: set false
     first_turns_together: bool | None = None
 
 
