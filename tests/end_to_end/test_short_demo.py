@@ -165,11 +165,8 @@ def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
         assert set(judged["marks"]) == {"understanding", "clarification", "suggestion"}
         assert all(call["begin_s"] <= call["end_s"] for call in future["calls"])
         assert all((call["prompt_tokens"] > 0) != call["shared"] for call in future["calls"])
-    said_by = {message["content"] for future in futures for message in future["messages"] if message["role"] == "user"}
-    first_turns = sum(future["messages"] != [] for future in futures)
-    asked_for = sum(call["role"] == "user" for future in futures for call in future["calls"])
-    assert said_by
-    assert asked_for < sum(m["role"] == "user" for future in futures for m in future["messages"]) or first_turns < 2
+    said = [message for future in futures for message in future["messages"] if message["role"] == "user"]
+    assert sum(call["role"] == "user" for future in futures for call in future["calls"]) < len(said)
 
 
 def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]) -> None:
