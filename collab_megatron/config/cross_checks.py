@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collab_megatron.config.roles import shipped_judges
 from collab_megatron.config.sections import (
+    AlgorithmSection,
     DataSection,
     DriverSection,
     EngineSection,
@@ -49,6 +50,16 @@ def check_ranks(parallel: ParallelSection, samples: int, what: str) -> None:
         raise ValueError(
             f"parallel.data={parallel.data} leaves data ranks without one of the {samples:,} samples of a step "
             f"({what}): lower it"
+        )
+
+
+def check_credit(algorithm: AlgorithmSection, rollout: RolloutSection) -> None:
+    if algorithm.credit == "tree" and not (
+        rollout.first_futures and rollout.max_user_turns and rollout.max_assistant_turns > 1
+    ):
+        raise ValueError(
+            "algorithm.credit=tree trains the later policy turns of futures, and there are none: raise "
+            "rollout.num_repeat_rollouts, max_user_turns and max_assistant_turns, or set algorithm.credit=reply"
         )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Seed
 
@@ -61,6 +61,14 @@ class RolloutSection(Section):
     # turns as sampled. rendered: render the context of every turn after the trained reply again
     inexact_template: Literal["refuse", "as_sampled", "rendered"] = "refuse"
     min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
+
+    @field_validator("num_repeat_rollouts", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        """One sentence instead of one for each type of the union."""
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(f"{value!r} is neither a number of futures (0 or more) nor auto: set one of them")
+        return value
 
     @property
     def first_futures(self) -> int:
