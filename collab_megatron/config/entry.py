@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from collab_megatron.config.cross_checks import (
+    check_credit,
     check_driver,
     check_engine,
     check_metrics,
@@ -90,6 +91,7 @@ class RLConfig(Section):
         check_ranks(self.parallel, samples, "rollout.prompts_per_step x num_replies")
         if not any(self.reward.metric_weights.values()):
             raise ValueError("reward.metric_weights are all 0, so all replies would have the same reward: raise one")
+        check_credit(self.algorithm, self.rollout, self.online_dpo)
         check_engine(self.engine)
         check_transport(self.engine, self.sync)
         check_driver(self.driver, self.rollout, self.engine, self.sync)

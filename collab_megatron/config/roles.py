@@ -8,6 +8,7 @@ from collab_megatron.config.sections import LLMSection, RewardSection, Simulator
 from collab_megatron.config.sections.llm import ROLES
 
 JUDGE_OF = "judge-"  # begins the role of a metric's own judge
+SECOND_JUDGE = "second_judge"  # the role of reward.second_judge
 EXTRACTOR = "extractor"  # the role in simulators.roles that extracts documents and code
 EXTRACTING_METRICS = ("bleu_score", "pass_rate")
 JUDGED_METRICS = ("accuracy", "interactivity", "judge", *EXTRACTING_METRICS)
@@ -17,6 +18,7 @@ SHIPPED_METRICS = (*JUDGED_METRICS, "token_amount", "turn_count")
 def llm_roles(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
     """The configured roles by name. A metric's own judge is `judge-METRIC`, if the metric has a weight."""
     named: dict[str, Any] = {"user": simulators.user, "judge": simulators.judge, "assistant": simulators.assistant}
+    named[SECOND_JUDGE] = reward.second_judge
     roles = {role: section for role, section in named.items() if section is not None}
     own = {judge_role(metric): judge for metric, judge in reward.judges.items() if metric in reward.metric_weights}
     return roles | dict(simulators.roles) | own
@@ -44,6 +46,8 @@ def judge_role(metric: str) -> str:
 
 def role_place(role: str) -> str:
     """The key in the config of a role of `llm_roles`."""
+    if role == SECOND_JUDGE:
+        return "reward.second_judge"
     if role.startswith(JUDGE_OF):
         return f"reward.judges.{role.removeprefix(JUDGE_OF)}"
     return f"simulators.{role}" if role in ROLES else f"simulators.roles.{role}"
@@ -64,6 +68,11 @@ def shipped_judges(reward: RewardSection, simulators: SimulatorsSection) -> dict
         for name in JUDGED_METRICS
         if name in reward.metric_weights and not (name == "accuracy" and reward.accuracy_verifier == "exact")
     }
+
+
+def compared_metrics(reward: RewardSection, simulators: SimulatorsSection) -> list[str]:
+    """The weighted, shipped metrics that the second judge scores again: those whose score is a judge's opinion."""
+    return [name for name in shipped_judges(reward, simulators) if name not in EXTRACTING_METRICS]
 
 
 def own_metrics(reward: RewardSection) -> list[str]:

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 
 from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig
-from collab_megatron.config.roles import role_of_metric, role_place, shipped_judges, user_places
+from collab_megatron.config.roles import compared_metrics, role_of_metric, role_place, shipped_judges, user_places
 from collab_megatron.config.sections import DeploymentSection, LLMSection, RewardSection, SimulatorsSection
 from collab_megatron.rollout.llm.prices import price
 from collab_megatron.types import Task
@@ -73,10 +73,11 @@ def lengths_of(tasks: Sequence[Task]) -> Lengths:
 def step_calls(config: RLConfig, lengths: Lengths) -> list[Calls]:
     """Calls of one training step."""
     rollout = config.rollout
-    futures = rollout.prompts_per_step * rollout.num_replies * max(rollout.num_repeat_rollouts, 1)
-    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.num_repeat_rollouts else 0
+    futures = rollout.prompts_per_step * rollout.tree_futures
+    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.first_futures else 0
     future = future_calls(config.simulators, config.reward, lengths, turns=turns, reply=rollout.max_new_tokens)
-    return [item.times(futures) for item in future]
+    end = _end(config.simulators, lengths, turns, rollout.max_new_tokens)
+    return [item.times(futures) for item in (*future, *_second_judge(config.simulators, config.reward, lengths, end))]
 
 
 def evaluation_calls(config: RLConfig | EvaluateConfig, lengths: Lengths, tasks: int) -> list[Calls]:
@@ -141,14 +142,36 @@ def future_calls(
     user = simulators.user.max_tokens
     chats = [lengths.chat + (turn + 1) * reply + turn * user for turn in range(turns)]
     found = _user_turns(simulators, lengths, chats)
-    end = lengths.chat + (turns + 1) * reply + turns * user
+    end = _end(simulators, lengths, turns, reply)
     for metric, (place, section) in judges(reward, simulators).items():
-        shown = _prompt_tokens(*_judge_prompt(metric, section, reward))
-        if metric != "interactivity" or reward.interactivity_sees == "request":
-            shown += lengths.request
-        shown += lengths.reference if metric == "accuracy" else 0.0
-        found.append(Calls(place, section, 1, shown + end, section.max_tokens))
+        found.append(Calls(place, section, 1, _shown(metric, section, reward, lengths) + end, section.max_tokens))
     return summed(found)
+
+
+def _end(simulators: SimulatorsSection, lengths: Lengths, turns: int, reply: int) -> float:
+    """Tokens of the chat after the last policy turn."""
+    return lengths.chat + (turns + 1) * reply + turns * simulators.user.max_tokens
+
+
+def _shown(metric: str, section: LLMSection, reward: RewardSection, lengths: Lengths) -> float:
+    """Tokens that the judge of a metric reads besides the chat."""
+    shown = _prompt_tokens(*_judge_prompt(metric, section, reward))
+    if metric != "interactivity" or reward.interactivity_sees == "request":
+        shown += lengths.request
+    return shown + (lengths.reference if metric == "accuracy" else 0.0)
+
+
+def _second_judge(simulators: SimulatorsSection, reward: RewardSection, lengths: Lengths, end: float) -> list[Calls]:
+    """Calls of the second judge for its share of the futures: it reads what the first judges read, and the opening."""
+    second, share = reward.second_judge, reward.second_judge_share
+    if second is None:
+        return []
+    first = judges(reward, simulators)
+    compared = compared_metrics(reward, simulators)
+    opening = _prompt_tokens("judge_opening", None) + lengths.request + lengths.chat
+    tokens_in = opening + sum(_shown(name, first[name][1], reward, lengths) + end for name in compared)
+    calls = 1 + len(compared)
+    return [Calls("reward.second_judge", second, calls, tokens_in, calls * second.max_tokens).times(share)]
 
 
 def judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, tuple[str, LLMSection]]:

@@ -25,12 +25,14 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
     """The plan as text. calls: for `steps` and `evaluations`, their number and the calls of one (cost.py)."""
     rollout = config.rollout
     replies = rollout.prompts_per_step * rollout.num_replies
-    simulated = replies * rollout.num_repeat_rollouts
+    simulated = rollout.prompts_per_step * rollout.tree_futures if rollout.first_futures else 0
     turns = replies + simulated * min(rollout.max_user_turns, rollout.max_assistant_turns - 1)
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    sequences = replies
+    if config.algorithm.credit == "tree":
+        sequences = max(replies, simulated) if config.algorithm.merges_turns else turns
     steps, evaluations = calls["steps"], calls["evaluations"]
     lines = [
-        *_training_lines(spec, config, node, samples=replies, longest=longest),
+        *_training_lines(spec, config, node, samples=sequences, longest=longest_sequence(config)),
         *_engine_lines(spec, config, node.device(config.parallel)),
         f"per step    {rollout.prompts_per_step} prompts x {rollout.num_replies} replies = {replies} replies, "
         f"{simulated} futures, at most {turns} policy turns of {rollout.max_new_tokens} tokens",
@@ -75,6 +77,16 @@ def build_plan(config: BuildDatasetConfig, tasks: Sequence[Task], calls: Sequenc
         *_own_metric_lines(config.reward),
     ]
     return "\n".join(lines)
+
+
+def longest_sequence(config: RLConfig) -> int:
+    """The most tokens of a trained sequence: a prompt with a reply, or with algorithm.credit: tree a conversation."""
+    rollout = config.rollout
+    if config.algorithm.credit == "reply":
+        return rollout.max_prompt_tokens + rollout.max_new_tokens
+    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1)
+    each = rollout.max_new_tokens + config.simulators.user.max_tokens
+    return rollout.max_prompt_tokens + rollout.max_new_tokens + turns * each
 
 
 def reference_of(config: RLConfig | SupervisedConfig) -> Reference:
@@ -134,10 +146,7 @@ def supervised_plan(config: SupervisedConfig, spec: ModelSpec, *, node: Node) ->
 
 def stages_of(config: RLConfig | SupervisedConfig, spec: ModelSpec, device: str) -> list[RankMemory]:
     """Bytes of a rank of each pipeline stage."""
-    if isinstance(config, RLConfig):
-        longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    else:
-        longest = config.max_tokens
+    longest = longest_sequence(config) if isinstance(config, RLConfig) else config.max_tokens
     return trainer_memory(
         spec,
         dtype=config.model.dtype,

@@ -23,6 +23,7 @@ from collab_megatron.rollout.journaled_engine import JournaledEngine
 from collab_megatron.rollout.lineage import lineage_of
 from collab_megatron.rollout.llm import Gateway, SimulatorHealth, user_simulator
 from collab_megatron.rollout.rewards import configured_scorer
+from collab_megatron.rollout.rewards.second_judge import configured_second_judge
 from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
 from collab_megatron.types import Task
 
@@ -102,12 +103,15 @@ async def open_clients(
         gc.collect()
         gc.freeze()  # later collections skip the objects of the imports: 15 % of a call's CPU time
         gc.set_threshold(*GC_THRESHOLDS)
+        user = user_simulator(config.simulators, gateway, health)
         try:
             yield RolloutClients(
                 players=Players(
                     engine=engine,
-                    user=user_simulator(config.simulators, gateway, health),
+                    user=user,
+                    together=user,
                     scorer=configured_scorer(config.reward, config.simulators, gateway),
+                    second_judge=configured_second_judge(config.reward, config.simulators, gateway) if driver else None,
                     chat=chat,
                     engine_clock=BusyClock(),
                     user_clock=BusyClock(),
@@ -122,6 +126,7 @@ async def open_clients(
                     temperature=rollout.temperature,
                     cut_reply=rollout.cut_reply,
                     cut_penalty=rollout.cut_penalty,
+                    keep_contexts=isinstance(config, RLConfig) and config.algorithm.credit == "tree",
                     termination_signal=config.simulators.user.termination_signal,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),

@@ -67,8 +67,10 @@ async def evaluate(
         temperature=evaluation.temperature,
         max_assistant_turns=evaluation.max_assistant_turns,
         max_user_turns=evaluation.max_assistant_turns,
+        keep_contexts=False,
         cut_reply="score" if limits.cut_reply == "penalty" else limits.cut_reply,  # measured, not penalized
     )
+    players = replace(players, second_judge=None)
     simulated = evaluation.simulated_opening
     slots = asyncio.Semaphore(max(1, evaluation.max_concurrency // shards))
     stop = ""

@@ -33,6 +33,9 @@ BASE = (
 )
 
 
+SECOND = "reward.second_judge={model: openai/m, api_key_env: null, max_tokens: 8}"
+
+
 @pytest.fixture(autouse=True)
 def _prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "_prompt_tokens", lambda name, file: PROMPT)
@@ -142,3 +145,26 @@ def test_prices_come_from_litellms_table_and_the_dearest_deployment_counts() -> 
     assert Calls("simulators.user", section, 1, 1e6, 1e6).usd == pytest.approx(200)
     unknown = priced("hosted_vllm/a", 1.0, 1.0, deployments=[{"model": "hosted_vllm/nobody-knows-it"}])
     assert Calls("simulators.user", unknown, 1, 1e6, 1e6).usd is None
+
+
+def test_the_second_judge_reads_its_share_of_what_the_first_read() -> None:
+    found = figures(step_calls(rl(SECOND, "reward.second_judge_share=0.25"), LENGTHS))
+    calls, tokens_in, _ = found["simulators.judge"]
+    futures = 2 * 3 * 2
+    opening = futures * (PROMPT + 7 + 20)
+    assert found["reward.second_judge"] == (
+        (calls + futures) / 4,
+        (tokens_in + opening) / 4,
+        (calls + futures) / 4 * 8,
+    )
+    assert "reward.second_judge" not in figures(evaluation_calls(rl(SECOND), LENGTHS, 10))
+    more = figures(
+        step_calls(rl(SECOND, "reward.second_judge_share=0.25", "reward.metric_weights.pass_rate=1"), LENGTHS)
+    )
+    assert more["reward.second_judge"] == found["reward.second_judge"]  # it extracts nothing
+    assert more["simulators.judge"][0] == calls + futures
+
+
+def test_auto_futures_are_planned_at_their_bound() -> None:
+    auto = figures(step_calls(rl("rollout.num_repeat_rollouts=auto", "rollout.auto_futures=2"), LENGTHS))
+    assert auto == figures(step_calls(rl(), LENGTHS))

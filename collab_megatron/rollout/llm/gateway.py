@@ -94,6 +94,12 @@ class Gateway:
         weights = [getattr(section, "weight", 1.0) for _, _, section in self._parts[name]]
         return draw_part(weights, self._seed, name, sample_index)
 
+    def together(self, name: str, part: int) -> bool:
+        """Whether simulator `part` of a mixture gets several first turns of a chat in one request."""
+        _, _, section = self._parts[name][part]
+        wanted = section.first_turns_together if isinstance(section, SimulatorSection) else False
+        return self._api.takes_n(section) if wanted is None else wanted
+
     def check_models(self) -> None:
         """Raise UserError naming a model whose provider LiteLLM does not know: every call would fail."""
         for parts in self._parts.values():
