@@ -258,9 +258,8 @@ def _number(value: Any, where: str) -> float | None:
     try:
         number = float(value)
     except OverflowError:
-        raise UserError(
-            f"{where} is a whole number of {value.bit_length()} bits, too large for a number here"
-        ) from None
+        bits = int(value).bit_length()  # no float overflows
+        raise UserError(f"{where} is a whole number of {bits} bits, too large for a number here") from None
     if math.isinf(number):
         raise UserError(f"{where} must be a finite number, but is {number}")
     return None if math.isnan(number) else number

@@ -72,10 +72,10 @@ def _chat(value: Any) -> list[Message]:
         raise ValueError("a session must be a list of messages")
     chat = []
     for turn in value:
-        parts = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-        if not all(isinstance(part, str) for part in parts):
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
+        if not (isinstance(role, str) and isinstance(content, str)):
             raise ValueError("a session has a turn that is no {role, content}")
-        chat.append(Message(*parts))
+        chat.append(Message(role, content))
     return [message for message in chat if message.role != "system"]
 
 

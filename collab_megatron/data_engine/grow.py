@@ -244,5 +244,7 @@ def _row(problem: Problem, chat: Sequence[Message], turn_id: int, candidate: Can
 
 def _scores(scored_K: Sequence[Future]) -> dict[str, list[float | None]]:
     """Metric -> its score in each session, and the sessions' rewards R*, whose mean is the row's score."""
-    scores = {name: [future.scores[name] for future in scored_K] for name in scored_K[0].scores}
+    scores: dict[str, list[float | None]] = {
+        name: [future.scores[name] for future in scored_K] for name in scored_K[0].scores
+    }
     return {**scores, MR: [future.reward for future in scored_K]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -29,21 +29,25 @@ def epochs_to_steps(config: C) -> C:
     epochs = config.train.epochs
     if epochs is None:
         return config
-    if isinstance(config, RLConfig):
-        rows, per_step, what = _usable_prompts(config), config.rollout.prompts_per_step, "prompts"
-    else:
-        what = "pairs" if isinstance(config, DPOConfig) else "conversations"
-        rows, per_step = _usable_rows(config), config.batch_size
+    rows, per_step, what = _sizes(config)
     steps = max(1, math.ceil(epochs * rows / per_step))
     print(f"train.epochs={epochs:g}: {rows:,} usable {what} in steps of {per_step} make {steps:,} steps", flush=True)
     update = {**config.train.model_dump(), "steps": steps, "epochs": None}
     return _checked(config, update)
 
 
+def _sizes(config: RLConfig | SupervisedConfig) -> tuple[int, int, str]:
+    """Usable rows, rows of a step, and what they are."""
+    if isinstance(config, RLConfig):
+        return _usable_prompts(config), config.rollout.prompts_per_step, "prompts"
+    what = "pairs" if isinstance(config, DPOConfig) else "conversations"
+    return _usable_rows(config), config.batch_size, what
+
+
 def _checked(config: C, train: Mapping[str, Any]) -> C:
     """The config with another `train` section, validated again: the schedule depends on the number of steps."""
     try:
-        return type(config).model_validate({**config.model_dump(), "train": train})
+        return cast("C", type(config).model_validate({**config.model_dump(), "train": train}))
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]
         sentence = reason["ctx"]["error"] if "ctx" in reason else reason["msg"]

@@ -45,7 +45,7 @@ from collab_megatron.launch.supervisor import ChildProcess, Supervisor
 from collab_megatron.launch.threads import ThreadCounts, share_threads, usable_cores
 from collab_megatron.wire.roster import RosterFolder
 
-C = TypeVar("C", bound=RLConfig | SupervisedConfig | EvaluateConfig)
+C = TypeVar("C", RLConfig, SupervisedConfig, EvaluateConfig)
 
 DRIVER_END_S = 60.0
 RESOLVED = "resolved.yaml"

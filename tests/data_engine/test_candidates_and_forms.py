@@ -42,9 +42,9 @@ async def grown(rules: GrowthRules) -> tuple[list[dict[str, Any]], Assistant]:
     players = BuildPlayers(
         assistant,
         ScriptedUser(lambda chat, i: "noon"),
-        scorer,
+        scorer,  # type: ignore[arg-type]
         count_tokens=len,
-        proactive=ProactivePrompt(),  # type: ignore[arg-type]
+        proactive=ProactivePrompt(),
     )
     return await grow_conversation(Problem(3, TASK), rules, players), assistant
 

@@ -27,7 +27,7 @@ MATH = [
     }
     for n in range(1, 6)
 ]
-ARTICLES = [
+ARTICLES: list[dict[str, Any]] = [
     {"title": f"Title {n}", "text": "word " * n, "timestamp": f"2021-0{n}-01", "url": "u", "authors": [], "tags": ["t"]}
     for n in (2, 3, 1)
 ] + [{"title": "no time", "text": "word", "timestamp": None, "url": "u", "authors": [], "tags": []}]

@@ -44,7 +44,7 @@ class Stages:
 def leave_run(folder: Path, name: str) -> None:
     """Figures of two steps and of an evaluation, as train_rl writes them."""
     held_out = {"accuracy": 0.9, "clarify_rate_ambiguous": 1.0, "clarify_rate_complete": 0.1, "mr": 1.5}
-    files = {
+    files: dict[Path, list[dict[str, Any]]] = {
         folder / "evaluations" / f"{name}.jsonl": [{"step": 1, **held_out, "accuracy": 0.1}, {"step": 2, **held_out}],
         folder / "tensorboard" / name / "metrics.jsonl": [
             {"step": 1, "simulator/user/calls": 10, "simulator/judge/calls": 5, "simulator/user/requests": 99},
@@ -117,8 +117,8 @@ def test_the_folder_of_a_broken_run_is_refused(tmp_path: Path, monkeypatch: pyte
 
 
 def test_means_and_ranges() -> None:
-    row = dict.fromkeys(algorithms.COLUMNS, 1.0)
-    rows = [
+    row: dict[str, Any] = dict.fromkeys(algorithms.COLUMNS, 1.0)
+    rows: list[dict[str, Any]] = [
         {**row, "algorithm": "grpo", "seed": 1, "unseen user": None, "accuracy": 0.5},
         {**row, "algorithm": "grpo", "seed": 2, "unseen user": 0.25, "accuracy": 0.75},
     ]

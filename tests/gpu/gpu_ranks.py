@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from collab_megatron.config.sections import AlgorithmSection, ParallelSection
+from collab_megatron.config.sections import ParallelSection
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.actor.reference import build_reference
@@ -126,7 +126,7 @@ def checkpoint(case: Case, work: Path, grid: RankGrid) -> None:
 
 def swap(case: Case, work: Path, grid: RankGrid) -> None:
     actor, batches = build(case, work, grid), micro_batches(case, grid)
-    reference = build_reference(actor, AlgorithmSection(kl_coef=0.1, reference="swap"), logits_chunk_mb=64)
+    reference = build_reference(actor, "swap", logits_chunk_mb=64)
     assert reference is not None
     initial = actor.logprobs(batches)[0]
     tokens = sum(sum(sample.mask) for sample in SAMPLES)

@@ -275,7 +275,7 @@ def _filter_system_calls() -> None:
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.POINTER(Instruction))]
 
-    instructions = (Instruction * len(program))(*program)
+    instructions = (Instruction * len(program))(*(Instruction(*line) for line in program))
     whole = Program(len(program), instructions)
     _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(whole))
 

@@ -41,7 +41,7 @@ class Step:
     def loss(self, logprobs: Tensor, algorithm: AlgorithmSection, **given: Any) -> LossSum:
         """policy_loss of all replies, with the weights of the algorithm's mean."""
         weights = torch.tensor(mean_weights(LENGTHS, algorithm.aggregation, longest=LONGEST), dtype=torch.float64)
-        wanted = {
+        wanted: dict[str, Any] = {
             "old_logprobs": self.old,
             "rollout_logprobs": self.rollout,
             "ref_logprobs": self.reference,

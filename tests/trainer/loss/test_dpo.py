@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def divided(policy: Bigrams, reference: Bigrams, batches: list[MicroBatch]) -> t
     return total, sums
 
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "padded": {"micro_batch_tokens": 40},
     "padded, all in one": {"micro_batch_tokens": 10_000},
     "padded, a pair at a time": {"micro_batch_tokens": 1},
@@ -109,7 +110,7 @@ def test_loss_gradient_and_figures_equal_the_plain_implementation(way: str) -> N
     policy.table.requires_grad_()
     wanted, figures = plain(policy.table, reference.table)
     (gradient,) = torch.autograd.grad(wanted, policy.table)
-    batches = split_by_tokens(SAMPLES, pad_id=0, unit=PAIR, **WAYS[way])  # type: ignore[arg-type]
+    batches = split_by_tokens(SAMPLES, pad_id=0, unit=PAIR, **WAYS[way])
     idle = idle_like(batches[0], 1)
     found, sums = divided(policy, reference, [*batches, idle])
     assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
@@ -195,7 +196,7 @@ def test_half_a_pair_is_refused() -> None:
 
 @pytest.mark.parametrize("train", [{"share_prompts": False}, {"share_prompts": False, "packing": True}, {}])
 def test_a_pair_stays_on_one_data_rank_and_in_one_micro_batch(train: dict[str, bool]) -> None:
-    section = TrainSection(micro_batch_tokens=48, **train)  # type: ignore[arg-type]
+    section = TrainSection(micro_batch_tokens=48, **train)
     seen: list[int] = []
     for rank in range(3):
         for batch in rank_batch(grid_of(rank, 3), SPEC, SAMPLES, section, unit=PAIR).micro_batches:

@@ -141,8 +141,8 @@ def test_losses_and_gradients(verl: dict[str, Any], kind: str, aggregation: str)
     1e-8."""
     low, high = CLIPS[kind]
     algorithm = AlgorithmSection(
-        policy_loss=kind,  # type: ignore[arg-type]
-        aggregation=aggregation,  # type: ignore[arg-type]
+        policy_loss=kind,
+        aggregation=aggregation,
         clip_low=low,
         clip_high=high,
         clip_dual=3.0 if kind == "ppo" else None,

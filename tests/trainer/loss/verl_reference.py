@@ -8,12 +8,13 @@ each gets a stand-in, which none of the functions called here uses.
 
 from __future__ import annotations
 
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import MagicMock
 
 import torch
@@ -25,7 +26,7 @@ ABSENT = ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "peft", "torc
 class StandIn(ModuleType):
     """A module with any name in it."""
 
-    __path__: ClassVar[list[str]] = []
+    __path__ = []  # noqa: RUF012
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -34,7 +35,7 @@ class StandIn(ModuleType):
         return type(name, (), {}) if name[0].isupper() and not name.isupper() else MagicMock(name=name)
 
 
-class StandIns:
+class StandIns(importlib.abc.Loader):
     """Finder of stand-ins; asked after all others."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
@@ -46,7 +47,7 @@ class StandIns:
         return StandIn(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        pass
+        """Nothing runs."""
 
 
 def gradient(loss: Tensor, logprobs: Tensor) -> dict[str, Tensor]:
@@ -56,7 +57,7 @@ def gradient(loss: Tensor, logprobs: Tensor) -> dict[str, Tensor]:
 
 def main() -> None:
     wheel, inputs, outputs = map(Path, sys.argv[1:])
-    sys.meta_path.append(StandIns())  # type: ignore[arg-type]
+    sys.meta_path.append(StandIns())
     sys.path.insert(0, str(wheel))
     package = ModuleType("verl")  # without its __init__, which starts the cluster side
     package.__path__ = [str(wheel / "verl")]

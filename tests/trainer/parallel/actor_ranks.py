@@ -140,7 +140,7 @@ def check_kl_in_reward(folder: Path, grid: RankGrid) -> None:
     """The rewards of a step minus the KL of each reply, from log-probs of policy and reference, decide its loss."""
     actor = Actor.build(folder, dtype="float32", grid=grid, optimizer=OPTIMIZER, total_steps=STEPS)
     algorithm = AlgorithmSection(preset="dr_grpo", kl_in="reward", kl_estimator="k2", kl_coef=0.5, importance="none")
-    reference = build_reference(actor, algorithm, logits_chunk_mb=64)
+    reference = build_reference(actor, algorithm.reference, logits_chunk_mb=64)
     assert reference is not None
     for _ in range(2):
         actor.train_step(batches_of(6, grid), loss_fn, 40.0)

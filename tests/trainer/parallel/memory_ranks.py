@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from collab_megatron.config.sections import AlgorithmSection, OptimizerSection, ParallelSection, TrainSection
+from collab_megatron.config.sections import OptimizerSection, ParallelSection, TrainSection
 from collab_megatron.model.memory import trainer_memory
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
@@ -127,7 +127,7 @@ def check(folder: Path, grid: RankGrid, dtype: Any, recompute: Any, extras: list
         logits_chunk_mb=train.logits_chunk_mb,
     )
     kind: Literal["swap", "model"] = "swap" if offload else "model"
-    reference = build_reference(actor, AlgorithmSection(reference=kind), logits_chunk_mb=train.logits_chunk_mb)
+    reference = build_reference(actor, kind, logits_chunk_mb=train.logits_chunk_mb)
     batches = micro_batches(actor, train.packing)
     activations, allocated = held_in_step(actor, batches), allocated_in_step(actor, batches)
     plan = trainer_memory(
