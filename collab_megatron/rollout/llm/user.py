@@ -21,7 +21,7 @@ USER_TURN_SCHEMA = object_schema(thought="string", response="string")
 
 
 class LLMUserSimulator:
-    """Implements types.UserSimulator and first_turns.UserTurnsTogether, for one model or a mixture behind one client."""
+    """Implements types.UserSimulator and first_turns.UserTurnsTogether, for one model or a mixture of them."""
 
     def __init__(
         self,
