@@ -44,7 +44,13 @@ def update(
         for phase in ("logprobs", "update"):
             with timer(phase):
                 pass  # the dashboard shows both phases at every step
-        idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "lr": actor.lr}
+        idle = {
+            "steps_without_samples": 1.0,
+            "steps_skipped": 0.0,
+            "tokens": 0.0,
+            "trained_tokens": 0.0,
+            "lr": actor.lr,
+        }
         return {f"train/{name}": value for name, value in idle.items()}
     parts = mini_batches(batch.samples, algorithm.mini_batches)
     prepared: list[tuple[list[MicroBatch], int]] = []
