@@ -189,20 +189,20 @@ def tally(groups: Sequence[Group]) -> Tally:
 def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> list[TrainingSample]:
     """The policy turns to train on: none of a dropped group, and with "drop" none of a group without spread.
 
-    Every reply with an advantage, copies of equal ones included, then every later turn with one. A turn that several
-    conversations pass through is one sample.
+    Every reply with an advantage, then every later turn of its futures with one. Equal replies and copied futures count
+    as often as they are there: each stands for what the policy does as often.
     """
     if not group.kept or (zero_advantage == "drop" and not has_spread(group)):
         return []
     replies = [training_sample(group, reply) for reply in group.replies_G if reply.advantage is not None]
-    later = {
-        (context, turn.generation.token_ids_T): _sample(context, turn, advantage, 0.0, group)
+    later = [
+        _sample(context, turn, advantage, 0.0, group)
         for reply in group.replies_G
         for future in reply.futures_K
         for context, turn, advantage in zip(future.contexts, future.turns, future.advantages, strict=False)
         if advantage is not None
-    }
-    return [sample for sample in (*replies, *later.values()) if sample.reply_ids_T]
+    ]
+    return [sample for sample in (*replies, *later) if sample.reply_ids_T]
 
 
 def training_sample(group: Group, reply: Reply) -> TrainingSample:

@@ -95,7 +95,7 @@ def without_samples(lr: float, timer: PhaseTimer) -> dict[str, float]:
     for phase in ("logprobs", "update"):
         with timer(phase):
             pass  # the dashboard shows both phases at every step
-    idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "lr": lr}
+    idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "trained_tokens": 0.0, "lr": lr}
     return {f"train/{name}": value for name, value in idle.items()}
 
 

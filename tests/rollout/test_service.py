@@ -265,7 +265,7 @@ async def test_equal_replies_are_played_once_and_every_turn_of_theirs_is_trained
         assert await answered(driver, asked) == answer
     assert len(server.bodies) == 2 * (1 + 2)  # of each tree the replies, and two later turns of one conversation
     figures = values(answer.figures)
-    assert len(answer.samples) == figures["rollout/samples"] == 2 * (2 + 2)
+    assert len(answer.samples) == figures["rollout/samples"] == 2 * (2 + 2 * 2)
     assert figures["rollout/trained_tokens"] == sum(len(sample.reply_ids_T) for sample in answer.samples)
     assert (figures["rollout/futures_played"], figures["rollout/groups_uniform"]) == (2, 2)
     contexts = sorted({len(sample.prompt_ids) for sample in answer.samples})

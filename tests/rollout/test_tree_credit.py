@@ -204,17 +204,19 @@ async def test_every_policy_turn_is_a_sample_with_the_context_that_it_was_sample
     assert has_spread(group)  # and yet something to learn
 
 
-async def test_equal_turns_are_one_sample() -> None:
+async def test_equal_turns_have_one_advantage_and_count_as_often_as_they_are_there() -> None:
     group = await grow(["a", "b"], TextEngine(t_0_0_1="good", t_0_1_1="good"))
     samples = training_samples(group, "keep")
-    assert len(samples) == 2 + 1 + 1
+    assert len(samples) == 2 + 2 + 2
     assert len({(sample.prompt_ids, sample.reply_ids_T) for sample in samples}) == 4
+    assert len(set(samples)) == 4
 
 
-async def test_copies_of_a_reply_are_trained_and_their_later_turns_once() -> None:
+async def test_copies_of_a_reply_are_trained_with_their_later_turns() -> None:
     group = await grow(["a", "b", "a"], TextEngine(t_0_0_1="good"))
     samples = training_samples(group, "keep")
-    assert len(samples) == 3 + 2 + 1
+    assert len(samples) == 3 + 3 * 2
+    assert len(set(samples)) == 2 + 2 + 1
     assert group.replies_G[2].futures_K[0].advantages == group.replies_G[0].futures_K[0].advantages
 
 
