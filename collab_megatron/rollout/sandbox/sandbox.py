@@ -202,8 +202,11 @@ def interpreter(python: Path) -> tuple[str, tuple[str, ...]]:
     prefix, venv = os.path.realpath(prefix), Path(path).parent.parent
     if venv.resolve() == Path(prefix):  # a link on the way to it does not exist inside
         path = os.path.join(prefix, Path(path).parent.name, Path(path).name)
-    folders = {prefix, os.path.realpath(base), os.path.realpath(os.path.dirname(library)), _home(path)}
-    return path, tuple(sorted(folder for folder in folders if not folder.startswith("/usr/") and folder != "/usr"))
+    needed = {prefix, os.path.realpath(base), os.path.realpath(os.path.dirname(library)), _home(path)}
+    folders = sorted(folder for folder in needed if not folder.startswith("/usr/") and folder != "/usr")
+    if open_to_all := {"/", str(Path.home())} & set(folders):
+        raise UserError(f"{python} needs the whole of {min(open_to_all)}, which the sandbox hides: use a venv")
+    return path, tuple(folders)
 
 
 def _home(path: str) -> str:
