@@ -14,18 +14,20 @@ import logging
 import resource
 import signal
 import sys
+from typing import Any
 
 
 def compare(reference: str, answer: str) -> str:
     from math_verify import LatexExtractionConfig, parse, verify
 
-    def read(text: str) -> list:  # type: ignore[type-arg]
-        return parse(
+    def read(text: str) -> list[Any]:
+        found: list[Any] = parse(
             rf"\boxed{{{text}}}",
             extraction_config=[LatexExtractionConfig()],
             fallback_mode="no_fallback",
             parsing_timeout=None,
         )
+        return found
 
     wanted, given = read(reference), read(answer)
     if not wanted or not given:
