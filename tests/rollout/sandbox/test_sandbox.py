@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from collab_megatron.errors import UserError
 from collab_megatron.rollout.sandbox import sandbox as module
@@ -288,6 +289,17 @@ def test_a_run_that_is_cancelled_leaves_nothing(isolated: Sandbox, mark: str) ->
         assert task.cancelled()
 
     asyncio.run(asyncio.wait_for(main(), 20))  # the fixture looks for what is left
+
+
+def test_it_runs_on_the_drivers_event_loop(isolated: Sandbox, mark: str) -> None:
+    async def main() -> list[SandboxRun]:
+        programs = ("print(1)", "while True: print('x' * 65536)", "import os; os._exit(0)")
+        return await asyncio.gather(*(isolated.run(("-c", code, mark), bytes(1 << 20)) for code in programs))
+
+    said, flood, silent = uvloop.run(main())
+    assert said == SandboxRun("ended", 0, b"1\n", "")
+    assert flood.ended == "output"
+    assert silent == SandboxRun("ended", 0, b"", "")
 
 
 def test_where_the_kernel_refuses_the_reason_is_named(isolated: Sandbox) -> None:
