@@ -383,6 +383,47 @@ def test_a_changed_prompt_or_metric_module_is_not_mixed(config: Path, tmp_path: 
         build(config, "num_conversations=4", *overrides)
 
 
+def test_nested_rows_are_resumed_and_prepared_like_flat_ones(config: Path, tmp_path: Path) -> None:
+    build(config, "num_conversations=8", "form=nested")
+    shard = tmp_path / "built" / "conversations-000.jsonl"
+    lines = shard.read_text().splitlines(keepends=True)
+    assert sorted(json.loads(line)["conv_id"] for line in lines) == list(range(8))
+    shard.write_text("".join(lines[:-1]) + lines[-1][:60])  # a kill inside a line
+    again = build(config, "num_conversations=8", "form=nested")
+    assert again.before == 7
+    build(config, "num_conversations=8", f"output={tmp_path / 'flat'}")
+    nested, flat = (
+        sorted(load_rows(str(tmp_path / name)), key=lambda row: (int(row.conv_id), row.turn_id, row.completion))
+        for name in ("built", "flat")
+    )
+    assert nested == flat
+
+
+def test_proactive_candidates_come_from_the_same_assistant(config: Path, tmp_path: Path) -> None:
+    """The desk's assistant reads chats alone: a prompt file that ends with one makes it answer in JSON's place."""
+    progress = build(config, "num_conversations=2", "num_proactive_candidates=1", "simulators.assistant.max_attempts=1")
+    assert progress.counts.failed == 2  # it is asked for JSON and cannot give it: counted, never a row
+    assert "assistant" in progress.counts.last_error
+    assert built_rows(config) == []
+
+
+def test_a_model_of_ones_own_is_the_assistant(config: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """A real SGLang server, which the build starts and ends."""
+    raw = yaml.safe_load(config.read_text())
+    raw["simulators"]["assistant"] = {"max_tokens": 16, "timeout_s": 60.0, "deadline_s": 120.0}
+    raw |= {"model": {"path": str(tiny_model), "dtype": "float32"}, "parallel": {"device": "cpu"}}
+    raw |= {"engine": {"max_total_tokens": 4096, "max_running_requests": 8}, "max_total_turns": 1, "max_user_turns": 1}
+    config.write_text(yaml.safe_dump(raw))
+    ran = tool("build_dataset", str(config), "num_conversations=4")
+    assert ran.returncode == 0, ran.stderr
+    rows = built_rows(config)
+    assert rows
+    assert "assistant: " in ran.stdout
+    assert all(row["completion"].strip() for row in rows)
+    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(tiny_model) in " ".join(p.info["cmdline"] or [])]
+    assert left == []
+
+
 def test_prepare_names_a_missing_column(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": [], "reply": ""}\n')
     arguments = ["--dataset", str(tmp_path / "rows.jsonl"), "--dataset-type", "rl", "--output", str(tmp_path)]
