@@ -59,9 +59,9 @@ def build(config: Path, *overrides: str) -> BuildProgress:
     return build_dataset(load_config(BuildDatasetConfig, config, overrides), lambda progress: None)
 
 
-def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def tool(name: str, *arguments: str, timeout_s: float = TOOL_S) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TOOL_S)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
 
 
 @pytest.fixture
@@ -414,7 +414,7 @@ def test_a_model_of_ones_own_is_the_assistant(config: Path, tmp_path: Path, tiny
     raw |= {"model": {"path": str(tiny_model), "dtype": "float32"}, "parallel": {"device": "cpu"}}
     raw |= {"engine": {"max_total_tokens": 4096, "max_running_requests": 8}, "max_total_turns": 1, "max_user_turns": 1}
     config.write_text(yaml.safe_dump(raw))
-    ran = tool("build_dataset", str(config), "num_conversations=4")
+    ran = tool("build_dataset", str(config), "num_conversations=4", timeout_s=3 * TOOL_S)
     assert ran.returncode == 0, ran.stderr
     rows = built_rows(config)
     assert rows
