@@ -9,83 +9,23 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 
-from collab_megatron.config import BuildDatasetConfig, load_config
 from collab_megatron.data.dataset_source import load_rows
 from collab_megatron.data.parquet import read_conversations, read_tasks
 from collab_megatron.data.prepare import collaborative_prompt
-from collab_megatron.data_engine.build import BuildProgress, build_dataset
-from collab_megatron.demo.task_files import write_tasks
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout.journal.database import connect
 from collab_megatron.types import Message
+from tests.conftest import REPOSITORY
+from tests.tools.build_helpers import READY_S, TOOL_S, build, built_rows, tool
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parents[2]
-READY_S = 30.0
-TOOL_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the demo's endpoint."""
-    ready = tmp_path_factory.mktemp("desk") / "address"
-    command = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", "0", "--ready-file", str(ready)]
-    process = subprocess.Popen([*command, "--die-with-parent"], cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + READY_S
-        while not ready.exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield f"http://{ready.read_text().strip()}/v1"
-    finally:
-        process.terminate()
-        process.wait(READY_S)
-
-
-def build(config: Path, *overrides: str) -> BuildProgress:
-    """The tool's work in this process: it takes seconds to import LiteLLM in another."""
-    return build_dataset(load_config(BuildDatasetConfig, config, overrides), lambda progress: None)
-
-
-def tool(name: str, *arguments: str, timeout_s: float = TOOL_S) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-
-
-@pytest.fixture
-def config(desk: str, tmp_path: Path) -> Path:
-    write_tasks(tmp_path / "tasks", train=40, heldout=10, seed=1)
-    role = {"api_base": desk, "api_key_env": None, "deadline_s": 20.0, "timeout_s": 20.0}
-    raw: dict[str, Any] = {
-        "problems": str(tmp_path / "tasks" / "train.jsonl"),
-        "output": str(tmp_path / "built"),
-        "simulators": {name: {**role, "model": f"hosted_vllm/desk-{name}"} for name in ("user", "judge", "assistant")},
-        "reward": {
-            "accuracy_verifier": "exact",
-            "metric_weights": {"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1},
-        },
-        "num_repeat_rollouts": 2,
-    }
-    path = tmp_path / "build.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def built_rows(config: Path) -> list[dict[str, Any]]:
-    shards = sorted((config.parent / "built").glob("conversations-*.jsonl"))
-    return [json.loads(line) for shard in shards for line in shard.read_text().splitlines()]
 
 
 def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
@@ -183,7 +123,7 @@ def test_a_killed_build_asks_for_nothing_twice(
     overrides = ("num_conversations=30", "journal.keep_all=true")
     whole = build(config, f"output={tmp_path / 'whole'}", *overrides)
     rows = sorted(line for shard in (tmp_path / "whole").glob("*.jsonl") for line in shard.read_text().splitlines())
-    command = [sys.executable, str(ROOT / "tools" / "build_dataset.py"), str(config), *overrides]
+    command = [sys.executable, str(REPOSITORY / "tools" / "build_dataset.py"), str(config), *overrides]
     killed = subprocess.Popen([*command, "processes=2", "max_concurrency=1"], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + TOOL_S
     while spent_calls(config) < 40:
@@ -381,47 +321,6 @@ def test_a_changed_prompt_or_metric_module_is_not_mixed(config: Path, tmp_path: 
     prompt.write_text("Listen! <request>$request</request><chat>$chat</chat>")
     with pytest.raises(UserError, match=r"another simulators\.user\.prompt_file:"):
         build(config, "num_conversations=4", *overrides)
-
-
-def test_nested_rows_are_resumed_and_prepared_like_flat_ones(config: Path, tmp_path: Path) -> None:
-    build(config, "num_conversations=8", "form=nested")
-    shard = tmp_path / "built" / "conversations-000.jsonl"
-    lines = shard.read_text().splitlines(keepends=True)
-    assert sorted(json.loads(line)["conv_id"] for line in lines) == list(range(8))
-    shard.write_text("".join(lines[:-1]) + lines[-1][:60])  # a kill inside a line
-    again = build(config, "num_conversations=8", "form=nested")
-    assert again.before == 7
-    build(config, "num_conversations=8", f"output={tmp_path / 'flat'}")
-    nested, flat = (
-        sorted(load_rows(str(tmp_path / name)), key=lambda row: (int(row.conv_id), row.turn_id, row.completion))
-        for name in ("built", "flat")
-    )
-    assert nested == flat
-
-
-def test_proactive_candidates_come_from_the_same_assistant(config: Path, tmp_path: Path) -> None:
-    """The desk's assistant reads chats alone: a prompt file that ends with one makes it answer in JSON's place."""
-    progress = build(config, "num_conversations=2", "num_proactive_candidates=1", "simulators.assistant.max_attempts=1")
-    assert progress.counts.failed == 2  # it is asked for JSON and cannot give it: counted, never a row
-    assert "assistant" in progress.counts.last_error
-    assert built_rows(config) == []
-
-
-def test_a_model_of_ones_own_is_the_assistant(config: Path, tmp_path: Path, tiny_model: Path) -> None:
-    """A real SGLang server, which the build starts and ends."""
-    raw = yaml.safe_load(config.read_text())
-    raw["simulators"]["assistant"] = {"max_tokens": 16, "timeout_s": 60.0, "deadline_s": 120.0}
-    raw |= {"model": {"path": str(tiny_model), "dtype": "float32"}, "parallel": {"device": "cpu"}}
-    raw |= {"engine": {"max_total_tokens": 4096, "max_running_requests": 8}, "max_total_turns": 1, "max_user_turns": 1}
-    config.write_text(yaml.safe_dump(raw))
-    ran = tool("build_dataset", str(config), "num_conversations=4", timeout_s=3 * TOOL_S)
-    assert ran.returncode == 0, ran.stderr
-    rows = built_rows(config)
-    assert rows
-    assert "assistant: " in ran.stdout
-    assert all(row["completion"].strip() for row in rows)
-    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(tiny_model) in " ".join(p.info["cmdline"] or [])]
-    assert left == []
 
 
 def test_prepare_names_a_missing_column(tmp_path: Path) -> None:
