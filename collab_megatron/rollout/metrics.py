@@ -49,6 +49,8 @@ def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float]) -> Fi
     mrs = [reply.mr for _, reply in replies if reply.mr is not None]
     figures["reward/mr_mean"] = Figure.of("mean", mrs)
     figures["reward/mr_std"] = Figure.of("std", mrs)
+    shaping = [r.shaped_reward - r.mr for _, r in replies if r.shaped_reward is not None and r.mr is not None]
+    figures["reward/overlong_mean"] = Figure.of("mean", shaping)
     figures |= _spread_metrics(groups)
     advantages = [reply.advantage for _, reply in replies if reply.advantage is not None]
     figures["advantage/std"] = Figure.of("std", advantages)

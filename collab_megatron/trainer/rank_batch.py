@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -25,7 +25,8 @@ PAD_ID = 0
 class RankBatch:
     """One data rank's part of a global batch."""
 
-    micro_batches: list[MicroBatch]  # at least one; with fewer samples than ranks it may train nothing
+    # at least one; with fewer samples than ranks it may train nothing. sample_indices are those of the global batch
+    micro_batches: list[MicroBatch]
     imbalance: float  # cost of the most loaded data rank / mean; 1 is even. The same on every rank
     forward_flops: float = 0.0  # of one pass over the global batch; prompts count where they are computed
 
@@ -49,7 +50,13 @@ def rank_batch(
         share=share_prompts,
         unit=unit,
     )
-    if not mine:
+    if mine:
+        global_indices = parts[grid.dp_rank]
+        micro_batches = [
+            replace(batch, sample_indices=tuple(global_indices[i] for i in batch.sample_indices))
+            for batch in micro_batches
+        ]
+    else:
         micro_batches = [idle_like(micro_batches[0], grid.pad_multiple)]
     return RankBatch(
         micro_batches,

@@ -145,6 +145,8 @@ AT_ODDS = [
     rl(("optimizer.min_lr=1.0e-3", "optimizer.lr=1.0e-4"), "above optimizer.lr"),
     rl("rollout.min_replies=3", "rollout.num_replies"),
     rl("algorithm.mini_batches=5", "rollout.prompts_per_step"),
+    rl(("algorithm=reinforce_pp", "driver.refill_groups=1"), "algorithm.baseline=batch", "driver.refill_groups=0"),
+    rl("algorithm=grpo2", "'grpo2'", "grpo, dr_grpo"),
     rl("driver.shards=5", "lower it"),
     rl("driver.oversample_prompts=2", "driver.max_staleness"),
     rl("driver.refill_groups=5", "lower it"),

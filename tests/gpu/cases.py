@@ -22,6 +22,7 @@ class Case:
     share: bool = False  # packed, prompts computed once
     recompute: Literal["none", "selective", "full"] = "none"
     chunked: bool = False  # the head in small chunks
+    loss: str = "grpo"  # of plain.ALGORITHMS
 
     @property
     def ranks(self) -> int:
@@ -40,6 +41,7 @@ _ALL = [
     Case("layout-recompute-full", packed=True, recompute="full"),
     Case("layout-recompute-selective", recompute="selective"),
     Case("layout-chunked-head", packed=True, chunked=True),
+    Case("layout-whole-replies", packed=True, loss="sequence"),
     Case("layout-distributed", optimizer=DISTRIBUTED),
     Case("layout-offload", optimizer=OFFLOAD),
     Case("layout-offload-distributed", optimizer={"cpu_offload": 0.5, "distributed": True}),
@@ -58,6 +60,7 @@ _ALL = [
     Case("two-data", parallel={"data": 2}, packed=True),
     Case("two-data-distributed", parallel={"data": 2}, optimizer=DISTRIBUTED),
     Case("two-context", parallel={"context": 2}),  # packing does not work with it yet
+    Case("two-context-whole-replies", parallel={"context": 2}, loss="sequence"),
     Case("two-experts", "checkpoint", "qwen3moe", parallel={"data": 2, "expert": 2}),
     Case("two-pipeline-saved", "checkpoint", parallel={"pipeline": 2}),
 ]

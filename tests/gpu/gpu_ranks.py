@@ -27,9 +27,20 @@ from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.actor.reference import build_reference
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, collate, split_by_tokens
 from collab_megatron.trainer.checkpoint.save_load import load_checkpoint, save_checkpoint
+from collab_megatron.trainer.loss.policy_step import make_policy_loss, with_values
 from tests.gpu.cases import CASES, OUTCOMES, Case
 from tests.trainer.parallel.checkpoint_ranks import train, weights
-from tests.trainer.parallel.plain import OPTIMIZER, SAMPLES, STEPS, load_plain, loss_fn, statistics
+from tests.trainer.parallel.plain import (
+    ALGORITHMS,
+    OPTIMIZER,
+    SAMPLES,
+    STEPS,
+    load_plain,
+    loss_fn,
+    numbered,
+    samples_for,
+    statistics,
+)
 
 LOGPROB_BOUND = 0.06  # mean difference of a log-probability: one side rounds every layer to eight bits
 RELATIVE_BOUND = 0.1  # of the loss and the gradient norm
@@ -45,6 +56,7 @@ def build(case: Case, work: Path, grid: RankGrid, steps: int = STEPS) -> Actor:
         optimizer=OPTIMIZER.model_copy(update=case.optimizer),
         total_steps=steps,
         recompute=case.recompute,
+        entropy_gradient=ALGORITHMS[case.loss].entropy_coef > 0,
     )
     if case.chunked:
         for chunk in actor.chunks:
@@ -53,21 +65,25 @@ def build(case: Case, work: Path, grid: RankGrid, steps: int = STEPS) -> Actor:
 
 
 def micro_batches(case: Case, grid: RankGrid) -> list[MicroBatch]:
-    return split_by_tokens(
-        SAMPLES,
+    algorithm = ALGORITHMS[case.loss]
+    batches = split_by_tokens(
+        samples_for(algorithm),
         micro_batch_tokens=80,
         pad_id=0,
         pad_multiple=grid.pad_multiple,
         packed=case.packed or case.share,
         share=case.share,
     )
+    return [numbered(batch, algorithm) for batch in batches]
 
 
 def layout(case: Case, work: Path, grid: RankGrid) -> None:
     actor, batches = build(case, work, grid), micro_batches(case, grid)
     plain = load_plain(work / case.kind).to(grid.device)
-    rows = collate(SAMPLES, tuple(range(len(SAMPLES))), 0, 1, False).to(grid.device)
-    logprobs, _ = statistics(plain, rows.ids)
+    algorithm = ALGORITHMS[case.loss]
+    whole = collate(samples_for(algorithm), tuple(range(len(SAMPLES))), 0, 1, False)
+    rows = numbered(whole, algorithm).to(grid.device)
+    logprobs, entropy = statistics(plain, rows.ids)
     wanted = [values.detach().cpu() for values in rows.per_sample(logprobs)]
     for batch, found in zip(batches, actor.logprobs(batches)[0], strict=True):
         for sample, found_T in zip(batch.sample_indices, batch.per_sample(found), strict=True):
@@ -75,11 +91,12 @@ def layout(case: Case, work: Path, grid: RankGrid) -> None:
             gap = ((found_T - wanted[sample]).abs() * mask_T).sum() / mask_T.sum()
             assert gap < LOGPROB_BOUND, f"the log-probs of sample {sample} differ by {gap:.3g} on average"
     tokens = rows.num_trained_tokens
-    wanted_loss = loss_fn(logprobs, rows).loss / tokens
+    wanted_loss = make_policy_loss(algorithm)(logprobs, with_values(rows, "entropy", entropy)).loss / tokens
     wanted_loss.backward()
     norm = math.sqrt(sum(float(weight.grad.float().pow(2).sum()) for weight in plain.parameters()))
     share = batches[grid.dp_rank :: grid.dp_size]
-    first, *others = [actor.train_step(share, loss_fn, tokens) for _ in range(STEPS)]
+    of_ranks = make_policy_loss(algorithm, grid.sum_over_context)
+    first, *others = [actor.train_step(share, of_ranks, tokens) for _ in range(STEPS)]
     assert not any(result.skipped for result in (first, *others))
     close("loss", first.metrics["loss"], float(wanted_loss), RELATIVE_BOUND)
     close("gradient norm", first.grad_norm, norm, RELATIVE_BOUND)

@@ -40,6 +40,18 @@ def test_every_token_is_trained_once_on_one_data_rank(train: TrainSection) -> No
     assert 1.0 <= found[0].imbalance < 1.5
 
 
+@pytest.mark.parametrize("train", [PADDED, SHARED])
+def test_indices_are_those_of_the_global_batch(train: TrainSection) -> None:
+    samples = [sample(number % 3, number, 5 + number) for number in range(9)]
+    seen = []
+    for part in parts(samples, 3, train):
+        for batch in part.micro_batches:
+            for index, ids_T in zip(batch.sample_indices, batch.per_sample(batch.ids), strict=True):
+                assert ids_T.tolist() == samples[index].ids
+                seen.append(index)
+    assert sorted(seen) == list(range(9))
+
+
 def test_a_rank_without_a_sample_has_a_micro_batch_that_trains_nothing() -> None:
     first, second = parts([sample(1, 0, 5)], 2, PADDED)
     assert trained(first.micro_batches) == {100: 5}

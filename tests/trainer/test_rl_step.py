@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from collab_megatron.config.sections import AlgorithmSection, TrainSection
+from collab_megatron.trainer import rl_step
 from collab_megatron.trainer.actor.actor import Actor, LossFn, StepResult
 from collab_megatron.trainer.batching import MicroBatch
 from collab_megatron.trainer.report.timers import PhaseTimer
@@ -107,6 +110,37 @@ def test_a_kl_in_the_reward_takes_a_pass_of_the_policy_and_lowers_the_advantages
     # sum over tokens / (2 replies x 16 tokens); the KL is in the figures, but not in the loss
     assert metrics["train/policy_loss"] == pytest.approx(-(4 * 0.2 - 12 * 0.2) / 32)
     assert metrics["train/kl"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("preset", ["dr_grpo", "rloo", "reinforce_pp"])
+def test_a_kl_in_the_reward_compares_replies_of_all_data_ranks(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two data ranks, a thread each, together have the losses of one; a reply's KL decides its advantage."""
+    samples = [
+        replace(sample(length, 0.0, gap=0.0), reward=reward, group=group)
+        for length, reward, group in ((4, 1.0, "a"), (12, 1.5, "a"), (6, 0.0, "b"), (2, 0.5, "b"))
+    ]
+    keys: dict[str, Any] = {"preset": preset, "kl_in": "reward", "kl_estimator": "k1", "kl_coef": 0.1}
+    keys["mini_batches"] = 2
+    alone = run(Model(-1.0, norms=[1.0, 1.0]), samples, Model(-1.5), **keys)
+    barrier, given = threading.Barrier(2), [None, None]
+
+    def gather(grid: Any, value: Any) -> list[Any]:
+        given[grid.dp_rank] = value
+        barrier.wait(10)
+        return list(given)
+
+    monkeypatch.setattr(rl_step, "gather", gather)
+
+    def of_rank(rank: int) -> dict[str, float]:
+        model = Model(-1.0, norms=[1.0, 1.0])
+        model.grid = grid_of(rank, 2)
+        return run(model, samples, Model(-1.5), **keys)
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(of_rank, range(2)))
+    assert all(0 < part["train/kl"] < alone["train/kl"] for part in parts)  # each has a share of the tokens
+    assert sum(part["train/policy_loss"] for part in parts) == pytest.approx(alone["train/policy_loss"], abs=1e-6)
+    assert abs(parts[0]["train/policy_loss"]) > 0.01
 
 
 def test_sequence_means_and_the_effective_share_of_importance_weights() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,12 @@ def installed(folder: Path) -> Path:
     target = folder / "site"
     if (target / "verl").is_dir():
         return target
-    requirements = folder / "requirements.txt"
+    requirements, part = folder / "requirements.txt", Path(tempfile.mkdtemp(dir=folder))
     requirements.write_text(WHEEL + "\n")
     argv = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     try:
         subprocess.run(
-            [*argv, "--target", str(target), "-r", str(requirements)],
+            [*argv, "--target", str(part), "-r", str(requirements)],
             check=True,
             timeout=120,
             capture_output=True,
@@ -55,6 +56,7 @@ def installed(folder: Path) -> Path:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["pip says nothing"]
         pytest.skip(f"verl's wheel cannot be had: {lines[-1]}")
+    part.rename(target)
     return target
 
 

@@ -18,8 +18,9 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.agreement import gather
 from collab_megatron.trainer.actor.grid import RankGrid, close_grid, init_grid
 from collab_megatron.trainer.actor.reference import SwappedReference, build_reference
-from collab_megatron.trainer.batching.micro_batch import MicroBatch, split_by_tokens
+from collab_megatron.trainer.batching.micro_batch import MicroBatch, collate, split_by_tokens
 from collab_megatron.trainer.loss.losses import LossSum
+from collab_megatron.trainer.loss.policy_step import token_sample
 from collab_megatron.trainer.report.timers import PhaseTimer
 from collab_megatron.trainer.rl_step import update
 from collab_megatron.trainer.skipped_steps import SkippedSteps
@@ -135,6 +136,41 @@ def check_references(folder: Path, grid: RankGrid) -> None:
     assert same(actor.logprobs(batches)[0], own)
 
 
+def check_kl_in_reward(folder: Path, grid: RankGrid) -> None:
+    """The rewards of a step minus the KL of each reply, from log-probs of policy and reference, decide its loss."""
+    actor = Actor.build(folder, dtype="float32", grid=grid, optimizer=OPTIMIZER, total_steps=STEPS)
+    algorithm = AlgorithmSection(preset="dr_grpo", kl_in="reward", kl_estimator="k2", kl_coef=0.5, importance="none")
+    reference = build_reference(actor, algorithm, logits_chunk_mb=64)
+    assert reference is not None
+    for _ in range(2):
+        actor.train_step(batches_of(6, grid), loss_fn, 40.0)
+    lengths, longest = (2, 5, 3, 4), 8
+    samples = [
+        TrainingSample((1, 2), tuple(range(7, 7 + n)), (0.0,) * n, (0,) * n, 0.0, reward=n / 10, group=f"{n > 3}")
+        for n in lengths
+    ]
+    tokens = [token_sample(sample, 0, [0.0] * n) for sample, n in zip(samples, lengths, strict=True)]
+    batch = collate(tokens, tuple(range(4)), 0, grid.pad_multiple, packed=False)
+    policy, before = (model.logprobs([batch])[0][0] for model in (actor, reference))
+    kl_N = [values.sum().item() for values in batch.per_sample((policy - before).square() / 2 * batch.mask)]
+    assert max(kl_N) > 1e-4
+    rewards = [sample.reward - 0.5 * kl for sample, kl in zip(samples, kl_N, strict=True)]
+    first, second = (rewards[1] - rewards[3]) / 2, (rewards[0] - rewards[2]) / 2
+    wanted = -(5 * first - 4 * first + 2 * second - 3 * second) / (4 * longest)
+    found = update(
+        actor,
+        reference,
+        RolloutBatch(0, tuple(samples), {}),
+        algorithm=algorithm,
+        train=TrainSection(micro_batch_tokens=16),
+        timer=PhaseTimer(),
+        skipped=SkippedSteps(3),
+        longest_reply=longest,
+    )
+    assert found["train/policy_loss"] == pytest.approx(wanted, rel=1e-4)
+    assert found["train/kl"] == pytest.approx(sum(kl_N) / sum(lengths), rel=1e-4)
+
+
 def main() -> None:
     work = Path(sys.argv[1])
     layout = ParallelSection(tensor=2, pipeline=2, sequence_parallel=True, device="cpu", collective_timeout_s=60)
@@ -144,6 +180,7 @@ def main() -> None:
     check_no_samples(work / "llama", grid)
     check_bf16(work / "qwen3", grid)
     check_references(work / "qwen3", grid)
+    check_kl_in_reward(work / "qwen3", grid)
     close_grid()
 
 
