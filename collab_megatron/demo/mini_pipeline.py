@@ -8,7 +8,7 @@ The configs are conf/mini/TASK_{data,sft,dpo,rl}.yaml. Nothing is learned in so 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +85,11 @@ class MiniPipeline(DemoPipeline):
         return [f"run.dir={self.run_dir}", f"run.seed={self._seed}"]
 
 
-def run_mini(task: MiniTask, run_dir: Path, repository: Path, seed: int = 1) -> dict[str, Any]:
-    """Run one miniature in a new folder; returns the figures of its evaluation. Raises UserError for a used folder."""
+def run_mini(
+    task: MiniTask, run_dir: Path, repository: Path, *, seed: int = 1, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run one miniature in a new folder; returns the figures of its evaluation. `overrides`: of the stages that score.
+    Raises UserError for a used folder."""
     refuse_used_folder(run_dir)
-    return MiniPipeline(task, run_dir, repository, seed=seed).run()
+    scoring = dict.fromkeys(("data", "rl", "evaluate"), tuple(overrides))
+    return MiniPipeline(task, run_dir, repository, seed=seed, overrides=scoring).run()

@@ -92,7 +92,7 @@ def check_rl(
     check_context_length(config.engine, model.spec)
     context_tokens = max_context_tokens(model.hf_config, config.engine)
     train, held_out = _check_prompts(config, model.chat, context_tokens)
-    gateway = _check_players(config)
+    gateway = _check_players(config, node)
     check_placement(config, node.device(config.parallel))
     shared = with_share(config, model.spec, node)
     calls = {
@@ -156,7 +156,7 @@ def check_evaluate(
     if fit.notice and dry_run:  # in a run the evaluation prints it
         print(fit.notice, flush=True)
     tasks = fit.kept
-    gateway = _check_players(config)
+    gateway = _check_players(config, node)
     calls = evaluation_calls(config, lengths_of(tasks), len(tasks))
     report(evaluate_plan(config, model.spec, node=node, tasks=len(tasks), calls=calls))
     warn_of_players(config)
@@ -265,13 +265,13 @@ def _check_engines(config: RLConfig | EvaluateConfig, node: Node) -> None:
         )
 
 
-def _check_players(config: RLConfig | EvaluateConfig) -> Gateway:
+def _check_players(config: RLConfig | EvaluateConfig, node: Node) -> Gateway:
     """Metrics, their modules, prompt files, keys and prices; no LLM is called."""
     check_prompt_files(config)
     SimulatorHealth(config.simulators.health)
     gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=config.budget)
     gateway.check_models()
-    configured_scorer(config.reward, config.simulators, gateway)
+    configured_scorer(config.reward, config.simulators, gateway, here=node.here)
     user_simulator(config.simulators, gateway)
     return gateway
 

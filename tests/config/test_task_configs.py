@@ -52,7 +52,10 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 def dry_run(program: str, config: Path, world: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
-    said = run_here(program, [str(config), "--dry-run", *overrides], capsys)
+    # whether this machine can isolate programs is not the question here
+    scores = program in ("train_rl", "evaluate", "build") and "bigcodebench" in str(config)
+    own = ["reward.settings.pass_rate.sandbox=unsafe"] if scores else []
+    said = run_here(program, [str(config), "--dry-run", *overrides, *own], capsys)
     assert said.code == 0, said.err
     return said.out
 

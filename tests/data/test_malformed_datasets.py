@@ -144,6 +144,7 @@ def test_skipped_rows_are_counted(kind: Kind, tmp_path: Path, capsys: pytest.Cap
     assert "line 11 is not UTF-8" in end_of(kind, source, tmp_path, skip=False)
 
 
+@pytest.mark.slow
 def test_what_is_printed_can_be_shown_on_any_terminal(tmp_path: Path) -> None:
     """Half a surrogate pair in the name of a column or metric: a strict stdout would raise."""
     odd = {"\ud83d": 1}

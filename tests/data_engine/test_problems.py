@@ -222,3 +222,20 @@ def test_rows_that_are_no_problems_stop_or_are_counted(tmp_path: Path) -> None:
         UserError, match=r"problem 1 has no text 'solution' for the mapping's '\$solution'; its columns"
     ):
         read_problems(config_of(tmp_path, jsonl(source, [*bad, *MATH]), mapping=mapping))
+
+
+def test_a_hub_dataset_is_asked_for_its_subset_and_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, subset: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((name, subset, split))
+        return datasets.Dataset.from_list([{"problem": f"task of {split}", "solution": "x"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    mapping = {"single_turn_prompt": "$problem", "single_turn_completion": "$solution"}
+    hub = {"problems_split": ["train", "test"], "problems_subset": "hard", "mapping": mapping}
+    found = read_problems(config_of(tmp_path, "owner/set", **hub))
+    assert asked == [("owner/set", "hard", "train"), ("owner/set", "hard", "test")]
+    assert [problem.task.single_turn_prompt for problem in found.chosen] == ["task of train", "task of test"]
+    read_problems(config_of(tmp_path, "owner/set", mapping=mapping))
+    assert asked[-1] == ("owner/set", None, "train")

@@ -14,6 +14,8 @@ from tests.conftest import REPOSITORY
 
 ROAD_S = 900.0
 METRICS = {"math": "accuracy", "medium": "bleu_score", "bigcodebench": "pass_rate"}
+# not every machine of the tests can isolate programs, and this model has seen 42 harmless ones only
+UNSAFE = {"bigcodebench": ("reward.settings.pass_rate.sandbox=unsafe",)}
 
 
 @pytest.mark.slow
@@ -22,7 +24,7 @@ METRICS = {"math": "accuracy", "medium": "bleu_score", "bigcodebench": "pass_rat
 )
 def test_a_miniature_goes_the_whole_road(task: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    command = [sys.executable, "tools/mini_task.py", task, "--run-dir", str(run_dir)]
+    command = [sys.executable, "tools/mini_task.py", task, *UNSAFE.get(task, ()), "--run-dir", str(run_dir)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=ROAD_S, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for kind in ("sft", "dpo"):

@@ -69,6 +69,17 @@ def test_a_reply_that_is_scored_as_it_stands_meets_no_user() -> None:
     assert set(figures(step_calls(exact, LENGTHS))) == {"simulators.user"}
 
 
+def test_extractions_are_calls_of_the_extractor() -> None:
+    metrics = "reward={metric_weights: {bleu_score: 1, pass_rate: 1, judge: 1, turn_count: 1}}"
+    role = "simulators.roles={extractor: {model: m, api_key_env: null, max_tokens: 60}}"
+    futures, end = 2 * 3 * 2, 20 + 3 * 100 + 2 * 40
+    seen = PROMPT + 7 + end
+    calls = figures(step_calls(rl(metrics, role), LENGTHS))
+    assert calls["simulators.roles.extractor"] == (futures * 2, futures * 2 * seen, futures * 2 * 60)
+    assert calls["simulators.judge"] == (futures, futures * seen, futures * 50)
+    assert figures(step_calls(rl(metrics), LENGTHS))["simulators.judge"][0] == futures * 3
+
+
 def test_a_mixture_shares_the_calls_by_weight() -> None:
     mixture = "simulators.user.mixture=[{model: other, api_key_env: null, weight: 3, max_tokens: 80}]"
     calls = figures(step_calls(rl(mixture), LENGTHS))

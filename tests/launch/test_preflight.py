@@ -198,6 +198,7 @@ def test_a_metric_that_nobody_registered(load: Load, tmp_path: Path, monkeypatch
     assert "'bleu'" in sentence
     assert "accuracy, bleu_score, interactivity" in sentence
     assert "no_such_module" in refusal(load("reward.metric_modules=[no_such_module]"))
+    check_rl(load("reward.metric_weights.bleu_score=1", "reward.metric_weights.interactivity=null"))
     (tmp_path / "my_metrics.py").write_text(
         "from collab_megatron.rollout.rewards import register_metric\n"
         "from collab_megatron.rollout.rewards.token_amount import TokenAmount\n"

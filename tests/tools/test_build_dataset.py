@@ -9,83 +9,23 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 
-from collab_megatron.config import BuildDatasetConfig, load_config
 from collab_megatron.data.dataset_source import load_rows
 from collab_megatron.data.parquet import read_conversations, read_tasks
 from collab_megatron.data.prepare import collaborative_prompt
-from collab_megatron.data_engine.build import BuildProgress, build_dataset
-from collab_megatron.demo.task_files import write_tasks
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout.journal.database import connect
 from collab_megatron.types import Message
+from tests.conftest import REPOSITORY
+from tests.tools.build_helpers import READY_S, TOOL_S, build, built_rows, tool
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parents[2]
-READY_S = 30.0
-TOOL_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the demo's endpoint."""
-    ready = tmp_path_factory.mktemp("desk") / "address"
-    command = [sys.executable, "-m", "collab_megatron.demo.endpoint", "--port", "0", "--ready-file", str(ready)]
-    process = subprocess.Popen([*command, "--die-with-parent"], cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + READY_S
-        while not ready.exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield f"http://{ready.read_text().strip()}/v1"
-    finally:
-        process.terminate()
-        process.wait(READY_S)
-
-
-def build(config: Path, *overrides: str) -> BuildProgress:
-    """The tool's work in this process: it takes seconds to import LiteLLM in another."""
-    return build_dataset(load_config(BuildDatasetConfig, config, overrides), lambda progress: None)
-
-
-def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TOOL_S)
-
-
-@pytest.fixture
-def config(desk: str, tmp_path: Path) -> Path:
-    write_tasks(tmp_path / "tasks", train=40, heldout=10, seed=1)
-    role = {"api_base": desk, "api_key_env": None, "deadline_s": 20.0, "timeout_s": 20.0}
-    raw: dict[str, Any] = {
-        "problems": str(tmp_path / "tasks" / "train.jsonl"),
-        "output": str(tmp_path / "built"),
-        "simulators": {name: {**role, "model": f"hosted_vllm/desk-{name}"} for name in ("user", "judge", "assistant")},
-        "reward": {
-            "accuracy_verifier": "exact",
-            "metric_weights": {"accuracy": 1.0, "interactivity": 1.0, "token_amount": -0.1},
-        },
-        "num_repeat_rollouts": 2,
-    }
-    path = tmp_path / "build.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def built_rows(config: Path) -> list[dict[str, Any]]:
-    shards = sorted((config.parent / "built").glob("conversations-*.jsonl"))
-    return [json.loads(line) for shard in shards for line in shard.read_text().splitlines()]
 
 
 def test_build_then_prepare(config: Path, tmp_path: Path) -> None:
@@ -183,7 +123,7 @@ def test_a_killed_build_asks_for_nothing_twice(
     overrides = ("num_conversations=30", "journal.keep_all=true")
     whole = build(config, f"output={tmp_path / 'whole'}", *overrides)
     rows = sorted(line for shard in (tmp_path / "whole").glob("*.jsonl") for line in shard.read_text().splitlines())
-    command = [sys.executable, str(ROOT / "tools" / "build_dataset.py"), str(config), *overrides]
+    command = [sys.executable, str(REPOSITORY / "tools" / "build_dataset.py"), str(config), *overrides]
     killed = subprocess.Popen([*command, "processes=2", "max_concurrency=1"], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + TOOL_S
     while spent_calls(config) < 40:

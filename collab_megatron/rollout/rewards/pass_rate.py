@@ -38,11 +38,12 @@ class PassRateSettings(Section):
 
 
 class PassRate:
-    """Implements types.Metric with an LLM that extracts. Raises UserError where programs cannot be isolated."""
+    """Implements types.Metric with an LLM that extracts. With `here`, raises UserError where programs cannot be
+    isolated."""
 
     name = "pass_rate"
 
-    def __init__(self, extractor: Extractor, settings: PassRateSettings) -> None:
+    def __init__(self, extractor: Extractor, settings: PassRateSettings, *, here: bool = True) -> None:
         self._extractor, self._settings = extractor, settings
         self._sandbox = Sandbox(
             SandboxLimits(
@@ -56,6 +57,7 @@ class PassRate:
             unsafe=settings.sandbox == "unsafe",
             max_concurrency=settings.max_concurrency,
             setting="reward.settings.pass_rate.sandbox",
+            tried=here,
         )
 
     async def score(self, conversation: ScoredConversation) -> Score | NoScore:

@@ -37,6 +37,7 @@ class MetricContext:
     accuracy_verifier: str = "judge"  # rules | exact | judge
     interactivity_sees: Sees = "request"
     prompt_file: Path | None = None  # replaces the shipped prompt of the metric's judge
+    here: bool = True  # the metric will run on this machine; False: it is planned for another one
     name: str = ""  # the metric's
     roles: Mapping[str, ChatLLM] = field(default_factory=dict)  # those of simulators.roles
     raw_settings: Mapping[str, Any] = field(default_factory=dict)  # reward.settings.<name> from the config
@@ -99,6 +100,7 @@ def make_scorer(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     clamps: Clamps | None = None,
     roles: Mapping[str, ChatLLM] | None = None,
+    here: bool = True,
 ) -> Scorer:
     """The scorer of a run. `metric_modules` are imported first, so that they can register metrics.
 
@@ -109,7 +111,7 @@ def make_scorer(
     """
     for module in metric_modules:
         import_metric_module(module)
-    context = MetricContext(judge, accuracy_verifier, interactivity_sees, roles=roles or {})
+    context = MetricContext(judge, accuracy_verifier, interactivity_sees, here=here, roles=roles or {})
     settings, judges, prompt_files, clamps = settings or {}, judges or {}, prompt_files or {}, clamps or {}
     for place, names in (
         ("", metric_weights),
@@ -145,8 +147,11 @@ def judge_calls(reward: RewardSection, simulators: SimulatorsSection) -> int:
     return len(shipped_judges(reward, simulators)) + len(own_metrics(reward))
 
 
-def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gateway: Gateway) -> Scorer:
-    """The scorer of a config. Raises UserError as make_scorer does, and for a bad prompt file."""
+def configured_scorer(
+    reward: RewardSection, simulators: SimulatorsSection, gateway: Gateway, *, here: bool = True
+) -> Scorer:
+    """The scorer of a config. Without `here` nothing is checked that depends on the machine. Raises UserError as
+    make_scorer does, and for a bad prompt file."""
     own = [name for name in reward.judges if name in reward.metric_weights]
     extracting = [name for name in reward.metric_weights if role_of_metric(name, reward, simulators) == EXTRACTOR]
     return make_scorer(
@@ -163,6 +168,7 @@ def configured_scorer(reward: RewardSection, simulators: SimulatorsSection, gate
         settings=reward.settings,
         clamps=reward.metric_clamps,
         roles={name: gateway.role(name) for name in simulators.roles},
+        here=here,
     )
 
 

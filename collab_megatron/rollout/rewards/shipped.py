@@ -39,7 +39,7 @@ def judge(context: MetricContext) -> Metric:
 
 @register_metric("pass_rate")
 def pass_rate(context: MetricContext) -> Metric:
-    return PassRate(context.extractor("code"), context.settings(PassRateSettings))
+    return PassRate(context.extractor("code"), context.settings(PassRateSettings), here=context.here)
 
 
 @register_metric("token_amount")

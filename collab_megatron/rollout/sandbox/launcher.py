@@ -88,6 +88,7 @@ class SetupError(Exception):
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
+    os.umask(0o022)  # the program's user reads folders that this one makes
     reading, writing = os.pipe()
     try:
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -88,11 +88,15 @@ class Sandbox:
         unsafe: bool = False,
         max_concurrency: int | None = None,
         setting: str = "sandbox",
+        tried: bool = True,
     ) -> None:
-        """`python`: the programs' interpreter, ours by default. `setting`: the config's key that allows `unsafe`."""
+        """`python`: the programs' interpreter, ours by default. `setting`: the config's key that allows `unsafe`.
+        Without `tried` nothing is checked, and nothing can be run."""
         self._limits = limits
-        self._python, self._shows = interpreter(Path(python or sys.executable))
-        self.mode: Mode = "unsafe" if unsafe else isolation(self._python, self._shows, setting)
+        self.mode: Mode = "unsafe" if unsafe else "isolated"
+        if tried:
+            self._python, self._shows = interpreter(Path(python or sys.executable))
+            self.mode = "unsafe" if unsafe else isolation(self._python, self._shows, setting)
         self._slots = asyncio.Semaphore(max_concurrency or os.cpu_count() or 1)
 
     async def run(self, arguments: Sequence[str], given: bytes) -> SandboxRun:
@@ -202,8 +206,11 @@ def interpreter(python: Path) -> tuple[str, tuple[str, ...]]:
     prefix, venv = os.path.realpath(prefix), Path(path).parent.parent
     if venv.resolve() == Path(prefix):  # a link on the way to it does not exist inside
         path = os.path.join(prefix, Path(path).parent.name, Path(path).name)
-    folders = {prefix, os.path.realpath(base), os.path.realpath(os.path.dirname(library)), _home(path)}
-    return path, tuple(sorted(folder for folder in folders if not folder.startswith("/usr/") and folder != "/usr"))
+    needed = {prefix, os.path.realpath(base), os.path.realpath(os.path.dirname(library)), _home(path)}
+    folders = sorted(folder for folder in needed if not folder.startswith("/usr/") and folder != "/usr")
+    if open_to_all := {"/", str(Path.home())} & set(folders):
+        raise UserError(f"{python} needs the whole of {min(open_to_all)}, which the sandbox hides: use a venv")
+    return path, tuple(folders)
 
 
 def _home(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from collab_megatron.launch.cost import Lengths, step_calls
 from collab_megatron.rollout.journal.store import Journal
 from collab_megatron.rollout.lineage import lineage_of
 from collab_megatron.rollout.llm import Gateway
+from collab_megatron.rollout.llm.accounting import CALLS
 from collab_megatron.rollout.rewards import configured_scorer, make_scorer
 from collab_megatron.rollout.rewards.interactivity import MARKS
-from collab_megatron.types import LLMRequest, Message, ScoredConversation, T, Task
+from collab_megatron.types import CallRecord, LLMRequest, Message, ScoredConversation, T, Task
 from tests.conftest import REPOSITORY
 from tests.rollout.llm.calls import HELLO, closed_port, config_for, good, hello, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint
@@ -122,6 +124,34 @@ def test_a_metric_may_have_a_judge_of_its_own(tmp_path: Path) -> None:
     assert counted["simulator/judge-accuracy/calls"] == counted["simulator/judge/calls"] == 1
     assert budget["budget/judge-accuracy/hosted_vllm/own/usd_to_date"] == budget["budget/usd_to_date"] > 5.0
     assert budget["budget/hard_share"] > 1.0
+
+
+def test_a_document_is_extracted_by_the_role_for_it(tmp_path: Path) -> None:
+    """Over HTTP, with counters and a record of the call under the role's and the extraction's names."""
+    answer = json.dumps({"thought": "the last turn", "found": True, "text": "at what time?"})
+    with MisbehavingEndpoint(lambda body: answer) as endpoint:
+
+        async def main() -> tuple[dict[str, float], dict[str, float], list[CallRecord]]:
+            llm = {"model": "hosted_vllm/m", "api_base": endpoint.url, "api_key_env": None, **FREE}
+            loaded = config(
+                tmp_path,
+                simulators__user=llm,
+                simulators__judge={**llm, "api_base": closed_port()},
+                simulators__roles={"extractor": llm},
+                reward__metric_weights={"bleu_score": 1.0, "turn_count": -0.1},
+            )
+            gateway = Gateway(llm_roles(loaded.simulators, loaded.reward), 1)
+            calls: list[CallRecord] = []
+            CALLS.set(calls)
+            talk = replace(TALK, task=replace(TALK.task, ground_truth="at what time?"))
+            scores = await configured_scorer(loaded.reward, loaded.simulators, gateway).score(talk)
+            await gateway.close()
+            return scores, gateway.snapshot().metrics(), calls
+
+        scores, counted, (call,) = asyncio.run(main())
+    assert scores == {"bleu_score": pytest.approx(1.0), "turn_count": 1.0}
+    assert (counted["simulator/extractor/calls"], counted["simulator/judge/calls"]) == (1, 0)
+    assert (call.role, call.metric, call.thought) == ("extractor", "extraction", "the last turn")
 
 
 def test_mistakes_about_a_metrics_own_judge_name_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,7 @@ def test_a_machine_without_isolation_is_refused_with_the_reason(monkeypatch: pyt
     with pytest.raises(UserError, match=r"no namespaces.*set reward\.settings\.pass_rate\.sandbox=unsafe"):
         scorer_of(FakeJudge(""), "isolated")
     scorer_of(FakeJudge(""), "unsafe")
+    make_scorer({"pass_rate": 1.0}, FakeJudge(""), here=False)  # a plan for another machine
     with pytest.raises(UserError, match=r"reward\.settings\.pass_rate\.sandbox"):
         scorer_of(FakeJudge(""), "safe")
     with pytest.raises(UserError, match="not a Python interpreter that runs"):

@@ -145,7 +145,6 @@ RULED = [  # reference, last assistant turn, verdict of the rules (None: the jud
     ("7", "I think it is 8", None, "judge"),  # no answer that a rule can find
     ("BOOK size 4", "BOOK size 5", None, "judge"),
     ("the red one", r"\boxed{3}", None, "judge"),  # the reference is no expression
-    ("7", r"\boxed{9^{9^{9^{9}}}}", None, "judge"),  # sympy does not end; the deadline does
     ("7", r"\boxed{", None, "judge"),
 ]
 
@@ -171,8 +170,9 @@ def test_an_answer_that_the_user_gave_is_left_to_the_judge() -> None:
     assert score(scorer, talk("17 things?", r"\boxed{7}", truth="7"))[0] == {"accuracy": 1.0}  # 17 is not 7
 
 
+@pytest.mark.slow
 def test_the_math_worker_survives_what_it_cannot_compute() -> None:
-    checker = MathChecker(timeout_s=1.0)
+    checker = MathChecker(timeout_s=0.5)
 
     async def main() -> list[str]:
         pairs = [("7", "9^{9^{9^{9}}}"), ("1/2", "0.5"), ("7", "}{"), ("10^{10^{10}}!", "3"), ("2", "3")]
