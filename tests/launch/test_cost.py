@@ -75,8 +75,11 @@ def test_extractions_are_calls_of_the_extractor() -> None:
     futures, end = 2 * 3 * 2, 20 + 3 * 100 + 2 * 40
     seen = PROMPT + 7 + end
     calls = figures(step_calls(rl(metrics, role), LENGTHS))
-    assert calls["simulators.roles.extractor"] == (futures * 2, futures * 2 * seen, futures * 2 * 60)
-    assert calls["simulators.judge"] == (futures, futures * seen, futures * 50)
+    del calls["simulators.user"]
+    assert calls == {
+        "simulators.roles.extractor": (futures * 2, futures * 2 * seen, futures * 2 * 60),
+        "simulators.judge": (futures, futures * seen, futures * 50),
+    }
     assert figures(step_calls(rl(metrics), LENGTHS))["simulators.judge"][0] == futures * 3
 
 
