@@ -63,6 +63,12 @@ class _PooledServer:
         return self.client.url
 
 
+def _drop_outcome(call: asyncio.Future[Any]) -> None:
+    """Of a call that nobody waits for any more: an exception that nobody has read is logged as an error."""
+    if not call.cancelled():
+        call.exception()
+
+
 class EnginePool:
     """A types.PolicyEngine over several servers. An async context manager, for one event loop."""
 
@@ -227,6 +233,7 @@ class EnginePool:
         finally:
             server.sequences -= n
             call.cancel()
+            call.add_done_callback(_drop_outcome)  # its own deadline may come first
         server.last_answer = server.last_progress = server.last_generation = time.monotonic()
         if not all(
             self._has_right_weights(server, version, asked_version)
