@@ -38,19 +38,20 @@ class Assistant:
 
 
 async def grown(rules: GrowthRules) -> tuple[list[dict[str, Any]], Assistant]:
-    assistant, scorer = Assistant(), LengthScorer()
+    assistant = Assistant()
+    scorer: Any = LengthScorer()
     players = BuildPlayers(
         assistant,
         ScriptedUser(lambda chat, i: "noon"),
         scorer,
         count_tokens=len,
-        proactive=ProactivePrompt(),  # type: ignore[arg-type]
+        proactive=ProactivePrompt(),
     )
     return await grow_conversation(Problem(3, TASK), rules, players), assistant
 
 
 def rules(**changes: Any) -> GrowthRules:
-    sizes = {"num_candidates": 3, "num_futures": 2, "max_total_turns": 2, "max_user_turns": 1}
+    sizes: dict[str, Any] = {"num_candidates": 3, "num_futures": 2, "max_total_turns": 2, "max_user_turns": 1}
     return GrowthRules(**{**sizes, **changes})
 
 
