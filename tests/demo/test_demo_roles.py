@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from collab_megatron.demo import desk, scripted_roles
+from collab_megatron.demo import desk, desk_users, scripted_roles
 from collab_megatron.types import TERMINATION_SIGNAL
 
 TASK = desk.DeskTask(
@@ -78,7 +78,7 @@ def test_user_opens_an_empty_chat_vaguely_in_three_of_five():
     openings = [user([], seed=seed) for seed in range(2000)]
     assert all(desk.find_intent(opening) == "RIDE" for opening in openings)
     vague = sum(bool(desk.find_missing(opening, "RIDE")) for opening in openings)
-    assert abs(vague / 2000 - scripted_roles.AMBIGUOUS_SHARE) < 0.05
+    assert abs(vague / 2000 - desk_users.AMBIGUOUS_SHARE) < 0.05
 
 
 def test_judge_multiplies_recall_and_precision():
