@@ -151,7 +151,7 @@ def main() -> None:
         if result.played.groups or not result.played.stop:  # else keep the figures of an earlier attempt
             report(given.model.path, result, output, list(config.reward.metric_weights))
     if result.played.stop:
-        done, wanted = len(result.played.groups), result.played.wanted
+        done, wanted = result.played.done, result.played.wanted
         raise BudgetSpent(f"{done} of {wanted} held-out conversations were played: {result.played.stop}")
     require_most([result.played.tally], LOST_CONVERSATIONS, EvaluationFailed)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collab_megatron.config.roles import shipped_judges
+from collections.abc import Mapping
+
+from collab_megatron.config.roles import PAIR_JUDGE, shipped_judges
 from collab_megatron.config.sections import (
+    ComparedModelSection,
+    ComparisonSection,
     DataSection,
     DriverSection,
     EngineSection,
@@ -31,6 +35,24 @@ def check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
         raise ValueError(
             "reward.accuracy_prompt_file and reward.judges.accuracy.prompt_file name two prompts for one judge: remove "
             "one of them"
+        )
+
+
+def check_comparison(
+    models: Mapping[str, ComparedModelSection], compare: ComparisonSection, simulators: SimulatorsSection
+) -> None:
+    """The baseline is one of the models, and a judge is there for their pairs."""
+    if compare.baseline is not None and compare.baseline not in models:
+        names = ", ".join(models) or "none"
+        raise ValueError(f"compare.baseline={compare.baseline} is not one of models ({names}): name one of them")
+    if compare.judged_pairs and len(models) < 2:
+        raise ValueError(
+            f"compare.judged_pairs={compare.judged_pairs} compares two models, and `models` has {len(models)}: name "
+            "more, or set compare.judged_pairs=0"
+        )
+    if compare.judged_pairs and simulators.judge is None and PAIR_JUDGE not in simulators.roles:
+        raise ValueError(
+            "compare.judged_pairs needs an LLM judge: set simulators.judge, or simulators.roles.pair_judge"
         )
 
 

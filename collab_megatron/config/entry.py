@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from collab_megatron.config.cross_checks import (
+    check_comparison,
     check_driver,
     check_engine,
     check_metrics,
@@ -18,10 +19,12 @@ from collab_megatron.config.cross_checks import (
     check_transport,
     check_validation,
 )
-from collab_megatron.config.roles import llm_roles, llms_of_conversations, role_place
+from collab_megatron.config.roles import llm_roles, llms_of_conversations, llms_of_evaluation, role_place
 from collab_megatron.config.sections import (
     AlgorithmSection,
     BudgetSection,
+    ComparedModelSection,
+    ComparisonSection,
     Count,
     DataSection,
     DPOSection,
@@ -31,6 +34,7 @@ from collab_megatron.config.sections import (
     FolderOrHubName,
     JournalSection,
     MappingSection,
+    ModelName,
     ModelSection,
     OptimizerSection,
     ParallelSection,
@@ -102,6 +106,7 @@ class RLConfig(Section):
             evaluation=self.evaluation if self.data.validation is not None else None,
             llms=llms_of_conversations(self.simulators, self.reward),
         )
+        check_timeouts(evaluation=self.evaluation, llms=llms_of_evaluation(self.evaluation))
         if self.rollout.min_replies > self.rollout.num_replies:
             raise ValueError(
                 f"rollout.min_replies={self.rollout.min_replies} is larger than "
@@ -181,7 +186,12 @@ class EvaluateConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     journal: JournalSection = JournalSection()
     budget: BudgetSection = BudgetSection()
-    # JSON file for the figures; conversations go next to it as .jsonl. None: RUN_DIR/evaluations/NAME/MODEL.json
+    # models to compare, by name, such as {base: {}, base+proactive: {proactive: true}, rl: {path: runs/mine/sft_hf}}.
+    # Empty: model.path alone
+    models: dict[ModelName, ComparedModelSection] = Field(default={})
+    compare: ComparisonSection = ComparisonSection()
+    # JSON file for the figures; table and conversations go next to it. With `models` the name of each follows that of
+    # this file. None: RUN_DIR/evaluations/NAME/MODEL.json
     output: Path | None = None
     # sections of an RL config: checked, not used
     algorithm: AlgorithmSection | None = None
@@ -198,8 +208,9 @@ class EvaluateConfig(Section):
         check_timeouts(
             engine=self.engine,
             evaluation=self.evaluation,
-            llms=llms_of_conversations(self.simulators, self.reward),
+            llms=llms_of_conversations(self.simulators, self.reward) | llms_of_evaluation(self.evaluation, self.models),
         )
+        check_comparison(self.models, self.compare, self.simulators)
         if self.data.validation is None:
             raise ValueError("data.validation is not set: name a parquet file of held-out tasks")
         if self.output is not None and self.output.suffix == ".jsonl":

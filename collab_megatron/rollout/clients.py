@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig
-from collab_megatron.config.roles import llm_roles
-from collab_megatron.config.sections import DriverSection, EvaluationSection
+from collab_megatron.config.roles import MODEL_OF, evaluation_roles, llm_roles
+from collab_megatron.config.sections import DriverSection, EvaluationSection, LLMSection
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.token_limit import fitting_tasks
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.limiter import AdaptiveLimiter
+from collab_megatron.rollout.api_model import ApiModel
 from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.rollout.future import Limits, Players
 from collab_megatron.rollout.journal import store
 from collab_megatron.rollout.journal.store import Journal
 from collab_megatron.rollout.journaled_engine import JournaledEngine
 from collab_megatron.rollout.lineage import lineage_of
-from collab_megatron.rollout.llm import Gateway, SimulatorHealth, user_simulator
+from collab_megatron.rollout.llm import Gateway, SimulatorHealth, evaluation_users, user_simulator
 from collab_megatron.rollout.rewards import configured_scorer
 from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
-from collab_megatron.types import Task
+from collab_megatron.types import Task, UserSimulator
 
 GC_THRESHOLDS = 100_000, 50, 1000
 """Thousands of concurrent conversations have many objects that live for seconds. With the default thresholds the
@@ -43,6 +44,8 @@ class RolloutClients:
     gateway: Gateway
     health: SimulatorHealth
     journal: Journal | None
+    evaluation_users: Mapping[str, UserSimulator]  # name -> simulated user of an evaluation; "": that of the config
+    api_models: Mapping[str, ApiModel]  # row of the table -> the API model in the place of the policy
 
 
 def open_journal(config: RLConfig) -> Journal:
@@ -75,7 +78,7 @@ async def open_clients(
     watched = config.simulators.health
     health = SimulatorHealth(watched.model_copy(update={"min_replies": max(1, watched.min_replies // shards)}))
     gateway = Gateway(
-        llm_roles(config.simulators, config.reward),
+        llm_roles(config.simulators, config.reward) | extra_roles(config),
         config.run.seed,
         journal=journal,
         observer=health,
@@ -131,9 +134,25 @@ async def open_clients(
                 gateway=gateway,
                 health=health,
                 journal=journal,
+                api_models={
+                    name: ApiModel(gateway.role(f"{MODEL_OF}{name}"), chat.turn_ids, rollout.thought_tags)
+                    for name in api_rows(config)
+                },
+                evaluation_users=evaluation_users(config.simulators, config.evaluation, gateway, health),
             )
         finally:
             await gateway.close()
+
+
+def api_rows(config: RLConfig | EvaluateConfig) -> list[str]:
+    """The rows of `models` that an API plays."""
+    models = config.models if isinstance(config, EvaluateConfig) else {}
+    return [name for name, row in models.items() if row.api is not None]
+
+
+def extra_roles(config: RLConfig | EvaluateConfig) -> dict[str, LLMSection]:
+    """The roles that only the evaluation of a config has."""
+    return evaluation_roles(config.evaluation, config.models if isinstance(config, EvaluateConfig) else None)
 
 
 def _request_timeout_s(evaluation: EvaluationSection) -> float:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_conversations
+from collab_megatron.demo.pipeline import desk_addresses
 from collab_megatron.json_lines import read_rows
 from collab_megatron.rollout.record_files import read_trees
 from collab_megatron.trainer.engine_probe import NUM_PROMPTS
@@ -179,7 +180,7 @@ def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
         *("-m", "collab_megatron.evaluate", "conf/demo_rl.yaml", f"model.path={run_dir / 'checkpoints' / 'rl'}"),
         *(f"run.dir={tmp_path}", f"data.train={data / 'rl_train.parquet'}"),
         *(f"data.validation={data / 'rl_validation.parquet'}", "evaluation.num_tasks=24"),
-        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+        *desk_addresses(desk.url, "user", "judge"),
     ]
     looked = run(*asked, "--dry-run")
     assert looked.code == 0, looked.output[-4000:]
