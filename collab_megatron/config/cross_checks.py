@@ -39,9 +39,19 @@ def check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
 
 
 def check_comparison(
-    models: Mapping[str, ComparedModelSection], compare: ComparisonSection, simulators: SimulatorsSection
+    models: Mapping[str, ComparedModelSection],
+    compare: ComparisonSection,
+    simulators: SimulatorsSection,
+    engine: EngineSection,
 ) -> None:
-    """The baseline is one of the models, and a judge is there for their pairs."""
+    """The baseline is one of the models, a judge is there for their pairs, and servers of the user's own have one
+    model."""
+    served = {row.path for row in models.values() if row.api is None}
+    if engine.urls and len(served) > 1:
+        raise ValueError(
+            f"engine.urls serve one model, and `models` has {len(served)} different ones: leave engine.urls out, so "
+            "that each is started in turn"
+        )
     if compare.baseline is not None and compare.baseline not in models:
         names = ", ".join(models) or "none"
         raise ValueError(f"compare.baseline={compare.baseline} is not one of models ({names}): name one of them")

@@ -19,7 +19,13 @@ from collab_megatron.config.cross_checks import (
     check_transport,
     check_validation,
 )
-from collab_megatron.config.roles import llm_roles, llms_of_conversations, llms_of_evaluation, role_place
+from collab_megatron.config.roles import (
+    evaluation_roles,
+    llm_roles,
+    llms_of_conversations,
+    llms_of_evaluation,
+    role_place,
+)
 from collab_megatron.config.sections import (
     AlgorithmSection,
     BudgetSection,
@@ -33,6 +39,7 @@ from collab_megatron.config.sections import (
     EvaluationSection,
     FolderOrHubName,
     JournalSection,
+    LLMSection,
     MappingSection,
     ModelName,
     ModelSection,
@@ -76,6 +83,11 @@ class RLConfig(Section):
     record: RecordSection = RecordSection()
     budget: BudgetSection = BudgetSection()
     evaluation: EvaluationSection = EvaluationSection()
+
+    @property
+    def extra_roles(self) -> dict[str, LLMSection]:
+        """Roles of the LLM gateway that only the evaluation has."""
+        return evaluation_roles(self.evaluation)
 
     @property
     def needs_reference(self) -> bool:
@@ -201,6 +213,21 @@ class EvaluateConfig(Section):
     sync: SyncSection | None = None
     driver: DriverSection | None = None
 
+    @property
+    def rows(self) -> dict[str, ComparedModelSection]:
+        """The models to evaluate by name; without `models` one without a name."""
+        return self.models or {"": ComparedModelSection()}
+
+    @property
+    def extra_roles(self) -> dict[str, LLMSection]:
+        """Further users and API models, as roles of the LLM gateway."""
+        return evaluation_roles(self.evaluation, self.models)
+
+    @property
+    def served(self) -> list[str]:
+        """Paths of the models that SGLang serves, each once."""
+        return list(dict.fromkeys(row.path or self.model.path for row in self.rows.values() if row.api is None))
+
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         check_metrics(self.reward, self.simulators)
@@ -210,7 +237,7 @@ class EvaluateConfig(Section):
             evaluation=self.evaluation,
             llms=llms_of_conversations(self.simulators, self.reward) | llms_of_evaluation(self.evaluation, self.models),
         )
-        check_comparison(self.models, self.compare, self.simulators)
+        check_comparison(self.models, self.compare, self.simulators, self.engine)
         if self.data.validation is None:
             raise ValueError("data.validation is not set: name a parquet file of held-out tasks")
         if self.output is not None and self.output.suffix == ".jsonl":

@@ -22,7 +22,7 @@ from typing import Any
 from collab_megatron.demo import desk
 from collab_megatron.demo.desk_users import bare_reply, question_slots, read_prompt, terse_reply, user_reply
 from collab_megatron.demo.mini_roles import MINI_ROLES
-from collab_megatron.demo.prompt_blocks import Turn, read_turns
+from collab_megatron.demo.prompt_blocks import Turn, block, chat_block, read_turns
 
 # Share of the passive assistant's replies that ask. A data builder that keeps the better of two replies raises a rate p
 # to about 1 - (1 - p)^2. Two rates, because with greedy decoding a single rate would be all or nothing.
@@ -55,10 +55,30 @@ def answer(request: Mapping[str, Any]) -> list[str]:
 def judge_reply(turns: Sequence[Turn], rng: random.Random) -> str:
     """The judge's verdict: a JSON object with `thought`, `understanding`, `clarification` and `suggestion` in [0, 1].
 
-    Each is recall times precision of the slots that assistant turns asked for, against those the opening left out.
+    Each is recall times precision of the slots that assistant turns asked for, against those the opening left out. Of
+    two chats it says which is `better`: the one that ends with the right command, else the one with higher marks.
     """
     del rng  # a verdict has only one wording
+    if "<second>" in turns[-1][1]:
+        return _pair_verdict(turns[-1][1])
     intent, _, chat = read_prompt(turns)
+    score, thought = _marks(intent, chat)
+    return json.dumps({"thought": thought, "understanding": score, "clarification": score, "suggestion": score})
+
+
+def _pair_verdict(prompt: str) -> str:
+    intent, slots = desk.read_request(block(prompt, "request"))
+    ranks = []
+    for tag in ("first", "second"):
+        chat = chat_block(prompt, tag)
+        last = next((text for role, text in reversed(chat) if role == "assistant"), "")
+        ranks.append((last == desk.command_text(intent, slots), _marks(intent, chat)[0]))
+    better = "neither" if ranks[0] == ranks[1] else "first" if ranks[0] > ranks[1] else "second"
+    return json.dumps({"thought": f"right command and marks: {ranks[0]} and {ranks[1]}", "better": better})
+
+
+def _marks(intent: str, chat: Sequence[Turn]) -> tuple[float, str]:
+    """The mark of a chat, and the reason."""
     if not chat or chat[0][0] != "user":
         raise ValueError("the chat must begin with the user's opening")
     missing = set(desk.find_missing(chat[0][1], intent))
@@ -67,8 +87,7 @@ def judge_reply(turns: Sequence[Turn], rng: random.Random) -> str:
         if role == "assistant" and not isinstance(desk.parse_reply(text), desk.Command):
             asked += question_slots(text) or ["?"]  # neither acting nor asking costs a turn like an off-target question
     score = interactivity(missing, asked)
-    thought = f"left out: {', '.join(sorted(missing)) or 'nothing'}; asked: {', '.join(asked) or 'nothing'}"
-    return json.dumps({"thought": thought, "understanding": score, "clarification": score, "suggestion": score})
+    return score, f"left out: {', '.join(sorted(missing)) or 'nothing'}; asked: {', '.join(asked) or 'nothing'}"
 
 
 def interactivity(missing: set[str], asked: Sequence[str]) -> float:

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig
-from collab_megatron.config.roles import MODEL_OF, evaluation_roles, llm_roles
-from collab_megatron.config.sections import DriverSection, EvaluationSection, LLMSection
+from collab_megatron.config.roles import MODEL_OF, llm_roles
+from collab_megatron.config.sections import DriverSection, EvaluationSection
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.token_limit import fitting_tasks
 from collab_megatron.engine.keys import EngineKeys
@@ -78,7 +78,7 @@ async def open_clients(
     watched = config.simulators.health
     health = SimulatorHealth(watched.model_copy(update={"min_replies": max(1, watched.min_replies // shards)}))
     gateway = Gateway(
-        llm_roles(config.simulators, config.reward) | extra_roles(config),
+        llm_roles(config.simulators, config.reward) | config.extra_roles,
         config.run.seed,
         journal=journal,
         observer=health,
@@ -135,24 +135,14 @@ async def open_clients(
                 health=health,
                 journal=journal,
                 api_models={
-                    name: ApiModel(gateway.role(f"{MODEL_OF}{name}"), chat.turn_ids, rollout.thought_tags)
-                    for name in api_rows(config)
+                    role.removeprefix(MODEL_OF): ApiModel(gateway.role(role), chat.turn_ids, rollout.thought_tags)
+                    for role in config.extra_roles
+                    if role.startswith(MODEL_OF)
                 },
                 evaluation_users=evaluation_users(config.simulators, config.evaluation, gateway, health),
             )
         finally:
             await gateway.close()
-
-
-def api_rows(config: RLConfig | EvaluateConfig) -> list[str]:
-    """The rows of `models` that an API plays."""
-    models = config.models if isinstance(config, EvaluateConfig) else {}
-    return [name for name, row in models.items() if row.api is not None]
-
-
-def extra_roles(config: RLConfig | EvaluateConfig) -> dict[str, LLMSection]:
-    """The roles that only the evaluation of a config has."""
-    return evaluation_roles(config.evaluation, config.models if isinstance(config, EvaluateConfig) else None)
 
 
 def _request_timeout_s(evaluation: EvaluationSection) -> float:

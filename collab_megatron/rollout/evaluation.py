@@ -16,11 +16,22 @@ from collab_megatron.rollout.api_model import ApiModel, play_with_api
 from collab_megatron.rollout.evaluation_tasks import has_both, sample_tasks, with_simulated_opening
 from collab_megatron.rollout.future import STOPS_ALL, Limits, Players
 from collab_megatron.rollout.group import TreeId, play_once
+from collab_megatron.rollout.llm.accounting import CALLS
 from collab_megatron.rollout.metrics import evaluation_metrics
 from collab_megatron.rollout.rewards.aggregate import DEFAULT_CLAMPS, Clamps
 from collab_megatron.rollout.rewards.scorer import is_of_own_metric
 from collab_megatron.run_order import POSITION, RunPosition
-from collab_megatron.types import Future, Generation, Group, PolicyTurn, Reply, RolloutStatus, Task, UserSimulator
+from collab_megatron.types import (
+    CallRecord,
+    Future,
+    Generation,
+    Group,
+    PolicyTurn,
+    Reply,
+    RolloutStatus,
+    Task,
+    UserSimulator,
+)
 from collab_megatron.wire.protocol import Tally
 
 
@@ -142,6 +153,8 @@ async def _play(
     """One conversation. Waits for user, policy and judges. Raises only STOPS_ALL and a bug of the user's own metric."""
     POSITION.set(RunPosition(tree_id.step))
     status = RolloutStatus.SIMULATOR_FAILED
+    calls: list[CallRecord] = []  # before the future: the simulated opening, the first turn of an API model
+    before = CALLS.set(calls)
     try:
         if simulated:
             with players.user_clock:
@@ -156,17 +169,22 @@ async def _play(
     except STOPS_ALL:
         raise
     except RunError as error:
-        return _failed(task, status, str(error))
+        return _failed(task, status, str(error), calls)
     except Exception as error:
         if is_of_own_metric(error):
             raise
         words = players.unexpected.note(error, f"the conversation {tree_id} of task {task.task_id}")
-        return _failed(task, RolloutStatus.UNEXPECTED_ERROR, words)
+        return _failed(task, RolloutStatus.UNEXPECTED_ERROR, words, calls)
+    finally:
+        CALLS.reset(before)
+    (future,) = reply.futures_K
+    reply = replace(reply, futures_K=(replace(future, calls=(*calls, *future.calls)),))
     prompt_ids = tuple(players.chat.prompt_ids(task.prompt))
     return Group(task, prompt_ids, (reply,), kept=reply.mr is not None, error=reply.futures_K[0].error)
 
 
-def _failed(task: Task, status: RolloutStatus, error: str) -> Group:
+def _failed(task: Task, status: RolloutStatus, error: str, calls: Sequence[CallRecord] = ()) -> Group:
     """A conversation without a policy turn."""
     nothing = PolicyTurn("", "", "", cut=False, generation=Generation((), (), (), finish_reason="failed"))
-    return Group(task, (), (Reply(nothing, (Future(0, status, (), error=error),)),), kept=False, error=error)
+    future = Future(0, status, (), error=error, calls=tuple(calls))
+    return Group(task, (), (Reply(nothing, (future,)),), kept=False, error=error)

@@ -11,7 +11,7 @@ import pytest
 from collab_megatron.config import EvaluateConfig
 from collab_megatron.config.sections import BudgetSection, EvaluationSection, JournalSection
 from collab_megatron.data.parquet import read_tasks
-from collab_megatron.evaluate import Result, own_journal, own_name, play, report
+from collab_megatron.evaluate import Result, own_journal, own_name, play, report_row
 from collab_megatron.rollout.journal.store import Journal, ReplayMiss
 from tests.rollout.runs import HELD_OUT, MAX_CONTEXT_TOKENS, config, counts, stand_in
 
@@ -83,7 +83,7 @@ async def test_figures_and_conversations_lie_next_to_each_other(
     tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = await played(evaluate_config(tmp_path, url), url, "weights")
-    report("models/mine", result, tmp_path / "out" / "figures.json", ["accuracy", "interactivity"])
+    report_row("models/mine", result, tmp_path / "out" / "figures.json", ["accuracy", "interactivity"])
     said = capsys.readouterr().out
     assert "held-out conversations with models/mine" in said
     assert said.index("accuracy") < said.index("reward") < said.index("user calls") < said.index("figures.jsonl")

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from collab_megatron.concurrency import run_all
+from collab_megatron.config.roles import PAIR_JUDGE
+from collab_megatron.config.sections import ComparisonSection, SimulatorsSection
+from collab_megatron.rollout.llm.gateway import Gateway
 from collab_megatron.rollout.llm.parsing import MalformedReply, json_object, object_schema, text_field
 from collab_megatron.rollout.llm.templates import chat_lines, load_template
 from collab_megatron.types import ChatLLM, LLMRequest, Message, Task
@@ -29,7 +32,9 @@ class PairJudge:
             "judge_pair", prompt_file, required=("first", "second"), optional=("request", "reference")
         )
 
-    async def points(self, task: Task, chat: Sequence[Message], other: Sequence[Message], *, sample_index: int) -> float:
+    async def points(
+        self, task: Task, chat: Sequence[Message], other: Sequence[Message], *, sample_index: int
+    ) -> float:
         """1 if `chat` is better than `other`, 0 if it is worse, 0.5 if neither is or the two orders disagree. Waits for
         two judge calls. Raises SimulatorError."""
         if list(chat) == list(other):
@@ -40,9 +45,7 @@ class PairJudge:
         points = {("first", "second"): 1.0, ("second", "first"): 0.0}
         return points.get((forth, back), 0.5)
 
-    async def _ask(
-        self, task: Task, first: Sequence[Message], second: Sequence[Message], sample_index: int
-    ) -> Verdict:
+    async def _ask(self, task: Task, first: Sequence[Message], second: Sequence[Message], sample_index: int) -> Verdict:
         prompt = self._template.fill(
             request=task.single_turn_prompt,
             reference=task.ground_truth,
@@ -58,6 +61,11 @@ class PairJudge:
         )
         (verdict,) = await self._judge.complete(request)
         return verdict
+
+
+def pair_judge(simulators: SimulatorsSection, compare: ComparisonSection, gateway: Gateway) -> PairJudge:
+    """The judge of a config: simulators.roles.pair_judge, else simulators.judge. Raises UserError."""
+    return PairJudge(gateway.role(PAIR_JUDGE if PAIR_JUDGE in simulators.roles else "judge"), compare.prompt_file)
 
 
 def read_verdict(text: str) -> Verdict:
