@@ -8,7 +8,6 @@ RUN_DIR/summary.json.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import subprocess
@@ -163,16 +162,6 @@ class DemoPipeline:
         argv = ["-m", "collab_megatron.train_rl", self._settings.rl_config, *self.desk("user", "judge")]
         argv += [*self._common(run_dir), f"run.name={name}", f"model.path={self.run_dir / 'sft_hf'}", *self._rl_data()]
         self.stage(name, [*argv, *self._steps(self._settings.rl_steps), *self.extra_overrides("rl"), *overrides])
-
-    def evaluate_run(self, name: str, run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
-        """Held-out conversations with the newest checkpoint of an RL run; returns their figures."""
-        output = run_dir / "evaluation.json"
-        argv = ["-m", "collab_megatron.evaluate", "conf/demo_evaluate.yaml", *self.desk("user", "judge", mixture=False)]
-        argv += [*self._common(run_dir), f"model.path={run_dir / 'checkpoints' / name}", *self._rl_data()]
-        argv += [f"output={output}", *self.extra_overrides("evaluate"), *overrides]
-        self.stage(f"evaluate_{name}", argv)
-        figures: dict[str, Any] = json.loads(output.read_text())
-        return figures
 
     def export(self) -> None:
         checkpoints = self.run_dir / "checkpoints" / "rl"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig
 from collab_megatron.config.roles import MODEL_OF, llm_roles
@@ -44,8 +44,10 @@ class RolloutClients:
     gateway: Gateway
     health: SimulatorHealth
     journal: Journal | None
-    evaluation_users: Mapping[str, UserSimulator]  # name -> simulated user of an evaluation; "": that of the config
-    api_models: Mapping[str, ApiModel]  # row of the table -> the API model in the place of the policy
+    # name -> simulated user of an evaluation, that of the config as "" and first; empty: that of `players`
+    evaluation_users: Mapping[str, UserSimulator] = field(default_factory=dict)
+    # row of an evaluation's table -> the API model in the place of the policy
+    api_models: Mapping[str, ApiModel] = field(default_factory=dict)
 
 
 def open_journal(config: RLConfig) -> Journal:

@@ -56,12 +56,15 @@ DASHBOARD = [
 def test_the_summary_holds_every_figure(short_demo: tuple[Path, Ended]) -> None:
     run_dir, ended = short_demo
     summary = json.loads((run_dir / "summary.json").read_text())
-    for name in ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr"):
+    rates = ("clarify_rate_ambiguous", "clarify_rate_complete", "mr")
+    for name in ("accuracy", *rates, "accuracy_bare_answers", "accuracy_unseen_user"):
         assert set(summary[name]) == {"base", "sft", "rl"}
     assert {"data", "evaluate_base", "sft", "rl", "export", "proof"} <= set(summary["wall_s"])
     assert summary["api_calls"]["user"] > 0
     assert summary["api_calls"]["assistant"] > 0
     assert "prompts_per_step: 4" in summary["config"]["rl"]
+    assert {"user-1", "user-bare", "user-unseen"} <= set(summary["api_calls"])
+    assert "accuracy bare answers" in ended.output
     assert "tensorboard --logdir" in ended.output
     assert "rl 3/3" in ended.output
     assert "done        3 steps of rl" in ended.output
