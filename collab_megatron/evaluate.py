@@ -190,7 +190,8 @@ def main() -> None:
     if arguments.dry_run:
         check_evaluate(config, dry_run=True, node=arguments.node)
         return
-    steps = {name: infos[path].step for name, row in given.rows.items() if (path := path_of(given, row)) in infos}
+    served = {name: path_of(given, row) for name, row in given.rows.items()}
+    steps = {name: infos[path].step for name, path in served.items() if path is not None and path in infos}
     with run_lock(config.run) as lock:
         contexts = check_evaluate(config, node=arguments.node)
         for path in given.served:
@@ -227,7 +228,10 @@ def play_rows(config: EvaluateConfig, contexts: Mapping[str, int], lock: RunLock
         rows = list(names)
         own = of_row(config, rows[0])
         with Supervisor(own.run.logs_dir, held=lock.held, env=child_env(own)) as supervisor:
-            urls, keys = ([], None) if path is None else launch_engine_only(supervisor, own)
+            urls: list[str] = []
+            keys: EngineKeys | None = None
+            if path is not None:
+                urls, keys = launch_engine_only(supervisor, own)
             for name in rows:
                 if config.models:
                     print(f"\nmodel {name}", flush=True)

@@ -152,8 +152,9 @@ def check_evaluate(
     serves. Raises UserError."""
     node = node or this_node()
     one_rank = ParallelSection(device=config.parallel.device)
-    models, context_tokens = {}, {}
-    held_out = read_task_files(config.data.validation_files)[0]
+    models: dict[str, _Model] = {}
+    context_tokens: dict[str, int] = {}
+    held_out = tasks = read_task_files(config.data.validation_files)[0]
     for path in config.served:
         model = _check_model(path, one_rank, config.rollout.inexact_template, weights=not dry_run)
         check_context_length(config.engine, model.spec)
@@ -162,9 +163,9 @@ def check_evaluate(
         fit = _fitting(config, held_out, model.chat, context_tokens[path])
         if fit.notice and dry_run:  # in a run the evaluation prints it
             print(fit.notice, flush=True)
+        tasks = fit.kept
     if not models:  # the tokenizer of model.path counts the tokens of API models
         ChatTemplate(load_tokenizer(resolve_model_folder(config.model.path, weights=False)))
-    tasks = fit.kept if models else held_out
     gateway = _check_players(config, node)
     calls = evaluation_calls(config, lengths_of(tasks), len(tasks))
     specs = {path: model.spec for path, model in models.items()}

@@ -30,17 +30,13 @@ class Interval:
     def as_dict(self) -> dict[str, float | int | None]:
         return {"mean": self.mean, "low": self.low, "high": self.high, "count": self.count}
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Of a difference: whether it is distinguishable from 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
 
 def bootstrap_mean(
     values: Sequence[float], requests: Sequence[str], *, confidence: float, resamples: int, seed: int
 ) -> Interval | None:
-    """The mean of `values`, of which each belongs to one of `requests`; None without values. The same for every order
-    of requests only as far as the draws allow: sort them for equal results."""
+    """The mean of `values`, of which each belongs to one of `requests`; None without values.
+
+    The draws depend on the order of the requests: sort them for equal results."""
     if not values:
         return None
     groups: dict[str, tuple[float, int]] = {}

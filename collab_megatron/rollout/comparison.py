@@ -130,7 +130,8 @@ def _row(cell: Cell, base: Cell | None, names: Sequence[str], section: Compariso
         found = _interval(values, mine, section, seed)
         return None if found is None else found.as_dict()
 
-    figures, difference = {}, {}
+    figures: dict[str, dict[str, Any] | None] = {}
+    difference: dict[str, dict[str, Any] | None] = {}
     for name in names:
         own = {task_id: values[name] for task_id, (_, values) in mine.items() if name in values}
         figures[name] = interval(own)

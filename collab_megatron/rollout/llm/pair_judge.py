@@ -6,7 +6,7 @@ not answer leaves the pair out, which is counted and never a tie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from collab_megatron.rollout.llm.templates import chat_lines, load_template
 from collab_megatron.types import ChatLLM, LLMRequest, Message, Task
 
 Verdict = Literal["first", "second", "neither"]
+VERDICTS: Mapping[str, Verdict] = {"first": "first", "second": "second", "neither": "neither"}
 PAIR_SCHEMA = object_schema(thought="string", better="string")
 CALLS_OF_PAIR = 2
 
@@ -71,6 +72,6 @@ def pair_judge(simulators: SimulatorsSection, compare: ComparisonSection, gatewa
 def read_verdict(text: str) -> Verdict:
     """The judge's verdict. Raises MalformedReply."""
     said = text_field(json_object(text), "better").strip().lower().rstrip(".")
-    if said == "first" or said == "second" or said == "neither":
-        return said
-    raise MalformedReply(f"field 'better' is {said[:40]!r}, not first, second or neither")
+    if said not in VERDICTS:
+        raise MalformedReply(f"field 'better' is {said[:40]!r}, not first, second or neither")
+    return VERDICTS[said]
