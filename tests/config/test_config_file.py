@@ -323,7 +323,7 @@ simulators: {user: {model: gpt-4o-mini}, judge: {model: gpt-4o-mini}}
         ),
         (["models={a b: {}}"], "a b"),
         (["evaluation.users.Bare={model: x}"], "Bare"),
-        (["evaluation.users.bare={modl: x}"], "did you mean 'model'"),
+        (["evaluation.users.bare={model: x, modl: y}"], "did you mean 'model'"),
         (
             ["evaluation.users.bare={model: x, deadline_s: 4000}"],
             r"evaluation\.timeout_s=1800 must be longer than evaluation\.users\.bare\.deadline_s=4000",

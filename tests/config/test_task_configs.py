@@ -100,7 +100,7 @@ def test_a_task_has_a_table_of_models(task: str, world: Path, capsys: pytest.Cap
     own = [*stand_ins(world, "rl", "llama"), *paths]
     out = dry_run("evaluate", CONF / task / "evaluate.yaml", world, capsys, *own)
     assert f"models      {', '.join(names)}" in out
-    assert "8,030,261,248 parameters" in out
+    assert out.count("parameters, bfloat16") == 1  # all have the same stand-in
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -21,7 +21,6 @@ from collab_megatron.evaluate import (
     play,
     report,
     report_row,
-    weights_name,
     with_paths,
 )
 from collab_megatron.rollout.comparison import cells_of, table
@@ -113,7 +112,7 @@ def compared(settings: EvaluateConfig, url: str, models: dict[str, Any], **compa
     llm = {"model": "hosted_vllm/user", "api_base": f"{url}/v1", "api_key_env": None}
     raw = settings.model_dump(exclude_unset=True)
     raw |= {"models": models, "compare": compare}
-    raw["evaluation"] = {"max_concurrency": 1, "users": {"other": {**llm, "temperature": 0.5}}}
+    raw["evaluation"] = {"users": {"other": {**llm, "temperature": 0.5}}}
     return EvaluateConfig.model_validate(raw)
 
 
@@ -169,7 +168,6 @@ def test_a_row_has_the_paths_of_its_model_and_logs_of_its_own(tmp_path: Path) ->
     assert moved.served == [settings.model.path, str(tmp_path / "converted" / "rl")]
     alone = own_name(evaluate_config(tmp_path, "http://127.0.0.1:1"))
     assert of_row(alone, "") is alone
-    assert weights_name(settings, [], "gpt") != weights_name(settings, [], "base")
 
 
 def test_the_report_of_several_models_lies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

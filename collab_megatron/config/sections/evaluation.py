@@ -29,7 +29,8 @@ class EvaluationSection(Section):
     temperature: float = Field(default=0.0, ge=0)  # sampling temperature of the policy
     max_assistant_turns: Positive = 3  # policy turns of a conversation
     max_concurrency: Positive = 64  # conversations at a time, over all users and shards
-    timeout_s: Seconds = 1800.0  # deadline of the evaluation; unfinished conversations count as failed
+    # deadline of the evaluation of a model with all users; unfinished conversations count as failed
+    timeout_s: Seconds = 1800.0
     # RL: evaluations whose conversations are kept in RUN_DIR/evaluations/NAME: the first and the newest
     keep_transcripts: Positive = 20
 

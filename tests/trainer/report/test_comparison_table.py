@@ -15,8 +15,15 @@ def value(mean: float, low: float | None, high: float | None) -> dict[str, Any]:
 
 def row(model: str, **given: Any) -> dict[str, Any]:
     plain: dict[str, Any] = {
-        **{"model": model, "user": "simulators.user", "conversations": 1000, "failed": 0, "wins": None},
-        **{"cost_usd": 0.125, "calls": 2500, "replayed": 0, "difference": {}},
+        "model": model,
+        "user": "simulators.user",
+        "conversations": 1000,
+        "failed": 0,
+        "wins": None,
+        "cost_usd": 0.125,
+        "calls": 2500,
+        "replayed": 0,
+        "difference": {},
         "figures": {"accuracy": value(0.5, 0.4, 0.6), "tokens_k": value(2.493, 2.4, 2.6)},
     }
     return plain | given
