@@ -46,7 +46,7 @@ from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.log import set_up_logging
 from collab_megatron.model.folder import resolve_model_folder
 from collab_megatron.rollout.clients import open_clients, usable_tasks
-from collab_megatron.rollout.comparison import cells_of, table
+from collab_megatron.rollout.comparison import Cell, cells_of, table
 from collab_megatron.rollout.evaluation import Evaluation, evaluate, evaluation_calls
 from collab_megatron.rollout.evaluation_tasks import with_system_message
 from collab_megatron.rollout.journal.store import Journal, open_journal
@@ -259,7 +259,7 @@ def report(
         "models.json" if config.models else f"{Path(config.model.path).name}.json"
     )
     stem, stop = output.name.removesuffix(".json"), ""  # a model's name may contain a dot
-    cells = []
+    cells: list[Cell] = []
     for name, result in results.items():
         own = output.with_name(f"{stem}-{name}.json") if name else output
         title = name or given.model.path

@@ -165,7 +165,8 @@ def check_evaluate(
             print(fit.notice, flush=True)
         tasks = fit.kept
     if not models:  # the tokenizer of model.path counts the tokens of API models
-        ChatTemplate(load_tokenizer(resolve_model_folder(config.model.path, weights=False)))
+        folder = resolve_model_folder(config.model.path, weights=False)
+        ChatTemplate(load_tokenizer(folder)).check_growth(config.rollout.inexact_template)
     gateway = _check_players(config, node)
     calls = evaluation_calls(config, lengths_of(tasks), len(tasks))
     specs = {path: model.spec for path, model in models.items()}

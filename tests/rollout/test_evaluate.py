@@ -23,7 +23,7 @@ from collab_megatron.evaluate import (
     report_row,
     with_paths,
 )
-from collab_megatron.rollout.comparison import cells_of, table
+from collab_megatron.rollout.comparison import Cell, cells_of, table
 from collab_megatron.rollout.evaluation import Evaluation
 from collab_megatron.rollout.journal.store import Journal, ReplayMiss
 from collab_megatron.rollout.judged_pairs import judge_cells
@@ -120,7 +120,8 @@ async def test_models_side_by_side_have_one_table(tmp_path: Path, url: str) -> N
     api = {"model": "hosted_vllm/user", "api_base": f"{url}/v1", "api_key_env": None}
     models = {"base": {}, "base+proactive": {"proactive": True}, "api": {"api": api}}
     settings = compared(evaluate_config(tmp_path, url), url, models, judged_pairs=2, resamples=50)
-    results, cells = {}, []
+    results: dict[str, Result] = {}
+    cells: list[Cell] = []
     for name in models:
         with closing(own_journal(settings, name)) as journal:
             results[name] = await play(of_row(settings, name), [url], MAX_CONTEXT_TOKENS, journal, row=name)
