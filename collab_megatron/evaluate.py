@@ -2,7 +2,7 @@
 
     python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...] [--dry-run]
     python -m collab_megatron.evaluate conf/demo_rl.yaml model.path=runs/demo/checkpoints/rl     the newest checkpoint
-    python -m collab_megatron.evaluate conf/demo_evaluate_models.yaml models.rl.path=runs/demo/hf        a table of models
+    python -m collab_megatron.evaluate conf/demo_evaluate_models.yaml                             several models
 
 A model is a Hugging Face folder, a hub name, a run's checkpoint (converted once) or an API model. An engine is started
 for each in turn (or `engine.urls` is used). It plays conversations at `evaluation.temperature` with the simulated user

@@ -130,6 +130,24 @@ def plain_loss(model_folder: Path, conversations: Path) -> float:
     return total / tokens
 
 
+def test_every_user_of_the_evaluation_has_figures_and_conversations(short_demo: tuple[Path, Ended]) -> None:
+    run_dir, ended = short_demo
+    rows = [row for row in read_metrics(run_dir / "tensorboard" / "rl") if "eval/accuracy" in row]
+    assert [row["step"] for row in rows] == [0, 3]
+    for row in rows:
+        assert row["eval/users/bare/conversations"] == row["eval/users/unseen/conversations"] == 24
+    folder = run_dir / "evaluations" / "rl"
+    for user in ("bare", "unseen"):
+        (_, last) = sorted((folder / "users" / user).glob("*.jsonl"))
+        lines = [json.loads(line) for line in last.read_text().splitlines()]
+        roles = {call["role"] for line in lines for call in line["replies"][0]["futures"][0]["calls"]}
+        assert f"user-{user}" in roles
+        assert "user" not in roles
+    table = json.loads((run_dir / "evaluation_base.table.json").read_text())
+    assert [row["user"] for row in table["rows"]] == ["simulators.user", "bare", "unseen"]
+    assert "users/bare/accuracy" in ended.output
+
+
 def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
     run_dir, _ = short_demo
     trees = list(read_trees(run_dir / "conversations" / "rl"))
