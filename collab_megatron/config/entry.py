@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from collab_megatron.config.cross_checks import (
     check_comparison,
@@ -59,6 +59,7 @@ from collab_megatron.config.sections import (
     Umask,
 )
 from collab_megatron.config.sections.algorithms import check_refills
+from collab_megatron.config.sections.evaluation import without_removed
 from collab_megatron.config.timeouts import check_timeouts
 
 
@@ -199,7 +200,7 @@ class EvaluateConfig(Section):
     journal: JournalSection = JournalSection()
     budget: BudgetSection = BudgetSection()
     # models to compare, by name, such as {base: {}, base+proactive: {proactive: true}, rl: {path: runs/mine/sft_hf}}.
-    # Empty: model.path alone
+    # NAME: null leaves an inherited one out. Empty: model.path alone
     models: dict[ModelName, ComparedModelSection] = Field(default={})
     compare: ComparisonSection = ComparisonSection()
     # JSON file for the figures; table and conversations go next to it. With `models` the name of each follows that of
@@ -212,6 +213,11 @@ class EvaluateConfig(Section):
     optimizer: OptimizerSection | None = None
     sync: SyncSection | None = None
     driver: DriverSection | None = None
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _without_removed(cls, value: Any) -> Any:
+        return without_removed(value)
 
     @property
     def rows(self) -> dict[str, ComparedModelSection]:

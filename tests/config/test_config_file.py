@@ -350,6 +350,10 @@ def test_the_models_of_an_evaluation(tmp_path: Path) -> None:
     several = load_config(EvaluateConfig, path, [models])
     assert (list(several.rows), several.served) == (["base", "base+proactive", "rl", "gpt"], ["m", "x"])
     assert list(several.extra_roles) == ["model-gpt"]
+    fewer = load_config(EvaluateConfig, path, [models, "models.rl=null", "models.base+proactive.path=y"])
+    assert (list(fewer.rows), fewer.served) == (["base", "base+proactive", "gpt"], ["m", "y"])
+    users = "evaluation.users={terse: {model: a}, other: {model: b}}"
+    assert list(load_config(EvaluateConfig, path, [users, "evaluation.users.terse=null"]).extra_roles) == ["user-other"]
     gpt = several.models["gpt"].api
     assert gpt is not None
     assert gpt.temperature == 0.0

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from collab_megatron.config.sections.base import Count, FolderOrHubName, Named, Positive, Seconds, Section, Seed
 from collab_megatron.config.sections.llm import LLMSection
 
 UserName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]*$")]
+
+
+def without_removed(value: Any) -> Any:
+    """A mapping without the names that `NAME: null` removes."""
+    return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
 class EvaluationSection(Section):
@@ -25,7 +30,7 @@ class EvaluationSection(Section):
     mixture: bool = True  # whether simulators.user.mixture plays too; false: simulators.user alone
     # further simulated users by name, such as one that training does not use. Each plays every task as well, and has
     # figures of its own, users/NAME/...
-    users: dict[UserName, LLMSection] = Field(default={})
+    users: dict[UserName, LLMSection] = Field(default={})  # NAME: null leaves an inherited one out
     temperature: float = Field(default=0.0, ge=0)  # sampling temperature of the policy
     max_assistant_turns: Positive = 3  # policy turns of a conversation
     max_concurrency: Positive = 64  # conversations at a time, over all users and shards
@@ -33,6 +38,11 @@ class EvaluationSection(Section):
     timeout_s: Seconds = 1800.0
     # RL: evaluations whose conversations are kept in RUN_DIR/evaluations/NAME: the first and the newest
     keep_transcripts: Positive = 20
+
+    @field_validator("users", mode="before")
+    @classmethod
+    def _without_removed(cls, value: Any) -> Any:
+        return without_removed(value)
 
 
 class ApiModelSection(LLMSection):

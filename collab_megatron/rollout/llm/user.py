@@ -90,8 +90,9 @@ def evaluation_users(
         alone = simulators.user.model_copy(update={"mixture": ()})
         own = LLMUserSimulator(alone, gateway.role("user", 0), health=health)
     signal = simulators.user.termination_signal
+    # the manners of further users may be odd on purpose: the health check, which may stop a run, does not see them
     further = {
-        name: LLMUserSimulator(as_user(section, signal), gateway.role(f"{USER_OF}{name}"), health=health)
+        name: LLMUserSimulator(as_user(section, signal), gateway.role(f"{USER_OF}{name}"))
         for name, section in evaluation.users.items()
     }
     return {"": own, **further}
