@@ -14,7 +14,6 @@ import pytest
 
 from collab_megatron.config import EvaluateConfig, RLConfig, SFTConfig, load_config
 from collab_megatron.data.parquet import Conversation, write_conversations, write_tasks
-from collab_megatron.demo.pipeline import desk_addresses
 from collab_megatron.errors import UserError
 from collab_megatron.launch.config_warnings import NEAR, memory_warnings
 from collab_megatron.launch.epochs import epochs_to_steps
@@ -369,30 +368,6 @@ def test_an_evaluation_prints_its_calls_before_it_starts(
     assert "plays       1 of 1 held-out tasks, at most 3 policy turns of 24 tokens each, on cpu" in told
     assert "calls       at most 2 calls of user to hosted_vllm/desk-user" in told
     assert "for 1 evaluation" in told
-
-
-def test_an_evaluation_of_several_models_checks_and_counts_them_all(
-    load: Load, tmp_path: Path, tiny_model: Path, desk: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
-    load()  # the key and the data
-    overrides = [
-        *(f"run.dir={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.validation={tmp_path / 'tasks.parquet'}"),
-        *desk_addresses(desk.url, "user", "judge", mixture=False),
-        *("models.sft=null", "models.rl=null", f"models.desk.api.api_base={desk.url}", "compare.baseline=base"),
-    ]
-    demo = REPOSITORY / "conf" / "demo_evaluate_models.yaml"
-    contexts = check_evaluate(load_config(EvaluateConfig, demo, overrides), dry_run=True)
-    assert list(contexts) == [str(tiny_model)]
-    told = capsys.readouterr().out
-    assert "models      base, desk\n" in told
-    assert "users       simulators.user, bare, unseen\n" in told
-    assert "at most 4 calls of user to hosted_vllm/desk-user" in told  # one task, two user turns, two models
-    assert "at most 9 calls of models.desk.api to hosted_vllm/desk-assistant" in told  # three turns, three users
-    missing = [*overrides, f"models.rl={{path: {tmp_path / 'missing'}}}"]
-    with pytest.raises(UserError, match="missing"):
-        check_evaluate(load_config(EvaluateConfig, demo, missing), dry_run=True)
-    only_api = [*overrides, "models.base=null", "compare={}"]
-    assert check_evaluate(load_config(EvaluateConfig, demo, only_api), dry_run=True) == {}  # no model is served
 
 
 def test_an_evaluation_is_told_and_refused_what_its_start_would_be(
