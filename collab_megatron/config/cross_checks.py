@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collab_megatron.config.roles import compared_metrics, shipped_judges
+from collections.abc import Mapping
+
+from collab_megatron.config.roles import PAIR_JUDGE, compared_metrics, shipped_judges
 from collab_megatron.config.sections import (
     AlgorithmSection,
+    ComparedModelSection,
+    ComparisonSection,
     DataSection,
     DriverSection,
     EngineSection,
@@ -43,6 +47,34 @@ def check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
         raise ValueError(
             "reward.accuracy_prompt_file and reward.judges.accuracy.prompt_file name two prompts for one judge: remove "
             "one of them"
+        )
+
+
+def check_comparison(
+    models: Mapping[str, ComparedModelSection],
+    compare: ComparisonSection,
+    simulators: SimulatorsSection,
+    engine: EngineSection,
+) -> None:
+    """The baseline is one of the models, a judge is there for their pairs, and servers of the user's own have one
+    model."""
+    served = {row.path for row in models.values() if row.api is None}
+    if engine.urls and len(served) > 1:
+        raise ValueError(
+            f"engine.urls serve one model, and `models` has {len(served)} different ones: leave engine.urls out, so "
+            "that each is started in turn"
+        )
+    if compare.baseline is not None and compare.baseline not in models:
+        names = ", ".join(models) or "none"
+        raise ValueError(f"compare.baseline={compare.baseline} is not one of models ({names}): name one of them")
+    if compare.judged_pairs and len(models) < 2:
+        raise ValueError(
+            f"compare.judged_pairs={compare.judged_pairs} compares two models, and `models` has {len(models)}: name "
+            "more, or set compare.judged_pairs=0"
+        )
+    if compare.judged_pairs and simulators.judge is None and PAIR_JUDGE not in simulators.roles:
+        raise ValueError(
+            "compare.judged_pairs needs an LLM judge: set simulators.judge, or simulators.roles.pair_judge"
         )
 
 

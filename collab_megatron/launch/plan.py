@@ -48,14 +48,20 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
     return "\n".join(lines)
 
 
-def evaluate_plan(config: EvaluateConfig, spec: ModelSpec, *, node: Node, tasks: int, calls: Sequence[Calls]) -> str:
-    """The plan as text. tasks: number of held-out tasks; calls: of the evaluation."""
+def evaluate_plan(
+    config: EvaluateConfig, specs: Mapping[str, ModelSpec], *, node: Node, tasks: int, calls: Sequence[Calls]
+) -> str:
+    """The plan as text. specs: path -> model that SGLang serves; tasks: number of held-out tasks; calls: of the
+    evaluation."""
     chosen = min(tasks, config.evaluation.num_tasks)
+    served = [[_model_line(spec, config.model.dtype), *_engine_memory_lines(spec, config)] for spec in specs.values()]
+    users = [f"users       simulators.user, {', '.join(config.evaluation.users)}"] if config.evaluation.users else []
     lines = [
-        _model_line(spec, config.model.dtype),
-        *_engine_memory_lines(spec, config),
+        *([f"models      {', '.join(config.models)}"] if config.models else []),
+        *(line for lines in served for line in lines),
         f"plays       {chosen:,} of {tasks:,} held-out tasks, at most {config.evaluation.max_assistant_turns} policy "
         f"turns of {config.rollout.max_new_tokens} tokens each, on {node.chosen(config.parallel)}",
+        *users,
         *call_lines("calls", calls),
         *dollar_lines({"evaluation": (1, calls)}),
         *_own_metric_lines(config.reward),

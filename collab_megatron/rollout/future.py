@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from collab_megatron.concurrency import run_all
 from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError
 from collab_megatron.rollout.busy import BusyClock
-from collab_megatron.rollout.conversation import Conversation, ConversationScorer, TurnLimits
+from collab_megatron.rollout.conversation import Conversation, ConversationScorer, Policy, TurnLimits
 from collab_megatron.rollout.first_turns import UserTurnsTogether
 from collab_megatron.rollout.journal.store import ReplayMiss
 from collab_megatron.rollout.llm.accounting import CALLS
@@ -90,8 +90,10 @@ async def play_future(
     simulate: bool,
     limits: Limits,
     players: Players,
+    policy: Policy[PolicyTurn] | None = None,
 ) -> Future:
-    """Play and score future `index` of a reply. A failed call, the deadline and an unexpected exception are statuses.
+    """Play and score future `index` of a reply with `policy`, or with the engine's where it is None. A failed call, the
+    deadline and an unexpected exception are statuses.
 
     `name` is unique in the run and names the policy turns in the journal. With `simulate` False (K = 0) the reply is
     scored as it is. A conversation that breaks off under `cut_reply: penalty` has a reward and no scores.
@@ -104,7 +106,8 @@ async def play_future(
     details: dict[str, Mapping[str, Any]] = {}
     before_details = DETAILS.set(details)
     conversation = Conversation(task, task.prompt, reply, sample_index=sample_index)
-    policy = EnginePolicy(task, prompt_ids, reply, name=name, limits=limits, players=players)
+    if policy is None:
+        policy = EnginePolicy(task, prompt_ids, reply, name=name, limits=limits, players=players)
     try:
         async with asyncio.timeout(limits.future_timeout_s) as deadline:
             future = await _play(conversation, policy, index, simulate=simulate, limits=limits, players=players)
@@ -136,7 +139,7 @@ async def play_future(
 
 async def _play(
     conversation: Conversation[PolicyTurn],
-    policy: EnginePolicy,
+    policy: Policy[PolicyTurn],
     index: int,
     *,
     simulate: bool,

@@ -36,6 +36,7 @@ class RLReporter:
         self._drift = LengthDrift(read_metrics(config.run.tensorboard_dir))
         self._parallel, self._model = config.parallel, config.model
         self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]
+        self._users = list(config.evaluation.users)
         self._failed_evaluations = 0
         self._unfinished: tuple[int, dict[str, float]] | None = None  # a trained step that `step` has not reported yet
 
@@ -84,6 +85,7 @@ class RLReporter:
         self._dashboard.log(step, {**named, "eval/failed": self._failed_evaluations})
         append_evaluation(self._evaluations, step, figures)
         names = [*self._weighted, "clarify_rate_ambiguous", "clarify_rate_complete", "mr"]
+        names += [f"users/{user}/{self._weighted[0]}" for user in self._users]
         shown = ", ".join(f"{name} {figures[name]:.3f}" for name in names if name in figures)
         print(f"held-out after step {step}: {shown} ({int(figures['conversations'])} conversations)", flush=True)
 

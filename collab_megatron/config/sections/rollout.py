@@ -1,4 +1,4 @@
-"""The sections of the rollout: conversation trees, the driver, its journal and record, evaluation."""
+"""The sections of the rollout: conversation trees, the driver, its journal and record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Seed
+from collab_megatron.config.sections.base import Count, Positive, Seconds, Section
 
 CutReply = Literal["score", "play", "penalty"]
 EqualReplies = Literal["once", "pool", "apart"]
@@ -153,19 +153,3 @@ class RecordSection(Section):
     max_mb: float | None = Field(default=20_000, gt=0)
     # compression of closed files (64 MB each); the open file, and so the record of a short run, is plain
     compress: Literal["zstd", "none"] = "zstd"
-
-
-class EvaluationSection(Section):
-    """Whole conversations on held-out tasks."""
-
-    num_tasks: Positive = 1000  # tasks of one evaluation; fewer if the file has fewer
-    seed: Seed = 1  # selects the tasks, the same at every step; a larger num_tasks only adds tasks
-    # true: the simulated user writes the first message from the whole request, in place of the dataset's prompt (the
-    # system message stays); in a file with openings only tasks with an opening are used
-    simulated_opening: bool = False
-    temperature: float = Field(default=0.0, ge=0)  # sampling temperature of the policy
-    max_assistant_turns: Positive = 3  # policy turns of a conversation
-    max_concurrency: Positive = 64  # conversations at a time, over all shards
-    timeout_s: Seconds = 1800.0  # deadline of the evaluation; unfinished conversations count as failed
-    # RL: evaluations whose conversations are kept in RUN_DIR/evaluations/NAME: the first and the newest
-    keep_transcripts: Positive = 20

@@ -82,11 +82,14 @@ class Gateway:
         }
         self.budget = Budget(budget or BudgetSection(), journal, self._costs, go_on)
 
-    def role(self, name: str) -> ChatLLM:
-        """The client of one role. Raises UserError for a role that is not configured."""
+    def role(self, name: str, part: int | None = None) -> ChatLLM:
+        """The client of one role; `part` of a mixture alone, where it is given. Raises UserError for a role that is not
+        configured."""
         if name not in self._parts:
             raise UserError(f"{role_place(name)} is not set: name the model that plays it")
         parts = [self._clients[part] for part, _, _ in self._parts[name]]
+        if part is not None:
+            return parts[part]
         return parts[0] if len(parts) == 1 else _Mixture(parts, partial(self.part, name))
 
     def part(self, name: str, sample_index: int) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from collab_megatron.config.sections import SimulatorsSection, UserSection
+from collab_megatron.config.roles import USER_OF, as_user
+from collab_megatron.config.sections import EvaluationSection, SimulatorsSection, UserSection
 from collab_megatron.rollout.llm.gateway import Gateway
 from collab_megatron.rollout.llm.health import SimulatorHealth
 from collab_megatron.rollout.llm.parsing import json_object, object_schema, text_field
@@ -97,6 +98,28 @@ def user_simulator(
         together=partial(gateway.together, "user"),
         health=health,
     )
+
+
+def evaluation_users(
+    simulators: SimulatorsSection,
+    evaluation: EvaluationSection,
+    gateway: Gateway,
+    health: SimulatorHealth | None = None,
+) -> dict[str, LLMUserSimulator]:
+    """The simulated users of an evaluation: that of the config as "", and the further ones. Raises UserError as
+    `user_simulator` does."""
+    if evaluation.mixture:
+        own = user_simulator(simulators, gateway, health)
+    else:
+        alone = simulators.user.model_copy(update={"mixture": ()})
+        own = LLMUserSimulator(alone, gateway.role("user", 0), health=health)
+    signal = simulators.user.termination_signal
+    # the manners of further users may be odd on purpose: the health check, which may stop a run, does not see them
+    further = {
+        name: LLMUserSimulator(as_user(section, signal), gateway.role(f"{USER_OF}{name}"))
+        for name, section in evaluation.users.items()
+    }
+    return {"": own, **further}
 
 
 def read_user_turn(text: str) -> str:
