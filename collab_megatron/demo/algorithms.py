@@ -31,6 +31,7 @@ ALGORITHMS: Mapping[str, tuple[str, ...]] = {
     "rloo": ("algorithm=rloo",),
     "gspo": ("algorithm=gspo",),
     "cispo": ("algorithm=cispo",),
+    "tree_credit": ("algorithm.credit=tree",),
     "online_dpo": ("online_dpo={beta: 0.1}",),
 }
 # column -> figure of the held-out conversations after the last step
