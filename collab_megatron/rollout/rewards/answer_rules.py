@@ -13,6 +13,7 @@ from collab_megatron.types import ScoredConversation
 
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 MARKUP = re.compile(r"[*_`]{1,3}(?=\S)|(?<=\S)[*_`]{1,3}")  # emphasis and code marks of Markdown
+MARKED = re.compile(r"(\*{1,3}|`{1,3})(.+)\1", re.DOTALL)  # a whole text between them
 AROUND = " \t\n\"'.,;:!$"
 WORD = re.compile(r"(?<!\\)(?<![a-z])[a-z]{2,}", re.IGNORECASE)
 """Two letters in a row outside of a LaTeX command: a word, so the text is no expression."""
@@ -24,8 +25,18 @@ LONGEST_CHARS = 400  # of an expression that is compared
 def equal_answer(conversation: ScoredConversation) -> bool:
     """Whether the last assistant turn, or its boxed answer, is the reference except for form."""
     answer, reference = conversation.last_assistant, conversation.task.ground_truth
-    wanted = {normalized(reference), normalized(boxed(reference) or "")} - {""}
-    return bool(wanted & {normalized(answer), normalized(boxed(answer) or "")})
+    wanted = {_form(reference), _form(boxed(reference) or "")} - {""}
+    return bool(wanted & {_form(answer), _form(boxed(answer) or "")})
+
+
+def _form(text: str) -> str:
+    """What must be equal: words as `normalized`; of an expression every sign, except dollars and marks around it and a
+    final full stop: in `.5`, `5!`, `2*3` and `2²` the rest has a meaning."""
+    if not is_expression(text):
+        return normalized(text)
+    inner = text.strip(" \t\n$").removesuffix(".")
+    marked = MARKED.fullmatch(inner)
+    return " ".join((marked[2] if marked else inner).strip(" \t\n$").split())
 
 
 def expressions(conversation: ScoredConversation) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ score.
 
 from __future__ import annotations
 
+import ast
 import json
 import secrets
 from pathlib import Path
@@ -66,11 +67,15 @@ class PassRate:
         tests = metadata.get(self._settings.tests_key)
         if not isinstance(tests, str) or not tests.strip():
             return NoScore(f"single_turn_metadata has no tests at {self._settings.tests_key!r}")
+        entry_point = metadata.get(self._settings.entry_point_key)
+        entry_point = entry_point if isinstance(entry_point, str) else ""
+        if not tests_something(tests, entry_point):
+            needs = self._settings.entry_point_key
+            return NoScore(f"the tests call nothing: no test case or function, and no check() with {needs!r}")
         code = await self._extractor.extract(conversation)
         if not code.text:
             return Score(0.0, code.details)
-        entry_point = metadata.get(self._settings.entry_point_key)
-        return await self._tested(code.text, tests, entry_point if isinstance(entry_point, str) else "", code.details)
+        return await self._tested(code.text, tests, entry_point, code.details)
 
     async def _tested(self, code: str, tests: str, entry_point: str, details: dict[str, Any]) -> Score | NoScore:
         token = secrets.token_hex(8)
@@ -86,6 +91,29 @@ class PassRate:
         share = passed / total if total else 0.0
         value = share if self._settings.score == "share" else float(share == 1.0)
         return Score(value, {**details, "tests": total, "passed": passed, "errors": found["errors"]})
+
+
+def tests_something(tests: str, entry_point: str) -> bool:
+    """Whether a task's tests can fail for code that only runs: they define classes, `check` for an entry point or
+    functions `test...`, or have statements of their own. Tests that Python cannot read do fail."""
+    try:
+        statements = ast.parse(tests).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return True
+    for statement in statements:
+        match statement:
+            case ast.Import() | ast.ImportFrom() | ast.Pass() | ast.Expr(value=ast.Constant()):
+                continue
+            case ast.Assign(value=ast.Constant()) | ast.AnnAssign():
+                continue
+            case ast.FunctionDef(name=name):
+                if name.startswith("test") or (name == "check" and entry_point):
+                    return True
+            case ast.AsyncFunctionDef():
+                continue
+            case _:
+                return True
+    return False
 
 
 def read_result(run: SandboxRun, token: str) -> dict[str, Any] | None:

@@ -295,13 +295,18 @@ def _watch(first: int, most_bytes: int) -> int:
 def _descendants(pid: int) -> Iterator[int]:
     """Process ids of the children of `pid`, their children, and so on."""
     try:
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            children = [int(child) for child in file.read().split()]
+        threads = os.listdir(f"/proc/{pid}/task")  # a child belongs to the thread that forked it
     except OSError:  # it has ended
         return
-    for child in children:
-        yield child
-        yield from _descendants(child)
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/children") as file:
+                children = [int(child) for child in file.read().split()]
+        except OSError:
+            continue
+        for child in children:
+            yield child
+            yield from _descendants(child)
 
 
 def _memory(pid: int) -> int:

@@ -2,7 +2,8 @@
 
 In: one JSON object with `code`, `tests`, `entry_point` and `token`. Out: one JSON line with the token, and how many
 tests there are and passed. Code and tests run in one module, as BigCodeBench runs them. The tests are its
-unittest.TestCase classes; else `check(candidate)`, called with the entry point as in HumanEval; else their statements.
+unittest.TestCase classes; else `check(candidate)`, called with the entry point as in HumanEval; else its functions
+`test...()`, as for pytest without fixtures; else their statements.
 
 What code and tests print goes to standard error. Code that ends the process leaves no result, so it passes nothing.
 Only classes that the tests define count, not those of the code.
@@ -14,7 +15,7 @@ import json
 import os
 import sys
 import unittest
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 NAME = "solution"
@@ -57,7 +58,23 @@ def run(code: str, tests: str, entry_point: str) -> tuple[int, int, list[str]]:
             check(names[entry_point])
         except BaseException as error:  # noqa: BLE001 - as above
             return 1, 0, [_words(error)]
+    elif functions := [
+        value
+        for name, value in names.items()
+        if name.startswith("test") and isinstance(value, FunctionType) and id(value) not in before
+    ]:
+        return _run_functions(functions)
     return 1, 1, []
+
+
+def _run_functions(functions: list[FunctionType]) -> tuple[int, int, list[str]]:
+    errors = []
+    for function in functions:
+        try:
+            function()
+        except BaseException as error:  # noqa: BLE001 - as above
+            errors.append(_words(error))
+    return len(functions), len(functions) - len(errors), errors
 
 
 def _run_cases(cases: list[type[unittest.TestCase]]) -> tuple[int, int, list[str]]:

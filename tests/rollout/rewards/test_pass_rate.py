@@ -95,6 +95,8 @@ def test_code_that_passes_and_code_that_does_not(mode: str) -> None:
         ("assert double(3) == 7, 'seven'", False),
         ("import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        self.skipTest('why')", False),
         ("this is no Python", False),
+        ("def test_three():\n    assert double(3) == 6", True),
+        ("def test_three():\n    assert double(3) == 7, 'seven'", False),
     ],
 )
 def test_other_forms_of_tests(tests: str, good: bool) -> None:
@@ -102,6 +104,19 @@ def test_other_forms_of_tests(tests: str, good: bool) -> None:
     total, passed, errors = unit_tests.run(GOOD, tests, "double")
     assert (total, passed) == (1, int(good))
     assert bool(errors) is not (good or "skipTest" in tests)
+
+
+@pytest.mark.parametrize(
+    ("tests", "entry_point"),
+    [
+        ("def check(candidate):\n    assert candidate(3) == 6", ""),
+        ("def helper():\n    assert double(3) == 6", "double"),
+        ("import unittest\nNAME = 'double'\n'''tests'''", "double"),
+    ],
+)
+def test_tests_that_call_nothing_are_no_score(tests: str, entry_point: str) -> None:
+    with pytest.raises(SimulatorError, match="call nothing"):
+        score("1 / 0", "unsafe", tests, entry_point)
 
 
 CHEATS = {

@@ -146,6 +146,14 @@ RULED = [  # reference, last assistant turn, verdict of the rules (None: the jud
     ("BOOK size 4", "BOOK size 5", None, "judge"),
     ("the red one", r"\boxed{3}", None, "judge"),  # the reference is no expression
     ("7", r"\boxed{", None, "judge"),
+    ("5", "**5**.", 1.0, "equal answer"),
+    ("5", "$5$", 1.0, "equal answer"),
+    ("5", r"\boxed{.5}", 0.0, "mathematics"),
+    ("5", r"\boxed{5!}", 0.0, "mathematics"),
+    ("23", r"\boxed{2*3}", 0.0, "mathematics"),
+    ("23", "2 3", None, "judge"),
+    ("22", "2²", None, "judge"),
+    ("5", "5!", None, "judge"),
 ]
 
 

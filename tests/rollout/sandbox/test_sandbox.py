@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import uvloop
@@ -135,6 +136,8 @@ for number in range(8):
 time.sleep(60)
 """
     assert run(isolated, many, mark=mark).ended == "memory"
+    from_a_thread = f"import threading\ndef bomb():\n{indent(many, '    ')}\nthreading.Thread(target=bomb).start()"
+    assert run(isolated, from_a_thread, mark=mark).ended == "memory"
     files = """
 size = 0
 try:
