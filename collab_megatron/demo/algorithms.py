@@ -24,9 +24,10 @@ from collab_megatron.files import publish_json
 from collab_megatron.json_lines import read_rows
 from collab_megatron.launch.supervisor import Supervisor
 
-# row of the table -> changes of conf/demo_rl.yaml; the KL and everything else are the same for all
+# row of the table -> changes of conf/demo_rl.yaml; everything else is the same for all
 ALGORITHMS: Mapping[str, tuple[str, ...]] = {
     "grpo": ("algorithm=grpo",),
+    "grpo_apart": ("algorithm=grpo", "rollout.equal_replies=apart", "simulators.judge.answer_once=false"),
     "dr_grpo": ("algorithm=dr_grpo",),
     "rloo": ("algorithm=rloo",),
     "gspo": ("algorithm=gspo",),
@@ -34,6 +35,8 @@ ALGORITHMS: Mapping[str, tuple[str, ...]] = {
     "tree_credit": ("algorithm.credit=tree",),
     "online_dpo": ("online_dpo={beta: 0.1}",),
 }
+# for all: with one mini-batch a step every ratio is 1, and GRPO, GSPO and CISPO differ in their means at most
+COMMON = ("algorithm.mini_batches=2", "train.eval_at_start=false", "train.eval_interval=5")
 # column -> figure of the held-out conversations after the last step
 FIGURES = {
     "accuracy": "accuracy",
@@ -42,7 +45,10 @@ FIGURES = {
     "bare answers": "users/bare/accuracy",
     "unseen user": "users/unseen/accuracy",
 }
-COLUMNS = (*FIGURES, "API calls", "seconds")
+REACHED = 0.95
+"""Held-out accuracy of the column that counts the calls until then."""
+CALLS_UNTIL = f"API calls to {REACHED}"
+COLUMNS = (*FIGURES, "API calls", CALLS_UNTIL, "seconds")
 SEEDS = (1, 2, 3)
 
 
@@ -102,7 +108,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> None:
 def _shown(column: str, value: Mapping[str, float] | None) -> str:
     if value is None:
         return "-"
-    form = "{:,.0f}" if column in ("API calls", "seconds") else "{:.3f}"
+    form = "{:,.0f}" if column in ("API calls", CALLS_UNTIL, "seconds") else "{:.3f}"
     return f"{form.format(value['mean'])} [{form.format(value['min'])} {form.format(value['max'])}]"
 
 
@@ -126,8 +132,8 @@ def _row(pipeline: DemoPipeline, name: str, seed: int) -> dict[str, Any]:
     path = folder / "row.json"
     if not path.exists():
         refuse_used_folder(folder)
-        # API calls are those of the training steps; seconds also those of the start and of the evaluation at the end
-        pipeline.train_rl(name, folder, [*ALGORITHMS[name], "train.eval_at_start=false"])
+        # API calls are those of the training steps; seconds also those of the start and of the evaluations
+        pipeline.train_rl(name, folder, [*COMMON, *ALGORITHMS[name]])
         publish_json(path, _figures(folder, name, seed, pipeline.wall_s[name]))
     row: dict[str, Any] = json.loads(path.read_text())
     return row
@@ -136,12 +142,14 @@ def _row(pipeline: DemoPipeline, name: str, seed: int) -> dict[str, Any]:
 def _figures(folder: Path, name: str, seed: int, seconds: float) -> dict[str, Any]:
     evaluations = read_rows(folder / "evaluations" / f"{name}.jsonl", numbers=("step",)).rows
     last = max(evaluations, key=lambda row: row["step"])
-    steps = read_rows(folder / "tensorboard" / name / "metrics.jsonl", numbers=("step",)).rows
+    calls = calls_by_step(read_rows(folder / "tensorboard" / name / "metrics.jsonl", numbers=("step",)).rows)
+    reached = min((row["step"] for row in evaluations if row["accuracy"] >= REACHED), default=None)
     return {
         "algorithm": name,
         "seed": seed,
         **{column: last[figure] for column, figure in FIGURES.items()},
-        "API calls": int(sum(calls_by_step(steps).values())),
+        "API calls": int(sum(calls.values())),
+        CALLS_UNTIL: None if reached is None else int(sum(calls[step] for step in calls if step <= reached)),
         "seconds": round(seconds, 1),
     }
 

@@ -11,7 +11,7 @@ import pytest
 
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.demo import algorithms
-from collab_megatron.demo.algorithms import ALGORITHMS, calls_by_step, means, run_algorithms
+from collab_megatron.demo.algorithms import ALGORITHMS, COMMON, calls_by_step, means, run_algorithms
 from collab_megatron.demo.pipeline import DemoPipeline, DemoSettings
 from collab_megatron.errors import UserError
 from tests.conftest import REPOSITORY
@@ -44,7 +44,11 @@ def leave_run(folder: Path, name: str) -> None:
     held_out = {"accuracy": 0.9, "clarify_rate_ambiguous": 1.0, "clarify_rate_complete": 0.1, "mr": 1.5}
     held_out |= {"users/bare/accuracy": 0.8, "users/unseen/accuracy": 0.25}
     files: dict[Path, list[dict[str, Any]]] = {
-        folder / "evaluations" / f"{name}.jsonl": [{"step": 1, **held_out, "accuracy": 0.1}, {"step": 2, **held_out}],
+        folder / "evaluations" / f"{name}.jsonl": [
+            {"step": 0, **held_out, "accuracy": 0.1},
+            {"step": 1, **held_out, "accuracy": 0.96},
+            {"step": 2, **held_out},
+        ],
         folder / "tensorboard" / name / "metrics.jsonl": [
             {"step": 1, "simulator/user/calls": 10, "simulator/judge/calls": 5, "simulator/user/requests": 99},
             {"step": 2, "simulator/user/calls": 7, "simulator/judge/calls": 1},
@@ -82,6 +86,7 @@ def test_each_seed_has_a_model_of_its_own_and_each_algorithm_a_run_from_it(
         "asks if clear": 0.1,
         "bare answers": 0.8,
         "unseen user": 0.25,
+        "API calls to 0.95": 15,  # of the first step
         "API calls": 23,  # of the two steps; neither the row that a checkpoint wrote early nor the evaluation counts
         "seconds": 60.0,
     }
@@ -124,7 +129,14 @@ def test_means_and_ranges() -> None:
 
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_every_algorithm_is_sound_on_the_demos_config(name: str) -> None:
-    config = load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", ALGORITHMS[name])
-    other = "online_dpo" if config.online_dpo else "tree_credit" if config.algorithm.credit == "tree" else None
-    assert (other or config.algorithm.preset) == name
-    assert config.algorithm.kl_coef == 0.005  # the same for all
+    config = load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", [*COMMON, *ALGORITHMS[name]])
+    changed = {
+        "online_dpo": config.online_dpo is not None,
+        "tree_credit": config.algorithm.credit == "tree",
+        "grpo_apart": config.rollout.equal_replies == "apart" and not config.simulators.judge.answer_once,
+    }
+    assert [other for other, is_so in changed.items() if is_so] == ([name] if name in changed else [])
+    if name not in changed:
+        assert config.algorithm.preset == name
+    # the same for all; with two mini-batches, clips do something
+    assert (config.algorithm.kl_coef, config.algorithm.mini_batches) == (0.005, 2)
