@@ -101,6 +101,8 @@ def parse_arguments(
         raise UserError("--gpus plans for another machine and starts nothing: add --dry-run, or leave --gpus out")
     listed: list[str] = args.models if several_models else []
     models = [name for name in listed if "=" not in name]  # an override may follow the names
+    if listed and not models:
+        raise UserError(f"--models {' '.join(listed)} names no model: name rows of the config's `models`")
     trainer = None
     if args.trainer_rank:
         trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys)
