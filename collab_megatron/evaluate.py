@@ -3,6 +3,7 @@
     python -m collab_megatron.evaluate conf/demo_evaluate.yaml [section.key=value ...] [--dry-run]
     python -m collab_megatron.evaluate conf/demo_rl.yaml model.path=runs/demo/checkpoints/rl     the newest checkpoint
     python -m collab_megatron.evaluate conf/demo_evaluate_models.yaml                             several models
+    python -m collab_megatron.evaluate conf/demo_evaluate_models.yaml --models base rl            some of them
 
 A model is a Hugging Face folder, a hub name, a run's checkpoint (converted once) or an API model. An engine is started
 for each in turn (or `engine.urls` is used). It plays conversations at `evaluation.temperature` with the simulated user
@@ -176,9 +177,9 @@ def own_journal(config: EvaluateConfig, weights: str) -> Journal:
 
 
 def main() -> None:
-    arguments = parse_arguments(__doc__)
+    arguments = parse_arguments(__doc__, several_models=True)
     set_up_logging("evaluate")
-    given = own_name(load_config(EvaluateConfig, arguments.config, arguments.overrides))
+    given = own_name(load_config(EvaluateConfig, arguments.config, arguments.overrides, models=arguments.models))
     keep_from_others(given.run.umask)
     if arguments.dry_run:
         print(show_config(given), flush=True)

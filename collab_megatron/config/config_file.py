@@ -25,8 +25,8 @@ NAMED = {"algorithm": "preset"}
 C = TypeVar("C", bound=BaseModel)
 
 
-def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
-    """Read `path` (and what it extends), apply `overrides`, validate.
+def load_config(kind: type[C], path: Path, overrides: Sequence[str] = (), *, models: Sequence[str] = ()) -> C:
+    """Read `path` (and what it extends), apply `overrides`, keep `models` of its section `models`, validate.
 
     Raises UserError, one sentence, for a missing file, bad YAML, an unknown key or a bad value.
     """
@@ -36,6 +36,8 @@ def load_config(kind: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
             _apply_weight(raw, override)
         else:
             _apply_override(raw, override)
+    if models:
+        _select_models(raw, models, path, baseline_given=any(o.startswith("compare.baseline=") for o in overrides))
     _find_modules(raw, path.absolute().parent)
     try:
         return kind.model_validate(raw)
@@ -138,6 +140,32 @@ def _apply_weight(raw: dict[str, Any], override: str) -> None:
         if name not in before:
             raise UserError(f"override {cut(override)!r}: {name} has no weight; metrics with one: {', '.join(before)}")
         del weights[name]
+
+
+def _select_models(raw: dict[str, Any], names: Sequence[str], path: Path, *, baseline_given: bool) -> None:
+    """Keep the rows `names` of the section `models`, in that order. If the config's baseline is not among them, the
+    first one is the baseline; one model has no pairs to judge. Raises UserError for a name that is not there."""
+    section = raw.get("models")
+    rows = {name: row for name, row in section.items() if row is not None} if isinstance(section, dict) else {}
+    if not rows:
+        raise UserError(
+            f"--models {cut(' '.join(names))} selects rows of the section `models`, and {path} has none: add the "
+            "section, or leave --models out"
+        )
+    for number, name in enumerate(names):
+        if name not in rows:
+            known = ", ".join(map(str, rows))
+            raise UserError(f"--models: {cut(name)!r} is not one of models ({known}): name some of them")
+        if name in names[:number]:
+            raise UserError(f"--models names {name} twice: name each model once")
+    raw["models"] = {name: rows[name] for name in names}
+    compare = raw.get("compare")
+    if isinstance(compare, dict):
+        raw["compare"] = compare = dict(compare)
+        if compare.get("baseline") not in (None, *names) and not baseline_given:
+            compare["baseline"] = names[0]
+        if len(names) == 1:
+            compare.pop("judged_pairs", None)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

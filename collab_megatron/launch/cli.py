@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class Arguments:
     dry_run: bool
     node: Node | None  # described by --gpus; None: this machine
     trainer: TrainerArguments | None  # set in a trainer rank, None in the launcher
+    models: Sequence[str] = ()  # evaluate.py: the rows of its table; empty: all
 
     @property
     def who(self) -> str:
@@ -63,7 +65,10 @@ class Arguments:
         return "launcher" if self.trainer is None else f"trainer-{os.environ.get('RANK', '0')}"
 
 
-def parse_arguments(description: str | None, argv: list[str] | None = None) -> Arguments:
+def parse_arguments(
+    description: str | None, argv: list[str] | None = None, *, several_models: bool = False
+) -> Arguments:
+    """`several_models`: whether the entry point has --models. Raises UserError."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML file, see conf/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -77,6 +82,14 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
         metavar="COUNTxGB",
         help="with --dry-run: plan for a node with COUNT GPUs of GB memory each, such as 8x80",
     )
+    if several_models:
+        parser.add_argument(
+            "--models",
+            nargs="+",
+            default=[],
+            metavar="NAME",
+            help="rows of the config's `models`, in this order, such as --models base sft rl; without it, all of them",
+        )
     internal = parser.add_argument_group("set by the launcher")
     internal.add_argument("--trainer-rank", action="store_true", help=argparse.SUPPRESS)
     internal.add_argument("--roster", type=Path, help=argparse.SUPPRESS)
@@ -86,6 +99,10 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     args = parser.parse_intermixed_args(argv)
     if args.gpus is not None and not args.dry_run:
         raise UserError("--gpus plans for another machine and starts nothing: add --dry-run, or leave --gpus out")
+    listed: list[str] = args.models if several_models else []
+    models = [name for name in listed if "=" not in name]  # an override may follow the names
+    if listed and not models:
+        raise UserError(f"--models {' '.join(listed)} names no model: name rows of the config's `models`")
     trainer = None
     if args.trainer_rank:
         trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys)
@@ -93,10 +110,11 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
         end_at_signals()  # also before the first child starts. Not in a rank, which must end inside a collective too
     return Arguments(
         config=args.config,
-        overrides=args.overrides,
+        overrides=[*args.overrides, *(text for text in listed if "=" in text)],
         dry_run=args.dry_run,
         node=None if args.gpus is None else parse_node(args.gpus),
         trainer=trainer,
+        models=models,
     )
 
 

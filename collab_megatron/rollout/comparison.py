@@ -87,7 +87,7 @@ def values_of(group: Group) -> dict[str, float]:
     """The figures of one scored conversation; a figure that it does not have is left out."""
     (reply,) = group.replies_G
     (future,) = reply.futures_K
-    values = {**future.scores, TOKENS_K: future.policy_tokens / 1000}
+    values = {**future.scores, TOKENS_K: future.policy_tokens / 1000}  # not those of the data's earlier turns
     if reply.mr is not None:
         values["mr"] = reply.mr
     if is_opening(group.task) and group.task.ambiguous is not None:
@@ -151,6 +151,7 @@ def _row(cell: Cell, base: Cell | None, names: Sequence[str], section: Compariso
         "user": cell.user,
         "conversations": len(cell.groups),
         "failed": len(cell.groups) - len(mine),
+        "continued": sum(not is_opening(group.task) for group in cell.groups),  # the data brought earlier turns
         "figures": {name: value for name, value in figures.items() if value is not None},
         "difference": {name: value for name, value in difference.items() if value is not None},
         "wins": won,

@@ -354,6 +354,12 @@ def test_the_models_of_an_evaluation(tmp_path: Path) -> None:
     assert (list(fewer.rows), fewer.served) == (["base", "base+proactive", "gpt"], ["m", "y"])
     users = "evaluation.users={terse: {model: a}, other: {model: b}}"
     assert list(load_config(EvaluateConfig, path, [users, "evaluation.users.terse=null"]).extra_roles) == ["user-other"]
+    judged = [models, "compare={baseline: base, judged_pairs: 9}"]
+    chosen = load_config(EvaluateConfig, path, judged, models=["rl"])
+    assert (list(chosen.rows), chosen.served) == (["rl"], ["x"])
+    assert (chosen.compare.baseline, chosen.compare.judged_pairs) == ("rl", 0)
+    ordered = load_config(EvaluateConfig, path, judged, models=["gpt", "base"])
+    assert (list(ordered.rows), ordered.compare.baseline, ordered.compare.judged_pairs) == (["gpt", "base"], "base", 9)
     gpt = several.models["gpt"].api
     assert gpt is not None
     assert gpt.temperature == 0.0

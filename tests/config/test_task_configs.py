@@ -4,6 +4,7 @@ that only the hub has; and it holds the paper's figures."""
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from collab_megatron.config import BuildDatasetConfig, DPOConfig, RLConfig, SFTConfig, load_config
+from collab_megatron.config import BuildDatasetConfig, DPOConfig, EvaluateConfig, RLConfig, SFTConfig, load_config
 from collab_megatron.data.parquet import Conversation, Pair, write_conversations, write_pairs, write_tasks
+from collab_megatron.errors import EXIT_USER, UserError
+from collab_megatron.rollout.llm.templates import load_template
+from collab_megatron.rollout.sandbox.sandbox import interpreter, isolation
 from collab_megatron.types import Message
 from tests.config.table import run_here
 from tests.conftest import REPOSITORY
@@ -51,13 +55,30 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return folder
 
 
-def dry_run(program: str, config: Path, world: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
-    # whether this machine can isolate programs is not the question here
+SANDBOX = "reward.settings.pass_rate.sandbox"
+
+
+def dry_run(program: str, config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """What the plan says of the file as it is shipped. Where it scores with a sandbox that this machine cannot have, it
+    is refused in one sentence, and the plan is that of `sandbox: unsafe`."""
     scores = program in ("train_rl", "evaluate", "build") and "bigcodebench" in str(config)
-    own = ["reward.settings.pass_rate.sandbox=unsafe"] if scores else []
-    said = run_here(program, [str(config), "--dry-run", *overrides, *own], capsys)
+    said = run_here(program, [str(config), "--dry-run", *overrides], capsys)
+    if scores and not can_isolate():
+        assert said.code == EXIT_USER, said.err
+        (sentence,) = said.sentences
+        assert "cannot be isolated on this machine" in sentence
+        assert f"set {SANDBOX}=unsafe" in sentence
+        said = run_here(program, [str(config), "--dry-run", *overrides, f"{SANDBOX}=unsafe"], capsys)
     assert said.code == 0, said.err
     return said.out
+
+
+def can_isolate() -> bool:
+    try:
+        isolation(*interpreter(Path(sys.executable)), SANDBOX)
+    except UserError:
+        return False
+    return True
 
 
 def stand_ins(world: Path, kind: str, model: str) -> list[str]:
@@ -67,6 +88,7 @@ def stand_ins(world: Path, kind: str, model: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)  # where the configs' prompt files are found
     for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
         monkeypatch.setenv(name, "none")
 
@@ -82,31 +104,58 @@ def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train_rl", "{}/qwen_rl.yaml", "rl", "qwen"),
         ("train_sft", "{}/qwen_sft.yaml", "sft", "qwen"),
         ("train_dpo", "{}/qwen_dpo.yaml", "dpo", "qwen"),
+        ("evaluate", "{}/qwen_rl.yaml", "rl", "qwen"),
     ],
 )
 def test_a_task_trains(
     program: str, name: str, kind: str, model: str, task: str, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = dry_run(program, CONF / name.format(task), world, capsys, *stand_ins(world, kind, model))
+    out = dry_run(program, CONF / name.format(task), capsys, *stand_ins(world, kind, model))
     if program != "evaluate":
         assert re.search(r"ranks on cuda .*tensor 4", out), out[-3000:]
         assert "does not fit" not in out
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_has_a_table_of_models(task: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "model"), [("evaluate", "llama"), ("qwen_evaluate", "qwen")])
+def test_a_task_has_a_table_of_models(
+    name: str, model: str, task: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = ("base", "base+proactive", "sft", "dpo", "rl")
-    paths = [f"models.{name}.path={world / 'llama'}" for name in names]
-    own = [*stand_ins(world, "rl", "llama"), *paths]
-    out = dry_run("evaluate", CONF / task / "evaluate.yaml", world, capsys, *own)
+    paths = [f"models.{row}.path={world / model}" for row in names]
+    own = [*stand_ins(world, "rl", model), *paths]
+    out = dry_run("evaluate", CONF / task / f"{name}.yaml", capsys, *own)
     assert f"models      {', '.join(names)}" in out
+    assert "users       simulators.user, terse" in out
     assert out.count("parameters, bfloat16") == 1  # all have the same stand-in
+    fewer = dry_run("evaluate", CONF / task / f"{name}.yaml", capsys, *own, "--models", "rl", "base")
+    assert "models      rl, base\n" in fewer
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", ["evaluate", "qwen_evaluate"])
+def test_a_table_is_like_the_papers(task: str, name: str) -> None:
+    """Whole conversations from the user's own opening, a judge of the chat alone, a user that training has not seen."""
+    table: Any = load_config(EvaluateConfig, CONF / task / f"{name}.yaml")
+    assert list(table.models) == ["base", "base+proactive", "sft", "dpo", "rl"]
+    assert table.compare.baseline == "base"
+    assert table.evaluation.simulated_opening
+    assert table.reward.interactivity_sees == "chat"
+    training: Any = load_config(RLConfig, CONF / f"{task}.yaml")
+    assert table.reward.metric_weights == training.reward.metric_weights
+    assert training.evaluation.simulated_opening
+    terse = table.evaluation.users["terse"]
+    trained_with = {training.simulators.user.model, *(user.model for user in training.simulators.user.mixture)}
+    assert terse.model not in trained_with
+    load_template("user", terse.prompt_file, required=("request", "chat", "task_desc", "termination_signal"))
+    with pytest.raises(UserError, match=r"'sftt' is not one of models \(base, base\+proactive, sft, dpo, rl\)"):
+        load_config(EvaluateConfig, CONF / task / f"{name}.yaml", models=["sftt"])
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_builds_its_conversations(task: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [f"problems={world / f'{task}.parquet'}", "problems_split=[]", f"tokenizer={world / 'llama'}"]
-    out = dry_run("build", CONF / task / "data.yaml", world, capsys, *overrides, f"output={world / 'built'}")
+    out = dry_run("build", CONF / task / "data.yaml", capsys, *overrides, f"output={world / 'built'}")
     assert "3 candidates (1 proactive) x 3 futures" in out
     assert "of at most 7 assistant turns" in out
 

@@ -195,6 +195,11 @@ def test_a_node_that_is_not_there_is_for_planning_only() -> None:
 def test_overrides_may_stand_on_either_side_of_an_option() -> None:
     found = parse_arguments("", ["a.yaml", "x.y=1", "--dry-run", "x.z=2"])
     assert (found.overrides, found.dry_run) == (["x.y=1", "x.z=2"], True)
+    found = parse_arguments("", ["a.yaml", "x.y=1", "--models", "sft", "b+p", "x.z=2"], several_models=True)
+    assert (found.models, found.overrides) == (["sft", "b+p"], ["x.y=1", "x.z=2"])
+    assert parse_arguments("", ["a.yaml", "--dry-run"], several_models=True).models == []
+    with pytest.raises(UserError, match="names no model"):
+        parse_arguments("", ["a.yaml", "--models", "x.y=1"], several_models=True)
 
 
 def test_online_dpo_takes_the_place_of_the_algorithm(planned: Callable[..., list[str]]) -> None:

@@ -121,6 +121,7 @@ class StandIn:
         app.router.add_post("/set_version", self._set_version)
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/health", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/counts", self._figures)
         return app
 
@@ -182,6 +183,9 @@ class StandIn:
 
     async def _model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self._version})
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"tp_size": 1})
 
     async def _figures(self, request: web.Request) -> web.Response:
         chat, turns = self._counts["chat"], self._counts["generate"]

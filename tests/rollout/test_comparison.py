@@ -60,6 +60,12 @@ def test_failed_conversations_are_counted_and_in_no_mean() -> None:
     (row,) = rows(Cell("rl", OWN_USER, [conversation(0, 1.0), conversation(1, None), conversation(2, 0.0)]))
     assert (row["conversations"], row["failed"]) == (3, 1)
     assert row["figures"]["accuracy"]["mean"] == 0.5
+    assert row["continued"] == 0
+    begun = conversation(3, 1.0)
+    earlier = (Message("user", "a table"), Message("assistant", "when?"), Message("user", "at noon"))
+    later = replace(begun, task=replace(begun.task, prompt=earlier))
+    (row,) = rows(Cell("rl", OWN_USER, [begun, later]))
+    assert row["continued"] == 1
     (empty,) = rows(Cell("rl", OWN_USER, [conversation(0, None)]))
     assert (empty["figures"], empty["failed"]) == ({}, 1)
 

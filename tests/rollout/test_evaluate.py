@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,10 +21,13 @@ from collab_megatron.evaluate import (
     own_journal,
     own_name,
     play,
+    play_rows,
     report,
     report_row,
+    weights_name,
     with_paths,
 )
+from collab_megatron.launch.lock import run_lock
 from collab_megatron.rollout.comparison import Cell, cells_of, table
 from collab_megatron.rollout.evaluation import Evaluation
 from collab_megatron.rollout.journal.store import Journal, ReplayMiss
@@ -123,8 +128,9 @@ async def test_models_side_by_side_have_one_table(tmp_path: Path, url: str) -> N
     results: dict[str, Result] = {}
     cells: list[Cell] = []
     for name in models:
-        with closing(own_journal(settings, name)) as journal:
-            results[name] = await play(of_row(settings, name), [url], MAX_CONTEXT_TOKENS, journal, row=name)
+        row = of_row(settings, name)
+        with closing(own_journal(settings, weights_name(row, [url], name))) as journal:
+            results[name] = await play(row, [url], MAX_CONTEXT_TOKENS, journal, row=name)
         cells += cells_of(name, results[name].played)
     assert [file.name for file in (tmp_path / "journal").glob("*.sqlite")] == ["run-models.sqlite"]
     for result in results.values():
@@ -156,6 +162,52 @@ async def test_models_side_by_side_have_one_table(tmp_path: Path, url: str) -> N
             cell.wins for cell in cells
         ]
     assert asked(url) == before
+
+
+def test_rows_share_a_journal_and_its_cap_and_never_their_turns(tmp_path: Path) -> None:
+    """As the command plays them, one after another: the first two have the same weights."""
+    with stand_in(tmp_path, latency_ms=1) as url:
+        api = {"model": "hosted_vllm/user", "api_base": f"{url}/v1", "api_key_env": None}
+        models = {"base": {}, "base+proactive": {"proactive": True}, "api": {"api": api}}
+        settings = compared(evaluate_config(tmp_path, url), url, models)
+        one_at_a_time = settings.evaluation.model_copy(update={"max_concurrency": 1, "simulated_opening": True})
+        engine = settings.engine.model_copy(update={"urls": (url,)})
+        settings = settings.model_copy(update={"engine": engine, "evaluation": one_at_a_time})
+        capped = settings.model_copy(update={"budget": BudgetSection(hard_calls=3)})
+        contexts = {settings.model.path: MAX_CONTEXT_TOKENS}
+        with run_lock(settings.run) as lock:
+            (first,) = play_rows(capped, contexts, lock).values()
+            assert "raise budget.hard_calls" in first.played.stop
+            results = play_rows(settings, contexts, lock)
+        assert [file.name for file in (tmp_path / "journal").glob("*.sqlite")] == ["run-models.sqlite"]
+        assert asked(url)[2:] == [0, 0]
+        begun = len(first.played.groups)
+        assert said(results["base"])[:begun] == said(first)
+        assert [replayed(result) for result in results.values()] == [begun, 0, 0]
+        base, proactive, of_api = ([group.task.prompt[-1] for group in r.played.groups] for r in results.values())
+        assert base == proactive == of_api  # one opening of each task by the user, paid for once
+
+        for name, result in results.items():  # alone, with nothing to take from
+            (tmp_path / name).mkdir()
+            with closing(Journal(tmp_path / name / "alone.sqlite", replay="auto", lineage=name)) as journal:
+                alone = asyncio.run(play(of_row(settings, name), [url], MAX_CONTEXT_TOKENS, journal, row=name))
+            assert said(alone) == said(result)
+
+        other = tmp_path / "other_model"
+        shutil.copytree(settings.model.path, other)
+        (other / "model.safetensors").write_bytes(b"other weights")
+        moved = compared(evaluate_config(tmp_path, url), url, {"base": {}, "other": {"path": str(other)}})
+        moved = moved.model_copy(update={"evaluation": one_at_a_time})
+        row = of_row(moved, "other")
+        with closing(own_journal(moved, weights_name(row, [], "other"))) as journal:
+            result = asyncio.run(play(row, [url], MAX_CONTEXT_TOKENS, journal, row="other"))
+        assert said(result) == said(results["base"])  # the server is the same
+        assert replayed(result) == 0
+
+
+def replayed(result: Result) -> int:
+    """First turns that came from the journal, with the config's own user."""
+    return sum(reply.generation.replayed for group in result.played.groups for reply in group.replies_G)
 
 
 def test_a_row_has_the_paths_of_its_model_and_logs_of_its_own(tmp_path: Path) -> None:

@@ -58,6 +58,11 @@ def notes(table: Plain) -> list[str]:
         lines.append(
             f"wins: share of tasks on which the judge prefers the model to {table['baseline']}; a tie is a half"
         )
+    if any(row["continued"] for row in table["rows"]):
+        lines.append(
+            "some conversations continue a chat of the data, written by another assistant: tokens are those of the "
+            "model's own turns, while judges see the whole chat"
+        )
     if any(row["replayed"] for row in table["rows"]):
         lines.append("+N LLM calls: answers from the journal, which cost nothing now")
     return lines

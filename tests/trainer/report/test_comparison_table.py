@@ -19,6 +19,7 @@ def row(model: str, **given: Any) -> dict[str, Any]:
         "user": "simulators.user",
         "conversations": 1000,
         "failed": 0,
+        "continued": 0,
         "wins": None,
         "cost_usd": 0.125,
         "calls": 2500,
@@ -60,6 +61,8 @@ def test_one_model_has_no_notes_about_others() -> None:
     assert "differs" not in text
     assert "wins" not in text
     assert "journal" not in text
+    assert "continue a chat" not in text
+    assert "some conversations continue a chat of the data" in markdown(table(row("base", continued=2)))
 
 
 def test_the_terminal_shows_the_same_cells() -> None:
