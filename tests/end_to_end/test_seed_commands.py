@@ -56,7 +56,7 @@ def ours(*theirs: str) -> list[str]:
 
 def rows(name: str) -> list[dict[str, Any]]:
     """A dataset of the hub: two turns of two candidates in every conversation."""
-    later = ([], [turn("assistant", "which day?"), turn("user", "monday")])
+    later: tuple[list[dict[str, str]], ...] = ([], [turn("assistant", "which day?"), turn("user", "monday")])
     return [
         flat(conv, number, f"reply {score}", float(score), prompt=[turn("user", f"{name} {conv}"), *chat])
         for conv in range(CONVERSATIONS)

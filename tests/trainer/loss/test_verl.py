@@ -1,4 +1,4 @@
-"""Advantages, surrogates, means, KL, entropy bonus, overlong shaping and importance weights against verl's own core_algos, in fp64.
+"""Advantages, surrogates, means, KL, entropy bonus, overlong shaping, importance weights against verl itself, in fp64.
 
 verl's wheel is installed without its dependencies in a folder of its own, and runs in a process of its own
 (verl_reference.py). Skipped, with pip's reason, where the wheel cannot be had.

@@ -65,7 +65,7 @@ def overlong_rewards(shape: dict[str, Any]) -> Tensor:
     """What verl's DAPO reward manager makes of a score of 0 for each length."""
     import verl
 
-    verl.DataProto = StandIn("DataProto")  # type: ignore[attr-defined]
+    verl.DataProto = StandIn("DataProto")
     from verl.experimental.reward_loop.reward_manager.dapo import DAPORewardManager
 
     async def score(**given: Any) -> float:
