@@ -13,6 +13,7 @@ SimulatorError.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from collab_megatron.data.thought_tags import split_thoughts
 from collab_megatron.data_engine.proactive import ProactivePrompt
 from collab_megatron.data_engine.problems import Problem
 from collab_megatron.rollout.conversation import Conversation, TurnLimits
+from collab_megatron.rollout.first_turns import FirstTurns, UserTurnsTogether
 from collab_megatron.rollout.llm import SimulatorError, ends_chat
 from collab_megatron.rollout.rewards import Scorer, multiturn_reward
 from collab_megatron.run_order import POSITION, RunPosition
@@ -76,6 +78,7 @@ class BuildPlayers:
     scorer: Scorer
     count_tokens: Callable[[str], int]
     proactive: ProactivePrompt | None = None  # for GrowthRules.num_proactive candidates
+    together: UserTurnsTogether | None = None  # `user`, where one request may bring the first turns of several futures
 
 
 @dataclass(frozen=True)
@@ -158,11 +161,21 @@ async def _propose(
     texts = await _candidate_texts(task, chat, first_sample, rules, players)
     if not texts:
         raise SimulatorError("the assistant proposed no reply: every answer is empty or ends inside a thought")
-    played = await run_all(
-        _play_future(task, chat, text, k, first_sample + i * rules.num_futures + k, rules, players)
-        for i, text in enumerate(texts)
-        for k in range(rules.num_futures)
-    )
+    async with AsyncExitStack() as closing:
+        users: list[UserSimulator] = []
+        samples_G_K = [
+            [first_sample + i * rules.num_futures + k for k in range(rules.num_futures)] for i in range(len(texts))
+        ]
+        for samples_K in samples_G_K:
+            users.append(players.user)
+            if players.together is not None and rules.num_futures > 1:  # as in training (group_futures.py)
+                users[-1] = turns = FirstTurns(players.user, players.together, samples_K)
+                closing.push_async_callback(turns.close)
+        played = await run_all(
+            _play_future(task, chat, text, k, sample, rules, replace(players, user=user))
+            for text, samples_K, user in zip(texts, samples_G_K, users, strict=True)
+            for k, sample in enumerate(samples_K)
+        )
     candidates = []
     for i, (text, proactive) in enumerate(texts.items()):
         futures_K = tuple(played[i * rules.num_futures : (i + 1) * rules.num_futures])

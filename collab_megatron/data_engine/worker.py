@@ -114,9 +114,11 @@ async def _build_share(
 
 def make_players(config: BuildDatasetConfig, gateway: Gateway) -> BuildPlayers:
     """Everybody that the config describes. Raises UserError for a bad prompt file or tokenizer."""
+    user = user_simulator(config.simulators, gateway)
     return BuildPlayers(
         assistant=gateway.role("assistant"),
-        user=user_simulator(config.simulators, gateway),
+        user=user,
+        together=user,
         scorer=configured_scorer(config.reward, config.simulators, gateway),
         count_tokens=token_counter(config.counting_tokenizer),
         proactive=ProactivePrompt(config.proactive_prompt_file) if config.num_proactive_candidates else None,

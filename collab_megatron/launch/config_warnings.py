@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 
-from collab_megatron.config import EvaluateConfig, RLConfig, SupervisedConfig
+from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, SupervisedConfig
 from collab_megatron.config.roles import (
     EXTRACTING_METRICS,
     llms_of_evaluation,
@@ -51,6 +51,16 @@ def warn_of_players(config: RLConfig | EvaluateConfig) -> None:
         logger.warning("%s", sentence)
 
 
+def warn_of_build(config: BuildDatasetConfig) -> None:
+    """Of simulated users and metrics, where simulators.assistant writes the replies."""
+    assert config.simulators.assistant is not None, "the config refuses it"
+    warn_of_prompts(config.simulators)
+    longest = config.simulators.assistant.max_tokens
+    limit = "simulators.assistant.max_tokens"
+    for sentence in metric_warnings(config.reward, config.simulators, reply_tokens=longest, reply_limit=limit):
+        logger.warning("%s", sentence)
+
+
 def warn_of_memory(config: RLConfig | SupervisedConfig, spec: ModelSpec, node: Node) -> None:
     for sentence in memory_warnings(config, spec, node):
         logger.warning("%s", sentence)
@@ -69,14 +79,21 @@ def prompt_warnings(users: Mapping[str, LLMSection]) -> Iterator[str]:
             )
 
 
-def metric_warnings(reward: RewardSection, simulators: SimulatorsSection, *, reply_tokens: int) -> Iterator[str]:
-    """Metrics whose setting is probably a mistake. `reply_tokens`: the longest policy turn."""
+def metric_warnings(
+    reward: RewardSection,
+    simulators: SimulatorsSection,
+    *,
+    reply_tokens: int,
+    reply_limit: str = "rollout.max_new_tokens",
+) -> Iterator[str]:
+    """Metrics whose setting is probably a mistake. `reply_tokens`: the longest policy turn, which the key `reply_limit`
+    sets."""
     yield from _length_warnings(reward)
     for name, llm in shipped_judges(reward, simulators).items():
         if name in EXTRACTING_METRICS and llm is not None and llm.max_tokens < reply_tokens:
             place = role_place(role_of_metric(name, reward, simulators))
             yield (
-                f"{place}.max_tokens={llm.max_tokens} is below rollout.max_new_tokens={reply_tokens}: {place} copies "
+                f"{place}.max_tokens={llm.max_tokens} is below {reply_limit}={reply_tokens}: {place} copies "
                 f"the final result for {name}, and a long one would be cut off and fail; raise it"
             )
     if "pass_rate" in reward.metric_weights and reward.settings.get("pass_rate", {}).get("sandbox") == "unsafe":

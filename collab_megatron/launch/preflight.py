@@ -19,7 +19,7 @@ from collab_megatron.data_engine.worker import make_players
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.errors import UserError, masked
 from collab_megatron.launch.colocation import with_share
-from collab_megatron.launch.config_warnings import warn_of_config, warn_of_memory, warn_of_players, warn_of_prompts
+from collab_megatron.launch.config_warnings import warn_of_build, warn_of_config, warn_of_memory, warn_of_players
 from collab_megatron.launch.cost import build_calls, evaluation_calls, evaluations, lengths_of, step_calls
 from collab_megatron.launch.engine_checks import check_context_length, check_engine, check_flags
 from collab_megatron.launch.engine_versions import check_versions
@@ -206,7 +206,7 @@ def check_build(config: BuildDatasetConfig, *, dry_run: bool = False, report: Re
         check_engine(config.engine)
     make_players(config, gateway)
     report(build_plan(config, tasks, build_calls(config, tasks)))
-    warn_of_prompts(config.simulators)
+    warn_of_build(config)
     asyncio.run(_check_reachable(gateway, this_node()))
 
 

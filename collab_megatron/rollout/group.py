@@ -191,6 +191,13 @@ def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> l
 
     Every reply with an advantage, then every later turn of its futures with one. Equal replies and copied futures count
     as often as they are there: each stands for what the policy does as often.
+
+    With "drop" and driver.refill_groups, which grows other groups in the place of those, this is dynamic sampling: DAPO
+    (Yu et al. 2025, arXiv 2503.14476, eq. 11) fills its batch with groups for which
+
+        0 < number of correct replies < n
+
+    Rewards here are no counts of correct replies, so a group without spread takes the place of one with 0 or n.
     """
     if not group.kept or (zero_advantage == "drop" and not has_spread(group)):
         return []

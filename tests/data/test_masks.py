@@ -17,9 +17,10 @@ from transformers import AutoTokenizer
 from collab_megatron.data.chat import ChatTemplate
 from collab_megatron.data.pair_tokens import token_pair
 from collab_megatron.data.parquet import Pair
-from collab_megatron.demo.tokenizer import build_tokenizer
+from collab_megatron.demo.tokenizer import build_tokenizer, train_tokenizer
 from collab_megatron.errors import UserError
 from collab_megatron.types import Message
+from tests.conftest import REPOSITORY
 from tests.data.test_chat_template import CHATML, CHATML_DEFAULT_SYSTEM, NEWLINES_TOGETHER, byte_tokenizer
 
 FIRST, SECOND, WORSE = "Which day?\n\nAnd – when?", "done ✓ 你好", "which name?"
@@ -89,6 +90,10 @@ FAMILIES = {
     "qwen 3": Family(byte_tokenizer(QWEN3), (f"{FIRST}<|im_end|>", f"{EMPTY_THOUGHT}{SECOND}<|im_end|>")),
     "demo": Family(
         build_tokenizer(), ("which day?<|end|>", "a table for 4<|end|>"), contents=("which day?", "a table for 4")
+    ),
+    "miniatures": Family(
+        train_tokenizer((REPOSITORY / "conf" / "mini" / "medium.jsonl").read_text("utf-8").splitlines()),
+        ended("<|end|>"),
     ),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,37 @@ async def test_nested_rows_hold_what_flat_rows_hold(tmp_path: Path) -> None:
     assert nested[0]["conv_rows"] == 1
     assert parse_rows(nested, "nested") == parse_rows(flat, "flat")
     assert [response["proactive"] for response in nested[0]["turns"][0]["responses"]] == [False, False, True]
+
+
+class TogetherUser:
+    """Implements types.UserSimulator and first_turns.UserTurnsTogether; keeps the samples of each request."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, ...]] = []
+
+    def request_of(self, sample_index: int) -> int | None:
+        return 0
+
+    async def reply(self, task: Task, chat: Sequence[Message], *, sample_index: int) -> str:
+        return (await self.replies(task, chat, sample_indices=(sample_index,)))[0]
+
+    async def replies(self, task: Task, chat: Sequence[Message], *, sample_indices: Sequence[int]) -> list[str]:
+        self.asked.append(tuple(sample_indices))
+        return [f"noon {index}" for index in sample_indices]
+
+
+@pytest.mark.parametrize("shares", [True, False])
+async def test_the_first_user_turns_of_a_candidates_futures_are_one_request(shares: bool) -> None:
+    user, scorer = TogetherUser(), LengthScorer()
+    together = user if shares else None
+    players = BuildPlayers(Assistant(), user, scorer, count_tokens=len, together=together)  # type: ignore[arg-type]
+    some = rules(num_candidates=2, num_futures=3, max_total_turns=1, max_user_turns=2)
+    rows = await grow_conversation(Problem(0, TASK), some, players)
+    samples = [[1, 2, 3], [4, 5, 6]]
+    alone = [(sample,) for three in samples for sample in three]
+    assert sorted(user.asked) == sorted(alone + ([tuple(three) for three in samples] if shares else alone))
+    for row, three in zip(rows, samples, strict=True):
+        assert [session[2]["content"] for session in row["sessions"]] == [f"noon {sample}" for sample in three]
 
 
 def test_a_prompt_of_ones_own_needs_its_places(tmp_path: Path) -> None:

@@ -1,13 +1,20 @@
-"""Warnings about metrics: units of length, extractions that are cut off, programs without isolation."""
+"""Warnings about metrics: units of length, extractions that are cut off, programs without isolation; in builds too."""
 
 from __future__ import annotations
 
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from collab_megatron.config import BuildDatasetConfig
 from collab_megatron.config.sections import RewardSection, SimulatorsSection
 from collab_megatron.launch.config_warnings import metric_warnings
+from collab_megatron.launch.preflight import check_build
 
 LLM = {"model": "m", "api_key_env": None}
 
@@ -59,3 +66,46 @@ def test_programs_without_isolation_are_named() -> None:
     (found,) = warnings({"pass_rate": 1.0}, roles=roomy, settings={"pass_rate": {"sandbox": "unsafe"}})
     assert "sandbox=unsafe: programs that the policy writes run with your rights" in found
     assert warnings({"accuracy": 1.0}, settings={"pass_rate": {"sandbox": "unsafe"}}) == []
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    """An address that accepts connections."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+
+@pytest.mark.parametrize(
+    ("weights", "judge_tokens", "words"),
+    [
+        ({"accuracy": 1.0, "token_amount": -0.0001}, 1024, "token_amount=-0.0001 is per kilotokens"),
+        ({"bleu_score": 1.0}, 1024, "simulators.judge.max_tokens=1024 is below simulators.assistant.max_tokens=2048"),
+        ({"bleu_score": 1.0, "token_amount": -0.1}, 2048, ""),
+    ],
+)
+def test_a_build_warns_of_its_metrics(
+    weights: dict[str, float],
+    judge_tokens: int,
+    words: str,
+    service: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps({"single_turn_prompt": "book a room", "single_turn_completion": "book"}))
+    llm = LLM | {"model": "hosted_vllm/m", "api_base": service, "input_usd_per_mtoken": 0, "output_usd_per_mtoken": 0}
+    players = {"user": llm, "judge": llm | {"max_tokens": judge_tokens}, "assistant": llm | {"max_tokens": 2048}}
+    config = BuildDatasetConfig.read(
+        {
+            "problems": str(problems),
+            "output": str(tmp_path / "built"),
+            "simulators": players,
+            "reward": {"metric_weights": weights},
+        },
+        "build",
+    )
+    with caplog.at_level(logging.WARNING):
+        check_build(config, dry_run=True, report=lambda text: None)
+    found = [record.getMessage() for record in caplog.records if record.name.startswith("collab_megatron")]
+    assert len(found) == bool(words)
+    assert all(words in sentence for sentence in found)

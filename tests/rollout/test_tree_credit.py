@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -112,19 +113,18 @@ def test_siblings_shrink_towards_reply_and_group() -> None:
 def test_a_turn_of_several_conversations_returns_their_mean() -> None:
     conversations = [
         (0, [("a1", "x"), ("a1x1", "p")], 1.0),
-        (0, [("a1", "x"), ("a1x2", "q")], 0.0),
-        (1, [("b1", "z")], 0.0),
+        (0, [("a1", "x"), ("a1x2", "q")], 0.25),
+        (1, [("b1", "z")], 0.5),
     ]
+    std = (7 / 48) ** 0.5  # of 1, 0.25, 0.5
     found = by_hand("group", *conversations)
-    std = (1 / 3) ** 0.5
-    assert found["a1", "x"] == pytest.approx((0.5 - 0.0) / std)  # against the one conversation that is not below it
-    assert found["a1x1", "p"] == pytest.approx((1.0 - 0.0) / std)
+    assert found["a1", "x"] == pytest.approx((0.625 - 0.5) / std)  # against the one conversation that is not below it
+    assert found["a1x1", "p"] == pytest.approx((1.0 - 0.375) / std)
     deep = by_hand("siblings", *conversations)
-    root, above = 0.0, 0.0  # p's others: q and z
-    for rest in ([0.0], [0.0], [], [0.0]):
-        above = (sum(rest) + above) / (len(rest) + 1)
-    assert deep["a1x1", "p"] == pytest.approx((1.0 - above) / std)
-    assert root == 0.0
+    assert deep["a1", "x"] == pytest.approx((0.625 - 0.5) / std)
+    # p against q and z, then q below the same reply, q in the same context, and nothing in p's own
+    assert deep["a1x1", "p"] == pytest.approx((1.0 - (0.25 + (0.25 + 0.375) / 2) / 2) / std)
+    assert deep["a1x2", "q"] == pytest.approx((0.25 - (1.0 + (1.0 + 0.75) / 2) / 2) / std)
 
 
 @pytest.mark.parametrize("baseline", ["siblings", "group"])
@@ -188,7 +188,8 @@ async def test_later_turns_follow_scale_and_overlong_shaping_of_the_algorithm() 
 async def test_every_policy_turn_is_a_sample_with_the_context_that_it_was_sampled_after() -> None:
     group = await grow(["a", "b"], TextEngine(t_0_0_1="good", t_1_1_1="good", t_1_0_1="bad!"))
     samples = training_samples(group, "keep")
-    assert len(samples) == 2 + 4 - 0
+    assert len(samples) == 6  # two replies, and a later turn in two futures of each
+    assert Counter(len(sample.prompt_ids) for sample in samples)[2] == 2
     context = (1, 2, ord("a"), END, *map(ord, "and?"))
     later = {sample.reply_ids_T: sample for sample in samples if sample.prompt_ids == context}
     assert sorted(later) == sorted([generation("good").token_ids_T, generation("ok").token_ids_T])

@@ -45,7 +45,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "rollout.rewards": ("config", "rollout.llm", "rollout.sandbox"),
     "data_engine": (
         *("config", "data"),
-        *("rollout.conversation", "rollout.journal", "rollout.llm", "rollout.rewards"),
+        *("rollout.conversation", "rollout.first_turns", "rollout.journal", "rollout.llm", "rollout.rewards"),
     ),
     "trainer.batching": (),
     "trainer.loss": ("trainer.batching",),

@@ -57,7 +57,8 @@ def policy_loss(
     old_logprobs: the trainer's at the start of the step. rollout_logprobs: the engine's at sampling time. ref_logprobs:
     None: no KL. sequences: needed for policy_loss gspo and importance sequence. weights: of the mean (mean_weights);
     None: 1. entropy: of each token's distribution, with gradient; needed for entropy_coef > 0. The pieces with their
-    sources are in surrogates.py, importance.py, kl.py and sequences.py.
+    sources are in surrogates.py, importance.py, kl.py and sequences.py. The bonus is the term c2 S[pi](s_t) of PPO
+    (Schulman et al. 2017, arXiv 1707.06347, eq. 9), with S = -sum over v of pi(v) log pi(v).
     """
     # masked before the exponential: log-probs at padding are meaningless, and their ratio may overflow
     log_ratio = (logprobs - old_logprobs) * mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -187,6 +188,27 @@ def test_the_math_worker_survives_what_it_cannot_compute() -> None:
         return [await checker.compare(*pair) for pair in pairs]
 
     assert asyncio.run(main()) == ["unknown", "equal", "unknown", "unknown", "different"]
+
+
+@pytest.mark.slow
+def test_an_expression_that_cannot_be_computed_delays_nobody_else() -> None:
+    """Neither what waits for asyncio's default pool, here of one thread, nor another comparison, nor those of the same
+    pair that are cancelled meanwhile."""
+    checker = MathChecker(timeout_s=8)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        stuck = [asyncio.create_task(checker.compare("7", "9^{9^{9^{9}}}")) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert await asyncio.to_thread(sentence_bleu, "one two three four", "one two three four") == pytest.approx(1)
+        assert await checker.compare("1/2", "0.5") == "equal"
+        stuck[0].cancel()
+        assert await checker.compare("1/2", "0.5") == "equal"  # remembered
+        assert not any(task.done() for task in stuck[1:])
+        assert await asyncio.gather(*stuck[1:]) == ["unknown"] * 2
+        assert stuck[0].cancelled()
+
+    asyncio.run(main())
 
 
 def test_what_the_rules_read() -> None:

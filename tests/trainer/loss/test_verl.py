@@ -1,4 +1,4 @@
-"""Advantages, surrogates, means, KL and importance weights against verl's own core_algos, in fp64.
+"""Advantages, surrogates, means, KL, entropy bonus, overlong shaping, importance weights against verl itself, in fp64.
 
 verl's wheel is installed without its dependencies in a folder of its own, and runs in a process of its own
 (verl_reference.py). Skipped, with pip's reason, where the wheel cannot be had.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from collab_megatron.config.sections import AlgorithmSection
-from collab_megatron.rollout.advantages import group_advantages
+from collab_megatron.rollout.advantages import group_advantages, overlong_shaping
 from collab_megatron.trainer.loss.importance import limited, raw_weights
 from collab_megatron.trainer.loss.kl import kl_estimate
 from collab_megatron.trainer.step_advantages import step_advantages
@@ -30,6 +30,8 @@ STEP = random_step(7)
 KL_COEF = 0.1
 KL = (STEP.old - STEP.reference) * STEP.mask  # k1
 BOUNDS = {"reinforce_pp": 1e-8, "reinforce_pp_baseline": 1e-8}  # verl's mean over tokens divides by their count + 1e-8
+LOGITS = torch.randn(*STEP.mask.shape, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+OVERLONG: dict[str, Any] = {"longest": 100, "buffer": 20, "penalty": 0.5, "lengths": [1, 79, 80, 81, 90, 99, 100]}
 CLIPS = {"ppo": (0.2, 0.3), "gspo": (0.05, 0.1), "cispo": (0.2, 0.3)}
 
 pytestmark = pytest.mark.slow
@@ -79,6 +81,8 @@ def verl(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) 
         "kl_coef": KL_COEF,
         "clips": CLIPS,
         "longest": LONGEST,
+        "logits": LOGITS,
+        "overlong": OVERLONG,
     }
     torch.save(given, folder / "given.pt")
     argv = [sys.executable, str(PROGRAM), str(wheel), str(folder / "given.pt"), str(folder / "found.pt")]
@@ -164,6 +168,31 @@ def test_kl_estimators(verl: dict[str, Any], kind: Any) -> None:
     close(estimate.detach(), verl[kind]["values"])
     (gradient,) = torch.autograd.grad((estimate * STEP.mask).sum(), logprobs)
     close(gradient, verl[kind]["gradient"])
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def test_the_entropy_bonus(verl: dict[str, Any], aggregation: str) -> None:
+    """verl's trainer subtracts coefficient x this mean from its loss."""
+    coef, logits = 0.01, LOGITS.clone().requires_grad_()
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+
+    def loss(entropy_coef: float) -> Tensor:
+        algorithm = AlgorithmSection(aggregation=aggregation, entropy_coef=entropy_coef, kl_coef=0.0)
+        return STEP.mean(STEP.loss(STEP.logprobs, algorithm, entropy=entropy))
+
+    bonus = (loss(0.0) - loss(coef)) / coef
+    (gradient,) = torch.autograd.grad(bonus, logits)
+    wanted = verl[f"entropy {aggregation}"]
+    close(bonus.detach(), wanted["loss"], 1e-7 if aggregation == "sequence_mean" else 1e-10)
+    close(gradient, wanted["gradient"], 1e-7 if aggregation == "sequence_mean" else 1e-10)
+
+
+def test_overlong_shaping(verl: dict[str, Any]) -> None:
+    longest, penalty = OVERLONG["longest"], OVERLONG["penalty"]
+    share = OVERLONG["buffer"] / longest
+    ours = [overlong_shaping(n, longest=longest, share=share, penalty=penalty) for n in OVERLONG["lengths"]]
+    close(torch.tensor(ours, dtype=torch.float64), verl["overlong"], 1e-7)  # verl counts in fp32
 
 
 @pytest.mark.parametrize("beyond", ["truncate", "mask"])

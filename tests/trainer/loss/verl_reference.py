@@ -8,12 +8,13 @@ each gets a stand-in, which none of the functions called here uses.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -21,6 +22,11 @@ import torch
 from torch import Tensor
 
 ABSENT = ("ray", "omegaconf", "tensordict", "hydra", "codetiming", "peft", "torchdata", "pylatexenc", "wandb", "dill")
+MEANS = {
+    "token_mean": "token-mean",
+    "sequence_mean": "seq-mean-token-mean",
+    "constant": "seq-mean-token-sum-norm",
+}
 
 
 class StandIn(ModuleType):
@@ -53,6 +59,34 @@ class StandIns(importlib.abc.Loader):
 def gradient(loss: Tensor, logprobs: Tensor) -> dict[str, Tensor]:
     (found,) = torch.autograd.grad(loss, logprobs)
     return {"loss": loss.detach(), "gradient": found}
+
+
+def overlong_rewards(shape: dict[str, Any]) -> Tensor:
+    """What verl's DAPO reward manager makes of a score of 0 for each length."""
+    import verl
+
+    verl.DataProto = StandIn("DataProto")
+    from verl.experimental.reward_loop.reward_manager.dapo import DAPORewardManager
+
+    async def score(**given: Any) -> float:
+        return 0.0
+
+    async def reward(tokens: int) -> float:
+        manager = object.__new__(DAPORewardManager)  # without the cluster side
+        manager.loop, manager.compute_score, manager.is_async_reward_score = asyncio.get_running_loop(), score, True
+        manager.tokenizer, manager.reward_router_address = MagicMock(), None
+        manager.max_resp_len = shape["longest"]
+        manager.overlong_buffer_cfg = SimpleNamespace(
+            enable=True, len=shape["buffer"], penalty_factor=shape["penalty"], log=False
+        )
+        attended = torch.zeros(shape["longest"], dtype=torch.long)
+        attended[:tokens] = 1
+        batch = {"responses": torch.zeros(shape["longest"], dtype=torch.long), "attention_mask": attended}
+        about = {"data_source": "", "reward_model": {"ground_truth": ""}}
+        found = await manager.run_single([SimpleNamespace(batch=batch, non_tensor_batch=about)])
+        return float(found["reward_score"])
+
+    return torch.tensor([asyncio.run(reward(tokens)) for tokens in shape["lengths"]], dtype=torch.float64)
 
 
 def main() -> None:
@@ -89,11 +123,7 @@ def main() -> None:
         "grpo with kl": core.compute_grpo_outcome_advantage(with_kl.clone(), mask, group, epsilon=1e-6)[0],
     }
     for kind, (low, high) in given["clips"].items():
-        for ours, theirs in (
-            ("token_mean", "token-mean"),
-            ("sequence_mean", "seq-mean-token-mean"),
-            ("constant", "seq-mean-token-sum-norm"),
-        ):
+        for ours, theirs in MEANS.items():
             config = ActorConfig(
                 strategy="fsdp",
                 rollout_n=4,
@@ -119,6 +149,11 @@ def main() -> None:
         logprobs = given["logprobs"].clone().requires_grad_()
         estimate = core.kl_penalty(logprobs, given["reference"], kind)
         found[kind] = {"values": estimate.detach(), **gradient((estimate * mask).sum(), logprobs)}
+    for ours, theirs in MEANS.items():
+        logits = given["logits"].clone().requires_grad_()
+        if ours != "constant":  # its entropy loss knows no constant
+            found[f"entropy {ours}"] = gradient(core.compute_entropy_loss(logits, mask, theirs), logits)
+    found["overlong"] = overlong_rewards(given["overlong"])
     for level in ("token", "sequence"):
         for name, threshold in (("truncate", 1.5), ("mask", "0.6_1.5")):
             found[f"{level} {name}"] = compute_rollout_correction_weights(
