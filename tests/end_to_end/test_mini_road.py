@@ -37,6 +37,7 @@ def require_both_ends(metric: str, run_dir: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(ROAD_S + 30)
 @pytest.mark.parametrize(
     "task", [pytest.param("medium"), *(pytest.param(task, marks=pytest.mark.full) for task in ("math", "bigcodebench"))]
 )
