@@ -133,7 +133,8 @@ def test_every_algorithm_is_sound_on_the_demos_config(name: str) -> None:
     changed = {
         "online_dpo": config.online_dpo is not None,
         "tree_credit": config.algorithm.credit == "tree",
-        "grpo_apart": config.rollout.equal_replies == "apart" and not config.simulators.judge.answer_once,
+        "grpo_apart": config.rollout.equal_replies == "apart"
+        and not (config.simulators.judge and config.simulators.judge.answer_once),
     }
     assert [other for other, is_so in changed.items() if is_so] == ([name] if name in changed else [])
     if name not in changed:
