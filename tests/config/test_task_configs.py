@@ -59,9 +59,9 @@ SANDBOX = "reward.settings.pass_rate.sandbox"
 
 
 def dry_run(program: str, config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
-    """What the plan says of the file as it is shipped. Where it scores with a sandbox that this machine cannot have, it
-    is refused in one sentence, and the plan is that of `sandbox: unsafe`."""
-    scores = program in ("train_rl", "evaluate", "build") and "bigcodebench" in str(config)
+    """What the plan says of the file as it is shipped. A build is of this machine: where it scores with a sandbox that
+    cannot be had here, it is refused in one sentence, and the plan is that of `sandbox: unsafe`."""
+    scores = program == "build" and "bigcodebench" in str(config)
     said = run_here(program, [str(config), "--dry-run", *overrides], capsys)
     if scores and not can_isolate():
         assert said.code == EXIT_USER, said.err

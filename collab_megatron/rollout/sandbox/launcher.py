@@ -188,6 +188,10 @@ def _make_root(spec: dict[str, Any], own_user: int | None) -> None:
     sources = {path: os.open(path, os.O_PATH) for path in spec["shows"]}  # before /tmp is hidden
     root = "/tmp"
     _mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=4m,mode=755")
+    # before the parts: an interpreter may lie below /home or /tmp
+    for name, size in (("/tmp", spec["disk_mb"]), ("/home", 1)):
+        os.makedirs(root + name, exist_ok=True)
+        _mount("tmpfs", root + name, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size}m,mode=1777")
     for path, source in sources.items():
         target = root + path
         if not os.path.isdir(f"/proc/self/fd/{source}"):
@@ -202,9 +206,8 @@ def _make_root(spec: dict[str, Any], own_user: int | None) -> None:
         os.close(source)
     for link, to in spec["links"].items():
         os.symlink(to, root + link)
-    for name, size in (("/tmp", spec["disk_mb"]), ("/home", 1), ("/dev/shm", spec["disk_mb"])):
-        os.makedirs(root + name, exist_ok=True)
-        _mount("tmpfs", root + name, "tmpfs", MS_NOSUID | MS_NODEV, f"size={size}m,mode=1777")
+    os.makedirs(root + "/dev/shm", exist_ok=True)
+    _mount("tmpfs", root + "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['disk_mb']}m,mode=1777")
     user = INNER_ID if own_user is None else own_user
     os.makedirs(root + "/etc", exist_ok=True)
     for name, text in (

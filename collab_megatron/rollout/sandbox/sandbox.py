@@ -276,8 +276,9 @@ def _bubblewrap(spec: dict[str, Any]) -> list[str]:
         shutil.which("bwrap") or "bwrap",
         *("--unshare-all", "--die-with-parent", "--cap-drop", "ALL"),
         *(part for path, to in spec["links"].items() for part in ("--symlink", to, path)),
-        *(part for path, to in (*binds, (str(LAUNCHER), inner)) for part in ("--ro-bind", path, to)),
         *("--dev", "/dev", "--proc", "/proc", "--size", size, "--tmpfs", "/tmp", "--size", size, "--tmpfs", "/home"),
+        # after the empty folders: an interpreter may lie below /home or /tmp
+        *(part for path, to in (*binds, (str(LAUNCHER), inner)) for part in ("--ro-bind", path, to)),
         *("--remount-ro", "/"),
         *(spec["command"][0], "-I", "-S", inner, json.dumps(spec)),
     ]
