@@ -22,6 +22,7 @@ from tests.conftest import DESK_KEY, Ended, Run, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+USERS = ("user", "user-1")  # conf/demo_mixture.yaml has two
 DASHBOARD = [
     "reward/mr_mean",
     "reward/mr_std",
@@ -180,7 +181,7 @@ def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
         said = [message["content"] for message in future["messages"] if message["role"] == "assistant"]
         assert [turn["text"] for turn in future["turns"]] == said
         assert all(len(turn["token_ids"]) == len(turn["logprobs"]) > 0 for turn in future["turns"])
-        asked = [call for call in future["calls"] if call["role"] == "user"]
+        asked = [call for call in future["calls"] if call["role"] in USERS]
         turns = sum(message["role"] == "user" for message in future["messages"])
         assert len(asked) in (turns, turns - 1)  # the first turns of two futures come from one request
         (judged,) = (call for call in future["calls"] if call["metric"] == "interactivity")
@@ -188,7 +189,7 @@ def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
         assert all(call["begin_s"] <= call["end_s"] for call in future["calls"])
         assert all((call["prompt_tokens"] > 0) != call["shared"] for call in future["calls"])
     said = [message for future in futures for message in future["messages"] if message["role"] == "user"]
-    assert sum(call["role"] == "user" for future in futures for call in future["calls"]) < len(said)
+    assert sum(call["role"] in USERS for future in futures for call in future["calls"]) < len(said)
 
 
 def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]) -> None:
