@@ -24,7 +24,7 @@ from collab_megatron.config.sections import (
     DeploymentSection,
     DriverSection,
     HealthSection,
-    LLMSection,
+    JudgeSection,
     ModelSection,
     RewardSection,
     RolloutSection,
@@ -115,6 +115,7 @@ def config_for(folder: Path, model: Path, user: Drill, dead: Drill, judge: Drill
         "input_usd_per_mtoken": 1.0,
         "output_usd_per_mtoken": 2.0,
     }
+    # every future with calls of its own: each failure is counted where it was injected
     other = DeploymentSection(model="hosted_vllm/user", api_base=dead.url, api_key_env="DRILL_API_KEY")
     write_tasks(folder / "train.parquet", tasks())
     return RLConfig(
@@ -122,8 +123,14 @@ def config_for(folder: Path, model: Path, user: Drill, dead: Drill, judge: Drill
         model=ModelSection(path=str(model)),
         data=DataSection(train=folder / "train.parquet"),
         simulators=SimulatorsSection(
-            user=UserSection(model="hosted_vllm/user", api_base=user.url, deployments=(other,), **limits),
-            judge=LLMSection(model="hosted_vllm/judge", api_base=judge.url, **limits),
+            user=UserSection(
+                model="hosted_vllm/user",
+                api_base=user.url,
+                deployments=(other,),
+                first_turns_together=False,
+                **limits,
+            ),
+            judge=JudgeSection(model="hosted_vllm/judge", api_base=judge.url, answer_once=False, **limits),
             health=HealthSection(min_replies=1),
         ),
         reward=RewardSection(metric_weights=WEIGHTS),
@@ -131,6 +138,7 @@ def config_for(folder: Path, model: Path, user: Drill, dead: Drill, judge: Drill
             prompts_per_step=PROMPTS,
             num_replies=REPLIES,
             num_repeat_rollouts=FUTURES,
+            equal_replies="apart",
             max_user_turns=1,
             max_new_tokens=16,
         ),
