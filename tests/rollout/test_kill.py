@@ -213,18 +213,16 @@ def test_rounds_of_futures_with_tree_credit_and_a_second_judge(tmp_path: Path, u
     (tmp_path / "alone").mkdir()
     (tmp_path / "killed").mkdir()
     with stand_in(tmp_path / "alone", latency_ms=LATENCY_MS) as other:
-        alone = play(settings("alone", other), other, steps=2)
+        alone = play(settings("alone", other), other, steps=STEPS)
     when = [Moment(alone.paid // 4, 0.02), Moment(alone.paid // 2, 0.02)]
     killed = settings("killed", url)
-    played = play(killed, url, steps=2, kills=when)
+    played = play(killed, url, steps=STEPS, kills=when)
     assert len(played.kills) == 2
     assert played.batches == alone.batches
     assert lines(tmp_path / "killed") == lines(tmp_path / "alone")
     futures = [len(reply["futures"]) for line in lines(tmp_path / "killed") for reply in line["replies"]]
     assert min(futures) == 2 < max(futures)
     assert len(played.batches[0]) >= 3 * PROMPTS * REPLIES  # most of them later turns
-    held, given = runs.committed(killed)
-    assert held == given
 
 
 def contents(played: Played) -> list[list[tuple[Any, ...]]]:
