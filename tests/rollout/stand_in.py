@@ -75,12 +75,13 @@ def user_text(vocabulary: Vocabulary, messages: object, seed: object, index: int
 
 
 def judge_text(messages: object, seed: object, index: int) -> str:
-    """What each judge's prompt wants: the marks of interactivity, the verdicts of accuracy and of a pair."""
+    """What each judge's prompt wants: marks of interactivity, verdicts of accuracy, of a pair and of an opening."""
     rng = seeded("judge", messages, seed, index)
     marks = {name: round(rng.random(), 2) for name in MARKS}
     correct = rng.random() < 0.5
     better = rng.choice(("first", "second", "neither"))
-    return json.dumps({"thought": "it went as it went", **marks, "correct": correct, "better": better})
+    verdicts = {"correct": correct, "better": better, "complete": rng.random() < 0.5}
+    return json.dumps({"thought": "it went as it went", **marks, **verdicts})
 
 
 def seeded(*content: object) -> random.Random:

@@ -201,7 +201,7 @@ def test_rounds_of_futures_with_tree_credit_and_a_second_judge(tmp_path: Path, u
 
     def settings(name: str, url: str) -> RLConfig:
         base = config(tmp_path / name, url, min_group_std=0.0)
-        second = JudgeSection(model="hosted_vllm/judge", api_base=f"{url}/v1", api_key_env=None)
+        second = JudgeSection(model="hosted_vllm/other_judge", api_base=f"{url}/v1", api_key_env=None)
         return base.model_copy(
             update={
                 "rollout": base.rollout.model_copy(update={"num_repeat_rollouts": "auto"}),
@@ -223,6 +223,10 @@ def test_rounds_of_futures_with_tree_credit_and_a_second_judge(tmp_path: Path, u
     futures = [len(reply["futures"]) for line in lines(tmp_path / "killed") for reply in line["replies"]]
     assert min(futures) == 2 < max(futures)
     assert len(played.batches[0]) >= 3 * PROMPTS * REPLIES  # most of them later turns
+    held, given = runs.committed(killed)
+    assert held == given  # none was paid for twice
+    scored = [future for line in lines(tmp_path / "killed") for reply in line["replies"] for future in reply["futures"]]
+    assert any("opening_complete" in future["second_scores"] for future in scored)
 
 
 def contents(played: Played) -> list[list[tuple[Any, ...]]]:
