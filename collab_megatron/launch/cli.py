@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collab_megatron.errors import RunError, UserError
-from collab_megatron.launch.node import Node, parse_node
+from collab_megatron.launch.node import Node, parse_node, several, this_node
 from collab_megatron.signals import end_at_signals
 
 
@@ -54,7 +54,7 @@ class Arguments:
     config: Path
     overrides: list[str]
     dry_run: bool
-    node: Node | None  # described by --gpus; None: this machine
+    node: Node | None  # described by --gpus, --nodes and --hosts; None: this machine
     trainer: TrainerArguments | None  # set in a trainer rank, None in the launcher
 
     @property
@@ -77,6 +77,12 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
         metavar="COUNTxGB",
         help="with --dry-run: plan for a node with COUNT GPUs of GB memory each, such as 8x80",
     )
+    parser.add_argument("--nodes", type=int, metavar="N", help="with --dry-run: plan for a job of N such nodes")
+    parser.add_argument(
+        "--hosts",
+        metavar="NAME:GPUS,...",
+        help="with --dry-run: plan for these nodes, such as a:8,b:8,c:0 or gpu[001-064]:8",
+    )
     internal = parser.add_argument_group("set by the launcher")
     internal.add_argument("--trainer-rank", action="store_true", help=argparse.SUPPRESS)
     internal.add_argument("--roster", type=Path, help=argparse.SUPPRESS)
@@ -84,8 +90,14 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     internal.add_argument("--driver-ready-file", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--engine-keys", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
-    if args.gpus is not None and not args.dry_run:
-        raise UserError("--gpus plans for another machine and starts nothing: add --dry-run, or leave --gpus out")
+    for option in ("gpus", "nodes", "hosts"):
+        if getattr(args, option) is not None and not args.dry_run:
+            raise UserError(
+                f"--{option} plans for another machine and starts nothing: add --dry-run, or leave --{option} out"
+            )
+    node = None if args.gpus is None else parse_node(args.gpus)
+    if args.nodes is not None or args.hosts is not None:
+        node = several(node or this_node(), args.nodes, args.hosts)
     trainer = None
     if args.trainer_rank:
         trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys)
@@ -95,7 +107,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
         config=args.config,
         overrides=args.overrides,
         dry_run=args.dry_run,
-        node=None if args.gpus is None else parse_node(args.gpus),
+        node=node,
         trainer=trainer,
     )
 
