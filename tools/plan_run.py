@@ -118,6 +118,8 @@ def plan_lines(plan: RunPlan, timed: StepTime, assumed: Assumed, hardware: Hardw
             f"GPUs        {plan.gpus:,} x {plan.hours:,.1f} h at ${assumed.gpu_usd_per_hour:g} an hour: "
             f"${plan.gpu_usd:,.0f}"
         )
+        if plan.api_usd is not None:
+            lines.append(f"in all      at most ${plan.gpu_usd + plan.api_usd:,.0f} for GPUs and APIs")
     lines += [
         f"assumed     {assumed.prompt_tokens:,.0f} tokens of prompt, replies of {assumed.reply_share:.0%} of "
         f"rollout.max_new_tokens, user turns of {assumed.user_tokens:g}, judges' answers of {assumed.judge_tokens:g}",

@@ -68,7 +68,7 @@ def gpu(name: str) -> Hardware:
     row, peak = GPUS.get(name.upper()), peak_flops(name.upper())
     if row is None or peak is None:
         raise UserError(f"--device {name[:40]} is not known: it may be {', '.join(GPUS)} or cpu")
-    return Hardware(name=name.upper(), flops=peak, **row, **_GPU)
+    return Hardware(name=name.upper(), flops=peak, shares_device=False, **row, **_GPU)
 
 
 def from_probe(*, flops: float, memory: float) -> Hardware:
