@@ -30,7 +30,7 @@ DOCUMENT = REPOSITORY / "docs" / "layouts.md"
 
 def command(name: str, *more: str) -> list[str]:
     plans = REPOSITORY / "conf" / "plan"
-    own = () if "--gpus" in more else ("--gpus", "8x80")
+    own = ("--prompt-tokens", "2048", *(() if "--gpus" in more else ("--gpus", "8x80")))
     return [str(plans / f"{name}_rl.yaml"), "--shape", str(plans / f"{name}.json"), *own, *more]
 
 
