@@ -141,6 +141,7 @@ class CallRecord:
     prompt_tokens: int = 0  # of all answers, those that could not be used included
     completion_tokens: int = 0
     cost_usd: float = 0.0
+    shared: bool = False  # the answer to an equal request at temperature 0: paid for once, by the call that sent it
     thought: str = ""  # of an answer in JSON
     marks: Mapping[str, Any] = field(default_factory=dict)  # its other plain values
     text: str = ""  # an answer that is not JSON
@@ -159,12 +160,18 @@ class Future:
     messages: tuple[Message, ...]  # the turns after the reply, user first
     scores: Mapping[str, float] = field(default_factory=dict)  # metric name -> raw score; empty if not scored
     reward: float | None = None  # weighted, clamped sum of the scores; None if not scored
+    second_scores: Mapping[str, float] = field(default_factory=dict)  # of reward.second_judge, which does not reward
     policy_tokens: int = 0  # assistant tokens, the trained reply included
     versions: tuple[int, int] = (0, 0)  # lowest and highest weight version of its policy turns
     error: str = ""
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # metric name -> what it noted
     turns: tuple[PolicyTurn, ...] = ()  # the policy turns among `messages`, in order; the trained reply is not one
+    # of each of `turns`, with algorithm.credit: tree: the token ids that it was sampled after, and its advantage (none
+    # if the future was not scored, or its reply or group was dropped)
+    contexts: tuple[tuple[int, ...], ...] = ()
+    advantages: tuple[float | None, ...] = ()
     calls: tuple[CallRecord, ...] = ()  # to user and judges, in the order of their ends
+    copied: bool = False  # played once, for an equal reply or for an earlier future of a broken one
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,8 @@ class Reply:
     futures_K: tuple[Future, ...]
     mr: float | None = None  # mean reward of the scored futures; None without a scored future
     advantage: float | None = None  # None if the reply or its group was dropped
-    shaped_reward: float | None = None  # mr with overlong shaping, from which the advantage comes; None like that
+    same_as: int | None = None  # index of the first equal reply of the group, with which it shares its `mr`
+    shaped_reward: float | None = None  # mr with overlong shaping, from which the advantage comes; None as mr
 
     @property
     def text(self) -> str:
@@ -211,7 +219,7 @@ class Group:
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One reply as the trainer sees it: ids and numbers, no text.
+    """One reply, or with algorithm.credit: tree any policy turn, as the trainer sees it: ids and numbers, no text.
 
     Example: TrainingSample((1, 40), (523, 2), (-0.7, -0.1), (12, 12), 0.8): a prompt of 2 and a reply of 2 tokens.
     """
@@ -220,15 +228,10 @@ class TrainingSample:
     reply_ids_T: tuple[int, ...]
     rollout_logprobs_T: tuple[float, ...]
     versions_T: tuple[int, ...]
-    advantage: (
-        float  # of the driver; the trainer changes it where it depends on the whole step (algorithm.scale, kl_in)
-    )
-    reward: float = 0.0  # MR with overlong shaping
+    # of the driver; the trainer changes it where it depends on the whole step (algorithm.scale, kl_in)
+    advantage: float
+    reward: float = 0.0  # of a reply: MR with overlong shaping
     group: str = ""  # samples with the same name are compared with each other
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.reply_ids_T)
 
 
 @dataclass(frozen=True)
@@ -278,6 +281,7 @@ class LLMReply:
     deployment: int = 0  # index of the role's deployment that answered
     problem: str = ""  # why the answer as a whole cannot be used: wrong_role | too_long; not stored
     replayed: bool = field(default=False, compare=False)  # it came from the journal: paid for before
+    shared: bool = field(default=False, compare=False)  # the answer to an equal request of this process
 
 
 class PolicyEngine(Protocol):

@@ -21,6 +21,8 @@ from collab_megatron.launch.supervisor import Supervisor
 from tests.slurm.cluster import SlurmCluster, running_cluster, why_not
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+ONE_USER = ("simulators.user.mixture=[]", "evaluation.users={}")
+"""Overrides of conf/demo_rl.yaml for tests that are not about several users."""
 DESK_KEY = "a-key-for-tests-0123456789abcdef"
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")

@@ -53,7 +53,7 @@ before a process starts.
   metric and `reward.metric_weights.interactivity=null` removes one.
 - **Override a key.** `section.key=value` on the command line wins over every file, such as
   `train.steps=3 run.resume=true`. The value is YAML: lists as `[a, b]`, mappings as `{a: 1}`, nothing as `null`. A list
-  is given as a whole.
+  is given as a whole, or a key of an entry that a file has is changed: `simulators.user.mixture.0.weight=2`.
 - **Automatic values.** `auto` and `null` are decided at the start, from the machine or from other keys; the meaning of
   the key says how. `--dry-run` prints the config and the plan and starts nothing.
 - **Units** are part of the name: `_s` seconds, `_mb` megabytes, `_usd` US dollars, `_usd_per_mtoken` US dollars per

@@ -33,7 +33,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
     parser.add_argument("--device", choices=get_args(Device), default="cpu", help="the CPU on any machine, or one GPU")
-    parser.add_argument("--unseen-user", metavar="MODEL", help="also evaluate with this user, a model of the endpoint")
     parser.add_argument("--short", action="store_true", help="a few steps of everything; nothing is learned")
     args = parser.parse_args()
     keep_from_others(UMASKS[0])
@@ -43,9 +42,7 @@ def main() -> None:
         settings = short_settings(run_dir, args.seeds[0], args.device)
     else:
         settings = DemoSettings(run_dir, args.seeds[0], args.device)
-    rows = run_algorithms(
-        settings, REPOSITORY, algorithms=args.algorithms, seeds=args.seeds, unseen_user=args.unseen_user
-    )
+    rows = run_algorithms(settings, REPOSITORY, algorithms=args.algorithms, seeds=args.seeds)
     print_table(rows, args.run_dir)
 
 

@@ -145,13 +145,22 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, last = dotted.split(".")
     if not separator or any(part.split() != [part] for part in (*parents, last)):
         raise UserError(f"override {cut(override)!r} is not of the form section.key=value")
-    node = raw
-    for parent in parents:
-        if node.get(parent) is None:  # `section:` without keys
-            node[parent] = {}
-        node = node[parent]
+    node: Any = raw
+    for number, parent in enumerate(parents):
         if isinstance(node, list):
-            raise UserError(f"override {cut(override)!r}: {parent} is a list: give the whole list, {parent}=[...]")
+            node = node[int(parent)]
+        else:
+            if node.get(parent) is None:  # `section:` without keys
+                node[parent] = {}
+            node = node[parent]
+        entry = parents[number + 1] if number + 1 < len(parents) else ""
+        if isinstance(node, list) and entry.isdecimal() and int(entry) < len(node):
+            continue  # `list.0.key=value`: an entry that the files have
+        if isinstance(node, list):
+            raise UserError(
+                f"override {cut(override)!r}: {parent} is a list: give the whole list, {parent}=[...], or change a key "
+                f"of one of its {len(node)} entries, {parent}.0.KEY=..."
+            )
         if not isinstance(node, dict):
             raise UserError(f"override {cut(override)!r}: {parent} is a value, not a section: set {parent} itself")
     try:

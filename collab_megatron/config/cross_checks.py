@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collab_megatron.config.roles import shipped_judges
+from collections.abc import Mapping
+
+from collab_megatron.config.roles import PAIR_JUDGE, compared_metrics, shipped_judges
 from collab_megatron.config.sections import (
+    AlgorithmSection,
+    ComparedModelSection,
+    ComparisonSection,
     DataSection,
     DriverSection,
     EngineSection,
     OptimizerSection,
     ParallelSection,
+    PreferenceSection,
     RewardSection,
     RolloutSection,
     SimulatorsSection,
@@ -26,11 +32,49 @@ def check_metrics(reward: RewardSection, simulators: SimulatorsSection) -> None:
     lacking = [name for name, judge in shipped_judges(reward, simulators).items() if judge is None]
     if lacking:
         raise ValueError(f"{lacking[0]} needs an LLM judge: set simulators.judge, or reward.judges.{lacking[0]}")
+    if reward.second_judge is not None and not compared_metrics(reward, simulators):
+        raise ValueError(
+            "reward.second_judge has no scores to compare, because no judge scores a metric of reward.metric_weights: "
+            "remove it"
+        )
+    if reward.second_judge is not None and reward.second_judge.prompt_file is not None:
+        raise ValueError(
+            "reward.second_judge.prompt_file is not used, because the second judge gets the prompts of the first: "
+            "remove it"
+        )
     accuracy = reward.judges.get("accuracy")
     if reward.accuracy_prompt_file is not None and accuracy is not None and accuracy.prompt_file is not None:
         raise ValueError(
             "reward.accuracy_prompt_file and reward.judges.accuracy.prompt_file name two prompts for one judge: remove "
             "one of them"
+        )
+
+
+def check_comparison(
+    models: Mapping[str, ComparedModelSection],
+    compare: ComparisonSection,
+    simulators: SimulatorsSection,
+    engine: EngineSection,
+) -> None:
+    """The baseline is one of the models, a judge is there for their pairs, and servers of the user's own have one
+    model."""
+    served = {row.path for row in models.values() if row.api is None}
+    if engine.urls and len(served) > 1:
+        raise ValueError(
+            f"engine.urls serve one model, and `models` has {len(served)} different ones: leave engine.urls out, so "
+            "that each is started in turn"
+        )
+    if compare.baseline is not None and compare.baseline not in models:
+        names = ", ".join(models) or "none"
+        raise ValueError(f"compare.baseline={compare.baseline} is not one of models ({names}): name one of them")
+    if compare.judged_pairs and len(models) < 2:
+        raise ValueError(
+            f"compare.judged_pairs={compare.judged_pairs} compares two models, and `models` has {len(models)}: name "
+            "more, or set compare.judged_pairs=0"
+        )
+    if compare.judged_pairs and simulators.judge is None and PAIR_JUDGE not in simulators.roles:
+        raise ValueError(
+            "compare.judged_pairs needs an LLM judge: set simulators.judge, or simulators.roles.pair_judge"
         )
 
 
@@ -42,6 +86,21 @@ def check_ranks(parallel: ParallelSection, samples: int, what: str) -> None:
         raise ValueError(
             f"parallel.data={parallel.data} leaves data ranks without one of the {samples:,} samples of a step "
             f"({what}): lower it"
+        )
+
+
+def check_credit(algorithm: AlgorithmSection, rollout: RolloutSection, online: PreferenceSection | None) -> None:
+    if algorithm.credit == "tree" and not (
+        rollout.first_futures and rollout.max_user_turns and rollout.max_assistant_turns > 1
+    ):
+        raise ValueError(
+            "algorithm.credit=tree trains the later policy turns of futures, and there are none: raise "
+            "rollout.num_repeat_rollouts, max_user_turns and max_assistant_turns, or set algorithm.credit=reply"
+        )
+    if algorithm.credit == "tree" and online is not None:
+        raise ValueError(
+            "algorithm.credit=tree trains the later policy turns of futures, but online_dpo trains pairs of replies: "
+            "set algorithm.credit=reply"
         )
 
 
@@ -115,7 +174,7 @@ def check_driver(driver: DriverSection, rollout: RolloutSection, engine: EngineS
         raise ValueError(
             f"driver.refill_groups={driver.refill_groups} is more than the {prompts} prompts of a step: lower it"
         )
-    if driver.min_futures > max(rollout.num_repeat_rollouts, 1):
+    if driver.min_futures > max(rollout.first_futures, 1):
         raise ValueError(
             f"driver.min_futures={driver.min_futures} is larger than "
             f"rollout.num_repeat_rollouts={rollout.num_repeat_rollouts}, so no reply would have a reward: lower it"

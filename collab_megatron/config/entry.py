@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from collab_megatron.config.cross_checks import (
+    check_comparison,
+    check_credit,
     check_driver,
     check_engine,
     check_metrics,
@@ -18,10 +20,18 @@ from collab_megatron.config.cross_checks import (
     check_transport,
     check_validation,
 )
-from collab_megatron.config.roles import llm_roles, llms_of_conversations, role_place
+from collab_megatron.config.roles import (
+    evaluation_roles,
+    llm_roles,
+    llms_of_conversations,
+    llms_of_evaluation,
+    role_place,
+)
 from collab_megatron.config.sections import (
     AlgorithmSection,
     BudgetSection,
+    ComparedModelSection,
+    ComparisonSection,
     Count,
     DataSection,
     DPOSection,
@@ -30,7 +40,9 @@ from collab_megatron.config.sections import (
     EvaluationSection,
     FolderOrHubName,
     JournalSection,
+    LLMSection,
     MappingSection,
+    ModelName,
     ModelSection,
     OptimizerSection,
     ParallelSection,
@@ -48,6 +60,7 @@ from collab_megatron.config.sections import (
     Umask,
 )
 from collab_megatron.config.sections.algorithms import check_refills
+from collab_megatron.config.sections.evaluation import without_removed
 from collab_megatron.config.timeouts import check_timeouts
 
 
@@ -74,6 +87,11 @@ class RLConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
 
     @property
+    def extra_roles(self) -> dict[str, LLMSection]:
+        """Roles of the LLM gateway that only the evaluation has."""
+        return evaluation_roles(self.evaluation)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the trainer computes log-probs of a frozen reference."""
         return self.online_dpo is not None or self.algorithm.kl_coef > 0
@@ -90,6 +108,7 @@ class RLConfig(Section):
         check_ranks(self.parallel, samples, "rollout.prompts_per_step x num_replies")
         if not any(self.reward.metric_weights.values()):
             raise ValueError("reward.metric_weights are all 0, so all replies would have the same reward: raise one")
+        check_credit(self.algorithm, self.rollout, self.online_dpo)
         check_engine(self.engine)
         check_transport(self.engine, self.sync)
         check_driver(self.driver, self.rollout, self.engine, self.sync)
@@ -102,6 +121,7 @@ class RLConfig(Section):
             evaluation=self.evaluation if self.data.validation is not None else None,
             llms=llms_of_conversations(self.simulators, self.reward),
         )
+        check_timeouts(evaluation=self.evaluation, llms=llms_of_evaluation(self.evaluation))
         if self.rollout.min_replies > self.rollout.num_replies:
             raise ValueError(
                 f"rollout.min_replies={self.rollout.min_replies} is larger than "
@@ -181,7 +201,12 @@ class EvaluateConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     journal: JournalSection = JournalSection()
     budget: BudgetSection = BudgetSection()
-    # JSON file for the figures; conversations go next to it as .jsonl. None: RUN_DIR/evaluations/NAME/MODEL.json
+    # models to compare, by name, such as {base: {}, base+proactive: {proactive: true}, rl: {path: runs/mine/sft_hf}}.
+    # NAME: null leaves an inherited one out. Empty: model.path alone
+    models: dict[ModelName, ComparedModelSection] = Field(default={})
+    compare: ComparisonSection = ComparisonSection()
+    # JSON file for the figures; table and conversations go next to it. With `models` the name of each follows that of
+    # this file. None: RUN_DIR/evaluations/NAME/MODEL.json
     output: Path | None = None
     # sections of an RL config: checked, not used
     algorithm: AlgorithmSection | None = None
@@ -191,6 +216,26 @@ class EvaluateConfig(Section):
     sync: SyncSection | None = None
     driver: DriverSection | None = None
 
+    @field_validator("models", mode="before")
+    @classmethod
+    def _without_removed(cls, value: Any) -> Any:
+        return without_removed(value)
+
+    @property
+    def rows(self) -> dict[str, ComparedModelSection]:
+        """The models to evaluate by name; without `models` one without a name."""
+        return self.models or {"": ComparedModelSection()}
+
+    @property
+    def extra_roles(self) -> dict[str, LLMSection]:
+        """Further users and API models, as roles of the LLM gateway."""
+        return evaluation_roles(self.evaluation, self.models)
+
+    @property
+    def served(self) -> list[str]:
+        """Paths of the models that SGLang serves, each once."""
+        return list(dict.fromkeys(row.path or self.model.path for row in self.rows.values() if row.api is None))
+
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         check_metrics(self.reward, self.simulators)
@@ -198,8 +243,9 @@ class EvaluateConfig(Section):
         check_timeouts(
             engine=self.engine,
             evaluation=self.evaluation,
-            llms=llms_of_conversations(self.simulators, self.reward),
+            llms=llms_of_conversations(self.simulators, self.reward) | llms_of_evaluation(self.evaluation, self.models),
         )
+        check_comparison(self.models, self.compare, self.simulators, self.engine)
         if self.data.validation is None:
             raise ValueError("data.validation is not set: name a parquet file of held-out tasks")
         if self.output is not None and self.output.suffix == ".jsonl":

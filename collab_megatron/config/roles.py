@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from collab_megatron.config.sections import LLMSection, RewardSection, SimulatorSection, SimulatorsSection, UserSection
+from collab_megatron.config.sections import (
+    ComparedModelSection,
+    EvaluationSection,
+    LLMSection,
+    RewardSection,
+    SimulatorSection,
+    SimulatorsSection,
+    UserSection,
+)
 from collab_megatron.config.sections.llm import ROLES
 
 JUDGE_OF = "judge-"  # begins the role of a metric's own judge
+SECOND_JUDGE = "second_judge"  # the role of reward.second_judge
+USER_OF = "user-"  # begins the role of a further user of the evaluation
+MODEL_OF = "model-"  # begins the role of an API model that is evaluated
+PAIR_JUDGE = "pair_judge"  # the role in simulators.roles that compares two conversations
 EXTRACTOR = "extractor"  # the role in simulators.roles that extracts documents and code
 EXTRACTING_METRICS = ("bleu_score", "pass_rate")
 JUDGED_METRICS = ("accuracy", "interactivity", "judge", *EXTRACTING_METRICS)
@@ -17,9 +30,31 @@ SHIPPED_METRICS = (*JUDGED_METRICS, "token_amount", "turn_count")
 def llm_roles(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
     """The configured roles by name. A metric's own judge is `judge-METRIC`, if the metric has a weight."""
     named: dict[str, Any] = {"user": simulators.user, "judge": simulators.judge, "assistant": simulators.assistant}
+    named[SECOND_JUDGE] = reward.second_judge
     roles = {role: section for role, section in named.items() if section is not None}
     own = {judge_role(metric): judge for metric, judge in reward.judges.items() if metric in reward.metric_weights}
     return roles | dict(simulators.roles) | own
+
+
+def evaluation_roles(
+    evaluation: EvaluationSection, models: Mapping[str, ComparedModelSection] | None = None
+) -> dict[str, LLMSection]:
+    """The roles that only an evaluation has: its further users, and the API models in the place of the policy."""
+    users = {f"{USER_OF}{name}": section for name, section in evaluation.users.items()}
+    apis = {f"{MODEL_OF}{name}": row.api for name, row in (models or {}).items() if row.api is not None}
+    return {**users, **apis}
+
+
+def as_user(section: LLMSection, termination_signal: str) -> UserSection:
+    """A further user of the evaluation as simulators.user, so that it can take its place."""
+    return UserSection.model_validate({**section.model_dump(), "termination_signal": termination_signal})
+
+
+def llms_of_evaluation(
+    evaluation: EvaluationSection, models: Mapping[str, ComparedModelSection] | None = None
+) -> dict[str, LLMSection]:
+    """Key in the config -> an LLM of `evaluation_roles`."""
+    return {role_place(role): section for role, section in evaluation_roles(evaluation, models).items()}
 
 
 def llms_of_conversations(simulators: SimulatorsSection, reward: RewardSection) -> dict[str, LLMSection]:
@@ -43,7 +78,13 @@ def judge_role(metric: str) -> str:
 
 
 def role_place(role: str) -> str:
-    """The key in the config of a role of `llm_roles`."""
+    """The key in the config of a role of `llm_roles` or `evaluation_roles`."""
+    if role == SECOND_JUDGE:
+        return "reward.second_judge"
+    if role.startswith(USER_OF):
+        return f"evaluation.users.{role.removeprefix(USER_OF)}"
+    if role.startswith(MODEL_OF):
+        return f"models.{role.removeprefix(MODEL_OF)}.api"
     if role.startswith(JUDGE_OF):
         return f"reward.judges.{role.removeprefix(JUDGE_OF)}"
     return f"simulators.{role}" if role in ROLES else f"simulators.roles.{role}"
@@ -64,6 +105,11 @@ def shipped_judges(reward: RewardSection, simulators: SimulatorsSection) -> dict
         for name in JUDGED_METRICS
         if name in reward.metric_weights and not (name == "accuracy" and reward.accuracy_verifier == "exact")
     }
+
+
+def compared_metrics(reward: RewardSection, simulators: SimulatorsSection) -> list[str]:
+    """The weighted, shipped metrics that the second judge scores again: those whose score is a judge's opinion."""
+    return [name for name in shipped_judges(reward, simulators) if name not in EXTRACTING_METRICS]
 
 
 def own_metrics(reward: RewardSection) -> list[str]:

@@ -128,6 +128,10 @@ class ChatTemplate:
             return self.prompt_ids([*messages, Message("user", user_text)])
         return [*context_ids, *self.turn_glue(user_text, cut=not self.ended(context_ids))]
 
+    def turn_ids(self, text: str) -> list[int]:
+        """Ids of a whole assistant turn that no engine of ours sampled, its end included; for counting."""
+        return [*self._encode(text), self.end_id]
+
     def reply_text(self, token_ids: Sequence[int]) -> str:
         """A sampled reply as text, without special tokens."""
         return self._decode(token_ids, skip_special_tokens=True)

@@ -31,6 +31,7 @@ ALGORITHMS: Mapping[str, tuple[str, ...]] = {
     "rloo": ("algorithm=rloo",),
     "gspo": ("algorithm=gspo",),
     "cispo": ("algorithm=cispo",),
+    "tree_credit": ("algorithm.credit=tree",),
     "online_dpo": ("online_dpo={beta: 0.1}",),
 }
 # column -> figure of the held-out conversations after the last step
@@ -38,8 +39,10 @@ FIGURES = {
     "accuracy": "accuracy",
     "asks if unclear": "clarify_rate_ambiguous",
     "asks if clear": "clarify_rate_complete",
+    "bare answers": "users/bare/accuracy",
+    "unseen user": "users/unseen/accuracy",
 }
-COLUMNS = (*FIGURES, "unseen user", "API calls", "seconds")
+COLUMNS = (*FIGURES, "API calls", "seconds")
 SEEDS = (1, 2, 3)
 
 
@@ -49,12 +52,11 @@ def run_algorithms(
     *,
     algorithms: Sequence[str],
     seeds: Sequence[int],
-    unseen_user: str | None,
 ) -> list[dict[str, Any]]:
     """Run what is missing below `settings.run_dir`; returns a row for each algorithm and seed, also in table.json.
 
-    unseen_user: model of a simulated user that takes no part in training; None: that column is empty. Raises UserError
-    for a folder of a run that did not finish.
+    The accuracy with bare answers and with a user that training does not use come from the evaluation after the last
+    step (conf/demo_users.yaml). Raises UserError for a folder of a run that did not finish.
     """
     rows = []
     for seed in seeds:
@@ -64,7 +66,7 @@ def run_algorithms(
             pipeline.start_endpoint(supervisor)
             _make_sft_model(pipeline, of_seed.run_dir)
             for name in algorithms:
-                rows.append(_row(pipeline, name, seed, unseen_user))
+                rows.append(_row(pipeline, name, seed))
                 publish_json(settings.run_dir / "table.json", {"rows": rows, "means": means(rows)})
     return rows
 
@@ -118,7 +120,7 @@ def _make_sft_model(pipeline: DemoPipeline, folder: Path) -> None:
     publish_json(done, {"wall_s": pipeline.wall_s})
 
 
-def _row(pipeline: DemoPipeline, name: str, seed: int, unseen_user: str | None) -> dict[str, Any]:
+def _row(pipeline: DemoPipeline, name: str, seed: int) -> dict[str, Any]:
     """Train, if there is no row yet; returns the row."""
     folder = pipeline.run_dir / "algorithms" / name
     path = folder / "row.json"
@@ -128,10 +130,6 @@ def _row(pipeline: DemoPipeline, name: str, seed: int, unseen_user: str | None) 
         pipeline.train_rl(name, folder, [*ALGORITHMS[name], "train.eval_at_start=false"])
         publish_json(path, _figures(folder, name, seed, pipeline.wall_s[name]))
     row: dict[str, Any] = json.loads(path.read_text())
-    if unseen_user is not None and row["unseen user"] is None:
-        figures = pipeline.evaluate_run(name, folder, [f"simulators.user.model={unseen_user}"])
-        row["unseen user"] = figures["accuracy"]
-        publish_json(path, row)
     return row
 
 
@@ -143,7 +141,6 @@ def _figures(folder: Path, name: str, seed: int, seconds: float) -> dict[str, An
         "algorithm": name,
         "seed": seed,
         **{column: last[figure] for column, figure in FIGURES.items()},
-        "unseen user": None,
         "API calls": int(sum(calls_by_step(steps).values())),
         "seconds": round(seconds, 1),
     }

@@ -159,10 +159,20 @@ def render_answer(rng: random.Random, slots: Mapping[str, str], asked: Iterable[
     """A user's answer to a question for `asked` (one or more keys of `slots`): exactly these values."""
     asked = list(dict.fromkeys(asked))
     if len(asked) == 1 and rng.random() < 0.5:
-        words = f"it is {slots[asked[0]]}"  # never the bare value: see SLOT_WORDINGS
+        words = f"it is {slots[asked[0]]}"  # the bare value is another token (see SLOT_WORDINGS): render_bare_answer
     else:
         words = " and ".join(rng.choice(SLOT_WORDINGS[slot]).format(slots[slot]) for slot in asked)
     return words + rng.choice(("", " please"))
+
+
+def render_bare_answer(slots: Mapping[str, str], asked: Iterable[str]) -> str:
+    """A user's answer to a question for `asked` that is nothing but the values: `6pm`, `6pm and monday`."""
+    return " and ".join(slots[slot] for slot in dict.fromkeys(asked))
+
+
+def render_correction(value: str) -> str:
+    """A user's words after it has changed its mind; `value` is what it wants now."""
+    return f"no it is {value}"
 
 
 def sample_task(rng: random.Random, split: str, ambiguous_share: float = 0.6) -> DeskTask:

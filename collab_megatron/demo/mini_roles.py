@@ -93,12 +93,8 @@ def judge_reply(turns: Sequence[Turn], rng: random.Random) -> str:
     details = len(sentences(block(prompt, "request"))) - 1
     needed = -(-details // AT_ONCE)
     score = min(asked, needed) / max(asked, needed, 1) if needed or asked else 1.0
-    return json.dumps(
-        {
-            "thought": f"{asked} of {needed} questions",
-            **dict.fromkeys(("understanding", "clarification", "suggestion"), score),
-        }
-    )
+    marks: dict[str, Any] = dict.fromkeys(("understanding", "clarification", "suggestion"), score)
+    return json.dumps({"thought": f"{asked} of {needed} questions", **marks})
 
 
 def assistant_reply(turns: Sequence[Turn], rng: random.Random) -> str:

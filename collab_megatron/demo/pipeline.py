@@ -8,7 +8,6 @@ RUN_DIR/summary.json.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import subprocess
@@ -41,6 +40,11 @@ ON_ONE_GPU: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Overrides of a GPU demo's stages: trainer and engine share one GPU."""
+
+
+SECOND_USER = "simulators.user.mixture.0"
+EVALUATION_USERS = ("evaluation.users.bare", "evaluation.users.unseen")
+"""Keys of conf/demo_mixture.yaml and conf/demo_users.yaml."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,10 @@ class DemoPipeline:
         """Overrides that connect these roles to the endpoint."""
         return [f"simulators.{name}.api_base={self._api_base}" for name in names]
 
+    def desk(self, *names: str, **has: bool) -> list[str]:
+        """Overrides that connect a config of the desk to the endpoint, as `desk_addresses`."""
+        return desk_addresses(self._api_base, *names, **has)
+
     def extra_overrides(self, stage: str) -> list[str]:
         on_gpu = ON_ONE_GPU.get(stage, ()) if self._settings.device == "cuda" else ()
         return [*on_gpu, *self._settings.overrides.get(stage, ())]
@@ -118,7 +126,11 @@ class DemoPipeline:
 
     def build_data(self) -> None:
         data = self.run_dir / "data"
-        argv = ["tools/build_dataset.py", "conf/demo_data.yaml", *self.roles("user", "judge", "assistant")]
+        argv = [
+            "tools/build_dataset.py",
+            "conf/demo_data.yaml",
+            *self.desk("user", "judge", "assistant", evaluates=False),
+        ]
         argv += [f"problems={data / 'tasks' / 'train.jsonl'}", f"output={data / 'multiturn'}"]
         argv += [f"tokenizer={self.run_dir / 'model'}", f"seed={self._settings.seed}", *self.extra_overrides("data")]
         self.stage("data", argv)
@@ -129,7 +141,7 @@ class DemoPipeline:
         self.stage("data", [*prepare, "--dataset-type", "rl", "--validation", held_out, "--turns", "first"])
 
     def evaluate_base(self) -> None:
-        argv = ["-m", "collab_megatron.evaluate", "conf/demo_evaluate.yaml", *self.roles("user", "judge")]
+        argv = ["-m", "collab_megatron.evaluate", "conf/demo_evaluate.yaml", *self.desk("user", "judge", mixture=False)]
         argv += [*self._common(), f"model.path={self.run_dir / 'model'}", *self._rl_data()]
         argv += [f"output={self.run_dir / 'evaluation_base.json'}", *self.extra_overrides("evaluate")]
         self.stage("evaluate_base", argv)
@@ -147,19 +159,9 @@ class DemoPipeline:
         self.stage("sft", argv)
 
     def train_rl(self, name: str = "rl", run_dir: Path | None = None, overrides: Sequence[str] = ()) -> None:
-        argv = ["-m", "collab_megatron.train_rl", self._settings.rl_config, *self.roles("user", "judge")]
+        argv = ["-m", "collab_megatron.train_rl", self._settings.rl_config, *self.desk("user", "judge")]
         argv += [*self._common(run_dir), f"run.name={name}", f"model.path={self.run_dir / 'sft_hf'}", *self._rl_data()]
         self.stage(name, [*argv, *self._steps(self._settings.rl_steps), *self.extra_overrides("rl"), *overrides])
-
-    def evaluate_run(self, name: str, run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
-        """Held-out conversations with the newest checkpoint of an RL run; returns their figures."""
-        output = run_dir / "evaluation.json"
-        argv = ["-m", "collab_megatron.evaluate", "conf/demo_evaluate.yaml", *self.roles("user", "judge")]
-        argv += [*self._common(run_dir), f"model.path={run_dir / 'checkpoints' / name}", *self._rl_data()]
-        argv += [f"output={output}", *self.extra_overrides("evaluate"), *overrides]
-        self.stage(f"evaluate_{name}", argv)
-        figures: dict[str, Any] = json.loads(output.read_text())
-        return figures
 
     def export(self) -> None:
         checkpoints = self.run_dir / "checkpoints" / "rl"
@@ -178,6 +180,14 @@ class DemoPipeline:
 
     def _steps(self, steps: int | None) -> list[str]:
         return [] if steps is None else [f"train.steps={steps}"]
+
+
+def desk_addresses(api_base: str, *names: str, mixture: bool = True, evaluates: bool = True) -> list[str]:
+    """Overrides of a config of the desk: the address of these roles, of the second user, of the evaluation's users."""
+    places = [f"simulators.{name}" for name in names]
+    places += [SECOND_USER] if mixture else []
+    places += EVALUATION_USERS if evaluates else []
+    return [f"{place}.api_base={api_base}" for place in places]
 
 
 def _call(argv: Sequence[str], folder: Path, env: Mapping[str, str]) -> int:

@@ -22,14 +22,14 @@ def block(prompt: str, tag: str) -> str:
     return prompt[start + len(tag) + 2 : end].strip()
 
 
-def chat_block(prompt: str) -> list[Turn]:
-    """The chat of a prompt; empty before the opening. Raises ValueError."""
-    lines = [line for line in block(prompt, "chat").split("\n") if line.strip()]  # JSON may contain other line ends
+def chat_block(prompt: str, tag: str = "chat") -> list[Turn]:
+    """The chat of a prompt between the tags; empty before the opening. Raises ValueError."""
+    lines = [line for line in block(prompt, tag).split("\n") if line.strip()]  # JSON may contain other line ends
     try:
         chat = [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
-        raise ValueError(f"the <chat> block must have one JSON object per line: {error}") from error
-    return read_turns(chat, "<chat>", allow_empty=True)
+        raise ValueError(f"the <{tag}> block must have one JSON object per line: {error}") from error
+    return read_turns(chat, f"<{tag}>", allow_empty=True)
 
 
 def read_turns(messages: Any, where: str, *, allow_empty: bool = False) -> list[Turn]:

@@ -1,10 +1,10 @@
-"""The rule-based roles of the demo as pure functions of a chat-completion request; mini_roles.py has those of
-conf/mini/.
+"""The rule-based roles of the demo as pure functions of a chat-completion request; desk_users.py has the simulated
+users, mini_roles.py the roles of conf/mini/.
 
-`desk-user` plays CollabLLM's user simulator, `desk-judge` its judge, `desk-assistant` a passive assistant for SFT data.
-Each reads only the messages that a real LLM would get. User and judge read two blocks of the last message, not the
-rest: `<request>...</request>`, the complete request, and `<chat>...</chat>`, one JSON object with `role` and `content`
-per line. The assistant reads plain chat turns.
+`desk-judge` plays CollabLLM's judge, `desk-assistant` a passive assistant for SFT data. Each role reads only the
+messages that a real LLM would get. Users and judge read two blocks of the last message, not the rest:
+`<request>...</request>`, the complete request, and `<chat>...</chat>`, one JSON object with `role` and `content` per
+line. The assistant reads plain chat turns.
 
 A reply depends on the messages, and above temperature 0 also on `seed` and the choice's index, so the same request
 always gets the same answer. A request that a role cannot read raises ValueError, which the endpoint returns as HTTP
@@ -20,12 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from collab_megatron.demo import desk
+from collab_megatron.demo.desk_users import bare_reply, question_slots, read_prompt, terse_reply, user_reply
 from collab_megatron.demo.mini_roles import MINI_ROLES
 from collab_megatron.demo.prompt_blocks import Turn, block, chat_block, read_turns
-from collab_megatron.types import TERMINATION_SIGNAL
-
-AMBIGUOUS_SHARE = 0.6  # of the openings that the user simulator invents
-FRUITLESS_TURNS = 2  # after this many replies that it does not understand, the user gives up
 
 # Share of the passive assistant's replies that ask. A data builder that keeps the better of two replies raises a rate p
 # to about 1 - (1 - p)^2. Two rates, because with greedy decoding a single rate would be all or nothing.
@@ -55,51 +52,42 @@ def answer(request: Mapping[str, Any]) -> list[str]:
     return [role(turns, _rng(key)) for key in keys]
 
 
-def user_reply(turns: Sequence[Turn], rng: random.Random) -> str:
-    """The user simulator's turn: a JSON object with `thought` and `response`.
-
-    Opens an empty chat, answers exactly what a question asks for, and ends the chat after a command.
-    """
-    intent, slots, chat = _read_prompt(turns)
-    if not chat:
-        missing = desk.draw_missing(rng, intent, AMBIGUOUS_SHARE)
-        opening = desk.render_opening(rng, intent, slots, missing)
-        return _user_json("i open the chat" + (" without every detail" if missing else ""), opening)
-    if chat[-1][0] != "assistant":
-        raise ValueError("the chat must be empty or end with an assistant turn for the user to reply to")
-    reply = desk.parse_reply(chat[-1][1])
-    if isinstance(reply, desk.Command):
-        right = reply.text == desk.command_text(intent, slots)
-        verdict = "that is right" if right else "that is not right"
-        return _user_json("the desk has acted", f"{verdict} {TERMINATION_SIGNAL}")
-    asked = _asked_for(chat[-1][1], slots)
-    if asked:
-        return _user_json(f"the desk asks for {', '.join(asked)}", desk.render_answer(rng, slots, asked))
-    fruitless = sum(1 for role, text in chat if role == "assistant" and not _asked_for(text, slots))
-    if fruitless >= FRUITLESS_TURNS:
-        return _user_json("this leads nowhere", f"never mind {TERMINATION_SIGNAL}")
-    return _user_json("i cannot tell what is meant", rng.choice(("i do not follow", "what do you mean")))
-
-
 def judge_reply(turns: Sequence[Turn], rng: random.Random) -> str:
     """The judge's verdict: a JSON object with `thought`, `understanding`, `clarification` and `suggestion` in [0, 1].
 
-    Each is recall times precision of the slots that assistant turns asked for, against those the opening left out.
+    Each is recall times precision of the slots that assistant turns asked for, against those the opening left out. Of
+    two chats it says which is `better`: the one that ends with the right command, else the one with higher marks.
     """
     del rng  # a verdict has only one wording
-    intent, _, chat = _read_prompt(turns)
+    if "<second>" in turns[-1][1]:
+        return _pair_verdict(turns[-1][1])
+    intent, _, chat = read_prompt(turns)
+    score, thought = _marks(intent, chat)
+    return json.dumps({"thought": thought, "understanding": score, "clarification": score, "suggestion": score})
+
+
+def _pair_verdict(prompt: str) -> str:
+    intent, slots = desk.read_request(block(prompt, "request"))
+    ranks = []
+    for tag in ("first", "second"):
+        chat = chat_block(prompt, tag)
+        last = next((text for role, text in reversed(chat) if role == "assistant"), "")
+        ranks.append((last == desk.command_text(intent, slots), _marks(intent, chat)[0]))
+    better = "neither" if ranks[0] == ranks[1] else "first" if ranks[0] > ranks[1] else "second"
+    return json.dumps({"thought": f"right command and marks: {ranks[0]} and {ranks[1]}", "better": better})
+
+
+def _marks(intent: str, chat: Sequence[Turn]) -> tuple[float, str]:
+    """The mark of a chat, and the reason."""
     if not chat or chat[0][0] != "user":
         raise ValueError("the chat must begin with the user's opening")
     missing = set(desk.find_missing(chat[0][1], intent))
     asked: list[str] = []
     for role, text in chat:
         if role == "assistant" and not isinstance(desk.parse_reply(text), desk.Command):
-            asked += _question_slots(text) or [
-                "?"
-            ]  # neither acting nor asking costs a turn like an off-target question
+            asked += question_slots(text) or ["?"]  # neither acting nor asking costs a turn like an off-target question
     score = interactivity(missing, asked)
-    thought = f"left out: {', '.join(sorted(missing)) or 'nothing'}; asked: {', '.join(asked) or 'nothing'}"
-    return json.dumps({"thought": thought, "understanding": score, "clarification": score, "suggestion": score})
+    return score, f"left out: {', '.join(sorted(missing)) or 'nothing'}; asked: {', '.join(asked) or 'nothing'}"
 
 
 def interactivity(missing: set[str], asked: Sequence[str]) -> float:
@@ -122,7 +110,7 @@ def assistant_reply(turns: Sequence[Turn], rng: random.Random) -> str:
     names = desk.INTENT_SLOTS[intent]
     known = desk.find_values(" ".join(text for role, text in chat if role == "user"), intent)
     missing = [slot for slot in names if slot not in known]
-    questions = sum(1 for role, text in chat if role == "assistant" and _question_slots(text))
+    questions = sum(1 for role, text in chat if role == "assistant" and question_slots(text))
     if questions == 0 and rng.random() < _ask_rate(missing):
         return desk.question_text(missing or [rng.choice(names)])
     if 0 < questions < MAX_QUESTIONS and missing:
@@ -133,6 +121,8 @@ def assistant_reply(turns: Sequence[Turn], rng: random.Random) -> str:
 
 ROLES: dict[str, Callable[[Sequence[Turn], random.Random], str]] = {
     "desk-user": user_reply,
+    "desk-user-bare": bare_reply,
+    "desk-user-terse": terse_reply,
     "desk-judge": judge_reply,
     "desk-assistant": assistant_reply,
     **MINI_ROLES,
@@ -144,22 +134,6 @@ def _ask_rate(missing: Sequence[str]) -> float:
     if not missing:
         return ASK_RATE_NEEDLESS
     return ASK_RATE_OFTEN if ASK_OFTEN_SLOTS & set(missing) else ASK_RATE_SELDOM
-
-
-def _question_slots(text: str) -> list[str]:
-    reply = desk.parse_reply(text)
-    return list(reply.slots) if isinstance(reply, desk.Question) else []
-
-
-def _asked_for(text: str, slots: Mapping[str, str]) -> list[str]:
-    return [slot for slot in dict.fromkeys(_question_slots(text)) if slot in slots]
-
-
-def _read_prompt(turns: Sequence[Turn]) -> tuple[str, dict[str, str], list[Turn]]:
-    """(intent, slots, chat) from the prompt of a simulator or judge."""
-    prompt = turns[-1][1]
-    intent, slots = desk.read_request(block(prompt, "request"))
-    return intent, slots, chat_block(prompt)
 
 
 def _number(request: Mapping[str, Any], key: str, default: Any, low: Any, high: Any, kind: type) -> Any:
@@ -174,7 +148,3 @@ def _number(request: Mapping[str, Any], key: str, default: Any, low: Any, high: 
 
 def _rng(key: str) -> random.Random:
     return random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
-
-
-def _user_json(thought: str, response: str) -> str:
-    return json.dumps({"thought": thought, "response": response})

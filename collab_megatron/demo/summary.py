@@ -15,7 +15,15 @@ from collab_megatron.files import publish_json
 from collab_megatron.json_lines import read_rows
 from collab_megatron.rollout.llm.accounting import API_USAGE_FILE
 
-HELD_OUT = ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr")
+# name -> figure of the evaluations. The first ones are with the user that gives whole answers
+HELD_OUT = {
+    "accuracy": "accuracy",
+    "clarify_rate_ambiguous": "clarify_rate_ambiguous",
+    "clarify_rate_complete": "clarify_rate_complete",
+    "mr": "mr",
+    "accuracy_bare_answers": "users/bare/accuracy",
+    "accuracy_unseen_user": "users/unseen/accuracy",
+}
 STAGES = ("base", "sft", "rl", "rl_reply_only", "rl_no_interactivity")
 
 
@@ -32,8 +40,8 @@ def write_summary(run_dir: Path, *, wall_s: Mapping[str, float], settings: Mappi
     """Write RUN_DIR/summary.json from the evaluations and usage files below it; returns its contents."""
     evaluations = _evaluations(run_dir)
     summary: dict[str, Any] = {
-        name: {stage: round(figures[name], 4) for stage, figures in evaluations.items() if name in figures}
-        for name in HELD_OUT
+        name: {stage: round(figures[figure], 4) for stage, figures in evaluations.items() if figure in figures}
+        for name, figure in HELD_OUT.items()
     }
     summary["conversations"] = {stage: int(figures["conversations"]) for stage, figures in evaluations.items()}
     summary["wall_s"] = {stage: round(seconds, 1) for stage, seconds in wall_s.items()}
@@ -52,7 +60,8 @@ def print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:
     for stage in stages:
         table.add_column(stage.replace("_", " "), justify="right")
     for name in HELD_OUT:
-        table.add_row(name.replace("_", " "), *(f"{summary[name].get(stage, float('nan')):.3f}" for stage in stages))
+        found = summary.get(name, {})  # a summary of an earlier version has no further users
+        table.add_row(name.replace("_", " "), *(f"{found[stage]:.3f}" if stage in found else "-" for stage in stages))
     console = Console(width=110)
     console.print()
     console.print(table)

@@ -74,8 +74,10 @@ def demo_texts() -> Iterator[str]:
     rng = random.Random(0)
     yield from (f"that is right {TERMINATION_SIGNAL}", f"that is not right {TERMINATION_SIGNAL}")
     yield from (f"never mind {TERMINATION_SIGNAL}", "i do not follow", "what do you mean")
+    yield from (f"ok {TERMINATION_SIGNAL}", f"wrong {TERMINATION_SIGNAL}")
     for values in desk.SLOT_VALUES.values():
-        yield from (f"it is {value}" for value in values)
+        for value in values:
+            yield from (f"it is {value}", value, desk.render_correction(value))
     for slot in desk.SLOT_VALUES:
         yield desk.question_text([slot])
     for _ in range(SAMPLED_TASKS):

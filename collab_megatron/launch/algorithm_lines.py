@@ -9,6 +9,10 @@ BASELINES = {
     "leave_one_out": "the mean of the group's other replies",
     "batch": "the mean over the step's tokens",
 }
+TREE_BASELINES = {
+    "siblings": "what other conversations through the same contexts return",
+    "group": "the mean of the group's other conversations",
+}
 SCALES = {"none": "", "batch_std": ", divided by the std over the step's tokens"}
 AGGREGATIONS = {
     "token_mean": "mean over tokens",
@@ -22,6 +26,8 @@ def algorithm_lines(algorithm: AlgorithmSection, rollout: RolloutSection, driver
     a = algorithm
     scale = f", divided by the group's std + {a.advantage_eps:g}" if a.scale == "group_std" else SCALES[a.scale]
     lines = [f"algorithm   {a.preset}: reward minus {BASELINES[a.baseline]}{scale}"]
+    if a.credit == "tree":
+        lines.append(f"later policy turns are trained too: their return minus {TREE_BASELINES[a.tree_baseline]}{scale}")
     if a.overlong_share:
         longest, buffer = rollout.max_new_tokens, round(a.overlong_share * rollout.max_new_tokens)
         lines.append(f"a reply loses up to {a.overlong_penalty:g} of reward in the last {buffer} of {longest} tokens")

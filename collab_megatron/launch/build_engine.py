@@ -44,9 +44,15 @@ def served_assistant(config: BuildDatasetConfig, urls: Sequence[str], key_env: s
     assistant = config.simulators.assistant
     assert assistant is not None, "the config's own check"
     bases = [f"{url.rstrip('/')}/v1" for url in urls]
-    free = {"input_usd_per_mtoken": 0.0, "output_usd_per_mtoken": 0.0}
     others = tuple(
-        DeploymentSection(model=assistant.model, api_base=base, api_key_env=key_env, **free) for base in bases[1:]
+        DeploymentSection(
+            model=assistant.model,
+            api_base=base,
+            api_key_env=key_env,
+            input_usd_per_mtoken=assistant.input_usd_per_mtoken,
+            output_usd_per_mtoken=assistant.output_usd_per_mtoken,
+        )
+        for base in bases[1:]
     )
     served = assistant.model_copy(update={"api_base": bases[0], "api_key_env": key_env, "deployments": others})
     simulators = config.simulators.model_copy(update={"assistant": served})

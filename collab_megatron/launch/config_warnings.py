@@ -5,11 +5,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from collab_megatron.config import EvaluateConfig, RLConfig, SupervisedConfig
-from collab_megatron.config.roles import EXTRACTING_METRICS, role_of_metric, role_place, shipped_judges, user_places
-from collab_megatron.config.sections import RewardSection, SimulatorsSection
+from collab_megatron.config.roles import (
+    EXTRACTING_METRICS,
+    llms_of_evaluation,
+    role_of_metric,
+    role_place,
+    shipped_judges,
+    user_places,
+)
+from collab_megatron.config.sections import EvaluationSection, LLMSection, RewardSection, SimulatorsSection
 from collab_megatron.launch.node import Node
 from collab_megatron.launch.plan import stages_of
 from collab_megatron.model.memory import engine_runtime
@@ -31,14 +38,15 @@ def warn_of_config(config: RLConfig, spec: ModelSpec, node: Node) -> None:
     warn_of_memory(config, spec, node)
 
 
-def warn_of_prompts(simulators: SimulatorsSection) -> None:
-    for sentence in prompt_warnings(simulators):
+def warn_of_prompts(simulators: SimulatorsSection, evaluation: EvaluationSection | None = None) -> None:
+    further = {} if evaluation is None else llms_of_evaluation(evaluation)
+    for sentence in prompt_warnings({**user_places(simulators.user), **further}):
         logger.warning("%s", sentence)
 
 
 def warn_of_players(config: RLConfig | EvaluateConfig) -> None:
     """Of simulated users and metrics."""
-    warn_of_prompts(config.simulators)
+    warn_of_prompts(config.simulators, config.evaluation)
     for sentence in metric_warnings(config.reward, config.simulators, reply_tokens=config.rollout.max_new_tokens):
         logger.warning("%s", sentence)
 
@@ -48,9 +56,10 @@ def warn_of_memory(config: RLConfig | SupervisedConfig, spec: ModelSpec, node: N
         logger.warning("%s", sentence)
 
 
-def prompt_warnings(simulators: SimulatorsSection) -> Iterator[str]:
-    """Simulated users that cannot end the chat, so that every future runs to its last turn."""
-    for place, part in user_places(simulators.user).items():
+def prompt_warnings(users: Mapping[str, LLMSection]) -> Iterator[str]:
+    """Simulated users that cannot end the chat, so that every future runs to its last turn. users: key in the config ->
+    user."""
+    for place, part in users.items():
         if part.prompt_file is None:
             continue
         if not re.search(r"\$(termination_signal\b|\{termination_signal\})", part.prompt_file.read_text("utf-8")):

@@ -14,13 +14,29 @@ Input dominates, because every user turn and every judge gets the whole chat so 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 from collab_megatron.config.entry import BuildDatasetConfig, EvaluateConfig, RLConfig
-from collab_megatron.config.roles import role_of_metric, role_place, shipped_judges, user_places
-from collab_megatron.config.sections import DeploymentSection, LLMSection, RewardSection, SimulatorsSection
+from collab_megatron.config.roles import (
+    MODEL_OF,
+    PAIR_JUDGE,
+    USER_OF,
+    as_user,
+    compared_metrics,
+    role_of_metric,
+    role_place,
+    shipped_judges,
+    user_places,
+)
+from collab_megatron.config.sections import (
+    DeploymentSection,
+    LLMSection,
+    RewardSection,
+    SimulatorsSection,
+    UserSection,
+)
 from collab_megatron.rollout.llm.prices import price
 from collab_megatron.types import Task
 
@@ -73,24 +89,66 @@ def lengths_of(tasks: Sequence[Task]) -> Lengths:
 def step_calls(config: RLConfig, lengths: Lengths) -> list[Calls]:
     """Calls of one training step."""
     rollout = config.rollout
-    futures = rollout.prompts_per_step * rollout.num_replies * max(rollout.num_repeat_rollouts, 1)
-    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.num_repeat_rollouts else 0
+    futures = rollout.prompts_per_step * rollout.tree_futures
+    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.first_futures else 0
     future = future_calls(config.simulators, config.reward, lengths, turns=turns, reply=rollout.max_new_tokens)
-    return [item.times(futures) for item in future]
+    end = _end(config.simulators, lengths, turns, rollout.max_new_tokens)
+    return [item.times(futures) for item in (*future, *_second_judge(config.simulators, config.reward, lengths, end))]
 
 
 def evaluation_calls(config: RLConfig | EvaluateConfig, lengths: Lengths, tasks: int) -> list[Calls]:
-    """Calls of one evaluation on `tasks` held-out tasks, at most `evaluation.num_tasks`."""
+    """Calls of one evaluation of every model on `tasks` held-out tasks, at most `evaluation.num_tasks`."""
+    section = config.evaluation
+    own = config.simulators if section.mixture else _with_user(config.simulators, config.simulators.user)
+    found = _calls_with_user(config, own, lengths)
+    for name, user in section.users.items():
+        further = _with_user(config.simulators, as_user(user, config.simulators.user.termination_signal))
+        place = role_place(f"{USER_OF}{name}")
+        calls = _calls_with_user(config, further, lengths)
+        found += [replace(item, place=place) if item.place == "simulators.user" else item for item in calls]
+    played = min(tasks, section.num_tasks)
+    users = 1 + len(section.users)
+    if not isinstance(config, EvaluateConfig) or not config.models:
+        return [item.times(played) for item in summed(found)]
+    whole = [item.times(played * len(config.models)) for item in found]
+    for name, row in config.models.items():
+        if row.api is not None:
+            turns = section.max_assistant_turns
+            context = sum(lengths.chat + turn * (row.api.max_tokens + own.user.max_tokens) for turn in range(turns))
+            calls_of_row = Calls(role_place(f"{MODEL_OF}{name}"), row.api, turns, context, turns * row.api.max_tokens)
+            whole.append(calls_of_row.times(played * users))
+    return summed([*whole, *_pair_calls(config, lengths, played, users)])
+
+
+def _pair_calls(config: EvaluateConfig, lengths: Lengths, played: int, users: int) -> list[Calls]:
+    """The judge sees two conversations, in both orders."""
+    simulators, compare = config.simulators, config.compare
+    role = PAIR_JUDGE if PAIR_JUDGE in simulators.roles else "judge"
+    judge = simulators.roles.get(PAIR_JUDGE, simulators.judge)
+    if judge is None:
+        return []
+    turns = config.evaluation.max_assistant_turns
+    one = lengths.chat + turns * config.rollout.max_new_tokens + (turns - 1) * simulators.user.max_tokens
+    shown = _prompt_tokens("judge_pair", compare.prompt_file) + lengths.request + lengths.reference + 2 * one
+    pairs = min(played, compare.judged_pairs) * users * (len(config.models) - 1)
+    return [Calls(role_place(role), judge, 1, shown, judge.max_tokens).times(2 * pairs)]
+
+
+def _calls_with_user(config: RLConfig | EvaluateConfig, simulators: SimulatorsSection, lengths: Lengths) -> list[Calls]:
+    """Calls of one held-out conversation with this user."""
     future = future_calls(
-        config.simulators,
+        simulators,
         config.reward,
         lengths,
         turns=config.evaluation.max_assistant_turns - 1,
         reply=config.rollout.max_new_tokens,
     )
-    if config.evaluation.simulated_opening:
-        future = summed([*future, *_user_turns(config.simulators, lengths, [0.0])])
-    return [item.times(min(tasks, config.evaluation.num_tasks)) for item in future]
+    return [*future, *_user_turns(simulators, lengths, [0.0])] if config.evaluation.simulated_opening else future
+
+
+def _with_user(simulators: SimulatorsSection, user: UserSection) -> SimulatorsSection:
+    """The simulators with one user alone."""
+    return simulators.model_copy(update={"user": user.model_copy(update={"mixture": ()})})
 
 
 def evaluations(config: RLConfig) -> int:
@@ -141,14 +199,36 @@ def future_calls(
     user = simulators.user.max_tokens
     chats = [lengths.chat + (turn + 1) * reply + turn * user for turn in range(turns)]
     found = _user_turns(simulators, lengths, chats)
-    end = lengths.chat + (turns + 1) * reply + turns * user
+    end = _end(simulators, lengths, turns, reply)
     for metric, (place, section) in judges(reward, simulators).items():
-        shown = _prompt_tokens(*_judge_prompt(metric, section, reward))
-        if metric != "interactivity" or reward.interactivity_sees == "request":
-            shown += lengths.request
-        shown += lengths.reference if metric == "accuracy" else 0.0
-        found.append(Calls(place, section, 1, shown + end, section.max_tokens))
+        found.append(Calls(place, section, 1, _shown(metric, section, reward, lengths) + end, section.max_tokens))
     return summed(found)
+
+
+def _end(simulators: SimulatorsSection, lengths: Lengths, turns: int, reply: int) -> float:
+    """Tokens of the chat after the last policy turn."""
+    return lengths.chat + (turns + 1) * reply + turns * simulators.user.max_tokens
+
+
+def _shown(metric: str, section: LLMSection, reward: RewardSection, lengths: Lengths) -> float:
+    """Tokens that the judge of a metric reads besides the chat."""
+    shown = _prompt_tokens(*_judge_prompt(metric, section, reward))
+    if metric != "interactivity" or reward.interactivity_sees == "request":
+        shown += lengths.request
+    return shown + (lengths.reference if metric == "accuracy" else 0.0)
+
+
+def _second_judge(simulators: SimulatorsSection, reward: RewardSection, lengths: Lengths, end: float) -> list[Calls]:
+    """Calls of the second judge for its share of the futures: it reads what the first judges read, and the opening."""
+    second, share = reward.second_judge, reward.second_judge_share
+    if second is None:
+        return []
+    first = judges(reward, simulators)
+    compared = compared_metrics(reward, simulators)
+    opening = _prompt_tokens("judge_opening", None) + lengths.request + lengths.chat
+    tokens_in = opening + sum(_shown(name, first[name][1], reward, lengths) + end for name in compared)
+    calls = 1 + len(compared)
+    return [Calls("reward.second_judge", second, calls, tokens_in, calls * second.max_tokens).times(share)]
 
 
 def judges(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, tuple[str, LLMSection]]:

@@ -25,12 +25,14 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
     """The plan as text. calls: for `steps` and `evaluations`, their number and the calls of one (cost.py)."""
     rollout = config.rollout
     replies = rollout.prompts_per_step * rollout.num_replies
-    simulated = replies * rollout.num_repeat_rollouts
+    simulated = rollout.prompts_per_step * rollout.tree_futures if rollout.first_futures else 0
     turns = replies + simulated * min(rollout.max_user_turns, rollout.max_assistant_turns - 1)
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    sequences = replies
+    if config.algorithm.credit == "tree":
+        sequences = max(replies, simulated) if config.algorithm.merges_turns else turns
     steps, evaluations = calls["steps"], calls["evaluations"]
     lines = [
-        *_training_lines(spec, config, node, samples=replies, longest=longest),
+        *_training_lines(spec, config, node, samples=sequences, longest=longest_sequence(config)),
         *_engine_lines(spec, config, node.device(config.parallel)),
         f"per step    {rollout.prompts_per_step} prompts x {rollout.num_replies} replies = {replies} replies, "
         f"{simulated} futures, at most {turns} policy turns of {rollout.max_new_tokens} tokens",
@@ -46,14 +48,20 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
     return "\n".join(lines)
 
 
-def evaluate_plan(config: EvaluateConfig, spec: ModelSpec, *, node: Node, tasks: int, calls: Sequence[Calls]) -> str:
-    """The plan as text. tasks: number of held-out tasks; calls: of the evaluation."""
+def evaluate_plan(
+    config: EvaluateConfig, specs: Mapping[str, ModelSpec], *, node: Node, tasks: int, calls: Sequence[Calls]
+) -> str:
+    """The plan as text. specs: path -> model that SGLang serves; tasks: number of held-out tasks; calls: of the
+    evaluation."""
     chosen = min(tasks, config.evaluation.num_tasks)
+    served = [[_model_line(spec, config.model.dtype), *_engine_memory_lines(spec, config)] for spec in specs.values()]
+    users = [f"users       simulators.user, {', '.join(config.evaluation.users)}"] if config.evaluation.users else []
     lines = [
-        _model_line(spec, config.model.dtype),
-        *_engine_memory_lines(spec, config),
+        *([f"models      {', '.join(config.models)}"] if config.models else []),
+        *(line for lines in served for line in lines),
         f"plays       {chosen:,} of {tasks:,} held-out tasks, at most {config.evaluation.max_assistant_turns} policy "
         f"turns of {config.rollout.max_new_tokens} tokens each, on {node.chosen(config.parallel)}",
+        *users,
         *call_lines("calls", calls),
         *dollar_lines({"evaluation": (1, calls)}),
         *_own_metric_lines(config.reward),
@@ -75,6 +83,16 @@ def build_plan(config: BuildDatasetConfig, tasks: Sequence[Task], calls: Sequenc
         *_own_metric_lines(config.reward),
     ]
     return "\n".join(lines)
+
+
+def longest_sequence(config: RLConfig) -> int:
+    """The most tokens of a trained sequence: a prompt with a reply, or with algorithm.credit: tree a conversation."""
+    rollout = config.rollout
+    if config.algorithm.credit == "reply":
+        return rollout.max_prompt_tokens + rollout.max_new_tokens
+    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1)
+    each = rollout.max_new_tokens + config.simulators.user.max_tokens
+    return rollout.max_prompt_tokens + rollout.max_new_tokens + turns * each
 
 
 def reference_of(config: RLConfig | SupervisedConfig) -> Reference:
@@ -134,10 +152,7 @@ def supervised_plan(config: SupervisedConfig, spec: ModelSpec, *, node: Node) ->
 
 def stages_of(config: RLConfig | SupervisedConfig, spec: ModelSpec, device: str) -> list[RankMemory]:
     """Bytes of a rank of each pipeline stage."""
-    if isinstance(config, RLConfig):
-        longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    else:
-        longest = config.max_tokens
+    longest = longest_sequence(config) if isinstance(config, RLConfig) else config.max_tokens
     return trainer_memory(
         spec,
         dtype=config.model.dtype,

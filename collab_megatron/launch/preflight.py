@@ -48,8 +48,10 @@ from collab_megatron.model.folder import read_hf_config, resolve_model_folder
 from collab_megatron.model.layout import check_layout
 from collab_megatron.model.spec import ModelSpec, model_spec
 from collab_megatron.model.tensor_check import check_tensors, tensor_shapes
-from collab_megatron.rollout.llm import Gateway, user_simulator
+from collab_megatron.rollout.llm import Gateway, evaluation_users, user_simulator
 from collab_megatron.rollout.llm.health import SimulatorHealth
+from collab_megatron.rollout.llm.pair_judge import pair_judge
+from collab_megatron.rollout.llm.templates import proactive_message
 from collab_megatron.rollout.rewards import configured_scorer
 from collab_megatron.types import Task
 from collab_megatron.wire.checkpoints import MARKER
@@ -149,31 +151,42 @@ def check_supervised(
 
 def check_evaluate(
     config: EvaluateConfig, *, dry_run: bool = False, node: Node | None = None, report: Report = print_at_once
-) -> int:
-    """All checks of an evaluation, as `check_rl`; returns the context length in tokens. Raises UserError."""
+) -> dict[str, int]:
+    """All checks of an evaluation, as `check_rl`; returns path -> context length in tokens of each model that SGLang
+    serves. Raises UserError."""
     node = node or this_node()
     if node.hosts:
         raise UserError("an evaluation runs on one node: leave --nodes and --hosts out")
     one_rank = ParallelSection(device=config.parallel.device)
-    model = _check_model(config.model.path, one_rank, config.rollout.inexact_template, weights=not dry_run)
-    check_context_length(config.engine, model.spec)
-    context_tokens = max_context_tokens(model.hf_config, config.engine)
-    fit = _fitting(config, read_task_files(config.data.validation_files)[0], model.chat, context_tokens)
-    if fit.notice and dry_run:  # in a run the evaluation prints it
-        print(fit.notice, flush=True)
-    tasks = fit.kept
+    models: dict[str, _Model] = {}
+    context_tokens: dict[str, int] = {}
+    held_out = tasks = read_task_files(config.data.validation_files)[0]
+    for path in config.served:
+        model = _check_model(path, one_rank, config.rollout.inexact_template, weights=not dry_run)
+        check_context_length(config.engine, model.spec)
+        models[path] = model
+        context_tokens[path] = max_context_tokens(model.hf_config, config.engine)
+        fit = _fitting(config, held_out, model.chat, context_tokens[path])
+        if fit.notice and dry_run:  # in a run the evaluation prints it
+            print(fit.notice, flush=True)
+        tasks = fit.kept
+    if not models:  # the tokenizer of model.path counts the tokens of API models
+        folder = resolve_model_folder(config.model.path, weights=False)
+        ChatTemplate(load_tokenizer(folder)).check_growth(config.rollout.inexact_template)
     gateway = _check_players(config, node)
     calls = evaluation_calls(config, lengths_of(tasks), len(tasks))
-    report(evaluate_plan(config, model.spec, node=node, tasks=len(tasks), calls=calls))
+    specs = {path: model.spec for path, model in models.items()}
+    report(evaluate_plan(config, specs, node=node, tasks=len(tasks), calls=calls))
     warn_of_players(config)
-    check_gpus(config.parallel, started_ranks(config.engine), node)
+    check_gpus(config.parallel, started_ranks(config.engine) if models else 0, node)
     if node.here:
         check_run(config.run)
         output = config.output or config.run.evaluations_dir / "model.json"
         check_file("output", output)
         journal = config.journal.path
         check_folder("journal.path", config.run.dir / "journal" if journal is None else journal.parent)
-    _check_engines(config, node)
+    if models:
+        _check_engines(config, node)
     asyncio.run(_check_reachable(gateway, node))
     return context_tokens
 
@@ -284,10 +297,17 @@ def _check_players(config: RLConfig | EvaluateConfig, node: Node) -> Gateway:
     """Metrics, their modules, prompt files, keys and prices; no LLM is called."""
     check_prompt_files(config)
     SimulatorHealth(config.simulators.health)
-    gateway = Gateway(llm_roles(config.simulators, config.reward), config.run.seed, budget=config.budget)
+    roles = llm_roles(config.simulators, config.reward) | config.extra_roles
+    gateway = Gateway(roles, config.run.seed, budget=config.budget)
     gateway.check_models()
     configured_scorer(config.reward, config.simulators, gateway, here=node.here)
     user_simulator(config.simulators, gateway)
+    evaluation_users(config.simulators, config.evaluation, gateway)
+    if isinstance(config, EvaluateConfig):
+        for row in config.rows.values():
+            proactive_message(row.proactive_prompt_file)
+        if config.compare.judged_pairs:
+            pair_judge(config.simulators, config.compare, gateway)
     return gateway
 
 

@@ -12,7 +12,8 @@ goes through the turns of a future together, so the wait for the slowest reply i
 
     work / (devices x rate x share)
 
-with rates and shares of model/hardware.py. Not counted: evaluations, checkpoints, failures, unequal data ranks.
+with rates and shares of model/hardware.py. Not counted: evaluations, checkpoints, failures, unequal data ranks, equal
+replies that share their futures. `num_repeat_rollouts: auto` counts as auto_futures of every reply.
 
 Legend: S sequences, b running requests of a server, c their limit, size bytes of an element.
 """
@@ -92,7 +93,8 @@ def step_time(
     """The time of one step."""
     rollout = config.rollout
     replies = rollout.prompts_per_step * rollout.num_replies
-    futures = replies * rollout.num_repeat_rollouts
+    judged = rollout.prompts_per_step * rollout.tree_futures  # a reply without a future is judged itself
+    futures = judged if rollout.first_futures else 0
     turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if futures else 0
     reply = rollout.max_new_tokens * assumed.reply_share
     engines = _Engines(config, spec, hardware, assumed)
@@ -107,7 +109,7 @@ def step_time(
         {
             "sampling": sampling,
             "users": turns * _users_s(config, futures, assumed),
-            "judges": _judges_s(config, max(futures, replies), assumed),
+            "judges": _judges_s(config, judged, assumed),
             "logprobs": trainer.logprobs_s(),
             "update": trainer.update_s(),
             "weight_sync": _sync_s(config, spec, hardware, placement),

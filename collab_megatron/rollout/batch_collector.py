@@ -14,6 +14,7 @@ from collab_megatron.figures import Figure, Figures, of_kind
 from collab_megatron.rollout.clients import RolloutClients
 from collab_megatron.rollout.delivered_batches import DeliveredBatches
 from collab_megatron.rollout.group import tally, training_samples
+from collab_megatron.rollout.hacking import hacking_metrics
 from collab_megatron.rollout.llm import GatewaySnapshot
 from collab_megatron.rollout.llm.health import share_figures
 from collab_megatron.rollout.metrics import rollout_metrics, staleness_metrics
@@ -121,6 +122,7 @@ class BatchCollector:
         notes = [*with_examples(warnings, self._clients.health.examples()), *self._clients.gateway.budget.warnings()]
         figures = self._figures(step, trees, groups)
         figures["rollout/samples"] = Figure.of("sum", [len(samples)])
+        figures["rollout/trained_tokens"] = Figure.of("sum", [sum(len(sample.reply_ids_T) for sample in samples)])
         answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
         self._clients.players.unexpected.begin()
         wanted = self._recorder.wants(step + 1)
@@ -153,6 +155,7 @@ class BatchCollector:
         online = self._config.online_dpo
         return {
             **rollout_metrics(groups, self._config.reward.metric_weights, self._config.reward.metric_clamps),
+            **hacking_metrics(groups, self._config.reward.metric_weights, self._config.reward.metric_clamps),
             **(preference_figures(groups, online) if online is not None else {}),
             **staleness_metrics(groups, step),
             "rollout/groups_replaced": Figure.of("sum", [sum(tree.replaced for tree in trees)]),

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from collab_megatron.config.entry import EvaluateConfig, RLConfig
-from collab_megatron.config.roles import llm_roles
+from collab_megatron.config.roles import MODEL_OF, llm_roles
 from collab_megatron.config.sections import DriverSection, EvaluationSection
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.token_limit import fitting_tasks
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.limiter import AdaptiveLimiter
+from collab_megatron.rollout.api_model import ApiModel
 from collab_megatron.rollout.busy import BusyClock
 from collab_megatron.rollout.future import Limits, Players
 from collab_megatron.rollout.journal import store
 from collab_megatron.rollout.journal.store import Journal
 from collab_megatron.rollout.journaled_engine import JournaledEngine
 from collab_megatron.rollout.lineage import lineage_of
-from collab_megatron.rollout.llm import Gateway, SimulatorHealth, user_simulator
+from collab_megatron.rollout.llm import Gateway, SimulatorHealth, evaluation_users, user_simulator
 from collab_megatron.rollout.rewards import configured_scorer
+from collab_megatron.rollout.rewards.second_judge import configured_second_judge
 from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
-from collab_megatron.types import Task
+from collab_megatron.types import Task, UserSimulator
 
 GC_THRESHOLDS = 100_000, 50, 1000
 """Thousands of concurrent conversations have many objects that live for seconds. With the default thresholds the
@@ -43,6 +45,10 @@ class RolloutClients:
     gateway: Gateway
     health: SimulatorHealth
     journal: Journal | None
+    # name -> simulated user of an evaluation, that of the config as "" and first; empty: that of `players`
+    evaluation_users: Mapping[str, UserSimulator] = field(default_factory=dict)
+    # row of an evaluation's table -> the API model in the place of the policy
+    api_models: Mapping[str, ApiModel] = field(default_factory=dict)
 
 
 def open_journal(config: RLConfig) -> Journal:
@@ -75,7 +81,7 @@ async def open_clients(
     watched = config.simulators.health
     health = SimulatorHealth(watched.model_copy(update={"min_replies": max(1, watched.min_replies // shards)}))
     gateway = Gateway(
-        llm_roles(config.simulators, config.reward),
+        llm_roles(config.simulators, config.reward) | config.extra_roles,
         config.run.seed,
         journal=journal,
         observer=health,
@@ -102,12 +108,15 @@ async def open_clients(
         gc.collect()
         gc.freeze()  # later collections skip the objects of the imports: 15 % of a call's CPU time
         gc.set_threshold(*GC_THRESHOLDS)
+        user = user_simulator(config.simulators, gateway, health)
         try:
             yield RolloutClients(
                 players=Players(
                     engine=engine,
-                    user=user_simulator(config.simulators, gateway, health),
+                    user=user,
+                    together=user,
                     scorer=configured_scorer(config.reward, config.simulators, gateway),
+                    second_judge=configured_second_judge(config.reward, config.simulators, gateway) if driver else None,
                     chat=chat,
                     engine_clock=BusyClock(),
                     user_clock=BusyClock(),
@@ -122,6 +131,7 @@ async def open_clients(
                     temperature=rollout.temperature,
                     cut_reply=rollout.cut_reply,
                     cut_penalty=rollout.cut_penalty,
+                    keep_contexts=isinstance(config, RLConfig) and config.algorithm.credit == "tree",
                     termination_signal=config.simulators.user.termination_signal,
                     future_timeout_s=driver.future_timeout_s if driver else config.evaluation.timeout_s,
                 ),
@@ -131,6 +141,12 @@ async def open_clients(
                 gateway=gateway,
                 health=health,
                 journal=journal,
+                api_models={
+                    role.removeprefix(MODEL_OF): ApiModel(gateway.role(role), chat.turn_ids, rollout.thought_tags)
+                    for role in config.extra_roles
+                    if role.startswith(MODEL_OF)
+                },
+                evaluation_users=evaluation_users(config.simulators, config.evaluation, gateway, health),
             )
         finally:
             await gateway.close()

@@ -131,14 +131,16 @@ class Conversation(Generic[T]):
     async def score(self, scorer: ConversationScorer) -> dict[str, float]:
         """The score of every metric. Waits for the judges. Raises what the scorer raises."""
         self._wait_for(RolloutStatus.JUDGE_FAILED)
-        return await scorer.score(
-            ScoredConversation(
-                task=self._task,
-                messages=tuple(self.messages),
-                num_prompt_messages=self._num_prompt_messages,
-                policy_tokens=self._policy_tokens,
-                sample_index=self._sample_index,
-            )
+        return await scorer.score(self.finished())
+
+    def finished(self) -> ScoredConversation:
+        """The conversation so far, for its judges."""
+        return ScoredConversation(
+            task=self._task,
+            messages=tuple(self.messages),
+            num_prompt_messages=self._num_prompt_messages,
+            policy_tokens=self._policy_tokens,
+            sample_index=self._sample_index,
         )
 
     def future(self, index: int, status: RolloutStatus, error: str = "") -> Future:

@@ -30,6 +30,14 @@ def sample_tasks(tasks: Sequence[Task], count: int, seed: int, *, openings_only:
     return sorted(sorted(numbered, key=lambda item: (_draw(seed, item[1].task_id), item[0]))[:count], key=_place)
 
 
+def with_system_message(task: Task, text: str) -> Task:
+    """The task with `text` after its system message, or as its system message."""
+    first, *rest = task.prompt
+    if first.role == "system":
+        return replace(task, prompt=(Message("system", f"{first.content}\n\n{text}"), *rest))
+    return replace(task, prompt=(Message("system", text), *task.prompt))
+
+
 def has_both(tasks: Sequence[Numbered]) -> bool:
     """Whether the tasks include openings and later turns."""
     return len({is_opening(task) for _, task in tasks}) > 1

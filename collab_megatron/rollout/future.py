@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from collab_megatron.concurrency import run_all
 from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError
 from collab_megatron.rollout.busy import BusyClock
-from collab_megatron.rollout.conversation import Conversation, ConversationScorer, TurnLimits
+from collab_megatron.rollout.conversation import Conversation, ConversationScorer, Policy, TurnLimits
+from collab_megatron.rollout.first_turns import UserTurnsTogether
 from collab_megatron.rollout.journal.store import ReplayMiss
 from collab_megatron.rollout.llm.accounting import CALLS
 from collab_megatron.rollout.rewards.scorer import DETAILS, is_of_own_metric
+from collab_megatron.rollout.rewards.second_judge import SecondJudge
 from collab_megatron.rollout.unexpected_errors import UnexpectedErrors
 from collab_megatron.types import (
     CallRecord,
@@ -57,6 +60,7 @@ class Limits(TurnLimits):
     temperature: float
     future_timeout_s: float = 600.0  # deadline of one future
     cut_penalty: float = -1.0  # reward of a conversation that breaks off under `cut_reply: penalty`
+    keep_contexts: bool = False  # futures keep the token ids before each of their policy turns, for tree credit
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Players:
     user_clock: BusyClock
     judge_clock: BusyClock
     unexpected: UnexpectedErrors = field(default_factory=UnexpectedErrors)
+    second_judge: SecondJudge | None = None  # scores a sample again
+    together: UserTurnsTogether | None = None  # `user`, where it can write several turns in one request
 
 
 async def play_future(
@@ -84,8 +90,10 @@ async def play_future(
     simulate: bool,
     limits: Limits,
     players: Players,
+    policy: Policy[PolicyTurn] | None = None,
 ) -> Future:
-    """Play and score future `index` of a reply. A failed call, the deadline and an unexpected exception are statuses.
+    """Play and score future `index` of a reply with `policy`, or with the engine's where it is None. A failed call, the
+    deadline and an unexpected exception are statuses.
 
     `name` is unique in the run and names the policy turns in the journal. With `simulate` False (K = 0) the reply is
     scored as it is. A conversation that breaks off under `cut_reply: penalty` has a reward and no scores.
@@ -98,7 +106,8 @@ async def play_future(
     details: dict[str, Mapping[str, Any]] = {}
     before_details = DETAILS.set(details)
     conversation = Conversation(task, task.prompt, reply, sample_index=sample_index)
-    policy = EnginePolicy(task, prompt_ids, reply, name=name, limits=limits, players=players)
+    if policy is None:
+        policy = EnginePolicy(task, prompt_ids, reply, name=name, limits=limits, players=players)
     try:
         async with asyncio.timeout(limits.future_timeout_s) as deadline:
             future = await _play(conversation, policy, index, simulate=simulate, limits=limits, players=players)
@@ -123,13 +132,14 @@ async def play_future(
         versions=(min(versions), max(versions)) if versions else (0, 0),
         details=details,
         turns=tuple(conversation.turns[1:]),
+        contexts=tuple(policy.contexts[: len(conversation.turns) - 1]) if isinstance(policy, EnginePolicy) else (),
         calls=tuple(calls),
     )
 
 
 async def _play(
     conversation: Conversation[PolicyTurn],
-    policy: EnginePolicy,
+    policy: Policy[PolicyTurn],
     index: int,
     *,
     simulate: bool,
@@ -145,9 +155,13 @@ async def _play(
     played = conversation.future(index, status)
     if limits.cut_reply == "penalty" and limits.breaks_off(conversation.turns[-1]):
         return replace(played, reward=limits.cut_penalty)
+    finished, second = conversation.finished(), players.second_judge
     with players.judge_clock:
-        scores = await conversation.score(players.scorer)
-    return replace(played, scores=scores, reward=players.scorer.reward(scores))
+        if second is None or not second.wants(finished.sample_index):
+            scores, others = await conversation.score(players.scorer), dict[str, float]()
+        else:
+            scores, others = await run_all([conversation.score(players.scorer), second.score(finished)])
+    return replace(played, scores=scores, second_scores=others, reward=players.scorer.reward(scores))
 
 
 class EnginePolicy:
@@ -170,6 +184,7 @@ class EnginePolicy:
         self._sampled = list(task.prompt)  # the messages with the policy's thoughts, as the chat template needs them
         self._context = list(prompt_ids)
         self._turns = 0
+        self.contexts: list[tuple[int, ...]] = []  # of the turns after the reply, with limits.keep_contexts
         self._add(reply)
 
     async def answer(self, messages: Sequence[Message]) -> PolicyTurn | None:
@@ -179,6 +194,8 @@ class EnginePolicy:
         self._sampled.append(user)
         if len(self._context) + self._limits.max_new_tokens > self._limits.max_context_tokens:
             return None
+        if self._limits.keep_contexts:
+            self.contexts.append(tuple(self._context))
         (turn,) = await ask_policy(
             self._context,
             1,

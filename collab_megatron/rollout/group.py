@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from collab_megatron.concurrency import run_all
 from collab_megatron.config.sections.algorithms import Baseline, Scale
+from collab_megatron.config.sections.rollout import EqualReplies
 from collab_megatron.rollout.advantages import group_advantages, overlong_shaping
+from collab_megatron.rollout.equal_replies import first_equal, is_uniform
 from collab_megatron.rollout.future import Limits, Players, ask_policy, play_future
+from collab_megatron.rollout.group_futures import AutoFutures, FuturesRules, play_futures
 from collab_megatron.rollout.rewards import multiturn_reward
+from collab_megatron.rollout.tree_credit import TreeBaseline, with_turn_advantages
 from collab_megatron.run_order import POSITION, RunPosition
-from collab_megatron.types import Future, Group, PolicyTurn, Reply, RolloutStatus, Task, TrainingSample
+from collab_megatron.types import Future, Group, PolicyTurn, Reply, Task, TrainingSample
 from collab_megatron.wire.protocol import Tally
 
 
@@ -21,7 +24,7 @@ class GroupRules:
     """Size of a group, and when replies or the group are dropped."""
 
     num_replies: int  # n
-    num_futures: int  # K; 0 scores each reply without a future
+    num_futures: int  # K; 0 scores each reply without a future; with `auto` of the first round
     min_replies: int  # with fewer scored replies the group is dropped
     min_futures: int  # with fewer scored futures the reply leaves its group
     group_timeout_s: float  # starts when the replies are sampled; then the group is complete without its late futures
@@ -32,9 +35,19 @@ class GroupRules:
     overlong_share: float = 0.0  # of `longest`, in which a reply loses reward
     overlong_penalty: float = 1.0
     longest: int = 1  # tokens that a reply may have
+    equal_replies: EqualReplies = "apart"
+    uniform_group_futures: int = 1  # of a group whose replies are all equal, unless they are kept apart
+    auto: AutoFutures | None = None
+    tree_baseline: TreeBaseline | None = None  # None: only the replies get advantages (algorithm.credit: reply)
+
+    @property
+    def uniform_groups_teach(self) -> bool:
+        """Whether a group of equal replies, in which none is better than another, teaches anything: its later turns
+        differ, or it is compared with other groups."""
+        return self.tree_baseline is not None or self.baseline == "batch"
 
     def shaping(self, turn: PolicyTurn) -> float:
-        """What its length adds to the reward of a reply; never positive."""
+        """What its length adds to the reward of a policy turn; never positive."""
         return overlong_shaping(
             turn.num_tokens, longest=self.longest, share=self.overlong_share, penalty=self.overlong_penalty
         )
@@ -63,53 +76,71 @@ async def grow_group(
     limits: Limits,
     players: Players,
 ) -> Group:
-    """Play every future of every reply concurrently.
+    """Play the futures of the replies concurrently; rewards and advantages.
 
-    A broken reply (`limits.cut_reply`) has K equal futures: one is scored, and all K get its scores, so that counts and
-    `min_futures` keep their meaning.
-
-    Waits for all futures, at most `rules.group_timeout_s`; unfinished futures are cancelled and get the status LATE.
-    Raises what play_future raises.
+    Waits for the futures, at most `rules.group_timeout_s`. Raises what play_future raises.
     """
+    uniform = rules.equal_replies != "apart" and is_uniform(turns_G)
     count = max(rules.num_futures, 1)
-    played = [(g, k) for g, turn in enumerate(turns_G) for k in range(1 if limits.breaks_off(turn) else count)]
-    late = f"its group reached its deadline of {rules.group_timeout_s:g} s"
-    results = await run_all(
-        (
-            play_future(
-                task,
-                prompt_ids,
-                turns_G[g],
-                index=k,
-                name=f"{tree_id}/{g}/{k}",
-                sample_index=tree_id.first_sample + g * count + k,
-                simulate=rules.num_futures > 0,
-                limits=limits,
-                players=players,
-            )
-            for g, k in played
+    if uniform and not rules.uniform_groups_teach:
+        count = min(count, rules.uniform_group_futures)
+    group = Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=(), kept=True, name=str(tree_id))
+    if not count:
+        return replace(group, replies_G=tuple(Reply(turn, (), advantage=0.0, same_as=0) for turn in turns_G))
+    futures_G = await play_futures(
+        task,
+        prompt_ids,
+        turns_G,
+        tree_id,
+        rules=FuturesRules(
+            num_futures=rules.num_futures,
+            equal_replies="once" if uniform else rules.equal_replies,
+            auto=rules.auto,
+            timeout_s=rules.group_timeout_s,
         ),
-        timeout_s=rules.group_timeout_s,
-        late=lambda number: Future(played[number][1], RolloutStatus.LATE, (), error=late),
+        count=count,
+        limits=limits,
+        players=players,
     )
-    futures = dict(zip(played, results, strict=True))
-    for g in range(len(turns_G)):
-        for k in range(1, count):
-            futures.setdefault((g, k), replace(futures[g, 0], index=k, calls=()))
-    replies = tuple(
-        _reply(turn, [futures[g, k] for k in range(count)], rules.min_futures) for g, turn in enumerate(turns_G)
-    )
-    return with_advantages(
-        Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=replies, kept=True, name=str(tree_id)), rules
+    replies = _replies(turns_G, futures_G, rules, least=min(rules.min_futures, count))
+    group = with_advantages(replace(group, replies_G=replies), rules)
+    if rules.tree_baseline is None:
+        return group
+    return with_turn_advantages(
+        group,
+        eps=rules.advantage_eps,
+        min_std=rules.min_group_std,
+        baseline=rules.tree_baseline,
+        divides=rules.scale == "group_std",
+        shaping=rules.shaping,
     )
 
 
-def _reply(turn: PolicyTurn, futures: Sequence[Future], min_futures: int) -> Reply:
-    enough = sum(future.status.scored for future in futures) >= min_futures
+def _replies(
+    turns_G: Sequence[PolicyTurn], futures_G: Sequence[Sequence[Future]], rules: GroupRules, *, least: int
+) -> tuple[Reply, ...]:
+    """The replies with their rewards; `least`: scored futures that a reward needs."""
+    first_G = first_equal(turns_G) if rules.equal_replies != "apart" else range(len(turns_G))
+    replies = []
+    for g, (turn, own, first) in enumerate(zip(turns_G, futures_G, first_G, strict=True)):
+        counted = own
+        if rules.equal_replies == "pool":
+            counted = [future for h, futures in enumerate(futures_G) if first_G[h] == first for future in futures]
+        reply = _reply(turn, own, least, counted)
+        replies.append(reply if first == g else replace(reply, same_as=first))
+    return tuple(replies)
+
+
+def _reply(
+    turn: PolicyTurn, futures: Sequence[Future], min_futures: int, counted: Sequence[Future] | None = None
+) -> Reply:
+    """`counted`: the futures that make the reward, if not its own."""
+    counted = futures if counted is None else counted
+    enough = sum(future.status.scored for future in counted) >= min_futures
     return Reply(
         turn=turn,
         futures_K=tuple(futures),
-        mr=multiturn_reward(futures) if enough else None,
+        mr=multiturn_reward(counted) if enough else None,
     )
 
 
@@ -142,7 +173,9 @@ def with_advantages(group: Group, rules: GroupRules) -> Group:
 
 def has_spread(group: Group) -> bool:
     """Whether the group has a learning signal: it is kept, and not all advantages are 0."""
-    return group.kept and any(reply.advantage for reply in group.replies_G)
+    return group.kept and any(
+        reply.advantage or any(any(future.advantages) for future in reply.futures_K) for reply in group.replies_G
+    )
 
 
 def tally(groups: Sequence[Group]) -> Tally:
@@ -154,27 +187,43 @@ def tally(groups: Sequence[Group]) -> Tally:
 
 
 def training_samples(group: Group, zero_advantage: Literal["keep", "drop"]) -> list[TrainingSample]:
-    """The replies to train on: none of a dropped group, and with "drop" none of a group without spread."""
+    """The policy turns to train on: none of a dropped group, and with "drop" none of a group without spread.
+
+    Every reply with an advantage, then every later turn of its futures with one. Equal replies and copied futures count
+    as often as they are there: each stands for what the policy does as often.
+    """
     if not group.kept or (zero_advantage == "drop" and not has_spread(group)):
         return []
-    return [
-        training_sample(group, reply)
+    replies = [training_sample(group, reply) for reply in group.replies_G if reply.advantage is not None]
+    later = [
+        _sample(context, turn, advantage, 0.0, group)
         for reply in group.replies_G
-        if reply.advantage is not None and reply.shaped_reward is not None and reply.generation.token_ids_T
+        for future in reply.futures_K
+        for context, turn, advantage in zip(future.contexts, future.turns, future.advantages, strict=False)
+        if advantage is not None
     ]
+    return [sample for sample in (*replies, *later) if sample.reply_ids_T]
 
 
 def training_sample(group: Group, reply: Reply) -> TrainingSample:
     """A reply of the group as the trainer sees it. The reply must have an advantage."""
     assert reply.advantage is not None
-    assert reply.shaped_reward is not None
+    # a group of equal replies may have no reward (rollout.uniform_group_futures: 0): any number that all of them share
+    # leaves them equal
+    reward = 0.0 if reply.shaped_reward is None else reply.shaped_reward
+    return _sample(group.prompt_ids, reply.turn, reply.advantage, reward, group)
+
+
+def _sample(
+    prompt_ids: tuple[int, ...], turn: PolicyTurn, advantage: float, reward: float, group: Group
+) -> TrainingSample:
     return TrainingSample(
-        prompt_ids=group.prompt_ids,
-        reply_ids_T=reply.generation.token_ids_T,
-        rollout_logprobs_T=reply.generation.logprobs_T,
-        versions_T=reply.generation.versions_T,
-        advantage=reply.advantage,
-        reward=reply.shaped_reward,
+        prompt_ids=prompt_ids,
+        reply_ids_T=turn.generation.token_ids_T,
+        rollout_logprobs_T=turn.generation.logprobs_T,
+        versions_T=turn.generation.versions_T,
+        advantage=advantage,
+        reward=reward,
         group=group.name,
     )
 

@@ -41,7 +41,7 @@ FREE: Mapping[str, frozenset[str]] = {
     "run": frozenset({"dir", "name", "resume", "init_from", "umask", "stopped_timeout_s"}),  # init_from by content
     "model": frozenset({"path"}),  # by content
     "data": frozenset({"train", "validation"}),  # by content; held-out rows do not change the training
-    "reward": frozenset({"metric_modules"}),  # by content
+    "reward": frozenset({"metric_modules", "second_judge", "second_judge_share"}),  # by content; does not reward
     "algorithm": frozenset({"preset"}),  # its pieces count
     "optimizer": frozenset({"distributed", "overlap", "cpu_offload"}),
     "simulators": frozenset({"health", "assistant"}),  # limits of the health check; the data engine's LLM

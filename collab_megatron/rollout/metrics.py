@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from collab_megatron.figures import Figure, Figures
+from collab_megatron.rollout.equal_replies import first_equal, is_uniform
 from collab_megatron.rollout.evaluation_tasks import is_opening
+from collab_megatron.rollout.group import has_spread
 from collab_megatron.rollout.rewards import asks_question, clamped_shares
 from collab_megatron.rollout.rewards.aggregate import DEFAULT_CLAMPS, Clamps
+from collab_megatron.rollout.rewards.noise import noise_variance
 from collab_megatron.types import Future, Group, Reply, RolloutStatus, Task
 
 
@@ -59,8 +63,10 @@ def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float], clamp
     figures["advantage/std"] = Figure.of("std", advantages)
     figures["advantage/max"] = Figure.of("max", advantages)
     figures["advantage/min"] = Figure.of("min", advantages)
-    live = sum(any(r.advantage for r in group.replies_G) for group in groups)
-    figures["advantage/groups_with_signal"] = Figure.ratio(live, len(groups))
+    figures["advantage/groups_with_signal"] = Figure.ratio(sum(map(has_spread, groups)), len(groups))
+    later = [a for _, reply in replies for f in reply.futures_K if not f.copied for a in f.advantages if a is not None]
+    if later:  # algorithm.credit: tree
+        figures["advantage/later_turns_std"] = Figure.of("std", later)
     figures |= {f"rollout/{name}": value for name, value in clarify_rates(replies).items()}
     lengths = [len(reply.generation.token_ids_T) for _, reply in replies]
     figures["rollout/reply_tokens_mean"] = Figure.of("mean", lengths)
@@ -69,34 +75,64 @@ def rollout_metrics(groups: Sequence[Group], weights: Mapping[str, float], clamp
     figures["rollout/cut_share"] = Figure.ratio(cut, len(replies))
     empty = sum(reply.turn.broken and not reply.turn.cut for _, reply in replies)
     figures["rollout/empty_share"] = Figure.ratio(empty, len(replies))
-    later = [turn for future in futures for turn in future.turns]
-    figures["rollout/later_turns_broken_share"] = Figure.ratio(sum(turn.broken for turn in later), len(later))
+    turns = [turn for future in futures for turn in future.turns]
+    figures["rollout/later_turns_broken_share"] = Figure.ratio(sum(turn.broken for turn in turns), len(turns))
     figures["rollout/groups_dropped"] = Figure.of("sum", [sum(not group.kept for group in groups)])
+    figures |= _equal_metrics(groups)
     for status in RolloutStatus:
         count = sum(future.status is status for future in futures)
         figures[f"rollout/futures_{status.value}"] = Figure.of("sum", [count])
     return figures
 
 
-def _spread_metrics(groups: Sequence[Group]) -> Figures:
-    """Variance between the replies of a group (signal) and between the futures of a reply (noise).
+def _equal_metrics(groups: Sequence[Group]) -> Figures:
+    """Share of replies that no earlier reply of their group equals; groups of one distinct reply; futures played."""
+    turns = [[reply.turn for reply in group.replies_G] for group in groups]
+    distinct = sum(first == g for turns_G in turns for g, first in enumerate(first_equal(turns_G)))
+    played = [sum(not f.copied for reply in group.replies_G for f in reply.futures_K) for group in groups]
+    return {
+        "rollout/distinct_share": Figure.ratio(distinct, sum(map(len, turns))),
+        "rollout/groups_uniform": Figure.of("sum", [sum(map(is_uniform, turns))]),
+        "rollout/futures_played": Figure.of("sum", [sum(played)]),
+    }
 
-    With K futures the noise variance of the MR is futures_var / K. If that is close to replies_var, raise K."""
+
+def _spread_metrics(groups: Sequence[Group]) -> Figures:
+    """Variance of MR between the replies of a group, of R* between the futures of a reply, and the share of the former
+    that the latter explains: noise, on which advantages are wasted."""
     stds, between, within = [], [], []
+    noise = spread = 0.0
     for group in groups:
         mrs = [reply.mr for reply in group.replies_G if reply.mr is not None]
-        if len(mrs) > 1:
-            stds.append(statistics.stdev(mrs))
-            between.append(statistics.variance(mrs))
-        for reply in group.replies_G:
-            rewards = [future.reward for future in reply.futures_K if future.reward is not None]
-            if len(rewards) > 1:
-                within.append(statistics.variance(rewards))
+        rewards_C, copies_C = _estimates(group)
+        within += [statistics.variance(rewards) for rewards in rewards_C if len(rewards) > 1]
+        if len(mrs) < 2:
+            continue
+        stds.append(statistics.stdev(mrs))
+        between.append(statistics.variance(mrs))
+        known = noise_variance(rewards_C, copies_C)
+        if known is not None:
+            noise += min(known, between[-1])
+            spread += between[-1]
     return {
         "advantage/group_mr_std": Figure.of("mean", stds),
         "advantage/replies_var": Figure.of("mean", between),
         "advantage/futures_var": Figure.of("mean", within),
+        "advantage/noise_share": Figure.ratio(noise, spread),
     }
+
+
+def _estimates(group: Group) -> tuple[list[list[float]], list[int]]:
+    """For each reply with a reward of its own: the rewards of the futures behind it, and the replies that share it."""
+    rewards: dict[int, list[float]] = {}
+    copies: Counter[int] = Counter()
+    for g, reply in enumerate(group.replies_G):
+        if reply.mr is not None:
+            first = g if reply.same_as is None else reply.same_as
+            copies[first] += 1
+            own = [f.reward for f in reply.futures_K if f.reward is not None and not f.copied]
+            rewards.setdefault(first, []).extend(own)
+    return list(rewards.values()), [copies[first] for first in rewards]
 
 
 def staleness_metrics(groups: Sequence[Group], step: int) -> Figures:

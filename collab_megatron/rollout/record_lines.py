@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any
 
 import orjson
@@ -53,6 +53,7 @@ def reply_record(reply: Reply) -> dict[str, Any]:
         **_turn(reply.turn),
         "mr": reply.mr,
         "advantage": reply.advantage,
+        "same_as": reply.same_as,
         "futures": [_future(future) for future in reply.futures_K],
     }
 
@@ -79,14 +80,19 @@ def _future(future: Future) -> dict[str, Any]:
     return {
         "status": future.status.value,
         "messages": [message.as_dict() for message in future.messages],
-        "turns": [_turn(turn) for turn in future.turns],
+        "turns": [
+            {**_turn(turn), "advantage": advantage}
+            for turn, advantage in zip_longest(future.turns, future.advantages[: len(future.turns)])
+        ],
         "calls": [vars(call) for call in future.calls],
         "scores": dict(future.scores),
+        "second_scores": dict(future.second_scores),
         "details": dict(future.details),
         "reward": future.reward,
         "policy_tokens": future.policy_tokens,
         "weight_versions": list(future.versions),
         "error": future.error,
+        "copied": future.copied,
     }
 
 

@@ -45,9 +45,12 @@ class ShardEvaluator:
             shard=self._index,
             shards=self._config.driver.shards,
             within=partial(budget.room, self._calls),
+            users=self._clients.evaluation_users,
         )
-        write_transcripts(transcript_file(run.evaluations_dir, step, self._index), step, played.groups)
-        keep_newest(run.evaluations_dir, section.keep_transcripts, self._index, step=step)
+        for user, groups in played.by_user.items():
+            folder = run.evaluations_dir / "users" / user if user else run.evaluations_dir
+            write_transcripts(transcript_file(folder, step, self._index), step, groups)
+            keep_newest(folder, section.keep_transcripts, self._index, step=step)
         if played.stop:
             return Answer(error=played.stop, stop="budget")
         unexpected = self._clients.players.unexpected

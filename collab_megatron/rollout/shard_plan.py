@@ -17,7 +17,7 @@ class ShardPlan:
     tasks: Sequence[Task]
     seed: int
     prompts_per_step: int
-    futures_per_tree: int  # n * max(K, 1)
+    futures_per_tree: int  # sample indices of a tree: n times the most futures of a reply
     index: int = 0
     count: int = 1
 

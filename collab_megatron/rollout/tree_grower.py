@@ -9,8 +9,10 @@ from collab_megatron.errors import RunError
 from collab_megatron.rollout.clients import RolloutClients, usable_tasks
 from collab_megatron.rollout.future import STOPS_ALL
 from collab_megatron.rollout.group import GroupRules, grow_group, sample_replies
+from collab_megatron.rollout.group_futures import AutoFutures
 from collab_megatron.rollout.llm.budget import Reservation
 from collab_megatron.rollout.rewards import judge_calls
+from collab_megatron.rollout.rewards.second_judge import second_judge_calls
 from collab_megatron.rollout.shard_plan import ShardPlan
 from collab_megatron.rollout.tree_scheduler import SchedulerRules, Tree
 from collab_megatron.types import Group
@@ -22,7 +24,7 @@ class TreeGrower:
     def __init__(self, config: RLConfig, clients: RolloutClients, index: int) -> None:
         self._clients = clients
         driver, rollout = config.driver, config.rollout
-        oversample = driver.oversample_prompts
+        oversample, auto = driver.oversample_prompts, rollout.num_repeat_rollouts == "auto"
         tasks, _ = read_task_files(config.data.train_files)
         usable = usable_tasks(tasks, clients, rollout.max_prompt_tokens)
         self.left_out = len(tasks) - len(usable)  # training prompts that are too long
@@ -31,11 +33,13 @@ class TreeGrower:
             usable,
             seed=config.run.seed,
             prompts_per_step=rollout.prompts_per_step,
-            futures_per_tree=rollout.num_replies * max(rollout.num_repeat_rollouts, 1),
+            futures_per_tree=rollout.num_replies * rollout.most_futures,
             index=index,
             count=driver.shards,
         )
-        self._tree_calls = tree_calls(rollout, judge_calls(config.reward, config.simulators))
+        self._tree_calls = tree_calls(rollout, judge_calls(config.reward, config.simulators)) + second_judge_calls(
+            config.reward, config.simulators, rollout.tree_futures
+        )
         self.scheduler_rules = SchedulerRules(
             max_staleness=driver.max_staleness,
             # a shard's part may be 0 trees, where oversample_prompts=0 stands for a whole batch
@@ -45,7 +49,7 @@ class TreeGrower:
         )
         self._group_rules = GroupRules(
             num_replies=rollout.num_replies,
-            num_futures=rollout.num_repeat_rollouts,
+            num_futures=rollout.first_futures,
             min_replies=rollout.min_replies,
             min_futures=driver.min_futures,
             group_timeout_s=driver.group_timeout_s,
@@ -56,6 +60,10 @@ class TreeGrower:
             overlong_share=config.algorithm.overlong_share,
             overlong_penalty=config.algorithm.overlong_penalty,
             longest=rollout.max_new_tokens,
+            equal_replies=rollout.equal_replies,
+            tree_baseline=config.algorithm.tree_baseline if config.algorithm.credit == "tree" else None,
+            uniform_group_futures=rollout.uniform_group_futures,
+            auto=AutoFutures(rollout.most_futures, rollout.tree_futures) if auto else None,
         )
 
     def reserve(self) -> Reservation | None:
@@ -84,6 +92,5 @@ class TreeGrower:
 
 def tree_calls(rollout: RolloutSection, judges: int) -> int:
     """The most LLM requests of one tree, without retries; `judges`: those for the scores of one conversation."""
-    futures = rollout.num_replies * max(rollout.num_repeat_rollouts, 1)
-    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.num_repeat_rollouts else 0
-    return futures * (turns + judges)
+    turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.first_futures else 0
+    return rollout.tree_futures * (turns + judges)

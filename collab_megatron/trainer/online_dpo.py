@@ -58,7 +58,15 @@ def update_on_pairs(
         means_of_pairs(result.metrics, pairs=pairs, tokens=tokens)
         for result, (_, pairs, tokens) in zip(results, prepared, strict=True)
     ]
-    return step_metrics(results, means, batch, imbalance=imbalance, flops=flops, skipped=skipped)
+    return step_metrics(
+        results,
+        means,
+        computed=sum(len(sample.prompt_ids) + len(sample.reply_ids_T) for sample in batch.samples),
+        trained=sum(tokens for _, _, tokens in prepared),
+        imbalance=imbalance,
+        flops=flops,
+        skipped=skipped,
+    )
 
 
 def pairs_of(batch: RolloutBatch) -> list[Pair]:

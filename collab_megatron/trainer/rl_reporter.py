@@ -14,7 +14,8 @@ from collab_megatron.errors import RunError
 from collab_megatron.files import fsync
 from collab_megatron.json_lines import append_rows, keep_rows
 from collab_megatron.trainer.report.alarms import Alarms
-from collab_megatron.trainer.report.dashboard import Dashboard, first_again
+from collab_megatron.trainer.report.dashboard import Dashboard, first_again, read_metrics
+from collab_megatron.trainer.report.length_drift import LengthDrift
 from collab_megatron.trainer.report.progress_line import ProgressLine
 from collab_megatron.trainer.sync.publisher import SyncReport
 from collab_megatron.trainer.utilization import utilization
@@ -32,8 +33,10 @@ class RLReporter:
         self._dashboard.text("config", show_config(config))
         self._progress = ProgressLine(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._alarms = Alarms()
+        self._drift = LengthDrift(read_metrics(config.run.tensorboard_dir))
         self._parallel, self._model = config.parallel, config.model
         self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]
+        self._users = list(config.evaluation.users)
         self._failed_evaluations = 0
         self._unfinished: tuple[int, dict[str, float]] | None = None  # a trained step that `step` has not reported yet
 
@@ -68,7 +71,7 @@ class RLReporter:
         if "train/model_tflop" in update:  # not after a step without samples
             passes_s = seconds["time_s/logprobs"] + seconds["time_s/update"]
             metrics |= utilization(update["train/model_tflop"], passes_s, self._parallel, self._model)
-        metrics |= memory_shares()
+        metrics |= memory_shares() | self._drift.figures(done, metrics)
         self._dashboard.log(done, metrics)
         self._unfinished = None
         self._progress.step(done, progress_figures(metrics, self._weighted))
@@ -82,6 +85,7 @@ class RLReporter:
         self._dashboard.log(step, {**named, "eval/failed": self._failed_evaluations})
         append_evaluation(self._evaluations, step, figures)
         names = [*self._weighted, "clarify_rate_ambiguous", "clarify_rate_complete", "mr"]
+        names += [f"users/{user}/{self._weighted[0]}" for user in self._users]
         shown = ", ".join(f"{name} {figures[name]:.3f}" for name in names if name in figures)
         print(f"held-out after step {step}: {shown} ({int(figures['conversations'])} conversations)", flush=True)
 

@@ -10,11 +10,11 @@ from collab_megatron.trainer.actor.actor import Actor, StepResult
 from collab_megatron.trainer.actor.agreement import gather
 from collab_megatron.trainer.actor.grid import RankGrid
 from collab_megatron.trainer.batching import MicroBatch
+from collab_megatron.trainer.batching.merged_turns import merge_turns
 from collab_megatron.trainer.loss.kl import kl_estimate
 from collab_megatron.trainer.loss.policy_step import (
     make_policy_loss,
     mini_batches,
-    needs_sequences,
     token_samples,
     with_advantages,
     with_values,
@@ -52,7 +52,7 @@ def update(
     parts = mini_batches(batch.samples, algorithm.mini_batches)
     compares = len(parts) > 1 or algorithm.kl_in_reward  # with the policy at the start of the step
     prepared: list[Part] = []
-    imbalance, flops = 1.0, 0.0
+    imbalance, flops, computed = 1.0, 0.0, 0
     forward_passes = (reference is not None) + compares
     advantages = iter(step_advantages(batch.samples, algorithm))
     with timer("logprobs"):
@@ -64,11 +64,14 @@ def update(
                 version=batch.step,
                 longest=longest_reply,
             )
+            if algorithm.merges_turns:
+                samples = merge_turns(samples)
+            computed += sum(len(sample.ids) for sample in samples)
             mine = rank_batch(actor.grid, actor.spec, samples, train)
             imbalance = max(imbalance, mine.imbalance)
             flops += mine.forward_flops * (forward_passes + 3)  # a backward pass is twice a forward pass
             micro = mine.micro_batches
-            if needs_sequences(algorithm):
+            if algorithm.reduces_over_replies:
                 micro = [with_values(each, "sequence", each.numbered()) for each in micro]
             if reference is not None:
                 micro = attach_logprobs(micro, "ref_logprobs", reference)
@@ -81,7 +84,10 @@ def update(
     with timer("update"):
         results = [actor.train_step(micro, loss_fn, normalizer=tokens) for micro, tokens in prepared]
     means = [result.metrics for result in results]
-    return step_metrics(results, means, batch, imbalance=imbalance, flops=flops, skipped=skipped)
+    trained = sum(tokens for _, tokens in prepared)
+    return step_metrics(
+        results, means, computed=computed, trained=trained, imbalance=imbalance, flops=flops, skipped=skipped
+    )
 
 
 def without_samples(lr: float, timer: PhaseTimer) -> dict[str, float]:
@@ -89,20 +95,24 @@ def without_samples(lr: float, timer: PhaseTimer) -> dict[str, float]:
     for phase in ("logprobs", "update"):
         with timer(phase):
             pass  # the dashboard shows both phases at every step
-    idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "lr": lr}
+    idle = {"steps_without_samples": 1.0, "steps_skipped": 0.0, "tokens": 0.0, "trained_tokens": 0.0, "lr": lr}
     return {f"train/{name}": value for name, value in idle.items()}
 
 
 def step_metrics(
     results: Sequence[StepResult],
     means: Sequence[Mapping[str, float]],
-    batch: RolloutBatch,
     *,
+    computed: int,
+    trained: int,
     imbalance: float,
     flops: float,
     skipped: SkippedSteps,
 ) -> dict[str, float]:
-    """The metrics of `update` from its optimizer steps and the means of each step's metrics."""
+    """The metrics of `update` from its optimizer steps and the means of each step's metrics.
+
+    computed, trained: tokens of all sequences of the step, and those of the policy turns that are trained.
+    """
     metrics = {f"train/{name}": sum(each[name] for each in means) / len(means) for name in means[0]}
     metrics |= {f"train/{name}": max(r.largest[name] for r in results) for name in results[0].largest}
     on_policy = metrics["train/on_policy_share"]
@@ -117,7 +127,8 @@ def step_metrics(
     metrics["train/steps_without_samples"] = 0.0
     metrics["train/steps_skipped"] = sum(result.skipped for result in results)
     metrics["train/skipped_in_a_row"] = skipped.count(results)
-    metrics["train/tokens"] = sum(sample.num_tokens for sample in batch.samples)
+    metrics["train/tokens"] = computed
+    metrics["train/trained_tokens"] = trained
     metrics["train/dp_imbalance"] = imbalance
     metrics["train/model_tflop"] = flops / 1e12
     return metrics

@@ -279,3 +279,81 @@ def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="mapping"):
         load_config(SFTConfig, tmp_path / "e.yaml")
+
+
+def test_a_key_of_an_entry_that_a_file_has_can_be_changed(tmp_path: Path, rl_file: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: rl.yaml\nsimulators: {user: {mixture: [{model: a}, {model: b, temperature: 0.5}]}}\n")
+    config = load_config(RLConfig, child, ["simulators.user.mixture.1.model=c", "simulators.user.mixture.0.weight=3"])
+    first, second = config.simulators.user.mixture
+    assert (first.model, first.weight, second.model, second.temperature) == ("a", 3.0, "c", 0.5)
+    for entry in ("2", "-1", "x"):
+        with pytest.raises(UserError, match=r"mixture is a list: give the whole list, .* one of its 2 entries"):
+            load_config(RLConfig, child, [f"simulators.user.mixture.{entry}.model=c"])
+    with pytest.raises(UserError, match="mixture is a list"):
+        load_config(RLConfig, child, ["simulators.user.mixture.0={model: c}"])
+
+
+EVALUATE = """
+model: {path: m}
+data: {train: t.parquet, validation: v.parquet}
+simulators: {user: {model: gpt-4o-mini}, judge: {model: gpt-4o-mini}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["models.a={path: x, api: {model: y}}"], r"models\.a: path and api are both set: .* remove one of them"),
+        (["models.a={proactive_prompt_file: x.txt}"], r"models\.a: .* set proactive to true"),
+        (["models={a: {}, b: {}}", "compare.baseline=c"], r"compare\.baseline=c is not one of models \(a, b\)"),
+        (["models={a: {}}", "compare.judged_pairs=5"], r"compare\.judged_pairs=5 compares two models"),
+        (
+            [
+                "models={a: {}, b: {}}",
+                "compare.judged_pairs=5",
+                "simulators.judge=null",
+                "reward.metric_weights={x: 1}",
+            ],
+            r"compare\.judged_pairs needs an LLM judge: set simulators\.judge",
+        ),
+        (
+            ["models={a: {}, b: {path: x}}", "engine.urls=[http://127.0.0.1:1]"],
+            "engine.urls serve one model, and `models` has 2 different ones",
+        ),
+        (["models={a b: {}}"], "a b"),
+        (["evaluation.users.Bare={model: x}"], "Bare"),
+        (["evaluation.users.bare={model: x, modl: y}"], "did you mean 'model'"),
+        (
+            ["evaluation.users.bare={model: x, deadline_s: 4000}"],
+            r"evaluation\.timeout_s=1800 must be longer than evaluation\.users\.bare\.deadline_s=4000",
+        ),
+        (
+            ["models.a.api={model: x, deadline_s: 4000}"],
+            r"evaluation\.timeout_s=1800 must be longer than models\.a\.api\.deadline_s=4000",
+        ),
+    ],
+)
+def test_a_mistake_in_a_comparison_is_named(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(EVALUATE)
+    with pytest.raises(UserError, match=sentence):
+        load_config(EvaluateConfig, path, overrides)
+
+
+def test_the_models_of_an_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(EVALUATE)
+    alone = load_config(EvaluateConfig, path)
+    assert (list(alone.rows), alone.served) == ([""], ["m"])
+    models = "models={base: {}, base+proactive: {proactive: true}, rl: {path: x}, gpt: {api: {model: y}}}"
+    several = load_config(EvaluateConfig, path, [models])
+    assert (list(several.rows), several.served) == (["base", "base+proactive", "rl", "gpt"], ["m", "x"])
+    assert list(several.extra_roles) == ["model-gpt"]
+    fewer = load_config(EvaluateConfig, path, [models, "models.rl=null", "models.base+proactive.path=y"])
+    assert (list(fewer.rows), fewer.served) == (["base", "base+proactive", "gpt"], ["m", "y"])
+    users = "evaluation.users={terse: {model: a}, other: {model: b}}"
+    assert list(load_config(EvaluateConfig, path, [users, "evaluation.users.terse=null"]).extra_roles) == ["user-other"]
+    gpt = several.models["gpt"].api
+    assert gpt is not None
+    assert gpt.temperature == 0.0

@@ -94,6 +94,16 @@ def test_a_task_trains(
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_a_task_has_a_table_of_models(task: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("base", "base+proactive", "sft", "dpo", "rl")
+    paths = [f"models.{name}.path={world / 'llama'}" for name in names]
+    own = [*stand_ins(world, "rl", "llama"), *paths]
+    out = dry_run("evaluate", CONF / task / "evaluate.yaml", world, capsys, *own)
+    assert f"models      {', '.join(names)}" in out
+    assert out.count("parameters, bfloat16") == 1  # all have the same stand-in
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_a_task_builds_its_conversations(task: str, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [f"problems={world / f'{task}.parquet'}", "problems_split=[]", f"tokenizer={world / 'llama'}"]
     out = dry_run("build", CONF / task / "data.yaml", world, capsys, *overrides, f"output={world / 'built'}")

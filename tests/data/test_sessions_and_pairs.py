@@ -13,7 +13,7 @@ from collab_megatron.data.collab_rows import parse_rows
 from collab_megatron.data.lengths import LengthCheck
 from collab_megatron.data.parquet import read_conversations, read_pairs, read_tasks
 from collab_megatron.data.preference_pairs import preference_pairs
-from collab_megatron.data.prepare import PrepareOptions, prepare
+from collab_megatron.data.prepare import Kind, PrepareOptions, prepare
 from collab_megatron.data.sessions import read_futures, whole_sessions
 from collab_megatron.data.statistics import describe_rows
 from collab_megatron.errors import UserError
@@ -148,8 +148,9 @@ def test_rows_are_measured_with_the_template_of_the_model(tmp_path: Path, tiny_m
     reply = chat.sft_ids_and_mask([Message("user", "a table"), Message("assistant", "reply 1")])[0]
     long = chat.sft_ids_and_mask([Message("user", "a table"), Message("assistant", "a " * 30)])[0]
     options = PrepareOptions(lengths=LengthCheck(chat, max_tokens=len(long) - 1))
-    for kind, count in (("sft", 9), ("dpo", 9), ("rl", 10)):
-        (written,) = prepare(kind, str(source), tmp_path / kind, validation_share=0, options=options)  # type: ignore[arg-type]
+    kinds: dict[Kind, int] = {"sft": 9, "dpo": 9, "rl": 10}
+    for kind, count in kinds.items():
+        (written,) = prepare(kind, str(source), tmp_path / kind, validation_share=0, options=options)
         assert written.rows_written == count
         if kind != "rl":
             assert f"{len(reply)} tokens (median)" in written.notes[0]

@@ -38,11 +38,12 @@ class Assistant:
 
 
 async def grown(rules: GrowthRules) -> tuple[list[dict[str, Any]], Assistant]:
-    assistant, scorer = Assistant(), LengthScorer()
+    assistant = Assistant()
+    scorer: Any = LengthScorer()
     players = BuildPlayers(
         assistant,
         ScriptedUser(lambda chat, i: "noon"),
-        scorer,  # type: ignore[arg-type]
+        scorer,
         count_tokens=len,
         proactive=ProactivePrompt(),
     )
@@ -50,7 +51,7 @@ async def grown(rules: GrowthRules) -> tuple[list[dict[str, Any]], Assistant]:
 
 
 def rules(**changes: Any) -> GrowthRules:
-    sizes = {"num_candidates": 3, "num_futures": 2, "max_total_turns": 2, "max_user_turns": 1}
+    sizes: dict[str, Any] = {"num_candidates": 3, "num_futures": 2, "max_total_turns": 2, "max_user_turns": 1}
     return GrowthRules(**{**sizes, **changes})
 
 

@@ -28,9 +28,7 @@ class Stages:
             stages.ran.append((name, list(argv)))
             pipeline.wall_s[name] = 60.0
             given = dict(argument.split("=", 1) for argument in argv if "=" in argument)
-            if name.startswith("evaluate_"):
-                Path(given["output"]).write_text(json.dumps({"accuracy": 0.25}))
-            elif name in ALGORITHMS:
+            if name in ALGORITHMS:
                 leave_run(Path(given["run.dir"]), name)
 
         monkeypatch.setattr(DemoPipeline, "stage", stage)
@@ -44,6 +42,7 @@ class Stages:
 def leave_run(folder: Path, name: str) -> None:
     """Figures of two steps and of an evaluation, as train_rl writes them."""
     held_out = {"accuracy": 0.9, "clarify_rate_ambiguous": 1.0, "clarify_rate_complete": 0.1, "mr": 1.5}
+    held_out |= {"users/bare/accuracy": 0.8, "users/unseen/accuracy": 0.25}
     files: dict[Path, list[dict[str, Any]]] = {
         folder / "evaluations" / f"{name}.jsonl": [{"step": 1, **held_out, "accuracy": 0.1}, {"step": 2, **held_out}],
         folder / "tensorboard" / name / "metrics.jsonl": [
@@ -60,7 +59,7 @@ def leave_run(folder: Path, name: str) -> None:
 
 
 def run(tmp_path: Path, **given: Any) -> list[dict[str, Any]]:
-    wanted: dict[str, Any] = {"algorithms": ["grpo", "gspo"], "seeds": [1, 2], "unseen_user": None} | given
+    wanted: dict[str, Any] = {"algorithms": ["grpo", "gspo"], "seeds": [1, 2]} | given
     return run_algorithms(DemoSettings(tmp_path), REPOSITORY, **wanted)
 
 
@@ -81,7 +80,8 @@ def test_each_seed_has_a_model_of_its_own_and_each_algorithm_a_run_from_it(
         "accuracy": 0.9,
         "asks if unclear": 1.0,
         "asks if clear": 0.1,
-        "unseen user": None,
+        "bare answers": 0.8,
+        "unseen user": 0.25,
         "API calls": 23,  # of the two steps; neither the row that a checkpoint wrote early nor the evaluation counts
         "seconds": 60.0,
     }
@@ -95,13 +95,6 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path, monkeypatch: pytest.M
     again = Stages(monkeypatch)
     assert run(tmp_path, algorithms=["grpo", "gspo", "rloo"], seeds=[1])[:2] == before[:2]
     assert again.names == ["rloo"]
-    unseen = Stages(monkeypatch)
-    rows = run(tmp_path, seeds=[1], algorithms=["rloo"], unseen_user="hosted_vllm/other-user")
-    assert unseen.names == ["evaluate_rloo"]
-    assert "simulators.user.model=hosted_vllm/other-user" in unseen.ran[0][1]
-    assert rows[0]["unseen user"] == 0.25
-    assert run(tmp_path, seeds=[1], algorithms=["rloo"]) == rows
-    assert unseen.names == ["evaluate_rloo"]
 
 
 def test_the_folder_of_a_broken_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,5 +125,6 @@ def test_means_and_ranges() -> None:
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_every_algorithm_is_sound_on_the_demos_config(name: str) -> None:
     config = load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", ALGORITHMS[name])
-    assert (config.algorithm.preset if config.online_dpo is None else "online_dpo") == name
+    other = "online_dpo" if config.online_dpo else "tree_credit" if config.algorithm.credit == "tree" else None
+    assert (other or config.algorithm.preset) == name
     assert config.algorithm.kl_coef == 0.005  # the same for all

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from collab_megatron.demo import desk, scripted_roles
+from collab_megatron.demo import desk, desk_users, scripted_roles
 from collab_megatron.types import TERMINATION_SIGNAL
 
 TASK = desk.DeskTask(
@@ -78,7 +78,7 @@ def test_user_opens_an_empty_chat_vaguely_in_three_of_five():
     openings = [user([], seed=seed) for seed in range(2000)]
     assert all(desk.find_intent(opening) == "RIDE" for opening in openings)
     vague = sum(bool(desk.find_missing(opening, "RIDE")) for opening in openings)
-    assert abs(vague / 2000 - scripted_roles.AMBIGUOUS_SHARE) < 0.05
+    assert abs(vague / 2000 - desk_users.AMBIGUOUS_SHARE) < 0.05
 
 
 def test_judge_multiplies_recall_and_precision():
@@ -95,6 +95,23 @@ def test_judge_multiplies_recall_and_precision():
 def test_judge_of_a_complete_opening_wants_no_question():
     assert judge(TASK.command, opening=TASK.request) == 1.0
     assert judge("which time?", TASK.command, opening=TASK.request) == 0.0
+
+
+def better(first: list[tuple[str, str]], second: list[tuple[str, str]]) -> str:
+    blocks = [f"Compare <first> and <second>.\n<request>\n{TASK.request}\n</request>"]
+    for tag, chat in (("first", first), ("second", second)):
+        lines = "\n".join(json.dumps({"role": role, "content": content}) for role, content in chat)
+        blocks.append(f"<{tag}>\n{lines}\n</{tag}>")
+    return json.loads(ask("desk-judge", [{"role": "user", "content": "\n".join(blocks)}])[0])["better"]
+
+
+def test_judge_of_two_chats_prefers_the_right_command_then_the_marks():
+    guessed = [("user", TASK.opening), ("assistant", TASK.command.replace("6pm", "7am"))]
+    lucky = [("user", TASK.opening), ("assistant", TASK.command)]
+    asked = [("user", TASK.opening), ("assistant", "which from and time?"), ("user", "x"), ("assistant", TASK.command)]
+    assert (better(lucky, guessed), better(guessed, lucky)) == ("first", "second")
+    assert (better(asked, lucky), better(lucky, asked)) == ("first", "second")
+    assert better(asked, asked) == "neither"
 
 
 def assistant(opening: str, **options: object) -> list[str]:

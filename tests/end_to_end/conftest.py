@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Ended, Run, Server
+from tests.conftest import ONE_USER, Ended, Run, Server
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def rl_command(short_demo: tuple[Path, Ended], desk: Server, engine: Server) -> 
             *("-m", "collab_megatron.train_rl", "conf/demo_rl.yaml", f"run.dir={run_dir}"),
             *(f"model.path={demo / 'sft_hf'}", f"data.train={demo / 'data' / 'rl_train.parquet'}"),
             *(f"data.validation={demo / 'data' / 'rl_validation.parquet'}", "evaluation.num_tasks=8"),
-            *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+            *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}", *ONE_USER),
             *("rollout.prompts_per_step=4", "rollout.num_replies=4", f"engine.urls=[{engine.url}]"),
             *("train.eval_at_start=false", "train.save_interval=1", "optimizer.warmup_steps=1", *overrides),
         ]

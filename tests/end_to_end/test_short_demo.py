@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
 from collab_megatron.data.parquet import read_conversations
+from collab_megatron.demo.pipeline import desk_addresses
 from collab_megatron.json_lines import read_rows
 from collab_megatron.rollout.record_files import read_trees
 from collab_megatron.trainer.engine_probe import NUM_PROMPTS
@@ -55,12 +56,15 @@ DASHBOARD = [
 def test_the_summary_holds_every_figure(short_demo: tuple[Path, Ended]) -> None:
     run_dir, ended = short_demo
     summary = json.loads((run_dir / "summary.json").read_text())
-    for name in ("accuracy", "clarify_rate_ambiguous", "clarify_rate_complete", "mr"):
+    rates = ("clarify_rate_ambiguous", "clarify_rate_complete", "mr")
+    for name in ("accuracy", *rates, "accuracy_bare_answers", "accuracy_unseen_user"):
         assert set(summary[name]) == {"base", "sft", "rl"}
     assert {"data", "evaluate_base", "sft", "rl", "export", "proof"} <= set(summary["wall_s"])
     assert summary["api_calls"]["user"] > 0
     assert summary["api_calls"]["assistant"] > 0
     assert "prompts_per_step: 4" in summary["config"]["rl"]
+    assert {"user-1", "user-bare", "user-unseen"} <= set(summary["api_calls"])
+    assert "accuracy bare answers" in ended.output
     assert "tensorboard --logdir" in ended.output
     assert "rl 3/3" in ended.output
     assert "done        3 steps of rl" in ended.output
@@ -126,38 +130,65 @@ def plain_loss(model_folder: Path, conversations: Path) -> float:
     return total / tokens
 
 
+def test_every_user_of_the_evaluation_has_figures_and_conversations(short_demo: tuple[Path, Ended]) -> None:
+    run_dir, ended = short_demo
+    rows = [row for row in read_metrics(run_dir / "tensorboard" / "rl") if "eval/accuracy" in row]
+    assert [row["step"] for row in rows] == [0, 3]
+    for row in rows:
+        assert row["eval/users/bare/conversations"] == row["eval/users/unseen/conversations"] == 24
+    folder = run_dir / "evaluations" / "rl"
+    for user in ("bare", "unseen"):
+        (_, last) = sorted((folder / "users" / user).glob("*.jsonl"))
+        lines = [json.loads(line) for line in last.read_text().splitlines()]
+        roles = {call["role"] for line in lines for call in line["replies"][0]["futures"][0]["calls"]}
+        assert f"user-{user}" in roles
+        assert "user" not in roles
+    table = json.loads((run_dir / "evaluation_base.table.json").read_text())
+    assert [row["user"] for row in table["rows"]] == ["simulators.user", "bare", "unseen"]
+    assert "users/bare/accuracy" in ended.output
+
+
 def test_every_tree_is_written_down(short_demo: tuple[Path, Ended]) -> None:
     run_dir, _ = short_demo
     trees = list(read_trees(run_dir / "conversations" / "rl"))
     assert [tree["step"] for tree in trees] == [step for step in (1, 2, 3) for _ in range(4)]
     for tree in trees:
         assert len(tree["replies"]) == 4
+        uniform = len({tuple(reply["token_ids"]) for reply in tree["replies"]}) == 1
         for reply in tree["replies"]:
             assert reply["weight_versions"] == [tree["step"] - 1]  # on-policy: sampled by the weights before this step
             assert len(reply["token_ids"]) == len(reply["logprobs"])
-            assert len(reply["futures"]) == 2
+            assert len(reply["futures"]) == (1 if uniform else 2)
             rewards = [future["reward"] for future in reply["futures"]]
-            assert reply["mr"] == pytest.approx(sum(rewards) / 2)
+            assert reply["mr"] == pytest.approx(sum(rewards) / len(rewards))
+            same = None if reply["same_as"] is None else tree["replies"][reply["same_as"]]
+            assert all(future["copied"] for future in reply["futures"]) == (same is not None)
+            if same is not None:
+                assert (same["token_ids"], same["mr"]) == (reply["token_ids"], reply["mr"])
             for future in reply["futures"]:
                 assert set(future["scores"]) == {"accuracy", "interactivity", "token_amount"}
                 assert future["status"] in ("terminated", "max_turns", "truncated")
     replies = [reply for tree in trees for reply in tree["replies"]]
     # a reply that broke off is judged once, and its other futures are copies without calls
-    copies = [
-        future for reply in replies if reply["cut"] or not reply["text"].strip() for future in reply["futures"][1:]
-    ]
-    assert all(future["calls"] == [] for future in copies)
-    futures = [future for reply in replies for future in reply["futures"] if future not in copies]
+    for reply in replies:
+        if reply["cut"] or not reply["text"].strip():
+            assert all(future["copied"] for future in reply["futures"][1:])
+    assert all(future["calls"] == [] for reply in replies for future in reply["futures"] if future["copied"])
+    futures = [future for reply in replies for future in reply["futures"] if not future["copied"]]
     assert any(future["messages"] for future in futures)
     for future in futures:
         said = [message["content"] for message in future["messages"] if message["role"] == "assistant"]
         assert [turn["text"] for turn in future["turns"]] == said
         assert all(len(turn["token_ids"]) == len(turn["logprobs"]) > 0 for turn in future["turns"])
         asked = [call for call in future["calls"] if call["role"] == "user"]
-        assert len(asked) == sum(message["role"] == "user" for message in future["messages"])
+        turns = sum(message["role"] == "user" for message in future["messages"])
+        assert len(asked) in (turns, turns - 1)  # the first turns of two futures come from one request
         (judged,) = (call for call in future["calls"] if call["metric"] == "interactivity")
         assert set(judged["marks"]) == {"understanding", "clarification", "suggestion"}
-        assert all(call["begin_s"] <= call["end_s"] and call["prompt_tokens"] > 0 for call in future["calls"])
+        assert all(call["begin_s"] <= call["end_s"] for call in future["calls"])
+        assert all((call["prompt_tokens"] > 0) != call["shared"] for call in future["calls"])
+    said = [message for future in futures for message in future["messages"] if message["role"] == "user"]
+    assert sum(call["role"] == "user" for future in futures for call in future["calls"]) < len(said)
 
 
 def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]) -> None:
@@ -179,7 +210,7 @@ def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
         *("-m", "collab_megatron.evaluate", "conf/demo_rl.yaml", f"model.path={run_dir / 'checkpoints' / 'rl'}"),
         *(f"run.dir={tmp_path}", f"data.train={data / 'rl_train.parquet'}"),
         *(f"data.validation={data / 'rl_validation.parquet'}", "evaluation.num_tasks=24"),
-        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+        *desk_addresses(desk.url, "user", "judge"),
     ]
     looked = run(*asked, "--dry-run")
     assert looked.code == 0, looked.output[-4000:]

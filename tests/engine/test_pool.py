@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from collab_megatron.engine.client import EngineClient, EngineSilent
 from collab_megatron.engine.pool import FULLER_SEQUENCES, EnginePool
 from collab_megatron.errors import NoEngineLeft, RunError
 from collab_megatron.figures import values
@@ -174,6 +176,35 @@ async def test_a_server_that_ends_no_request_is_lost_though_it_answers_pings() -
     async with pool(*fakes, request_timeout_s=1) as engines:
         await ask_many(engines, 40)
         assert "did not answer generate within 1 s" in engines.lost[fakes[0].url]
+
+
+async def test_a_call_that_fails_while_its_server_is_given_up_leaves_no_error_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its deadline expired in the same step of the event loop: the cancellation becomes its own exception."""
+    begun = asyncio.Event()
+
+    async def generate(self: EngineClient, input_ids: Sequence[int], **asked: Any) -> list[Generation]:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise EngineSilent("did not answer generate within 1 s") from None
+        return []
+
+    monkeypatch.setattr(EngineClient, "generate", generate)
+    unread: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unread.append(context))
+    async with pool(FakeServer()) as engines:
+        asked = asyncio.create_task(ask(engines))
+        await begun.wait()
+        engines._mark_lost(engines._live[0], "it is gone")
+        with pytest.raises(NoEngineLeft):
+            await asked
+        await asyncio.sleep(0.05)
+    del asked
+    gc.collect()
+    assert unread == []
 
 
 async def test_a_request_that_is_too_slow_at_a_server_that_works_is_its_own_failure() -> None:

@@ -64,7 +64,8 @@ def write_full_size(folder: Path, hf_config: dict[str, Any], tokenizer_of: Path)
             shutil.copy(file, folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    header, end = {}, 0
+    header: dict[str, Any] = {}
+    end = 0
     for name, tensor in model.state_dict().items():
         begin, end = end, end + tensor.numel() * BYTES
         header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}

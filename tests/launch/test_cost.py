@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from collab_megatron.config import BuildDatasetConfig, RLConfig, load_config
+from collab_megatron.config import BuildDatasetConfig, EvaluateConfig, RLConfig, load_config
 from collab_megatron.config.sections import DeploymentSection, LLMSection
 from collab_megatron.launch import cost
 from collab_megatron.launch.cost import (
@@ -21,16 +21,19 @@ from collab_megatron.launch.cost import (
     step_calls,
 )
 from collab_megatron.types import Message, Task
-from tests.conftest import REPOSITORY
+from tests.conftest import ONE_USER, REPOSITORY
 
 PROMPT = 10  # tokens of every prompt file
 LENGTHS = Lengths(chat=20, request=7, description=3, reference=5)
 BASE = (
     *("rollout.prompts_per_step=2", "rollout.num_replies=3", "rollout.num_repeat_rollouts=2"),
     *("rollout.max_user_turns=2", "rollout.max_assistant_turns=3", "rollout.max_new_tokens=100"),
-    *("simulators.user.max_tokens=40", "simulators.judge.max_tokens=50"),
+    *("simulators.user.max_tokens=40", "simulators.judge.max_tokens=50", *ONE_USER),
     "reward={metric_weights: {accuracy: 1, interactivity: 1, token_amount: -0.1}, accuracy_verifier: judge}",
 )
+
+
+SECOND = "reward.second_judge={model: openai/m, api_key_env: null, max_tokens: 8}"
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +75,11 @@ def test_extractions_are_calls_of_the_extractor() -> None:
     futures, end = 2 * 3 * 2, 20 + 3 * 100 + 2 * 40
     seen = PROMPT + 7 + end
     calls = figures(step_calls(rl(metrics, role), LENGTHS))
-    assert calls["simulators.roles.extractor"] == (futures * 2, futures * 2 * seen, futures * 2 * 60)
-    assert calls["simulators.judge"] == (futures, futures * seen, futures * 50)
+    del calls["simulators.user"]
+    assert calls == {
+        "simulators.roles.extractor": (futures * 2, futures * 2 * seen, futures * 2 * 60),
+        "simulators.judge": (futures, futures * seen, futures * 50),
+    }
     assert figures(step_calls(rl(metrics), LENGTHS))["simulators.judge"][0] == futures * 3
 
 
@@ -95,13 +101,42 @@ def test_evaluations_are_counted_with_their_calls() -> None:
     assert figures(evaluation_calls(opened, LENGTHS, 30))["simulators.user"][0] == 60
 
 
+def test_further_users_of_an_evaluation_are_counted_apart_and_the_mixture_may_stay_out() -> None:
+    mixture = "simulators.user.mixture=[{model: other, api_key_env: null, weight: 3, max_tokens: 80}]"
+    users = "users: {terse: {model: t, api_key_env: null, max_tokens: 10}}"
+    evaluation = "evaluation={num_tasks: 50, max_assistant_turns: 2, mixture: false, %s}"
+    calls = figures(evaluation_calls(rl(mixture, evaluation % users), LENGTHS, 30))
+    assert (calls["simulators.user"][0], calls["evaluation.users.terse"][0]) == (30, 30)
+    assert calls["evaluation.users.terse"][2] == 30 * 10
+    assert "simulators.user.mixture.0" not in calls
+    one = figures(evaluation_calls(rl(evaluation % "users: {}"), LENGTHS, 30))
+    assert calls["simulators.judge"][0] == 2 * one["simulators.judge"][0]
+
+
+def test_every_model_of_a_table_is_counted_with_its_pairs() -> None:
+    models = "models={base: {}, gpt: {api: {model: m, api_key_env: null, max_tokens: 60}}}"
+    demo = REPOSITORY / "conf" / "demo_evaluate.yaml"
+    small = ["evaluation.num_tasks=50", "evaluation.max_assistant_turns=2", "simulators.judge.max_tokens=50"]
+
+    def of(*overrides: str) -> dict[str, tuple[float, float, float]]:
+        config = load_config(EvaluateConfig, demo, [*small, *overrides])
+        return figures(evaluation_calls(config, LENGTHS, 30))
+
+    alone, table, judged = of(), of(models), of(models, "compare.judged_pairs=10")
+    assert table["simulators.user"] == pytest.approx([2 * each for each in alone["simulators.user"]])
+    assert table["models.gpt.api"][0] == 30 * 2 * 3  # tasks, turns, users
+    assert table["models.gpt.api"][2] == 30 * 2 * 3 * 60
+    assert "models.base.api" not in table
+    assert judged["simulators.judge"][0] - table["simulators.judge"][0] == 2 * 10 * 3  # orders, tasks, users
+
+
 def test_a_build_counts_candidates_futures_and_the_assistant(tmp_path: Path) -> None:
     config = load_config(
         BuildDatasetConfig,
         REPOSITORY / "conf" / "demo_data.yaml",
         [
             *("num_candidate_responses=2", "num_repeat_rollouts=3", "max_total_turns=2", "max_user_turns=1"),
-            *("simulators.user.max_tokens=40", "simulators.assistant.max_tokens=100"),
+            *("simulators.user.max_tokens=40", "simulators.assistant.max_tokens=100", "simulators.user.mixture=[]"),
         ],
     )
     task = Task("1", (), single_turn_prompt="x" * 28, ground_truth="", task_desc="", metadata={})
@@ -153,3 +188,26 @@ def test_prices_come_from_litellms_table_and_the_dearest_deployment_counts() -> 
     assert Calls("simulators.user", section, 1, 1e6, 1e6).usd == pytest.approx(200)
     unknown = priced("hosted_vllm/a", 1.0, 1.0, deployments=[{"model": "hosted_vllm/nobody-knows-it"}])
     assert Calls("simulators.user", unknown, 1, 1e6, 1e6).usd is None
+
+
+def test_the_second_judge_reads_its_share_of_what_the_first_read() -> None:
+    found = figures(step_calls(rl(SECOND, "reward.second_judge_share=0.25"), LENGTHS))
+    calls, tokens_in, _ = found["simulators.judge"]
+    futures = 2 * 3 * 2
+    opening = futures * (PROMPT + 7 + 20)
+    assert found["reward.second_judge"] == (
+        (calls + futures) / 4,
+        (tokens_in + opening) / 4,
+        (calls + futures) / 4 * 8,
+    )
+    assert "reward.second_judge" not in figures(evaluation_calls(rl(SECOND), LENGTHS, 10))
+    more = figures(
+        step_calls(rl(SECOND, "reward.second_judge_share=0.25", "reward.metric_weights.pass_rate=1"), LENGTHS)
+    )
+    assert more["reward.second_judge"] == found["reward.second_judge"]  # it extracts nothing
+    assert more["simulators.judge"][0] == calls + futures
+
+
+def test_auto_futures_are_planned_at_their_bound() -> None:
+    auto = figures(step_calls(rl("rollout.num_repeat_rollouts=auto", "rollout.auto_futures=2"), LENGTHS))
+    assert auto == figures(step_calls(rl(), LENGTHS))

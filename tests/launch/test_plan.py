@@ -107,6 +107,24 @@ def test_a_name_is_shown_with_its_pieces(planned: Callable[..., list[str]]) -> N
     ]
 
 
+def test_later_turns_are_trained_as_conversations_or_one_by_one(planned: Callable[..., list[str]]) -> None:
+    """Two prompts of two replies with three futures of two more policy turns."""
+    shape = ("rollout.prompts_per_step=2", "rollout.num_replies=2", "rollout.num_repeat_rollouts=3")
+    turns = (
+        "rollout.max_user_turns=2",
+        "rollout.max_assistant_turns=3",
+        "train.micro_batch_tokens=1",
+        "online_dpo=null",
+    )
+    tree = (*shape, *turns, "algorithm.credit=tree")
+    assert "at most 4 micro-batches" in line(planned(*shape, *turns), "work")
+    assert "at most 12 micro-batches" in line(planned(*tree), "work")
+    assert "at most 28 micro-batches" in line(planned(*tree, "algorithm=gspo"), "work")
+    assert algorithm_of(planned(*tree, "algorithm=dr_grpo", "algorithm.tree_baseline=group"))[1] == (
+        "later policy turns are trained too: their return minus the mean of the group's other conversations"
+    )
+
+
 def test_a_micro_batch_is_at_least_the_longest_sample(planned: Callable[..., list[str]]) -> None:
     lines = planned("train.micro_batch_tokens=100", "rollout.max_prompt_tokens=3000")
     assert "a micro-batch of 4,000 tokens" in line(lines, "memory")

@@ -25,7 +25,7 @@ from collab_megatron.model.folder import read_hf_config
 from collab_megatron.model.spec import model_spec
 from collab_megatron.types import Message
 from collab_megatron.wire.checkpoints import step_folder, write_marker
-from tests.conftest import DESK_KEY, REPOSITORY, Server
+from tests.conftest import DESK_KEY, ONE_USER, REPOSITORY, Server
 from tests.rollout.fakes import TASK
 
 Load = Callable[..., RLConfig]
@@ -46,6 +46,7 @@ def load(tmp_path: Path, tiny_model: Path, desk: Server, monkeypatch: pytest.Mon
             f"data.validation={tasks}",
             f"simulators.user.api_base={desk.url}",
             f"simulators.judge.api_base={desk.url}",
+            *ONE_USER,
         ]
         return load_config(RLConfig, REPOSITORY / "conf" / file, [*sound, *overrides])
 
@@ -359,7 +360,7 @@ def test_an_evaluation_prints_its_calls_before_it_starts(
     load()  # the key and the data
     overrides = [
         *(f"run.dir={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.validation={tmp_path / 'tasks.parquet'}"),
-        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}", *ONE_USER),
     ]
     config = load_config(EvaluateConfig, REPOSITORY / "conf" / "demo_evaluate.yaml", overrides)
     check_evaluate(config, dry_run=True)
@@ -377,7 +378,7 @@ def test_an_evaluation_is_told_and_refused_what_its_start_would_be(
     prompt.write_text("You want $request. $chat")
     overrides = [
         *(f"run.dir={tmp_path / 'run'}", f"model.path={tiny_model}", f"data.validation={tmp_path / 'tasks.parquet'}"),
-        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),
+        *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}", *ONE_USER),
         f"simulators.user.prompt_file={prompt}",
     ]
     config = load_config(EvaluateConfig, REPOSITORY / "conf" / "demo_evaluate.yaml", overrides)

@@ -123,6 +123,8 @@ def test_calls_come_in_waves() -> None:
     local = timed("simulators.user.api_base=http://127.0.0.1:9/v1").phases["users"]
     assert local == pytest.approx(2 * futures * 0.004)
     assert timed("rollout.num_repeat_rollouts=0").phases["users"] == 0
+    auto = ("rollout.num_repeat_rollouts=auto", "rollout.auto_futures=2")
+    assert timed(*auto).phases == timed("rollout.num_repeat_rollouts=2").phases
 
 
 def test_weights_go_over_the_network_where_engines_are_on_other_nodes() -> None:

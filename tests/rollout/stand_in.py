@@ -75,10 +75,12 @@ def user_text(vocabulary: Vocabulary, messages: object, seed: object, index: int
 
 
 def judge_text(messages: object, seed: object, index: int) -> str:
-    """What either judge's prompt wants: the marks of interactivity, and the verdict of accuracy."""
+    """What each judge's prompt wants: the marks of interactivity, the verdicts of accuracy and of a pair."""
     rng = seeded("judge", messages, seed, index)
     marks = {name: round(rng.random(), 2) for name in MARKS}
-    return json.dumps({"thought": "it went as it went", **marks, "correct": rng.random() < 0.5})
+    correct = rng.random() < 0.5
+    better = rng.choice(("first", "second", "neither"))
+    return json.dumps({"thought": "it went as it went", **marks, "correct": correct, "better": better})
 
 
 def seeded(*content: object) -> random.Random:

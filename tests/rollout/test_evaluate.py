@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from collab_megatron.config import EvaluateConfig
 from collab_megatron.config.sections import BudgetSection, EvaluationSection, JournalSection
 from collab_megatron.data.parquet import read_tasks
-from collab_megatron.evaluate import Result, own_journal, own_name, play, report
+from collab_megatron.evaluate import (
+    Result,
+    of_row,
+    own_journal,
+    own_name,
+    play,
+    report,
+    report_row,
+    with_paths,
+)
+from collab_megatron.rollout.comparison import Cell, cells_of, table
+from collab_megatron.rollout.evaluation import Evaluation
 from collab_megatron.rollout.journal.store import Journal, ReplayMiss
+from collab_megatron.rollout.judged_pairs import judge_cells
+from collab_megatron.trainer.report.dashboard import read_metrics
+from collab_megatron.types import Future, Group, Reply, RolloutStatus
+from tests.rollout.fakes import TASK, policy_turn
 from tests.rollout.runs import HELD_OUT, MAX_CONTEXT_TOKENS, config, counts, stand_in
 
 pytestmark = pytest.mark.slow
@@ -83,11 +100,97 @@ async def test_figures_and_conversations_lie_next_to_each_other(
     tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = await played(evaluate_config(tmp_path, url), url, "weights")
-    report("models/mine", result, tmp_path / "out" / "figures.json", ["accuracy", "interactivity"])
+    report_row("models/mine", result, tmp_path / "out" / "figures.json", ["accuracy", "interactivity"])
     said = capsys.readouterr().out
     assert "held-out conversations with models/mine" in said
     assert said.index("accuracy") < said.index("reward") < said.index("user calls") < said.index("figures.jsonl")
     assert len((tmp_path / "out" / "figures.jsonl").read_text().splitlines()) == HELD_OUT
+
+
+def compared(settings: EvaluateConfig, url: str, models: dict[str, Any], **compare: Any) -> EvaluateConfig:
+    """The config with several models and two users."""
+    llm = {"model": "hosted_vllm/user", "api_base": f"{url}/v1", "api_key_env": None}
+    raw = settings.model_dump(exclude_unset=True)
+    raw |= {"models": models, "compare": compare}
+    raw["evaluation"] = {"users": {"other": {**llm, "temperature": 0.5}}}
+    return EvaluateConfig.model_validate(raw)
+
+
+async def test_models_side_by_side_have_one_table(tmp_path: Path, url: str) -> None:
+    api = {"model": "hosted_vllm/user", "api_base": f"{url}/v1", "api_key_env": None}
+    models = {"base": {}, "base+proactive": {"proactive": True}, "api": {"api": api}}
+    settings = compared(evaluate_config(tmp_path, url), url, models, judged_pairs=2, resamples=50)
+    results: dict[str, Result] = {}
+    cells: list[Cell] = []
+    for name in models:
+        with closing(own_journal(settings, name)) as journal:
+            results[name] = await play(of_row(settings, name), [url], MAX_CONTEXT_TOKENS, journal, row=name)
+        cells += cells_of(name, results[name].played)
+    assert [file.name for file in (tmp_path / "journal").glob("*.sqlite")] == ["run-models.sqlite"]
+    for result in results.values():
+        assert (result.played.done, list(result.played.others)) == (2 * HELD_OUT, ["other"])
+        assert result.figures["users/other/conversations"] == HELD_OUT
+    (system, *_), (plain, *_) = (results[name].played.groups[0].task.prompt for name in ("base+proactive", "base"))
+    assert (system.role, plain.role) == ("system", "user")
+    assert "Work together" in system.content
+    generation = results["api"].played.groups[0].replies_G[0].generation
+    assert generation.token_ids_T
+    assert generation.logprobs_T == ()
+    assert results["api"].figures["simulator/model-api/answers"] > 0
+
+    with closing(own_journal(settings, "pairs")) as journal:
+        cells = await judge_cells(settings, cells, "base", journal)
+    made = table(cells, settings.reward.metric_weights, settings.compare, baseline="base", seed=1)
+    assert [(row["model"], row["user"]) for row in made["rows"]] == [
+        (model, user) for model in models for user in ("simulators.user", "other")
+    ]
+    for row in made["rows"]:
+        assert row["conversations"] == HELD_OUT
+        assert (row["difference"] == {}) == (row["wins"] is None) == (row["model"] == "base")
+        if row["wins"] is not None:
+            assert row["wins"]["won"] + row["wins"]["tied"] + row["wins"]["lost"] == 2
+            assert row["wins"]["failed"] == 0
+    before = asked(url)
+    with closing(own_journal(settings, "pairs")) as journal:  # every verdict is in the journal
+        assert [cell.wins for cell in await judge_cells(settings, cells, "base", journal)] == [
+            cell.wins for cell in cells
+        ]
+    assert asked(url) == before
+
+
+def test_a_row_has_the_paths_of_its_model_and_logs_of_its_own(tmp_path: Path) -> None:
+    models = {"base": {}, "rl": {"path": "runs/x/checkpoints/rl"}, "gpt": {"api": {"model": "m", "api_key_env": None}}}
+    settings = own_name(compared(evaluate_config(tmp_path, "http://127.0.0.1:1"), "http://127.0.0.1:1", models))
+    assert settings.served == [settings.model.path, "runs/x/checkpoints/rl"]
+    moved = with_paths(settings, {"runs/x/checkpoints/rl": tmp_path / "converted" / "rl"})
+    assert of_row(moved, "rl").model.path == str(tmp_path / "converted" / "rl")
+    assert of_row(moved, "base").model.path == of_row(moved, "gpt").model.path == settings.model.path
+    assert of_row(moved, "rl").run.logs_dir == tmp_path / "logs" / "evaluate-run-rl"
+    assert moved.served == [settings.model.path, str(tmp_path / "converted" / "rl")]
+    alone = own_name(evaluate_config(tmp_path, "http://127.0.0.1:1"))
+    assert of_row(alone, "") is alone
+
+
+def test_the_report_of_several_models_lies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = evaluate_config(tmp_path, "http://127.0.0.1:1")
+    settings = compared(given, "http://127.0.0.1:1", {"base": {}, "rl": {}}, resamples=50)
+    settings = settings.model_copy(update={"output": tmp_path / "out" / "both.json"})
+    future = Future(0, RolloutStatus.TERMINATED, (), {"accuracy": 1.0}, 1.0)
+    group = Group(TASK, (), (Reply(policy_turn("a?"), (future,), mr=1.0),), kept=True)
+    results = {}
+    for name in ("base", "rl"):
+        played = Evaluation({}, (group,), 2, others={"other": (group,)})
+        results[name] = Result(played, {"accuracy": 1.0, "conversations": 1.0, "conversations_failed": 0.0})
+    assert report(settings, settings, results, {"rl": 40}, judge=True) == ""
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    rows = {f"both-{name}{end}" for name in ("base", "rl") for end in (".json", ".jsonl", ".other.jsonl")}
+    assert names == {*rows, "both.table.json", "both.table.md"}
+    made = json.loads((tmp_path / "out" / "both.table.json").read_text())
+    assert [row["figures"]["accuracy"]["mean"] for row in made["rows"]] == [1.0] * 4
+    assert "| rl | other |" in (tmp_path / "out" / "both.table.md").read_text()
+    assert "held-out conversations with rl" in capsys.readouterr().out
+    (point,) = read_metrics(settings.run.tensorboard_dir / "rl")
+    assert (point["step"], point["eval/accuracy"]) == (40, 1.0)
 
 
 async def test_the_simulated_user_opens_from_the_request_alone(tmp_path: Path, url: str) -> None:

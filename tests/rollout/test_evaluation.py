@@ -14,9 +14,11 @@ import pytest
 from collab_megatron.config.sections import EvaluationSection
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, NoEngineLeft, RunError
 from collab_megatron.figures import merged, values
+from collab_megatron.rollout.api_model import ApiModel
 from collab_megatron.rollout.evaluation import Evaluation, evaluate
 from collab_megatron.rollout.evaluation_tasks import sample_tasks
 from collab_megatron.rollout.future import Players
+from collab_megatron.rollout.record_lines import held_out_line
 from collab_megatron.rollout.transcripts import keep_newest, transcript_file, write_transcripts
 from collab_megatron.types import Message, RolloutStatus, Task
 from collab_megatron.wire.protocol import LOST_CONVERSATIONS, Tally, require_most
@@ -50,8 +52,9 @@ def opens_then_ends(chat: Sequence[Message], sample_index: int) -> str:
 
 async def play(held_out: list[Task], cast: Players, *, shard: int = 0, shards: int = 1, **rest: Any) -> Evaluation:
     within = rest.pop("within", nullcontext)
+    given: dict[str, Any] = {name: rest.pop(name) for name in ("users", "api") if name in rest}
     section = EvaluationSection(**rest)
-    given = {"weights": WEIGHTS, "limits": LIMITS, "players": cast, "shard": shard, "shards": shards, "within": within}
+    given |= {"weights": WEIGHTS, "limits": LIMITS, "players": cast, "shard": shard, "shards": shards, "within": within}
     return await evaluate(held_out, evaluation=section, **given)
 
 
@@ -229,3 +232,66 @@ async def test_a_disk_that_refuses_is_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "evaluations").write_text("a file in the way")
     with pytest.raises(RunError, match="cannot write"):
         write_transcripts(transcript_file(tmp_path / "evaluations", 0, 0), 0, [])
+
+
+async def test_every_user_plays_every_task_and_has_figures_of_its_own() -> None:
+    def second(chat: Sequence[Message], sample_index: int) -> str:
+        return "[TERMINATE]" if len(chat) > 4 else "no idea"
+
+    engine, other = ScriptedEngine(["a?"]), ScriptedUser(second)
+    cast = players(engine, ScriptedUser(ends))
+    played = await play(tasks(4), cast, users={"": cast.user, "vague": other})
+    figures = values(played.figures)
+    assert (figures["accuracy"], figures["users/vague/accuracy"]) == (4.0, 6.0)
+    assert (figures["users/vague/conversations"], figures["conversations"]) == (4, 4)
+    assert [name for name in figures if name.endswith("wall_s")] == ["wall_s"]
+    assert (played.wanted, played.done, list(played.others)) == (8, 8, ["vague"])
+    assert [group.task.task_id for group in played.others["vague"]] == names(played)
+    assert sorted(set(other.asked)) == [-4, -3, -2, -1]  # the same sample index as with the other user
+
+
+async def test_a_failure_with_a_further_user_counts() -> None:
+    def fails(chat: Sequence[Message], sample_index: int) -> str:
+        raise RunError("user is gone")
+
+    cast = players(ScriptedEngine(["a?"]), ScriptedUser(ends))
+    played = await play(tasks(2), cast, users={"": cast.user, "absent": ScriptedUser(fails)})
+    assert played.tally == Tally(4, 2, "user is gone")
+    assert values(played.figures)["conversations_failed"] == 0
+
+
+async def test_an_api_model_plays_the_policy() -> None:
+    class Llm:
+        def __init__(self) -> None:
+            self.asked: list[tuple[int, list[str]]] = []
+
+        async def complete(self, request: Any) -> list[Any]:
+            self.asked.append((request.sample_index, [message.role for message in request.messages]))
+            return [request.parse("<think>no day</think>which day?")]
+
+    def answers_once(chat: Sequence[Message], sample_index: int) -> str:
+        return "[TERMINATE]" if len(chat) > 3 else "monday"
+
+    llm, engine = Llm(), ScriptedEngine([])
+    api = ApiModel(llm, lambda text: [ord(letter) for letter in text], ("<think>", "</think>"))
+    played = await play(tasks(1), players(engine, ScriptedUser(answers_once)), api=api)
+    assert engine.contexts == []
+    turns = ["system", "user", "assistant", "user"]
+    assert llm.asked == [(-1, turns[:2]), (-1, turns)]
+    (reply,) = played.groups[0].replies_G
+    assert (reply.text, reply.thought) == ("which day?", "no day")
+    (future,) = reply.futures_K
+    assert future.status is RolloutStatus.TERMINATED
+    assert future.policy_tokens == 2 * len("<think>no day</think>which day?")
+    assert values(played.figures)["clarify_rate"] == 1.0
+    assert json.loads(held_out_line(0, played.groups[0]))["replies"][0]["logprobs"] == []
+
+
+async def test_an_api_model_that_does_not_answer_fails_its_conversation_alone() -> None:
+    class Gone:
+        async def complete(self, request: Any) -> list[Any]:
+            raise RunError("no answer")
+
+    api = ApiModel(Gone(), lambda text: [1], ("<think>", "</think>"))
+    played = await play(tasks(2), players(ScriptedEngine([]), ScriptedUser(ends)), api=api)
+    assert played.tally == Tally(2, 2, "no answer")

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from collab_megatron.config import RLConfig
+from collab_megatron.config.sections import JudgeSection
 from collab_megatron.launch import drivers
 from collab_megatron.launch.drivers import driver_command
 from collab_megatron.types import TrainingSample
 from collab_megatron.wire import protocol
 from tests.rollout import runs, weak_spots
-from tests.rollout.runs import FUTURES, PROMPTS, REPLIES, Played, config, counts, lines, moments, play, stand_in
+from tests.rollout.runs import FUTURES, PROMPTS, REPLIES, Moment, Played, config, counts, lines, moments, play, stand_in
 
 pytestmark = pytest.mark.slow
 
@@ -193,6 +194,37 @@ def test_trees_that_leave_as_they_end_and_are_replaced(tmp_path: Path, url: str,
     held, given = runs.committed(settings)
     assert held == given
     assert Run(settings, url, played).replayed("only").batches == played.batches
+
+
+def test_rounds_of_futures_with_tree_credit_and_a_second_judge(tmp_path: Path, url: str) -> None:
+    """Which futures a tree plays depends on rewards: after a kill the journal leads to the same ones."""
+
+    def settings(name: str, url: str) -> RLConfig:
+        base = config(tmp_path / name, url, min_group_std=0.0)
+        second = JudgeSection(model="hosted_vllm/judge", api_base=f"{url}/v1", api_key_env=None)
+        return base.model_copy(
+            update={
+                "rollout": base.rollout.model_copy(update={"num_repeat_rollouts": "auto"}),
+                "algorithm": base.algorithm.model_copy(update={"credit": "tree"}),
+                "reward": base.reward.model_copy(update={"second_judge": second, "second_judge_share": 0.3}),
+            }
+        )
+
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "killed").mkdir()
+    with stand_in(tmp_path / "alone", latency_ms=LATENCY_MS) as other:
+        alone = play(settings("alone", other), other, steps=2)
+    when = [Moment(alone.paid // 4, 0.02), Moment(alone.paid // 2, 0.02)]
+    killed = settings("killed", url)
+    played = play(killed, url, steps=2, kills=when)
+    assert len(played.kills) == 2
+    assert played.batches == alone.batches
+    assert lines(tmp_path / "killed") == lines(tmp_path / "alone")
+    futures = [len(reply["futures"]) for line in lines(tmp_path / "killed") for reply in line["replies"]]
+    assert min(futures) == 2 < max(futures)
+    assert len(played.batches[0]) >= 3 * PROMPTS * REPLIES  # most of them later turns
+    held, given = runs.committed(killed)
+    assert held == given
 
 
 def contents(played: Played) -> list[list[tuple[Any, ...]]]:

@@ -57,7 +57,7 @@ async def grow(url: str, journal: Journal) -> dict[str, Any]:
         return {"model": f"hosted_vllm/{name}", "api_base": url, "api_key_env": None, **PRICES}
 
     user = UserSection(**part("a"), mixture=(SimulatorSection(**part("b")),))
-    simulators = SimulatorsSection(user=user, judge=LLMSection(**part("judge")))
+    simulators = SimulatorsSection(user=user, judge=LLMSection(**part("judge"), answer_once=False))
     gateway = Gateway({"user": user, "judge": cast(LLMSection, simulators.judge)}, 7, journal=journal)
     try:
         engine = JournaledEngine(ScriptedEngine(["(why?)ok", "b"]), journal, AdaptiveLimiter(1000), max_staleness=0)

@@ -29,6 +29,7 @@ from collab_megatron.config.sections import (
     SimulatorsSection,
     UserSection,
 )
+from collab_megatron.config.sections.rollout import EqualReplies
 from collab_megatron.data.parquet import write_tasks
 from collab_megatron.engine.pool import EnginePool
 from collab_megatron.figures import values
@@ -62,6 +63,8 @@ async def service(
     first_step: int | None = 1,
     tasks: Sequence[Task] = (TASK,),
     zero_advantage: Literal["keep", "drop"] = "keep",
+    credit: Literal["reply", "tree"] = "reply",
+    equal_replies: EqualReplies = "apart",
     **driver: Any,
 ) -> AsyncIterator[Service]:
     """Two prompts a step, two replies, one future each: four conversations of three policy turns."""
@@ -78,8 +81,10 @@ async def service(
         data=DataSection(train=folder / "train.parquet", validation=folder / "train.parquet"),
         simulators=SimulatorsSection(user=UserSection(model="none")),
         reward=RewardSection(metric_weights={"accuracy": 1.0}, accuracy_verifier="exact"),
-        rollout=RolloutSection(prompts_per_step=2, num_replies=2, num_repeat_rollouts=1, max_new_tokens=4),
-        algorithm=AlgorithmSection(zero_advantage=zero_advantage),
+        rollout=RolloutSection(
+            prompts_per_step=2, num_replies=2, num_repeat_rollouts=1, max_new_tokens=4, equal_replies=equal_replies
+        ),
+        algorithm=AlgorithmSection(zero_advantage=zero_advantage, credit=credit),
         driver=DriverSection(**driver),
     )
     async with (
@@ -99,7 +104,10 @@ async def service(
             everybody = players(cast(Any, journaled), ScriptedUser(go_on))
             recorder = RecordWriter(config.run.conversations_dir, config.record, first_step=first_step)
             health, gateway = SimulatorHealth(HealthSection()), cast(Gateway, NoGateway())
-            limits = replace(LIMITS, cut_reply="play")  # the servers' replies do not end with the chat's END
+            keeps = credit == "tree"
+            limits = replace(
+                LIMITS, cut_reply="play", keep_contexts=keeps
+            )  # the servers' replies do not end with the chat's END
             everything = RolloutClients(everybody, limits, engine, slots, journaled, gateway, health, journal)
             service = Service(config, everything, recorder)
             yield service
@@ -247,6 +255,24 @@ async def test_groups_without_spread_can_be_left_out(tmp_path: Path) -> None:
         answer = await answered(driver, Request("step", 0, 0, (server.url,)))
     assert (answer.samples, answer.error) == ((), "")
     assert values(answer.figures)["rollout/samples"] == 0
+
+
+async def test_equal_replies_are_played_once_and_every_turn_of_theirs_is_trained(tmp_path: Path) -> None:
+    server = FakeServer(version="0")
+    async with service(tmp_path, server, equal_replies="once", credit="tree") as driver:
+        asked = Request("step", 0, 0, (server.url,))
+        answer = await answered(driver, asked)
+        assert await answered(driver, asked) == answer
+    assert len(server.bodies) == 2 * (1 + 2)  # of each tree the replies, and two later turns of one conversation
+    figures = values(answer.figures)
+    assert len(answer.samples) == figures["rollout/samples"] == 2 * (2 + 2 * 2)
+    assert figures["rollout/trained_tokens"] == sum(len(sample.reply_ids_T) for sample in answer.samples)
+    assert (figures["rollout/futures_played"], figures["rollout/groups_uniform"]) == (2, 2)
+    contexts = sorted({len(sample.prompt_ids) for sample in answer.samples})
+    assert contexts == sorted({len(body["input_ids"]) for body in server.bodies})  # as the engine has seen them
+    async with service(tmp_path, again := FakeServer(version="0"), equal_replies="once", credit="tree") as driver:
+        resumed = await answered(driver, Request("step", 0, 0, (again.url,)))
+    assert (resumed.samples, again.bodies) == (answer.samples, [])  # from the journal
 
 
 async def test_with_staleness_the_next_batch_grows_beside_the_training(tmp_path: Path) -> None:

@@ -143,6 +143,30 @@ def test_a_kl_in_the_reward_compares_replies_of_all_data_ranks(preset: str, monk
     assert abs(parts[0]["train/policy_loss"]) > 0.01
 
 
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+@pytest.mark.parametrize("preset", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "dapo", "gspo", "cispo"])
+def test_turns_of_one_conversation_have_the_loss_that_they_have_alone(preset: str, aggregation: str) -> None:
+    """Two turns of one conversation and a reply, merged or, with a ratio of each turn, apart; the second optimizer step
+    has other log-probs than the first."""
+    samples = [
+        replace(sample(4, 1.0, gap=0.125), group="a"),
+        replace(sample(6, -0.5, gap=-0.25), prompt_ids=(1, 2, 3, 9, 9, 9, 9, 5), group="a"),
+        replace(sample(2, -2.0, gap=0.5), prompt_ids=(1, 2), group="a"),
+    ]
+    keys: dict[str, Any] = {"preset": preset, "aggregation": aggregation, "mini_batches": 2}
+
+    def figures(credit: str) -> dict[str, float]:
+        model = Model(-1.0, norms=[1.0, 1.0], learns=0.125)
+        return run(model, [*samples, *samples], Model(-1.5), **keys, credit=credit)
+
+    tree, apart = figures("tree"), figures("reply")
+    tokens = [found.pop("train/tokens") for found in (tree, apart)]
+    assert tokens == ([36, 50] if preset != "gspo" else [50, 50])  # 14 and 4 tokens, twice; alone 7, 14 and 4
+    compared = [name for name in tree if name not in ("train/model_tflop", "train/dp_imbalance")]
+    assert {name: tree[name] for name in compared} == pytest.approx({name: apart[name] for name in compared}, abs=1e-6)
+    assert tree["train/trained_tokens"] == 24
+
+
 def test_sequence_means_and_the_effective_share_of_importance_weights() -> None:
     """Weights exp(-0.5) and 1 of replies that count alike: (4 x 0.607 + 12 x 1)^2 / (16 x (4 x 0.368 + 12))."""
     metrics = run(

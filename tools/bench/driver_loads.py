@@ -128,12 +128,17 @@ def make_config(
             "run": {"dir": str(folder), "seed": load.seed},
             "model": {"path": str(model)},
             "data": {"train": str(folder / "train.parquet"), "validation": str(folder / "validation.parquet")},
-            "simulators": {"user": role("user"), "judge": role("judge")},
+            # one request for each call, as the recipe has it: the bench compares control flows, not numbers of calls
+            "simulators": {
+                "user": {**role("user"), "first_turns_together": False},
+                "judge": {**role("judge"), "answer_once": False},
+            },
             "reward": {"metric_weights": {"interactivity": 1.0, "token_amount": -0.1}},
             "rollout": {
                 "prompts_per_step": load.prompts,
                 "num_replies": load.replies,
                 "num_repeat_rollouts": load.futures,
+                "equal_replies": "apart",
                 "max_user_turns": load.user_turns,
                 "max_assistant_turns": load.user_turns + 1,
                 "max_new_tokens": 64,

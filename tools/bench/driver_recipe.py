@@ -80,7 +80,7 @@ async def step(tasks: Sequence[Task], rollout: RolloutSection, clients: RecipeCl
 async def _futures_in_turn(
     task: Task, context: list[int], reply: int, rollout: RolloutSection, clients: RecipeClients
 ) -> list[ScoredConversation]:
-    futures = rollout.num_repeat_rollouts
+    futures = rollout.first_futures
     return [await _play(task, context, reply * futures + k, rollout, clients) for k in range(futures)]
 
 

@@ -17,6 +17,13 @@ from collab_megatron.config.sections.base import (
     Umask,
 )
 from collab_megatron.config.sections.engine import EngineSection, SyncSection
+from collab_megatron.config.sections.evaluation import (
+    ApiModelSection,
+    ComparedModelSection,
+    ComparisonSection,
+    EvaluationSection,
+    ModelName,
+)
 from collab_megatron.config.sections.llm import (
     BudgetSection,
     DeploymentSection,
@@ -31,7 +38,6 @@ from collab_megatron.config.sections.llm import (
 from collab_megatron.config.sections.problems import ColumnTemplate, MappingSection
 from collab_megatron.config.sections.rollout import (
     DriverSection,
-    EvaluationSection,
     JournalSection,
     RecordSection,
     RolloutSection,
@@ -51,8 +57,11 @@ from collab_megatron.config.sections.training import (
 __all__ = [
     "UMASKS",
     "AlgorithmSection",
+    "ApiModelSection",
     "BudgetSection",
     "ColumnTemplate",
+    "ComparedModelSection",
+    "ComparisonSection",
     "Count",
     "DPOSection",
     "DataSection",
@@ -67,6 +76,7 @@ __all__ = [
     "JudgeSection",
     "LLMSection",
     "MappingSection",
+    "ModelName",
     "ModelSection",
     "Named",
     "OptimizerSection",

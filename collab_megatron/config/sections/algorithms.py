@@ -107,6 +107,20 @@ def _check_importance(
         )
 
 
+def check_tree_credit(baseline: Baseline, kl_coef: float, kl_in: Literal["loss", "reward"]) -> None:
+    """Raise ValueError for pieces that mean nothing for the later turns of credit: tree."""
+    if baseline == "batch":
+        raise ValueError(
+            "algorithm.credit=tree compares later turns inside their group, but baseline=batch compares replies with "
+            "those of all groups: set algorithm.baseline=group, or algorithm.credit=reply"
+        )
+    if kl_coef and kl_in == "reward":
+        raise ValueError(
+            "algorithm.credit=tree compares later turns before the trainer knows the KL that kl_in=reward subtracts: "
+            "set algorithm.kl_in=loss, or algorithm.credit=reply"
+        )
+
+
 def check_refills(baseline: Baseline, refill_groups: int) -> None:
     """Raise ValueError where dynamic sampling means nothing."""
     if refill_groups and baseline == "batch":

@@ -11,7 +11,7 @@ from collab_megatron.config.sections.base import Finite, Named, Positive, Second
 from collab_megatron.config.sections.extra import check_address, check_extra
 from collab_megatron.types import TERMINATION_SIGNAL
 
-ROLES = ("user", "judge", "assistant")
+ROLES = ("user", "judge", "assistant", "second_judge")
 """Roles with a section of their own."""
 
 
@@ -52,6 +52,8 @@ class LLMSection(DeploymentSection):
     # fields too (json_object for models without it)
     response_format: Literal["text", "json_object", "json_schema"] = "json_object"
     prompt_file: Path | None = None  # replaces the shipped prompt template
+    # at temperature 0: requests with the same messages are sent once, and all callers get the same answer
+    answer_once: bool = False
     # further arguments of every call, in LiteLLM's terms, e.g. {top_p: 0.9, reasoning_effort: low}; no secrets.
     # LiteLLM leaves out OpenAI's arguments that it knows a provider not to take
     extra: dict[str, Any] = Field(default={})
@@ -66,12 +68,18 @@ class JudgeSection(LLMSection):
     """An LLM that scores. At temperature 0 it repeats its scores as far as its provider can."""
 
     temperature: float = Field(default=0.0, ge=0)  # sampling temperature
+    # at temperature 0: requests with the same messages are sent once, and all callers get the same answer
+    answer_once: bool = True
 
 
 class SimulatorSection(LLMSection):
     """A simulated user. With a mixture of several, the policy does not learn the habits of one simulator."""
 
     weight: float = Field(default=1.0, gt=0)  # share of the conversations, relative to the other weights
+    # ask for the first user turns of all futures of a reply in one request (`n`), which has the prompt's tokens once.
+    # None: if LiteLLM knows that the providers of all deployments take `n`. A provider that returns fewer answers than
+    # `n` is asked for the rest one after another, which takes longer: set false
+    first_turns_together: bool | None = None
 
 
 class UserSection(SimulatorSection):
@@ -137,6 +145,10 @@ class RewardSection(Section):
     metric_modules: tuple[str, ...] = ()
     judges: dict[str, JudgeSection] = Field(default={})  # by metric: its own LLM instead of simulators.judge
     settings: dict[str, dict[str, Any]] = Field(default={})  # by metric: its settings (docs/rewards.md)
+    # another LLM that scores a sample of the training's conversations again, with the prompts of the first judges. It
+    # never rewards: its agreement with them is in the reward-hacking panel (hacking/...). None: no sample
+    second_judge: JudgeSection | None = None
+    second_judge_share: Share = 0.05  # share of the conversations that the second judge scores
 
     @field_validator("metric_weights")
     @classmethod

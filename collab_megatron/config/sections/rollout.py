@@ -1,15 +1,18 @@
-"""The sections of the rollout: conversation trees, the driver, its journal and record, evaluation."""
+"""The sections of the rollout: conversation trees, the driver, its journal and record."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from collab_megatron.config.sections.base import Count, Positive, Seconds, Section, Seed
+from collab_megatron.config.sections.base import Count, Positive, Seconds, Section
 
 CutReply = Literal["score", "play", "penalty"]
+EqualReplies = Literal["once", "pool", "apart"]
+AUTO_FIRST = 2
+"""Futures of a reply before `auto` looks at their spread: the fewest that have one."""
 
 
 class RolloutSection(Section):
@@ -17,7 +20,20 @@ class RolloutSection(Section):
 
     prompts_per_step: Positive = 16  # each grows one tree
     num_replies: Annotated[int, Field(ge=2)] = 8  # replies per prompt: the GRPO group
-    num_repeat_rollouts: Count = 3  # futures per reply; 0: score the reply without a future
+    # futures per reply; 0: score the reply without a future. auto: two of each reply, then one more at a time for
+    # replies whose place in the group's ranking one more future can change, bounded by auto_futures
+    num_repeat_rollouts: Count | Literal["auto"] = 3
+    # num_repeat_rollouts: auto: a tree plays at most so many futures per reply of its group, and one reply at most
+    # twice as many. The budget reserves that many
+    auto_futures: Annotated[int, Field(ge=2)] = 3
+    # replies of a group with the same token ids, which have the same expected reward. once: K futures are played for
+    # the first of them, and all copies share them. pool: each plays its futures, and all get the mean over all. apart:
+    # each has its own futures and reward, so that their advantages differ by the simulators' noise
+    equal_replies: EqualReplies = "once"
+    # futures of a group whose replies are all equal (equal_replies: once or pool): no reply of it can be better than
+    # another. 1: the reward curves include such groups; 0: they have no reward. driver.refill_groups replaces them. Not
+    # used with algorithm.credit: tree or baseline: batch, where such groups teach something
+    uniform_group_futures: Annotated[int, Field(ge=0, le=1)] = 1
     max_user_turns: Count = 2  # user turns inside a future
     max_assistant_turns: Positive = 3  # policy turns of a conversation; the trained reply is the first
     max_new_tokens: Positive = 2048  # tokens of one policy turn
@@ -46,6 +62,31 @@ class RolloutSection(Section):
     # turns as sampled. rendered: render the context of every turn after the trained reply again
     inexact_template: Literal["refuse", "as_sampled", "rendered"] = "refuse"
     min_replies: Annotated[int, Field(ge=2)] = 2  # a group with fewer scored replies is dropped
+
+    @field_validator("num_repeat_rollouts", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        """One sentence instead of one for each type of the union."""
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(f"{value!r} is neither a number of futures (0 or more) nor auto: set one of them")
+        return value
+
+    @property
+    def first_futures(self) -> int:
+        """Futures of each reply in the first round; 0: replies are scored without one."""
+        return self.num_repeat_rollouts if isinstance(self.num_repeat_rollouts, int) else AUTO_FIRST
+
+    @property
+    def most_futures(self) -> int:
+        """The most futures of one reply; a reply that is scored without a future counts as one."""
+        fixed = self.num_repeat_rollouts
+        return max(fixed, 1) if isinstance(fixed, int) else 2 * self.auto_futures
+
+    @property
+    def tree_futures(self) -> int:
+        """The most futures of a tree."""
+        fixed = self.num_repeat_rollouts
+        return self.num_replies * (max(fixed, 1) if isinstance(fixed, int) else self.auto_futures)
 
     @model_validator(mode="after")
     def _whole_distribution(self) -> Self:
@@ -112,19 +153,3 @@ class RecordSection(Section):
     max_mb: float | None = Field(default=20_000, gt=0)
     # compression of closed files (64 MB each); the open file, and so the record of a short run, is plain
     compress: Literal["zstd", "none"] = "zstd"
-
-
-class EvaluationSection(Section):
-    """Whole conversations on held-out tasks."""
-
-    num_tasks: Positive = 1000  # tasks of one evaluation; fewer if the file has fewer
-    seed: Seed = 1  # selects the tasks, the same at every step; a larger num_tasks only adds tasks
-    # true: the simulated user writes the first message from the whole request, in place of the dataset's prompt (the
-    # system message stays); in a file with openings only tasks with an opening are used
-    simulated_opening: bool = False
-    temperature: float = Field(default=0.0, ge=0)  # sampling temperature of the policy
-    max_assistant_turns: Positive = 3  # policy turns of a conversation
-    max_concurrency: Positive = 64  # conversations at a time, over all shards
-    timeout_s: Seconds = 1800.0  # deadline of the evaluation; unfinished conversations count as failed
-    # RL: evaluations whose conversations are kept in RUN_DIR/evaluations/NAME: the first and the newest
-    keep_transcripts: Positive = 20

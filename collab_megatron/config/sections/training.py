@@ -17,6 +17,7 @@ from collab_megatron.config.sections.algorithms import (
     Preset,
     Scale,
     check_pieces,
+    check_tree_credit,
     expanded,
 )
 from collab_megatron.config.sections.base import (
@@ -278,7 +279,15 @@ class AlgorithmSection(Section):
     # dilute the gradient of other groups and pull towards the reference. drop: they are not trained, and a step without
     # other groups makes no update. Groups that driver.refill_groups replaced are never trained
     zero_advantage: Literal["keep", "drop"] = "keep"
-    # DAPO's overlong shaping: the last share of rollout.max_new_tokens in which a longer reply loses reward; 0: none
+    # which policy turns are trained. reply: the n replies of a group, as in the paper. tree: also every later turn of
+    # their futures, from the same LLM calls; its return is the mean reward of the conversations below it
+    credit: Literal["reply", "tree"] = "reply"
+    # credit: tree: what a later turn's return is compared with, always without the conversations through that turn.
+    # siblings: an estimate of its context's value from the conversations through the same contexts, shrunk towards
+    # those through the same reply and the group; group: the mean over the group's conversations
+    tree_baseline: Literal["siblings", "group"] = "siblings"
+    # DAPO's overlong shaping: the last share of rollout.max_new_tokens in which a longer reply, or with credit: tree a
+    # longer policy turn, loses reward; 0: none
     overlong_share: Share = 0.0
     overlong_penalty: float = Field(default=1.0, gt=0)  # reward that a reply of rollout.max_new_tokens loses
     # ppo: clipped ratio of each token; gspo: clipped mean ratio of the reply; cispo: clipped ratio as a weight, which
@@ -330,7 +339,19 @@ class AlgorithmSection(Section):
             importance_cap=self.importance_cap,
             importance_floor=self.importance_floor,
         )
+        if self.credit == "tree":
+            check_tree_credit(self.baseline, self.kl_coef, self.kl_in)
         return self
+
+    @property
+    def reduces_over_replies(self) -> bool:
+        """Whether the loss has sums over the tokens of each trained policy turn."""
+        return self.policy_loss == "gspo" or self.importance == "sequence"
+
+    @property
+    def merges_turns(self) -> bool:
+        """Whether the trained turns of a conversation are one sequence. Sums over turns need a sequence for each."""
+        return self.credit == "tree" and not self.reduces_over_replies
 
     @property
     def kl_in_reward(self) -> bool:

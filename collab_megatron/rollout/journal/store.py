@@ -42,6 +42,9 @@ INSERT OR REPLACE INTO replies (
     key, step, role, texts, prompt_tokens, completion_tokens, cost_usd, latency_s, model, fingerprint, deployment
 ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
+KEEP_REPLY = (
+    ADD_REPLY.replace("INSERT OR REPLACE", "INSERT") + "ON CONFLICT DO UPDATE SET step = max(step, excluded.step)"
+)
 ADD_SPEND = """
 INSERT INTO spend VALUES (?, ?, 1, ?)
 ON CONFLICT DO UPDATE SET calls = calls + 1, cost_usd = cost_usd + excluded.cost_usd
@@ -124,12 +127,11 @@ class Journal:
 
     def record_reply(self, key: bytes, role: str, reply: LLMReply) -> None:
         """Store it and count it as paid, in one transaction."""
-        model = _utf8(reply.model)
-        row = (
-            key, POSITION.get().step, role, pack_texts(reply.texts), reply.prompt_tokens, reply.completion_tokens,
-            reply.cost_usd, reply.latency_s, model, _utf8(reply.fingerprint), reply.deployment,
-        )  # fmt: skip
-        self._commit((ADD_REPLY, row), (ADD_SPEND, (role, model, reply.cost_usd)))
+        self._commit((ADD_REPLY, _row(key, role, reply)), (ADD_SPEND, (role, _utf8(reply.model), reply.cost_usd)))
+
+    def keep_reply(self, key: bytes, role: str, reply: LLMReply) -> None:
+        """A reply that was paid for earlier is used in the current step: `prune` keeps it as long as that step."""
+        self._commit((KEEP_REPLY, _row(key, role, reply)))
 
     def turn(
         self, key: bytes, *, oldest: int, newest: int, what: str = "a policy turn"
@@ -260,6 +262,14 @@ class Journal:
         """Bytes of the file and of its log."""
         files = (self._path, self._path.with_name(self._path.name + "-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
+
+
+def _row(key: bytes, role: str, reply: LLMReply) -> tuple[Any, ...]:
+    """The row of a reply in the current step."""
+    return (
+        key, POSITION.get().step, role, pack_texts(reply.texts), reply.prompt_tokens, reply.completion_tokens,
+        reply.cost_usd, reply.latency_s, _utf8(reply.model), _utf8(reply.fingerprint), reply.deployment,
+    )  # fmt: skip
 
 
 def _utf8(text: str) -> str:

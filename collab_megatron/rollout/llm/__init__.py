@@ -4,7 +4,7 @@ from collab_megatron.rollout.llm.accounting import GatewaySnapshot, RoleUsage
 from collab_megatron.rollout.llm.failure import SimulatorError
 from collab_megatron.rollout.llm.gateway import Gateway
 from collab_megatron.rollout.llm.health import SimulatorHealth
-from collab_megatron.rollout.llm.user import LLMUserSimulator, ends_chat, user_simulator
+from collab_megatron.rollout.llm.user import LLMUserSimulator, ends_chat, evaluation_users, user_simulator
 
 __all__ = [
     "Gateway",
@@ -14,5 +14,6 @@ __all__ = [
     "SimulatorError",
     "SimulatorHealth",
     "ends_chat",
+    "evaluation_users",
     "user_simulator",
 ]

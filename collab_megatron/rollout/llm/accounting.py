@@ -27,13 +27,15 @@ MALFORMED = ("empty", "wrong_role", "too_long", "unreadable")
 
 @dataclass
 class RoleUsage:
-    """Counters of one role since the gateway was made. Answers from the journal count in `replayed` only."""
+    """Counters of one role since the gateway was made. Answers from the journal count in `replayed` only,
+    those of equal requests in `shared` only."""
 
     calls: int = 0  # complete() calls that sent a request
     attempts: int = 0  # requests sent, retries included
     retries: int = 0  # attempts after the first of a call
     answers: int = 0  # requests that were answered, and paid for; malformed answers included
     replayed: int = 0  # answers from the journal
+    shared: int = 0  # calls that got the answer of an equal request at temperature 0
     failures: int = 0  # calls that ended in SimulatorError
     rate_limited: int = 0  # attempts that ended in 429
     server_errors: int = 0  # 5xx

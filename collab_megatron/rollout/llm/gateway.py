@@ -82,17 +82,26 @@ class Gateway:
         }
         self.budget = Budget(budget or BudgetSection(), journal, self._costs, go_on)
 
-    def role(self, name: str) -> ChatLLM:
-        """The client of one role. Raises UserError for a role that is not configured."""
+    def role(self, name: str, part: int | None = None) -> ChatLLM:
+        """The client of one role; `part` of a mixture alone, where it is given. Raises UserError for a role that is not
+        configured."""
         if name not in self._parts:
             raise UserError(f"{role_place(name)} is not set: name the model that plays it")
         parts = [self._clients[part] for part, _, _ in self._parts[name]]
+        if part is not None:
+            return parts[part]
         return parts[0] if len(parts) == 1 else _Mixture(parts, partial(self.part, name))
 
     def part(self, name: str, sample_index: int) -> int:
         """Which simulator of a mixture plays this sample: 0 is the section itself, then its `mixture` in order."""
         weights = [getattr(section, "weight", 1.0) for _, _, section in self._parts[name]]
         return draw_part(weights, self._seed, name, sample_index)
+
+    def together(self, name: str, part: int) -> bool:
+        """Whether simulator `part` of a mixture gets several first turns of a chat in one request."""
+        _, _, section = self._parts[name][part]
+        wanted = section.first_turns_together if isinstance(section, SimulatorSection) else False
+        return self._api.takes_n(section) if wanted is None else wanted
 
     def check_models(self) -> None:
         """Raise UserError naming a model whose provider LiteLLM does not know: every call would fail."""

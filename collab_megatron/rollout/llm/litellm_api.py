@@ -128,6 +128,14 @@ class LiteLLMApi:
         """Whether the model takes a JSON Schema. A server at an address of the user's own is expected to."""
         return deployment.api_base is not None or bool(self._litellm.supports_response_schema(deployment.model))
 
+    def takes_n(self, section: LLMSection) -> bool:
+        """Whether LiteLLM knows that the providers of all deployments take `n`, a number of answers to one request."""
+        provider = section.extra.get("custom_llm_provider")
+        return all(
+            "n" in (self._litellm.get_supported_openai_params(model, custom_llm_provider=provider) or ())
+            for model in (section.model, *(deployment.model for deployment in section.deployments))
+        )
+
     async def chat(self, endpoint: Endpoint, request: ApiRequest, timeout_s: float) -> LLMReply:
         """One request without retries. The texts of the reply are valid UTF-8, whatever the API sent.
 

@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -23,10 +24,11 @@ from collab_megatron.limiter import AdaptiveLimiter
 from collab_megatron.rollout.llm.accounting import METRIC, RoleUsage, keep_call
 from collab_megatron.rollout.llm.budget import note_answer
 from collab_megatron.rollout.llm.deployments import Deployment, Deployments, NoPermit
+from collab_megatron.rollout.llm.equal_requests import EqualRequests
 from collab_megatron.rollout.llm.failure import Failure, SimulatorError, address_of, classify, timed_out
 from collab_megatron.rollout.llm.litellm_api import ApiRequest, LiteLLMApi
 from collab_megatron.rollout.llm.parsing import MalformedReply, parsed, read_for_record
-from collab_megatron.rollout.llm.role_journal import RoleJournal
+from collab_megatron.rollout.llm.role_journal import RoleJournal, request_key
 from collab_megatron.types import CallRecord, LLMReply, LLMRequest
 
 T = TypeVar("T")
@@ -82,6 +84,7 @@ class RoleClient:
         self._seed = seed
         self._api = api
         self._journal = journal
+        self._equal = EqualRequests(journal) if section.answer_once and section.temperature == 0 else None
         self._observer = observer
         self._require_room = require_room
         self._jitter = random.Random(f"{seed}/{name}")
@@ -92,12 +95,20 @@ class RoleClient:
         return self.usage.copy()
 
     async def complete(self, request: LLMRequest[T]) -> list[T]:
-        """The request's `n` values.
+        """The request's `n` values. With `answer_once` the sample index does not count.
 
-        Waits for the concurrency limiter, then for the provider, at most `deadline_s` in all attempts. Raises
-        SimulatorError when attempts or deadline are used up, or at once if another attempt cannot help; ReplayMiss if
-        nothing may be sent and the journal has no answer; BudgetSpent if no more may be paid for.
+        Waits for an equal request that is being asked, then for the concurrency limiter, then for the provider, at most
+        `deadline_s` in all attempts. Raises SimulatorError when attempts or deadline are used up, or at once if another
+        attempt cannot help; ReplayMiss if nothing may be sent and the journal has no answer; BudgetSpent if no more may
+        be paid for.
         """
+        if self._equal is None:
+            return await self._complete(request, None)
+        with ExitStack() as asking:
+            return await self._complete(replace(request, sample_index=0), asking)
+
+    async def _complete(self, request: LLMRequest[T], asking: ExitStack | None) -> list[T]:
+        """`asking`: of a call that shares answers; it ends when the call does."""
         section, usage = self.section, self.usage
         failure = Failure("NoAttempt")
         spent_s, attempt, sent, malformed, replayed = 0.0, 0, 0, 0, 0
@@ -115,8 +126,13 @@ class RoleClient:
                 seed=request_seed(self._seed, request, malformed + len(values)),
                 temperature=max(section.temperature, WARMER) if malformed else section.temperature,
             )
-            key = None if self._journal is None else self._journal.key(api_request)
-            result: LLMReply | Failed | None = self._replay(key)
+            key = request_key(section.model, api_request)
+            result: LLMReply | Failed | None = None
+            once = asking if attempt == 1 and not values and not malformed else None
+            if once is not None:
+                result = await self._shared(key, once)
+            if result is None:
+                result = self._replay(key)
             if result is None:
                 self._require_room()
                 usage.calls += sent == 0
@@ -130,6 +146,8 @@ class RoleClient:
                 spent_s += seconds
             if isinstance(result, LLMReply):
                 replies.append(result)
+                if self._equal is not None and not malformed and not values and not result.shared:
+                    self._equal.keep(key, result)
                 try:
                     values += parsed(result, request.parse)
                 except MalformedReply as error:
@@ -176,14 +194,26 @@ class RoleClient:
             answered_by=replies[-1].model if replies else "",
             requests=requests,
             replayed=bool(replies) and replies[-1].replayed,
+            shared=bool(replies) and replies[-1].shared,
             prompt_tokens=sum(reply.prompt_tokens for reply in replies),
             completion_tokens=sum(reply.completion_tokens for reply in replies),
             cost_usd=sum(reply.cost_usd for reply in replies),
         )
 
-    def _replay(self, key: bytes | None) -> LLMReply | None:
+    async def _shared(self, key: bytes, asking: ExitStack) -> LLMReply | None:
+        """The answer to an equal request; None: this call asks, and equal ones wait for it."""
+        assert self._equal is not None
+        reply = await self._equal.answer(key)
+        if reply is None:
+            asking.enter_context(self._equal.asking(key))
+            return None
+        self.usage.shared += 1
+        self._observe(reply)
+        return reply
+
+    def _replay(self, key: bytes) -> LLMReply | None:
         """The journal's answer: it needs no permit and costs nothing."""
-        if self._journal is None or key is None:
+        if self._journal is None:
             return None
         reply = self._journal.find(key)
         if reply is not None:
@@ -192,7 +222,7 @@ class RoleClient:
         return reply
 
     async def _attempt(
-        self, request: ApiRequest, key: bytes | None, refused: AbstractSet[int], left_s: float
+        self, request: ApiRequest, key: bytes, refused: AbstractSet[int], left_s: float
     ) -> tuple[LLMReply | Failed, float]:
         """Send one request: (what came, seconds without the limiter's queue). Raises NoPermit."""
         usage = self.usage
@@ -233,7 +263,7 @@ class RoleClient:
         reply = replace(result, latency_s=ended_at - sent_at, deployment=deployment.index)
         permit.settle(reply.prompt_tokens, reply.completion_tokens, request.n)
         self._note_answer(reply)
-        if self._journal is not None and key is not None:
+        if self._journal is not None:
             self._journal.keep(key, reply)
         return reply, seconds
 

@@ -16,27 +16,12 @@ KEY_BYTES = 16
 
 
 class RoleJournal:
-    """Answers by what was asked. The key has the role's model, not the deployment's: a replay may use another one."""
+    """Answers by what was asked (request_key)."""
 
     def __init__(self, journal: Journal, role: str, model: str) -> None:
         self._journal = journal
         self._role = role
         self._model = model
-
-    def key(self, request: ApiRequest) -> bytes:
-        """The request's key in the journal."""
-        asked, section = request.asked, request.section
-        parameters = {
-            "temperature": request.temperature,
-            "max_tokens": section.max_tokens,
-            "n": request.n,
-            "seed": request.seed,
-            "json": asked.json_reply,
-            "schema": None if request.schema is None else dict(request.schema),
-        }
-        if section.extra:  # without any, the key is that of older journals
-            parameters["extra"] = dict(section.extra)
-        return reply_key(self._model, request.messages, parameters, asked.sample_index)
 
     @property
     def may_ask(self) -> bool:
@@ -51,6 +36,26 @@ class RoleJournal:
     def keep(self, key: bytes, reply: LLMReply) -> None:
         """Store an answer, and count it as paid."""
         self._journal.record_reply(key, self._role, reply)
+
+    def keep_for_step(self, key: bytes, reply: LLMReply) -> None:
+        """Keep an answer that was paid for as long as the rows of the current step."""
+        self._journal.keep_reply(key, self._role, reply)
+
+
+def request_key(model: str, request: ApiRequest) -> bytes:
+    """The key of a request to `model`, which is the role's and not the deployment's: a replay may use another one."""
+    asked, section = request.asked, request.section
+    parameters = {
+        "temperature": request.temperature,
+        "max_tokens": section.max_tokens,
+        "n": request.n,
+        "seed": request.seed,
+        "json": asked.json_reply,
+        "schema": None if request.schema is None else dict(request.schema),
+    }
+    if section.extra:  # without any, the key is that of older journals
+        parameters["extra"] = dict(section.extra)
+    return reply_key(model, request.messages, parameters, asked.sample_index)
 
 
 def reply_key(

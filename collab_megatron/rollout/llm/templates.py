@@ -19,7 +19,7 @@ from collab_megatron.files import contents
 from collab_megatron.types import Message
 
 TEXT_FILES = ("prompt_file", "rubric_file")  # ends of keys that name a text file
-BLOCK_END = re.compile(r"</(?=\s*(?:chat|request|reference|rubric|task_desc)\s*>)", re.IGNORECASE)
+BLOCK_END = re.compile(r"</(?=\s*(?:chat|request|reference|rubric|task_desc|first|second)\s*>)", re.IGNORECASE)
 
 
 class PromptTemplate:
@@ -57,6 +57,11 @@ def load_template(
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt_file {prompt_file} cannot be read: {error}") from None
     return PromptTemplate(text, required=required, optional=optional, source=str(prompt_file))
+
+
+def proactive_message(prompt_file: Path | None) -> str:
+    """The system message that asks a policy for collaboration: `prompt_file`, or the shipped one. Raises UserError."""
+    return load_template("policy_proactive", prompt_file, required=()).fill().strip()
 
 
 def shipped_prompts() -> list[Path]:

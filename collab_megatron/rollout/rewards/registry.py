@@ -152,24 +152,17 @@ def configured_scorer(
 ) -> Scorer:
     """The scorer of a config. Without `here` nothing is checked that depends on the machine. Raises UserError as
     make_scorer does, and for a bad prompt file."""
-    judge = simulators.judge
-    own = {name: section for name, section in reward.judges.items() if name in reward.metric_weights}
-    extractor = simulators.roles.get(EXTRACTOR)
+    own = [name for name in reward.judges if name in reward.metric_weights]
     extracting = [name for name in reward.metric_weights if role_of_metric(name, reward, simulators) == EXTRACTOR]
     return make_scorer(
         reward.metric_weights,
-        None if judge is None else gateway.role("judge"),
+        None if simulators.judge is None else gateway.role("judge"),
         accuracy_verifier=reward.accuracy_verifier,
         judges={
             **{name: gateway.role(judge_role(name)) for name in own},
             **{name: gateway.role(EXTRACTOR) for name in extracting},
         },
-        prompt_files={
-            "interactivity": None if judge is None else judge.prompt_file,
-            "accuracy": reward.accuracy_prompt_file,
-            **{name: extractor.prompt_file for name in extracting if extractor is not None},
-            **{name: section.prompt_file for name, section in own.items() if section.prompt_file is not None},
-        },
+        prompt_files=prompt_files(reward, simulators),
         interactivity_sees=reward.interactivity_sees,
         metric_modules=reward.metric_modules,
         settings=reward.settings,
@@ -177,6 +170,19 @@ def configured_scorer(
         roles={name: gateway.role(name) for name in simulators.roles},
         here=here,
     )
+
+
+def prompt_files(reward: RewardSection, simulators: SimulatorsSection) -> dict[str, Path | None]:
+    """By metric: the file that replaces its shipped prompt."""
+    judge, extractor = simulators.judge, simulators.roles.get(EXTRACTOR)
+    extracting = [name for name in reward.metric_weights if role_of_metric(name, reward, simulators) == EXTRACTOR]
+    own = {name: section.prompt_file for name, section in reward.judges.items() if name in reward.metric_weights}
+    return {
+        "interactivity": None if judge is None else judge.prompt_file,
+        "accuracy": reward.accuracy_prompt_file,
+        **{name: extractor.prompt_file for name in extracting if extractor is not None},
+        **{name: file for name, file in own.items() if file is not None},
+    }
 
 
 def _make(context: MetricContext) -> Metric:

@@ -88,11 +88,6 @@ def with_advantages(batch: MicroBatch, advantages_N_T: Sequence[Sequence[float]]
     return with_values(batch, "advantages", advantages)
 
 
-def needs_sequences(algorithm: AlgorithmSection) -> bool:
-    """Whether the loss has reductions over replies."""
-    return algorithm.policy_loss == "gspo" or algorithm.importance == "sequence"
-
-
 def make_policy_loss(
     algorithm: AlgorithmSection, reduce: Reduce = on_this_rank
 ) -> Callable[[Tensor, MicroBatch], LossSum]:
@@ -106,7 +101,7 @@ def make_policy_loss(
         old = values.get("old_logprobs", logprobs.detach())
         rollout = values["rollout_logprobs"]
         sequences = None
-        if needs_sequences(algorithm):
+        if algorithm.reduces_over_replies:
             sequences = Sequences(values["sequence"].long(), max(1, len(batch.sample_indices)), reduce)
         total = policy_loss(
             logprobs,

@@ -39,6 +39,20 @@ ALARMS = (
         "too hard, raise rollout.num_replies, or set driver.refill_groups",
     ),
     Alarm(
+        "advantage/noise_share",
+        0.8,
+        False,
+        "of the difference between replies is noise of the simulators: raise rollout.num_repeat_rollouts, or set it to "
+        "auto",
+    ),
+    Alarm(
+        "hacking/reply_length_ratio",
+        2.0,
+        False,
+        "of the first steps' length is the length of the replies now: if they say no more than before, raise the "
+        "weight of token_amount",
+    ),
+    Alarm(
         "system/host_memory_share",
         0.9,
         False,

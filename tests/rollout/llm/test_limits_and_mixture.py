@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from collab_megatron.config.sections import DeploymentSection, LLMSection, SimulatorSection, UserSection
+from collab_megatron.config.roles import evaluation_roles
+from collab_megatron.config.sections import (
+    DeploymentSection,
+    EvaluationSection,
+    LLMSection,
+    SimulatorSection,
+    SimulatorsSection,
+    UserSection,
+)
 from collab_megatron.errors import UserError
-from collab_megatron.rollout.llm import Gateway, GatewaySnapshot, SimulatorError
+from collab_megatron.rollout.llm import Gateway, GatewaySnapshot, SimulatorError, evaluation_users
 from collab_megatron.rollout.llm import deployments as module
 from collab_megatron.rollout.llm.deployments import RateLimit
 from collab_megatron.rollout.llm.gateway import draw_part
 from collab_megatron.rollout.llm.role_client import RoleClient
+from collab_megatron.types import Message
+from tests.rollout.fakes import TASK
 from tests.rollout.llm.calls import HELLO, closed_port, config_for, good, hello, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint
 
@@ -124,6 +135,29 @@ def test_a_conversation_keeps_its_simulator_and_each_has_its_own_counters() -> N
         "user-1": counts["b"],
         "user-2": counts["c"],
     }
+
+
+@pytest.mark.parametrize(("with_mixture", "own"), [(True, {"a", "b", "c"}), (False, {"a"})])
+def test_an_evaluation_has_further_users_and_may_leave_the_mixture_out(with_mixture: bool, own: set[str]) -> None:
+    async def main(url: str) -> list[str]:
+        simulators = SimulatorsSection(user=mixture(url))
+        further = LLMSection(model="hosted_vllm/terse", api_base=url, api_key_env=None)
+        evaluation = EvaluationSection(mixture=with_mixture, users={"terse": further})
+        gateway = Gateway({"user": simulators.user, **evaluation_roles(evaluation)}, 7)
+        try:
+            users = evaluation_users(simulators, evaluation, gateway)
+            assert list(users) == ["", "terse"]
+            for user in users.values():
+                for index in range(-30, 0):
+                    await user.reply(TASK, [Message("assistant", "when?")], sample_index=index)
+            return sorted(name for name, usage in gateway.snapshot().roles.items() if usage.calls)
+        finally:
+            await gateway.close()
+
+    with MisbehavingEndpoint(lambda body: json.dumps({"thought": "", "response": body["model"]})) as endpoint:
+        roles = asyncio.run(main(endpoint.url))
+        assert {model for model, counts in endpoint.counts_of.items() if counts["good"]} == {*own, "terse"}
+    assert roles == sorted([*(f"user-{n}" if n else "user" for n in range(len(own))), "user-terse"])
 
 
 def test_the_shares_of_a_mixture_follow_the_weights() -> None:

@@ -17,7 +17,7 @@ from collab_megatron.launch.preflight import check_rl
 from collab_megatron.rollout.llm import Gateway
 from collab_megatron.rollout.llm.litellm_api import Endpoint, LiteLLMApi
 from collab_megatron.rollout.llm.prices import Price, listed_price, load_litellm, price
-from tests.conftest import DESK_KEY, REPOSITORY, Server
+from tests.conftest import DESK_KEY, ONE_USER, REPOSITORY, Server
 from tests.rollout.fakes import TASK
 
 FREE: dict[str, Any] = {"input_usd_per_mtoken": 0, "output_usd_per_mtoken": 0}
@@ -89,6 +89,7 @@ def test_the_check_before_a_run_knows_the_budget(
         f"data={{train: {tmp_path / 'tasks.parquet'}, validation: {tmp_path / 'tasks.parquet'}}}",
         f"simulators.user.api_base={desk.url}",
         f"simulators.judge.api_base={desk.url}",
+        *ONE_USER,
         "budget.hard_usd=5",
     ]
     demo = REPOSITORY / "conf" / "demo_rl.yaml"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import pytest
 
 from collab_megatron.config.sections import LLMSection
-from collab_megatron.rollout.journal.store import Journal
 from collab_megatron.rollout.llm.litellm_api import ApiRequest
 from collab_megatron.rollout.llm.role_client import request_seed
-from collab_megatron.rollout.llm.role_journal import RoleJournal, reply_key
+from collab_megatron.rollout.llm.role_journal import reply_key, request_key
 from collab_megatron.types import LLMRequest, Message
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -52,5 +50,5 @@ def test_the_key_of_a_whole_request_is_that_of_older_journals() -> None:
             {"model": "m", "extra": {"top_p": 0.5}, "response_format": response_format, "max_tokens": 77}
         )
         request = ApiRequest(asked, section, n=2, seed=request_seed(1, asked, 4), temperature=0.5)
-        keys.append(RoleJournal(cast(Journal, None), "user", "m").key(request).hex())
+        keys.append(request_key("m", request).hex())
     assert keys == ["1969894944050cb5a63b42e0058f3d56", "7e1b3ca773a133c7ce8b933da82841e3"]

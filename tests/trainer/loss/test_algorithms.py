@@ -20,7 +20,6 @@ from collab_megatron.trainer.loss.kl import kl_estimate
 from collab_megatron.trainer.loss.losses import LossSum
 from collab_megatron.trainer.loss.policy_step import (
     make_policy_loss,
-    needs_sequences,
     token_samples,
     with_advantages,
     with_values,
@@ -312,7 +311,7 @@ def as_samples(algorithm: AlgorithmSection) -> list[TokenSample]:
 
 
 def ready(batch: MicroBatch, algorithm: AlgorithmSection) -> MicroBatch:
-    return with_values(batch, "sequence", batch.numbered()) if needs_sequences(algorithm) else batch
+    return with_values(batch, "sequence", batch.numbered()) if algorithm.reduces_over_replies else batch
 
 
 def measured(algorithm: AlgorithmSection, batch: MicroBatch, context: int = 1) -> dict[str, float]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from collab_megatron.config.sections import AlgorithmSection, OptimizerSection
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample, collate
-from collab_megatron.trainer.loss.policy_step import make_policy_loss, needs_sequences, with_values
+from collab_megatron.trainer.loss.policy_step import make_policy_loss, with_values
 from collab_megatron.trainer.loss.sequences import mean_weights
 from tests.trainer.parallel.tiny import make_samples
 
@@ -79,7 +79,7 @@ def samples_for(algorithm: AlgorithmSection) -> list[TokenSample]:
 
 def numbered(batch: MicroBatch, algorithm: AlgorithmSection) -> MicroBatch:
     """The batch as rl_step gives it to the loss."""
-    return with_values(batch, "sequence", batch.numbered()) if needs_sequences(algorithm) else batch
+    return with_values(batch, "sequence", batch.numbered()) if algorithm.reduces_over_replies else batch
 
 
 def statistics(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
