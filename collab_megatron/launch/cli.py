@@ -21,6 +21,7 @@ class TrainerArguments:
     engine_ready_file: Path | None = None  # exists once all engines have answered
     driver_ready_file: Path | None = None  # with .0, .1, ...: exists once that shard listens; holds its address
     engine_keys: Path | None = None  # file of API keys (engine/keys.py); None: the engines need none
+    attempt: int = 1  # number of this start of the run (launch/attempts.py)
 
     def wait_for_engine(self, timeout_s: float) -> None:
         """Raises RunError at the deadline."""
@@ -89,6 +90,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
     internal.add_argument("--engine-ready-file", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--driver-ready-file", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--engine-keys", type=Path, help=argparse.SUPPRESS)
+    internal.add_argument("--attempt", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     for option in ("gpus", "nodes", "hosts"):
         if getattr(args, option) is not None and not args.dry_run:
@@ -100,7 +102,8 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> A
         node = several(node or this_node(), args.nodes, args.hosts)
     trainer = None
     if args.trainer_rank:
-        trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys)
+        files = args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys
+        trainer = TrainerArguments(*files, attempt=args.attempt)
     else:
         end_at_signals()  # also before the first child starts. Not in a rank, which must end inside a collective too
     return Arguments(

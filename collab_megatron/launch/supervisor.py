@@ -110,6 +110,11 @@ class Supervisor:
                 self._scratch = None
 
     @property
+    def logs_dir(self) -> Path:
+        """The folder of the children's logs."""
+        return self._logs_dir
+
+    @property
     def scratch(self) -> Path:
         """The temporary folder of this run, mode 0700; TMPDIR of every child."""
         assert self._scratch is not None, "entered, and not left yet"
