@@ -14,7 +14,7 @@ run_job() {
   local child="" asked="" near_limit="" code
   trap 'asked=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
   trap 'asked=1; near_limit=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' USR1
-  "$@" &
+  "$@" <&0 &  # else bash would give it /dev/null
   child=$!
   if [ -n "$asked" ]; then kill -TERM "$child" 2>/dev/null || true; fi  # a signal came before the program
   while true; do
