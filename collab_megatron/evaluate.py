@@ -38,6 +38,7 @@ from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.errors import BudgetSpent, EvaluationFailed, run_cli
 from collab_megatron.figures import values
 from collab_megatron.files import keep_from_others, publish_json, publish_text
+from collab_megatron.launch.attempts import begin_attempt
 from collab_megatron.launch.cli import parse_arguments
 from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
 from collab_megatron.launch.lock import RunLock, run_lock
@@ -228,7 +229,8 @@ def play_rows(config: EvaluateConfig, contexts: Mapping[str, int], lock: RunLock
     for path, names in groupby(config.rows, key=lambda name: path_of(config, config.rows[name])):
         rows = list(names)
         own = of_row(config, rows[0])
-        with Supervisor(own.run.logs_dir, held=lock.held, env=child_env(own)) as supervisor:
+        logs = begin_attempt(own.run.logs_dir).folder
+        with Supervisor(logs, held=lock.held, env=child_env(own)) as supervisor:
             urls: list[str] = []
             keys: EngineKeys | None = None
             if path is not None:

@@ -15,13 +15,13 @@ from collab_megatron.errors import run_cli
 from collab_megatron.launch.supervised import run_supervised
 
 
-def train(config: DPOConfig) -> None:
+def train(config: DPOConfig, attempt: int) -> None:
     """The loop of one trainer rank."""
     # heavy imports that need megatron: the launcher, which shares this file, must start without them
     from collab_megatron.trainer.supervised.dpo import DPOObjective
     from collab_megatron.trainer.supervised.loop import train_supervised
 
-    train_supervised(config, DPOObjective)
+    train_supervised(config, DPOObjective, attempt)
 
 
 def main() -> None:

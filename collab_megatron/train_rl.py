@@ -104,7 +104,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         engine_keys=EngineKeys.read(arguments.engine_keys) if arguments.engine_keys else None,
     )
     engines = Engines(publisher, rollouts)
-    reporter = RLReporter(config, first_step=first_step) if grid.is_main else None
+    reporter = RLReporter(config, first_step=first_step, attempt=arguments.attempt) if grid.is_main else None
     timer = PhaseTimer()
     evaluations = EvaluationSchedule(engines, reporter, grid, config)
     record = reporter.to_disk if reporter else no_record

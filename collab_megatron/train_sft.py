@@ -14,13 +14,13 @@ from collab_megatron.errors import run_cli
 from collab_megatron.launch.supervised import run_supervised
 
 
-def train(config: SFTConfig) -> None:
+def train(config: SFTConfig, attempt: int) -> None:
     """The loop of one trainer rank."""
     # heavy imports that need megatron: the launcher, which shares this file, must start without them
     from collab_megatron.trainer.supervised.loop import train_supervised
     from collab_megatron.trainer.supervised.sft import SFTObjective
 
-    train_supervised(config, SFTObjective)
+    train_supervised(config, SFTObjective, attempt)
 
 
 def main() -> None:

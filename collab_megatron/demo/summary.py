@@ -46,7 +46,8 @@ def write_summary(run_dir: Path, *, wall_s: Mapping[str, float], settings: Mappi
     summary["conversations"] = {stage: int(figures["conversations"]) for stage, figures in evaluations.items()}
     summary["wall_s"] = {stage: round(seconds, 1) for stage, seconds in wall_s.items()}
     summary["api_calls"] = _api_calls(run_dir)
-    resolved = {path.parent.name: path.read_text() for path in sorted(run_dir.rglob("logs/*/resolved.yaml"))}
+    newest = sorted(run_dir.rglob("logs/*/latest/resolved.yaml"))
+    resolved = {path.parent.parent.name: path.read_text() for path in newest}
     summary["config"] = {"settings": dict(settings), **resolved}
     publish_json(run_dir / "summary.json", summary)
     return summary

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from collab_megatron.config import BuildDatasetConfig
 from collab_megatron.config.sections import DeploymentSection
+from collab_megatron.launch.attempts import begin_attempt
 from collab_megatron.launch.lock import RunLock
 from collab_megatron.launch.run_processes import child_env, launch_engine_only
 from collab_megatron.launch.supervisor import Supervisor
@@ -29,7 +30,8 @@ def with_assistant(config: BuildDatasetConfig, lock: RunLock) -> Iterator[BuildD
     if config.model is None:
         yield config
         return
-    with Supervisor(config.run.logs_dir, held=lock.held, env=child_env(config)) as supervisor:
+    logs = begin_attempt(config.run.logs_dir).folder
+    with Supervisor(logs, held=lock.held, env=child_env(config)) as supervisor:
         urls, keys = launch_engine_only(supervisor, config)
         if keys is not None:
             os.environ[KEY_VARIABLE] = keys.api

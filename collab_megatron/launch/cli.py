@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from collab_megatron.errors import RunError, UserError
-from collab_megatron.launch.node import Node, parse_node
+from collab_megatron.launch.node import Node, parse_node, several, this_node
 from collab_megatron.signals import end_at_signals
 
 
@@ -22,6 +22,7 @@ class TrainerArguments:
     engine_ready_file: Path | None = None  # exists once all engines have answered
     driver_ready_file: Path | None = None  # with .0, .1, ...: exists once that shard listens; holds its address
     engine_keys: Path | None = None  # file of API keys (engine/keys.py); None: the engines need none
+    attempt: int = 1  # number of this start of the run (launch/attempts.py)
 
     def wait_for_engine(self, timeout_s: float) -> None:
         """Raises RunError at the deadline."""
@@ -55,7 +56,7 @@ class Arguments:
     config: Path
     overrides: list[str]
     dry_run: bool
-    node: Node | None  # described by --gpus; None: this machine
+    node: Node | None  # described by --gpus, --nodes and --hosts; None: this machine
     trainer: TrainerArguments | None  # set in a trainer rank, None in the launcher
     models: Sequence[str] = ()  # evaluate.py: the rows of its table; empty: all
 
@@ -90,29 +91,43 @@ def parse_arguments(
             metavar="NAME",
             help="rows of the config's `models`, in this order, such as --models base sft rl; without it, all of them",
         )
+    parser.add_argument("--nodes", type=int, metavar="N", help="with --dry-run: plan for a job of N such nodes")
+    parser.add_argument(
+        "--hosts",
+        metavar="NAME:GPUS,...",
+        help="with --dry-run: plan for these nodes, such as a:8,b:8,c:0 or gpu[001-064]:8",
+    )
     internal = parser.add_argument_group("set by the launcher")
     internal.add_argument("--trainer-rank", action="store_true", help=argparse.SUPPRESS)
     internal.add_argument("--roster", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--engine-ready-file", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--driver-ready-file", type=Path, help=argparse.SUPPRESS)
     internal.add_argument("--engine-keys", type=Path, help=argparse.SUPPRESS)
+    internal.add_argument("--attempt", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
-    if args.gpus is not None and not args.dry_run:
-        raise UserError("--gpus plans for another machine and starts nothing: add --dry-run, or leave --gpus out")
+    for option in ("gpus", "nodes", "hosts"):
+        if getattr(args, option) is not None and not args.dry_run:
+            raise UserError(
+                f"--{option} plans for another machine and starts nothing: add --dry-run, or leave --{option} out"
+            )
+    node = None if args.gpus is None else parse_node(args.gpus)
+    if args.nodes is not None or args.hosts is not None:
+        node = several(node or this_node(), args.nodes, args.hosts)
     listed: list[str] = args.models if several_models else []
     models = [name for name in listed if "=" not in name]  # an override may follow the names
     if listed and not models:
         raise UserError(f"--models {' '.join(listed)} names no model: name rows of the config's `models`")
     trainer = None
     if args.trainer_rank:
-        trainer = TrainerArguments(args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys)
+        files = args.roster, args.engine_ready_file, args.driver_ready_file, args.engine_keys
+        trainer = TrainerArguments(*files, attempt=args.attempt)
     else:
         end_at_signals()  # also before the first child starts. Not in a rank, which must end inside a collective too
     return Arguments(
         config=args.config,
         overrides=[*args.overrides, *(text for text in listed if "=" in text)],
         dry_run=args.dry_run,
-        node=None if args.gpus is None else parse_node(args.gpus),
+        node=node,
         trainer=trainer,
         models=models,
     )

@@ -75,7 +75,8 @@ class Drivers:
         file = shard_file(self._ready_file, shard)
         where = ["--shard", str(shard), "--address", f"ipc://{file}.socket"]
         ready = ["--ready-file", str(file), "--token-file", str(token_file(self._ready_file))]
-        return self._supervisor.start(name, [*self._argv, *where, *ready, *self._keys, *more], {}, restarted=True)
+        argv = [*self._argv, *where, *ready, "--logs-dir", str(self._supervisor.logs_dir), *self._keys, *more]
+        return self._supervisor.start(name, argv, {}, restarted=True)
 
 
 def driver_command(resolved: Path, max_context_tokens: int) -> list[str]:

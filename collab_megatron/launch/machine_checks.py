@@ -74,8 +74,10 @@ def started_ranks(engine: EngineSection) -> int:
 
 
 def check_gpus(parallel: ParallelSection, needed: int, node: Node) -> None:
-    """Check that the node has the GPUs, and this environment what uses them. Raises UserError."""
-    if node.device(parallel) == "cpu":
+    """Check that the node has the GPUs, and this environment what uses them. Raises UserError.
+
+    Of several nodes placement.py compares them, which knows what stays inside a node."""
+    if node.device(parallel) == "cpu" or node.hosts:
         return
     if node.gpus < needed:
         there = f"{node.gpus} are visible" if node.here else f"--gpus names {node.gpus}"

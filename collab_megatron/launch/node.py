@@ -1,4 +1,4 @@
-"""The machine that a run is planned for: this one, or the node that `--gpus 8x80` describes.
+"""The machine that a run is planned for: this one, or the node that `--gpus 8x80` describes; or several of them.
 
 A machine with a driver is no GPU machine for an environment without GPU packages (`make install` on a login node with
 one card): parallel.device=auto is cuda only where both are there.
@@ -12,11 +12,12 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import UserError
+from collab_megatron.launch.hosts import Host, equal_hosts, parse_hosts
 
 DEVICES = Path("/dev")
 
@@ -29,6 +30,7 @@ class Node:
     gpu_bytes: int | None  # memory of each GPU; None: unknown
     host_bytes: int | None  # memory of the machine; None: unknown
     here: bool = True  # this machine, so ports, disk and services can be checked
+    hosts: tuple[Host, ...] = ()  # of a job of several nodes (--nodes, --hosts); empty: this node alone
 
     def device(self, parallel: ParallelSection) -> str:
         """cpu or cuda: `parallel.device`, with auto decided for this node."""
@@ -42,7 +44,7 @@ class Node:
         if parallel.device != "auto":
             return f"{device} (parallel.device)"
         if not self.here:
-            return f"{device} (--gpus)"
+            return f"{device} ({'--nodes' if self.hosts else '--gpus'})"
         if device == "cuda":
             found = "GPUs found"
         elif self.gpus and has_driver():
@@ -58,6 +60,21 @@ def parse_node(text: str) -> Node:
     if match is None:
         raise UserError(f"--gpus {text[:40]} is not of the form COUNTxGB: write 8x80 for 8 GPUs of 80 GB each")
     return Node(int(match[1]), int(match[2]) * 2**30, None, here=False)
+
+
+def several(node: Node, nodes: int | None, hosts: str | None) -> Node:
+    """A job of nodes like `node`: `nodes` of them (--nodes), or those that --hosts names. Raises UserError."""
+    if nodes is not None and hosts is not None:
+        raise UserError("--nodes and --hosts both say which nodes there are: leave one of them out")
+    found = (
+        parse_hosts(hosts, node.gpus) if hosts is not None else equal_hosts(1 if nodes is None else nodes, node.gpus)
+    )
+    most = max(len(host.gpus) for host in found)
+    if most and node.gpu_bytes is None:
+        raise UserError("--hosts names GPUs, and this machine has none whose memory could be used: add --gpus 8x80")
+    return replace(
+        node, gpus=most, gpu_bytes=node.gpu_bytes if most else None, host_bytes=None, here=False, hosts=found
+    )
 
 
 def this_node() -> Node:

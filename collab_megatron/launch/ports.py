@@ -1,12 +1,16 @@
-"""Free TCP ports of this machine."""
+"""Free TCP ports and addresses of this machine.
+
+python -m collab_megatron.launch.ports NODE      an address of this machine that NODE can reach, and a free port
+"""
 
 from __future__ import annotations
 
 import random
 import socket
+import sys
 from pathlib import Path
 
-from collab_megatron.errors import RunError
+from collab_megatron.errors import RunError, UserError, run_cli
 
 FIRST_PORT = 10240
 FREE_PORT_TRIES = 100
@@ -25,6 +29,14 @@ def free_port(host: str = "127.0.0.1") -> int:
     raise RunError(f"no free port was found on {host} in {FREE_PORT_TRIES} tries: is it an address of this machine?")
 
 
+def address_towards(host: str) -> str:
+    """The address of this machine on the way to `host`. Raises OSError if there is none. Sends nothing."""
+    family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
 def _first_ephemeral() -> int:
     try:
         return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
@@ -40,3 +52,16 @@ def port_in_use(host: str, port: int) -> bool:
         except OSError:
             return True
     return False
+
+
+def main() -> None:
+    (node,) = sys.argv[1:]
+    try:
+        address = address_towards(node)
+    except OSError as error:
+        raise UserError(f"no way from this machine to {node}: {error.strerror}") from None
+    print(f"{address}:{free_port(address)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

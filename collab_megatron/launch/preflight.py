@@ -40,6 +40,8 @@ from collab_megatron.launch.path_checks import (
     check_prompt_files,
     check_run,
 )
+from collab_megatron.launch.placement import place
+from collab_megatron.launch.placement_map import placement_lines
 from collab_megatron.launch.plan import build_plan, evaluate_plan, rl_plan, supervised_plan
 from collab_megatron.launch.start_point import StartPoint, find_start
 from collab_megatron.model.folder import read_hf_config, resolve_model_folder
@@ -102,6 +104,7 @@ def check_rl(
         "evaluations": (evaluations(config), evaluation_calls(config, lengths_of(held_out), len(held_out))),
     }
     report(rl_plan(shared, model.spec, node=node, calls=calls))
+    _report_placement(node, config.parallel, report, shared.engine, config.driver.shards)
     warn_of_config(config, model.spec, node)
     start = find_start(config, rl_missing, node)
     if not start.is_done:
@@ -129,6 +132,7 @@ def check_supervised(
         if dry_run:  # in a run the trainer prints them
             print(*rows.notices, sep="\n", end="\n" * bool(rows.notices), flush=True)
     report(supervised_plan(config, model.spec, node=node))
+    _report_placement(node, config.parallel, report)
     warn_of_memory(config, model.spec, node)
     start = find_start(config, supervised_missing, node)
     if start.is_done:
@@ -151,6 +155,8 @@ def check_evaluate(
     """All checks of an evaluation, as `check_rl`; returns path -> context length in tokens of each model that SGLang
     serves. Raises UserError."""
     node = node or this_node()
+    if node.hosts:
+        raise UserError("an evaluation runs on one node: leave --nodes and --hosts out")
     one_rank = ParallelSection(device=config.parallel.device)
     models: dict[str, _Model] = {}
     context_tokens: dict[str, int] = {}
@@ -256,6 +262,15 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     chat = ChatTemplate(load_tokenizer(folder))
     chat.check_growth(inexact_template)
     return _Model(hf_config, spec, chat)
+
+
+def _report_placement(
+    node: Node, parallel: ParallelSection, report: Report, engine: EngineSection | None = None, shards: int = 0
+) -> None:
+    """The map of a job of several nodes. Raises UserError where the layout does not fit on them."""
+    if node.hosts:
+        placement = place(node.hosts, parallel, engine, device=node.device(parallel), shards=shards)
+        report("\n".join(placement_lines(placement, parallel)))
 
 
 def _check_engines(config: RLConfig | EvaluateConfig, node: Node) -> None:

@@ -35,6 +35,7 @@ from collab_megatron.engine.server_args import (
     nccl_settings,
 )
 from collab_megatron.files import publish_text
+from collab_megatron.launch.attempts import Attempt, begin_attempt
 from collab_megatron.launch.drivers import Drivers
 from collab_megatron.launch.fleet import Fleet
 from collab_megatron.launch.lock import RunLock
@@ -54,9 +55,10 @@ ONE_QUEUE = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
     """Run engines, driver and trainers; returns when the run is done. Raises RunError when a part fails."""
-    with _supervisor(config, lock) as supervisor:
+    attempt = begin_attempt(config.run.logs_dir)
+    with _supervisor(config, attempt, lock) as supervisor:
         files = supervisor.scratch
-        resolved = write_resolved(on_chosen_device(config), files, config.run.logs_dir)
+        resolved = write_resolved(on_chosen_device(config), supervisor)
         keys_file = make_keys(supervisor, config)
         shared = config.model_copy(update={"engine": start.engine})
         fleet = start_fleet(supervisor, shared, device_of(config.parallel), engine_gpus(config), keys_file)
@@ -69,7 +71,8 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
             config.parallel,
             threads_of(config).trainer,
             [
-                *("--roster", str(roster_folder(config)), "--engine-ready-file", str(files / "engine")),
+                *("--attempt", str(attempt.number), "--roster", str(roster_folder(supervisor))),
+                *("--engine-ready-file", str(files / "engine")),
                 *("--driver-ready-file", str(files / "driver")),
                 *(("--engine-keys", str(keys_file)) if keys_file else ()),
             ],
@@ -87,9 +90,9 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
         supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # rank 0 has told them to stop
 
 
-def _supervisor(config: RLConfig | SupervisedConfig, lock: RunLock) -> Supervisor:
+def _supervisor(config: RLConfig | SupervisedConfig, attempt: Attempt, lock: RunLock) -> Supervisor:
     return Supervisor(
-        config.run.logs_dir,
+        attempt.folder,
         held=lock.held,
         stopped_timeout_s=config.run.stopped_timeout_s,
         save_grace_s=config.train.save_grace_s,
@@ -104,8 +107,9 @@ def child_env(config: RLConfig | SupervisedConfig | EvaluateConfig | BuildDatase
 
 def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock) -> None:
     """Run the trainer ranks, each `python -m module`; returns when training is done. Raises RunError when one fails."""
-    with _supervisor(config, lock) as supervisor:
-        resolved = write_resolved(on_chosen_device(config), supervisor.scratch, config.run.logs_dir)
+    attempt = begin_attempt(config.run.logs_dir)
+    with _supervisor(config, attempt, lock) as supervisor:
+        resolved = write_resolved(on_chosen_device(config), supervisor)
         supervisor.wait_for(
             start_trainers(
                 supervisor,
@@ -113,7 +117,7 @@ def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock) -> N
                 resolved,
                 config.parallel,
                 threads_of(config).trainer,
-                [],
+                ["--attempt", str(attempt.number)],
                 env=trainer_env(config),
             )
         )
@@ -159,7 +163,7 @@ def start_fleet(
         own = ",".join(gpus[number * engine.tensor : (number + 1) * engine.tensor])
         return replace(command, env={**command.env, "CUDA_VISIBLE_DEVICES": own})
 
-    fleet = Fleet(supervisor, engine, RosterFolder(roster_folder(config)), build)
+    fleet = Fleet(supervisor, engine, RosterFolder(roster_folder(supervisor)), build)
     fleet.start()
     return fleet
 
@@ -169,8 +173,8 @@ def engines_are_here(engine: EngineSection) -> bool:
     return all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in engine.urls)
 
 
-def roster_folder(config: RLConfig | EvaluateConfig | BuildDatasetConfig) -> Path:
-    return config.run.logs_dir / "engines"
+def roster_folder(supervisor: Supervisor) -> Path:
+    return supervisor.logs_dir / "engines"
 
 
 def engine_gpus(config: RLConfig) -> list[str] | None:
@@ -263,12 +267,12 @@ def threads_of(config: RLConfig | SupervisedConfig | EvaluateConfig | BuildDatas
     )
 
 
-def write_resolved(config: BaseModel, scratch: Path, logs_dir: Path) -> Path:
+def write_resolved(config: BaseModel, supervisor: Supervisor) -> Path:
     """Write the config that every process of this attempt reads to the temporary folder; the copy in the logs is
     masked. Raises RunError if it cannot be written."""
-    publish_text(logs_dir / RESOLVED, show_config(config))
-    publish_text(scratch / RESOLVED, dump_config(config))
-    return scratch / RESOLVED
+    publish_text(supervisor.logs_dir / RESOLVED, show_config(config))
+    publish_text(supervisor.scratch / RESOLVED, dump_config(config))
+    return supervisor.scratch / RESOLVED
 
 
 def launch_engine_only(

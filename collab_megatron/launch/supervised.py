@@ -15,14 +15,15 @@ from collab_megatron.log import set_up_logging
 C = TypeVar("C", bound=SupervisedConfig)
 
 
-def run_supervised(kind: type[C], module: str, description: str | None, train: Callable[[C], None]) -> None:
-    """`python -m module ...`: parse the command line; launch the ranks, or be one of them and call `train`."""
+def run_supervised(kind: type[C], module: str, description: str | None, train: Callable[[C, int], None]) -> None:
+    """`python -m module ...`: parse the command line; launch the ranks, or be one of them and call `train` with
+    the number of this attempt."""
     arguments = parse_arguments(description)
     set_up_logging(arguments.who)
     config = load_config(kind, arguments.config, arguments.overrides)
     keep_from_others(config.run.umask)
     if arguments.trainer is not None:
-        run_rank(partial(train, config))
+        run_rank(partial(train, config, arguments.trainer.attempt))
     from collab_megatron.launch.end_report import report_at_end
     from collab_megatron.launch.epochs import epochs_to_steps
     from collab_megatron.launch.lock import run_lock

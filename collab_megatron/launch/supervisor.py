@@ -110,6 +110,11 @@ class Supervisor:
                 self._scratch = None
 
     @property
+    def logs_dir(self) -> Path:
+        """The folder of the children's logs."""
+        return self._logs_dir
+
+    @property
     def scratch(self) -> Path:
         """The temporary folder of this run, mode 0700; TMPDIR of every child."""
         assert self._scratch is not None, "entered, and not left yet"
@@ -219,6 +224,11 @@ class Supervisor:
         """Send KILL to the child and its descendants; does not wait, see `is_gone`."""
         _signal_group(child, signal.SIGKILL)
 
+    def terminate(self, child: ChildProcess) -> None:
+        """Send TERM to the child and its descendants; does not wait."""
+        _signal_group(child, signal.SIGTERM)
+        _signal_group(child, signal.SIGCONT)  # TERM does not reach a stopped process
+
     def is_gone(self, child: ChildProcess) -> bool:
         """Whether no process of the child's group runs any more, so its ports and GPU memory are free. Then the child
         is forgotten."""
@@ -252,8 +262,7 @@ class Supervisor:
 
     def _end(self, children: Sequence[ChildProcess], grace_s: float) -> None:
         for child in children:
-            _signal_group(child, signal.SIGTERM)
-            _signal_group(child, signal.SIGCONT)  # TERM does not reach a stopped process
+            self.terminate(child)
         deadline = time.monotonic() + grace_s
         for child in children:
             try:
@@ -269,7 +278,7 @@ class Supervisor:
         if child.process.poll() == EXIT_BUDGET:
             child = self._printing_rank(child)
         code, how = child.process.poll(), child.ended()
-        told = _tail(child.log) if child.log is not None else []
+        told = tail(child.log) if child.log is not None else []
         sentence = next((line.removeprefix("error: ") for line in reversed(told) if line.startswith("error: ")), None)
         if code == EXIT_USER:
             if sentence:
@@ -327,5 +336,6 @@ def _group_runs(group: int) -> bool:
     return any(process.group == group and process.state not in "ZX" for process in all_processes())
 
 
-def _tail(log: Path) -> list[str]:
+def tail(log: Path) -> list[str]:
+    """The last lines of a log."""
     return log.read_text(errors="replace").splitlines()[-TAIL_LINES:]

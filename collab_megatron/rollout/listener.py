@@ -8,7 +8,6 @@ dropped without an answer. A REP socket could not do this: it must answer a mess
 from __future__ import annotations
 
 import hmac
-from collections import Counter
 from typing import NamedTuple, cast
 
 import msgspec
@@ -16,6 +15,7 @@ import zmq
 import zmq.asyncio
 
 from collab_megatron.errors import UserError
+from collab_megatron.wire.dropped import Dropped
 from collab_megatron.wire.protocol import Answer, Request, encode_answer, request_decoder
 
 MAX_REQUEST_BYTES = 2**20
@@ -39,8 +39,7 @@ class Listener:
         self._decode = request_decoder()
         self._socket = context.socket(zmq.ROUTER)
         self._socket.maxmsgsize = MAX_REQUEST_BYTES
-        self.dropped: Counter[str] = Counter()  # number of dropped messages by reason
-        self._tell_at = 1
+        self.dropped = Dropped()
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -62,13 +61,8 @@ class Listener:
         await self._socket.send_multipart([received.peer, b"", encode_answer(answer)])
 
     def news(self) -> str | None:
-        """A sentence about dropped messages for the terminal: at the first one, then at every tenfold number."""
-        total = self.dropped.total()
-        if total < self._tell_at:
-            return None
-        self._tell_at = 10 ** len(str(total))
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.dropped.items()))
-        return f"driver: dropped {total} messages at {self.address} that are not from this run ({kinds})"
+        """A sentence about dropped messages for the terminal, now and then."""
+        return self.dropped.news("driver", self.address)
 
     def close(self) -> None:
         """Close the socket. Waits at most a second until the last answer is sent."""

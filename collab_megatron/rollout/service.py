@@ -144,9 +144,11 @@ async def serve(
     address: str,
     token: bytes,
     engine_keys: EngineKeys | None,
+    logs_dir: Path,
 ) -> None:
-    """Answer requests with `token` until one asks to stop. Waits for requests, without a deadline: the process dies
-    with its parent. Raises UserError, RunError of the disk, and bugs."""
+    """Answer requests with `token` until one asks to stop, then write the calls and their costs to `logs_dir`. Waits
+    for requests, without a deadline: the process dies with its parent. Raises UserError, RunError of the disk, and
+    bugs."""
     recorder = RecordWriter(
         config.run.conversations_dir,
         config.record,
@@ -179,7 +181,7 @@ async def serve(
                 print(note, flush=True)
             running = request.op != "stop"
         usage = API_USAGE_FILE if shard == 0 else API_USAGE_FILE.replace(".json", f".shard{shard}.json")
-        publish_json(config.run.logs_dir / usage, clients.gateway.snapshot().metrics())  # of this attempt
+        publish_json(logs_dir / usage, clients.gateway.snapshot().metrics())  # of this attempt
     journal.close()
     listener.close()
     context.term()
@@ -195,6 +197,7 @@ def main() -> None:
     parser.add_argument("--address", required=True, help="address to listen at: ipc://FILE or tcp://HOST:PORT")
     parser.add_argument("--token-file", type=Path, required=True)
     parser.add_argument("--engine-keys", type=Path, help="file with API keys of the engines, if they require them")
+    parser.add_argument("--logs-dir", type=Path, required=True, help="folder of this attempt's logs")
     args = parser.parse_args()
     die_with_parent()
     set_up_logging(f"driver-{args.shard}")
@@ -211,6 +214,7 @@ def main() -> None:
                 address=args.address,
                 token=args.token_file.read_bytes(),
                 engine_keys=EngineKeys.read(args.engine_keys) if args.engine_keys else None,
+                logs_dir=args.logs_dir,
             )
         )
 

@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 class RLReporter:
     """For the trainer's rank 0."""
 
-    def __init__(self, config: RLConfig, *, first_step: int) -> None:
+    def __init__(self, config: RLConfig, *, first_step: int, attempt: int = 1) -> None:
         self._evaluations = config.run.evaluations_file
         drop_evaluations(self._evaluations, first=first_again(first_step))
-        self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
+        self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step, attempt=attempt)
         self._dashboard.text("config", show_config(config))
         self._progress = ProgressLine(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._alarms = Alarms()

@@ -83,7 +83,7 @@ def test_the_terminal_tells_of_rank_0_what_was_chosen_and_the_logs_of_the_others
     ):
         assert f" trainer-0 {told.format(0)}" in ended.output
         assert f" trainer-1 {told.format(1)}" not in ended.output
-        assert f" trainer-1 {told.format(1)}" in (run_dir / "logs" / "rl" / "trainer-1.log").read_text()
+        assert f" trainer-1 {told.format(1)}" in (run_dir / "logs" / "rl" / "latest" / "trainer-1.log").read_text()
 
 
 def test_the_dashboard_shows_every_step(short_demo: tuple[Path, Ended]) -> None:
@@ -287,7 +287,8 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     newest = newest_complete(tmp_path / "checkpoints" / "rl")
     assert newest is not None
     assert read_info(newest).step == 3
-    assert [row["step"] for row in read_metrics(metrics.parent) if "time_s/step" in row] == [1, 2, 3]
+    rows = [row for row in read_metrics(metrics.parent) if "time_s/step" in row]
+    assert [(row["step"], row["run/attempt"]) for row in rows] == [(1, 1), (2, 1), (3, 2)]
     trees = list(read_trees(tmp_path / "conversations" / "rl"))
     assert sorted({tree["step"] for tree in trees}) == [1, 2, 3]
     assert {tuple(reply["weight_versions"]) for tree in trees[-4:] for reply in tree["replies"]} == {(2,)}
@@ -318,6 +319,12 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     assert "all 3 steps are done; nothing is left to do" in done.output
     assert "done        3 steps of rl" in done.output
     assert "trainer-0" not in done.output  # nothing was started
+    logs = tmp_path / "logs" / "rl"  # of the starts that started something
+    assert sorted(path.name for path in logs.iterdir()) == ["attempt-1", "attempt-2", "attempt-3", "latest"]
+    assert (logs / "latest").resolve() == logs / "attempt-3"
+    for number in (1, 2, 3):
+        own = {"resolved.yaml", "api_usage.json", "driver.log", "engines", "trainer-1.log"}
+        assert own <= {path.name for path in (logs / f"attempt-{number}").iterdir()}
 
 
 def tear(record: Path) -> None:

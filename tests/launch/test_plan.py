@@ -192,6 +192,19 @@ def test_a_node_that_is_not_there_is_for_planning_only() -> None:
             parse_node(text)
 
 
+def test_several_nodes_are_for_planning_only() -> None:
+    found = parse_arguments("", ["a.yaml", "--dry-run", "--gpus", "8x80", "--nodes", "3"]).node
+    assert found is not None
+    assert [(host.name, len(host.gpus)) for host in found.hosts] == [("node1", 8), ("node2", 8), ("node3", 8)]
+    assert (found.gpus, found.gpu_bytes, found.here) == (8, 80 * 2**30, False)
+    named = parse_arguments("", ["a.yaml", "--dry-run", "--gpus", "8x80", "--hosts", "a,b:4,c:0"]).node
+    assert named is not None
+    assert [(host.name, len(host.gpus)) for host in named.hosts] == [("a", 8), ("b", 4), ("c", 0)]
+    for option in (("--nodes", "3"), ("--hosts", "a,b")):
+        with pytest.raises(UserError, match=f"{option[0]} plans for another machine.*add --dry-run"):
+            parse_arguments("", ["a.yaml", *option])
+
+
 def test_overrides_may_stand_on_either_side_of_an_option() -> None:
     found = parse_arguments("", ["a.yaml", "x.y=1", "--dry-run", "x.z=2"])
     assert (found.overrides, found.dry_run) == (["x.y=1", "x.z=2"], True)

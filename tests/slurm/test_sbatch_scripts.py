@@ -23,11 +23,11 @@ import os, signal, sys, time
 
 def leave(*_):
     print("saw TERM", flush=True)
-    sys.exit(7)
+    sys.exit(130 if "save" in sys.argv else 7)
 
 signal.signal(signal.SIGTERM, leave)
 print("arguments", sys.argv[1:], "restart", os.environ.get("SLURM_RESTART_COUNT", "0"), flush=True)
-if "wait" in sys.argv:
+if {"wait", "save"} & set(sys.argv):
     time.sleep(100)
 sys.exit(5 if "fail" in sys.argv else 0)
 """
@@ -89,6 +89,20 @@ def test_a_requeued_job_goes_on_in_its_log(slurm_cluster: SlurmCluster, submit_f
     assert slurm_cluster.job(job_id).restarts == 1
     slurm_cluster.slurm("scancel", str(job_id))
     slurm_cluster.wait(job_id)
+
+
+def test_a_job_near_its_time_limit_saves_and_is_queued_again(slurm_cluster: SlurmCluster, submit_folder: Path) -> None:
+    """The signal that --signal=B:USR1@180 sends, at once."""
+    env = {**PYTHON, "COLLAB_LEAST_S": "0"}
+    job_id = slurm_cluster.sbatch("slurm/train_rl.sbatch", "save", cwd=submit_folder, env=env)
+    slurm_cluster.wait(job_id, "RUNNING")
+    wait_for_line(submit_folder, job_id, "restart 0")
+    slurm_cluster.slurm("scancel", "--signal=USR1", "--batch", str(job_id))
+    wait_for_line(submit_folder, job_id, "has saved and is queued again")
+    wait_for_line(submit_folder, job_id, "restart 1")
+    assert slurm_cluster.job(job_id).restarts == 1
+    slurm_cluster.slurm("scancel", str(job_id))
+    assert slurm_cluster.wait(job_id).state == "CANCELLED"
 
 
 def test_a_missing_environment_is_one_sentence(slurm_cluster: SlurmCluster, submit_folder: Path) -> None:

@@ -72,7 +72,7 @@ class Driver:
             argv = [sys.executable, "-m", "collab_megatron.rollout.service", str(resolved), "--first-step", "0"]
             argv += ["--max-context-tokens", str(MAX_CONTEXT_TOKENS), "--ready-file", str(ready)]
             socket = self.supervisor.scratch / f"{folder.name}-{shard}.socket"
-            argv += ["--address", f"ipc://{socket}", "--token-file", str(token_file)]
+            argv += ["--address", f"ipc://{socket}", "--token-file", str(token_file), "--logs-dir", str(folder)]
             if self.config.driver.shards > 1:
                 argv += ["--shard", str(shard)]
             name = f"{folder.name}-driver-{shard}"

@@ -161,6 +161,8 @@ class ParallelSection(Section):
     # CPU threads of each rank. None: all cores; with
     # driver.max_staleness > 0 a share, because engines run at the same time
     threads: Positive | None = None
+    # a tensor-parallel group may have ranks on several nodes: every layer then waits for the network
+    tensor_across_nodes: bool = False
     sequence_parallel: bool = False  # divide norms and residuals over the tensor-parallel ranks too
     collective_timeout_s: Seconds = 300.0  # deadline of every collective between trainer ranks
 

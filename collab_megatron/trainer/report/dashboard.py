@@ -1,6 +1,7 @@
 """Writer of a run's figures: TensorBoard events and one JSON line per step. Nothing else writes to TensorBoard.
 
-Each attempt (a start, a resume) has an event file of its own. A step that is run again replaces its earlier points.
+Each attempt (a start, a resume) has an event file of its own, and its number in every line (`run/attempt`). A step that
+is run again replaces its earlier points.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from collab_megatron.files import fsync
 from collab_megatron.json_lines import append_rows, keep_rows, read_rows
 
 FILE = "metrics.jsonl"
+ATTEMPT = "run/attempt"
 
 
 class Dashboard:
     """For one process (the trainer's rank 0)."""
 
-    def __init__(self, folder: Path, *, first_step: int) -> None:
-        """first_step: steps that are done and not run again; 0 for a new run.
+    def __init__(self, folder: Path, *, first_step: int, attempt: int = 1) -> None:
+        """first_step: steps that are done and not run again; 0 for a new run. attempt: number of this start of the run.
 
         Raises UserError if metrics.jsonl has a damaged line.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._jsonl = folder / FILE
+        self._jsonl, self._attempt = folder / FILE, attempt
+        self._marked: int | None = None  # the step whose attempt TensorBoard has
         first = first_again(first_step)
         try:
             keep_rows(self._jsonl, lambda row: row["step"] < first, numbers=("step",))
@@ -41,13 +44,16 @@ class Dashboard:
         self._writer.add_text(name, f"```\n{text}\n```")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the finite figures of `step` under their names. Raises RunError if the disk refuses."""
+        """Write the attempt and the finite figures of `step` under their names. Raises RunError if the disk refuses."""
         finite = {name: float(value) for name, value in sorted(metrics.items()) if math.isfinite(value)}
         for name, value in finite.items():
             self._writer.add_scalar(name, value, step)
+        if step != self._marked:  # a step may have several lines
+            self._writer.add_scalar(ATTEMPT, self._attempt, step)
+            self._marked = step
         try:
             self._writer.flush()
-            append_rows(self._jsonl, [{"step": step, **finite}])
+            append_rows(self._jsonl, [{"step": step, ATTEMPT: self._attempt, **finite}])
         except OSError as error:
             raise self._refused(error) from None
 

@@ -26,8 +26,9 @@ from collab_megatron.wire.completion import METRICS_FILE, export_label, exported
 C = TypeVar("C", bound=SupervisedConfig)
 
 
-def train_supervised(config: C, make_objective: Callable[[C, Actor], Objective]) -> None:
-    """Train, measure, save and export. make_objective is called before a checkpoint is loaded."""
+def train_supervised(config: C, make_objective: Callable[[C, Actor], Objective], attempt: int) -> None:
+    """Train, measure, save and export. make_objective is called before a checkpoint is loaded. attempt: number of this
+    start of the run."""
     grid = init_grid(config.parallel, config.run.seed)
     total = config.train.steps
     actor = Actor.build(
@@ -47,7 +48,9 @@ def train_supervised(config: C, make_objective: Callable[[C, Actor], Objective])
     first_step = checkpoints.resume()
     held = read_best(config.run.checkpoints_dir) if first_step else None
     lowest = held.loss if held else math.inf  # held-out loss after a training step
-    reporter = SupervisedReporter(config, first_step=first_step, objective=objective) if grid.is_main else None
+    reporter: SupervisedReporter | None = None
+    if grid.is_main:
+        reporter = SupervisedReporter(config, first_step=first_step, objective=objective, attempt=attempt)
     timer = PhaseTimer()
     metrics = config.run.tensorboard_dir / METRICS_FILE
 

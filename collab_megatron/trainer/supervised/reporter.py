@@ -22,8 +22,8 @@ PASSES = ("time_s/logprobs", "time_s/update")
 class SupervisedReporter:
     """For the trainer's rank 0."""
 
-    def __init__(self, config: SupervisedConfig, *, first_step: int, objective: Objective) -> None:
-        self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step)
+    def __init__(self, config: SupervisedConfig, *, first_step: int, objective: Objective, attempt: int = 1) -> None:
+        self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step, attempt=attempt)
         self._dashboard.text("config", show_config(config))
         self._name, self._objective, self._data = config.run.name, objective, objective.data
         self._parallel, self._model = config.parallel, config.model

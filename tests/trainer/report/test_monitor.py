@@ -96,6 +96,18 @@ def test_a_start_over_an_attempt_without_a_checkpoint_does_not_double_the_curves
     assert curve(tmp_path, "reward/mr_mean") == lines(tmp_path, "reward/mr_mean") == [(1, 0.5)]
 
 
+def test_every_step_has_the_number_of_the_attempt_that_made_it(tmp_path: Path) -> None:
+    for attempt, first in ((1, 0), (2, 2)):
+        dashboard = Dashboard(tmp_path, first_step=first, attempt=attempt)
+        for step in range(first + 1, first + 4):
+            dashboard.log(step, {"reward/mr_mean": 0.5})
+            dashboard.log(step, {"time_s/checkpoint": 1.0})
+        dashboard.close()
+    numbers = [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    assert curve(tmp_path, "run/attempt") == numbers
+    assert lines(tmp_path, "run/attempt") == [each for each in numbers for _ in range(2)]
+
+
 def test_a_line_cut_short_by_a_full_disk_does_not_stop_a_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 0.5}\n{"step": 2, "a"')
     Dashboard(tmp_path, first_step=2).close()
