@@ -100,6 +100,7 @@ def _call(call: Mapping[str, Any], begin_s: float | None) -> dict[str, Any]:
         "x": text(call.get("text")),
         "mk": plain(call.get("marks")) if isinstance(call.get("marks"), dict) else {},
         "sh": bool(call.get("shared")),
+        "re": bool(call.get("replayed")),
         "error": text(call.get("error")),
     }
 
