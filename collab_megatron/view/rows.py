@@ -30,7 +30,7 @@ def row_of_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "step": number(tree.get("step")),
         "slot": number(tree.get("slot")),
-        "task": text(tree.get("task_id")),
+        "task": text(tree.get("task_id"))[:TITLE_CHARACTERS],
         "title": _title(tree),
         "ambiguous": tree.get("ambiguous") if isinstance(tree.get("ambiguous"), bool) else None,
         "trained": tree.get("trained") if isinstance(tree.get("trained"), bool) else None,
