@@ -72,7 +72,7 @@ def check_hub(environment: Mapping[str, str], *, needed: bool) -> Iterator[Findi
     try:
         answer = httpx.head(url, timeout=REACH_TIMEOUT_S, follow_redirects=True)
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        text = f"{url} does not answer within {REACH_TIMEOUT_S:g} s ({type(error).__name__})"
+        text = f"{url} cannot be reached ({type(error).__name__}, deadline {REACH_TIMEOUT_S:g} s)"
         way_out = "name local folders, set HF_ENDPOINT to a mirror, or HTTPS_PROXY to a proxy"
         yield Finding("fail" if needed else "warn", "hub", text, way_out)
         return

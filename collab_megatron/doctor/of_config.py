@@ -126,7 +126,8 @@ def check_start(config: AnyConfig) -> Iterator[Finding]:
         for line in printed.getvalue().splitlines():
             if line.startswith(WARNING):
                 yield warning_finding(line.removeprefix(WARNING))
-    yield Finding("ok", "config", "all checks of the start pass; --dry-run prints the plan")
+    kind = next(name for name, each in KINDS.items() if type(config) is each)
+    yield Finding("ok", "config", f"all checks of the start pass, read as --kind {kind}; --dry-run prints the plan")
 
 
 def warning_finding(sentence: str) -> Finding:
@@ -143,7 +144,7 @@ def check_engines(config: AnyConfig) -> Iterator[Finding]:
         try:
             answer = httpx.get(f"{url.rstrip('/')}/health", timeout=ENGINE_TIMEOUT_S)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            text = f"{url} does not answer within {ENGINE_TIMEOUT_S:g} s ({type(error).__name__})"
+            text = f"{url} cannot be reached ({type(error).__name__}, deadline {ENGINE_TIMEOUT_S:g} s)"
             yield Finding("fail", "engines", text, "start that server, or take it out of engine.urls")
             continue
         if answer.status_code == 200:

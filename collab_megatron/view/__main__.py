@@ -4,7 +4,7 @@
     python -m collab_megatron.view runs/x --compare runs/y       the same prompts in two runs, next to each other
     python -m collab_megatron.view runs/x --steps 0,20,40        the same prompts at these steps
 
-The file needs no network and no server. It holds the whole conversations: treat it like the record (docs/viewer.md).
+The file needs no network and no server. It holds the whole conversations: treat it like the record (docs/record.md).
 """
 
 from __future__ import annotations

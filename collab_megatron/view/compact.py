@@ -1,6 +1,14 @@
 """A tree of the record in the short form that the browser reads.
 
-Keys are one or two letters (docs/viewer.md), times are milliseconds after the tree began, log-probs have three
+    tree     id, task, truth, p prompt [[role, content]], error, begun, t0 seconds since the epoch, r replies
+    turn     x text, th thought, cut, fin finish reason, t [begin, end], re replayed, ids, lp log-probs,
+             vr version runs [[version, tokens]], a advantage; of a reply also mr, same as, f futures
+    future   st status, m messages, tu turns, c calls, s scores, s2 second scores, d details, rw reward, tok tokens,
+             v versions, error, copy
+    call     role, mo model, me metric, t, n requests, tok [prompt, completion], usd, th thought, x text, mk marks,
+             sh shared, re replayed, error
+
+Times are milliseconds after the tree began, log-probs have three
 decimals, prompt ids are left out. Texts are whole. Every value is untrusted: a model, a simulator or a dataset wrote
 it. What has the wrong type becomes null or is left out; what is missing stays missing and never becomes 0.
 """
