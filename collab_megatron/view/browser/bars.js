@@ -4,22 +4,26 @@ import { h } from "preact";
 import { Line, figure, signed } from "./text.js";
 import { tone } from "./tree.js";
 
-/** [{mr, advantage, means: {metric: mean or null}}] of every reply. Pure; a missing score is left out, never a 0. */
+/** [{mr, advantage, means: Map of metric to mean}] of every reply. Pure; a missing score is left out, never a 0. */
 export function meansByMetric(shown) {
   return shown.r.map((reply) => {
-    const found = {};
+    const found = new Map(); // names are untrusted: an object would take __proto__ for its own
     for (const future of reply.f) {
-      for (const [name, score] of Object.entries(future.s)) if (score !== null) (found[name] ??= []).push(score);
+      for (const [name, score] of Object.entries(future.s)) {
+        if (score === null) continue;
+        if (!found.has(name)) found.set(name, []);
+        found.get(name).push(score);
+      }
     }
-    const means = Object.fromEntries(Object.entries(found).map(([name, values]) => [name, values.reduce((a, b) => a + b) / values.length]));
+    const means = new Map([...found].map(([name, values]) => [name, values.reduce((a, b) => a + b) / values.length]));
     return { mr: reply.mr, advantage: reply.a, means };
   });
 }
 
 export function Bars({ shown, reply, onOpen }) {
   const rows = meansByMetric(shown);
-  const metrics = [...new Set(rows.flatMap((row) => Object.keys(row.means)))].sort();
-  const most = Object.fromEntries(metrics.map((name) => [name, Math.max(1e-9, ...rows.map((row) => Math.abs(row.means[name] ?? 0)))]));
+  const metrics = [...new Set(rows.flatMap((row) => [...row.means.keys()]))].sort();
+  const most = new Map(metrics.map((name) => [name, Math.max(1e-9, ...rows.map((row) => Math.abs(row.means.get(name) ?? 0)))]));
   return h(
     "table",
     { class: "bars" },
@@ -38,8 +42,8 @@ export function Bars({ shown, reply, onOpen }) {
             h(
               "td",
               null,
-              name in row.means && h("meter", { min: 0, max: most[name], value: Math.abs(row.means[name]), "aria-hidden": true }),
-              ` ${figure(row.means[name], 3)}`,
+              row.means.has(name) && h("meter", { min: 0, max: most.get(name), value: Math.abs(row.means.get(name)), "aria-hidden": true }),
+              ` ${figure(row.means.get(name), 3)}`,
             ),
           ),
         ),

@@ -40,7 +40,7 @@ function Thought({ value, open, of }) {
 function Future({ play, run, secrets }) {
   const users = play.c.filter((call) => !call.me);
   const judges = play.c.filter((call) => call.me);
-  let user = 0;
+  let user = firstUserCall(play, users);
   let turn = 0;
   return h(
     Fragment,
@@ -61,12 +61,22 @@ function Future({ play, run, secrets }) {
       h(
         "table",
         null,
-        h("tbody", null, Object.entries(play.s).map(([name, score]) => h("tr", null, h("th", null, h(Line, { value: name })), h("td", null, figure(score, 3)), h("td", null, name in play.s2 && `second judge ${figure(play.s2[name], 3)}`), h("td", null, name in play.d && h("details", { open: secrets }, h("summary", null, "details"), h(Text, { value: JSON.stringify(play.d[name], null, 1) })))))),
+        h("tbody", null, Object.entries(play.s).map(([name, score]) => h("tr", null, h("th", null, h(Line, { value: name })), h("td", null, figure(score, 3)), h("td", null, Object.hasOwn(play.s2, name) && `second judge ${figure(play.s2[name], 3)}`), h("td", null, Object.hasOwn(play.d, name) && h("details", { open: secrets }, h("summary", null, "details"), h(Text, { value: JSON.stringify(play.d[name], null, 1) })))))),
       ),
       judges.map((call) => h(Verdict, { call, open: secrets })),
       h("p", { class: "cost" }, `${play.c.length} calls, `, dollars(play.c.reduce((sum, call) => sum + (call.usd ?? 0), 0)), `, ${play.tok ?? "–"} policy tokens`),
     ),
   );
+}
+
+/**
+ * The index of the call that made the first user turn. Below 0: a request brought the first turns of several futures, and
+ * another future has it. Above 0: the first call made the opening of an evaluation. Only a scored future shows which;
+ * one that failed may end with a call that made no turn. Pure.
+ */
+export function firstUserCall(play, users) {
+  const more = users.length - play.m.filter(([role]) => role === "user").length;
+  return STATUS_SCORED.has(play.st) ? more : Math.min(0, more);
 }
 
 function Verdict({ call, open }) {

@@ -12,10 +12,13 @@ export function readIndex() {
   if (index.form !== FORM) throw new Error(`the data has form ${index.form}, the script knows ${FORM}`);
   const columns = index.columns;
   const count = columns.step ? columns.step.length : 0;
+  const times = new Map(); // prompt -> trees that have it
+  for (const prompt of columns.prompt ?? []) times.set(prompt, (times.get(prompt) ?? 0) + 1);
   // the rows stay columns: an object for each would take longer to build than the first paint may
   return {
     ...index,
     count,
+    timesOf: (prompt) => times.get(prompt) ?? 0,
     get: (name, row) => columns[name][row],
     score: (metric, row) => index.scores[index.metrics.indexOf(metric)]?.[row] ?? null,
     key: (row) => `${columns.run[row]}.${columns.source[row]}.${columns.step[row]}.${columns.slot[row] ?? "h"}.${columns.task[row]}`,

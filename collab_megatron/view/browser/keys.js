@@ -22,5 +22,7 @@ export function keyAction(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return null;
   const field = event.target instanceof Element && event.target.closest("input, select, textarea");
   if (field && event.key !== "Escape") return null;
-  return ACTIONS[event.key] ?? null;
+  // the arrows scroll the open tree while the focus is in it
+  if (event.key.startsWith("Arrow") && event.target instanceof Element && event.target.closest(".detail")) return null;
+  return Object.hasOwn(ACTIONS, event.key) ? ACTIONS[event.key] : null;
 }

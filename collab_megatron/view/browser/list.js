@@ -24,12 +24,13 @@ export function chosenRows(index, filter, sort, descending) {
     const failures = index.get("failures", row);
     if (filter.failure === "any" && !Object.keys(failures).length) continue;
     if (filter.failure === "none" && Object.keys(failures).length) continue;
-    if (filter.failure && !["any", "none"].includes(filter.failure) && !failures[filter.failure]) continue;
+    if (filter.failure && !["any", "none"].includes(filter.failure) && !Object.hasOwn(failures, filter.failure)) continue;
     if (filter.state === "dropped" && index.get("kept", row)) continue;
     if (filter.state === "replaced" && !index.get("replaced", row)) continue;
     if (filter.state === "trained" && index.get("trained", row) !== true) continue;
     if (filter.state === "ambiguous" && index.get("ambiguous", row) !== true) continue;
     if (filter.state === "complete" && index.get("ambiguous", row) !== false) continue;
+    if (filter.state === "again" && index.timesOf(index.get("prompt", row)) < 2) continue;
     if (words.length) {
       const text = `${index.get("title", row)} ${index.get("task", row)}`.toLowerCase();
       if (!words.every((word) => text.includes(word))) continue;
@@ -84,7 +85,7 @@ export function Filters({ index, filter, sort, descending, onFilter, onSort }) {
     index.sources.length > 1 && choice("source", "all records", index.sources.map((each, n) => [String(n), `${each.run ? "B: " : ""}${each.name}${each.held_out ? " (held out)" : ""}`])),
     choice("asked", "asked or not", [["yes", "a reply asks"], ["no", "no reply asks"]]),
     choice("failure", "failed or not", [["any", "any failure"], ["none", "no failure"], ...failures.map((name) => [name, name])]),
-    choice("state", "all trees", [["trained", "trained"], ["dropped", "dropped"], ["replaced", "replaced"], ["ambiguous", "something missing"], ["complete", "nothing missing"]]),
+    choice("state", "all trees", [["trained", "trained"], ["dropped", "dropped"], ["replaced", "replaced"], ["ambiguous", "something missing"], ["complete", "nothing missing"], ["again", "same prompt elsewhere"]]),
     h(
       "select",
       { "aria-label": "sort by", value: sort, onChange: (event) => onSort(event.currentTarget.value, descending) },

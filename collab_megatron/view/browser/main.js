@@ -28,7 +28,7 @@ const HELP = [
 function App({ index }) {
   const [state, setState] = useState(() => readState(index, location.hash));
   const [secrets, setSecrets] = useState(false);
-  const [view, setView] = useState("tree");
+  const [view, setView] = useState(index.steps.length > 1 || index.runs.length > 1 ? "related" : "tree");
   const [help, setHelp] = useState(false);
   const [theme, setTheme] = useState("");
   const change = (part) => setState((old) => ({ ...old, ...part }));

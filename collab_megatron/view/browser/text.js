@@ -60,5 +60,5 @@ export function signed(value, digits = 2) {
 }
 
 export function dollars(value) {
-  return value === null || value === undefined ? "–" : `$${value < 0.01 ? value.toFixed(5) : value.toFixed(2)}`;
+  return value === null || value === undefined ? "–" : value === 0 ? "$0" : `$${value < 0.01 ? value.toFixed(5) : value.toFixed(2)}`;
 }

@@ -28,11 +28,12 @@ export function layout(shown) {
 }
 
 function short(text) {
-  const visible = parts(text.slice(0, 4 * LABEL))
+  const visible = parts([...text.slice(0, 4 * LABEL)].slice(0, 2 * LABEL).join(""))
     .map((part) => (typeof part === "string" ? part : `[${part.code}]`))
     .join("")
     .replace(/\s+/g, " ");
-  return visible.length > LABEL ? `${visible.slice(0, LABEL - 1)}…` : visible;
+  const characters = [...visible]; // a pair of surrogates is one
+  return characters.length > LABEL ? `${characters.slice(0, LABEL - 1).join("")}…` : visible;
 }
 
 /** The class that colours a value around 0: good, bad or neutral. */
