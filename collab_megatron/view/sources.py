@@ -3,6 +3,7 @@
     RUN_DIR/conversations/NAME/shard*.jsonl[.zst]     training
     RUN_DIR/evaluations/NAME/step_*.jsonl             evaluations during training
     RUN_DIR/evaluations/NAME/MODEL.jsonl              python -m collab_megatron.evaluate
+    RUN_DIR/*.jsonl                                   likewise, where `output` names a file there
 
 A folder of one record and a single .jsonl file are accepted too.
 """
@@ -55,9 +56,12 @@ def find_sources(run: Path) -> list[Source]:
     if any(run.glob("shard*.jsonl*")):
         return [Source(run, run.name, held_out=False)]
     records = sorted(path for path in run.glob("conversations/*") if any(path.glob("shard*.jsonl*")))
-    files = sorted(path for path in run.rglob("evaluations/*/*.jsonl") if _holds_trees(path))
+    files = sorted(path for path in (*run.glob("evaluations/*/*.jsonl"), *run.glob("*.jsonl")) if _holds_trees(path))
     found = [Source(path, path.name, held_out=False) for path in records]
-    found += [Source(path, f"{path.parent.name}/{path.stem}", held_out=True) for path in files]
+    found += [
+        Source(path, path.stem if path.parent == run else f"{path.parent.name}/{path.stem}", held_out=True)
+        for path in files
+    ]
     if not found:
         raise UserError(
             f"{run} holds no conversations: name a run.dir with conversations/ or evaluations/, a folder of "

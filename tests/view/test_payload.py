@@ -110,11 +110,10 @@ def test_held_out_conversations_are_read_and_figures_are_not(tmp_path: Path) -> 
     held_out = a_tree(step=40, replies=[a_reply()])
     (folder / "step_00000040.jsonl").write_text(json.dumps(held_out) + "\n" + '{"schema":1,"step":40,"torn')
     (folder / "figures.jsonl").write_text('{"step": 40, "accuracy": 0.9}\n')
-    assert [(source.name, source.held_out) for source in find_sources(run)] == [
-        ("rl", False),
-        ("rl/step_00000040", True),
-    ]
-    assert column(payload_of(run), "step") == [12, 40]
+    (run / "base.jsonl").write_text(json.dumps(a_tree(step=0)) + "\n")
+    found = [("rl", False), ("base", True), ("rl/step_00000040", True)]
+    assert [(source.name, source.held_out) for source in find_sources(run)] == found
+    assert column(payload_of(run), "step") == [12, 0, 40]
 
 
 def test_steps_and_runs_show_the_same_prompt_under_one_number(tmp_path: Path) -> None:
