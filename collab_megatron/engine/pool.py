@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from collab_megatron.concurrency import cancel_all
 from collab_megatron.engine.client import EngineClient, EngineGone, EngineSilent, open_session
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.pool_usage import PoolUsage
@@ -61,12 +62,6 @@ class _PooledServer:
     @property
     def url(self) -> str:
         return self.client.url
-
-
-def _drop_outcome(call: asyncio.Future[Any]) -> None:
-    """Of a call that nobody waits for any more: an exception that nobody has read is logged as an error."""
-    if not call.cancelled():
-        call.exception()
 
 
 class EnginePool:
@@ -232,8 +227,7 @@ class EnginePool:
             generations = call.result()
         finally:
             server.sequences -= n
-            call.cancel()
-            call.add_done_callback(_drop_outcome)  # its own deadline may come first
+            await cancel_all([call])  # its own deadline may come first: asyncio logs an exception that nobody reads
         server.last_answer = server.last_progress = server.last_generation = time.monotonic()
         if not all(
             self._has_right_weights(server, version, asked_version)

@@ -107,6 +107,9 @@ def engine_command(
     argv += [*([] if text else ["--skip-tokenizer-init"]), "--sleep-on-idle"]
     # log-probs of the distribution at the sampling temperature, as the trainer's are, whatever the caller's environment
     env = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "0"} | ON_LOOPBACK  # a server's ranks are all on this node
+    # clients close idle connections, after KEEPALIVE_S; a server that did not run for a while (SGLang's default: 5 s)
+    # would close one that holds a request it has not read yet, and count as gone
+    env["SGLANG_TIMEOUT_KEEP_ALIVE"] = "3600"
     if device == "cpu":
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         # overlapping the scheduler with a device's work only costs where there is no device (docs/benchmarks.md)

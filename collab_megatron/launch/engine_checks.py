@@ -7,11 +7,11 @@ import logging
 import os
 import shutil
 import socket
-import subprocess
 
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.server_args import EngineCommand, check_own_flags
 from collab_megatron.errors import UserError
+from collab_megatron.launch.interpreter import ask_interpreter
 from collab_megatron.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -66,28 +66,18 @@ def check_flags(command: EngineCommand) -> None:
     """Parse the command line with SGLang's parser, in the interpreter that will run it. Raises UserError."""
     python, _, _, *flags = command.argv
     env = {key: value for key, value in os.environ.items() if key not in command.unset} | dict(command.env)
-    try:
-        done = subprocess.run(
-            [python, "-c", PARSER, *flags],
-            env=env,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PARSE_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    answer = ask_interpreter(python, PARSER, *flags, env=env, timeout_s=PARSE_TIMEOUT_S)
+    if answer is None:
         logger.warning("engine.extra_args were not checked: the import of SGLang took over %g s", PARSE_TIMEOUT_S)
         return
-    if done.returncode == 0:
+    if answer.code == 0:
         return
-    last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
-    if "error: " in last:  # argparse's
+    if "error: " in answer.reason:  # argparse's
         raise UserError(
-            f"engine.extra_args: SGLang refuses them ({last.partition('error: ')[2]}): see python -m "
+            f"engine.extra_args: SGLang refuses them ({answer.reason.partition('error: ')[2]}): see python -m "
             "sglang.launch_server --help"
         )
-    raise UserError(f"SGLang cannot be imported by {python} ({last.strip()}): install it there, or set engine.python")
+    raise UserError(f"SGLang cannot be imported by {python} ({answer.reason}): install it there, or set engine.python")
 
 
 def _refused(host: str, port: int) -> str:

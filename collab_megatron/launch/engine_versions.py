@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from collab_megatron.config.sections import EngineSection, SyncSection
 from collab_megatron.engine.server_args import PYTHON_PLACES
 from collab_megatron.errors import UserError
+from collab_megatron.launch.interpreter import ask_interpreter
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +66,10 @@ def check_versions(engine: EngineSection, sync: SyncSection, device: str) -> Non
 def ask(python: str, elsewhere: bool) -> Versions | None:
     """What `python` has; None if it does not answer in time. elsewhere: it has an environment of its own."""
     env = {key: value for key, value in os.environ.items() if not (elsewhere and key in PYTHON_PLACES)}
-    try:
-        done = subprocess.run(
-            [python, "-c", QUESTION],
-            env=env,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=VERSIONS_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    answer = ask_interpreter(python, QUESTION, env=env, timeout_s=VERSIONS_TIMEOUT_S)
+    if answer is None:
         return None
-    answer = done.stdout.strip().splitlines()
-    if done.returncode or not answer:
-        last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
-        raise UserError(f"torch cannot be imported by {python} ({last.strip()}): install it there (docs/install.md)")
-    return Versions(*json.loads(answer[-1]))
+    lines = answer.output.strip().splitlines()
+    if answer.code or not lines:
+        raise UserError(f"torch cannot be imported by {python} ({answer.reason}): install it there (docs/install.md)")
+    return Versions(*json.loads(lines[-1]))

@@ -267,7 +267,7 @@ class Supervisor:
         """End all children because this one has failed. Raises RunError with its error message, or exits with its code
         if it has printed the message itself or the user made a mistake."""
         if child.process.poll() == EXIT_BUDGET:
-            child = self._that_prints(child)
+            child = self._printing_rank(child)
         code, how = child.process.poll(), child.ended()
         told = _tail(child.log) if child.log is not None else []
         sentence = next((line.removeprefix("error: ") for line in reversed(told) if line.startswith("error: ")), None)
@@ -289,7 +289,7 @@ class Supervisor:
         error = BudgetSpent if code == EXIT_BUDGET else RunError
         raise error(f"{child.name} ended with {how}{': ' + sentence if sentence else ''}{where}")
 
-    def _that_prints(self, child: ChildProcess) -> ChildProcess:
+    def _printing_rank(self, child: ChildProcess) -> ChildProcess:
         """All ranks end with exit code 3 when the budget is spent; the one without a log has printed the message, but
         may end a moment later than this one. Returns that one, or this one if the other does not end."""
         for other in self._children:

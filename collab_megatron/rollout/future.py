@@ -132,7 +132,7 @@ async def play_future(
         versions=(min(versions), max(versions)) if versions else (0, 0),
         details=details,
         turns=tuple(conversation.turns[1:]),
-        contexts=tuple(policy.contexts[: len(conversation.turns) - 1]),
+        contexts=tuple(policy.contexts[: len(conversation.turns) - 1]) if isinstance(policy, EnginePolicy) else (),
         calls=tuple(calls),
     )
 

@@ -14,8 +14,7 @@ def utilization(tflop: float, seconds: float, parallel: ParallelSection, model: 
     tflop: of all ranks, without what is computed a second time (recomputation), as MFU is defined. seconds: wall time
     of the passes, optimizer included.
     """
-    ranks = parallel.tensor * parallel.pipeline * parallel.context * parallel.data
-    per_rank = tflop / max(seconds, 1e-9) / ranks
+    per_rank = tflop / max(seconds, 1e-9) / parallel.world_size
     found = {"train/tflop_per_s_per_rank": per_rank}
     if model.dtype == "bfloat16" and torch.cuda.is_available():
         peak = peak_flops(torch.cuda.get_device_name())

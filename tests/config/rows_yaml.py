@@ -155,7 +155,7 @@ OVERRIDES = [
         "override-into-a-list",
         "deployments",
         "list",
-        override=("simulators.user.deployments=[{model: a}]", "simulators.user.deployments.0.model=b"),
+        override=("simulators.user.deployments=[{model: a}]", "simulators.user.deployments.1.model=b"),
     ),
     rl("override-bad-yaml", "train.steps=[", "not valid YAML", override="train.steps=["),
     rl("override-deep", "run.name", "nested", override="run.name=" + "[" * DEEP),

@@ -43,7 +43,7 @@ async def grown(rules: GrowthRules) -> tuple[list[dict[str, Any]], Assistant]:
     players = BuildPlayers(
         assistant,
         ScriptedUser(lambda chat, i: "noon"),
-        scorer,  # type: ignore[arg-type]
+        scorer,
         count_tokens=len,
         proactive=ProactivePrompt(),
     )

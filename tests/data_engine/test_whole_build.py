@@ -31,6 +31,9 @@ class Functions:
     def part(self, name: str, sample_index: int) -> int:
         return 0
 
+    def together(self, name: str, part: int) -> bool:
+        return False
+
     def snapshot(self) -> GatewaySnapshot:
         return GatewaySnapshot({})
 

@@ -125,5 +125,6 @@ def test_means_and_ranges() -> None:
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_every_algorithm_is_sound_on_the_demos_config(name: str) -> None:
     config = load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", ALGORITHMS[name])
-    assert (config.algorithm.preset if config.online_dpo is None else "online_dpo") == name
+    other = "online_dpo" if config.online_dpo else "tree_credit" if config.algorithm.credit == "tree" else None
+    assert (other or config.algorithm.preset) == name
     assert config.algorithm.kl_coef == 0.005  # the same for all

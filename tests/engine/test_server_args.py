@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.config.sections import EngineSection
+from collab_megatron.engine.client import KEEPALIVE_S
 from collab_megatron.engine.server_args import engine_command, nccl_settings
 
 
@@ -24,6 +25,7 @@ def test_cpu_takes_the_pure_torch_paths() -> None:
     assert value_of(command.argv, "--max-total-tokens") == "64"
     assert value_of(command.argv, "--random-seed") == "7"
     assert command.argv[-1] == "--log-requests"
+    assert float(command.env["SGLANG_TIMEOUT_KEEP_ALIVE"]) > 10 * KEEPALIVE_S
     assert command.env["SGLANG_USE_CPU_ENGINE"] == "1"
     assert command.unset == ()
 

@@ -265,7 +265,7 @@ async def test_an_api_model_plays_the_policy() -> None:
         def __init__(self) -> None:
             self.asked: list[tuple[int, list[str]]] = []
 
-        async def complete(self, request: Any) -> list[str]:
+        async def complete(self, request: Any) -> list[Any]:
             self.asked.append((request.sample_index, [message.role for message in request.messages]))
             return [request.parse("<think>no day</think>which day?")]
 
@@ -289,7 +289,7 @@ async def test_an_api_model_plays_the_policy() -> None:
 
 async def test_an_api_model_that_does_not_answer_fails_its_conversation_alone() -> None:
     class Gone:
-        async def complete(self, request: Any) -> list[str]:
+        async def complete(self, request: Any) -> list[Any]:
             raise RunError("no answer")
 
     api = ApiModel(Gone(), lambda text: [1], ("<think>", "</think>"))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from collab_megatron.trainer.local.trials import with_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -92,16 +93,7 @@ def difference(device: torch.device, dtype: torch.dtype, head_dim: int, *, windo
             outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True))
         return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
-    ours = _with_gradients(flash, [tensor.to(device) for tensor in tensors])
-    exact = _with_gradients(apart, [tensor.float() for tensor in tensors])
+    ours = with_gradients(flash, [tensor.to(device) for tensor in tensors])
+    exact = with_gradients(apart, [tensor.float() for tensor in tensors])
     parts = [(one - other).abs().max() / other.abs().max() for one, other in zip(ours, exact, strict=True)]
     return torch.stack(parts).max().item()  # nan, if one is
-
-
-def _with_gradients(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The result and the gradients of the sum of its squares, fp32 on the CPU."""
-    inputs = [tensor.detach().clone().requires_grad_() for tensor in tensors]
-    with torch.enable_grad():
-        out = function(*inputs)
-        gradients = torch.autograd.grad(out.float().square().sum(), inputs)
-    return [values.detach().float().cpu() for values in (out, *gradients)]

@@ -137,11 +137,12 @@ class BroadcastTransport(BucketTransport):
                 for work in works:
                     work.wait()
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise RunError(
-                    f"trainer rank {self._grid.rank} could not send bucket {bucket.number}: {reason}"
-                ) from error
-            return True
+                # the frames hold the works, and those hold gloo's connections open: servers would go on waiting in a
+                # group that was closed
+                reason = str(error.with_traceback(None)).splitlines()[0]
+            else:
+                return True
+            raise RunError(f"trainer rank {self._grid.rank} could not send bucket {bucket.number}: {reason}")
 
         return is_sent
 

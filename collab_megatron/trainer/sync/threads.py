@@ -15,11 +15,12 @@ def in_background(name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kw
     """Start `call` on a daemon thread. No executor: it would wait at exit for a call that hangs."""
     future: Future[T] = Future()
 
-    def run() -> None:
+    def run(future: Future[T]) -> None:
         try:
             future.set_result(call(*args, **kwargs))
         except BaseException as error:  # noqa: BLE001  (raised where the result is read)
             future.set_exception(error)
+            del future  # the error's traceback holds this frame: a cycle that keeps alive what `call` held
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    threading.Thread(target=run, args=(future,), name=name, daemon=True).start()
     return future

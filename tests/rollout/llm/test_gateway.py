@@ -145,7 +145,7 @@ def test_the_whole_call_has_a_deadline(endpoint: Any) -> None:
     endpoint.script = ["hang"] * 50
     began = time.monotonic()
     error, _ = failing(section(endpoint, timeout_s=0.4, deadline_s=2.0, max_attempts=50))
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 10, "50 attempts would take 20 s"
     assert "Timeout" in str(error)
 
 

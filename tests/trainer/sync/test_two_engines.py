@@ -165,6 +165,18 @@ def logprobs(model: torch.nn.Module, ids: Tensor, prompt: int) -> Tensor:
     return every.gather(1, ids[0, prompt:, None])[:, 0]
 
 
+def test_a_paused_server_sleeps(both: Run) -> None:
+    """As all are during a sync; by default SGLang's paused scheduler takes a whole core (tools/cpu_support)."""
+    both.publisher.servers.pause()
+    time.sleep(0.5)
+    before, start = both.cpu_s("engine-0"), time.monotonic()
+    time.sleep(2)
+    used = (both.cpu_s("engine-0") - before) / (time.monotonic() - start)
+    both.publisher.servers.resume()
+    both.serving_alike()
+    assert used < 0.25
+
+
 def test_killed_before_a_sync(both: Run) -> None:
     both.signal("engine-1", signal.SIGKILL)
     report = both.publish()
@@ -177,13 +189,19 @@ def test_killed_before_a_sync(both: Run) -> None:
     both.serving_alike()
 
 
-def test_killed_in_the_middle_of_a_sync(both: Run, at_bucket: Callable[..., None]) -> None:
+@pytest.mark.parametrize("first_news", ["from a server", "from the broadcast"])
+def test_killed_in_the_middle_of_a_sync(
+    both: Run, at_bucket: Callable[..., None], first_news: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other server is released at once, whichever thread of the trainer learns of the death first."""
+    if first_news == "from the broadcast":
+        monkeypatch.setattr(Attempt, "is_posted", lambda self, key: False)
     at_bucket(3, lambda flat: both.signal("engine-0", signal.SIGKILL))
     start = time.monotonic()
     report = both.publish()
     assert (report.engines, report.attempts) == (1, 2)
     assert any(server.startswith("engine-0") for server in report.lost)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < TIMEOUT_S
     (survivor,) = both.publisher.servers.live
     assert survivor.name == "engine-1"
     assert both.probe(survivor)[0] == str(both.version)

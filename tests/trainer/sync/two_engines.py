@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -51,6 +52,17 @@ class Run:
     def signal(self, name: str, number: signal.Signals) -> None:
         """Signal the server and all its ranks, as when a node is lost."""
         os.killpg(self.child(name).process.pid, number)
+
+    def cpu_s(self, name: str) -> float:
+        """CPU seconds of the server's processes so far."""
+        group = str(self.child(name).process.pid)
+        ticks = 0
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended in the meantime
+                fields = file.read_text().rpartition(")")[2].split()  # from the 3rd on (proc_pid_stat(5))
+                if fields[2] == group:
+                    ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def change(self) -> None:
         """Change the weights, as an optimizer step does."""

@@ -6,9 +6,10 @@ import os
 
 
 def register() -> None:
-    """Faster attention and sampling, in a process with SGLANG_USE_CPU_ENGINE=1."""
+    """Faster attention and sampling, and a pause that sleeps, in a process with SGLANG_USE_CPU_ENGINE=1."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-        from . import attention, sampling
+        from . import attention, pausing, sampling
 
         attention.install()
+        pausing.install()
         sampling.install()
