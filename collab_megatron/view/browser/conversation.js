@@ -4,7 +4,7 @@
 import { h, Fragment } from "preact";
 import { STATUS_SCORED } from "./data.js";
 import { Strip } from "./strip.js";
-import { Line, Text, dollars, figure, signed } from "./text.js";
+import { Line, Text, counted, dollars, figure, signed } from "./text.js";
 import { tone } from "./tree.js";
 
 export function Conversation({ shown, reply, future, run, secrets }) {
@@ -20,14 +20,14 @@ export function Conversation({ shown, reply, future, run, secrets }) {
 }
 
 function notes(turn) {
-  return [turn.cut && "cut", turn.re && "from the journal", turn.fin && turn.fin !== "stop" && turn.fin].filter(Boolean).join(", ");
+  return [turn.cut && "cut", turn.re && "from the journal", !turn.cut && turn.fin !== "stop" && turn.fin].filter(Boolean).join(", ");
 }
 
 function Message({ role, content, mark = "", value, note = "", children }) {
   return h(
     "article",
     { class: `message ${["user", "assistant", "system"].includes(role) ? role : "other"}` },
-    h("header", null, h(Line, { value: role }), mark && ` ${mark}`, value !== undefined && h("span", { class: tone(value) }, ` advantage ${signed(value)}`), note && h("em", null, ` ${note}`)),
+    h("header", null, h(Line, { value: role }), mark && ` ${mark}`, value !== undefined && value !== null && h("span", { class: tone(value) }, ` advantage ${signed(value)}`), note && h("em", null, ` ${note}`)),
     h(Text, { value: content }),
     children,
   );
@@ -48,10 +48,10 @@ function Future({ play, run, secrets }) {
     play.m.map(([role, content]) => {
       if (role === "user") {
         const call = users[user++];
-        return h(Message, { role, content, mark: call ? call.role : "" }, call && h(Thought, { value: call.th, open: secrets, of: "user" }));
+        return h(Message, { role, content, mark: call && call.role !== role ? call.role : "" }, call && h(Thought, { value: call.th, open: secrets, of: "user" }));
       }
       const policy = play.tu[turn++];
-      return h(Message, { role, content, value: policy?.a ?? undefined, note: policy ? notes(policy) : "" }, policy && h(Thought, { value: policy.th, open: secrets, of: "policy" }), policy && h(Strip, { turn: policy, run }));
+      return h(Message, { role, content, value: policy?.a, note: policy ? notes(policy) : "" }, policy && h(Thought, { value: policy.th, open: secrets, of: "policy" }), policy && h(Strip, { turn: policy, run }));
     }),
     h(
       "section",
@@ -64,7 +64,7 @@ function Future({ play, run, secrets }) {
         h("tbody", null, Object.entries(play.s).map(([name, score]) => h("tr", null, h("th", null, h(Line, { value: name })), h("td", null, figure(score, 3)), h("td", null, Object.hasOwn(play.s2, name) && `second judge ${figure(play.s2[name], 3)}`), h("td", null, Object.hasOwn(play.d, name) && h("details", { open: secrets }, h("summary", null, "details"), h(Text, { value: JSON.stringify(play.d[name], null, 1) })))))),
       ),
       judges.map((call) => h(Verdict, { call, open: secrets })),
-      h("p", { class: "cost" }, `${play.c.length} calls, `, dollars(play.c.reduce((sum, call) => sum + (call.usd ?? 0), 0)), `, ${play.tok ?? "–"} policy tokens`),
+      h("p", { class: "cost" }, `${counted(play.c.length, "call")}, `, dollars(play.c.reduce((sum, call) => sum + (call.usd ?? 0), 0)), `, ${play.tok === null ? "–" : counted(play.tok, "policy token")}`),
     ),
   );
 }

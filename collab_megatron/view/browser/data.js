@@ -13,12 +13,22 @@ export function readIndex() {
   const columns = index.columns;
   const count = columns.step ? columns.step.length : 0;
   const times = new Map(); // prompt -> trees that have it
-  for (const prompt of columns.prompt ?? []) times.set(prompt, (times.get(prompt) ?? 0) + 1);
+  const runs = new Map(); // prompt -> 1: the first run has it, 2: the second, 3: both
+  for (let row = 0; row < count; row++) {
+    const prompt = columns.prompt[row];
+    times.set(prompt, (times.get(prompt) ?? 0) + 1);
+    runs.set(prompt, (runs.get(prompt) ?? 0) | (1 << columns.run[row]));
+  }
+  const several = Math.max(0, ...times.values()) > 1;
+  const shared = [...runs.values()].includes(3);
   // the rows stay columns: an object for each would take longer to build than the first paint may
   return {
     ...index,
     count,
     timesOf: (prompt) => times.get(prompt) ?? 0,
+    inBoth: (prompt) => runs.get(prompt) === 3,
+    // a file for a comparison opens with what can be compared
+    firstState: index.runs.length > 1 && shared ? "both" : (index.runs.length > 1 || index.steps.length > 1) && several ? "again" : "",
     get: (name, row) => columns[name][row],
     score: (metric, row) => index.scores[index.metrics.indexOf(metric)]?.[row] ?? null,
     key: (row) => `${columns.run[row]}.${columns.source[row]}.${columns.step[row]}.${columns.slot[row] ?? "h"}.${columns.task[row]}`,

@@ -30,6 +30,7 @@ export function chosenRows(index, filter, sort, descending) {
     if (filter.state === "trained" && index.get("trained", row) !== true) continue;
     if (filter.state === "ambiguous" && index.get("ambiguous", row) !== true) continue;
     if (filter.state === "complete" && index.get("ambiguous", row) !== false) continue;
+    if (filter.state === "both" && !index.inBoth(index.get("prompt", row))) continue;
     if (filter.state === "again" && index.timesOf(index.get("prompt", row)) < 2) continue;
     if (words.length) {
       const text = `${index.get("title", row)} ${index.get("task", row)}`.toLowerCase();
@@ -85,7 +86,7 @@ export function Filters({ index, filter, sort, descending, onFilter, onSort }) {
     index.sources.length > 1 && choice("source", "all records", index.sources.map((each, n) => [String(n), `${each.run ? "B: " : ""}${each.name}${each.held_out ? " (held out)" : ""}`])),
     choice("asked", "asked or not", [["yes", "a reply asks"], ["no", "no reply asks"]]),
     choice("failure", "failed or not", [["any", "any failure"], ["none", "no failure"], ...failures.map((name) => [name, name])]),
-    choice("state", "all trees", [["trained", "trained"], ["dropped", "dropped"], ["replaced", "replaced"], ["ambiguous", "something missing"], ["complete", "nothing missing"], ["again", "same prompt elsewhere"]]),
+    choice("state", "all trees", [["trained", "trained"], ["dropped", "dropped"], ["replaced", "replaced"], ["ambiguous", "something missing"], ["complete", "nothing missing"], ["again", "same prompt elsewhere"], ...(index.runs.length > 1 ? [["both", "prompts of both runs"]] : [])]),
     h(
       "select",
       { "aria-label": "sort by", value: sort, onChange: (event) => onSort(event.currentTarget.value, descending) },
@@ -157,11 +158,12 @@ function Row({ index, row, top, selected, onSelect }) {
     h(
       "span",
       { class: "figures" },
-      h("b", { title: "mean MR of the replies" }, figure(index.get("mr", row))),
-      h("i", { title: "highest minus lowest MR" }, `±${figure(index.get("spread", row))}`),
-      index.get("asked", row) > 0 && h("em", { title: "share of replies that ask" }, `? ${Math.round(100 * index.get("asked", row))}%`),
+      h("b", { title: "mean multiturn-aware reward of the replies" }, `MR ${figure(index.get("mr", row))}`),
+      index.get("replies", row) > 1 && h("span", { title: "highest minus lowest MR" }, `spread ${figure(index.get("spread", row))}`),
+      index.get("asked", row) > 0 && h("span", { title: "share of replies that ask" }, index.get("replies", row) > 1 ? `${Math.round(100 * index.get("asked", row))}% ask` : "asks"),
+      index.get("usd", row) > 0 && h("span", { title: "dollars of the calls" }, dollars(index.get("usd", row))),
       failed.length > 0 && h("strong", { class: "bad", title: failed.join(", ") }, "failed"),
-      h("small", { title: "dollars of the calls" }, dollars(index.get("usd", row))),
+      index.sources[index.get("source", row)].held_out && h("i", { title: index.sources[index.get("source", row)].name }, "held out"),
     ),
   );
 }

@@ -1,7 +1,7 @@
 // The conversation viewer: a list on the left, the open tree on the right. Data comes from the file itself (data.js).
 
 import { h, render } from "preact";
-import { useEffect, useMemo, useState } from "preact/hooks";
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 import { Bars } from "./bars.js";
 import { Conversation } from "./conversation.js";
 import { readIndex, readTree } from "./data.js";
@@ -10,7 +10,7 @@ import { Lanes } from "./lanes.js";
 import { Filters, List, chosenRows } from "./list.js";
 import { Related, relatedRows } from "./related.js";
 import { readState, writtenState } from "./state.js";
-import { Line, Text, dollars, figure } from "./text.js";
+import { Line, Text, counted, dollars, figure, weights } from "./text.js";
 import { Tree } from "./tree.js";
 
 const HELP = [
@@ -28,9 +28,11 @@ const HELP = [
 function App({ index }) {
   const [state, setState] = useState(() => readState(index, location.hash));
   const [secrets, setSecrets] = useState(false);
-  const [view, setView] = useState(index.steps.length > 1 || index.runs.length > 1 ? "related" : "tree");
   const [help, setHelp] = useState(false);
   const [theme, setTheme] = useState("");
+  const detail = useRef(null);
+  const { view } = state;
+  const setView = (name) => change({ view: name });
   const change = (part) => setState((old) => ({ ...old, ...part }));
   const rows = useMemo(() => chosenRows(index, state.filter, state.sort, state.descending), [state.filter, state.sort, state.descending]);
   const [tree, setTree] = useState({ row: null, shown: null, error: "" });
@@ -49,6 +51,7 @@ function App({ index }) {
   }, [theme]);
   useEffect(() => {
     let open = true;
+    detail.current.scrollTop = 0;
     if (state.row === null) setTree({ row: null, shown: null, error: "" });
     else
       readTree(index, state.row).then(
@@ -104,12 +107,12 @@ function App({ index }) {
       null,
       h("h1", null, index.runs.map((run, number) => h("span", null, index.runs.length > 1 && `${"AB"[number]}: `, h(Line, { value: run })))),
       h(Filters, { index, filter: state.filter, sort: state.sort, descending: state.descending, onFilter: (filter) => change({ filter }), onSort: (sort, descending) => change({ sort, descending }) }),
-      h("p", { class: "count", role: "status" }, `${rows.length.toLocaleString("en")} of ${index.count.toLocaleString("en")} trees`, index.left_out > 0 && `, ${index.left_out.toLocaleString("en")} are not in this file`),
+      h("p", { class: "count", role: "status" }, `${rows.length.toLocaleString("en")} of ${counted(index.count, "tree")}`, index.left_out > 0 && `, ${index.left_out.toLocaleString("en")} are not in this file`),
       h(List, { index, rows, selected: state.row, onSelect: select }),
     ),
     h(
       "section",
-      { class: "detail", "aria-live": "polite" },
+      { class: "detail", ref: detail, "aria-label": "the open tree" },
       help && h("dialog", { open: true }, h("dl", null, HELP.map(([key, what]) => [h("dt", null, key), h("dd", null, what)]))),
       state.row === null && h("p", { class: "none" }, "Open a tree: click, or press j. ? lists the keys."),
       tree.error && h("p", { class: "bad" }, tree.error),
@@ -129,14 +132,14 @@ function Detail({ index, row, shown, reply, future, secrets, view, onView, onOpe
       "header",
       { class: "head" },
       h("h2", null, `step ${index.get("step", row) ?? "–"}, `, h(Line, { value: shown.id })),
-      h("p", null, `MR ${figure(index.get("mr", row), 3)}, spread ${figure(index.get("spread", row), 3)}, ${index.get("tokens", row)} tokens, ${figure(index.get("seconds", row))} s, `, dollars(index.get("usd", row)), versions && `, weights ${versions[0] === versions[1] ? versions[0] : versions.join(" to ")}`, shown.begun !== null && shown.begun !== index.get("step", row) && `, begun for step ${shown.begun}`),
+      h("p", null, `MR ${figure(index.get("mr", row), 3)}, `, shown.r.length > 1 && `spread ${figure(index.get("spread", row), 3)}, `, `${counted(index.get("tokens", row), "policy token")}, ${figure(index.get("seconds", row))} s, calls `, dollars(index.get("usd", row)), versions && `, weights ${weights(versions)}`, shown.begun !== null && shown.begun !== index.get("step", row) && `, begun for step ${shown.begun}`),
       shown.error && h(Text, { value: shown.error, class: "bad" }),
       h("details", null, h("summary", null, "the complete task, which only the user knows"), h(Text, { value: shown.task }), h("h4", null, "reference"), h(Text, { value: shown.truth })),
     ),
     h("nav", null, tab("tree", "tree"), tab("lanes", "time"), tab("related", `same prompt (${same})`), h("button", { "aria-pressed": secrets, class: secrets ? "chosen" : "", onClick: onSecrets }, "thoughts")),
     view === "related" && h(Related, { index, row, onSelect }),
     view === "lanes" && h(Lanes, { shown, reply, future, onOpen }),
-    view === "tree" && shown.r.length > 0 && h("div", { class: "drawn" }, h(Tree, { shown, reply, future, onOpen }), h(Bars, { shown, reply, onOpen })),
+    view === "tree" && shown.r.length > 0 && h("div", { class: "drawn" }, h("div", { class: "scrolled" }, h(Tree, { shown, reply, future, onOpen })), h(Bars, { shown, reply, onOpen })),
     view !== "related" && shown.r.length > 0 && h(Conversation, { key: `${row}.${reply}.${future}`, shown, reply, future, run: index.get("run", row), secrets }),
   );
 }

@@ -3,7 +3,7 @@
 import { h } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { readTree } from "./data.js";
-import { Text, figure, signed } from "./text.js";
+import { Line, Text, figure, signed } from "./text.js";
 import { tone } from "./tree.js";
 
 const MOST = 12; // columns
@@ -35,13 +35,15 @@ function Column({ index, row, here, onSelect }) {
     };
   }, [row]);
   const best = shown?.r.reduce((found, reply) => ((reply.mr ?? -Infinity) > (found?.mr ?? -Infinity) ? reply : found), shown.r[0]);
+  const source = index.sources[index.get("source", row)];
   const run = index.runs.length > 1 ? (index.get("run", row) ? "B, " : "A, ") : "";
   return h(
     "article",
     { class: here ? "chosen" : "" },
     h("h3", null, h("button", { onClick: () => onSelect(row) }, `${run}step ${index.get("step", row) ?? "–"}`), ` MR ${figure(index.get("mr", row))}`),
+    h("p", { class: "none" }, h(Line, { value: source.name }), source.held_out && ", held out"),
     error && h("p", { class: "bad" }, error),
-    best && h("div", null, h("p", { class: tone(best.a) }, `best of ${shown.r.length}: ${figure(best.mr)} (${signed(best.a)})`), h(Text, { value: best.x })),
+    best && h("div", null, shown.r.length > 1 && h("p", { class: tone(best.a) }, `best of ${shown.r.length}: ${figure(best.mr)} (${signed(best.a)})`), h(Text, { value: best.x })),
     best?.f[0]?.m.map(([role, content]) => h("div", { class: `said ${role === "user" ? "user" : "assistant"}` }, h(Text, { value: content }))),
   );
 }

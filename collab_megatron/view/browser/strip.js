@@ -4,7 +4,7 @@
 import { h } from "preact";
 import { useEffect, useState } from "preact/hooks";
 import { readWords } from "./data.js";
-import { Line } from "./text.js";
+import { Line, counted, weights } from "./text.js";
 
 const SHADES = 8; // classes heat-0 to heat-7 of viewer.css
 const DARKEST = -6; // log-prob
@@ -43,14 +43,14 @@ export function Strip({ turn, run }) {
   return h(
     "details",
     { class: "strip" },
-    h("summary", null, `${turn.ids.length} tokens`, turn.lp.length > 0 && `, mean log-prob ${(sum / turn.lp.length).toFixed(3)}`, `, version ${turn.vr.map(([version]) => version).join(" → ")}`),
+    h("summary", null, counted(turn.ids.length, "token"), turn.lp.length > 0 && `, mean log-prob ${(sum / turn.lp.length).toFixed(3)}`, turn.vr.length > 0 && `, weights ${turn.vr.map(([version]) => weights([version, version])).join(" → ")}`),
     h(
       "div",
       { class: "tokens" },
       turn.ids.slice(0, limit).map((id, place) => {
         const heat = shade(turn.lp[place]);
         return [
-          changes.has(place) && h("span", { class: "version", title: "weight version from here on" }, `v${changes.get(place)}`),
+          changes.has(place) && h("span", { class: "version", title: "weight version from here on" }, `weights ${weights([changes.get(place), changes.get(place)])}`),
           h(
             "span",
             { class: `token ${heat === null ? "" : `heat-${heat}`}`, title: `id ${id}, log-prob ${turn.lp[place] ?? "none"}` },

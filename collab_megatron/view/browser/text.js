@@ -52,11 +52,23 @@ export function Line({ value, class: name = "" }) {
 }
 
 export function figure(value, digits = 2) {
-  return value === null || value === undefined ? "–" : value.toFixed(digits);
+  if (value === null || value === undefined) return "–";
+  const written = value.toFixed(digits);
+  return /^-0\.?0*$/.test(written) ? written.slice(1) : written; // no minus in front of what rounds to 0
 }
 
 export function signed(value, digits = 2) {
-  return value === null || value === undefined ? "–" : (value > 0 ? "+" : "") + value.toFixed(digits);
+  return value > 0 ? `+${figure(value, digits)}` : figure(value, digits);
+}
+
+export function counted(number, noun) {
+  return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+}
+
+/** The weights of a range of versions; a server that never got weights from a trainer reports -1. */
+export function weights([lowest, highest]) {
+  const name = (version) => (version < 0 ? "as loaded" : `${version}`);
+  return lowest === highest ? name(lowest) : `${name(lowest)} to ${name(highest)}`;
 }
 
 export function dollars(value) {

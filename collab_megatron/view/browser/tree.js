@@ -6,8 +6,9 @@ import { hierarchy, tree } from "d3-hierarchy";
 import { STATUS_SCORED } from "./data.js";
 import { parts, signed, figure } from "./text.js";
 
-const NODE_HEIGHT = 22;
-const DEPTH_WIDTH = 220;
+const NODE_HEIGHT = 19;
+const DEPTHS = [0, 84, 400]; // x of prompt, replies, futures
+const BOX = [70, 300, 300]; // widths of their labels
 const LABEL = 26; // characters
 
 /** {reply, future} of every node, with coordinates. Pure. */
@@ -17,14 +18,15 @@ export function layout(shown) {
     children: shown.r.map((reply, number) => ({
       name: reply.x,
       reply: number,
-      children: reply.f.map((future, other) => ({ name: future.st, reply: number, future: other })),
+      children: reply.f.map((future, other) => ({ name: future.st, said: future.m[0]?.[1] ?? "", reply: number, future: other })),
     })),
   });
-  tree().nodeSize([NODE_HEIGHT, DEPTH_WIDTH]).separation(() => 1)(root);
+  tree().nodeSize([NODE_HEIGHT, 1]).separation(() => 1)(root);
   const nodes = root.descendants();
+  for (const node of nodes) node.y = DEPTHS[node.depth];
   const top = Math.min(...nodes.map((node) => node.x));
   const bottom = Math.max(...nodes.map((node) => node.x));
-  return { nodes, links: root.links(), top, height: bottom - top + 2 * NODE_HEIGHT, width: 2 * DEPTH_WIDTH + 260 };
+  return { nodes, links: root.links(), top, height: bottom - top + 2 * NODE_HEIGHT, width: DEPTHS[2] + BOX[2] + 12 };
 }
 
 function short(text) {
@@ -50,16 +52,16 @@ export function Tree({ shown, reply, future, onOpen }) {
     links.map(({ source, target }) =>
       h("path", {
         class: "link",
-        d: `M${source.y + 8},${y(source)}C${source.y + DEPTH_WIDTH / 2},${y(source)} ${source.y + DEPTH_WIDTH / 2},${y(target)} ${target.y + 4},${y(target)}`,
+        d: `M${source.y + 8 + BOX[source.depth]},${y(source)}L${target.y + 2},${y(target)}`,
       }),
     ),
     nodes.map((node) => {
       const each = node.data;
       const isReply = node.depth === 1;
-      const chosen = node.depth > 0 && each.reply === reply && (isReply ? future === null : each.future === future);
+      const chosen = node.depth > 0 && each.reply === reply && (isReply || each.future === future);
       const data = isReply ? shown.r[each.reply] : node.depth ? shown.r[each.reply].f[each.future] : null;
       const value = isReply ? data.a : data?.rw;
-      const label = isReply ? `${figure(data.mr)} (${signed(data.a)}) ${short(each.name)}` : node.depth ? `${figure(data.rw)} ${short(each.name)}${data.copy ? " (copy)" : ""}` : "prompt";
+      const label = isReply ? `${figure(data.mr)} (${signed(data.a)}) ${short(each.name)}` : node.depth ? `${figure(data.rw)} ${short(each.name)}${data.copy ? " (copy)" : ""}${each.said ? `: ${short(each.said)}` : ""}` : "prompt";
       const open = () => node.depth && onOpen(each.reply, isReply ? null : each.future);
       return h(
         "g",
@@ -73,7 +75,7 @@ export function Tree({ shown, reply, future, onOpen }) {
           onClick: open,
           onKeyDown: (event) => event.key === "Enter" && open(),
         },
-        h("rect", { x: -6, y: -9, width: 210, height: 18, rx: 4 }),
+        h("rect", { x: -6, y: -8, width: BOX[node.depth], height: 16, rx: 4 }),
         h("circle", { r: 4 }),
         h("text", { x: 9, y: 4, direction: "ltr", "unicode-bidi": "isolate" }, label),
       );
