@@ -24,7 +24,7 @@ from collab_megatron.errors import run_cli
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, nargs="?", help="a YAML file, see conf/")
+    parser.add_argument("config", type=Path, nargs="?", help="a YAML file (see conf/), or the run.dir of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--kind", choices=tuple(of_config.KINDS), help="of the config; default: what its keys fit")
     parser.add_argument("--no-calls", action="store_true", help="ask no LLM")

@@ -49,9 +49,19 @@ def findings_of(name: str, check: Check) -> list[Finding]:
 
 
 def from_error(name: str, error: UserError | RunError) -> Finding:
-    """An error of this project says what happened, then what to do, in one sentence."""
-    what, separator, to_do = str(error).rpartition(": ")
-    return Finding("fail", name, what, to_do) if separator else Finding("fail", name, str(error), "see docs/install.md")
+    what, to_do = split_sentence(str(error))
+    return Finding("fail", name, what, to_do or "see docs/install.md")
+
+
+def split_sentence(text: str) -> tuple[str, str]:
+    """What happened and what to do, which errors and warnings of this project say in one sentence.
+
+    Example: "port 1 is in use: set engine.port=0" and "url: nothing answers there; start that server"
+    """
+    what, separator, to_do = text.rpartition(": ")
+    if "; " in to_do:  # the part after the colon says what happened too
+        what, separator, to_do = text.rpartition("; ")
+    return (what, to_do) if separator else (text, "")
 
 
 def summary(found: Sequence[Finding]) -> str:

@@ -60,11 +60,11 @@ def check_open_files() -> Iterator[Finding]:
 
 def check_ports(host: str = "127.0.0.1") -> Iterator[Finding]:
     """Raises RunError where no port is free."""
-    yield Finding("ok", "ports", f"{host}:{free_port(host)} is free")
+    yield Finding("ok", "ports", f"a server can listen at {host}:{free_port(host)}")
 
 
 def check_hub(environment: Mapping[str, str], *, needed: bool) -> Iterator[Finding]:
-    """The model hub, with a deadline. `needed`: the config names a model or dataset on it."""
+    """The model hub, with a deadline. `needed`: the config names a model on it."""
     if environment.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         yield Finding("ok", "hub", "HF_HUB_OFFLINE is set: models come from the cache")
         return
@@ -92,4 +92,4 @@ def check_keys(environment: Mapping[str, str], needed: Mapping[str, str]) -> Ite
             yield Finding("fail", "keys", f"{name} is not set ({place})", way_out)
     if not needed:
         there = [name for name in USUAL_KEYS if environment.get(name)]
-        yield Finding("ok", "keys", f"set: {', '.join(there) or 'none of ' + ', '.join(USUAL_KEYS)}")
+        yield Finding("ok", "keys", f"set: {', '.join(there)}" if there else f"none of {', '.join(USUAL_KEYS)} is set")

@@ -26,10 +26,10 @@ from collab_megatron.config import (
 from collab_megatron.config.roles import llm_roles, role_place
 from collab_megatron.config.sections import LLMSection, UserSection
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
-from collab_megatron.doctor.findings import Finding, Level, from_error
+from collab_megatron.doctor.findings import Finding, Level, from_error, split_sentence
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch.preflight import check_build, check_evaluate, check_rl, check_supervised
-from collab_megatron.model.folder import resolve_model_folder
+from collab_megatron.model.folder import is_hub_name, resolve_model_folder
 from collab_megatron.rollout.llm import Gateway
 from collab_megatron.types import LLMRequest, Message
 
@@ -48,7 +48,10 @@ WARNING = "warning: "  # begins the start's warnings
 
 
 def load_any(path: Path, overrides: list[str], kind: str | None) -> AnyConfig:
-    """The config as `kind`, or as the first kind whose keys it has. Raises UserError."""
+    """The config as `kind`, or as the first kind whose keys it has; of a run's folder the config it ran with.
+
+    Raises UserError."""
+    path = config_of_run(path) if path.is_dir() else path
     if kind is not None:
         return load_config(KINDS[kind], path, overrides)
     errors = {}
@@ -57,7 +60,19 @@ def load_any(path: Path, overrides: list[str], kind: str | None) -> AnyConfig:
             return load_config(each, path, overrides)
         except UserError as error:
             errors[name] = error
+    if len({str(error) for error in errors.values()}) == 1:  # not a matter of the kind: no file, or no YAML
+        raise errors["rl"]
     raise UserError(f"{path} is no config of an RL run ({errors['rl']}): fix that, or name its --kind")
+
+
+def config_of_run(folder: Path) -> Path:
+    """The config that the launcher wrote into a run's logs. Raises UserError if there is none or a choice."""
+    found = sorted(folder.glob("logs/*/resolved.yaml"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(f"{folder} is a folder without logs/*/resolved.yaml: name a YAML file, see conf/")
+    raise UserError(f"{folder} holds the configs of {len(found)} runs: name one of {', '.join(map(str, found))}")
 
 
 def roles_of(config: AnyConfig) -> dict[str, LLMSection]:
@@ -87,7 +102,7 @@ def keys_of(config: AnyConfig) -> dict[str, str]:
 
 def needs_hub(config: AnyConfig) -> bool:
     """Whether the model is a name on the hub."""
-    return config.model is not None and not Path(config.model.path).exists()
+    return config.model is not None and is_hub_name(config.model.path)
 
 
 def check_template(config: AnyConfig) -> Iterator[Finding]:
@@ -131,9 +146,8 @@ def check_start(config: AnyConfig) -> Iterator[Finding]:
 
 
 def warning_finding(sentence: str) -> Finding:
-    """Warnings say what is wrong and, after the last colon, what to do."""
-    what, separator, to_do = sentence.rpartition(": ")
-    return Finding("warn", "config", what or sentence, to_do if separator else "see docs/operations.md")
+    what, to_do = split_sentence(sentence)
+    return Finding("warn", "config", what, to_do or "see docs/operations.md")
 
 
 def check_engines(config: AnyConfig) -> Iterator[Finding]:

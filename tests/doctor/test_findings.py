@@ -10,7 +10,7 @@ import pytest
 
 from collab_megatron.doctor import __main__ as command
 from collab_megatron.doctor import environment, machine
-from collab_megatron.doctor.findings import Check, Finding, exit_code, findings_of, summary
+from collab_megatron.doctor.findings import Check, Finding, exit_code, findings_of, split_sentence, summary
 from collab_megatron.errors import UserError
 from collab_megatron.launch.engine_versions import Versions
 from collab_megatron.launch.ports import free_port
@@ -46,6 +46,19 @@ def test_an_error_is_a_finding_and_what_was_found_before_it_stays() -> None:
     assert found == [OK, Finding("fail", "ports", "port 1 is in use", "end the process that listens there")]
     first, last = findings_of("gpu", crash)
     assert (first, last.level, "ZeroDivisionError: no GPU" in last.text) == (OK, "fail", True)
+
+
+@pytest.mark.parametrize(
+    "sentence, what, to_do",
+    [
+        ("port 1 is in use: set engine.port=0", "port 1 is in use", "set engine.port=0"),
+        ("http://x:1/v1: nothing answers; start it", "http://x:1/v1: nothing answers", "start it"),
+        ("a; b: do it", "a; b", "do it"),
+        ("it broke", "it broke", ""),
+    ],
+)
+def test_a_sentence_is_split_before_what_to_do(sentence: str, what: str, to_do: str) -> None:
+    assert split_sentence(sentence) == (what, to_do)
 
 
 @pytest.mark.parametrize("found, code", [([OK, WARN], 0), ([FAIL], 1)])

@@ -39,6 +39,30 @@ def test_a_config_of_no_kind_is_refused_with_the_reason_of_an_rl_run(tmp_path: P
         of_config.load_any(file, [], None)
 
 
+def test_a_file_that_no_kind_can_read_is_refused_with_its_own_reason(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^no config file"):
+        of_config.load_any(tmp_path / "missing.yaml", [], None)
+
+
+def test_a_runs_folder_stands_for_the_config_it_ran_with(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"without logs/\*/resolved.yaml"):
+        of_config.load_any(tmp_path, [], None)
+    for name in ("rl", "sft"):
+        folder = tmp_path / "logs" / name
+        folder.mkdir(parents=True)
+        (folder / "resolved.yaml").write_text(f"extends: {CONF / f'demo_{name}.yaml'}\n")
+        if name == "rl":
+            assert isinstance(of_config.load_any(tmp_path, [], None), RLConfig)
+    with pytest.raises(UserError, match=r"configs of 2 runs: name one of .*logs/rl/resolved.yaml"):
+        of_config.load_any(tmp_path, [], None)
+
+
+@pytest.mark.parametrize("path, needed", [("somebody/a-model", True), ("runs/demo/sft_hf", False), ("", False)])
+def test_the_hub_is_needed_for_a_name_and_not_for_a_missing_folder(tmp_path: Path, path: str, needed: bool) -> None:
+    config = load_config(RLConfig, CONF / "demo_rl.yaml", [f"model.path={path or tmp_path}"])
+    assert of_config.needs_hub(config) is needed
+
+
 def roles_at(url: str, *, users: int = 2) -> RLConfig:
     """The demo's config with every role at one endpoint; of its users the first so many."""
     config = load_config(RLConfig, CONF / "demo_rl.yaml", ["model.path=somebody/a-model"])

@@ -65,9 +65,8 @@ def forbidden_imports(root: Path) -> list[str]:
 
 
 def long_files(root: Path) -> list[str]:
-    counts = {
-        file: len(file.read_text().splitlines()) for file in own_files(root, ".py", ".sh", ".yaml", ".sbatch", ".js")
-    }
+    files = own_files(root, ".py", ".sh", ".yaml", ".sbatch", ".js")
+    counts = {file: len(file.read_text().splitlines()) for file in files}
     return [f"{file}: {count} lines" for file, count in counts.items() if count > LONGEST_FILE]
 
 
