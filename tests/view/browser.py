@@ -47,22 +47,22 @@ def write_viewer(run: Path, *arguments: str) -> Path:
 def opened(
     browser: Browser, file: Path, address: str = "", *, silent: bool = True, dark: bool = False
 ) -> Iterator[Page]:
-    """The file in a new window. At the end: no dialog, no request for another file, and if `silent` no message."""
+    """The file in a new window. At the end: no dialog, and if `silent` no message and no request for another file."""
     context = browser.new_context(viewport=LAPTOP, color_scheme="dark" if dark else "light")  # type: ignore[arg-type]
     try:
         page = context.new_page()
         page.set_default_timeout(WAIT_MS)
         noticed: list[str] = []
+        asked = {file.as_uri()}
         if silent:
+            page.on("request", lambda request: asked.add(request.url.partition("#")[0]))
             page.on("console", lambda message: noticed.append(f"{message.type}: {message.text}"))
             page.on("pageerror", lambda error: noticed.append(f"error: {error}"))
         page.on("dialog", lambda dialog: (noticed.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url.partition("#")[0]))
         page.goto(file.as_uri() + address)
         page.wait_for_selector(".count")
         yield page
         assert noticed == []
-        assert set(asked) == {file.as_uri()}
+        assert asked == {file.as_uri()}
     finally:
         context.close()

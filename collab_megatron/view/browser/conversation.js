@@ -2,6 +2,7 @@
 // judges' reasons and marks, scores, details, cost.
 
 import { h, Fragment } from "preact";
+import { useMemo } from "preact/hooks";
 import { STATUS_SCORED } from "./data.js";
 import { Strip } from "./strip.js";
 import { Line, Text, counted, dollars, figure, signed } from "./text.js";
@@ -61,7 +62,7 @@ function Future({ play, run, secrets }) {
       h(
         "table",
         null,
-        h("tbody", null, Object.entries(play.s).map(([name, score]) => h("tr", null, h("th", null, h(Line, { value: name })), h("td", null, figure(score, 3)), h("td", null, Object.hasOwn(play.s2, name) && `second judge ${figure(play.s2[name], 3)}`), h("td", null, Object.hasOwn(play.d, name) && h("details", { open: secrets }, h("summary", null, "details"), h(Text, { value: JSON.stringify(play.d[name], null, 1) })))))),
+        h("tbody", null, Object.entries(play.s).map(([name, score]) => h("tr", null, h("th", null, h(Line, { value: name })), h("td", null, figure(score, 3)), h("td", null, Object.hasOwn(play.s2, name) && `second judge ${figure(play.s2[name], 3)}`), h("td", null, Object.hasOwn(play.d, name) && h(Details, { value: play.d[name], open: secrets }))))),
       ),
       judges.map((call) => h(Verdict, { call, open: secrets })),
       h("p", { class: "cost" }, `${counted(play.c.length, "call")}, `, dollars(play.c.reduce((sum, call) => sum + (call.usd ?? 0), 0)), `, ${play.tok === null ? "–" : counted(play.tok, "policy token")}`),
@@ -77,6 +78,11 @@ function Future({ play, run, secrets }) {
 export function firstUserCall(play, users) {
   const more = users.length - play.m.filter(([role]) => role === "user").length;
   return STATUS_SCORED.has(play.st) ? more : Math.min(0, more);
+}
+
+function Details({ value, open }) {
+  const text = useMemo(() => JSON.stringify(value, null, 1), [value]);
+  return h("details", { open }, h("summary", null, "details"), h(Text, { value: text }));
 }
 
 function Verdict({ call, open }) {

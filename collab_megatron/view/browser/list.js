@@ -3,7 +3,7 @@
 import { h } from "preact";
 import { useEffect, useLayoutEffect, useMemo, useReducer, useRef, useState } from "preact/hooks";
 import { Virtualizer, elementScroll, observeElementOffset, observeElementRect } from "@tanstack/virtual-core";
-import { Line, dollars, figure } from "./text.js";
+import { Line, dollars, figure, label } from "./text.js";
 
 const ROW_HEIGHT = 44; // pixels, as in viewer.css
 export const SORTS = ["step", "mr", "best", "spread", "advantage", "asked", "tokens", "seconds", "usd"];
@@ -58,12 +58,12 @@ function stepRange(text) {
 
 export function Filters({ index, filter, sort, descending, onFilter, onSort }) {
   const failures = useMemo(() => [...new Set(index.columns.failures?.flatMap((each) => Object.keys(each)))].sort(), [index]);
-  const choice = (key, label, options) =>
+  const choice = (key, name, options) =>
     h(
       "select",
-      { "aria-label": label, value: filter[key], onChange: (event) => onFilter({ ...filter, [key]: event.currentTarget.value }) },
-      h("option", { value: "" }, label),
-      options.map(([value, name]) => h("option", { value }, name)),
+      { "aria-label": name, value: filter[key], onChange: (event) => onFilter({ ...filter, [key]: event.currentTarget.value }) },
+      h("option", { value: "" }, name),
+      options.map(([value, what]) => h("option", { value }, label(what, 40))),
     );
   return h(
     "form",
@@ -91,7 +91,7 @@ export function Filters({ index, filter, sort, descending, onFilter, onSort }) {
       "select",
       { "aria-label": "sort by", value: sort, onChange: (event) => onSort(event.currentTarget.value, descending) },
       SORTS.map((name) => h("option", { value: name }, `by ${LABELS[name] ?? name}`)),
-      index.metrics.map((name) => h("option", { value: `metric:${name}` }, `by ${name}`)),
+      index.metrics.map((name) => h("option", { value: `metric:${name}` }, `by ${label(name, 40)}`)),
     ),
     h("button", { type: "button", title: "turn the order around", onClick: () => onSort(sort, !descending) }, descending ? "↓" : "↑"),
   );
@@ -162,7 +162,7 @@ function Row({ index, row, top, selected, onSelect }) {
       index.get("replies", row) > 1 && h("span", { title: "highest minus lowest MR" }, `spread ${figure(index.get("spread", row))}`),
       index.get("asked", row) > 0 && h("span", { title: "share of replies that ask" }, index.get("replies", row) > 1 ? `${Math.round(100 * index.get("asked", row))}% ask` : "asks"),
       index.get("usd", row) > 0 && h("span", { title: "dollars of the calls" }, dollars(index.get("usd", row))),
-      failed.length > 0 && h("strong", { class: "bad", title: failed.join(", ") }, "failed"),
+      failed.length > 0 && h("strong", { class: "bad", title: failed.map((name) => label(name, 60)).join(", ") }, "failed"),
       index.sources[index.get("source", row)].held_out && h("i", { title: index.sources[index.get("source", row)].name }, "held out"),
     ),
   );

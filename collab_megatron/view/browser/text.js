@@ -9,6 +9,7 @@ import { useState } from "preact/hooks";
 
 const FIRST = 6000; // characters
 const MORE = 100000;
+const LONGEST_LINE = 300;
 // bidirectional controls, zero-width and other format characters, C0 and C1 controls other than tab and line feed
 const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\u{e0000}-\u{e007f}]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/gu;
 const JOINER = "\u200d"; // part of emoji; shown only where it joins none
@@ -46,9 +47,20 @@ export function Text({ value, class: name = "" }) {
   );
 }
 
-/** A short text on one line, as in the list. */
+/** A short text on one line, as in the list. A name may have megabytes too. */
 export function Line({ value, class: name = "" }) {
-  return h("bdi", { class: `line ${name}` }, shown(value ?? ""));
+  const text = value ?? "";
+  return h("bdi", { class: `line ${name}` }, shown(text.length > LONGEST_LINE ? `${text.slice(0, LONGEST_LINE)}…` : text));
+}
+
+/** The beginning of a text for where only a string can stand: a node of the tree, a choice, a hint. */
+export function label(text, limit = 26) {
+  const visible = parts([...text.slice(0, 4 * limit)].slice(0, 2 * limit).join(""))
+    .map((part) => (typeof part === "string" ? part : `[${part.code}]`))
+    .join("")
+    .replace(/\s+/g, " ");
+  const characters = [...visible]; // a pair of surrogates is one
+  return characters.length > limit ? `${characters.slice(0, limit - 1).join("")}…` : visible;
 }
 
 export function figure(value, digits = 2) {

@@ -4,12 +4,11 @@ import { h } from "preact";
 import { useMemo } from "preact/hooks";
 import { hierarchy, tree } from "d3-hierarchy";
 import { STATUS_SCORED } from "./data.js";
-import { parts, signed, figure } from "./text.js";
+import { figure, label, signed } from "./text.js";
 
 const NODE_HEIGHT = 19;
 const DEPTHS = [0, 84, 400]; // x of prompt, replies, futures
 const BOX = [70, 300, 300]; // widths of their labels
-const LABEL = 26; // characters
 
 /** {reply, future} of every node, with coordinates. Pure. */
 export function layout(shown) {
@@ -27,15 +26,6 @@ export function layout(shown) {
   const top = Math.min(...nodes.map((node) => node.x));
   const bottom = Math.max(...nodes.map((node) => node.x));
   return { nodes, links: root.links(), top, height: bottom - top + 2 * NODE_HEIGHT, width: DEPTHS[2] + BOX[2] + 12 };
-}
-
-function short(text) {
-  const visible = parts([...text.slice(0, 4 * LABEL)].slice(0, 2 * LABEL).join(""))
-    .map((part) => (typeof part === "string" ? part : `[${part.code}]`))
-    .join("")
-    .replace(/\s+/g, " ");
-  const characters = [...visible]; // a pair of surrogates is one
-  return characters.length > LABEL ? `${characters.slice(0, LABEL - 1).join("")}…` : visible;
 }
 
 /** The class that colours a value around 0: good, bad or neutral. */
@@ -61,7 +51,7 @@ export function Tree({ shown, reply, future, onOpen }) {
       const chosen = node.depth > 0 && each.reply === reply && (isReply || each.future === future);
       const data = isReply ? shown.r[each.reply] : node.depth ? shown.r[each.reply].f[each.future] : null;
       const value = isReply ? data.a : data?.rw;
-      const label = isReply ? `${figure(data.mr)} (${signed(data.a)}) ${short(each.name)}` : node.depth ? `${figure(data.rw)} ${short(each.name)}${data.copy ? " (copy)" : ""}${each.said ? `: ${short(each.said)}` : ""}` : "prompt";
+      const words = isReply ? `${figure(data.mr)} (${signed(data.a)}) ${label(each.name)}` : node.depth ? `${figure(data.rw)} ${label(each.name)}${data.copy ? " (copy)" : ""}${each.said ? `: ${label(each.said)}` : ""}` : "prompt";
       const open = () => node.depth && onOpen(each.reply, isReply ? null : each.future);
       return h(
         "g",
@@ -77,7 +67,7 @@ export function Tree({ shown, reply, future, onOpen }) {
         },
         h("rect", { x: -6, y: -8, width: BOX[node.depth], height: 16, rx: 4 }),
         h("circle", { r: 4 }),
-        h("text", { x: 9, y: 4, direction: "ltr", "unicode-bidi": "isolate" }, label),
+        h("text", { x: 9, y: 4, direction: "ltr", "unicode-bidi": "isolate" }, words),
       );
     }),
   );
