@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,3 +67,11 @@ def opened(
         assert asked == {file.as_uri()}
     finally:
         context.close()
+
+
+def wait_until(page: Page, expression: str, argument: str | None = None) -> None:
+    """Waits until the expression is true. wait_for_function calls eval in the page: the policy forbids it."""
+    deadline_s = time.monotonic() + WAIT_MS / 1000
+    while not page.evaluate(expression, argument):
+        assert time.monotonic() < deadline_s, f"never true: {expression}"
+        page.wait_for_timeout(20)

@@ -13,6 +13,7 @@ import { readState, writtenState } from "./state.js";
 import { Line, Text, counted, dollars, figure, weights } from "./text.js";
 import { Tree } from "./tree.js";
 
+const ADDRESS_MS = 150; // until the address follows what is open
 const HELP = [
   ["j k", "next, previous tree"],
   ["n p", "next, previous reply"],
@@ -38,8 +39,12 @@ function App({ index }) {
   const [tree, setTree] = useState({ row: null, shown: null, error: "" });
 
   useEffect(() => {
-    const written = writtenState(index, state);
-    if (written !== location.hash) history.replaceState(null, "", written);
+    // later, because browsers refuse hundreds of changes in a few seconds, which a held key makes
+    const timer = setTimeout(() => {
+      const written = writtenState(index, state);
+      if (written !== location.hash) history.replaceState(null, "", written);
+    }, ADDRESS_MS);
+    return () => clearTimeout(timer);
   }, [state]);
   useEffect(() => {
     const listen = () => setState(readState(index, location.hash));
