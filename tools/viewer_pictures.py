@@ -26,6 +26,7 @@ def take(page: Page, address: str, output: Path) -> None:
     prompt at every evaluation."""
     page.goto(address)
     page.get_by_label("all trees").select_option("trained")
+    page.get_by_label("asked or not").select_option("yes")
     page.get_by_label("sort by").select_option("spread")
     page.get_by_title("turn the order around").click()
     page.keyboard.press("j")
@@ -60,7 +61,7 @@ def main() -> None:
         file = Path(folder, "viewer.html")
         viewer.main([str(args.run_dir), "--no-open", "--output", str(file)])
         browser = playwright.chromium.launch(executable_path=program, chromium_sandbox=False)
-        take(browser.new_page(viewport=SIZE), file.as_uri(), args.output)  # type: ignore[arg-type]
+        take(browser.new_page(viewport=SIZE), file.as_uri(), args.output)
         browser.close()
 
 

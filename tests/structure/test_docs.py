@@ -21,6 +21,7 @@ DOCUMENTS = (
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     REPOSITORY / "requirements" / "README.md",
     REPOSITORY / "tools" / "cpu_support" / "README.md",
+    REPOSITORY / "tools" / "viewer" / "README.md",
 )
 HISTORY = ("CHANGELOG.md", "config.md")  # they name removed keys
 LONGEST_README = 200

@@ -15,7 +15,7 @@ import pytest
 from collab_megatron.view import __main__ as command
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Dialog, Page
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 LAPTOP = {"width": 1366, "height": 768}
@@ -49,7 +49,7 @@ def opened(
     browser: Browser, file: Path, address: str = "", *, silent: bool = True, dark: bool = False
 ) -> Iterator[Page]:
     """The file in a new window. At the end: no dialog, and if `silent` no message and no request for another file."""
-    context = browser.new_context(viewport=LAPTOP, color_scheme="dark" if dark else "light")  # type: ignore[arg-type]
+    context = browser.new_context(viewport=LAPTOP, color_scheme="dark" if dark else "light")
     try:
         page = context.new_page()
         page.set_default_timeout(WAIT_MS)
@@ -59,7 +59,12 @@ def opened(
             page.on("request", lambda request: asked.add(request.url.partition("#")[0]))
             page.on("console", lambda message: noticed.append(f"{message.type}: {message.text}"))
             page.on("pageerror", lambda error: noticed.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (noticed.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+
+        def dismiss(dialog: Dialog) -> None:
+            noticed.append(f"dialog: {dialog.message}")
+            dialog.dismiss()
+
+        page.on("dialog", dismiss)
         page.goto(file.as_uri() + address)
         page.wait_for_selector(".count")
         yield page
