@@ -251,8 +251,9 @@ REFUSED = """async (url) => {
     () => { document.body.append(Object.assign(document.createElement("iframe"), { src: url })); },
     () => fetch(url),
   ];
-  for (const attempt of attempts) await (async () => attempt())().catch(() => null);
-  await new Promise((done) => setTimeout(done, 300));
+  const later = (ms) => new Promise((done) => setTimeout(done, ms));
+  for (const attempt of attempts) await Promise.race([(async () => attempt())().catch(() => null), later(1000)]);
+  await later(300);
   return found.sort();
 }"""
 
