@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ WIDTH = 120
 COLUMN = 36  # where the phrases begin
 PHRASE = WIDTH - COLUMN
 FOLDERS = ("collab_megatron", "conf", "slurm", "tools")
-SUFFIXES = {".py", ".yaml", ".sbatch", ".sh"}
+SUFFIXES = {".py", ".yaml", ".sbatch", ".sh", ".js"}
+GENERATED = {"build", "bundle", "node_modules"}  # folders, unless they are packages
 TESTS = "mirrors the rooms; trainer/parallel/ on gloo, slurm/ on a real Slurm, end_to_end/ whole runs"
 
 
@@ -31,6 +33,9 @@ def phrase(path: Path) -> str:
     text = path.read_text()
     if path.suffix == ".py":
         first = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
+    elif path.suffix == ".js":
+        comment = itertools.takewhile(lambda line: line.startswith("// "), text.splitlines())
+        first = " ".join(line.removeprefix("// ") for line in comment)
     else:
         comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("# ")]
         first = comments[0] if comments else ""
@@ -66,7 +71,7 @@ def _lines(folder: Path, depth: int) -> Iterator[str]:
     for path in entries:
         indent = "  " * depth
         if path.is_dir():
-            built = path.name == "build" and not (path / "__init__.py").exists()
+            built = path.name in GENERATED and not (path / "__init__.py").exists()
             generated = path.name.endswith(".egg-info") or built
             if generated or path.name.startswith((".", "__")):
                 continue

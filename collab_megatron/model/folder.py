@@ -41,6 +41,11 @@ def resolve_model_folder(path: str | Path, *, weights: bool = True) -> Path:
         ) from error
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether `path` is no folder here and could be the name of a model on the hub."""
+    return not Path(path).exists() and _HUB_NAME.fullmatch(path) is not None
+
+
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """The contents of config.json. Raises UserError when it is missing or is not a JSON object."""
     path = Path(folder) / "config.json"

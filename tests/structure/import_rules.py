@@ -57,6 +57,8 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "trainer.report": (),
     "launch": ("config", "data", "engine", "model", "wire"),
     "demo": ("launch.supervisor",),
+    "doctor": ("config", "data", "launch", "model", "rollout.llm"),
+    "view": ("rollout.record_files", "rollout.rewards"),
 }
 
 # additional imports of single files or rooms, with the reason
@@ -108,6 +110,8 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "rollout.rewards.bleu_score": ("sacrebleu",),
     "rollout.rewards.math_worker": ("math_verify",),
     "demo": ("aiohttp", "rich"),
+    "doctor": ("httpx", "packaging"),
+    "view": ("tokenizers",),
     "demo.tokenizer": ("tokenizers", "transformers"),
     "demo.tiny_model": ("torch", "tokenizers", "transformers"),
 }

@@ -21,6 +21,7 @@ DOCUMENTS = (
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     REPOSITORY / "requirements" / "README.md",
     REPOSITORY / "tools" / "cpu_support" / "README.md",
+    REPOSITORY / "tools" / "viewer" / "README.md",
 )
 HISTORY = ("CHANGELOG.md", "config.md")  # they name removed keys
 LONGEST_README = 200
@@ -69,7 +70,10 @@ def test_named_tests_exist() -> None:
 def test_commands_name_modules_targets_and_flags_that_exist() -> None:
     modules = set(in_documents(r"-m (collab_megatron[\w.]*)"))
     files = {name: REPOSITORY / name.replace(".", "/") for _, name in modules}
-    assert {name for name, file in files.items() if not file.with_suffix(".py").exists()} == set()
+    runnable = {
+        name for name, file in files.items() if file.with_suffix(".py").exists() or (file / "__main__.py").exists()
+    }
+    assert set(files) - runnable == set()
     assert [name for _, name in in_documents(r"`(collab_megatron(?:\.\w+)+)`") if not _is_defined(name)] == []
     makefile = (REPOSITORY / "Makefile").read_text()
     assert {

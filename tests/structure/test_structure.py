@@ -37,6 +37,7 @@ NOT_OURS = {
     ".ruff_cache",
     ".pytest_cache",
     ".hypothesis",
+    "node_modules",
 }
 TEXT = {".py", ".yaml", ".cfg", ".toml", ".md", ".sh", ".sbatch", ".txt", ".in", ".pth", ""}
 # put together here, so that this file does not contain what it looks for
@@ -64,7 +65,8 @@ def forbidden_imports(root: Path) -> list[str]:
 
 
 def long_files(root: Path) -> list[str]:
-    counts = {file: len(file.read_text().splitlines()) for file in own_files(root, ".py", ".sh", ".yaml", ".sbatch")}
+    files = own_files(root, ".py", ".sh", ".yaml", ".sbatch", ".js")
+    counts = {file: len(file.read_text().splitlines()) for file in files}
     return [f"{file}: {count} lines" for file, count in counts.items() if count > LONGEST_FILE]
 
 

@@ -6,56 +6,21 @@ python tools/gpu/environment.py --device cuda --json FILE
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
-import shutil
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from collab_megatron.doctor.facts import PROGRAMS, packages, said_by
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_json
 
-PACKAGES = (
-    *("torch", "triton", "transformers", "tokenizers", "numpy", "megatron-core", "transformer-engine"),
-    *("transformer-engine-cu13", "transformer-engine-torch", "flash-attn", "apex", "sglang", "sglang-kernel"),
-    *("torch-memory-saver", "flashinfer-python", "nvidia-nccl-cu13", "nvidia-cudnn-cu13"),
-    *("litellm", "openai", "pydantic"),
-)
-PROGRAMS: Mapping[str, tuple[str, ...]] = {
-    "nvidia-smi": ("--query-gpu=name,driver_version,memory.total,memory.used,clocks.max.sm", "--format=csv,noheader"),
-    "nvcc": ("--version",),
-}
-PROGRAM_S = 30.0
 SIDE = {"cuda": 8192, "cpu": 256}  # of the matrices that are multiplied
 COPIED = {"cuda": 2**30, "cpu": 2**22}  # bytes
 REPEATS = 10
 HEAD_SIZES = (64, 128)  # of the attention that is compared
-
-
-def packages() -> dict[str, str]:
-    """Installed versions; packages that are not there are left out."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def said_by(program: str, arguments: tuple[str, ...]) -> str:
-    """The output of a program, or why there is none."""
-    if shutil.which(program) is None:
-        return "not installed"
-    try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=PROGRAM_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"failed: {error}"
-    return (done.stdout or done.stderr).strip()
 
 
 def speeds(device: str) -> dict[str, float]:
