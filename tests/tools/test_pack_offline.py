@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import hashlib
 import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -16,9 +19,63 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
+from tools.gpu.device_code import keep_only
 from tools.gpu.trim_wheel import trim
 
 PIECE_BYTES = 10**6
+
+
+def fatbin(*entries: tuple[int, int, bytes]) -> bytes:
+    """Of (kind, architecture, code), as tools/gpu/device_code.py describes it."""
+    body = b"".join(
+        struct.pack("<HHIQ12xI8x", kind, 0x101, 40, len(code), architecture) + code
+        for kind, architecture, code in entries
+    )
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+
+
+HOPPER, AMPERE, TEXT = (2, 90, b"h" * 100), (2, 80, b"a" * 64), (1, 90, b"ptx!")
+UNRELATED = struct.pack("<I", 0xBA55ED50) + b"code that loads this constant"
+
+
+def test_device_code_for_other_gpus_is_removed_in_place() -> None:
+    before = UNRELATED + fatbin(AMPERE, HOPPER) + b"host" + fatbin(TEXT, HOPPER)
+    library = bytearray(before)
+    assert keep_only(library, 90) == {90: 200}
+    second = len(UNRELATED + fatbin(AMPERE, HOPPER) + b"host")
+    assert len(library) == len(before)
+    assert library.startswith(UNRELATED + fatbin(HOPPER) + bytes(64))  # a fatbin keeps its place and becomes shorter
+    assert library[second - 4 : second] == b"host"
+    assert library[second:].startswith(fatbin(HOPPER))
+    assert library[second:].strip(b"\0") == fatbin(HOPPER).strip(b"\0")
+    once = bytes(library)
+    assert keep_only(library, 90) == {90: 200}
+    assert library == once
+
+
+def test_a_library_that_could_not_run_or_is_not_understood_is_refused() -> None:
+    assert keep_only(bytearray(UNRELATED + b"host"), 90) == {}
+    with pytest.raises(ValueError, match="no code for sm_100"):
+        keep_only(bytearray(fatbin(AMPERE, HOPPER)), 100)
+    with pytest.raises(ValueError, match="the entry at byte 16 of a fatbin has an unknown layout"):
+        keep_only(bytearray(fatbin((7, 90, b"x"))), 90)
+
+
+def test_a_trimmed_wheel_records_what_it_holds(tmp_path: Path) -> None:
+    code = fatbin(AMPERE, HOPPER)
+    wheel = make_wheel(tmp_path, "kernels", {"kernels/ops.so": code, "kernels/host.so": b"host", "kernels/a,b.py": b""})
+    assert trim(wheel, architecture=90) == 0
+    with zipfile.ZipFile(wheel) as after:
+        rows = {row[0]: row[1:] for row in csv.reader(after.read("kernels-1.0.dist-info/RECORD").decode().splitlines())}
+        library = after.read("kernels/ops.so")
+        assert set(rows) == set(after.namelist())
+    digest = base64.urlsafe_b64encode(hashlib.sha256(library).digest()).decode().rstrip("=")
+    assert rows["kernels/ops.so"] == [f"sha256={digest}", str(len(code))]
+    assert library != code
+    assert rows["kernels/host.so"] == ["", ""]
+    with pytest.raises(ValueError, match=r"kernels/ops\.so of kernels-1\.0.*no code for sm_100"):
+        trim(wheel, architecture=100)
+    assert list(tmp_path.iterdir()) == [wheel]
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, bytes]) -> Path:
@@ -28,7 +85,8 @@ def make_wheel(folder: Path, name: str, files: dict[str, bytes]) -> Path:
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
-    record = "".join(f"{path},,\n" for path in files) + f"{info}/RECORD,,\n"
+    names = [f'"{path}"' if "," in path else path for path in files]
+    record = "".join(f"{name},,\n" for name in names) + f"{info}/RECORD,,\n"
     folder.mkdir(exist_ok=True)
     wheel = folder / f"{name}-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as target:
@@ -143,7 +201,7 @@ def test_pieces_are_small_and_join_to_what_was_packed(tmp_path: Path) -> None:
 
 
 SETUP = """
-import os, pathlib, subprocess, sys
+import os, pathlib, shutil, subprocess, sys
 
 at = sys.argv.index("--dest") + 1
 said = ""
@@ -152,6 +210,8 @@ if "--no-binary" in sys.argv:  # as transformer-engine's setup.py
     nvcc = pathlib.Path(os.environ["CUDA_HOME"], "bin", "nvcc")
     said = subprocess.run([nvcc, "-V"], capture_output=True, text=True, check=True).stdout + torch.version.cuda
 pathlib.Path(sys.argv[at]).mkdir(exist_ok=True)
+if "cu13" in sys.argv[-1]:
+    shutil.copy(os.environ["CORE_WHEEL"], sys.argv[at])
 pathlib.Path(sys.argv[at], sys.argv[-1]).write_text(said)
 sys.exit("transformer-engine==" in sys.argv[-1] and os.environ.get("BREAKS") == "1")
 """
@@ -162,17 +222,24 @@ def test_the_source_of_transformer_engine_is_fetched_without_cuda(tmp_path: Path
     """Its setup.py wants a toolkit of CUDA and a torch for CUDA, where neither is."""
     (tmp_path / "pip.py").write_text(SETUP)
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/pip.py "$@"\n')
+    python.write_text(f'#!/bin/sh\n[ "$1" != -m ] || set -- {tmp_path}/pip.py "$@"\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    pack = REPOSITORY / "tools" / "pack_offline.sh"
-    packed = bash(pack, tmp_path / "out", "te", PYTHON=str(python))
+    core = make_wheel(tmp_path / "index", "transformer_engine_cu13", {"core.so": fatbin(AMPERE, HOPPER)})
+    pack, env = REPOSITORY / "tools" / "pack_offline.sh", {"PYTHON": str(python), "CORE_WHEEL": str(core)}
+    packed = bash(pack, tmp_path / "out", "te", **env)
     assert packed.returncode == 0, packed.stderr
     bash(tmp_path / "out" / "join.sh", "--unpack-only", "te", INTO=str(tmp_path / "there"))
     (source,) = (tmp_path / "there" / "source").iterdir()
     nvcc, cuda = source.read_text().splitlines()
     assert nvcc == "Cuda compilation tools, release 13.0, V13.0.48"
     assert cuda.startswith("13.")
-    broken = bash(pack, tmp_path / "broken", "te", PYTHON=str(python), BREAKS="1")
+    with zipfile.ZipFile(tmp_path / "there" / "wheels" / core.name) as trimmed:
+        assert b"aa" not in trimmed.read("core.so")
+    assert (
+        "TE_BUILD=1 needs torch and nvidia-cuda-nvcc"
+        in bash(pack, tmp_path / "built", "te", TE_BUILD="1", **env).stderr
+    )
+    broken = bash(pack, tmp_path / "broken", "te", BREAKS="1", **env)
     assert broken.returncode == 2
     assert [path.name for path in (tmp_path / "broken").iterdir()] == ["join.sh"]
 
@@ -213,7 +280,9 @@ setuptools.setup(name="transformer_engine_torch", version="1.0", py_modules=["bu
 def test_what_has_arrived_is_installed_on_top_of_a_virtual_environment(tmp_path: Path) -> None:
     """The Python of these tests is one, with torch and pip, as the machine's may be."""
     make_wheel(tmp_path / "wheels", "arrived", {"arrived.py": b"x = 1\n"})
-    make_wheel(tmp_path / "wheels", "nvidia_stub", {"nvidia/cudnn/include/cudnn.h": b""})
+    header = tmp_path / "machine" / "nvidia" / "cudnn" / "include" / "cudnn.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
     source = tmp_path / "source" / "transformer_engine_torch-1.0"
     source.mkdir(parents=True)
     (source / "setup.py").write_text(CORE_SOURCE)
@@ -222,7 +291,7 @@ def test_what_has_arrived_is_installed_on_top_of_a_virtual_environment(tmp_path:
     subprocess.run(
         ["bash", "-c", "tar -cf none.tar.00 -C empty . && sha256sum none.tar.* > none.sha256"], cwd=tmp_path, check=True
     )
-    env = {"PYTHON": sys.executable, "INTO": str(tmp_path), "CPATH": "/more"}
+    env = {"PYTHON": sys.executable, "INTO": str(tmp_path), "CPATH": "/more", "PYTHONPATH": str(tmp_path / "machine")}
     joined = bash(tmp_path / "join.sh", "none", **env)
     assert joined.returncode == 0, joined.stderr
     assert "compiling transformer-engine" in joined.stdout
@@ -235,6 +304,7 @@ def test_what_has_arrived_is_installed_on_top_of_a_virtual_environment(tmp_path:
     assert Path(arrived).is_relative_to(tmp_path / ".venv-gpu")
     assert forced == "TRUE"  # else its setup looks for a wheel on the net
     assert cpath.endswith("nvidia/nccl/include:/more")
+    assert (Path(arrived).parent / "nvidia" / "cudnn" / "include" / "cudnn.h").samefile(header)
     assert Path(pip).is_relative_to(sysconfig.get_path("purelib"))
     again = bash(
         tmp_path / "join.sh", "none", **env

@@ -37,22 +37,26 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check install --no-index
 shopt -s nullglob
 wheels=("$into"/wheels/*.whl)
 [ ${#wheels[@]} -eq 0 ] || pip --quiet "${wheels[@]}"
+# transformer-engine looks for NVIDIA's libraries in its own environment only (2.20.2, common/__init__.py)
+nvidia=$("$python" -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null) || nvidia=
+[ -z "$nvidia" ] || [ -e "$folder/nvidia" ] || ln -s "$nvidia" "$folder/nvidia"
 [ ! -d "$into/collab_megatron" ] || pip --quiet --editable "$into/collab_megatron"
 for source in "$into"/source/transformer_engine_torch-*; do
   # not by an import: its library alone finds no symbols of transformer-engine's core
   "$venv/bin/python" -c 'from importlib.metadata import version; version("transformer-engine-torch")' 2>/dev/null &&
     continue
-  nvidia=$("$venv/bin/python" -c 'import nvidia; print(list(nvidia.__path__)[0])') ||
+  [ -d "$folder/nvidia" ] ||
     fail "torch's NVIDIA packages are not there, whose headers transformer-engine needs"
   echo "join: compiling transformer-engine for torch; this takes minutes"
-  CPATH="$nvidia/cudnn/include:$nvidia/nccl/include${CPATH:+:$CPATH}" NVTE_FRAMEWORK=pytorch \
-    NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS="${MAX_JOBS:-$(nproc)}" pip "$source"
+  CPATH="$folder/nvidia/cudnn/include:$folder/nvidia/nccl/include${CPATH:+:$CPATH}" NVTE_FRAMEWORK=pytorch \
+    NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 MAX_JOBS="${MAX_JOBS:-$(nproc)}" pip "$source"
 done
 "$venv/bin/python" -c 'import torch; print("join: torch", torch.__version__, "and", torch.cuda.device_count(), "GPUs")'
 cat <<TEXT
 join: done. Next:
   cd $into/collab_megatron
   export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1
+  export SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python  # the one in Rust reads dtypes of torch 2.11 wrongly
   $venv/bin/python tools/gpu_check.py --engine-args="--attention-backend triton --sampling-backend pytorch \\
     --disable-cuda-graph --grammar-backend none"
 TEXT
