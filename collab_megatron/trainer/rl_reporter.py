@@ -19,6 +19,7 @@ from collab_megatron.trainer.report.length_drift import LengthDrift
 from collab_megatron.trainer.report.progress_line import ProgressLine
 from collab_megatron.trainer.sync.publisher import SyncReport
 from collab_megatron.trainer.utilization import utilization
+from collab_megatron.types import TrainingSample
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class RLReporter:
         drop_evaluations(self._evaluations, first=first_again(first_step))
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step, attempt=attempt)
         self._dashboard.text("config", show_config(config))
+        self._dashboard.first_page()
+        self._dashboard.settings(compared_settings(config), ("reward/mr_mean", "eval/mr"))
         self._progress = ProgressLine(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._alarms = Alarms()
         self._drift = LengthDrift(read_metrics(config.run.tensorboard_dir))
@@ -63,8 +66,9 @@ class RLReporter:
         update: Mapping[str, float],
         sync: SyncReport,
         seconds: Mapping[str, float],
+        samples: Sequence[TrainingSample] = (),
     ) -> None:
-        """Report a finished step; `done` counts from 1."""
+        """Report a finished step; `done` counts from 1. samples: the step's, for the histograms."""
         metrics = {**rollout, **update, **seconds}
         metrics |= sync.metrics()
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
@@ -74,6 +78,9 @@ class RLReporter:
         metrics |= memory_shares() | self._drift.figures(done, metrics)
         self._dashboard.log(done, metrics)
         self._unfinished = None
+        self._dashboard.distribution(done, "distribution/reward", [sample.reward for sample in samples])
+        self._dashboard.distribution(done, "distribution/advantage", [sample.advantage for sample in samples])
+        self._dashboard.distribution(done, "distribution/reply_tokens", [len(s.reply_ids_T) for s in samples])
         self._progress.step(done, progress_figures(metrics, self._weighted))
         for sentence in self._alarms.check(done, metrics):
             logger.warning("%s", sentence)
@@ -97,6 +104,23 @@ class RLReporter:
 
     def close(self) -> None:
         self._dashboard.close()
+
+
+def compared_settings(config: RLConfig) -> dict[str, float | str]:
+    """What runs are compared by: model, seed, and all numbers, switches and words of the sections that shape learning;
+    by dotted key."""
+    found: dict[str, float | str] = {"model.path": config.model.path, "run.seed": config.run.seed}
+
+    def add(prefix: str, values: Mapping[str, object]) -> None:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                add(f"{prefix}.{key}", value)
+            elif isinstance(value, int | float | str):
+                found[f"{prefix}.{key}"] = value
+
+    for name in ("algorithm", "optimizer", "reward", "rollout", "driver"):
+        add(name, getattr(config, name).model_dump())
+    return found
 
 
 def progress_figures(metrics: Mapping[str, float], weighted: Sequence[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from collab_megatron.demo.pipeline import desk_addresses
 from collab_megatron.json_lines import read_rows
 from collab_megatron.rollout.record_files import read_trees
 from collab_megatron.trainer.engine_probe import NUM_PROMPTS
+from collab_megatron.trainer.report.charts import charts
 from collab_megatron.trainer.report.dashboard import read_metrics
 from collab_megatron.wire.checkpoints import newest_complete, read_best, read_info
 from tests.conftest import DESK_KEY, Ended, Run, Server
@@ -96,6 +98,12 @@ def test_the_dashboard_shows_every_step(short_demo: tuple[Path, Ended]) -> None:
         # fp32 on both sides: the engine serves exactly the weights that the trainer trains
         assert row["train/logprob_gap"] < 1e-4
     assert list((run_dir / "tensorboard" / "rl").glob("events.out.tfevents.*"))
+    names = {name for row in read_metrics(run_dir / "tensorboard" / "rl") for name in row}
+    lines = {
+        chart.title: [name for name in names if any(re.fullmatch(figure, name) for figure in chart.figures)]
+        for chart in charts()
+    }
+    assert [title for title, found in lines.items() if not found] == ["MFU"]  # of known GPUs only
 
 
 def test_sft_measures_its_held_out_loss_and_keeps_the_best(short_demo: tuple[Path, Ended]) -> None:

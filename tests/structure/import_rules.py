@@ -33,6 +33,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "text": (),
     "concurrency": (),
     "limiter": (),
+    "commands": (),
     "config": (),
     "model": (),
     "data": (),

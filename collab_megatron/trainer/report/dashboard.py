@@ -1,20 +1,26 @@
 """Writer of a run's figures: TensorBoard events and one JSON line per step. Nothing else writes to TensorBoard.
 
 Each attempt (a start, a resume) has an event file of its own, and its number in every line (`run/attempt`). A step that
-is run again replaces its earlier points.
+is run again replaces its earlier points. A figure that was only ever zero is in the lines, not in TensorBoard: two
+thirds of an RL run's are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from collab_megatron.errors import RunError
 from collab_megatron.files import fsync
 from collab_megatron.json_lines import append_rows, keep_rows, read_rows
+from collab_megatron.trainer.report import charts
 
 FILE = "metrics.jsonl"
 ATTEMPT = "run/attempt"
@@ -31,6 +37,8 @@ class Dashboard:
         folder.mkdir(parents=True, exist_ok=True)
         self._jsonl, self._attempt = folder / FILE, attempt
         self._marked: int | None = None  # the step whose attempt TensorBoard has
+        self._shown: set[str] = set()  # figures that TensorBoard has
+        self._zeros: dict[str, list[tuple[int, float]]] = {}  # of others: step and time of the first and last zero
         first = first_again(first_step)
         try:
             keep_rows(self._jsonl, lambda row: row["step"] < first, numbers=("step",))
@@ -43,19 +51,53 @@ class Dashboard:
         """Add a page of text, such as the resolved config."""
         self._writer.add_text(name, f"```\n{text}\n```")
 
+    def first_page(self) -> None:
+        """Add the charts of an RL run (charts.py): TensorBoard's Custom Scalars tab."""
+        self._writer.add_custom_scalars(charts.layout())
+
+    def settings(self, values: Mapping[str, float | str], results: Sequence[str]) -> None:
+        """Add settings to TensorBoard's HParams tab, which compares runs; `results`: figures to compare them by."""
+        for summary in hparams(dict(values), dict.fromkeys(results, 0.0)):
+            self._write(summary, None)
+
+    def distribution(self, step: int, name: str, values: Sequence[float]) -> None:
+        """Add a histogram of the finite ones among `values`."""
+        finite = np.array([value for value in values if math.isfinite(value)])
+        if finite.size:
+            self._writer.add_histogram(name, finite, step)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the attempt and the finite figures of `step` under their names. Raises RunError if the disk refuses."""
         finite = {name: float(value) for name, value in sorted(metrics.items()) if math.isfinite(value)}
         for name, value in finite.items():
-            self._writer.add_scalar(name, value, step)
+            self._point(name, value, step)
         if step != self._marked:  # a step may have several lines
-            self._writer.add_scalar(ATTEMPT, self._attempt, step)
+            self._point(ATTEMPT, self._attempt, step)
             self._marked = step
         try:
             self._writer.flush()
             append_rows(self._jsonl, [{"step": step, ATTEMPT: self._attempt, **finite}])
         except OSError as error:
             raise self._refused(error) from None
+
+    def _point(self, name: str, value: float, step: int) -> None:
+        """Add a point of a curve. Leading zeros wait for the first other value; the first and last draw the same line
+        as all."""
+        now = time.time()
+        if name in self._shown:
+            self._write(Summary(value=[Summary.Value(tag=name, simple_value=value)]), step, now)
+            return
+        if value == 0:
+            self._zeros[name] = [*self._zeros.get(name, [])[:1], (step, now)]
+            return
+        self._shown.add(name)
+        metadata = SummaryMetadata(summary_description=charts.description(name))  # TensorBoard reads the first
+        for at, when in self._zeros.pop(name, []):
+            self._write(Summary(value=[Summary.Value(tag=name, simple_value=0.0, metadata=metadata)]), at, when)
+        self._write(Summary(value=[Summary.Value(tag=name, simple_value=value, metadata=metadata)]), step, now)
+
+    def _write(self, summary: Summary, step: int | None, when: float | None = None) -> None:
+        self._writer.file_writer.add_summary(summary, step, when)
 
     def to_disk(self) -> None:
         """Force metrics.jsonl to the disk, so that it survives a power failure. Raises RunError if the disk refuses."""
