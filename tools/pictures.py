@@ -1,6 +1,6 @@
-"""Pictures of the conversation viewer for docs/images, taken of a demo's run by a headless Chromium.
+"""Pictures for docs/images: the viewer and TensorBoard's first page of a demo's run, taken by a headless Chromium.
 
-python tools/viewer_pictures.py --run-dir runs/demo --output docs/images
+python tools/pictures.py --run-dir runs/demo --output docs/images
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from collab_megatron.errors import UserError, run_cli
 from collab_megatron.view import __main__ as viewer
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 SIZE = {"width": 1366, "height": 768}  # a laptop
+DASHBOARD_SIZE = {"width": 1680, "height": 1180}
+DASHBOARD_MS = 60_000
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -46,6 +48,19 @@ def take(page: Page, address: str, output: Path) -> None:
     page.screenshot(path=output / "viewer_prompt.png")
 
 
+def take_dashboard(browser: Browser, logs: Path, output: Path) -> None:
+    """tensorboard.png: the Custom Scalars tab of a run (collab_megatron/trainer/report/charts.py)."""
+    from tensorboard import program  # only here: it takes seconds to import
+
+    server = program.TensorBoard()
+    server.configure(argv=["", "--logdir", str(logs), "--host", "127.0.0.1", "--port", "0"])
+    page = browser.new_page(viewport=DASHBOARD_SIZE)
+    page.goto(server.launch() + "#custom_scalars")
+    page.get_by_text("parts of the reward").wait_for(timeout=DASHBOARD_MS)
+    page.wait_for_timeout(5000)  # the curves
+    page.screenshot(path=output / "tensorboard.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, help="of a finished demo")
@@ -62,6 +77,7 @@ def main() -> None:
         viewer.main([str(args.run_dir), "--no-open", "--output", str(file)])
         browser = playwright.chromium.launch(executable_path=program, chromium_sandbox=False)
         take(browser.new_page(viewport=SIZE), file.as_uri(), args.output)
+        take_dashboard(browser, args.run_dir / "tensorboard" / "rl", args.output)
         browser.close()
 
 
