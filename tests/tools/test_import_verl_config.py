@@ -120,7 +120,7 @@ def test_mistakes_end_with_a_sentence(tmp_path: Path, script: str, says: str) ->
 
 
 def test_every_key_it_writes_exists() -> None:
-    """Else a rename here would show only to whoever uses that key."""
+    """Else only a user of that key would notice a rename."""
     written = {*SAME.values(), *(ours for words in WORDS.values() for ours, _ in words.values())}
     text = (REPOSITORY / "docs" / "config.md").read_text()
     for section, _, name in (key.rpartition(".") for key in written):
