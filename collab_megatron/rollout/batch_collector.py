@@ -40,6 +40,10 @@ class BatchCollector:
         self._saved = 0
         self._counters = _Counters(clients)
 
+    def leave_out(self) -> None:
+        """Leave what happened since the last batch out of the next one's counters: it belongs to an evaluation."""
+        self._counters.restart()
+
     async def begin(self, step: int, version: int, saved: int) -> Answer | None:
         """Start the trees of `step`; weights `version` are live, and the newest checkpoint has `saved` steps.
 
@@ -176,6 +180,10 @@ class _Counters:
 
     def __init__(self, clients: RolloutClients) -> None:
         self._clients = clients
+        self._before = self._now()
+
+    def restart(self) -> None:
+        """Leave out what happened since the last batch."""
         self._before = self._now()
 
     def since_last(self, rollout_s: float) -> Figures:

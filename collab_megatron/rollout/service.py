@@ -110,7 +110,7 @@ class Service:
     async def _evaluate(self, request: Request) -> Answer:
         if self._evaluation is None:
             await self._collector.live(request.version)
-            self._evaluation = asyncio.create_task(self._evaluator.evaluate(request.step))
+            self._evaluation = asyncio.create_task(self._evaluate_apart(request.step))
         until = time.monotonic() + POLL_S
         while not self._evaluation.done():
             self._require_engines()
@@ -120,6 +120,14 @@ class Service:
             await asyncio.wait({self._evaluation}, timeout=min(left_s, 0.5))
         # kept until the next request: this answer may be lost on its way to the trainer
         return self._evaluation.result()
+
+    async def _evaluate_apart(self, step: int) -> Answer:
+        """The evaluator's answer. Its LLM calls, dollars and seconds are not the next step's too, unless trees of
+        training run meanwhile (driver.max_staleness): then nothing tells them apart."""
+        answer = await self._evaluator.evaluate(step)
+        if not self._config.driver.max_staleness:
+            self._collector.leave_out()
+        return answer
 
     def _require_engines(self) -> None:
         if not self._clients.pool.live:

@@ -198,6 +198,17 @@ async def test_an_evaluation_leaves_its_conversations(tmp_path: Path) -> None:
     assert played["replies"][0]["futures"][0]["scores"] == {"accuracy": 6.0}
 
 
+@pytest.mark.parametrize("staleness, apart", [(0, True), (1, False)])
+async def test_an_evaluation_is_not_counted_in_the_next_step(tmp_path: Path, staleness: int, apart: bool) -> None:
+    """It has three policy turns of 0.3 s each. With trees in flight nothing tells its share apart."""
+    server = FakeServer(version="0", answer=slowly(0.3))
+    async with service(tmp_path, server, first_step=None, max_staleness=staleness) as driver:
+        await answered(driver, Request("evaluate", 0, 0, (server.url,)))
+        server.answer = None
+        figures = values((await answered(driver, Request("step", 0, 0, (server.url,)))).figures)
+    assert (figures["time_s/engine"] < 0.5) == apart
+
+
 async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp_path: Path) -> None:
     """A driver that was killed and started again reads it from the journal; nothing is sampled twice."""
     server = FakeServer(version="0")
