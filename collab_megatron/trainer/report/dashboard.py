@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from collab_megatron.errors import RunError
@@ -97,7 +97,9 @@ class Dashboard:
         self._write(Summary(value=[Summary.Value(tag=name, simple_value=value, metadata=metadata)]), step, now)
 
     def _write(self, summary: Summary, step: int | None, when: float | None = None) -> None:
-        self._writer.file_writer.add_summary(summary, step, when)
+        writer: FileWriter | None = self._writer.file_writer  # None after a close
+        assert writer is not None
+        writer.add_summary(summary, step, when)
 
     def to_disk(self) -> None:
         """Force metrics.jsonl to the disk, so that it survives a power failure. Raises RunError if the disk refuses."""
