@@ -25,6 +25,7 @@ import resource
 import select
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ PR_SET_CHILD_SUBREAPER = 36
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 WATCH_S = 0.1
+END_S = 2.0  # for processes that go on forking while they are killed
 FIRST_ID = 1_000_000_000  # user ids that no system hands out
 IDS = 100_000_000
 INNER_ID = 1000  # the program's user id in a user namespace
@@ -109,10 +111,11 @@ def main() -> None:
         os.close(reading)
         _first_process(spec, own_user, writing)
     os.close(writing)
-    code = _watch(first, spec["memory_mb"] << 20)
-    for pid in list(_descendants(os.getpid())):  # none in a sandbox
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # after the fork: PID 1 and the program keep the default
+    try:
+        code = _watch(first, spec["memory_mb"] << 20)
+    finally:
+        _end_descendants()  # none in a sandbox
     reason = os.read(reading, 65536).decode(errors="replace") if select.select([reading], [], [], 0)[0] else ""
     if reason:
         _fail(reason)
@@ -293,6 +296,20 @@ def _watch(first: int, most_bytes: int) -> int:
             os.waitpid(first, 0)
             return MEMORY
     return os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
+
+
+def _end_descendants() -> None:
+    """Kill and reap until none is left: one that is forked while they are listed shows the next time, as a child of
+    this process if its parent is dead. Gives up after END_S."""
+    end = time.monotonic() + END_S
+    while (left := list(_descendants(os.getpid()))) and time.monotonic() < end:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(WATCH_S)
 
 
 def _descendants(pid: int) -> Iterator[int]:

@@ -135,6 +135,8 @@ class Sandbox:
         except _TooMuch:
             ended = "output"
         finally:
+            if process.returncode is None and self.mode == "unsafe":
+                await _terminated(process)
             if process.returncode is None:
                 with suppress(ProcessLookupError):  # it has just ended
                     os.killpg(process.pid, signal.SIGKILL)  # PID 1 of the sandbox is in this group
@@ -147,6 +149,19 @@ class Sandbox:
             result.content,
             output.content.decode(errors="replace"),
         )
+
+
+async def _terminated(process: asyncio.subprocess.Process) -> None:
+    """Let the launcher end what the program has forked: without isolation nobody else finds it. Waits at most
+    GRACE_S."""
+    with suppress(ProcessLookupError):
+        process.terminate()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                for stream in filter(None, (process.stdout, process.stderr)):
+                    while await stream.read(CHUNK):
+                        pass
+                await process.wait()
 
 
 async def _drained(process: asyncio.subprocess.Process) -> None:
