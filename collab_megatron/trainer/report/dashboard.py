@@ -44,6 +44,9 @@ class Dashboard:
             keep_rows(self._jsonl, lambda row: row["step"] < first, numbers=("step",))
         except OSError as error:
             raise self._refused(error) from None
+        # TensorBoard reads files in the order of their names: second of the start, then process and number as text
+        while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+            time.sleep(0.05)
         # also for a new run: one over an earlier attempt's events would draw every curve twice
         self._writer = SummaryWriter(str(folder), purge_step=first)
 
@@ -91,7 +94,9 @@ class Dashboard:
             self._zeros[name] = [*self._zeros.get(name, [])[:1], (step, now)]
             return
         self._shown.add(name)
-        metadata = SummaryMetadata(summary_description=charts.description(name))  # TensorBoard reads the first
+        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+        # TensorBoard reads that of the first point
+        metadata = SummaryMetadata(plugin_data=plugin, summary_description=charts.description(name))
         for at, when in self._zeros.pop(name, []):
             self._write(Summary(value=[Summary.Value(tag=name, simple_value=0.0, metadata=metadata)]), at, when)
         self._write(Summary(value=[Summary.Value(tag=name, simple_value=value, metadata=metadata)]), step, now)
