@@ -4,7 +4,8 @@
 
 Reads words of the form a.b.c=value from a shell script, whose commands it does not run. The YAML goes to stdout; what
 has another meaning here, what is not needed and what has no equal goes to stderr. The result is checked as train_rl
-checks it. Keys of verl: recipe/collabllm and trainer/config/ppo_trainer.yaml of verl 0.4 to 0.6.
+checks it. The keys are those of verl's recipe/collabllm of 2025 and its common ones; another version may have others,
+which are then named as having no equal.
 """
 
 from __future__ import annotations

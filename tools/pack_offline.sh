@@ -39,7 +39,7 @@ readonly KERNEL=${KERNEL:-sglang-kernel==0.4.5}  # built for torch 2.11.0
 # for colocated engines; for SGLang's config modules, to go with torch 2.11; for the device's memory
 readonly ENGINE_EXTRA=${ENGINE_EXTRA:-torch-memory-saver==0.0.10 torchvision==0.26.0 nvidia-ml-py==13.615.71}
 readonly TE=${TE:-2.20.2} TE_SOURCE=${TE_SOURCE:-} TE_BUILD=${TE_BUILD:-} TE_CUDA=13.0
-readonly ARCHITECTURE=${ARCHITECTURE:-90}  # the GPU's; code for others is cleared
+readonly ARCHITECTURE=${ARCHITECTURE:-90}  # the GPU's, 90 for sm_90; code for others is left out
 # not loaded by an engine with the triton attention backend on one sm_90 GPU; srt/multimodal is, by configs of models
 readonly SGLANG_WITHOUT='sglang/(multimodal_gen|rust|test|benchmark)/'
 readonly KERNEL_WITHOUT='(flash_ops|sm100/)'  # the large ones that this engine does not load

@@ -10,7 +10,6 @@ finds the same code for sm_90 as before, and no other.
 from __future__ import annotations
 
 import struct
-from collections import Counter
 
 MAGIC = struct.pack("<I", 0xBA55ED50)
 HEADER = struct.Struct("<IHHQ")  # magic, version, length of this header, length of the entries
@@ -20,15 +19,14 @@ ARCHITECTURE_AT, SHORTEST_ENTRY = 28, 32
 PTX, ELF = 1, 2
 
 
-def keep_only(library: bytearray, architecture: int) -> Counter[int]:
-    """Remove the code for all others in place, PTX too; returns the bytes that are left (90: of sm_90).
+def keep_only(library: bytearray, architecture: int) -> int:
+    """Remove the code for all others (90: sm_90) in place, PTX too; returns the bytes of code that are left.
 
     Raises ValueError where a fatbin has another layout than the one above, or none has code for `architecture`:
-    such a library could not run. Without a fatbin nothing is changed, and the result is empty.
+    such a library could not run. Without a fatbin nothing is changed, and the result is 0.
     """
-    left: Counter[int] = Counter()
-    found, position = False, library.find(MAGIC)
-    while position >= 0:
+    left, found, position = 0, False, library.find(MAGIC)
+    while 0 <= position <= len(library) - HEADER.size:
         _, version, header, length = HEADER.unpack_from(library, position)
         start, end = position + header, position + header + length
         if version != 1 or header != HEADER.size or end > len(library):
@@ -42,7 +40,7 @@ def keep_only(library: bytearray, architecture: int) -> Counter[int]:
             (built_for,) = struct.unpack_from("<I", library, entry + ARCHITECTURE_AT)
             if kind == ELF and built_for == architecture:
                 kept += library[entry : entry + own + code]
-                left[built_for] += code
+                left += code
             entry += own + code
         library[start:end] = kept + bytes(length - len(kept))
         struct.pack_into("<Q", library, position + LENGTH_AT, len(kept))

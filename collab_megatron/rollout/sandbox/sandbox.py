@@ -154,27 +154,28 @@ class Sandbox:
 async def _terminated(process: asyncio.subprocess.Process) -> None:
     """Let the launcher end what the program has forked: without isolation nobody else finds it. Waits at most
     GRACE_S."""
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, TimeoutError):
         process.terminate()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_S):
-                for stream in filter(None, (process.stdout, process.stderr)):
-                    while await stream.read(CHUNK):
-                        pass
-                await process.wait()
+        async with asyncio.timeout(GRACE_S):
+            await _ended(process)
 
 
 async def _drained(process: asyncio.subprocess.Process) -> None:
-    """Waits until a process that was killed has ended: asyncio notices that only once its pipes are empty. Gives up on
-    pipes that others hold open, which only happens without isolation."""
+    """Waits until a process that was killed has ended. Gives up on pipes that others hold open, which only happens
+    without isolation."""
     try:
         async with asyncio.timeout(GRACE_S):
-            for stream in filter(None, (process.stdout, process.stderr)):
-                while await stream.read(CHUNK):
-                    pass
-            await process.wait()
+            await _ended(process)
     except TimeoutError:
         logger.warning("a program without isolation left processes that hold its output open")
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    """Waits for the end of a process; asyncio notices it only once the pipes are empty."""
+    for stream in filter(None, (process.stdout, process.stderr)):
+        while await stream.read(CHUNK):
+            pass
+    await process.wait()
 
 
 class _TooMuch(Exception):

@@ -92,7 +92,7 @@ CHARTS: Mapping[str, tuple[Chart, ...]] = {
             "tokens per second",
             ("rollout/tokens_per_s", "train/tokens_per_s"),
             "sampled by all engines, and trained by all ranks while they train",
-            "compare with `--dry-run`, which predicts both",
+            "few sampled: more servers (`engine.count`); few trained: see MFU",
         ),
         Chart(
             "MFU",
