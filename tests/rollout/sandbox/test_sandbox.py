@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 import venv
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,10 +23,9 @@ import uvloop
 from collab_megatron.errors import UserError
 from collab_megatron.rollout.sandbox import sandbox as module
 from collab_megatron.rollout.sandbox.launcher import ARCHITECTURES, DENIED, SETUP
-from collab_megatron.rollout.sandbox.sandbox import LAUNCHER, Sandbox, SandboxLimits, SandboxRun
+from collab_megatron.rollout.sandbox.sandbox import LAUNCHER, Sandbox, SandboxRun
+from tests.rollout.sandbox.programs import HURRIED, LIMITS, run, wait_for
 
-LIMITS = SandboxLimits(time_s=30.0, memory_mb=256, processes=32, disk_mb=16, output_mb=1)
-HURRIED = replace(LIMITS, time_s=1.0)
 COLUMN = ARCHITECTURES.get(platform.machine(), (0,))[0]
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 ORDINARY_USER = 12345
@@ -47,47 +45,12 @@ def hurried(isolated: Sandbox) -> Sandbox:
 
 
 @pytest.fixture
-def mark() -> Iterator[str]:
-    """A text that stands in the command line of a program and of all its forks; none of them may outlive the test."""
-    name = f"mark-{uuid.uuid4().hex}"
-    yield name
-    end = time.monotonic() + 5
-    while (left := processes_of(name)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not left
-
-
-@pytest.fixture
 def bystander(mark: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process of this user that is none of the sandbox's business, with a key in its environment."""
     with subprocess.Popen(["sleep", "60"], env={"OTHER_API_KEY": f"secret-{mark}"}) as process:
         yield process
         assert process.poll() is None
         process.kill()
-
-
-def processes_of(name: str) -> list[str]:
-    """Process ids whose command line has `name`, without this process."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                if name.encode() in (folder / "cmdline").read_bytes():
-                    found.append(folder.name)
-            except OSError:
-                continue
-    return found
-
-
-def wait_for(name: str) -> None:
-    end = time.monotonic() + 15
-    while not processes_of(name):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def run(sandbox: Sandbox, code: str, given: bytes = b"", mark: str = "") -> SandboxRun:
-    return asyncio.run(sandbox.run(("-I", "-c", code, mark), given))
 
 
 def test_a_program_runs_and_its_output_comes_back(isolated: Sandbox) -> None:
@@ -337,49 +300,6 @@ def test_where_the_kernel_refuses_the_reason_is_named(isolated: Sandbox) -> None
     ran = asyncio.run(isolated.run(("-I", "-S", "-c", LAUNCHER.read_text(), spec), b""))
     assert (ran.result, ran.exit_code) == (b"", 1)
     assert "(unshare): Operation not permitted" in ran.output
-
-
-def test_without_isolation_it_refuses_to_start_unless_unsafe_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = ["/bin/sh", "-c", f"echo the kernel said no >&2; exit {SETUP}"]
-    monkeypatch.setattr(module, "_launch", lambda *arguments: refused)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    module.isolation.cache_clear()
-    with pytest.raises(UserError, match=r"isolated: the kernel said no; .*no bwrap.*set here\.sandbox=unsafe"):
-        Sandbox(LIMITS, setting="here.sandbox")
-    assert Sandbox(LIMITS, unsafe=True).mode == "unsafe"
-    module.isolation.cache_clear()
-    with pytest.raises(UserError, match="not a Python interpreter"):
-        Sandbox(LIMITS, python=Path("/bin/false"))
-
-
-def test_unsafe_keeps_the_limits(mark: str) -> None:
-    unsafe = Sandbox(LIMITS, unsafe=True)
-    code = (
-        "import os; open('x', 'w'); print(os.getcwd(), sorted(os.environ)[:2], os.path.expanduser('~') == os.getcwd())"
-    )
-    ran = run(unsafe, code, mark=mark)
-    folder, _, rest = ran.result.decode().partition(" ")
-    assert rest.endswith("True\n")
-    assert not Path(folder).exists()
-    assert "OPENAI" not in rest
-    loop = "import os, time; os.fork() or os.setsid(); time.sleep(60)"  # the fork is none of its parent's session
-    assert run(Sandbox(HURRIED, unsafe=True), loop, mark=mark).ended == "timeout"
-    assert "MemoryError" in run(unsafe, "x = bytearray(1 << 30)", mark=mark).output
-    assert run(unsafe, "while True: print('x' * 65536)", mark=mark).ended == "output"
-
-
-def test_unsafe_ends_forks_of_a_program_that_writes_too_much(mark: str) -> None:
-    """The launcher is not simply killed then: the fork has a session of its own, and would go on."""
-    code = """
-import os, time
-if not os.fork():
-    os.setsid()
-    time.sleep(60)
-while True:
-    print("x" * 65536)
-"""
-    assert run(Sandbox(LIMITS, unsafe=True), code, mark=mark).ended == "output"
-    assert not processes_of(mark)
 
 
 def command_of_system_python(mode: module.Mode, code: str) -> list[str]:
