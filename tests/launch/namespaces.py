@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -47,10 +48,15 @@ def why_not() -> str | None:
     return None
 
 
+_networks = itertools.count()
+
+
 @contextmanager
 def network(count: int) -> Iterator[Network]:
     """`count` nodes and this machine on one bridge, with addresses of their own."""
-    tag = os.getpid() % 100_000  # names of interfaces have 15 characters
+    # new for each network: the kernel removes a namespace's cables some time after the namespace. Names of interfaces
+    # have 15 characters
+    tag = (os.getpid() + 7919 * next(_networks)) % 100_000
     subnet = f"10.{77 + tag % 100}.{tag % 250}"
     bridge = f"cmbr{tag}"
     with ExitStack() as stack:

@@ -1,7 +1,7 @@
 // The conversation viewer: a list on the left, the open tree on the right. Data comes from the file itself (data.js).
 
 import { h, render } from "preact";
-import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { Bars } from "./bars.js";
 import { Conversation } from "./conversation.js";
 import { readIndex, readTree } from "./data.js";
@@ -74,7 +74,8 @@ function App({ index }) {
   const future = state.future !== null && state.future < futures ? state.future : futures ? 0 : null;
   const open = (r, f) => change({ reply: r, future: f });
 
-  useEffect(() => {
+  // a layout effect: with one after the next frame, a key pressed by then would act on the state before the last key
+  useLayoutEffect(() => {
     const press = (event) => {
       const action = keyAction(event);
       if (!action) return;

@@ -78,6 +78,8 @@ def check(case: Case, work: Path) -> dict[str, float]:
         recompute=case.recompute,  # type: ignore[arg-type]
         entropy_gradient=ALGORITHMS[case.loss].entropy_coef > 0,
     )
+    # gloo would send what is in the freed memory by then; whether it does here depends on the machine's load
+    assert not any(chunk.config.deallocate_pipeline_outputs for chunk in actor.chunks)
     loss_fn = make_policy_loss(ALGORITHMS[case.loss], grid.sum_over_context)
     for chunk in actor.chunks:
         chunk.logits_chunk_bytes = case.logits_chunk_bytes
