@@ -1,4 +1,4 @@
-# make install | install-gpu | test | test-quick | test-full | lint | format | lock | clean
+# make install | install-gpu | test | test-quick | test-full | lint | format | docs | lock | clean
 # make demo | demo-ablation | demo-algorithms
 # PYTHON=/path/to/python chooses the interpreter of .venv (3.11, 3.12; GPU: 3.12); ARGS="..." goes to pytest or to the demo.
 # demo and tests run on the CPU, on any machine; DEVICE=cuda lets them use the GPUs of an environment with GPU packages.
@@ -7,7 +7,7 @@ ARGS ?=
 DEVICE ?= cpu
 export PYTHON DEVICE
 
-.PHONY: help install install-gpu test test-quick test-full lint format demo demo-ablation demo-algorithms lock clean
+.PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -39,6 +39,10 @@ lint: install
 format: install
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+# the site in site/, of docs/ and the pages next to this file; a link that leads nowhere fails
+docs: install
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 demo: install
 	.venv/bin/python tools/demo.py --device $(DEVICE) $(ARGS)

@@ -35,3 +35,13 @@ def on_one_line(json_line: bytes) -> bytes:
         if end in json_line:
             json_line = json_line.replace(end, escape)
     return json_line
+
+
+def duration(seconds: float) -> str:
+    """`42s`, `3m06s` or `2h05m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

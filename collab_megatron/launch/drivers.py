@@ -6,6 +6,7 @@ run's secret token, which is generated here.
 
 from __future__ import annotations
 
+import json
 import secrets
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from collab_megatron.errors import RunError
 from collab_megatron.files import publish_secret
 from collab_megatron.launch.cli import shard_file, token_file
 from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.wire.live_file import live_file
 
 
 class Drivers:
@@ -43,6 +45,7 @@ class Drivers:
         publish_secret(token_file(ready_file), secrets.token_hex(32))
         self._restarts = [0] * section.shards
         self._first_step: list[str] = []
+        self._live_pages: dict[int, str] = {}  # addresses that were printed, by shard
         self.children: list[ChildProcess] = []
 
     def start(self, first_step: int) -> None:
@@ -51,7 +54,10 @@ class Drivers:
         self.children = [self._start(shard, self._first_step) for shard in range(self._section.shards)]
 
     def poll(self) -> None:
-        """Kill drivers that hang and restart drivers that were killed. Raises RunError after driver.max_restarts."""
+        """Kill drivers that hang, restart drivers that were killed, and print the addresses of their live pages. Raises
+        RunError after driver.max_restarts."""
+        if self._section.live_port is not None:
+            self._show_live_pages()
         for shard, child in enumerate(self.children):
             if child.hung and child.process.poll() is None:
                 print(f"killing {child.name}: {child.hung}", flush=True)
@@ -69,6 +75,19 @@ class Drivers:
                 print(f"{child.name} ended with {child.ended()}: restarting it", flush=True)
                 was_ready = shard_file(self._ready_file, shard).exists()
                 self.children[shard] = self._start(shard, [] if was_ready else self._first_step)
+
+    def _show_live_pages(self) -> None:
+        """A driver that is restarted has another key, and with driver.live_port=0 another port."""
+        for shard, child in enumerate(self.children):
+            file = live_file(self._supervisor.logs_dir, shard)
+            if child.process.poll() is None and file.exists():
+                url = json.loads(file.read_text())["url"]
+                if self._live_pages.get(shard) != url:
+                    self._live_pages[shard] = url
+                    print(
+                        f"live page of {child.name}: {url} (any user name; the password is the key in {file})",
+                        flush=True,
+                    )
 
     def _start(self, shard: int, more: Sequence[str]) -> ChildProcess:
         name = "driver" if self._section.shards == 1 else f"driver-{shard}"

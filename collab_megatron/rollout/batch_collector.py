@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from msgspec import structs
 
 from collab_megatron.config import RLConfig
 from collab_megatron.engine.pool_usage import PoolUsage
 from collab_megatron.errors import RunError
-from collab_megatron.figures import Figure, Figures, of_kind
+from collab_megatron.figures import Figure, Figures, of_kind, values
 from collab_megatron.rollout.clients import RolloutClients
 from collab_megatron.rollout.delivered_batches import DeliveredBatches
 from collab_megatron.rollout.group import tally, training_samples
@@ -23,7 +24,7 @@ from collab_megatron.rollout.record_files import RecordWriter
 from collab_megatron.rollout.record_lines import tree_line
 from collab_megatron.rollout.tree_grower import TreeGrower
 from collab_megatron.rollout.tree_scheduler import Tree, TreeScheduler
-from collab_megatron.types import Group, TrainingSample
+from collab_megatron.types import Group, Message, TrainingSample
 from collab_megatron.wire.protocol import Answer
 
 
@@ -39,6 +40,7 @@ class BatchCollector:
         self._horizon = 0
         self._saved = 0
         self._counters = _Counters(clients)
+        self.last: Batch | None = None
 
     def leave_out(self) -> None:
         """Leave what happened since the last batch out of the next one's counters: it belongs to an evaluation."""
@@ -99,6 +101,11 @@ class BatchCollector:
             "policy turns waiting for the engines"
         )
 
+    @property
+    def num_running(self) -> int:
+        """Number of running trees."""
+        return 0 if self._scheduler is None else self._scheduler.num_running
+
     async def changed(self, timeout_s: float) -> None:
         """Waits at most `timeout_s`. Unblocked by a tree that finishes or fails."""
         assert self._scheduler is not None, "begin comes first"
@@ -128,6 +135,7 @@ class BatchCollector:
         figures["rollout/samples"] = Figure.of("sum", [len(samples)])
         figures["rollout/trained_tokens"] = Figure.of("sum", [sum(len(sample.reply_ids_T) for sample in samples)])
         answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
+        self.last = Batch(step, values(figures), best_chat(groups))
         self._clients.players.unexpected.begin()
         wanted = self._recorder.wants(step + 1)
         lines = [self._line(step, tree, tree.group) for tree in trees if wanted and tree.group is not None]
@@ -173,6 +181,25 @@ class BatchCollector:
             "data/prompts_left_out": Figure.of("max", [self._grower.left_out]),  # every shard reads all prompts
             "data/prompts_left_out_share": Figure.of("max", [self._grower.left_out_share]),
         }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the live page shows of a batch."""
+
+    step: int
+    figures: Mapping[str, float]
+    chat: tuple[tuple[str, str], ...]  # role and text of the best reply's conversation
+
+
+def best_chat(groups: Sequence[Group]) -> tuple[tuple[str, str], ...]:
+    """The last prompt message, the reply with the highest reward and its first future; empty without a scored reply."""
+    scored = [(reply.mr, group, reply) for group in groups for reply in group.replies_G if reply.mr is not None]
+    if not scored:
+        return ()
+    _, group, reply = max(scored, key=lambda each: each[0])
+    messages = [*group.task.prompt[-1:], Message("assistant", reply.text), *reply.futures_K[0].messages]
+    return tuple((message.role, message.content) for message in messages)
 
 
 class _Counters:

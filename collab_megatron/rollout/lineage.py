@@ -45,7 +45,9 @@ FREE: Mapping[str, frozenset[str]] = {
     "algorithm": frozenset({"preset"}),  # its pieces count
     "optimizer": frozenset({"distributed", "overlap", "cpu_offload"}),
     "simulators": frozenset({"health", "assistant"}),  # limits of the health check; the data engine's LLM
-    "driver": frozenset({"shards", "future_timeout_s", "group_timeout_s", "max_restarts", "max_unexpected_errors"}),
+    "driver": frozenset(
+        {"shards", "future_timeout_s", "group_timeout_s", "max_restarts", "max_unexpected_errors", "live_port"}
+    ),
 }
 # of every LLM: how to reach it. Model, temperature, lengths and prompts count
 LLM_FREE = frozenset(

@@ -13,9 +13,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
+import statistics
 import sys
 import time
 import traceback
+from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -30,12 +33,18 @@ from collab_megatron.log import set_up_logging
 from collab_megatron.rollout.batch_collector import BatchCollector
 from collab_megatron.rollout.clients import RolloutClients, open_clients, open_journal
 from collab_megatron.rollout.listener import Listener
+from collab_megatron.rollout.live_page import LivePage, Status
 from collab_megatron.rollout.llm.accounting import API_USAGE_FILE
 from collab_megatron.rollout.record_files import RecordWriter
 from collab_megatron.rollout.shard_evaluator import ShardEvaluator
 from collab_megatron.rollout.tree_grower import TreeGrower
 from collab_megatron.signals import die_with_parent
+from collab_megatron.wire.live_file import live_file
 from collab_megatron.wire.protocol import POLL_S, Answer, Request
+
+WAITING = "waiting for the trainer"
+PACE_STEPS = 10
+"""The time left is estimated from so many steps."""
 
 
 class Service:
@@ -49,6 +58,8 @@ class Service:
         self._evaluation: asyncio.Task[Answer] | None = None
         self._asked: Request | None = None
         self._since = 0.0
+        self._phase, self._phase_since = WAITING, time.monotonic()
+        self._delivered: deque[float] = deque(maxlen=PACE_STEPS + 1)  # when the last batches were
 
     async def answer(self, request: Request) -> Answer:
         """The answer to a request, or "pending" after POLL_S. An equal request continues the same work.
@@ -65,6 +76,7 @@ class Service:
         if request != self._asked:
             await self._abandon_evaluation()
             self._asked, self._since = request, time.monotonic()
+            self._enter("evaluation" if request.op == "evaluate" else f"rollouts of step {request.step + 1}")
         if self._engines != (request.engines, request.version):
             self._engines = request.engines, request.version
             self._clients.pool.use(request.engines, request.version)
@@ -77,9 +89,42 @@ class Service:
                 stop="budget" if isinstance(error, BudgetSpent) else "",
             )
         answer.lost = self._clients.pool.lost
+        if not answer.pending and self._phase != WAITING:
+            if request.op == "step" and not answer.error:
+                self._delivered.append(time.monotonic())
+            self._enter(WAITING)
         if answer.no_engine:
             self._engines, self._since = None, time.monotonic()
         return answer
+
+    def _enter(self, phase: str) -> None:
+        self._phase, self._phase_since = phase, time.monotonic()
+
+    def status(self) -> Status:
+        """This moment, for the live page."""
+        config, clients, last = self._config, self._clients, self._collector.last
+        between = [later - earlier for earlier, later in itertools.pairwise(self._delivered)]
+        pace = statistics.median(between) if between else None
+        asked = 0 if self._asked is None else self._asked.step + (self._asked.op == "step")
+        budget = clients.gateway.budget.metrics()
+        return Status(
+            run=config.run.name,
+            step=asked,
+            steps=config.train.steps,
+            phase=self._phase,
+            phase_s=time.monotonic() - self._phase_since,
+            trees_running=self._collector.num_running,
+            calls_in_flight={role: usage.in_flight for role, usage in clients.gateway.snapshot().roles.items()},
+            turns_waiting=clients.engine_limiter.waiting,
+            engines_live=len(clients.pool.live),
+            engines_lost=clients.pool.lost,
+            seconds_per_step=pace,
+            eta_s=None if pace is None else pace * max(0, config.train.steps - asked),
+            usd=budget["budget/usd_to_date"],
+            calls=int(budget["budget/calls_to_date"]),
+            figures={} if last is None else last.figures,
+            chat=() if last is None else last.chat,
+        )
 
     async def close(self) -> None:
         """Cancel evaluation and trees. Waits until they have ended."""
@@ -167,10 +212,17 @@ async def serve(
     context = zmq.asyncio.Context()
     listener = Listener(context, address, token)
     journal = open_journal(config)
-    async with open_clients(
-        config, engine_urls=(), max_context_tokens=max_context_tokens, journal=journal, engine_keys=engine_keys
-    ) as clients:
+    async with (
+        open_clients(
+            config, engine_urls=(), max_context_tokens=max_context_tokens, journal=journal, engine_keys=engine_keys
+        ) as clients,
+        contextlib.AsyncExitStack() as ending,
+    ):
         service = Service(config, clients, recorder, shard=shard)
+        page = LivePage(service.status)
+        if (port := config.driver.live_port) is not None:
+            await page.start(port and port + shard, live_file(logs_dir, shard))
+            ending.push_async_callback(page.close)
         publish_text(ready_file, listener.address)
         running = True
         while running:

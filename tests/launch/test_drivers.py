@@ -20,6 +20,7 @@ from collab_megatron.launch import drivers as drivers_module
 from collab_megatron.launch.cli import shard_file
 from collab_megatron.launch.drivers import Drivers, driver_command
 from collab_megatron.launch.supervisor import Supervisor
+from collab_megatron.wire.live_file import live_file
 
 # appends its arguments to argv[1], writes its ready file unless told not to, and sleeps
 SCRIPT = """
@@ -174,6 +175,22 @@ def test_one_that_ends_with_an_error_ends_the_run(
     else:
         with pytest.raises(RunError, match="driver ended with exit code 1: the disk is full"):
             stage.supervisor.check()
+
+
+def test_the_address_of_a_live_page_is_printed_once_and_again_when_it_changes(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drivers = stage.drivers()
+    stage.wait_for_lives(1, ready=1)
+    file = live_file(stage.supervisor.logs_dir, 0)
+    drivers.poll()
+    assert capsys.readouterr().out == ""
+    for url in ("http://127.0.0.1:8001", "http://127.0.0.1:8002"):
+        file.write_text(json.dumps({"url": url, "key": "a-secret"}))
+        drivers.poll()
+        drivers.poll()
+        said = capsys.readouterr().out
+        assert said == f"live page of driver: {url} (any user name; the password is the key in {file})\n"
 
 
 def test_one_that_has_ended_well_stays_away(stage: Stage) -> None:

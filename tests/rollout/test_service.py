@@ -187,6 +187,29 @@ async def test_prompts_that_are_too_long_are_counted_on_the_dashboard(
     )
 
 
+async def test_the_status_follows_the_requests(tmp_path: Path) -> None:
+    server = FakeServer(version="0", answer=slowly(0.05))
+    async with service(tmp_path, server, first_step=None) as driver:
+        before = driver.status()
+        assert (before.phase, before.step, before.trees_running, before.chat) == ("waiting for the trainer", 0, 0, ())
+        asking = asyncio.create_task(driver.answer(Request("step", 0, 0, (server.url,))))
+        await asyncio.sleep(0.1)
+        during = driver.status()
+        assert (during.phase, during.step, during.engines_live) == ("rollouts of step 1", 1, 1)
+        assert during.trees_running > 0
+        await asking
+        await answered(driver, Request("step", 0, 0, (server.url,)))
+        server.version = "1"
+        await answered(driver, Request("step", 1, 1, (server.url,)))
+        after = driver.status()
+    assert (after.phase, after.step) == ("waiting for the trainer", 2)
+    assert [role for role, _ in after.chat][:2] == ["user", "assistant"]
+    assert after.figures["rollout/samples"] == 4
+    assert after.eta_s is not None
+    assert after.seconds_per_step is not None
+    assert after.eta_s == after.seconds_per_step * (100 - 2)
+
+
 async def test_an_evaluation_leaves_its_conversations(tmp_path: Path) -> None:
     server = FakeServer(version="0")
     async with service(tmp_path, server) as driver:

@@ -109,6 +109,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "rollout.rewards": (),
     "rollout.sandbox": (),
     "rollout.rewards.bleu_score": ("sacrebleu",),
+    "rollout.live_page": ("aiohttp", "orjson", "prometheus_client"),
     "rollout.rewards.math_worker": ("math_verify",),
     "demo": ("aiohttp", "rich"),
     "doctor": ("httpx", "packaging"),

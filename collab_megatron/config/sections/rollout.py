@@ -122,6 +122,8 @@ class DriverSection(Section):
     # trained. Their prompts come from half an epoch later in the epoch's order
     refill_groups: Count = 0
     max_restarts: Count = 3  # of a driver process that died; it resumes from the journal
+    # of the live page on 127.0.0.1; shard n uses the n-th port after it. 0: free ports; None: no page
+    live_port: int | None = Field(default=0, ge=0, le=65535)
 
     @property
     def request_timeout_s(self) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+from collab_megatron.text import duration
+
 SMOOTHING = 0.2
 """Weight of the newest step in the running mean of seconds per step."""
 
@@ -48,13 +50,3 @@ def steps_between(total: int, most: int) -> int:
             if digit * scale >= wanted:
                 return digit * scale
         scale *= 10
-
-
-def duration(seconds: float) -> str:
-    """`42s`, `3m06s` or `2h05m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

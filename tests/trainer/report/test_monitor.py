@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from collab_megatron.rollout.busy import BusyClock
+from collab_megatron.text import duration
 from collab_megatron.trainer.report.alarms import Alarms
 from collab_megatron.trainer.report.dashboard import Dashboard, read_metrics
-from collab_megatron.trainer.report.progress_line import ProgressLine, duration, steps_between
+from collab_megatron.trainer.report.progress_line import ProgressLine, steps_between
 from collab_megatron.trainer.report.timers import PhaseTimer
 from collab_megatron.trainer.rl_reporter import memory_shares, progress_figures
 
