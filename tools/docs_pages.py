@@ -6,6 +6,7 @@ Documents link each other as a reader of the repository sees them: README.md to 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         if re.match(r"[a-z]+:|#", target):
             return match[0]
         path, _, anchor = target.partition("#")
-        file = (folder / path).resolve()
+        file = Path(os.path.normpath(folder / path))  # not resolve: a folder may be a link
         if not file.exists():
             raise ValueError(f"{page.file.src_uri}: {target} does not exist")
         if file.parent == ROOT and file.name in ROOT_PAGES:

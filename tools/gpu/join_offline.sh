@@ -56,6 +56,7 @@ cat <<TEXT
 join: done. Next:
   cd $into/collab_megatron
   export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1
+  export LD_LIBRARY_PATH=$folder/nvidia/cudnn/lib  # else transformer-engine takes the system's cuDNN, not torch's
   export SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python  # the one in Rust reads dtypes of torch 2.11 wrongly
   $venv/bin/python tools/gpu_check.py --engine-args="--attention-backend triton --sampling-backend pytorch \\
     --disable-cuda-graph --grammar-backend none"

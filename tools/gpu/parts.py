@@ -65,11 +65,11 @@ def parts(device: str, engine_args: str, out: Path) -> list[Part]:
     head = ("8192", "151936", "1536") if on_gpu else ("1024", "16384", "64")
     sync = ("--shapes", "135m", "1b", "--transports", "ipc") if on_gpu else ("--quick", "--transports", "ipc")
     known = [
-        tool("environment", 60, 20, results.environment, "gpu/environment.py", "--device", device),
-        pytest_part("layouts and state", 200, 100, RANKS, "-k", "layout- or state-"),
-        pytest_part("engine", 150, 60, ENGINE),
+        tool("environment", 90, 20, results.environment, "gpu/environment.py", "--device", device),
+        pytest_part("layouts and state", 200, 70, RANKS, "-k", "layout- or state-"),
+        pytest_part("engine", 240, 100, ENGINE),
         tool(
-            *("RL steps", 260, 150, results.rl_steps, "gpu/rl_steps.py", "--device", device),
+            *("RL steps", 260, 130, results.rl_steps, "gpu/rl_steps.py", "--device", device),
             *("--run-dir", str(out / "rl_steps"), flags),
         ),
         tool(

@@ -123,8 +123,8 @@ def transformer_config(spec: ModelSpec, dtype: torch.dtype, grid: RankGrid, reco
         # with batched p2p the interleaved schedule of 0.16 is wrong at two stages, without an error (0.19: not tried)
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # a freed output may still be on its way: gloo, unlike NCCL, reads it when the peer asks for it, and the interleaved
-        # schedule frees before it waits (megatron-core 0.19.2, pipeline_parallel/schedules.py)
+        # the interleaved schedule frees an output before it waits for its sending (megatron-core 0.19.2,
+        # pipeline_parallel/schedules.py); gloo, unlike NCCL, reads it when the peer asks for it
         deallocate_pipeline_outputs=grid.pp_size > 1 and backend.process_group == "nccl",
         **_recompute(recompute, spec),
         **(_experts(spec, backend) if spec.experts else {}),
