@@ -52,6 +52,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.trainer.rollout_client import RolloutClient
     from collab_megatron.trainer.saving import Saving, no_record
     from collab_megatron.trainer.skipped_steps import SkippedSteps
+    from collab_megatron.trainer.step_profiler import StepProfiler
     from collab_megatron.trainer.sync.proof.probe import probe_ids
     from collab_megatron.trainer.sync.publisher import Publisher
 
@@ -94,6 +95,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         eval_timeout_s=config.evaluation.timeout_s,
         interrupt=interrupt,
     )
+    engine_keys = EngineKeys.read(arguments.engine_keys) if arguments.engine_keys else None
     publisher = Publisher(
         actor,
         roster=arguments.roster_folder(),
@@ -101,11 +103,13 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         sync=config.sync,
         probe_ids=probe_ids(config.model.path),
         weights_dir=config.run.weights_dir,
-        engine_keys=EngineKeys.read(arguments.engine_keys) if arguments.engine_keys else None,
+        engine_keys=engine_keys,
     )
     engines = Engines(publisher, rollouts)
     reporter = RLReporter(config, first_step=first_step, attempt=arguments.attempt) if grid.is_main else None
     timer = PhaseTimer()
+    traces = config.run.profile_dir(arguments.attempt)
+    profiler = StepProfiler(config.profile, traces, grid, lambda: publisher.servers.live, engine_keys)
     evaluations = EvaluationSchedule(engines, reporter, grid, config)
     record = reporter.to_disk if reporter else no_record
     saving = Saving(checkpoints, grid, config.run, config.train, interrupt, record)
@@ -173,7 +177,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         evaluations.evaluate_at_start(saving.done)
         evaluations.evaluate_missing(first_step)
         while saving.done < total:
-            with timer("step"):
+            with profiler.step(saving.done + 1), timer("step"):
                 batch = wait_for_batch()
                 engines.make_room()
                 metrics = update_policy(batch)

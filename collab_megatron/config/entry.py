@@ -48,6 +48,7 @@ from collab_megatron.config.sections import (
     ParallelSection,
     Positive,
     PreferenceSection,
+    ProfileSection,
     RecordSection,
     RewardSection,
     RolloutSection,
@@ -85,6 +86,7 @@ class RLConfig(Section):
     record: RecordSection = RecordSection()
     budget: BudgetSection = BudgetSection()
     evaluation: EvaluationSection = EvaluationSection()
+    profile: ProfileSection = ProfileSection()
 
     @property
     def extra_roles(self) -> dict[str, LLMSection]:
@@ -152,6 +154,7 @@ class SupervisedConfig(Section):
     # weights that export_hf gets. best: those with the lowest held-out loss (the last ones without data.validation or
     # train.keep_best)
     export_weights: Literal["best", "last"] = "best"
+    profile: ProfileSection = ProfileSection()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
@@ -213,6 +216,7 @@ class EvaluateConfig(Section):
     online_dpo: PreferenceSection | None = None
     train: TrainSection | None = None
     optimizer: OptimizerSection | None = None
+    profile: ProfileSection | None = None
     sync: SyncSection | None = None
     driver: DriverSection | None = None
 

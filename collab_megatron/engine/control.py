@@ -160,6 +160,16 @@ class EngineControl:
             body["weight_version"] = str(weight_version)
         self._post(call, body)
 
+    def start_profile(self, folder: Path, prefix: str, activities: Sequence[str]) -> None:
+        """Trace the server's work from here on, "CPU" and "GPU"; files of `stop_profile` begin with `prefix`."""
+        self._post(
+            "start_profile", {"output_dir": str(folder), "profile_prefix": prefix, "activities": list(activities)}
+        )
+
+    def stop_profile(self) -> None:
+        """Returns once the traces are written."""
+        self._post("stop_profile", {})
+
     def weight_version(self) -> str:
         return str(self._call("GET", "model_info").get("weight_version"))
 

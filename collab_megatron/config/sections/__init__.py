@@ -36,6 +36,7 @@ from collab_megatron.config.sections.llm import (
     UserSection,
 )
 from collab_megatron.config.sections.problems import ColumnTemplate, MappingSection
+from collab_megatron.config.sections.profile import ProfileSection
 from collab_megatron.config.sections.rollout import (
     DriverSection,
     JournalSection,
@@ -83,6 +84,7 @@ __all__ = [
     "ParallelSection",
     "Positive",
     "PreferenceSection",
+    "ProfileSection",
     "RecordSection",
     "RewardSection",
     "RolloutSection",

@@ -105,6 +105,10 @@ class RunSection(Section):
     def logs_dir(self) -> Path:
         return self.dir / "logs" / self.name
 
+    def profile_dir(self, attempt: int) -> Path:
+        """Traces of an attempt: next to its logs (launch/attempts.py)."""
+        return self.logs_dir / f"attempt-{attempt}" / "profile"
+
     @property
     def lock_file(self) -> Path:
         """Exists while a process writes any of the above."""

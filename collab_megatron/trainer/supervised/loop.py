@@ -18,6 +18,7 @@ from collab_megatron.trainer.interrupt import Interrupt
 from collab_megatron.trainer.report.timers import PhaseTimer
 from collab_megatron.trainer.saving import Saving, no_record
 from collab_megatron.trainer.skipped_steps import SkippedSteps
+from collab_megatron.trainer.step_profiler import StepProfiler
 from collab_megatron.trainer.supervised.objective import Objective
 from collab_megatron.trainer.supervised.reporter import SupervisedReporter
 from collab_megatron.wire.checkpoints import read_best, step_folder
@@ -52,6 +53,7 @@ def train_supervised(config: C, make_objective: Callable[[C, Actor], Objective],
     if grid.is_main:
         reporter = SupervisedReporter(config, first_step=first_step, objective=objective, attempt=attempt)
     timer = PhaseTimer()
+    profiler = StepProfiler(config.profile, config.run.profile_dir(attempt), grid)
     metrics = config.run.tensorboard_dir / METRICS_FILE
 
     def evaluate(done: int) -> bool:
@@ -89,11 +91,12 @@ def train_supervised(config: C, make_objective: Callable[[C, Actor], Objective],
     skipped = SkippedSteps(config.train.max_skipped_steps)
 
     def train_step() -> None:
-        with timer("data"):
-            batch = data.step(saving.done)
-        micro_batches = objective.micro_batches(batch, timer)
-        with timer("update"), saving.step():
-            result = actor.train_step(micro_batches, objective.loss, normalizer=objective.normalizer(batch))
+        with profiler.step(saving.done + 1):
+            with timer("data"):
+                batch = data.step(saving.done)
+            micro_batches = objective.micro_batches(batch, timer)
+            with timer("update"), saving.step():
+                result = actor.train_step(micro_batches, objective.loss, normalizer=objective.normalizer(batch))
         # before the checkpoint: a resume from it does not run this step again
         if reporter:
             reporter.step(saving.done, result, batch, timer.drain())
