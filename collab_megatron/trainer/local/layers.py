@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from collab_megatron.trainer.actor.backend import Backend
 from collab_megatron.trainer.batching.micro_batch import PackedGroup, on_device
-from collab_megatron.trainer.local import varlen
+from collab_megatron.trainer.local import te_attention, varlen
 from collab_megatron.trainer.local.kernels import linear, rms_norm, rope, short_attention, swiglu
 
 SHORT = 256  # tokens up to which short_attention trains faster than torch's CPU kernel
@@ -253,16 +253,21 @@ class RmsNorm(nn.Module):
 def layer_spec(
     config: TransformerConfig, backend: Backend, model_chunk: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layers of GPTModel: transformer-engine's if the backend has it, else the local ones above.
+    """The layers of GPTModel: transformer-engine's if the backend has it, else the local ones above. Where
+    transformer-engine has no fast attention for this model, its layers get the one above; not with context
+    parallelism, which only its own can do.
 
     model_chunk: the chunk of an interleaved pipeline stage; None if a stage is one chunk.
     """
     if backend.transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(
+        whole: Any = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+        if config.context_parallel_size == 1 and not _is_fast_in_transformer_engine(config, backend):
+            whole.submodules.self_attention.submodules.core_attention = SdpaAttention
+        return cast(ModuleSpec, whole)
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=False,
@@ -284,3 +289,13 @@ def layer_spec(
         attention.q_layernorm = attention.k_layernorm = RmsNorm
     num_layers = get_num_layers_to_build(config, vp_stage=model_chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RmsNorm)
+
+
+def _is_fast_in_transformer_engine(config: TransformerConfig, backend: Backend) -> bool:
+    """Asked with the heads of one rank; a rank has one key head at least."""
+    parts, size = config.tensor_model_parallel_size, config.kv_channels
+    assert config.num_query_groups is not None  # both are set by transformer_config
+    assert size is not None
+    heads = (config.num_attention_heads // parts, max(1, config.num_query_groups // parts), size)
+    window = config.window_size[0] + 1 if config.window_size is not None else None
+    return te_attention.is_fast(backend.device, config.params_dtype, heads, window)
