@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 import msgspec
 
+T = TypeVar("T")
 Kind = Literal["mean", "std", "sum", "max", "min"]
 
 
@@ -83,3 +84,10 @@ def values(figures: Mapping[str, Figure]) -> dict[str, float]:
     """The values for the dashboard, without figures that have none."""
     named = {name: figure.value for name, figure in figures.items()}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def best_median_worst(items: Sequence[T], value: Callable[[T], float]) -> tuple[T, ...]:
+    """Those three of `items`, in this order; of one or two items these. Of an even number the better middle one."""
+    ranked = sorted(items, key=lambda item: -value(item))
+    places = sorted({0, (len(ranked) - 1) // 2, len(ranked) - 1}) if ranked else []
+    return tuple(ranked[place] for place in places)

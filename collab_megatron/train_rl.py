@@ -163,7 +163,7 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     def report_step(batch: RolloutBatch, metrics: Mapping[str, float], sync: SyncReport) -> None:
         with fail_together(grid, "reporting", config.run.dir):
             if reporter:
-                reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain(), batch.samples)
+                reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain(), batch.samples, batch.shown)
 
     def save_checkpoint() -> None:
         with timer("checkpoint"):

@@ -235,6 +235,17 @@ class TrainingSample:
 
 
 @dataclass(frozen=True)
+class ShownTree:
+    """A conversation tree as text for people.
+
+    Example: ShownTree(0.7, "task chair-1: mean reward 0.700 ...")
+    """
+
+    mr: float  # mean over its scored replies
+    text: str
+
+
+@dataclass(frozen=True)
 class RolloutBatch:
     """The driver's result for one training step. With online_dpo samples 2i and 2i + 1 are the chosen and the rejected
     reply of pair i.
@@ -245,6 +256,7 @@ class RolloutBatch:
     step: int
     samples: tuple[TrainingSample, ...]
     metrics: Mapping[str, float]  # named as on the dashboard, e.g. "reward/mr_mean"
+    shown: tuple[ShownTree, ...] = ()  # best, median and worst tree
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from collab_megatron.rollout.metrics import rollout_metrics, staleness_metrics
 from collab_megatron.rollout.preference import preference_figures, preference_pair
 from collab_megatron.rollout.record_files import RecordWriter
 from collab_megatron.rollout.record_lines import tree_line
+from collab_megatron.rollout.shown_trees import shown_trees
 from collab_megatron.rollout.tree_grower import TreeGrower
 from collab_megatron.rollout.tree_scheduler import Tree, TreeScheduler
 from collab_megatron.types import Group, Message, TrainingSample
@@ -134,7 +135,9 @@ class BatchCollector:
         figures = self._figures(step, trees, groups)
         figures["rollout/samples"] = Figure.of("sum", [len(samples)])
         figures["rollout/trained_tokens"] = Figure.of("sum", [sum(len(sample.reply_ids_T) for sample in samples)])
-        answer = Answer(samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups))
+        answer = Answer(
+            samples=samples, figures=figures, notes=tuple(notes), tally=tally(groups), shown=shown_trees(groups)
+        )
         self.last = Batch(step, values(figures), best_chat(groups))
         self._clients.players.unexpected.begin()
         wanted = self._recorder.wants(step + 1)

@@ -19,9 +19,12 @@ from collab_megatron.trainer.report.length_drift import LengthDrift
 from collab_megatron.trainer.report.progress_line import ProgressLine
 from collab_megatron.trainer.sync.publisher import SyncReport
 from collab_megatron.trainer.utilization import utilization
-from collab_megatron.types import TrainingSample
+from collab_megatron.types import ShownTree, TrainingSample
 
 logger = logging.getLogger(__name__)
+
+SHOWN_STEPS = 50  # of a run, about: steps whose trees are on the dashboard
+TREES: Sequence[Sequence[str]] = ((), ("best",), ("best", "worst"), ("best", "median", "worst"))
 
 
 class RLReporter:
@@ -36,6 +39,7 @@ class RLReporter:
         self._dashboard.settings(compared_settings(config), ("reward/mr_mean", "eval/mr"))
         self._progress = ProgressLine(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._alarms = Alarms()
+        self._show_every = max(1, config.train.steps // SHOWN_STEPS)
         self._drift = LengthDrift(read_metrics(config.run.tensorboard_dir))
         self._parallel, self._model = config.parallel, config.model
         self._weighted = [name for name in config.reward.metric_weights if config.reward.metric_weights[name]]
@@ -67,8 +71,10 @@ class RLReporter:
         sync: SyncReport,
         seconds: Mapping[str, float],
         samples: Sequence[TrainingSample] = (),
+        shown: Sequence[ShownTree] = (),
     ) -> None:
-        """Report a finished step; `done` counts from 1. samples: the step's, for the histograms."""
+        """Report a finished step; `done` counts from 1. samples: the step's, for the histograms. shown: its best,
+        median and worst tree; of long runs not every step's."""
         metrics = {**rollout, **update, **seconds}
         metrics |= sync.metrics()
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
@@ -81,6 +87,9 @@ class RLReporter:
         self._dashboard.distribution(done, "distribution/reward", [sample.reward for sample in samples])
         self._dashboard.distribution(done, "distribution/advantage", [sample.advantage for sample in samples])
         self._dashboard.distribution(done, "distribution/reply_tokens", [len(s.reply_ids_T) for s in samples])
+        if done == 1 or done % self._show_every == 0:
+            for name, tree in zip(TREES[len(shown)], shown, strict=True):
+                self._dashboard.text(f"trees/{name}", tree.text, done)
         self._progress.step(done, progress_figures(metrics, self._weighted))
         for sentence in self._alarms.check(done, metrics):
             logger.warning("%s", sentence)

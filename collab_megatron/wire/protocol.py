@@ -27,9 +27,9 @@ from collab_megatron.errors import (
     SimulatorSick,
     TooManyErrors,
 )
-from collab_megatron.figures import Figure, merged, values
+from collab_megatron.figures import Figure, best_median_worst, merged, values
 from collab_megatron.text import whole_text
-from collab_megatron.types import RolloutBatch, TrainingSample
+from collab_megatron.types import RolloutBatch, ShownTree, TrainingSample
 
 POLL_S = 2.0
 """After this time the driver answers "pending"."""
@@ -85,6 +85,7 @@ class Answer(msgspec.Struct):
     notes: tuple[str, ...] = ()  # for the terminal
     lost: dict[str, str] = {}  # engines lost during this request: URL -> reason
     tally: Tally = Tally()
+    shown: tuple[ShownTree, ...] = ()  # of a step: best, median and worst tree of this shard
 
     def __post_init__(self) -> None:
         """Replace lone surrogates in texts of providers and LLMs: msgpack cannot encode them."""
@@ -138,7 +139,8 @@ class DriverClient:
             self._discard(step)
             raise
         samples = tuple(sample for answer in answers for sample in answer.samples)
-        result = _result(RolloutBatch(step, samples, _values(answers)), answers)
+        shown = best_median_worst([tree for answer in answers for tree in answer.shown], lambda tree: tree.mr)
+        result = _result(RolloutBatch(step, samples, _values(answers), shown), answers)
         if samples:
             return result
         note = (

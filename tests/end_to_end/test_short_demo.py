@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from collab_megatron.data.chat import ChatTemplate, load_tokenizer
@@ -99,7 +100,8 @@ def test_the_dashboard_shows_every_step(short_demo: tuple[Path, Ended]) -> None:
         assert not missing
         # fp32 on both sides: the engine serves exactly the weights that the trainer trains
         assert row["train/logprob_gap"] < 1e-4
-    assert list((run_dir / "tensorboard" / "rl").glob("events.out.tfevents.*"))
+    tags = EventAccumulator(str(run_dir / "tensorboard" / "rl")).Reload().Tags()
+    assert {f"trees/{name}/text_summary" for name in ("best", "median", "worst")} <= set(tags["tensors"])
     names = {name for row in read_metrics(run_dir / "tensorboard" / "rl") for name in row}
     lines = {
         chart.title: [name for name in names if any(re.fullmatch(figure, name) for figure in chart.figures)]

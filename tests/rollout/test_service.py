@@ -244,7 +244,8 @@ async def test_a_batch_is_the_same_however_often_it_is_asked_for_and_by_whom(tmp
     await server.start()
     async with service(tmp_path, server, first_step=None) as driver:
         again = await answered(driver, Request("step", 0, 0, (server.url,)))
-        assert (again.samples, again.figures) == (first.samples, first.figures)
+        assert (again.samples, again.figures, again.shown) == (first.samples, first.figures, first.shown)
+        assert [tree.text.partition(":")[0] for tree in first.shown] == ["task t1"] * 2  # the best and the worst
         # what counts from the start of a process is on the dashboard by step alone; totals are the journal's (budget/)
         assert not [name for name in again.figures if name.startswith("total/")]
         assert len(server.bodies) == asked

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 
 from collab_megatron.config import RLConfig, SFTConfig
 from collab_megatron.json_lines import read_rows
@@ -21,6 +23,7 @@ from collab_megatron.trainer.supervised.held_out import HeldOutLoss
 from collab_megatron.trainer.supervised.reporter import SupervisedReporter
 from collab_megatron.trainer.supervised.sft import SFTObjective
 from collab_megatron.trainer.sync.publisher import SyncReport
+from collab_megatron.types import ShownTree
 
 SECONDS = {"time_s/logprobs": 1.0, "time_s/update": 2.0, "time_s/step": 5.0}
 
@@ -53,6 +56,29 @@ def test_an_rl_step_is_a_row_a_line_and_a_warning(
     assert 0 < row["system/host_memory_share"] < 1
     assert "demo 1/5 | reward 0.50 | asks 0.25 | kl 0.12" in capsys.readouterr().out
     assert "step 1: 90% of the replies are cut at the token limit" in caplog.text
+
+
+def test_the_best_median_and_worst_tree_of_a_step_are_pages_of_text(rl: RLConfig) -> None:
+    reporter = RLReporter(rl, first_step=0)
+    # a policy can write Markdown and HTML: nothing of it may be read as such
+    trees = [
+        ShownTree(1.0, "task a\n```\n<script>alert(1)</script>"),
+        ShownTree(0.5, "task b"),
+        ShownTree(0.1, "task c"),
+    ]
+    metrics = {"reward/mr_mean": 0.5}, {"train/tokens": 1.0}
+    for done, shown in ((1, trees), (2, trees[:1]), (3, [])):
+        reporter.step(done, *metrics, SyncReport(engines=2), SECONDS, shown=shown)
+    reporter.close()
+    events = EventAccumulator(str(rl.run.tensorboard_dir)).Reload()
+    pages = {tag: [tensor.step for tensor in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+    steps = {name: pages[f"trees/{name}/text_summary"] for name in ("best", "median", "worst")}
+    assert steps == {"best": [1, 2], "median": [1], "worst": [1]}
+    text = events.Tensors("trees/best/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text == "    task a\n    ```\n    <script>alert(1)</script>"
+    assert markdown_to_safe_html(text) == (
+        "<pre><code>task a\n```\n&lt;script&gt;alert(1)&lt;/script&gt;\n</code></pre>"
+    )
 
 
 def test_an_rl_evaluation_is_a_row_of_its_own_file(rl: RLConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import zmq
 from collab_megatron.errors import BudgetSpent, NoEngineLeft, RunError, SimulatorSick, TooManyErrors
 from collab_megatron.figures import Figure
 from collab_megatron.launch.ports import free_port
-from collab_megatron.types import RolloutBatch, TrainingSample
+from collab_megatron.types import RolloutBatch, ShownTree, TrainingSample
 from collab_megatron.wire import protocol
 from collab_megatron.wire.protocol import (
     Answer,
@@ -135,11 +135,14 @@ def test_a_silent_driver_is_noticed(monkeypatch: pytest.MonkeyPatch, served: Cal
 
 
 def test_shards_become_one_stream(served: Callable[[list[Answer]], str]) -> None:
-    other = Answer(samples=DONE.samples, figures={"reward/mr_mean": Figure.of("mean", [1.0])})
-    client = DriverClient([served([Answer(pending=True), DONE]), served([other])], TOKEN)
+    trees = tuple(ShownTree(float(mr), f"tree {mr}") for mr in range(6))
+    other = Answer(samples=DONE.samples, figures={"reward/mr_mean": Figure.of("mean", [1.0])}, shown=trees[5:2:-1])
+    first = msgspec.structs.replace(DONE, shown=trees[2::-1])
+    client = DriverClient([served([Answer(pending=True), first]), served([other])], TOKEN)
     batch = client.next_batch(7, 6, [], timeout_s=30).content
     assert batch.samples == (SAMPLE, SAMPLE)
     assert batch.metrics == {"reward/mr_mean": pytest.approx(2 / 3)}
+    assert batch.shown == (trees[5], trees[3], trees[0])  # best, median and worst of both
     client.close()
 
 

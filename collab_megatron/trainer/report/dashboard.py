@@ -50,9 +50,10 @@ class Dashboard:
         # also for a new run: one over an earlier attempt's events would draw every curve twice
         self._writer = SummaryWriter(str(folder), purge_step=first)
 
-    def text(self, name: str, text: str) -> None:
-        """Add a page of text, such as the resolved config."""
-        self._writer.add_text(name, f"```\n{text}\n```")
+    def text(self, name: str, text: str, step: int | None = None) -> None:
+        """Add a page of text, such as the resolved config, of the whole run or a step. It is shown as it is: indented
+        lines are code in Markdown, and no text can end that, as one with a fence could."""
+        self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
 
     def first_page(self) -> None:
         """Add the charts of an RL run (charts.py): TensorBoard's Custom Scalars tab."""
