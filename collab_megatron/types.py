@@ -236,10 +236,7 @@ class TrainingSample:
 
 @dataclass(frozen=True)
 class ShownTree:
-    """A conversation tree as text for people.
-
-    Example: ShownTree(0.7, "task chair-1: mean reward 0.700 ...")
-    """
+    """A conversation tree as text for people. Example: ShownTree(0.7, "task chair-1: mean reward 0.700 ...")"""
 
     mr: float  # mean over its scored replies
     text: str
