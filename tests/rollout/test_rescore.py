@@ -141,8 +141,8 @@ async def test_a_judge_that_fails_costs_the_future_and_can_be_asked_again(monkey
     assert (broken.status, broken.reward, changes.failed) == (RolloutStatus.JUDGE_FAILED, None, 1)
     assert [reply.mr for reply in found.replies_G] == [1.0, 1.0]
     answers[:] = [0.0]
-    mended, _ = await rescored(group_of(row_of(found), {}), given)
-    assert [reply.mr for reply in mended.replies_G] == [0.5, 1.0]
+    fixed, _ = await rescored(group_of(row_of(found), {}), given)
+    assert [reply.mr for reply in fixed.replies_G] == [0.5, 1.0]
     assert answers == []
 
 
