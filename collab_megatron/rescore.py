@@ -1,7 +1,7 @@
 """Scores the recorded conversations of a run with another reward: what would its advantages have been?
 
     python -m collab_megatron.rescore conf/mine.yaml [section.key=value ...] --record RUN_DIR/conversations/NAME
-        [--steps 5-20] [--again METRIC ...] [--output FILE]
+        [--steps 5-20] [--again METRIC] [--output FILE]
 
 The reward is that of the config (reward.*). A metric that the record has is read from it, whatever its settings are
 now; --again asks for it again. A new metric scores each recorded conversation, its judges through the config's
@@ -232,7 +232,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--record", type=Path, required=True, help="folder of the record")
     parser.add_argument("--steps", default="0-", help="7, 5-20 or 5-")
-    parser.add_argument("--again", nargs="+", default=[], metavar="METRIC", help="score it again although recorded")
+    parser.add_argument(
+        "--again",
+        action="append",
+        default=[],
+        metavar="METRIC",
+        help="score it again although recorded; may be repeated",
+    )
     parser.add_argument("--output", type=Path, help="a new JSON lines file for the trees with the new scores")
     args = parser.parse_intermixed_args()
     set_up_logging("rescore")
