@@ -31,6 +31,10 @@ def evaluate() -> None:
     run("evaluate")
 
 
+def rescore() -> None:
+    run("rescore")
+
+
 def view() -> None:
     run("view.__main__")
 

@@ -178,6 +178,16 @@ def has_spread(group: Group) -> bool:
     )
 
 
+def with_other_scores(group: Group, futures_G: Sequence[Sequence[Future]], rules: GroupRules) -> Group:
+    """The group with these futures of its replies in place of its own: rewards and advantages again. Later turns keep
+    no advantages."""
+    turns_G = [reply.turn for reply in group.replies_G]
+    rules = replace(rules, equal_replies="once") if rules.equal_replies != "apart" and is_uniform(turns_G) else rules
+    least = min(rules.min_futures, max(map(len, futures_G), default=0))
+    replies = _replies(turns_G, [[replace(f, advantages=()) for f in own] for own in futures_G], rules, least=least)
+    return with_advantages(replace(group, replies_G=replies, kept=True), rules)
+
+
 def tally(groups: Sequence[Group]) -> Tally:
     """How many groups were dropped, and one of the errors."""
     dropped = [group for group in groups if not group.kept]

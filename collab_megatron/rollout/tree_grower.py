@@ -24,7 +24,7 @@ class TreeGrower:
     def __init__(self, config: RLConfig, clients: RolloutClients, index: int) -> None:
         self._clients = clients
         driver, rollout = config.driver, config.rollout
-        oversample, auto = driver.oversample_prompts, rollout.num_repeat_rollouts == "auto"
+        oversample = driver.oversample_prompts
         tasks, _ = read_task_files(config.data.train_files)
         usable = usable_tasks(tasks, clients, rollout.max_prompt_tokens)
         self.left_out = len(tasks) - len(usable)  # training prompts that are too long
@@ -47,24 +47,7 @@ class TreeGrower:
             by_prompt=driver.order == "prompt",
             refills=len(range(index, driver.refill_groups, driver.shards)),
         )
-        self._group_rules = GroupRules(
-            num_replies=rollout.num_replies,
-            num_futures=rollout.first_futures,
-            min_replies=rollout.min_replies,
-            min_futures=driver.min_futures,
-            group_timeout_s=driver.group_timeout_s,
-            advantage_eps=config.algorithm.advantage_eps,
-            min_group_std=config.algorithm.min_group_std,
-            baseline=config.algorithm.baseline,
-            scale=config.algorithm.scale,
-            overlong_share=config.algorithm.overlong_share,
-            overlong_penalty=config.algorithm.overlong_penalty,
-            longest=rollout.max_new_tokens,
-            equal_replies=rollout.equal_replies,
-            tree_baseline=config.algorithm.tree_baseline if config.algorithm.credit == "tree" else None,
-            uniform_group_futures=rollout.uniform_group_futures,
-            auto=AutoFutures(rollout.most_futures, rollout.tree_futures) if auto else None,
-        )
+        self._group_rules = group_rules(config)
 
     def reserve(self) -> Reservation | None:
         """Room for one more tree in the budget; None where there is none."""
@@ -94,3 +77,27 @@ def tree_calls(rollout: RolloutSection, judges: int) -> int:
     """The most LLM requests of one tree, without retries; `judges`: those for the scores of one conversation."""
     turns = min(rollout.max_user_turns, rollout.max_assistant_turns - 1) if rollout.first_futures else 0
     return rollout.tree_futures * (turns + judges)
+
+
+def group_rules(config: RLConfig) -> GroupRules:
+    """What the config says about groups."""
+    rollout, driver = config.rollout, config.driver
+    auto = rollout.num_repeat_rollouts == "auto"
+    return GroupRules(
+        num_replies=rollout.num_replies,
+        num_futures=rollout.first_futures,
+        min_replies=rollout.min_replies,
+        min_futures=driver.min_futures,
+        group_timeout_s=driver.group_timeout_s,
+        advantage_eps=config.algorithm.advantage_eps,
+        min_group_std=config.algorithm.min_group_std,
+        baseline=config.algorithm.baseline,
+        scale=config.algorithm.scale,
+        overlong_share=config.algorithm.overlong_share,
+        overlong_penalty=config.algorithm.overlong_penalty,
+        longest=rollout.max_new_tokens,
+        equal_replies=rollout.equal_replies,
+        tree_baseline=config.algorithm.tree_baseline if config.algorithm.credit == "tree" else None,
+        uniform_group_futures=rollout.uniform_group_futures,
+        auto=AutoFutures(rollout.most_futures, rollout.tree_futures) if auto else None,
+    )

@@ -98,7 +98,9 @@ def json_object(text: str) -> dict[str, Any]:
     """The JSON object in `text`, which may have words around it and small syntax errors. Raises MalformedReply."""
     if len(text) > LONGEST_CHARS:
         raise MalformedReply(f"the reply has {len(text):,} characters, more than the {LONGEST_CHARS:,} that are parsed")
-    text = strip_scratchpad(text)
+    text = text.strip()
+    if not (text.startswith("{") and text.endswith("}")):  # else thinking tags are in its texts, and belong there
+        text = strip_scratchpad(text)
     if _depth(text) > DEEPEST:
         raise MalformedReply(f"the reply is nested more than {DEEPEST} deep")
     try:

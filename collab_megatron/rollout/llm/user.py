@@ -67,7 +67,8 @@ class LLMUserSimulator:
         Waits for one LLM call. Raises SimulatorError.
         """
         prompt = self._templates[self._part(sample_indices[0])].fill(
-            task_desc=task.task_desc or NO_DESCRIPTION,
+            # on one line: it stands outside the blocks, where a dataset's text could begin one
+            task_desc=" ".join(task.task_desc.split()) or NO_DESCRIPTION,
             request=task.single_turn_prompt,
             chat=chat_lines(chat),
             termination_signal=self._signal,
