@@ -45,7 +45,7 @@ from collab_megatron.rollout.rewards.scorer import Scorer
 from collab_megatron.rollout.tree_grower import group_rules
 from collab_megatron.types import Future, Group, Message, Reply, RolloutStatus, ScoredConversation, Task
 
-AT_ONCE = 256  # conversations; each role's own limit decides how many are asked at a time
+AT_ONCE = 256  # replies whose trees are scored together; each role's own limit decides how many calls are in flight
 
 
 @dataclass
@@ -245,7 +245,10 @@ def main() -> None:
     steps = steps_of(args.steps)
     config = load_config(RLConfig, args.config, args.overrides)
     if unknown := sorted(set(args.again) - set(config.reward.metric_weights)):
-        raise UserError(f"--again {unknown[0]}: reward.metric_weights has no such metric: {unknown[0]}")
+        known = ", ".join(config.reward.metric_weights)
+        raise UserError(
+            f"--again {unknown[0]}: no metric of reward.metric_weights, which are {known}: name one of them"
+        )
     if args.output is not None and args.output.exists():
         raise UserError(f"--output {args.output} exists: choose another file")
     rows = [row for row in read_trees(args.record) if row["step"] in steps]
