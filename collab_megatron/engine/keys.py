@@ -29,11 +29,20 @@ class EngineKeys:
     admin: str = field(repr=False)
 
     @classmethod
+    def new(cls) -> EngineKeys:
+        return cls(secrets.token_hex(32), secrets.token_hex(32))
+
+    @classmethod
     def make(cls, file: Path) -> EngineKeys:
         """Make new keys and write them to `file`, which must end in .yaml. Raises RunError when the disk refuses."""
-        keys = cls(secrets.token_hex(32), secrets.token_hex(32))
-        publish_secret(file, json.dumps({"api-key": keys.api, "admin-api-key": keys.admin}))
+        keys = cls.new()
+        publish_secret(file, keys.text)
         return keys
+
+    @property
+    def text(self) -> str:
+        """The content of the file."""
+        return json.dumps({"api-key": self.api, "admin-api-key": self.admin})
 
     @classmethod
     def read(cls, file: Path) -> EngineKeys:
