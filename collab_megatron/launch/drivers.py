@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from collab_megatron.config.sections import DriverSection
 from collab_megatron.errors import RunError
 from collab_megatron.launch.cli import shard_file, token_file
 from collab_megatron.launch.supervisor import ChildProcess, Ready, Supervisor
+from collab_megatron.launch.trainer_ranks import end_children
 from collab_megatron.wire.live_file import live_file
 
 READY_FILE = "driver"
@@ -55,6 +56,13 @@ class Drivers:
         """Start all drivers; `first_step` is the first step of this attempt."""
         self._first_step = ["--first-step", str(first_step)]
         self.children = [self._start(shard, self._first_step) for shard in range(self._section.shards)]
+
+    def restart(self, first_step: int, tick: Callable[[], None]) -> None:
+        """End all drivers and start them again, for a trainer that goes on at an earlier step. `tick` is called
+        repeatedly. Raises RunError where one does not end."""
+        children, self.children = self.children, []
+        end_children(self._supervisor, children, tick)
+        self.start(first_step)
 
     def poll(self) -> None:
         """Kill drivers that hang, restart drivers that were killed, and print the addresses of their live pages. Raises

@@ -43,6 +43,7 @@ class _ManagedServer:
     ready: bool = False
     killed: bool = False  # the next start comes when no process of its group is left
     abandoned: bool = False  # no next start
+    uncounted: int = 0  # starts that were not the server's fault
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -106,10 +107,22 @@ class Fleet:
             elif not server.ready and not server.abandoned and server.readiness.answers():
                 self._mark_ready(server)
 
+    def restart(self, reason: str) -> None:
+        """Start all servers of ours again, without counting it. Then `wait_until_ready`."""
+        for server in self._servers:
+            if server.child is not None and not server.killed:
+                self._supervisor.kill(server.child)
+                server.readiness.close()
+                server.ready, server.killed = False, True
+                server.uncounted += 1
+                self._say(server, f"{reason}: restarting it")
+        self._publish()
+
     def _never_answered(self, server: _ManagedServer) -> bool:
         if server.child is None:
             return not server.entry.managed and not server.ready
-        return server.child.essential
+        restarted = server.uncounted > 0 and not server.ready and not server.abandoned
+        return server.child.essential or restarted
 
     def _failure(self, server: _ManagedServer, child: ChildProcess) -> str | None:
         """Why the server must be killed; None: it is fine."""
@@ -124,14 +137,14 @@ class Fleet:
             return f"was not ready within {limit:g} s"
         return None
 
-    def _start_server(self, number: int, entry: EngineEntry, *, essential: bool) -> None:
+    def _start_server(self, number: int, entry: EngineEntry, *, essential: bool, uncounted: int = 0) -> None:
         command = self._build(number, self._port(number))
         every_s = ASK_FIRST_S if essential else ASK_S
         child = self._supervisor.start(
             entry.name, command.argv, command.env, essential=essential, unset=command.unset, ready=Ready(command.url)
         )
         readiness = self._supervisor.readiness(child, every_s=every_s)
-        server = _ManagedServer(number, replace(entry, url=readiness.url), readiness, child)
+        server = _ManagedServer(number, replace(entry, url=readiness.url), readiness, child, uncounted=uncounted)
         self._servers[number : number + 1] = [server]
 
     def _kill_server(self, server: _ManagedServer, child: ChildProcess, reason: str) -> None:
@@ -144,11 +157,12 @@ class Fleet:
         server.readiness.close()
         server.ready, server.killed = False, True
         limit = self._settings.max_restarts
-        server.abandoned = server.entry.life >= limit
+        failures = server.entry.life - server.uncounted
+        server.abandoned = failures >= limit
         if server.abandoned:
             self._say(server, f"{reason}: not restarted (engine.max_restarts={limit}); see {child.log}")
         else:
-            self._say(server, f"{reason}: restarting it ({server.entry.life + 1} of {limit})")
+            self._say(server, f"{reason}: restarting it ({failures + 1} of {limit})")
         self._publish()
 
     def _restart_when_gone(self, server: _ManagedServer) -> None:
@@ -159,7 +173,8 @@ class Fleet:
         if server.abandoned:
             server.child, server.killed = None, False
         else:
-            self._start_server(server.number, replace(server.entry, life=server.entry.life + 1), essential=False)
+            entry = replace(server.entry, life=server.entry.life + 1)
+            self._start_server(server.number, entry, essential=False, uncounted=server.uncounted)
 
     def _mark_ready(self, server: _ManagedServer) -> None:
         if server.child is None:

@@ -228,7 +228,7 @@ class JobSupervisor(Supervisor):
         self.link.poll()
         for child in self._children:
             state = _remote(child).state
-            if state is not None and state.refused and child.essential:
+            if state is not None and state.refused and (child.essential or child.saves):
                 raise RunError(state.refused)
         super().check()
 

@@ -1,18 +1,18 @@
 """Starts the processes of a run and waits until they end: engines, drivers, trainer ranks; on one node, or on many.
 
 If a driver or trainer rank fails, all other processes are ended and its error message is printed. Engines are restarted
-(fleet.py), and so are drivers that were killed (drivers.py). Where a process runs, and what it must know of its place,
-is the site's business (site.py).
+(fleet.py), and so are drivers and trainer ranks that were killed (drivers.py, trainer_ranks.py). Where a process runs,
+and what it must know of its place, is the site's business (site.py).
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -24,9 +24,10 @@ from collab_megatron.config import (
     dump_config,
     show_config,
 )
-from collab_megatron.config.sections import ParallelSection
+from collab_megatron.config.sections import RunSection
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.server_args import EngineCommand, engine_command, nccl_settings
+from collab_megatron.errors import RunError
 from collab_megatron.files import publish_text
 from collab_megatron.launch.attempts import begin_attempt
 from collab_megatron.launch.drivers import READY_FILE, Drivers
@@ -37,13 +38,15 @@ from collab_megatron.launch.many_nodes import ManyNodes
 from collab_megatron.launch.node import device_of
 from collab_megatron.launch.preflight import RLStart
 from collab_megatron.launch.site import OneNode, Site, engine_gpus
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.supervisor import Supervisor
+from collab_megatron.launch.trainer_ranks import TrainerRanks
+from collab_megatron.wire.checkpoints import newest_complete, read_info
 
-C = TypeVar("C", RLConfig, SupervisedConfig, EvaluateConfig)
+C = TypeVar("C", bound=RLConfig | SupervisedConfig | EvaluateConfig)
 
 DRIVER_END_S = 60.0
+POLL_S = 0.1
 RESOLVED = "resolved.yaml"
-ENGINES_READY = "engine"  # file that is there once all engines have answered
 CHOSEN_THERE = "{port:http}"  # the agent of the server's node chooses its port
 ONE_QUEUE = "CUDA_DEVICE_MAX_CONNECTIONS"
 
@@ -57,35 +60,39 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock, link: JobLink | N
         site = ManyNodes(link, config, start.engine, shards=config.driver.shards)
     attempt = begin_attempt(config.run.logs_dir)
     with site.supervisor(config, attempt, lock) as supervisor:
-        files = supervisor.scratch
         resolved = write_resolved(on_chosen_device(config), supervisor)
         keys_file = make_keys(supervisor, config)
         fleet = start_fleet(supervisor, shared, site, keys_file)
         addresses = site.driver_addresses(config.driver.shards)
         drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, keys_file, addresses)
-        drivers.start(start.first_step)
-        trainers = start_trainers(
-            supervisor,
-            "collab_megatron.train_rl",
-            resolved,
-            config.parallel,
-            site,
-            [
-                *("--attempt", str(attempt.number), "--roster", str(site.roster_folder(supervisor))),
-                *("--engine-ready-file", str(files / ENGINES_READY)),
-                *("--driver-ready-file", str(files / READY_FILE)),
-                *(("--engine-keys", str(keys_file)) if keys_file else ()),
-            ],
-            env=trainer_env(config),
+        ranks = TrainerRanks(
+            supervisor, site, "collab_megatron.train_rl", config.parallel.world_size, trainer_env(config)
         )
-        fleet.wait_until_ready(tick=drivers.poll)
-        supervisor.publish(ENGINES_READY, "ready")
+
+        def start_ranks(resolved: Path, life: int) -> None:
+            ready = f"engines-{life}"  # the file that is there once all engines have answered
+            more = ["--attempt", str(attempt.number), "--roster", str(site.roster_folder(supervisor))]
+            more += ["--engine-ready-file", str(supervisor.scratch / ready)]
+            more += ["--driver-ready-file", str(supervisor.scratch / READY_FILE)]
+            more += ["--engine-keys", str(keys_file)] if keys_file else []
+            ranks.start(resolved, more)
+            fleet.wait_until_ready(tick=look_after)
+            supervisor.publish(ready, "ready")
 
         def look_after() -> None:
+            supervisor.check()
             fleet.poll()
             drivers.poll()
 
-        supervisor.wait_for(trainers, tick=look_after)
+        def start_again(resolved: Path, life: int) -> None:
+            if config.engine.placement == "colocated":  # their memory may be the trainer's at this moment
+                fleet.restart("lost its trainer")
+            drivers.restart(newest_step(config.run), look_after)
+            start_ranks(resolved, life)
+
+        drivers.start(start.first_step)
+        start_ranks(resolved, 0)
+        watch(config, supervisor, ranks, look_after, start_again)
         supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # rank 0 has told them to stop
 
 
@@ -95,10 +102,46 @@ def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock, link
     site: Site = OneNode(config) if link is None else ManyNodes(link, config, None)
     attempt = begin_attempt(config.run.logs_dir)
     with site.supervisor(config, attempt, lock) as supervisor:
-        resolved = write_resolved(on_chosen_device(config), supervisor)
-        more = ["--attempt", str(attempt.number)]
-        env = trainer_env(config)
-        supervisor.wait_for(start_trainers(supervisor, module, resolved, config.parallel, site, more, env=env))
+        ranks = TrainerRanks(supervisor, site, module, config.parallel.world_size, trainer_env(config))
+
+        def start_ranks(resolved: Path, life: int) -> None:
+            ranks.start(resolved, ["--attempt", str(attempt.number)])
+
+        start_ranks(write_resolved(on_chosen_device(config), supervisor), 0)
+        watch(config, supervisor, ranks, supervisor.check, start_ranks)
+
+
+def watch(
+    config: RLConfig | SupervisedConfig,
+    supervisor: Supervisor,
+    ranks: TrainerRanks,
+    look_after: Callable[[], None],
+    start_again: Callable[[Path, int], None],
+) -> None:
+    """Until the trainer ranks are done. look_after: called repeatedly. start_again: starts what must be, with the
+    config for resuming and the number of the start. Raises RunError when a part fails."""
+    lives, limit = 0, config.train.max_restarts
+    if isinstance(config, RLConfig) and config.engine.placement == "colocated" and config.engine.urls:
+        limit = 0
+    while not ranks.done:
+        look_after()
+        if reason := ranks.poll():
+            if lives == limit:
+                raise RunError(f"{reason}, after {lives} restarts of the trainer (train.max_restarts={limit})")
+            lives += 1
+            print(f"{reason}: all trainer ranks start again at step {newest_step(config.run) + 1} ({lives} of {limit})")
+            ranks.end(look_after)
+            again = config.model_copy(
+                update={"run": config.run.model_copy(update={"resume": config.run.resume or "auto"})}
+            )
+            start_again(supervisor.publish(f"again-{lives}.yaml", dump_config(on_chosen_device(again))), lives)
+        time.sleep(POLL_S)
+
+
+def newest_step(run: RunSection) -> int:
+    """Steps in the newest complete checkpoint."""
+    newest = newest_complete(run.checkpoints_dir)
+    return 0 if newest is None else read_info(newest).step
 
 
 def make_keys(supervisor: Supervisor, config: RLConfig | EvaluateConfig | BuildDatasetConfig) -> Path | None:
@@ -138,24 +181,6 @@ def start_fleet(
     return fleet
 
 
-def start_trainers(
-    supervisor: Supervisor,
-    module: str,
-    resolved: Path,
-    parallel: ParallelSection,
-    site: Site,
-    extra: Sequence[str],
-    *,
-    env: Mapping[str, str],
-) -> list[ChildProcess]:
-    """One process per rank; rank 0 writes to our terminal, the others to their logs. env: of every rank besides."""
-    argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
-    return [
-        supervisor.start(f"trainer-{rank}", argv, {**site.rank_env(rank), **env}, show=rank == 0, saves=True)
-        for rank in range(parallel.world_size)
-    ]
-
-
 def trainer_env(config: RLConfig | SupervisedConfig) -> dict[str, str]:
     """Variables of every trainer rank on GPUs, which NCCL and the driver read when they are first used; what the user
     has set stays. Nothing on CPU."""
@@ -174,7 +199,7 @@ def trainer_env(config: RLConfig | SupervisedConfig) -> dict[str, str]:
 def on_chosen_device(config: C) -> C:
     """parallel.device=auto, decided once: a rank whose torch finds another device refuses to train."""
     parallel = config.parallel.model_copy(update={"device": device_of(config.parallel)})
-    return config.model_copy(update={"parallel": parallel})
+    return cast(C, config.model_copy(update={"parallel": parallel}))
 
 
 def write_resolved(config: BaseModel, supervisor: Supervisor) -> Path:

@@ -38,7 +38,7 @@ class Site(Protocol):
         ...
 
     def rank_env(self, rank: int) -> Mapping[str, str]:
-        """Variables of a trainer rank. Rank 0 is asked for first: it decides where the ranks meet."""
+        """Variables of a trainer rank. At each start ask for rank 0 first: then the ranks get a new place to meet."""
         ...
 
     def engine_host(self, engine: EngineSection) -> str:
@@ -83,7 +83,8 @@ class OneNode:
         return supervisor.logs_dir / "engines"
 
     def rank_env(self, rank: int) -> Mapping[str, str]:
-        self._port = self._port or free_port()
+        if rank == 0:
+            self._port = free_port()
         env = {
             **rank_variables(rank, self._config.parallel.world_size, "127.0.0.1", self._port),
             "LOCAL_RANK": str(rank),
