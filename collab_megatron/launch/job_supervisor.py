@@ -54,8 +54,11 @@ class RemoteProcess:
 
     @property
     def gone(self) -> bool:
-        state = self.state
-        return bool(self.lost) or (state is not None and state.gone)
+        newest = self._link.role(self.node, self.role)
+        if self.lost:
+            return True
+        # the agent starts the next life when this one is gone
+        return newest is not None and (newest.life > self.life or (newest.life == self.life and newest.gone))
 
     @property
     def pid(self) -> int:
@@ -70,7 +73,7 @@ class RemoteProcess:
                 self.returncode = EXIT_RUN
             elif state is not None and state.code is not None:
                 self.returncode = state.code
-            elif self.lost:
+            elif self.gone:  # with its node
                 self.returncode = -signal.SIGKILL
         return self.returncode
 

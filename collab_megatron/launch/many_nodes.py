@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from collab_megatron.config import RLConfig
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch.attempts import Attempt
@@ -93,6 +94,21 @@ class ManyNodes:
         self._link, self._config = link, config
         self._device = device_of(config.parallel)
         self.placement: Placement = place(hosts_of(link), config.parallel, engine, device=self._device, shards=shards)
+
+        self._check_transport()
+
+    def _check_transport(self) -> None:
+        if not self.placement.engines or not isinstance(self._config, RLConfig):
+            return
+        transport = self._config.sync.transport_for(self._config.engine.placement)
+        hosts = {place.host for place in self.placement.trainers} | {
+            place.host for engine in self.placement.engines for place in engine.ranks
+        }
+        if transport == "ipc" and self._device == "cpu" and len(hosts) > 1:
+            raise UserError(
+                "sync.transport=ipc shares memory of one machine between CPU processes, and this job puts trainer and "
+                "engines on several nodes: set sync.transport=broadcast"
+            )
 
     def supervisor(self, config: TrainingConfig, attempt: Attempt, lock: RunLock) -> Supervisor:
         return JobSupervisor(

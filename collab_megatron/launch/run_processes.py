@@ -129,8 +129,9 @@ def watch(
             if lives == limit:
                 raise RunError(f"{reason}, after {lives} restarts of the trainer (train.max_restarts={limit})")
             lives += 1
-            print(f"{reason}: all trainer ranks start again at step {newest_step(config.run) + 1} ({lives} of {limit})")
-            ranks.end(look_after)
+            print(f"{reason}: restarting the trainer ({lives} of {limit})", flush=True)
+            ranks.end(look_after, save_grace_s=config.train.save_grace_s)
+            print(f"all trainer ranks start again at step {newest_step(config.run) + 1}", flush=True)
             again = config.model_copy(
                 update={"run": config.run.model_copy(update={"resume": config.run.resume or "auto"})}
             )

@@ -71,8 +71,16 @@ class TrainerRanks:
                 self._supervisor.fail(failed[0])
         return None
 
-    def end(self, tick: Callable[[], None]) -> None:
-        """Kill all and wait until they are gone. `tick` is called repeatedly. Raises RunError at the deadline."""
+    def end(self, tick: Callable[[], None], *, save_grace_s: float) -> None:
+        """End all of them and wait until they are gone. If none has ended yet, they get `save_grace_s` to save: one
+        that is stopped goes on then. `tick` is called repeatedly. Raises RunError where one does not end."""
+        if all(child.process.poll() is None for child in self.children):
+            for child in self.children:
+                self._supervisor.terminate(child)
+            deadline = time.monotonic() + save_grace_s
+            while any(child.process.poll() is None for child in self.children) and time.monotonic() < deadline:
+                tick()
+                time.sleep(POLL_S)
         end_children(self._supervisor, self.children, tick)
         self.children = []
 
