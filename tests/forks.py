@@ -29,7 +29,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from collab_megatron.launch.supervisor import NOT_SHOWN, ChildProcess, Ready, Supervisor
+from collab_megatron.launch.child_process import NOT_SHOWN, ChildProcess, Ready
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.signals import die_with_parent
 
 REPO = Path(__file__).resolve().parents[1]

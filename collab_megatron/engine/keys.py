@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from collab_megatron.errors import RunError
-from collab_megatron.files import publish_secret
 
 API_KEY_CALLS = frozenset({"generate", "model_info", "server_info", "v1/loads", "ping", "health", "ready"})
 """Calls that need the API key, without their query; all others need the admin key."""
@@ -31,13 +30,6 @@ class EngineKeys:
     @classmethod
     def new(cls) -> EngineKeys:
         return cls(secrets.token_hex(32), secrets.token_hex(32))
-
-    @classmethod
-    def make(cls, file: Path) -> EngineKeys:
-        """Make new keys and write them to `file`, which must end in .yaml. Raises RunError when the disk refuses."""
-        keys = cls.new()
-        publish_secret(file, keys.text)
-        return keys
 
     @property
     def text(self) -> str:

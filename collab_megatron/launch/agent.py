@@ -25,10 +25,11 @@ import zmq
 from collab_megatron import __version__
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_secret
+from collab_megatron.launch.child_process import ChildProcess, tail
 from collab_megatron.launch.node import visible_gpus
 from collab_megatron.launch.ports import address_towards, free_port, interface_of
 from collab_megatron.launch.readiness import ReadinessProbe
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor, tail
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.launch.threads import usable_cores
 from collab_megatron.signals import die_with_parent
 from collab_megatron.wire import job

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from collab_megatron.config.sections import DriverSection
 from collab_megatron.errors import RunError
+from collab_megatron.launch.child_process import ChildProcess, Ready
 from collab_megatron.launch.cli import shard_file, token_file
-from collab_megatron.launch.supervisor import ChildProcess, Ready, Supervisor
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.launch.trainer_ranks import end_children
 from collab_megatron.wire.live_file import live_file
 

@@ -19,8 +19,9 @@ import httpx
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.server_args import EngineCommand
 from collab_megatron.errors import RunError, UserError, masked
+from collab_megatron.launch.child_process import ChildProcess, Ready
 from collab_megatron.launch.readiness import Readiness, ReadinessProbe
-from collab_megatron.launch.supervisor import ChildProcess, Ready, Supervisor
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
 POLL_S = 0.1

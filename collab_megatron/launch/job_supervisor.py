@@ -18,9 +18,10 @@ from pathlib import Path
 
 from collab_megatron.errors import EXIT_RUN, RunError
 from collab_megatron.files import publish_text
+from collab_megatron.launch.child_process import NOT_SHOWN, ChildProcess, Ready
 from collab_megatron.launch.job_link import JobLink
 from collab_megatron.launch.readiness import Readiness
-from collab_megatron.launch.supervisor import GRACE_S, NOT_SHOWN, ChildProcess, Ready, Supervisor
+from collab_megatron.launch.supervisor import GRACE_S, Supervisor
 from collab_megatron.wire.job import End, Kill, RoleState, Start, Welcome
 
 JOIN_S = 60.0  # the agents have said Hello before

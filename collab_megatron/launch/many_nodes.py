@@ -95,9 +95,15 @@ class ManyNodes:
         self._device = device_of(config.parallel)
         self.placement: Placement = place(hosts_of(link), config.parallel, engine, device=self._device, shards=shards)
 
-        self._check_transport()
+        self._check_engines()
 
-    def _check_transport(self) -> None:
+    def _check_engines(self) -> None:
+        wide = next((engine for engine in self.placement.engines if len(engine.hosts) > 1), None)
+        if wide is not None:
+            raise UserError(
+                f"engine.tensor={len(wide.ranks)} is more than the GPUs of a node, and a run starts no server across "
+                "nodes yet: lower engine.tensor, or start such servers yourself and name them in engine.urls"
+            )
         if not self.placement.engines or not isinstance(self._config, RLConfig):
             return
         transport = self._config.sync.transport_for(self._config.engine.placement)

@@ -12,21 +12,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from collab_megatron.errors import (
     EXIT_BUDGET,
     EXIT_INTERRUPTED,
     EXIT_RUN,
-    EXIT_UNEXPECTED,
     EXIT_USER,
     BudgetSpent,
     RunError,
 )
 from collab_megatron.files import publish_secret
+from collab_megatron.launch.child_process import NOT_SHOWN, ChildProcess, Ready, tail
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.readiness import Readiness, ReadinessProbe
 from collab_megatron.launch.scratch import ScratchFolder
@@ -35,59 +34,6 @@ from collab_megatron.signals import die_with_parent, end_at_signals
 
 GRACE_S = 10.0  # between TERM and KILL
 SAY_S = 5.0  # on top of the grace time of children that save: they end themselves and print why
-TAIL_LINES = 12
-
-
-class Process(Protocol):
-    """What is used of subprocess.Popen; a process on another node has the same (job_supervisor.py)."""
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def returncode(self) -> int | None: ...
-
-    def poll(self) -> int | None: ...
-
-    def wait(self, timeout: float | None = None) -> int: ...
-
-
-@dataclass(frozen=True)
-class Ready:
-    """How a process shows that it is ready: its server answers at `url`/health, or `file` is there and has its
-    address."""
-
-    url: str = ""
-    file: str = ""
-
-
-NOT_SHOWN = Ready()
-
-
-@dataclass
-class ChildProcess:
-    """A process that the supervisor has started."""
-
-    name: str
-    process: Process
-    log: Path | None  # None: its output goes to ours
-    essential: bool = True  # its failure ends all children
-    restarted: bool = False  # after a signal or an unexpected exception its starter starts it again
-    saves: bool = False  # at TERM it saves a checkpoint together with the other ranks, then ends
-    hung: str | None = None  # why its starter must kill it although it runs
-    ready: Ready = NOT_SHOWN
-
-    def ended(self) -> str | None:
-        """How the process ended ("exit code 1", "signal SIGKILL"); None while it runs."""
-        code = self.process.poll()
-        if code is None:
-            return None
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-    def will_restart(self) -> bool:
-        """Whether its starter starts it again after this end."""
-        code = self.process.poll() or 0
-        return self.restarted and (code < 0 or code == EXIT_UNEXPECTED)
 
 
 class Supervisor:
@@ -394,8 +340,3 @@ def _signal_group(child: ChildProcess, number: signal.Signals) -> None:
 def _group_runs(group: int) -> bool:
     """Whether a process of the group still runs. Zombies do not count: their parent may never collect them."""
     return any(process.group == group and process.state not in "ZX" for process in all_processes())
-
-
-def tail(log: Path) -> list[str]:
-    """The last lines of a log."""
-    return log.read_text(errors="replace").splitlines()[-TAIL_LINES:]

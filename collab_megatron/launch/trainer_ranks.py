@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from collab_megatron.errors import RunError
+from collab_megatron.launch.child_process import ChildProcess
 from collab_megatron.launch.site import Site
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.supervisor import Supervisor
 
 SETTLE_S = 3.0
 """A rank whose peer was killed fails too, and may be seen first: only then is a failure the first cause."""

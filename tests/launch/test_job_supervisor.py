@@ -13,8 +13,8 @@ import pytest
 from collab_megatron.errors import RunError
 from collab_megatron.launch import agent as agent_module
 from collab_megatron.launch import job_supervisor
+from collab_megatron.launch.child_process import ChildProcess, Ready
 from collab_megatron.launch.job_supervisor import JobSupervisor
-from collab_megatron.launch.supervisor import ChildProcess, Ready
 from collab_megatron.launch.trainer_ranks import end_children
 from tests.launch.agents import WAIT_S, Job, running_job
 

@@ -1,4 +1,4 @@
-"""What each process is told of its place in a job of several nodes."""
+"""The place of each process in a job of several nodes, as its variables show it."""
 
 from __future__ import annotations
 
@@ -65,6 +65,11 @@ def test_cores_are_those_of_the_node() -> None:
 def test_shared_memory_on_cpus_does_not_cross_nodes() -> None:
     with pytest.raises(UserError, match=r"sync.transport=ipc shares memory"):
         site((0, 0), "sync.transport=ipc")
+
+
+def test_a_server_across_nodes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"engine.tensor=8 is more than the GPUs of a node"):
+        site((4, 4, 4), "parallel.device=cuda", "engine.tensor=8", "engine.count=1")
 
 
 def test_a_layout_that_does_not_fit_names_what_would() -> None:
