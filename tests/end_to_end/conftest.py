@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ONE_USER, Ended, Run, Server
+from tests.end_to_end.running import Running
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +38,18 @@ def rl_command(short_demo: tuple[Path, Ended], desk: Server, engine: Server) -> 
         ]
 
     return command
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
+
+    def begin(argv: list[str]) -> Running:
+        started.append(Running(argv, tmp_path / "launcher.log"))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.send(signal.SIGTERM)
+        running._process.wait(30)
+        shutil.rmtree(running.temporary)
