@@ -105,8 +105,9 @@ def child_env(config: RLConfig | SupervisedConfig | EvaluateConfig | BuildDatase
     return NO_GPU if device_of(config.parallel) == "cpu" else {}
 
 
-def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock) -> None:
-    """Run the trainer ranks, each `python -m module`; returns when training is done. Raises RunError when one fails."""
+def launch_trainers(config: SupervisedConfig | RLConfig, module: str, lock: RunLock) -> None:
+    """Run trainer ranks alone, each `python -m module`: supervised training, or RL on a record. Returns when training is
+    done. Raises RunError when one fails."""
     attempt = begin_attempt(config.run.logs_dir)
     with _supervisor(config, attempt, lock) as supervisor:
         resolved = write_resolved(on_chosen_device(config), supervisor)
@@ -255,11 +256,12 @@ def threads_of(config: RLConfig | SupervisedConfig | EvaluateConfig | BuildDatas
     """Threads of a trainer rank and of an engine rank: from the config, else a share of the cores. Used on CPU only."""
     parallel = config.parallel
     engine = None if isinstance(config, SupervisedConfig) else config.engine
+    replays = isinstance(config, RLConfig) and config.replay is not None
     shared = share_threads(
         usable_cores(),
         trainer_ranks=0 if isinstance(config, EvaluateConfig | BuildDatasetConfig) else parallel.world_size,
-        engine_ranks=0 if engine is None or engine.urls else engine.count * engine.tensor,
-        at_once=isinstance(config, RLConfig) and config.driver.max_staleness > 0,
+        engine_ranks=0 if engine is None or engine.urls or replays else engine.count * engine.tensor,
+        at_once=isinstance(config, RLConfig) and config.driver.max_staleness > 0 and not replays,
     )
     return ThreadCounts(
         trainer=parallel.threads or shared.trainer,

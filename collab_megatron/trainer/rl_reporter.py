@@ -68,15 +68,15 @@ class RLReporter:
         done: int,
         rollout: Mapping[str, float],
         update: Mapping[str, float],
-        sync: SyncReport,
+        sync: SyncReport | None,
         seconds: Mapping[str, float],
         samples: Sequence[TrainingSample] = (),
         shown: Sequence[ShownTree] = (),
     ) -> None:
-        """Report a finished step; `done` counts from 1. samples: the step's, for the histograms. shown: its best,
+        """Report a finished step; `done` counts from 1. sync: None without engines. samples: the step's, for the histograms. shown: its best,
         median and worst tree; of long runs not every step's."""
         metrics = {**rollout, **update, **seconds}
-        metrics |= sync.metrics()
+        metrics |= sync.metrics() if sync is not None else {}
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
         if "train/model_tflop" in update:  # not after a step without samples
             passes_s = seconds["time_s/logprobs"] + seconds["time_s/update"]
