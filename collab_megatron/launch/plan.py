@@ -59,8 +59,8 @@ def replay_plan(config: RLConfig, spec: ModelSpec, *, node: Node, size: RecordSi
         corrected = "nothing corrects for that (algorithm.importance=none)"
     lines = [
         *_training_lines(spec, config, node, samples=math.ceil(size.samples / size.steps), longest=size.longest),
-        f"replays     {size.path}: {_count(size.steps, 'step')}, {size.trees:,} trees, {size.samples:,} policy turns to "
-        "train; no engines, no driver, no LLM calls, no held-out conversations",
+        f"replays     {size.path}: {_count(size.steps, 'step')}, {size.trees:,} trees, {size.samples:,} policy turns; "
+        "no engines, no driver, no LLM calls, no held-out conversations",
         f"off-policy  other weights may have sampled them: {corrected}",
         *_algorithm_lines(config),
         f"training    {_count(steps, 'step')}, {steps / size.steps:.3g} times the record",
@@ -76,12 +76,12 @@ def collect_plan(config: RLConfig, spec: ModelSpec, *, node: Node, prompts: int,
         _model_line(spec, config.model.dtype),
         *_engine_memory_lines(spec, config),
         f"grows       {_count(steps, 'step')} of {rollout.prompts_per_step} trees from {prompts:,} prompts; per tree "
-        f"{rollout.num_replies} replies with at most {rollout.most_futures if rollout.first_futures else 0} futures, on "
-        f"{node.chosen(config.parallel)}",
+        f"{rollout.num_replies} replies with up to {rollout.most_futures if rollout.first_futures else 0} futures each "
+        f"on {node.chosen(config.parallel)}",
         *call_lines("per step", calls),
         *dollar_lines({"steps": (steps, calls)}),
         *_own_metric_lines(config.reward),
-        *_driver_lines(config),
+        _budget_line(config),
         f"writes      {config.run.conversations_dir}",
         *_not_here(node, "ports, engine.python, addresses of the LLM services"),
     ]
@@ -165,6 +165,10 @@ def _driver_lines(config: RLConfig) -> list[str]:
     updates = _count(driver.max_staleness, "update")
     policy = f"tokens at most {updates} old" if driver.max_staleness else "strictly on-policy"
     lines = [f"driver      {_count(driver.shards, 'process', 'es')}, at most {trees} trees in flight: {policy}"]
+    return [*lines, _budget_line(config)]
+
+
+def _budget_line(config: RLConfig) -> str:
     budget = config.budget
     caps = [
         f"{kind} at {said}"
@@ -174,7 +178,7 @@ def _driver_lines(config: RLConfig) -> list[str]:
         )
         if said
     ]
-    return [*lines, f"budget      {', '.join(caps) if caps else 'none (budget.hard_usd)'}"]
+    return f"budget      {', '.join(caps) if caps else 'none (budget.hard_usd)'}"
 
 
 def _cap(usd: float | None, calls: int | None) -> str:

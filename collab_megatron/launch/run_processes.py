@@ -106,7 +106,7 @@ def child_env(config: RLConfig | SupervisedConfig | EvaluateConfig | BuildDatase
 
 
 def launch_trainers(config: SupervisedConfig | RLConfig, module: str, lock: RunLock) -> None:
-    """Run trainer ranks alone, each `python -m module`: supervised training, or RL on a record. Returns when training is
+    """Run trainer ranks alone, each `python -m module`: supervised training, or RL on a record. Returns when they are
     done. Raises RunError when one fails."""
     attempt = begin_attempt(config.run.logs_dir)
     with _supervisor(config, attempt, lock) as supervisor:

@@ -137,8 +137,8 @@ class Replay:
         """A recorded tree under the config's reward and algorithm."""
         if row.get("schema") != SCHEMA or "slot" not in row:
             raise UserError(
-                f"{self._path}: a line of step {row['step']} is no tree of training with schema {SCHEMA}: name a record "
-                "of train_rl or collect (docs/record.md), not the conversations of an evaluation"
+                f"{self._path}: a line of step {row['step']} is no tree of training with schema {SCHEMA}: name a "
+                "record of train_rl or collect (docs/record.md), not the conversations of an evaluation"
             )
         try:
             name = f"{row['begun_for_step'] - 1}/{row['slot']}"
@@ -229,7 +229,9 @@ def find_record(path: Path) -> Path:
     found = sorted(folder for folder in path.glob("conversations/*") if any(folder.glob("shard*.jsonl*")))
     if len(found) == 1:
         return found[0]
-    names = f"it has those of several runs, name one of {', '.join(map(str, found))}" if found else (
-        "name RUN_DIR/conversations/NAME, or a file that rescore has written"
+    names = (
+        f"it has those of several runs, name one of {', '.join(map(str, found))}"
+        if found
+        else ("name RUN_DIR/conversations/NAME, or a file that rescore has written")
     )
     raise UserError(f"replay.record={path} is no record of conversations: {names}")

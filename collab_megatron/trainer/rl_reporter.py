@@ -73,8 +73,8 @@ class RLReporter:
         samples: Sequence[TrainingSample] = (),
         shown: Sequence[ShownTree] = (),
     ) -> None:
-        """Report a finished step; `done` counts from 1. sync: None without engines. samples: the step's, for the histograms. shown: its best,
-        median and worst tree; of long runs not every step's."""
+        """Report a finished step; `done` counts from 1. sync: None without engines. samples: the step's, for the
+        histograms. shown: its best, median and worst tree; of long runs not every step's."""
         metrics = {**rollout, **update, **seconds}
         metrics |= sync.metrics() if sync is not None else {}
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)

@@ -81,7 +81,7 @@ ADDED: Mapping[str, Mapping[str, str]] = {
 }
 
 # entry points and the parts of their loops may import every room
-FREE = ("trainer", "train_rl", "train_sft", "train_dpo", "evaluate", "rescore")
+FREE = ("trainer", "train_rl", "train_sft", "train_dpo", "evaluate", "rescore", "collect")
 
 # external package -> rooms that may import it; all rooms may import packages without a row
 OUTSIDE: Mapping[str, tuple[str, ...]] = {
