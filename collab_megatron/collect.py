@@ -208,7 +208,7 @@ def _cells(trees: Sequence[Mapping[str, Any]]) -> list[str]:
     every = [reward for own in rewards for reward in own]
     spreads = [stdev(own) for own in rewards if len(own) > 1]
     futures = [future for tree in trees for reply in tree["replies"] for future in reply["futures"]]
-    calls = [call for future in futures for call in future["calls"]]
+    calls = [call for future in futures for call in future["calls"] if not call["shared"]]
     return [
         f"{len(trees):,}",
         *(f"{fmean(found):.3f}" if found else "none" for found in (every, spreads)),
