@@ -62,7 +62,8 @@ POLL_S = 0.1
 
 
 def to_collect(config: RLConfig, steps: int) -> RLConfig:
-    """The config without what belongs to training: trainer ranks, schedule, evaluations; under a name of its own."""
+    """The config without what belongs to training: trainer ranks, schedule, evaluations, batches that are begun ahead,
+    of which the last would be paid for in vain; under a name of its own."""
     if config.replay is not None or config.run.init_from is not None:
         key = "replay" if config.replay is not None else "run.init_from"
         raise UserError(f"collect samples from model.path and does not know {key}: set {key}=null")
@@ -76,6 +77,7 @@ def to_collect(config: RLConfig, steps: int) -> RLConfig:
             "parallel": ParallelSection(device=config.parallel.device),
             "engine": config.engine.model_copy(update={"placement": "disaggregated"}),
             "evaluation": EvaluationSection(),
+            "driver": config.driver.model_copy(update={"max_staleness": 0, "oversample_prompts": 0}),
             "record": config.record.model_copy(update={"every": 1}),
         }
     )
@@ -285,6 +287,9 @@ def main() -> None:
         try:
             if done < args.steps:
                 grow(config, done, context_tokens, lock)
+        except (KeyboardInterrupt, RunError):
+            print("\nthe same command goes on from here, and pays for nothing twice", flush=True)
+            raise
         finally:
             print("\n".join(["", *table(folder), f"record      {folder}"]), flush=True)
 

@@ -79,7 +79,7 @@ def collect_plan(config: RLConfig, spec: ModelSpec, *, node: Node, prompts: int,
         f"{rollout.num_replies} replies with up to {rollout.most_futures if rollout.first_futures else 0} futures each "
         f"on {node.chosen(config.parallel)}",
         *call_lines("per step", calls),
-        *dollar_lines({"steps": (steps, calls)}),
+        *dollar_lines({"step" if steps == 1 else "steps": (steps, calls)}),
         *_own_metric_lines(config.reward),
         _budget_line(config),
         f"writes      {config.run.conversations_dir}",
