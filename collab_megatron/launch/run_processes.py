@@ -47,6 +47,7 @@ from collab_megatron.launch.threads import ThreadCounts, share_threads, usable_c
 from collab_megatron.wire.roster import RosterFolder
 
 C = TypeVar("C", RLConfig, SupervisedConfig, EvaluateConfig)
+Trained = TypeVar("Trained", RLConfig, SupervisedConfig)
 
 DRIVER_END_S = 60.0
 RESOLVED = "resolved.yaml"
@@ -105,7 +106,7 @@ def child_env(config: RLConfig | SupervisedConfig | EvaluateConfig | BuildDatase
     return NO_GPU if device_of(config.parallel) == "cpu" else {}
 
 
-def launch_trainers(config: SupervisedConfig | RLConfig, module: str, lock: RunLock) -> None:
+def launch_trainers(config: Trained, module: str, lock: RunLock) -> None:
     """Run trainer ranks alone, each `python -m module`: supervised training, or RL on a record. Returns when they are
     done. Raises RunError when one fails."""
     attempt = begin_attempt(config.run.logs_dir)

@@ -23,8 +23,8 @@ def test_a_replay_of_a_run_is_that_run(run: Run, short_demo: tuple[Path, Ended],
     """The same start, config and record on the same machine: every figure of training and the whole state, optimizer
     included, are equal to the last bit at two ranks. No engine, no driver, no LLM."""
     demo, _ = short_demo
-    given = ("-m", "collab_megatron.train_rl", str(demo / "logs" / "rl" / "latest" / "resolved.yaml"))
-    given = (*given, f"run.dir={tmp_path}", f"replay.record={demo}")
+    resolved = str(demo / "logs" / "rl" / "latest" / "resolved.yaml")
+    given = ("-m", "collab_megatron.train_rl", resolved, f"run.dir={tmp_path}", f"replay.record={demo}")
     ended = run(*given)
     assert ended.code == 0, ended.output[-4000:]
     assert "no engines, no driver, no LLM calls" in ended.output

@@ -78,7 +78,7 @@ def test_several_passes_and_a_resume_take_the_same_steps(
         assert (resumed.step, resumed.samples, resumed.metrics) == (
             first,
             whole[first].samples,
-            whole[first].metrics | {"replay/pass": resumed.metrics["replay/pass"]},
+            {**whole[first].metrics, "replay/pass": resumed.metrics["replay/pass"]},
         )
     assert [batch.metrics["replay/recorded_step"] for batch in whole] == [1, 2, 3, 1, 2, 3, 1]
     assert [batch.metrics["replay/pass"] for batch in whole] == [1, 1, 1, 2, 2, 2, 3]
