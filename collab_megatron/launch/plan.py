@@ -54,7 +54,7 @@ def replay_plan(config: RLConfig, spec: ModelSpec, *, node: Node, size: RecordSi
     steps, importance = config.train.steps, config.algorithm.importance
     corrected = f"importance {importance}, {config.algorithm.importance_beyond} at {config.algorithm.importance_cap:g}"
     if config.online_dpo is not None:
-        corrected = "online_dpo compares pairs, whoever sampled them"
+        corrected = "online_dpo compares pairs of any policy"
     elif importance == "none":
         corrected = "nothing corrects for that (algorithm.importance=none)"
     lines = [
