@@ -33,20 +33,18 @@ from collab_megatron.files import keep_from_others
 from collab_megatron.launch.attempts import LATEST, begin_attempt
 from collab_megatron.launch.cli import shard_file, token_file
 from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
-from collab_megatron.launch.drivers import Drivers
+from collab_megatron.launch.drivers import READY_FILE, Drivers
 from collab_megatron.launch.lock import RunLock, run_lock
-from collab_megatron.launch.node import device_of, visible_gpus
 from collab_megatron.launch.record_checks import check_collect
 from collab_megatron.launch.run_processes import (
     DRIVER_END_S,
     RESOLVED,
-    child_env,
     make_keys,
     on_chosen_device,
-    roster_folder,
     start_fleet,
     write_resolved,
 )
+from collab_megatron.launch.site import OneNode, child_env
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.log import set_up_logging
 from collab_megatron.rollout.record_files import read_trees, whole_steps
@@ -122,13 +120,10 @@ def grow(config: RLConfig, first: int, context_tokens: int, lock: RunLock) -> No
         stopped_timeout_s=config.run.stopped_timeout_s,
         env=child_env(config),
     ) as supervisor:
-        device = device_of(config.parallel)
-        keys = make_keys(supervisor, config)
-        fleet = start_fleet(supervisor, config, device, visible_gpus() if device == "cuda" else None, keys)
-        ready = supervisor.scratch / "driver"
-        drivers = Drivers(
-            supervisor, config.driver, write_resolved(config, supervisor), context_tokens, ready, engine_keys=keys
-        )
+        site, keys = OneNode(config), make_keys(supervisor, config)
+        fleet = start_fleet(supervisor, config, site, keys)
+        ready = supervisor.scratch / READY_FILE
+        drivers = Drivers(supervisor, config.driver, write_resolved(config, supervisor), context_tokens, keys)
         drivers.start(first)
         fleet.wait_until_ready()
 
@@ -137,7 +132,7 @@ def grow(config: RLConfig, first: int, context_tokens: int, lock: RunLock) -> No
             fleet.poll()
             drivers.poll()
 
-        engines = Engines(RosterFolder(roster_folder(supervisor)), config.engine.wait_s)
+        engines = Engines(site.roster(supervisor), config.engine.wait_s)
         with drivers_of(config, ready, look_after) as client:
             for step in range(first, config.train.steps):
                 ask(client, step, engines, config, look_after)

@@ -8,7 +8,8 @@ a clipped policy-gradient step, and publishes the new weights to the engines, wi
 online_dpo the step is a DPO step on the best and the worst reply of each group. With replay.record=RUN_DIR the batches
 come from recorded conversations, and nothing is sampled.
 
-`main` launches engines, driver and trainer ranks on this node. `train` runs in every trainer rank:
+`main` launches engines, driver and trainer ranks on this node, or on all nodes of a job. `train` runs in every trainer
+rank:
 
     driver --- wait_for_batch ---> update_policy ---> publish_weights ---> engines
                                         |                                     |
@@ -198,28 +199,27 @@ def main() -> None:
     from collab_megatron.launch.end_report import report_at_end
     from collab_megatron.launch.epochs import epochs_to_steps
     from collab_megatron.launch.lock import run_lock
-    from collab_megatron.launch.preflight import check_rl
+    from collab_megatron.launch.many_nodes import job_node, joined_job
+    from collab_megatron.launch.preflight import RLStart, check_rl
     from collab_megatron.launch.record_checks import check_replay
     from collab_megatron.launch.run_processes import launch_rl, launch_trainers
 
     config = epochs_to_steps(config)
+    check = check_rl if config.replay is None else check_replay
     if arguments.dry_run:
         print(show_config(config), flush=True)
-        check = check_rl if config.replay is None else check_replay
         check(config, dry_run=True, node=arguments.node)
         return
-    if config.replay is not None:
-        with run_lock(config.run, config.train.save_grace_s) as lock:
-            begin = check_replay(config, node=arguments.node)
-            with report_at_end(config.run, config.train.steps, arguments.config):
-                if not begin.is_done:
-                    launch_trainers(config, "collab_megatron.train_rl", lock)
-        return
-    with run_lock(config.run, config.train.save_grace_s) as lock:  # before the checks: they look for checkpoints
-        start = check_rl(config, node=arguments.node)
+    # the lock comes before the checks: they look for checkpoints
+    with joined_job(arguments.job) as link, run_lock(config.run, config.train.save_grace_s) as lock:
+        start = check(config, node=job_node(link, arguments.node))
         with report_at_end(config.run, config.train.steps, arguments.config):
-            if not start.is_done:
-                launch_rl(config, start, lock)
+            if start.is_done:
+                return
+            if isinstance(start, RLStart):
+                launch_rl(config, start, lock, link)
+            else:
+                launch_trainers(config, "collab_megatron.train_rl", lock, link)
 
 
 if __name__ == "__main__":
