@@ -31,6 +31,7 @@ from collab_megatron.launch.supervisor import ChildProcess, Supervisor, tail
 from collab_megatron.launch.threads import usable_cores
 from collab_megatron.signals import die_with_parent
 from collab_megatron.wire import job
+from collab_megatron.wire.curve import encrypt_client
 from collab_megatron.wire.dropped import Dropped
 from collab_megatron.wire.sealed import MAX_BODY, NOBODY, Channel, Refused, new_half, parts_of, read_key
 
@@ -93,6 +94,7 @@ class Agent:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 2000  # the last report
         self._socket.maxmsgsize = 2 * MAX_BODY
+        encrypt_client(self._socket, key, "job")
         try:
             self._socket.connect(f"tcp://{launcher}")
             self._address = address_towards(launcher.rpartition(":")[0])

@@ -19,6 +19,7 @@ from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch.agent import Agent
 from collab_megatron.launch.job_link import JobLink
 from collab_megatron.wire import job as messages
+from collab_megatron.wire.curve import encrypt_client, encrypt_server
 from collab_megatron.wire.sealed import NOBODY, Channel, new_half
 from tests.launch.agents import KEY, WAIT_S, Job, running_job
 
@@ -210,6 +211,7 @@ def test_strangers_start_nothing_and_stop_nothing(job: Job) -> None:
     other = bytes(32)
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.linger = 0
+        encrypt_client(stranger, KEY, "job")  # else ZeroMQ lets nothing through
         stranger.connect(f"tcp://{job.link.address}")
         hello = messages.Hello("gpu01", "10.6.6.6", 1, (), "0", "")
         again = Channel(KEY, new_half() + NOBODY, "agent").seal(messages.encode(hello))  # a second agent of a node
@@ -237,6 +239,7 @@ def test_an_agent_obeys_nobody_without_the_key(tmp_path: Path, monkeypatch: pyte
     with running_job(tmp_path, monkeypatch, orphan_s=2.0) as job, zmq.Context() as context:
         with context.socket(zmq.ROUTER) as false_launcher:
             false_launcher.linger = 0
+            encrypt_server(false_launcher, KEY, "job")  # else the agent would tell it nothing
             port = false_launcher.bind_to_random_port("tcp://127.0.0.1")
             agent = Agent("gpu01", f"127.0.0.1:{port}", KEY, orphan_s=2.0)
             codes: list[int] = []
