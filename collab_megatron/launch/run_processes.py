@@ -35,6 +35,7 @@ from collab_megatron.engine.server_args import (
     nccl_settings,
 )
 from collab_megatron.files import publish_text
+from collab_megatron.launch.api_keys import key_variables
 from collab_megatron.launch.attempts import Attempt, begin_attempt
 from collab_megatron.launch.drivers import Drivers
 from collab_megatron.launch.fleet import Fleet
@@ -78,6 +79,7 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
             ],
             here=engines_are_here(config.engine),
             env=trainer_env(config),
+            unset=key_variables(config),
         )
         fleet.wait_until_ready()
         (files / "engine").write_text("ready")
@@ -119,6 +121,7 @@ def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock) -> N
                 threads_of(config).trainer,
                 ["--attempt", str(attempt.number)],
                 env=trainer_env(config),
+                unset=key_variables(config),
             )
         )
 
@@ -158,6 +161,7 @@ def start_fleet(
             scratch=supervisor.scratch,
             text=isinstance(config, BuildDatasetConfig),
         )
+        command = replace(command, unset=(*command.unset, *key_variables(config)))
         if gpus is None:
             return command
         own = ",".join(gpus[number * engine.tensor : (number + 1) * engine.tensor])
@@ -195,9 +199,11 @@ def start_trainers(
     *,
     here: bool = True,
     env: Mapping[str, str],
+    unset: Sequence[str],
 ) -> list[ChildProcess]:
     """One process per rank; rank 0 writes to our terminal, the others to their logs. threads: of each rank, on CPU.
-    here: all processes that they exchange tensors with run on this node. env: of every rank besides."""
+    here: all processes that they exchange tensors with run on this node. env: of every rank besides.
+    unset: variables that no rank sees."""
     port = free_port()
     world = parallel.world_size
     argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
@@ -209,6 +215,7 @@ def start_trainers(
             {**_rank_env(rank, world, port, device, threads, here), **env},
             show=rank == 0,
             saves=True,
+            unset=unset,
         )
         for rank in range(world)
     ]

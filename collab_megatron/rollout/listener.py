@@ -51,7 +51,8 @@ class Listener:
             raise UserError(
                 f"the driver cannot listen at {address}: {error.strerror}; free the address, or start the run again"
             ) from None
-        self._refusals: zmq.asyncio.Socket | None = watch_refusals(self._socket) if address.startswith("tcp:") else None
+        tcp = address.startswith("tcp:")
+        self._refusals = cast(zmq.asyncio.Socket, watch_refusals(self._socket)) if tcp else None
         self._counting: asyncio.Task[None] | None = None
         self.address = cast(bytes, self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
