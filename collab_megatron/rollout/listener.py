@@ -98,6 +98,6 @@ class Listener:
             return None
         try:
             return Received(self._decode(payload), peer)
-        except (msgspec.DecodeError, ValueError):  # a UnicodeDecodeError is the latter
+        except (msgspec.DecodeError, ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
             self.dropped["unknown"] += 1
             return None

@@ -30,6 +30,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from collab_megatron.errors import UserError
 from collab_megatron.files import publish_secret
+from collab_megatron.log import log_of_server
 from collab_megatron.text import duration
 from collab_megatron.wire.dropped import Dropped
 
@@ -76,7 +77,14 @@ class LivePage:
         Raises UserError for a port that is in use."""
         app = web.Application(middlewares=[self._only_with_the_key])
         app.add_routes([web.get("/", self._page), web.get("/status", self._json), web.get("/metrics", self._metrics)])
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=END_S, keepalive_timeout=IDLE_S)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=log_of_server(self._count_malformed),
+            shutdown_timeout=END_S,
+            keepalive_timeout=IDLE_S,
+            lingering_time=0,  # no request has a body that should be waited for
+        )
         await self._runner.setup()
         try:
             self._listening = await asyncio.get_running_loop().create_server(self._connection, "127.0.0.1", port)
@@ -93,6 +101,9 @@ class LivePage:
             self._listening.close()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    def _count_malformed(self) -> None:
+        self.refused["malformed"] += 1
 
     def _connection(self) -> asyncio.Protocol:
         """Of a new connection."""
@@ -137,7 +148,7 @@ def key_of(header: str) -> bytes:
     """The key of an Authorization header: a bearer token, or the password of Basic; empty without one."""
     scheme, _, value = header.partition(" ")
     if scheme.lower() == "bearer":
-        return value.strip().encode()
+        return value.strip().encode(errors="surrogateescape")
     if scheme.lower() != "basic":
         return b""
     try:
