@@ -28,9 +28,7 @@ from typing import Any
 from collab_megatron.doctor.environment import REFUSED
 from collab_megatron.errors import RunError, UserError, run_cli
 
-PIP_AUDIT = (
-    "2.10.1"  # of the Python Packaging Authority, Apache-2.0; not in dev.in: only this command needs its 30 packages
-)
+PIP_AUDIT = "2.10.1"  # of the Python Packaging Authority, Apache-2.0; only this command needs it and its 30 packages
 EXIT_UNREACHABLE = 3  # as of tools/lock.sh
 INSTALL_S = 300
 AUDIT_S = 900

@@ -18,8 +18,8 @@ import msgspec
 import pytest
 import zmq
 
-from collab_megatron.rollout.live_page import MOST_CONNECTIONS
 from collab_megatron.rollout.listener import MAX_REQUEST_BYTES
+from collab_megatron.rollout.live_page import MOST_CONNECTIONS
 from collab_megatron.wire.curve import REFUSED, encrypt_client
 from collab_megatron.wire.protocol import DriverClient, Request
 from tests.conftest import REPOSITORY
@@ -156,8 +156,7 @@ def endless(where: tuple[str, int]) -> None:
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
     ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
     frame = b"\x03" + (MAX_REQUEST_BYTES // 2).to_bytes(8, "big") + bytes(MAX_REQUEST_BYTES // 2)
-    with half_open(where, 1, b"") as (stranger,):
-        with pytest.raises(ConnectionError):
-            stranger.sendall(greeting + bytes([4, len(ready)]) + ready)
-            for _ in range(400):
-                stranger.sendall(frame)
+    with half_open(where, 1, b"") as (stranger,), pytest.raises(ConnectionError):
+        stranger.sendall(greeting + bytes([4, len(ready)]) + ready)
+        for _ in range(400):
+            stranger.sendall(frame)

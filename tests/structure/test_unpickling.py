@@ -33,9 +33,7 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = {
     "trainer/sync/publisher.py": {"all_gather_object": BETWEEN_RANKS},
     "trainer/sync/broadcast_transport.py": {"all_gather_object": BETWEEN_RANKS},
     "trainer/sync/attempt.py": {"broadcast_object_list": BETWEEN_RANKS},
-    "config/yaml_text.py": {
-        "yaml.load": "with a loader that builds plain values only, tests/config/test_bad_inputs.py"
-    },
+    "config/yaml_text.py": {"yaml.load": "its loader builds plain values only, tests/config/test_bad_inputs.py"},
     "trainer/checkpoint/reader.py": {
         "import pickle": "its Unpickler refuses every name that is not on a list, tests/trainer/checkpoint",
         "Unpickler": "the same",

@@ -13,10 +13,8 @@ from collab_megatron.doctor.environment import REFUSED
 from tests.conftest import REPOSITORY, environment
 from tools.audit import EXIT_UNREACHABLE, PIP_AUDIT, Unreachable, installed, pinned, refused, sentences
 
-OFFLINE = {
-    **{"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": "/dev/null"},
-    **{"PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_NO_CACHE_DIR": "1"},
-}
+NOWHERE = dict.fromkeys(("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"), "")
+OFFLINE = NOWHERE | {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_CONFIG_FILE": "/dev/null", "PIP_NO_CACHE_DIR": "1"}
 LOCKS = sorted((REPOSITORY / "requirements").glob("*.txt"))
 JINJA = {"name": "jinja2", "version": "3.1.2"}
 
