@@ -1,4 +1,4 @@
-"""The short demo, run once for all tests that check its output."""
+"""The short demo, run once for all tests that check its output; runs that start warm, and cold ones on its data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import ONE_USER, Ended, Run, Server
+from tests.conftest import ONE_USER, Ended, Run, Server, environment
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +18,22 @@ def short_demo(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     ended = run("tools/demo.py", "--short", "--run-dir", str(run_dir), timeout_s=560)
     assert ended.code == 0, ended.output[-6000:]
     return run_dir, ended
+
+
+@pytest.fixture(scope="session")
+def warm_run(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """As `run`, with processes that are forked from one that has their imports (tests/warm.py)."""
+    if torch.version.cuda is not None:  # it may be touched while importing
+        return run
+    from tests.engine.real_servers import SGLANG
+    from tests.warm import run_warm
+
+    def ran(*argv: str, timeout_s: float = 240) -> Ended:
+        log = tmp_path_factory.mktemp("warm") / "output"
+        code = run_warm(log, argv, environment(), SGLANG, timeout_s)
+        return Ended(code, log.read_text())
+
+    return ran
 
 
 @pytest.fixture

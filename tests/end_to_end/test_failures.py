@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from collab_megatron.launch.ports import free_port
 from collab_megatron.rollout.record_files import read_trees
@@ -24,6 +25,8 @@ from collab_megatron.trainer.report.dashboard import read_metrics
 from collab_megatron.wire.checkpoints import newest_complete, read_info
 from tests.conftest import DESK_KEY, REPOSITORY, Ended, Run, environment
 from tests.end_to_end.strangers import knock_at_the_driver, require_closed_to_strangers
+from tests.forks import Forked
+from tests.warm import STARTS, read_starts, start_warm
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -31,14 +34,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 class Running:
     """A launcher under way, with everything it has started, and a temporary folder of its own."""
 
-    def __init__(self, argv: list[str], log: Path) -> None:
-        self._log = log
+    def __init__(self, argv: list[str], log: Path, warm: bool) -> None:
+        self._log, self._warm = log, warm
         self.temporary = Path(tempfile.mkdtemp(prefix="test_failures_"))  # short: sockets lie in it
         env = {**environment(), "TMPDIR": str(self.temporary)}
-        with log.open("wb") as sink:
-            self._process = subprocess.Popen(
-                [sys.executable, *argv], cwd=REPOSITORY, env=env, stdout=sink, stderr=subprocess.STDOUT
-            )
+        self._starts = self.temporary / "starts"
+        self._process: subprocess.Popen[bytes] | Forked
+        if warm:
+            self._process = start_warm(log, argv, {**env, STARTS: str(self._starts)})
+        else:
+            with log.open("wb") as sink:
+                self._process = subprocess.Popen(
+                    [sys.executable, *argv], cwd=REPOSITORY, env=env, stdout=sink, stderr=subprocess.STDOUT
+                )
         self.family: list[psutil.Process] = []
 
     @property
@@ -58,7 +66,10 @@ class Running:
             assert self._process.poll() is None, self._log.read_text()[-4000:]
             assert time.monotonic() < deadline, self._log.read_text()[-4000:]
             time.sleep(0.05)
-        self.family = psutil.Process(self._process.pid).children(recursive=True)
+        if self._warm:
+            self.family = [psutil.Process(started.pid) for started in read_starts(self._starts)]
+        else:
+            self.family = psutil.Process(self._process.pid).children(recursive=True)
 
     def child(self, *words: str) -> psutil.Process:
         """The first started process whose command line holds all `words`."""
@@ -66,6 +77,8 @@ class Running:
 
     def rank(self, rank: int) -> psutil.Process:
         """A trainer rank."""
+        if self._warm:
+            return next(psutil.Process(one.pid) for one in read_starts(self._starts) if one.rank == str(rank))
         ranks = (p for p in self.family if "--trainer-rank" in p.cmdline())
         return next(p for p in ranks if p.environ()["RANK"] == str(rank))
 
@@ -73,7 +86,8 @@ class Running:
         return max(int(step) for step in re.findall(r"^rl (\d+)/", self._log.read_text(), re.MULTILINE))
 
     def send(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
+        if self._process.poll() is None:
+            os.kill(self.pid, number)
 
     def end(self, timeout_s: float = 90) -> Ended:
         code = self._process.wait(timeout_s)
@@ -87,8 +101,8 @@ class Running:
 def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
-    def begin(argv: list[str]) -> Running:
-        started.append(Running(argv, tmp_path / "launcher.log"))
+    def begin(argv: list[str], *, warm: bool = False) -> Running:
+        started.append(Running(argv, tmp_path / "launcher.log", warm and torch.version.cuda is None))
         return started[-1]
 
     yield begin
@@ -159,7 +173,7 @@ def test_a_stopped_trainer_rank_is_named_and_the_run_ends_saved(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
 ) -> None:
     settings = ["train.steps=500", "train.save_interval=0", "run.stopped_timeout_s=2"]
-    running = start(rl_command(tmp_path / "run", *settings))
+    running = start(rl_command(tmp_path / "run", *settings), warm=True)
     running.wait_until("rl 1/500")
     rank = running.rank(1)
     rank.suspend()
@@ -212,7 +226,7 @@ def test_simulators_that_go_away_end_the_run(
             for role in ("user", "judge")
             for key in (f"api_base={base}", "timeout_s=10", "deadline_s=30", "max_attempts=2")
         ]
-        running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", *overrides))
+        running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", *overrides), warm=True)
         running.wait_until("rl 1/500")
         endpoint.kill()
         ended = running.end()
@@ -249,7 +263,8 @@ def test_a_disk_that_fills_up_while_saving(
             *("-m", "collab_megatron.train_sft", "conf/demo_sft.yaml", f"run.dir={small_disk}", "export_hf=null"),
             *(f"model.path={demo / 'model'}", f"data.train={demo / 'data' / 'sft_train.parquet'}"),
             *("train.steps=2000", "train.save_interval=20", "batch_size=16", "optimizer.warmup_steps=1"),
-        ]
+        ],
+        warm=True,
     )
     running.wait_until("sft 40/2000")
     filler = small_disk / "filler"
