@@ -43,7 +43,8 @@ from collab_megatron.launch.cli import parse_arguments
 from collab_megatron.launch.conversion import checkpoint_of, hf_folder_of
 from collab_megatron.launch.lock import RunLock, run_lock
 from collab_megatron.launch.preflight import check_evaluate
-from collab_megatron.launch.run_processes import child_env, launch_engine_only, on_chosen_device
+from collab_megatron.launch.run_processes import launch_engine_only, on_chosen_device
+from collab_megatron.launch.site import child_env
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.log import set_up_logging
 from collab_megatron.model.folder import resolve_model_folder

@@ -7,7 +7,8 @@ has them judged, and turns the rewards into group advantages. The trainer scores
 a clipped policy-gradient step, and publishes the new weights to the engines, with proof that they arrived. With
 online_dpo the step is a DPO step on the best and the worst reply of each group.
 
-`main` launches engines, driver and trainer ranks on this node. `train` runs in every trainer rank:
+`main` launches engines, driver and trainer ranks on this node, or on all nodes of a job. `train` runs in every trainer
+rank:
 
     driver --- wait_for_batch ---> update_policy ---> publish_weights ---> engines
                                         |                                     |
@@ -219,6 +220,7 @@ def main() -> None:
     from collab_megatron.launch.end_report import report_at_end
     from collab_megatron.launch.epochs import epochs_to_steps
     from collab_megatron.launch.lock import run_lock
+    from collab_megatron.launch.many_nodes import job_node, joined_job
     from collab_megatron.launch.preflight import check_rl
     from collab_megatron.launch.run_processes import launch_rl
 
@@ -227,11 +229,12 @@ def main() -> None:
         print(show_config(config), flush=True)
         check_rl(config, dry_run=True, node=arguments.node)
         return
-    with run_lock(config.run, config.train.save_grace_s) as lock:  # before the checks: they look for checkpoints
-        start = check_rl(config, node=arguments.node)
+    # the lock comes before the checks: they look for checkpoints
+    with joined_job(arguments.job) as link, run_lock(config.run, config.train.save_grace_s) as lock:
+        start = check_rl(config, node=job_node(link, arguments.node))
         with report_at_end(config.run, config.train.steps, arguments.config):
             if not start.is_done:
-                launch_rl(config, start, lock)
+                launch_rl(config, start, lock, link)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.child_process import NOT_SHOWN, ChildProcess, Ready
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.signals import die_with_parent
 
 REPO = Path(__file__).resolve().parents[1]
@@ -180,13 +181,14 @@ class ForkingSupervisor(Supervisor):
         restarted: bool = False,
         saves: bool = False,
         unset: Sequence[str] = (),
+        ready: Ready = NOT_SHOWN,
     ) -> ChildProcess:
         python, m, module, *args = argv
         assert (python, m) == (sys.executable, "-m"), argv
         assert not any((show, saves, unset))
         log = self._logs_dir / f"{name}.log"
         process = self._server.start(module, args, {**os.environ, "TMPDIR": str(self.scratch), **env}, log)
-        child = ChildProcess(name, cast("subprocess.Popen[bytes]", process), log, essential, restarted)
+        child = ChildProcess(name, cast("subprocess.Popen[bytes]", process), log, essential, restarted, ready=ready)
         self._children.append(child)
         return child
 

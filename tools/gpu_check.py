@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ sys.path.insert(0, str(REPOSITORY))  # run as a file, Python finds only tools/
 
 from collab_megatron.errors import EXIT_RUN, UserError, run_cli  # noqa: E402
 from collab_megatron.files import publish_json  # noqa: E402
+from collab_megatron.launch.child_process import ChildProcess
 from collab_megatron.launch.node import visible_gpus  # noqa: E402
 from collab_megatron.launch.supervisor import Supervisor  # noqa: E402
 from tools.gpu.parts import Part, parts  # noqa: E402
@@ -71,7 +71,7 @@ def run_part(part: Part, supervisor: Supervisor, out: Path, env: Mapping[str, st
         summary = f"{child.ended()}: {last_line(child.log)}" if child.process.returncode else ""
     except subprocess.TimeoutExpired:
         status, summary = "timeout", f"did not end within {deadline_s:.0f} s: {last_line(child.log)}"
-        end(child.process)
+        end(child, supervisor)
     supervisor.kill(child)  # what it may have left of its process group
     seconds = time.monotonic() - start
     try:
@@ -86,14 +86,14 @@ def run_part(part: Part, supervisor: Supervisor, out: Path, env: Mapping[str, st
     return Outcome(part.name, status, seconds, summary, reading.figures, str(child.log))
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(child: ChildProcess, supervisor: Supervisor) -> None:
     """TERM, so that the part ends its own children, and KILL if it does not."""
-    os.killpg(process.pid, signal.SIGTERM)
+    supervisor.terminate(child)
     try:
-        process.wait(END_S)
+        child.process.wait(END_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        supervisor.kill(child)
+        child.process.wait()
 
 
 def last_line(log: Path | None) -> str:

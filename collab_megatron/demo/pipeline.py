@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from collab_megatron.errors import UserError
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.child_process import ChildProcess
+from collab_megatron.launch.supervisor import Supervisor
 
 ENDPOINT_START_S = 30.0
 STAGE_END_S = 120.0  # for an interrupted stage: train.save_grace_s, and the end of its servers

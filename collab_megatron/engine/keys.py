@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from collab_megatron.errors import RunError
-from collab_megatron.files import publish_secret
 
 API_KEY_CALLS = frozenset({"generate", "model_info", "server_info", "v1/loads", "ping", "health", "ready"})
 """Calls that need the API key, without their query; all others need the admin key."""
@@ -29,11 +28,13 @@ class EngineKeys:
     admin: str = field(repr=False)
 
     @classmethod
-    def make(cls, file: Path) -> EngineKeys:
-        """Make new keys and write them to `file`, which must end in .yaml. Raises RunError when the disk refuses."""
-        keys = cls(secrets.token_hex(32), secrets.token_hex(32))
-        publish_secret(file, json.dumps({"api-key": keys.api, "admin-api-key": keys.admin}))
-        return keys
+    def new(cls) -> EngineKeys:
+        return cls(secrets.token_hex(32), secrets.token_hex(32))
+
+    @property
+    def text(self) -> str:
+        """The content of the file."""
+        return json.dumps({"api-key": self.api, "admin-api-key": self.admin})
 
     @classmethod
     def read(cls, file: Path) -> EngineKeys:

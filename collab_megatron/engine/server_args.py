@@ -83,7 +83,7 @@ def engine_command(
     model_path: str,
     dtype: str,
     device: str,
-    port: int,
+    port: int | str,
     seed: int,
     number: int = 0,
     cores: Sequence[int] | None = None,
@@ -95,8 +95,9 @@ def engine_command(
     """The server for `model_path`; prefix cache on. `text`: with a tokenizer, for chats over the OpenAI API; else for
     token ids only.
 
-    `number`: of the server within its run. `cores`: CPU cores for its ranks; None: all that this process may use.
-    `threads`: of each rank on CPU, unless engine.threads is set. `keys_file`: the API keys it asks for (keys.py).
+    `port`: also the word that a node's agent replaces (launch/agent.py). `number`: of the server within its run.
+    `cores`: CPU cores for its ranks; None: all that this process may use. `threads`: of each rank on CPU, unless
+    engine.threads is set. `keys_file`: the API keys it asks for (keys.py).
     `scratch`: folder of mode 0700 through which its ranks find each other; None: over a port that is open to all.
     On CPU: pure-torch attention and sampling, because SGLang's CPU kernels are not on PyPI (tools/cpu_support). On GPUs
     in fp32: Triton's attention.

@@ -19,18 +19,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from collab_megatron import __version__
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import keep_from_others, publish_secret
+from collab_megatron.launch.child_process import ChildProcess, tail
 from collab_megatron.launch.node import visible_gpus
-from collab_megatron.launch.ports import address_towards, free_port
+from collab_megatron.launch.ports import address_towards, free_port, interface_of
 from collab_megatron.launch.readiness import ReadinessProbe
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor, tail
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.launch.threads import usable_cores
 from collab_megatron.signals import die_with_parent
 from collab_megatron.wire import job
+from collab_megatron.wire.curve import encrypt_client
 from collab_megatron.wire.dropped import Dropped
 from collab_megatron.wire.sealed import MAX_BODY, NOBODY, Channel, Refused, new_half, parts_of, read_key
 
@@ -38,7 +41,9 @@ BEAT_S = 2.0  # between two reports without news
 ASK_S = 0.5  # between two requests to a server that starts
 POLL_S = 0.05
 ORPHAN_S = 60.0  # above the launcher's LOST_S: both sides agree that this node is lost
-_PLACE = re.compile(r"\{(python|scratch|address|port:[a-z0-9-]{1,32})\}")
+JOIN_S = 900.0  # the launcher checks config, data and model before it lets the agents in
+PORTS = 40  # free ports that the launcher may give away: for the ranks, and for servers across nodes
+_PLACE = re.compile(r"\{(python|scratch|address|interface|port:[a-z0-9-]{1,32})\}")
 
 
 @dataclass
@@ -84,15 +89,19 @@ class _Process:
 class Agent:
     """The agent of one node."""
 
-    def __init__(self, node: str, launcher: str, key: bytes, *, orphan_s: float = ORPHAN_S) -> None:
+    def __init__(
+        self, node: str, launcher: str, key: bytes, *, orphan_s: float = ORPHAN_S, join_s: float = JOIN_S
+    ) -> None:
         """launcher: HOST:PORT. Raises UserError if it is not an address."""
-        self._node, self._launcher, self._key, self._orphan_s = node, launcher, key, orphan_s
+        self._node, self._launcher, self._key = node, launcher, key
+        self._orphan_s, self._join_s = orphan_s, join_s
         self._half = new_half()
         self._channel = Channel(key, self._half + NOBODY, "agent")
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 2000  # the last report
         self._socket.maxmsgsize = 2 * MAX_BODY
+        encrypt_client(self._socket, key, "job")
         try:
             self._socket.connect(f"tcp://{launcher}")
             self._address = address_towards(launcher.rpartition(":")[0])
@@ -101,6 +110,8 @@ class Agent:
             raise UserError(f"{node} cannot reach the launcher at {launcher}: {error.strerror}") from None
         self._heard = time.monotonic()
         self._processes: dict[str, _Process] = {}
+        self._files: dict[str, int] = {}  # name -> version, of those that came as a Put
+        self._marks: Path | None = None
         self._told = job.Report()
         self._tell_at = 0.0
         self.dropped = Dropped()
@@ -108,17 +119,21 @@ class Agent:
     def run(self) -> int:
         """Serve the launcher until it says Bye (0) or is silent for too long (1)."""
         welcome = self._join()
+        if isinstance(welcome, job.Bye):
+            return 0
         if welcome is None:
-            print(f"{self._node}: no answer from {self._launcher} within {self._orphan_s:g} s", file=sys.stderr)
+            print(f"{self._node}: no answer from {self._launcher} within {self._join_s:g} s", file=sys.stderr)
             return 1
         keep_from_others(welcome.umask)
         with Supervisor(
             Path(welcome.logs_dir),
             stopped_timeout_s=welcome.stopped_timeout_s or None,
             save_grace_s=welcome.save_grace_s,
+            env=welcome.env,
         ) as supervisor:
             for name, content in welcome.files.items():
                 publish_secret(supervisor.scratch / name, content.decode())
+            self._marks = supervisor.scratch / welcome.marks if welcome.marks else None
             return self._serve(supervisor, Path(welcome.shared_file) if welcome.shared_file else None)
 
     def close(self) -> None:
@@ -126,7 +141,7 @@ class Agent:
         self._socket.close()
         self._context.term()
 
-    def _join(self) -> job.Welcome | None:
+    def _join(self) -> job.Welcome | job.Bye | None:
         """Say Hello until the launcher answers; None at the deadline."""
         hello = job.Hello(
             node=self._node,
@@ -135,14 +150,15 @@ class Agent:
             gpus=tuple(visible_gpus()),
             package=__version__,
             boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            ports=tuple({free_port(self._address) for _ in range(PORTS)}),
         )
         say_at = 0.0
-        while time.monotonic() - self._heard < self._orphan_s:
+        while time.monotonic() - self._heard < self._join_s:
             if time.monotonic() >= say_at:
                 self._send(hello)
                 say_at = time.monotonic() + BEAT_S
             for message in self._received():
-                if isinstance(message, job.Welcome):
+                if isinstance(message, job.Welcome | job.Bye):
                     return message
         return None
 
@@ -163,14 +179,20 @@ class Agent:
 
     def _report(self, shared: Path | None) -> None:
         """At news, and every BEAT_S."""
-        found = job.Report(self._states(), self._told.shared)
+        found = job.Report(self._states(), self._told.shared, files=dict(self._files), marks=self._found_marks())
         now = time.monotonic()
         if found == self._told and now < self._tell_at:
             return
         if shared is not None and not found.shared:
-            found = job.Report(found.roles, _first_line(shared))
+            found = msgspec.structs.replace(found, shared=_first_line(shared))
         self._send(found)
         self._told, self._tell_at = found, now + BEAT_S
+
+    def _found_marks(self) -> dict[str, str]:
+        if self._marks is None or not self._marks.is_dir():
+            return {}
+        found = sorted(path for path in self._marks.iterdir() if not path.name.startswith("."))
+        return {path.name: path.read_text(errors="replace")[: job.MARK_CHARACTERS] for path in found[-job.MOST_ROLES :]}
 
     def _states(self) -> tuple[job.RoleState, ...]:
         return tuple(process.state() for process in self._processes.values())
@@ -178,6 +200,10 @@ class Agent:
     def _obey(self, message: job.FromLauncher, supervisor: Supervisor) -> None:
         if isinstance(message, job.Start):
             self._start(message, supervisor)
+        elif isinstance(message, job.Put):
+            if message.version > self._files.get(message.name, 0):
+                publish_secret(supervisor.scratch / message.name, message.content.decode(errors="replace"))
+                self._files[message.name] = message.version
         elif isinstance(message, job.Kill | job.End):
             process = self._processes.get(message.role)
             if process is None or process.child is None or not process.runs or process.start.life != message.life:
@@ -211,7 +237,7 @@ class Agent:
             process.probe = ReadinessProbe(process.probe_url, every_s=ASK_S)
 
     def _filled(self, text: str, process: _Process, supervisor: Supervisor) -> str:
-        """The text with this node's values for {python}, {scratch}, {address} and {port:NAME}."""
+        """The text with this node's values for {python}, {scratch}, {address}, {interface} and {port:NAME}."""
 
         def value(found: re.Match[str]) -> str:
             name = found[1]
@@ -219,6 +245,8 @@ class Agent:
                 if name not in process.ports:
                     process.ports[name] = free_port(self._address)
                 return str(process.ports[name])
+            if name == "interface":
+                return interface_of(self._address)
             return {"python": sys.executable, "scratch": str(supervisor.scratch), "address": self._address}[name]
 
         return _PLACE.sub(value, text)
@@ -238,6 +266,7 @@ class Agent:
                 process.probe = None
         elif process.probe is not None and process.probe.answers():
             process.address, process.probe = process.probe_url, None
+            supervisor.note_shared_memory()
         elif process.ready_file is not None and not process.address and process.ready_file.exists():
             process.address = process.ready_file.read_text().strip()[:1000]
 

@@ -14,7 +14,8 @@ from collab_megatron.config import BuildDatasetConfig
 from collab_megatron.config.sections import DeploymentSection
 from collab_megatron.launch.attempts import begin_attempt
 from collab_megatron.launch.lock import RunLock
-from collab_megatron.launch.run_processes import child_env, launch_engine_only
+from collab_megatron.launch.run_processes import launch_engine_only
+from collab_megatron.launch.site import child_env
 from collab_megatron.launch.supervisor import Supervisor
 
 KEY_VARIABLE = "COLLAB_MEGATRON_BUILD_KEY"

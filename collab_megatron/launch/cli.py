@@ -50,6 +50,14 @@ class TrainerArguments:
 
 
 @dataclass(frozen=True)
+class JobArguments:
+    """The launcher's end of a job of several nodes (many_nodes.py)."""
+
+    address: str  # HOST:PORT where it listens for the agents
+    nodes: str  # in Slurm's form; empty: those of the Slurm job
+
+
+@dataclass(frozen=True)
 class Arguments:
     """An entry point's command line."""
 
@@ -59,6 +67,7 @@ class Arguments:
     node: Node | None  # described by --gpus, --nodes and --hosts; None: this machine
     trainer: TrainerArguments | None  # set in a trainer rank, None in the launcher
     models: Sequence[str] = ()  # evaluate.py: the rows of its table; empty: all
+    job: JobArguments | None = None  # set in the launcher of a job of several nodes
 
     @property
     def who(self) -> str:
@@ -97,6 +106,9 @@ def parse_arguments(
         metavar="NAME:GPUS,...",
         help="with --dry-run: plan for these nodes, such as a:8,b:8,c:0 or gpu[001-064]:8",
     )
+    job = parser.add_argument_group("a job of several nodes, with an agent on each (slurm/train_rl.sbatch)")
+    job.add_argument("--job", metavar="HOST:PORT", help="where to listen for the agents; their key on standard input")
+    job.add_argument("--job-nodes", metavar="NAMES", help="such as gpu[01-08]; by default those of the Slurm job")
     internal = parser.add_argument_group("set by the launcher")
     internal.add_argument("--trainer-rank", action="store_true", help=argparse.SUPPRESS)
     internal.add_argument("--roster", type=Path, help=argparse.SUPPRESS)
@@ -130,6 +142,7 @@ def parse_arguments(
         node=node,
         trainer=trainer,
         models=models,
+        job=None if args.job is None else JobArguments(args.job, args.job_nodes or ""),
     )
 
 

@@ -1,7 +1,7 @@
 """The driver processes of a run, one per shard. A driver that is killed is restarted and resumes from the journal.
 
-Drivers listen on Unix-domain sockets in a folder that only this user may enter. They answer only requests with the
-run's secret token, which is generated here.
+Drivers listen on Unix-domain sockets in a folder that only this user may enter or, in a job of several nodes, on TCP.
+They answer only requests with the run's secret token, which is generated here.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from collab_megatron.config.sections import DriverSection
 from collab_megatron.errors import RunError
-from collab_megatron.files import publish_secret
+from collab_megatron.launch.child_process import ChildProcess, Ready
 from collab_megatron.launch.cli import shard_file, token_file
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.supervisor import Supervisor
+from collab_megatron.launch.trainer_ranks import end_children
 from collab_megatron.wire.live_file import live_file
+
+READY_FILE = "driver"
+"""With .0, .1, ... for each shard; in the scratch folder, which has a short name and also holds sockets and token."""
 
 
 class Drivers:
@@ -34,15 +38,16 @@ class Drivers:
         section: DriverSection,
         resolved: Path,
         max_context_tokens: int,
-        ready_file: Path,
         engine_keys: Path | None = None,
+        addresses: Sequence[str] = (),
     ) -> None:
-        """`ready_file`: in a folder with a short name and mode 0700, which also holds sockets and token. `engine_keys`:
-        file of API keys (engine/keys.py); None: the engines need none."""
-        self._supervisor, self._section, self._ready_file = supervisor, section, ready_file
+        """`engine_keys`: file of API keys (engine/keys.py); None: the engines need none. `addresses`: tcp://HOST:PORT
+        of each shard; empty: Unix-domain sockets."""
+        self._supervisor, self._section = supervisor, section
+        self._ready_file, self._addresses = supervisor.scratch / READY_FILE, addresses
         self._argv = driver_command(resolved, max_context_tokens)
         self._keys = ["--engine-keys", str(engine_keys)] if engine_keys else []
-        publish_secret(token_file(ready_file), secrets.token_hex(32))
+        supervisor.publish(token_file(self._ready_file).name, secrets.token_hex(32))
         self._restarts = [0] * section.shards
         self._first_step: list[str] = []
         self._live_pages: dict[int, str] = {}  # addresses that were printed, by shard
@@ -53,11 +58,19 @@ class Drivers:
         self._first_step = ["--first-step", str(first_step)]
         self.children = [self._start(shard, self._first_step) for shard in range(self._section.shards)]
 
+    def restart(self, first_step: int, tick: Callable[[], None]) -> None:
+        """End all drivers and start them again, for a trainer that goes on at an earlier step. `tick` is called
+        repeatedly. Raises RunError where one does not end."""
+        children, self.children = self.children, []
+        end_children(self._supervisor, children, tick)
+        self.start(first_step)
+
     def poll(self) -> None:
         """Kill drivers that hang, restart drivers that were killed, and print the addresses of their live pages. Raises
         RunError after driver.max_restarts."""
         if self._section.live_port is not None:
             self._show_live_pages()
+        self._supervisor.pass_on_addresses(self.children)
         for shard, child in enumerate(self.children):
             if child.hung and child.process.poll() is None:
                 print(f"killing {child.name}: {child.hung}", flush=True)
@@ -73,7 +86,7 @@ class Drivers:
             if self._supervisor.is_gone(child):
                 self._restarts[shard] += 1
                 print(f"{child.name} ended with {child.ended()}: restarting it", flush=True)
-                was_ready = shard_file(self._ready_file, shard).exists()
+                was_ready = self._supervisor.was_ready(child)
                 self.children[shard] = self._start(shard, [] if was_ready else self._first_step)
 
     def _show_live_pages(self) -> None:
@@ -92,10 +105,11 @@ class Drivers:
     def _start(self, shard: int, more: Sequence[str]) -> ChildProcess:
         name = "driver" if self._section.shards == 1 else f"driver-{shard}"
         file = shard_file(self._ready_file, shard)
-        where = ["--shard", str(shard), "--address", f"ipc://{file}.socket"]
+        address = self._addresses[shard] if self._addresses else f"ipc://{file}.socket"
+        where = ["--shard", str(shard), "--address", address]
         ready = ["--ready-file", str(file), "--token-file", str(token_file(self._ready_file))]
         argv = [*self._argv, *where, *ready, "--logs-dir", str(self._supervisor.logs_dir), *self._keys, *more]
-        return self._supervisor.start(name, argv, {}, restarted=True)
+        return self._supervisor.start(name, argv, {}, restarted=True, ready=Ready(file=str(file)))
 
 
 def driver_command(resolved: Path, max_context_tokens: int) -> list[str]:

@@ -19,9 +19,9 @@ import httpx
 from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.server_args import EngineCommand
 from collab_megatron.errors import RunError, UserError, masked
-from collab_megatron.launch.ports import free_port
-from collab_megatron.launch.readiness import ReadinessProbe
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.child_process import ChildProcess, Ready
+from collab_megatron.launch.readiness import Readiness, ReadinessProbe
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
 POLL_S = 0.1
@@ -29,7 +29,8 @@ ASK_S = 1.0  # between two requests to a server that starts during training
 ASK_FIRST_S = 0.2  # the same while nothing else runs
 INFO_S = 10.0
 
-BuildCommand = Callable[[int, int], EngineCommand]  # (number of the server, its port) -> command line
+# (number of the server, its port) -> command line. Port 0: the agent of the server's node chooses one
+BuildCommand = Callable[[int, int], EngineCommand]
 
 
 @dataclass
@@ -38,11 +39,12 @@ class _ManagedServer:
 
     number: int
     entry: EngineEntry
-    readiness: ReadinessProbe
+    readiness: Readiness
     child: ChildProcess | None = None  # None: given by its URL, or abandoned
     ready: bool = False
     killed: bool = False  # the next start comes when no process of its group is left
     abandoned: bool = False  # no next start
+    uncounted: int = 0  # starts that were not the server's fault
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -80,8 +82,8 @@ class Fleet:
                 self._start_server(number, EngineEntry(name, "", ranks), essential=True)
         self._publish()
 
-    def wait_until_ready(self) -> None:
-        """Wait until every server has answered once, at most `startup_timeout_s`.
+    def wait_until_ready(self, tick: Callable[[], None] = lambda: None) -> None:
+        """Wait until every server has answered once, at most `startup_timeout_s`. `tick` is called repeatedly.
 
         Raises RunError if a server that we started dies or is late, or another child fails; UserError if none of the
         given servers answers. Given servers that do not answer are left out.
@@ -93,6 +95,7 @@ class Fleet:
                 self._leave_out(waiting)
                 break
             self.poll()
+            tick()
             time.sleep(POLL_S)
 
     def poll(self) -> None:
@@ -105,10 +108,22 @@ class Fleet:
             elif not server.ready and not server.abandoned and server.readiness.answers():
                 self._mark_ready(server)
 
+    def restart(self, reason: str) -> None:
+        """Start all servers of ours again, without counting it. Then `wait_until_ready`."""
+        for server in self._servers:
+            if server.child is not None and not server.killed:
+                self._supervisor.kill(server.child)
+                server.readiness.close()
+                server.ready, server.killed = False, True
+                server.uncounted += 1
+                self._say(server, f"{reason}: restarting it")
+        self._publish()
+
     def _never_answered(self, server: _ManagedServer) -> bool:
         if server.child is None:
             return not server.entry.managed and not server.ready
-        return server.child.essential
+        restarted = server.uncounted > 0 and not server.ready and not server.abandoned
+        return server.child.essential or restarted
 
     def _failure(self, server: _ManagedServer, child: ChildProcess) -> str | None:
         """Why the server must be killed; None: it is fine."""
@@ -123,12 +138,14 @@ class Fleet:
             return f"was not ready within {limit:g} s"
         return None
 
-    def _start_server(self, number: int, entry: EngineEntry, *, essential: bool) -> None:
+    def _start_server(self, number: int, entry: EngineEntry, *, essential: bool, uncounted: int = 0) -> None:
         command = self._build(number, self._port(number))
-        entry = replace(entry, url=command.url)
         every_s = ASK_FIRST_S if essential else ASK_S
-        child = self._supervisor.start(entry.name, command.argv, command.env, essential=essential, unset=command.unset)
-        server = _ManagedServer(number, entry, ReadinessProbe(command.url, every_s=every_s), child)
+        child = self._supervisor.start(
+            entry.name, command.argv, command.env, essential=essential, unset=command.unset, ready=Ready(command.url)
+        )
+        readiness = self._supervisor.readiness(child, every_s=every_s)
+        server = _ManagedServer(number, replace(entry, url=readiness.url), readiness, child, uncounted=uncounted)
         self._servers[number : number + 1] = [server]
 
     def _kill_server(self, server: _ManagedServer, child: ChildProcess, reason: str) -> None:
@@ -141,11 +158,12 @@ class Fleet:
         server.readiness.close()
         server.ready, server.killed = False, True
         limit = self._settings.max_restarts
-        server.abandoned = server.entry.life >= limit
+        failures = server.entry.life - server.uncounted
+        server.abandoned = failures >= limit
         if server.abandoned:
             self._say(server, f"{reason}: not restarted (engine.max_restarts={limit}); see {child.log}")
         else:
-            self._say(server, f"{reason}: restarting it ({server.entry.life + 1} of {limit})")
+            self._say(server, f"{reason}: restarting it ({failures + 1} of {limit})")
         self._publish()
 
     def _restart_when_gone(self, server: _ManagedServer) -> None:
@@ -156,12 +174,14 @@ class Fleet:
         if server.abandoned:
             server.child, server.killed = None, False
         else:
-            self._start_server(server.number, replace(server.entry, life=server.entry.life + 1), essential=False)
+            entry = replace(server.entry, life=server.entry.life + 1)
+            self._start_server(server.number, entry, essential=False, uncounted=server.uncounted)
 
     def _mark_ready(self, server: _ManagedServer) -> None:
         if server.child is None:
             server.entry = replace(server.entry, ranks=_ranks_of(server.entry.url))
         else:
+            server.entry = replace(server.entry, url=server.readiness.url)
             server.child.essential = False  # from here on it is restarted when it dies
             self._supervisor.note_shared_memory()
         server.ready = True
@@ -185,9 +205,7 @@ class Fleet:
         if self._settings.port:
             return self._settings.port + number
         taken = {urlsplit(server.entry.url).port for server in self._servers}
-        while (port := free_port(self._settings.host)) in taken:
-            pass  # a server that was given this port has not opened it yet
-        return port
+        return self._supervisor.port_for(self._settings.host, taken)
 
     def _publish(self) -> None:
         ready = [server.entry for server in self._servers if server.ready]

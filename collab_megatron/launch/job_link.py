@@ -12,7 +12,8 @@ for good: its agent, should it come back, is told to leave.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -20,6 +21,7 @@ import zmq
 
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.wire import job
+from collab_megatron.wire.curve import encrypt_server
 from collab_megatron.wire.dropped import Dropped
 from collab_megatron.wire.sealed import HALF, MAX_BODY, NOBODY, Channel, Refused, new_half, parts_of
 
@@ -29,7 +31,7 @@ AGAIN_S = 2.0
 POLL_S = 0.05
 MOST_AT_ONCE = 1000  # messages of one poll: strangers must not keep it busy
 
-Command = job.Start | job.Kill | job.End
+Command = job.Start | job.Kill | job.End | job.Put
 
 
 @dataclass
@@ -45,7 +47,7 @@ class _Node:
     report: job.Report = field(default_factory=job.Report)
     heard: float = 0.0
     lost: str = ""
-    commands: dict[tuple[str, str, int], Command] = field(default_factory=dict)  # without an effect yet
+    commands: dict[tuple[str | int, ...], Command] = field(default_factory=dict)  # without an effect yet
     again_at: float = 0.0
 
 
@@ -65,10 +67,12 @@ class JobLink:
         self._key, self._lost_s, self._clock = key, lost_s, clock
         self._nodes = {name: _Node(name) for name in nodes}
         self._hellos: dict[bytes, Channel] = {}  # agent's half -> the channel of its Hello
+        self._versions: Counter[str] = Counter()  # of files
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 1000
         self._socket.maxmsgsize = 2 * MAX_BODY
+        encrypt_server(self._socket, key, "job")
         try:
             self._socket.bind(f"tcp://{bind}")
         except zmq.ZMQError as error:
@@ -77,6 +81,10 @@ class JobLink:
         last = cast(bytes, self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
         self.address = last.removeprefix("tcp://")
         self.dropped = Dropped()
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return tuple(self._nodes)
 
     @property
     def lost(self) -> dict[str, str]:
@@ -98,8 +106,27 @@ class JobLink:
     def send(self, node: str, command: Command) -> None:
         """Start or end a process; has its effect at once or after some polls."""
         known = self._nodes[node]
-        known.commands[type(command).__name__, command.role, command.life] = command
+        if known.lost:
+            return
+        if isinstance(command, job.Put):
+            known.commands["Put", command.name] = command  # in the place of an older version
+        else:
+            known.commands[type(command).__name__, command.role, command.life] = command
         self._tell(known, command)
+
+    def put(self, nodes: Iterable[str], name: str, content: bytes) -> None:
+        """Write a file to the temporary folder of each node; has its effect after some polls, see `has_files`."""
+        self._versions[name] += 1
+        for node in nodes:
+            self.send(node, job.Put(name, self._versions[name], content))
+
+    def has_files(self, node: str) -> bool:
+        """Whether all files that were `put` are there. True for a lost node."""
+        return not any(isinstance(command, job.Put) for command in self._nodes[node].commands.values())
+
+    def marks(self, node: str) -> Mapping[str, str]:
+        """What processes of the node have written to the folder Welcome.marks: file -> text."""
+        return self._nodes[node].report.marks
 
     def poll(self) -> None:
         """Take what has arrived, repeat what had no effect, notice lost nodes."""
@@ -119,15 +146,25 @@ class JobLink:
                 for command in node.commands.values():
                     self._tell(node, command)
 
+    def wait_for_hellos(self, *, timeout_s: float) -> None:
+        """Until every agent has said what its node has. Raises RunError at the deadline."""
+        self._wait_for_all(lambda node: node.hello is not None, timeout_s)
+
     def wait_until_joined(self, welcome: Callable[[job.Hello], job.Welcome], *, timeout_s: float) -> None:
         """Until every agent has been welcomed and has sent a report. Raises RunError at the deadline."""
+
+        def joined(node: _Node) -> bool:
+            if node.hello is not None and not node.welcomed:
+                self._tell(node, welcome(node.hello))
+                node.welcomed = True
+            return bool(node.heard)
+
+        self._wait_for_all(joined, timeout_s)
+
+    def _wait_for_all(self, done: Callable[[_Node], bool], timeout_s: float) -> None:
         deadline = self._clock() + timeout_s
-        while missing := [name for name, node in self._nodes.items() if not node.heard]:
+        while missing := [name for name, node in self._nodes.items() if not done(node)]:
             self.poll()
-            for node in self._nodes.values():
-                if node.hello is not None and not node.welcomed:
-                    self._tell(node, welcome(node.hello))
-                    node.welcomed = True
             if self._clock() > deadline:
                 some = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
                 raise RunError(
@@ -225,6 +262,8 @@ class JobLink:
 
 
 def _has_effect(command: Command, report: job.Report) -> bool:
+    if isinstance(command, job.Put):
+        return report.files.get(command.name, 0) >= command.version
     state = next((state for state in report.roles if state.role == command.role), None)
     if state is None or state.life < command.life:
         return not isinstance(command, job.Start)  # nothing to end

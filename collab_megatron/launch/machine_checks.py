@@ -47,7 +47,7 @@ def check_trainer(parallel: ParallelSection, engine: EngineSection | None, node:
     started = 0 if engine is None else started_ranks(engine)
     if node.here:
         parallel.require_transformer_engine(importlib.util.find_spec("transformer_engine") is not None)
-        if node.device(parallel) == "cpu" and max(parallel.world_size, started) > most_processes():
+        if node.device(parallel) == "cpu" and not node.hosts and max(parallel.world_size, started) > most_processes():
             raise UserError(
                 f"{parallel.world_size:,} trainer ranks and {started:,} engine ranks are too many for the "
                 f"{usable_cores()} cores of this machine: lower parallel.data, engine.count or engine.tensor"

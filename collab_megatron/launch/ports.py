@@ -10,6 +10,8 @@ import socket
 import sys
 from pathlib import Path
 
+import psutil
+
 from collab_megatron.errors import RunError, UserError, run_cli
 
 FIRST_PORT = 10240
@@ -35,6 +37,14 @@ def address_towards(host: str) -> str:
     with socket.socket(family, kind) as probe:
         probe.connect(target)
         return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has this address. Raises RunError if none has."""
+    for name, known in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address for each in known):
+            return name
+    raise RunError(f"no network interface of this machine has the address {address}")
 
 
 def _first_ephemeral() -> int:

@@ -8,10 +8,24 @@ from __future__ import annotations
 import http.client
 import select
 import time
+from typing import Protocol
 from urllib.parse import urlsplit
 
 CONNECT_S = 0.5  # the only wait; on this machine a connection takes no time
 ANSWER_S = 25.0  # then the request is sent again; SGLang itself gives up after 20
+
+
+class Readiness(Protocol):
+    """Whether one server answers."""
+
+    @property
+    def url(self) -> str:
+        """Of the server; of one on another node known once it answers."""
+        ...
+
+    def answers(self) -> bool: ...
+
+    def close(self) -> None: ...
 
 
 class ReadinessProbe:
@@ -19,6 +33,7 @@ class ReadinessProbe:
 
     def __init__(self, url: str, *, every_s: float) -> None:
         """At most one request every `every_s` seconds."""
+        self.url = url
         self._address = urlsplit(url)
         self._every_s = every_s
         self._asked = -every_s

@@ -1,18 +1,18 @@
-"""Starts the processes of a run on this node and waits until they end: engines, drivers, trainer ranks.
+"""Starts the processes of a run and waits until they end: engines, drivers, trainer ranks; on one node, or on many.
 
 If a driver or trainer rank fails, all other processes are ended and its error message is printed. Engines are restarted
-(fleet.py), and so are drivers that were killed (drivers.py).
+(fleet.py), and so are drivers and trainer ranks that were killed (drivers.py, trainer_ranks.py). Where a process runs,
+and what it must know of its place, is the site's business (site.py).
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import urlsplit
+from typing import TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -24,210 +24,162 @@ from collab_megatron.config import (
     dump_config,
     show_config,
 )
-from collab_megatron.config.sections import EngineSection, ParallelSection
+from collab_megatron.config.sections import RunSection
 from collab_megatron.engine.keys import EngineKeys
-from collab_megatron.engine.server_args import (
-    NO_GPU,
-    ON_LOOPBACK,
-    OPENMP_WAITS,
-    EngineCommand,
-    engine_command,
-    nccl_settings,
-)
+from collab_megatron.engine.server_args import EngineCommand, engine_command, nccl_settings
+from collab_megatron.errors import RunError
 from collab_megatron.files import publish_text
-from collab_megatron.launch.attempts import Attempt, begin_attempt
-from collab_megatron.launch.drivers import Drivers
+from collab_megatron.launch.attempts import begin_attempt
+from collab_megatron.launch.drivers import READY_FILE, Drivers
 from collab_megatron.launch.fleet import Fleet
+from collab_megatron.launch.job_link import JobLink
 from collab_megatron.launch.lock import RunLock
-from collab_megatron.launch.node import device_of, visible_gpus
-from collab_megatron.launch.ports import free_port
+from collab_megatron.launch.many_nodes import ManyNodes
+from collab_megatron.launch.node import device_of
 from collab_megatron.launch.preflight import RLStart
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor
-from collab_megatron.launch.threads import ThreadCounts, share_threads, usable_cores
-from collab_megatron.wire.roster import RosterFolder
+from collab_megatron.launch.site import OneNode, Site, engine_gpus
+from collab_megatron.launch.supervisor import Supervisor
+from collab_megatron.launch.trainer_ranks import TrainerRanks
+from collab_megatron.wire.checkpoints import newest_complete, read_info
 
-C = TypeVar("C", RLConfig, SupervisedConfig, EvaluateConfig)
+C = TypeVar("C", bound=RLConfig | SupervisedConfig | EvaluateConfig)
 
 DRIVER_END_S = 60.0
+POLL_S = 0.1
 RESOLVED = "resolved.yaml"
+CHOSEN_THERE = "{port:http}"  # the agent of the server's node chooses its port
 ONE_QUEUE = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
-def launch_rl(config: RLConfig, start: RLStart, lock: RunLock) -> None:
-    """Run engines, driver and trainers; returns when the run is done. Raises RunError when a part fails."""
+def launch_rl(config: RLConfig, start: RLStart, lock: RunLock, link: JobLink | None = None) -> None:
+    """Run engines, driver and trainers; returns when the run is done. link: of a job of several nodes. Raises RunError
+    when a part fails."""
+    shared = config.model_copy(update={"engine": start.engine})
+    site: Site = OneNode(config, gpus=engine_gpus(config))
+    if link is not None:
+        site = ManyNodes(link, config, start.engine, shards=config.driver.shards)
     attempt = begin_attempt(config.run.logs_dir)
-    with _supervisor(config, attempt, lock) as supervisor:
-        files = supervisor.scratch
+    with site.supervisor(config, attempt, lock) as supervisor:
         resolved = write_resolved(on_chosen_device(config), supervisor)
         keys_file = make_keys(supervisor, config)
-        shared = config.model_copy(update={"engine": start.engine})
-        fleet = start_fleet(supervisor, shared, device_of(config.parallel), engine_gpus(config), keys_file)
-        drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, files / "driver", keys_file)
-        drivers.start(start.first_step)
-        trainers = start_trainers(
-            supervisor,
-            "collab_megatron.train_rl",
-            resolved,
-            config.parallel,
-            threads_of(config).trainer,
-            [
-                *("--attempt", str(attempt.number), "--roster", str(roster_folder(supervisor))),
-                *("--engine-ready-file", str(files / "engine")),
-                *("--driver-ready-file", str(files / "driver")),
-                *(("--engine-keys", str(keys_file)) if keys_file else ()),
-            ],
-            here=engines_are_here(config.engine),
-            env=trainer_env(config),
+        fleet = start_fleet(supervisor, shared, site, keys_file)
+        addresses = site.driver_addresses(config.driver.shards)
+        drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, keys_file, addresses)
+        ranks = TrainerRanks(
+            supervisor, site, "collab_megatron.train_rl", config.parallel.world_size, trainer_env(config)
         )
-        fleet.wait_until_ready()
-        (files / "engine").write_text("ready")
+
+        def start_ranks(resolved: Path, life: int) -> None:
+            ready = f"engines-{life}"  # the file that is there once all engines have answered
+            more = ["--attempt", str(attempt.number), "--roster", str(site.roster_folder(supervisor))]
+            more += ["--engine-ready-file", str(supervisor.scratch / ready)]
+            more += ["--driver-ready-file", str(supervisor.scratch / READY_FILE)]
+            more += ["--engine-keys", str(keys_file)] if keys_file else []
+            ranks.start(resolved, more)
+            fleet.wait_until_ready(tick=look_after)
+            supervisor.publish(ready, "ready")
 
         def look_after() -> None:
+            supervisor.check()
             fleet.poll()
             drivers.poll()
 
-        supervisor.wait_for(trainers, tick=look_after)
+        def start_again(resolved: Path, life: int) -> None:
+            if config.engine.placement == "colocated":  # their memory may be the trainer's at this moment
+                fleet.restart("lost its trainer")
+            drivers.restart(newest_step(config.run), look_after)
+            start_ranks(resolved, life)
+
+        drivers.start(start.first_step)
+        start_ranks(resolved, 0)
+        watch(config, supervisor, ranks, look_after, start_again)
         supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # rank 0 has told them to stop
 
 
-def _supervisor(config: RLConfig | SupervisedConfig, attempt: Attempt, lock: RunLock) -> Supervisor:
-    return Supervisor(
-        attempt.folder,
-        held=lock.held,
-        stopped_timeout_s=config.run.stopped_timeout_s,
-        save_grace_s=config.train.save_grace_s,
-        env=child_env(config),
-    )
-
-
-def child_env(config: RLConfig | SupervisedConfig | EvaluateConfig | BuildDatasetConfig) -> Mapping[str, str]:
-    """Environment of every process of the run."""
-    return NO_GPU if device_of(config.parallel) == "cpu" else {}
-
-
-def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock) -> None:
-    """Run the trainer ranks, each `python -m module`; returns when training is done. Raises RunError when one fails."""
+def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock, link: JobLink | None = None) -> None:
+    """Run the trainer ranks, each `python -m module`; returns when training is done. link: of a job of several nodes.
+    Raises RunError when one fails."""
+    site: Site = OneNode(config) if link is None else ManyNodes(link, config, None)
     attempt = begin_attempt(config.run.logs_dir)
-    with _supervisor(config, attempt, lock) as supervisor:
-        resolved = write_resolved(on_chosen_device(config), supervisor)
-        supervisor.wait_for(
-            start_trainers(
-                supervisor,
-                module,
-                resolved,
-                config.parallel,
-                threads_of(config).trainer,
-                ["--attempt", str(attempt.number)],
-                env=trainer_env(config),
+    with site.supervisor(config, attempt, lock) as supervisor:
+        ranks = TrainerRanks(supervisor, site, module, config.parallel.world_size, trainer_env(config))
+
+        def start_ranks(resolved: Path, life: int) -> None:
+            ranks.start(resolved, ["--attempt", str(attempt.number)])
+
+        start_ranks(write_resolved(on_chosen_device(config), supervisor), 0)
+        watch(config, supervisor, ranks, supervisor.check, start_ranks)
+
+
+def watch(
+    config: RLConfig | SupervisedConfig,
+    supervisor: Supervisor,
+    ranks: TrainerRanks,
+    look_after: Callable[[], None],
+    start_again: Callable[[Path, int], None],
+) -> None:
+    """Until the trainer ranks are done. look_after: called repeatedly. start_again: starts what must be, with the
+    config for resuming and the number of the start. Raises RunError when a part fails."""
+    lives, limit = 0, config.train.max_restarts
+    if isinstance(config, RLConfig) and config.engine.placement == "colocated" and config.engine.urls:
+        limit = 0
+    while not ranks.done:
+        look_after()
+        if reason := ranks.poll():
+            if lives == limit:
+                raise RunError(f"{reason}, after {lives} restarts of the trainer (train.max_restarts={limit})")
+            lives += 1
+            print(f"{reason}: restarting the trainer ({lives} of {limit})", flush=True)
+            ranks.end(look_after, save_grace_s=config.train.save_grace_s)
+            print(f"all trainer ranks start again at step {newest_step(config.run) + 1}", flush=True)
+            again = config.model_copy(
+                update={"run": config.run.model_copy(update={"resume": config.run.resume or "auto"})}
             )
-        )
+            start_again(supervisor.publish(f"again-{lives}.yaml", dump_config(on_chosen_device(again))), lives)
+        time.sleep(POLL_S)
+
+
+def newest_step(run: RunSection) -> int:
+    """Steps in the newest complete checkpoint."""
+    newest = newest_complete(run.checkpoints_dir)
+    return 0 if newest is None else read_info(newest).step
 
 
 def make_keys(supervisor: Supervisor, config: RLConfig | EvaluateConfig | BuildDatasetConfig) -> Path | None:
     """A new file of API keys for the servers that we start; None for engine.urls, which keep their own."""
-    if config.engine.urls:
-        return None
-    file = supervisor.scratch / "engine_keys.yaml"
-    EngineKeys.make(file)
-    return file
+    return None if config.engine.urls else supervisor.publish("engine_keys.yaml", EngineKeys.new().text)
 
 
 def start_fleet(
     supervisor: Supervisor,
     config: RLConfig | EvaluateConfig | BuildDatasetConfig,
-    device: str,
-    gpus: Sequence[str] | None,
+    site: Site,
     keys_file: Path | None,
 ) -> Fleet:
-    """Start the servers of a run. gpus: ids of the GPUs that they may use, in order; None: all GPUs of this node.
-    keys_file: from `make_keys`."""
+    """Start the servers of a run. keys_file: from `make_keys`."""
     engine, model = config.engine, config.model
     assert model is not None, "a build without a model starts no server"
+    engine = engine.model_copy(update={"host": site.engine_host(engine)})
 
     def build(number: int, port: int) -> EngineCommand:
         command = engine_command(
             engine,
             model_path=model.path,
             dtype=model.dtype,
-            device=device,
-            port=port,
+            device=device_of(config.parallel),
+            port=port or CHOSEN_THERE,
             seed=config.run.seed,
             number=number,
-            threads=threads_of(config).engine,
+            threads=site.engine_threads(number),
             keys_file=keys_file,
             scratch=supervisor.scratch,
             text=isinstance(config, BuildDatasetConfig),
         )
-        if gpus is None:
-            return command
-        own = ",".join(gpus[number * engine.tensor : (number + 1) * engine.tensor])
-        return replace(command, env={**command.env, "CUDA_VISIBLE_DEVICES": own})
+        return replace(command, env={**command.env, **site.engine_env(number)})
 
-    fleet = Fleet(supervisor, engine, RosterFolder(roster_folder(supervisor)), build)
+    fleet = Fleet(supervisor, engine, site.roster(supervisor), build)
     fleet.start()
     return fleet
-
-
-def engines_are_here(engine: EngineSection) -> bool:
-    """Whether all servers run on this node. Servers elsewhere must reach the trainer from outside to get weights."""
-    return all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in engine.urls)
-
-
-def roster_folder(supervisor: Supervisor) -> Path:
-    return supervisor.logs_dir / "engines"
-
-
-def engine_gpus(config: RLConfig) -> list[str] | None:
-    """Ids of the GPUs of the engines, server by server; None on CPU."""
-    if device_of(config.parallel) == "cpu":
-        return None
-    first = 0 if config.engine.placement == "colocated" else config.parallel.world_size
-    return visible_gpus()[first:]
-
-
-def start_trainers(
-    supervisor: Supervisor,
-    module: str,
-    resolved: Path,
-    parallel: ParallelSection,
-    threads: int,
-    extra: list[str],
-    *,
-    here: bool = True,
-    env: Mapping[str, str],
-) -> list[ChildProcess]:
-    """One process per rank; rank 0 writes to our terminal, the others to their logs. threads: of each rank, on CPU.
-    here: all processes that they exchange tensors with run on this node. env: of every rank besides."""
-    port = free_port()
-    world = parallel.world_size
-    argv = [sys.executable, "-m", module, str(resolved), "--trainer-rank", *extra]
-    device = device_of(parallel)
-    return [
-        supervisor.start(
-            f"trainer-{rank}",
-            argv,
-            {**_rank_env(rank, world, port, device, threads, here), **env},
-            show=rank == 0,
-            saves=True,
-        )
-        for rank in range(world)
-    ]
-
-
-def _rank_env(rank: int, world: int, port: int, device: str, threads: int, here: bool = True) -> Mapping[str, str]:
-    env = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONUNBUFFERED": "1",
-    }
-    if here:
-        env |= ON_LOOPBACK
-    if device == "cpu":
-        env |= {"OMP_NUM_THREADS": str(threads), **OPENMP_WAITS, **NO_GPU}
-    return env
 
 
 def trainer_env(config: RLConfig | SupervisedConfig) -> dict[str, str]:
@@ -248,31 +200,14 @@ def trainer_env(config: RLConfig | SupervisedConfig) -> dict[str, str]:
 def on_chosen_device(config: C) -> C:
     """parallel.device=auto, decided once: a rank whose torch finds another device refuses to train."""
     parallel = config.parallel.model_copy(update={"device": device_of(config.parallel)})
-    return config.model_copy(update={"parallel": parallel})
-
-
-def threads_of(config: RLConfig | SupervisedConfig | EvaluateConfig | BuildDatasetConfig) -> ThreadCounts:
-    """Threads of a trainer rank and of an engine rank: from the config, else a share of the cores. Used on CPU only."""
-    parallel = config.parallel
-    engine = None if isinstance(config, SupervisedConfig) else config.engine
-    shared = share_threads(
-        usable_cores(),
-        trainer_ranks=0 if isinstance(config, EvaluateConfig | BuildDatasetConfig) else parallel.world_size,
-        engine_ranks=0 if engine is None or engine.urls else engine.count * engine.tensor,
-        at_once=isinstance(config, RLConfig) and config.driver.max_staleness > 0,
-    )
-    return ThreadCounts(
-        trainer=parallel.threads or shared.trainer,
-        engine=(engine.threads if engine is not None else None) or shared.engine,
-    )
+    return cast(C, config.model_copy(update={"parallel": parallel}))
 
 
 def write_resolved(config: BaseModel, supervisor: Supervisor) -> Path:
     """Write the config that every process of this attempt reads to the temporary folder; the copy in the logs is
     masked. Raises RunError if it cannot be written."""
     publish_text(supervisor.logs_dir / RESOLVED, show_config(config))
-    publish_text(supervisor.scratch / RESOLVED, dump_config(config))
-    return supervisor.scratch / RESOLVED
+    return supervisor.publish(RESOLVED, dump_config(config))
 
 
 def launch_engine_only(
@@ -280,8 +215,7 @@ def launch_engine_only(
 ) -> tuple[list[str], EngineKeys | None]:
     """Start the engines of an evaluation or of a dataset build, on all GPUs of the node, and wait for them; their URLs
     and API keys."""
-    device = device_of(config.parallel)
     keys_file = make_keys(supervisor, config)
-    fleet = start_fleet(supervisor, config, device, visible_gpus() if device == "cuda" else None, keys_file)
+    fleet = start_fleet(supervisor, config, OneNode(config), keys_file)
     fleet.wait_until_ready()
     return fleet.urls, EngineKeys.read(keys_file) if keys_file else None

@@ -27,6 +27,7 @@ def run_supervised(kind: type[C], module: str, description: str | None, train: C
     from collab_megatron.launch.end_report import report_at_end
     from collab_megatron.launch.epochs import epochs_to_steps
     from collab_megatron.launch.lock import run_lock
+    from collab_megatron.launch.many_nodes import job_node, joined_job
     from collab_megatron.launch.preflight import check_supervised
     from collab_megatron.launch.run_processes import launch_supervised
 
@@ -35,8 +36,9 @@ def run_supervised(kind: type[C], module: str, description: str | None, train: C
         print(show_config(config), flush=True)
         check_supervised(config, dry_run=True, node=arguments.node)
         return
-    with run_lock(config.run, config.train.save_grace_s) as lock:  # before the checks: they look for checkpoints
-        start = check_supervised(config, node=arguments.node)
+    # the lock comes before the checks: they look for checkpoints
+    with joined_job(arguments.job) as link, run_lock(config.run, config.train.save_grace_s) as lock:
+        start = check_supervised(config, node=job_node(link, arguments.node))
         with report_at_end(config.run, config.train.steps, None, exported=config.export_hf):
             if not start.is_done:
-                launch_supervised(config, module, lock)
+                launch_supervised(config, module, lock, link)

@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -21,43 +20,20 @@ from collab_megatron.errors import (
     EXIT_BUDGET,
     EXIT_INTERRUPTED,
     EXIT_RUN,
-    EXIT_UNEXPECTED,
     EXIT_USER,
     BudgetSpent,
     RunError,
 )
+from collab_megatron.files import publish_secret
+from collab_megatron.launch.child_process import NOT_SHOWN, ChildProcess, Ready, tail
+from collab_megatron.launch.ports import free_port
+from collab_megatron.launch.readiness import Readiness, ReadinessProbe
 from collab_megatron.launch.scratch import ScratchFolder
 from collab_megatron.launch.stopped import StoppedWatch, all_processes
 from collab_megatron.signals import die_with_parent, end_at_signals
 
 GRACE_S = 10.0  # between TERM and KILL
 SAY_S = 5.0  # on top of the grace time of children that save: they end themselves and print why
-TAIL_LINES = 12
-
-
-@dataclass
-class ChildProcess:
-    """A process that the supervisor has started."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path | None  # None: its output goes to ours
-    essential: bool = True  # its failure ends all children
-    restarted: bool = False  # after a signal or an unexpected exception its starter starts it again
-    saves: bool = False  # at TERM it saves a checkpoint together with the other ranks, then ends
-    hung: str | None = None  # why its starter must kill it although it runs
-
-    def ended(self) -> str | None:
-        """How the process ended ("exit code 1", "signal SIGKILL"); None while it runs."""
-        code = self.process.poll()
-        if code is None:
-            return None
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-    def will_restart(self) -> bool:
-        """Whether its starter starts it again after this end."""
-        code = self.process.poll() or 0
-        return self.restarted and (code < 0 or code == EXIT_UNEXPECTED)
 
 
 class Supervisor:
@@ -92,9 +68,12 @@ class Supervisor:
         self._scratch = ScratchFolder.create()
         if not self._keeps_logs:
             self._logs_dir = self._scratch.folder
+        self._end_at_signals()
+        return self
+
+    def _end_at_signals(self) -> None:
         # Ctrl-C too if a second one would interrupt a save; the asyncio loop of an evaluation handles it itself
         end_at_signals(*((signal.SIGINT,) if self._save_grace_s else ()))
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -136,9 +115,10 @@ class Supervisor:
         restarted: bool = False,
         saves: bool = False,
         unset: Sequence[str] = (),
+        ready: Ready = NOT_SHOWN,
     ) -> ChildProcess:
         """Start `argv` with our environment, without `unset`, plus `env`. Output goes to LOGS/name.log, or to our own
-        if `show`."""
+        if `show`. ready: kept in the child, for `readiness`."""
         log = None if show else self._logs_dir / f"{name}.log"
         # SGLang logs its API keys at --log-level info: readable by the owner only, whatever the umask is
         mode = 0o600 if name.startswith("engine-") else 0o666
@@ -162,9 +142,32 @@ class Supervisor:
         finally:
             if sink is not None:
                 sink.close()
-        child = ChildProcess(name, process, log, essential, restarted, saves)
+        child = ChildProcess(name, process, log, essential, restarted, saves, ready=ready)
         self._children.append(child)
         return child
+
+    def publish(self, name: str, text: str) -> Path:
+        """Write a file of mode 600 for the children, before or after their start; its path as they see it. Raises
+        RunError when the disk refuses."""
+        publish_secret(self.scratch / name, text)
+        return self.scratch / name
+
+    def port_for(self, host: str, taken: Collection[int | None]) -> int:
+        """A free port of `host`, not one of `taken`: the server that was given that one may not have opened it yet."""
+        while (port := free_port(host)) in taken:
+            pass
+        return port
+
+    def readiness(self, child: ChildProcess, *, every_s: float) -> Readiness:
+        """Whether the server `child.ready.url` answers; asked at most every `every_s` seconds."""
+        return ReadinessProbe(child.ready.url, every_s=every_s)
+
+    def was_ready(self, child: ChildProcess) -> bool:
+        """Whether its ready file is there."""
+        return Path(child.ready.file).exists()
+
+    def pass_on_addresses(self, children: Sequence[ChildProcess]) -> None:
+        """Show the ready files of `children` to the other children. Here they share the folder."""
 
     def check(self) -> None:
         """Raise RunError (or exit with 2 for a user's mistake) if an essential child has failed or was stopped for too
@@ -254,7 +257,7 @@ class Supervisor:
             self._end(others, GRACE_S)
         except KeyboardInterrupt:
             for child in self._children:
-                _signal_group(child, signal.SIGKILL)
+                self.kill(child)
                 child.process.wait()
             raise
         finally:
@@ -269,7 +272,7 @@ class Supervisor:
                 child.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 print(f"{child.name} did not end within {grace_s:g} s: killed", file=sys.stderr, flush=True)
-            _signal_group(child, signal.SIGKILL)  # the rest of its group
+            self.kill(child)  # the rest of its group
             child.process.wait()
 
     def fail(self, child: ChildProcess) -> NoReturn:
@@ -278,7 +281,7 @@ class Supervisor:
         if child.process.poll() == EXIT_BUDGET:
             child = self._printing_rank(child)
         code, how = child.process.poll(), child.ended()
-        told = tail(child.log) if child.log is not None else []
+        told = self._last_lines(child)
         sentence = next((line.removeprefix("error: ") for line in reversed(told) if line.startswith("error: ")), None)
         if code == EXIT_USER:
             if sentence:
@@ -297,6 +300,9 @@ class Supervisor:
         where = f"; see {child.log}" if child.log is not None else ""
         error = BudgetSpent if code == EXIT_BUDGET else RunError
         raise error(f"{child.name} ended with {how}{': ' + sentence if sentence else ''}{where}")
+
+    def _last_lines(self, child: ChildProcess) -> list[str]:
+        return tail(child.log) if child.log is not None else []
 
     def _printing_rank(self, child: ChildProcess) -> ChildProcess:
         """All ranks end with exit code 3 when the budget is spent; the one without a log has printed the message, but
@@ -334,8 +340,3 @@ def _signal_group(child: ChildProcess, number: signal.Signals) -> None:
 def _group_runs(group: int) -> bool:
     """Whether a process of the group still runs. Zombies do not count: their parent may never collect them."""
     return any(process.group == group and process.state not in "ZX" for process in all_processes())
-
-
-def tail(log: Path) -> list[str]:
-    """The last lines of a log."""
-    return log.read_text(errors="replace").splitlines()[-TAIL_LINES:]

@@ -1,6 +1,7 @@
 """Listener: the driver's end of the connection to the trainer. It admits only requests with the run's token.
 
-A ZeroMQ ROUTER socket, on a Unix-domain socket in a folder of the run or, with a trainer on another node, on TCP. Every
+A ZeroMQ ROUTER socket, on a Unix-domain socket in a folder of the run or, with a trainer on another node, on TCP, where
+it is encrypted. Every
 other message (bytes of a port scan, a request of another program, a request that does not decode) is counted and
 dropped without an answer. A REP socket could not do this: it must answer a message before it can receive the next one.
 """
@@ -15,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 from collab_megatron.errors import UserError
+from collab_megatron.wire.curve import encrypt_server
 from collab_megatron.wire.dropped import Dropped
 from collab_megatron.wire.protocol import Answer, Request, encode_answer, request_decoder
 
@@ -40,6 +42,8 @@ class Listener:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.maxmsgsize = MAX_REQUEST_BYTES
         self.dropped = Dropped()
+        if address.startswith("tcp:"):
+            encrypt_server(self._socket, token, "driver")
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:

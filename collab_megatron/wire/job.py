@@ -14,15 +14,18 @@ from msgspec import Meta
 
 from collab_megatron.wire.sealed import Refused
 
+MOST_ROLES = 256
+MARK_CHARACTERS = 1000
+TAIL_BYTES = 2048
+"""The most bytes of a log's end in a report."""
+
 Role = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9._-]{0,63}$")]  # engine-3, trainer-12: also the name of its log
 Node = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
 Text = Annotated[str, Meta(max_length=8192)]
 Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0, le=86400)]
-MOST_ROLES = 256
-TAIL_BYTES = 2048
-"""The most bytes of a log's end in a report."""
+Mark = Annotated[str, Meta(max_length=MARK_CHARACTERS)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=str.lower, forbid_unknown_fields=True):
@@ -38,6 +41,7 @@ class Hello(Message, frozen=True):
     gpus: Annotated[tuple[Text, ...], Meta(max_length=64)]  # in the form of CUDA_VISIBLE_DEVICES
     package: Text  # version of this package
     boot: Text  # the kernel's boot id: equal for agents on one machine
+    ports: Annotated[tuple[Annotated[int, Meta(gt=0, lt=65536)], ...], Meta(max_length=64)] = ()  # free ones
 
 
 class RoleState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,6 +63,8 @@ class Report(Message, frozen=True):
 
     roles: Annotated[tuple[RoleState, ...], Meta(max_length=MOST_ROLES)] = ()
     shared: Text = ""  # what the agent reads in Welcome.shared_file; empty: nothing yet
+    files: dict[FileName, Count] = {}  # newest version of each file that came as a Put
+    marks: Annotated[dict[FileName, Mark], Meta(max_length=MOST_ROLES)] = {}  # the files in Welcome.marks
     leaving: bool = False  # after a Bye
 
 
@@ -72,11 +78,14 @@ class Welcome(Message, frozen=True):
     # written to the node's temporary folder with mode 600
     files: dict[FileName, Annotated[bytes, Meta(max_length=2**18)]] = {}
     shared_file: Text = ""  # a file that the launcher has written to the run's folder
+    marks: Text = ""  # folder in the node's temporary folder; what processes write there goes to the launcher
+    env: dict[Text, Text] = {}  # of every process
 
 
 class Start(Message, frozen=True):
     """Start a process. In arguments, variables, URL and ready file the agent replaces {python} by its interpreter,
-    {scratch} by its temporary folder, {address} by its node's address, and {port:NAME} by a free port."""
+    {scratch} by its temporary folder, {address} by its node's address, {interface} by the name of the network interface
+    with that address, and {port:NAME} by a free port."""
 
     role: Role
     life: Count
@@ -104,6 +113,14 @@ class End(Message, frozen=True):
     grace_s: Seconds
 
 
+class Put(Message, frozen=True):
+    """Write a file to the node's temporary folder, with mode 600: a reader sees the old content or the new one."""
+
+    name: FileName
+    version: Annotated[int, Meta(ge=1)]
+    content: Annotated[bytes, Meta(max_length=2**18)]
+
+
 class Heard(Message, frozen=True):
     """Sign of life of the launcher."""
 
@@ -113,7 +130,7 @@ class Bye(Message, frozen=True):
 
 
 FromAgent = Hello | Report
-FromLauncher = Welcome | Start | Kill | End | Heard | Bye
+FromLauncher = Welcome | Start | Kill | End | Put | Heard | Bye
 M = TypeVar("M")
 
 _AGENT: msgspec.msgpack.Decoder[FromAgent] = msgspec.msgpack.Decoder(FromAgent)

@@ -1,6 +1,7 @@
 """Protocol of trainer and driver: msgpack over ZeroMQ, one socket per shard (the driver's end: rollout/listener.py).
 
-Every request carries the run's token, from a file that only this user can read. Requests without it get no answer.
+Every request carries the run's token, from a file that only this user can read. Requests without it get no answer. On
+TCP both ways are encrypted (curve.py).
 
 The driver answers within POLL_S: with the result, or with "pending", and then the trainer sends the request again. So
 the trainer notices a dead driver, and a deadline can report what was waited for. A restarted driver listens at the same
@@ -30,6 +31,7 @@ from collab_megatron.errors import (
 from collab_megatron.figures import Figure, best_median_worst, merged, values
 from collab_megatron.text import whole_text
 from collab_megatron.types import RolloutBatch, ShownTree, TrainingSample
+from collab_megatron.wire.curve import encrypt_client
 
 POLL_S = 2.0
 """After this time the driver answers "pending"."""
@@ -215,6 +217,8 @@ class _Line:
     def _connect(self) -> None:
         self.socket = self._context.socket(zmq.REQ)
         self.socket.linger = 0  # a client that was never closed must not block the end of the process
+        if self._address.startswith("tcp:"):
+            encrypt_client(self.socket, self._token, "driver")
         self.socket.connect(self._address)
 
     def ask(self, payload: bytes) -> None:

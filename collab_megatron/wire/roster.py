@@ -22,13 +22,13 @@ class EngineEntry:
     """One life of one server. A restarted server is a new entry with a higher `life`."""
 
     name: str  # engine-0
-    url: str
+    url: str  # empty until the server of another node is up
     ranks: int  # tensor-parallel ranks
     life: int = 0
     managed: bool = True  # started by the launcher, which can restart it
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.url})"
+        return f"{self.name} ({self.url})" if self.url else self.name
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@
     tag      HMAC-SHA256(key, sender | session | counter | body)
 
 A session is 8 random bytes of the agent and 8 of the launcher; in the agent's first message those of the launcher are
-zero. Each side counts its messages, and takes none whose number is not above the last one. Not encrypted: a body can be
-read on the network.
+zero. Each side counts its messages, and takes none whose number is not above the last one. Encryption is curve.py's.
 """
 
 from __future__ import annotations

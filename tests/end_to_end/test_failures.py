@@ -67,7 +67,8 @@ class Running:
             assert time.monotonic() < deadline, self._log.read_text()[-4000:]
             time.sleep(0.05)
         if self._warm:
-            self.family = [psutil.Process(started.pid) for started in read_starts(self._starts)]
+            pids = (started.pid for started in read_starts(self._starts))
+            self.family = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
         else:
             self.family = psutil.Process(self._process.pid).children(recursive=True)
 
@@ -76,9 +77,10 @@ class Running:
         return next(p for p in self.family if all(word in " ".join(p.cmdline()) for word in words))
 
     def rank(self, rank: int) -> psutil.Process:
-        """A trainer rank."""
+        """A trainer rank, of those that were started last."""
         if self._warm:
-            return next(psutil.Process(one.pid) for one in read_starts(self._starts) if one.rank == str(rank))
+            started = reversed(read_starts(self._starts))
+            return next(psutil.Process(one.pid) for one in started if one.rank == str(rank))
         ranks = (p for p in self.family if "--trainer-rank" in p.cmdline())
         return next(p for p in ranks if p.environ()["RANK"] == str(rank))
 
@@ -169,20 +171,33 @@ def test_a_stopped_driver_comes_again_and_the_run_ends_well(
     assert len({tree["task_id"] for tree in trees}) == len(trees)
 
 
-def test_a_stopped_trainer_rank_is_named_and_the_run_ends_saved(
+def test_trainer_ranks_that_are_stopped_or_killed_start_again(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
 ) -> None:
-    settings = ["train.steps=500", "train.save_interval=0", "run.stopped_timeout_s=2"]
+    """Stopped: they save first. Killed: they go on from the newest checkpoint, with the journal's batches."""
+    settings = ["train.steps=500", "train.save_interval=0", "run.stopped_timeout_s=2", "train.max_restarts=2"]
     running = start(rl_command(tmp_path / "run", *settings), warm=True)
     running.wait_until("rl 1/500")
     rank = running.rank(1)
     rank.suspend()
+    running.wait_until(f"trainer-1 was given up (process {rank.pid} (")
+    running.wait_until("all trainer ranks start again at step ")
+    newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
+    assert newest is not None  # no save was due
+    saved = read_info(newest).step
+    assert saved >= running.newest_step() >= 1
+    running.wait_until(f"rl {saved + 2}/500")
+    os.kill(running.rank(0).pid, signal.SIGKILL)
+    running.wait_until("trainer-0 ended with signal SIGKILL: restarting the trainer (2 of 2)")
+    running.wait_until(f"all trainer ranks start again at step {saved + 1}")
+    running.wait_until(f"rl {saved + 3}/500")
+    metrics = [row["step"] for row in read_metrics(tmp_path / "run" / "tensorboard" / "rl") if "train/tokens" in row]
+    assert metrics[: saved + 3] == list(range(1, saved + 4))  # no step twice, none missing
+    os.kill(running.rank(1).pid, signal.SIGKILL)
     ended = running.end()
     assert ended.code == 1
-    assert ended.errors[-1].startswith(f"error: trainer-1 is given up: process {rank.pid} ("), ended.output[-3000:]
-    newest = newest_complete(tmp_path / "run" / "checkpoints" / "rl")
-    assert newest is not None, ended.output[-3000:]
-    assert f"is saved: {newest}; run.resume=true continues" in ended.output
+    said = "error: trainer-1 ended with signal SIGKILL, after 2 restarts of the trainer (train.max_restarts=2)"
+    assert ended.errors[-1] == said, ended.output[-3000:]
 
 
 def test_a_term_signal_ends_everything(

@@ -19,12 +19,14 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.errors import RunError
+from collab_megatron.files import publish_secret
 
 
 def test_the_file_is_private_and_yaml(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        keys = EngineKeys.make(tmp_path / "keys.yaml")
+        keys = EngineKeys.new()
+        publish_secret(tmp_path / "keys.yaml", keys.text)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "keys.yaml").stat().st_mode) == 0o600
@@ -32,7 +34,7 @@ def test_the_file_is_private_and_yaml(tmp_path: Path) -> None:
     assert content == {"api-key": keys.api, "admin-api-key": keys.admin}
     assert EngineKeys.read(tmp_path / "keys.yaml") == keys
     assert keys.api != keys.admin
-    assert EngineKeys.make(tmp_path / "keys.yaml") != keys  # each run makes its own
+    assert EngineKeys.new() != keys  # each run makes its own
     assert keys.api not in repr(keys) + str(keys)
 
 
@@ -45,7 +47,8 @@ def test_a_broken_file_is_one_sentence_without_its_contents(tmp_path: Path, text
 
 
 def test_a_server_gets_its_keys_from_the_file(tmp_path: Path) -> None:
-    keys = EngineKeys.make(tmp_path / "keys.yaml")
+    keys = EngineKeys.new()
+    publish_secret(tmp_path / "keys.yaml", keys.text)
 
     def command(device: str = "cuda", extra_args: tuple[str, ...] = ()) -> tuple[tuple[str, ...], dict[str, str]]:
         made = engine_command(

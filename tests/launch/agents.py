@@ -111,6 +111,6 @@ def running_job(
         job.link.say_bye(timeout_s=WAIT_S)
         job.link.close()
         for running in job.agents.values():
-            running.agent._orphan_s = 0.0  # if it has not heard the Bye
+            running.agent._orphan_s = running.agent._join_s = 0.0  # if it has not heard the Bye
             running.thread.join(WAIT_S)
             assert not running.thread.is_alive()

@@ -21,7 +21,8 @@ class Namespace:
 
     def inside(self, *command: str) -> list[str]:
         """The command line that runs `command` on this node."""
-        return ["ip", "netns", "exec", self.name, *command]
+        # `ip netns exec` mounts another /sys, without the control groups that slurmd wants
+        return ["nsenter", f"--net=/run/netns/{self.name}", *command]
 
     def cable(self, state: str) -> None:
         """`down` or `up`."""

@@ -19,6 +19,7 @@ from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch.agent import Agent
 from collab_megatron.launch.job_link import JobLink
 from collab_megatron.wire import job as messages
+from collab_megatron.wire.curve import encrypt_client, encrypt_server
 from collab_megatron.wire.sealed import NOBODY, Channel, new_half
 from tests.launch.agents import KEY, WAIT_S, Job, running_job
 
@@ -210,6 +211,7 @@ def test_strangers_start_nothing_and_stop_nothing(job: Job) -> None:
     other = bytes(32)
     with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
         stranger.linger = 0
+        encrypt_client(stranger, KEY, "job")  # else ZeroMQ lets nothing through
         stranger.connect(f"tcp://{job.link.address}")
         hello = messages.Hello("gpu01", "10.6.6.6", 1, (), "0", "")
         again = Channel(KEY, new_half() + NOBODY, "agent").seal(messages.encode(hello))  # a second agent of a node
@@ -233,12 +235,28 @@ def test_strangers_start_nothing_and_stop_nothing(job: Job) -> None:
     assert job.until_ended("gpu01").tail == "well"
 
 
+def test_without_the_key_nothing_is_read(job: Job) -> None:
+    """Not encrypted, or for another key: ZeroMQ ends the handshake, and no message arrives."""
+    said = messages.encode(messages.Hello("gpu01", "", 1, (), "0", ""))
+    hello = Channel(KEY, new_half() + NOBODY, "agent").seal(said)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as plain, context.socket(zmq.DEALER) as other:
+        encrypt_client(other, bytes(32), "job")
+        for stranger in (plain, other):
+            stranger.linger = 0
+            stranger.connect(f"tcp://{job.link.address}")
+            stranger.send_multipart(hello)
+        job.start("gpu01", "print('well')")
+        assert job.until_ended("gpu01").tail == "well"
+        assert not job.link.wait_for(lambda: bool(job.link.dropped), timeout_s=0.5)
+
+
 def test_an_agent_obeys_nobody_without_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_job(tmp_path, monkeypatch, orphan_s=2.0) as job, zmq.Context() as context:
         with context.socket(zmq.ROUTER) as false_launcher:
             false_launcher.linger = 0
+            encrypt_server(false_launcher, KEY, "job")  # else the agent would tell it nothing
             port = false_launcher.bind_to_random_port("tcp://127.0.0.1")
-            agent = Agent("gpu01", f"127.0.0.1:{port}", KEY, orphan_s=2.0)
+            agent = Agent("gpu01", f"127.0.0.1:{port}", KEY, join_s=2.0)
             codes: list[int] = []
             thread = threading.Thread(target=lambda: codes.append(agent.run()))
             thread.start()

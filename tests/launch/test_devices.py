@@ -16,7 +16,8 @@ from collab_megatron.errors import UserError
 from collab_megatron.launch import machine_checks, node, run_processes
 from collab_megatron.launch.machine_checks import check_gpus
 from collab_megatron.launch.node import device_of, has_gpu_packages, this_node, visible_gpus
-from collab_megatron.launch.run_processes import engine_gpus, on_chosen_device, trainer_env
+from collab_megatron.launch.run_processes import on_chosen_device, trainer_env
+from collab_megatron.launch.site import OneNode, child_env, engine_gpus
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.trainer.actor.backend import choose_backend
 from tests.conftest import REPOSITORY
@@ -100,14 +101,14 @@ def test_every_process_of_a_cpu_run_sees_no_gpu(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     config = load("parallel.device=cpu", f"run.dir={tmp_path}")
-    rank = run_processes._rank_env(0, 1, 1, "cpu", 1)
+    rank = OneNode(config).rank_env(0)
     engine = engine_command(config.engine, model_path="m", dtype="float32", device="cpu", port=1, seed=1).env
     assert rank["CUDA_VISIBLE_DEVICES"] == engine["CUDA_VISIBLE_DEVICES"] == ""
-    with Supervisor(tmp_path / "logs", env=run_processes.child_env(config)) as supervisor:
+    with Supervisor(tmp_path / "logs", env=child_env(config)) as supervisor:
         child = supervisor.start("any", ["sh", "-c", 'echo "gpus: [$CUDA_VISIBLE_DEVICES]"'], {}, show=True)
         supervisor.wait_for([child], timeout_s=10)
     assert "gpus: []" in capfd.readouterr().out
-    assert run_processes.child_env(load("parallel.device=cuda")) == {}
+    assert child_env(load("parallel.device=cuda")) == {}
 
 
 def test_the_demo_is_a_cpu_run_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Stage:
     def drivers(self, script: str = SCRIPT, *, ready: bool = True, **section: int) -> Drivers:
         argv = [sys.executable, "-c", script, str(self._story), "ready" if ready else "not"]
         self._patch.setattr(drivers_module, "driver_command", lambda resolved, tokens: argv)
-        drivers = Drivers(self.supervisor, DriverSection(**section), Path("none"), 64, self._folder / "driver")
+        drivers = Drivers(self.supervisor, DriverSection(**section), Path("none"), 64)
         drivers.start(7)
         return drivers
 
@@ -57,7 +57,7 @@ class Stage:
         return [dict(zip(words[::2], words[1::2], strict=True)) for words in told]
 
     def wait_for_lives(self, count: int, *, ready: int = 0) -> list[dict[str, str]]:
-        files = [shard_file(self._folder / "driver", shard) for shard in range(ready)]
+        files = [shard_file(self.supervisor.scratch / "driver", shard) for shard in range(ready)]
         wait_until(lambda: len(self.lives()) >= count and all(file.exists() for file in files))
         return self.lives()
 

@@ -203,7 +203,7 @@ def test_those_that_save_come_first_and_get_time(
             assert time.monotonic() < deadline
             time.sleep(0.02)
         if not all_there:
-            ranks[1].process.kill()
+            supervisor.kill(ranks[1])
             ranks[1].process.wait(10)
         supervisor.end_all()
     assert [file.exists() for file in files] == [all_there, all_there]

@@ -159,7 +159,7 @@ def play(
     logs = config.run.logs_dir
     with ForkingSupervisor(DRIVERS, logs) if warm else Supervisor(logs) as supervisor, ThreadPoolExecutor(1) as pool:
         ready = supervisor.scratch / "driver"
-        drivers = Drivers(supervisor, config.driver, folder / "resolved.yaml", MAX_CONTEXT_TOKENS, ready)
+        drivers = Drivers(supervisor, config.driver, folder / "resolved.yaml", MAX_CONTEXT_TOKENS)
         drivers.start(0)
         # killed before it is ready as well: the trainer reads the address once
         trainer = pool.submit(_train, config, ready, url, steps, abandoned)

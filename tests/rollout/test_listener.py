@@ -20,6 +20,7 @@ import zmq.asyncio
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.rollout.listener import MAX_REQUEST_BYTES, Listener
 from collab_megatron.wire import protocol
+from collab_megatron.wire.curve import encrypt_client
 from collab_megatron.wire.protocol import Answer, DriverClient, Request
 from tests.engine.fake_servers import FakeServer
 from tests.rollout.test_service import service, until
@@ -63,6 +64,8 @@ def knock(strangers: Sequence[zmq.Socket[bytes]], where: str, seed: int) -> None
     rng = random.Random(seed)
     for stranger in strangers:
         stranger.linger = 0
+        if where.startswith("tcp"):
+            encrypt_client(stranger, TOKEN, "driver")  # else nothing of it arrives
         stranger.connect(where)
     for number in range(MESSAGES):
         strangers[number % len(strangers)].send_multipart(random_message(rng))

@@ -16,10 +16,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
+
+from tests.launch.namespaces import Network
 
 T = TypeVar("T")
 
@@ -30,7 +32,7 @@ FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_
 
 _CONF = """
 ClusterName=testcluster
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({controller})
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
@@ -60,10 +62,14 @@ ReturnToService=2
 MinJobAge=3600
 KillWait=5
 MailProg=/bin/true
-NodeName=node[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] \
-CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=8000 Gres=gpu:h100:{gpus}
+{node_lines}
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+
+_NODE = (
+    "NodeName=node{number} NodeHostname={host} NodeAddr={address} Port={port} CPUs={cpus} Boards=1 SocketsPerBoard=1 "
+    "CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=8000 Gres=gpu:h100:{gpus}"
+)
 
 
 def why_not() -> str | None:
@@ -94,6 +100,7 @@ class SlurmCluster:
     nodes: int = 2
     cpus: int = 8  # declared per node
     gpus: int = 8  # pretended per node
+    network: Network | None = None  # a namespace for each node; None: all on loopback
     _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __enter__(self) -> SlurmCluster:
@@ -166,7 +173,8 @@ class SlurmCluster:
         self._daemon("slurmctld", "-D", "-f", str(self.conf))
         for node in range(1, self.nodes + 1):
             (self.directory / f"spool-node{node}").mkdir()
-            self._daemon("slurmd", "-D", "-f", str(self.conf), "-N", f"node{node}")
+            inside = self.network.nodes[node - 1].inside() if self.network else []
+            self._daemon("slurmd", "-D", "-f", str(self.conf), "-N", f"node{node}", inside=inside)
         poll(lambda: self._idle_nodes() == self.nodes or None, 60, self._last_errors)
 
     def _idle_nodes(self) -> int:
@@ -178,8 +186,14 @@ class SlurmCluster:
         first = _free_ports(self.nodes + 1)
         self.conf.write_text(
             _CONF.format(
-                host=_hostname(), dir=self.directory, nodes=self.nodes, cpus=self.cpus,
-                gpus=self.gpus, port=first, first_port=first + 1, last_port=first + self.nodes,
+                host=_hostname(), dir=self.directory, port=first, controller=self._address(0),
+                node_lines="\n".join(
+                    _NODE.format(
+                        number=node, host=_hostname(), address=self._address(node), port=first + node,
+                        cpus=self.cpus, gpus=self.gpus,
+                    )
+                    for node in range(1, self.nodes + 1)
+                ),
             )
         )  # fmt: skip
         # Slurm counts only GPUs that have a device file
@@ -188,27 +202,35 @@ class SlurmCluster:
         devices = f"{self.directory}/dev/gpu[0-{self.gpus - 1}]"
         (self.directory / "gres.conf").write_text(f"Name=gpu Type=h100 File={devices}\n")
 
+    def _address(self, node: int) -> str:
+        """Of a node, from 1; of the controller: 0."""
+        if self.network is None:
+            return "127.0.0.1"
+        return self.network.nodes[node - 1].address if node else self.network.address
+
     @property
     def _hosts_mark(self) -> str:
         return f"# slurm test cluster {self.directory}"
 
     def _resolve_node_names(self) -> None:
         """Jobs reach their peers under the names that Slurm gives them; Slurm itself needs the machine's own name."""
-        names = [f"node{node}" for node in range(1, self.nodes + 1)]
+        names = {f"node{node}": self._address(node) for node in range(1, self.nodes + 1)}
         try:
             socket.gethostbyname(_hostname())
         except OSError:
-            names.append(_hostname())
+            names[_hostname()] = "127.0.0.1"
         # appended in place: in a container the file is mounted and cannot be replaced
         with HOSTS.open("a") as hosts:
-            hosts.writelines(f"127.0.0.1 {name} {self._hosts_mark}\n" for name in names)
+            hosts.writelines(f"{address} {name} {self._hosts_mark}\n" for name, address in names.items())
 
-    def _daemon(self, program: str, *arguments: str) -> None:
+    def _daemon(self, program: str, *arguments: str, inside: Sequence[str] = ()) -> None:
         path = shutil.which(program, path=SEARCH_PATH)
         assert path is not None, program
         with (self.directory / "daemons.log").open("ab") as log:
             self._daemons.append(
-                subprocess.Popen([path, *arguments], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                subprocess.Popen(
+                    [*inside, path, *arguments], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
             )
 
     def _last_errors(self) -> str:
@@ -259,11 +281,11 @@ def _free_ports(count: int) -> int:
 
 
 @contextlib.contextmanager
-def running_cluster() -> Iterator[SlurmCluster]:
+def running_cluster(*, nodes: int = 2, network: Network | None = None) -> Iterator[SlurmCluster]:
     """A cluster in a folder with a short name: the path of a socket may have 107 characters."""
     with (
         tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as directory,
-        SlurmCluster(Path(directory)) as cluster,
+        SlurmCluster(Path(directory), nodes, network=network) as cluster,
     ):
         yield cluster
 

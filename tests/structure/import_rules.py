@@ -57,7 +57,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "trainer.sync": ("engine", "model", "wire", "trainer.actor", "trainer.batching", "trainer.convert"),
     "trainer.report": (),
     "launch": ("config", "data", "engine", "model", "wire"),
-    "demo": ("launch.supervisor",),
+    "demo": ("launch.child_process", "launch.supervisor"),
     "doctor": ("config", "data", "launch", "model", "rollout.llm"),
     "view": ("rollout.record_files", "rollout.rewards"),
 }

@@ -16,6 +16,7 @@ from collab_megatron.figures import Figure
 from collab_megatron.launch.ports import free_port
 from collab_megatron.types import RolloutBatch, ShownTree, TrainingSample
 from collab_megatron.wire import protocol
+from collab_megatron.wire.curve import encrypt_server
 from collab_megatron.wire.protocol import (
     Answer,
     DriverClient,
@@ -51,6 +52,7 @@ def served() -> Iterator[Callable[[list[Answer]], str]]:
         def run() -> None:
             with zmq.Context() as context, context.socket(zmq.REP) as socket:
                 socket.linger = 0
+                encrypt_server(socket, TOKEN, "driver")
                 bound.put(f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1')}")
                 left = list(answers)
                 while not over.is_set():
@@ -210,6 +212,7 @@ def test_a_driver_that_was_started_again_is_asked_again(monkeypatch: pytest.Monk
 
     def life(answer: Answer | None) -> None:
         with zmq.Context() as context, context.socket(zmq.REP) as socket:
+            encrypt_server(socket, TOKEN, "driver")
             socket.bind(f"tcp://127.0.0.1:{port}")
             got.append(received(socket))
             if answer is not None:

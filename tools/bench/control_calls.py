@@ -34,8 +34,9 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import PYTHON_PLACES, engine_command
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json
+from collab_megatron.launch.child_process import ChildProcess
 from collab_megatron.launch.ports import free_port
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.trainer.sync.servers import SyncServers
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 

@@ -18,7 +18,8 @@ import psutil
 from collab_megatron.config import RLConfig, dump_config
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_secret, publish_text
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.child_process import ChildProcess
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.types import RolloutBatch
 from collab_megatron.wire.protocol import DriverClient
 

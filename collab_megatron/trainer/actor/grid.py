@@ -21,7 +21,7 @@ from torch import Tensor
 from collab_megatron.config.sections import ParallelSection
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.trainer.actor.backend import Backend, choose_backend
-from collab_megatron.trainer.actor.rendezvous import local_store
+from collab_megatron.trainer.actor.rendezvous import ranks_store
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def init_grid(parallel: ParallelSection, seed: int, *, waits_s: float = 0.0) -> 
 
 def _join_world(backend: Backend, rank: int, world_size: int, timeout: timedelta, of_model: timedelta) -> None:
     try:
-        store = local_store(rank, world_size, timeout)
+        store = ranks_store(rank, world_size, timeout)
         dist.init_process_group(backend.process_group, timeout=of_model, rank=rank, world_size=world_size, store=store)
     except (dist.DistError, RuntimeError, ValueError, OSError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -37,13 +37,13 @@ def listening_store(
     )
 
 
-def local_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
-    """The store of ranks that are all on this node, by MASTER_ADDR. None if they are not, or if torchrun's agent has
-    the store: then torch uses its own rendezvous. Raises OSError and the errors of TCPStore."""
+def ranks_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
+    """The store of all ranks, at the address MASTER_ADDR. None if that is a host name, or if torchrun's agent has the
+    store: then torch uses its own rendezvous. Raises OSError and the errors of TCPStore."""
     host = os.environ.get("MASTER_ADDR", "")
     if world_size == 1:
         return dist.HashStore()  # no other rank, so no port is needed
-    if not _is_loopback(host) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if not _is_address(host) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     port = int(os.environ["MASTER_PORT"])
     if rank == 0:
@@ -57,7 +57,3 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return host == "localhost"
     return True
-
-
-def _is_loopback(host: str) -> bool:
-    return _is_address(host) and (host == "localhost" or ipaddress.ip_address(host).is_loopback)

@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from collab_megatron.trainer.actor.rendezvous import listening_store, local_store
+from collab_megatron.trainer.actor.rendezvous import listening_store, ranks_store
 from tests.listening import listening, open_to_others
 
 TIMEOUT = timedelta(seconds=20)
@@ -30,17 +30,17 @@ def test_a_store_of_ours_listens_on_loopback_and_one_of_torchs_everywhere() -> N
     assert listening(os.getpid()) == before  # with the store its socket is closed
 
 
-def test_ranks_of_this_node_meet_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_meet_on_the_interface_of_their_address(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     before = listening(os.getpid())
-    assert isinstance(local_store(0, 1, TIMEOUT), dist.HashStore)  # a rank alone opens nothing
+    assert isinstance(ranks_store(0, 1, TIMEOUT), dist.HashStore)  # a rank alone opens nothing
     assert listening(os.getpid()) == before
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    assert local_store(0, 2, TIMEOUT) is None
+    assert ranks_store(0, 2, TIMEOUT) is None
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
     monkeypatch.setenv("MASTER_ADDR", "node1")
-    assert local_store(0, 2, TIMEOUT) is None
+    assert ranks_store(0, 2, TIMEOUT) is None

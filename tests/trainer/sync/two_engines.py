@@ -18,8 +18,9 @@ import torch
 from collab_megatron.config.sections import EngineSection, ParallelSection, SyncSection
 from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import EngineCommand, engine_command
+from collab_megatron.launch.child_process import ChildProcess
 from collab_megatron.launch.fleet import Fleet
-from collab_megatron.launch.supervisor import ChildProcess, Supervisor
+from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.actor.grid import close_grid, init_grid
 from collab_megatron.trainer.sync.publisher import Publisher, SyncReport
