@@ -34,25 +34,25 @@ EXACT = (
 
 
 def test_a_killed_run_equals_one_that_was_not(
-    rl_command: Callable[..., list[str]], start: Callable[..., Running], run: Run, tmp_path: Path
+    rl_command: Callable[..., list[str]], start: Callable[..., Running], warm_run: Run, tmp_path: Path
 ) -> None:
     """The second run samples nothing and asks nobody: it has the first one's journal. A rank is killed after a step
     that is in no checkpoint, then the launcher gets TERM; the same command goes on."""
     settings = [f"train.steps={STEPS}", f"train.save_interval={SAVED}", "run.resume=auto"]
     whole, again = tmp_path / "whole", tmp_path / "again"
-    first = run(*rl_command(whole, *settings))
+    first = warm_run(*rl_command(whole, *settings))
     assert first.code == 0, first.output[-4000:]
     (again / "journal").mkdir(parents=True)
     shutil.copy(whole / "journal" / "rl.sqlite", again / "journal" / "rl.sqlite")
     command = rl_command(again, *settings, "journal.replay=only")
-    running = start(command)
+    running = start(command, warm=True)
     running.wait_until(f"rl {SAVED + 1}/{STEPS}")
     os.kill(running.rank(1).pid, signal.SIGKILL)
     running.wait_until(f"all trainer ranks start again at step {SAVED + 1}")
     running.wait_until("resuming from ")
     running.send(signal.SIGTERM)
     assert running.end().code == 130
-    ended = run(*command)
+    ended = warm_run(*command)
     assert ended.code == 0, ended.output[-4000:]
     assert f"rl {STEPS}/{STEPS}" in ended.output
 
@@ -64,7 +64,7 @@ def test_a_killed_run_equals_one_that_was_not(
     ]
     assert [row["step"] for row in rows[1]] == list(range(1, STEPS + 1))
     assert [[row[name] for name in EXACT] for row in rows[0]] == [[row[name] for name in EXACT] for row in rows[1]]
-    models = [exported(run, folder) for folder in (whole, again)]
+    models = [exported(warm_run, folder) for folder in (whole, again)]
     assert models[0].keys() == models[1].keys()
     assert all(models[0][name].equal(models[1][name]) for name in models[0])
 

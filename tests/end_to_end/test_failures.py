@@ -88,7 +88,7 @@ def test_trainer_ranks_that_are_stopped_or_killed_start_again(
 ) -> None:
     """Stopped: they save first. Killed: they go on from the newest checkpoint, with the journal's batches."""
     settings = ["train.steps=500", "train.save_interval=0", "run.stopped_timeout_s=2", "train.max_restarts=2"]
-    running = start(rl_command(tmp_path / "run", *settings))
+    running = start(rl_command(tmp_path / "run", *settings), warm=True)
     running.wait_until("rl 1/500")
     rank = running.rank(1)
     rank.suspend()
@@ -153,7 +153,7 @@ def test_simulators_that_go_away_end_the_run(
             for role in ("user", "judge")
             for key in (f"api_base={base}", "timeout_s=10", "deadline_s=30", "max_attempts=2")
         ]
-        running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", *overrides))
+        running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", *overrides), warm=True)
         running.wait_until("rl 1/500")
         endpoint.kill()
         ended = running.end()
@@ -190,7 +190,8 @@ def test_a_disk_that_fills_up_while_saving(
             *("-m", "collab_megatron.train_sft", "conf/demo_sft.yaml", f"run.dir={small_disk}", "export_hf=null"),
             *(f"model.path={demo / 'model'}", f"data.train={demo / 'data' / 'sft_train.parquet'}"),
             *("train.steps=2000", "train.save_interval=20", "batch_size=16", "optimizer.warmup_steps=1"),
-        ]
+        ],
+        warm=True,
     )
     running.wait_until("sft 40/2000")
     filler = small_disk / "filler"
