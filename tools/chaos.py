@@ -183,10 +183,14 @@ def table(costs: Sequence[Cost]) -> Table:
         mine = [cost for cost in costs if (cost.role, cost.fault) == (role, fault)]
         if not mine:
             continue
-        columns = []
-        for name in ("detected_s", "recovered_s", "repeated_steps"):
-            values = [float(getattr(cost, name)) for cost in mine]
-            columns.append(f"{statistics.median(values):.1f} ({max(values):.1f})")
+        columns = [
+            f"{statistics.median(values):.1f} ({max(values):.1f})"
+            for values in (
+                [cost.detected_s for cost in mine],
+                [cost.recovered_s for cost in mine],
+                [float(cost.repeated_steps) for cost in mine],
+            )
+        ]
         made.add_row(role, fault, str(len(mine)), *columns)
     return made
 
