@@ -88,12 +88,12 @@ def require_listeners_explained(running: Sequence[psutil.Process], with_keys: se
 
 @contextlib.contextmanager
 def passable(folder: Path) -> Iterator[None]:
-    """Others may enter and list `folder` and pass what is above it, as is usual on nodes; pytest's folders are closed."""
+    """Others may list `folder` and pass what is above it, as is usual on nodes; pytest closes its folders."""
     before = {}
     try:
         for path in (folder, *folder.parents):
             status = path.stat()
-            if status.st_uid == os.getuid() and not status.st_mode & 0o005 == 0o005:
+            if status.st_uid == os.getuid() and status.st_mode & 0o005 != 0o005:
                 before[path] = status.st_mode & 0o7777
                 path.chmod(before[path] | 0o005)
         yield
