@@ -1,4 +1,4 @@
-# make install | install-gpu | test | test-quick | test-full | lint | format | docs | lock | clean
+# make install | install-gpu | test | test-quick | test-full | lint | format | docs | lock | audit | clean
 # make demo | demo-ablation | demo-algorithms
 # PYTHON=/path/to/python chooses the interpreter of .venv (3.11, 3.12; GPU: 3.12); ARGS="..." goes to pytest or to the demo.
 # demo and tests run on the CPU, on any machine; DEVICE=cuda lets them use the GPUs of an environment with GPU packages.
@@ -6,8 +6,11 @@ PYTHON ?=
 ARGS ?=
 DEVICE ?= cpu
 export PYTHON DEVICE
+# folders of the first lane, which take about half of the time (tests/two_lanes.sh)
+QUICK_LANE = tests/config tests/data tests/engine tests/launch
+TEST_LANE = tests/config tests/data tests/engine tests/launch
 
-.PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock clean
+.PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock audit clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -19,12 +22,20 @@ install:
 install-gpu:
 	@bash tools/install.sh gpu
 
+# two lanes for what keeps one core busy, then one test at a time; with ARGS all of it one test at a time
 test: install
+ifeq ($(strip $(ARGS)),)
+	@failed=0; \
+	bash tests/two_lanes.sh "not full and (not slow or one_core)" $(TEST_LANE) || failed=$$?; \
+	.venv/bin/python -m pytest -m "not full and slow and not one_core" || failed=$$?; \
+	exit $$failed
+else
 	.venv/bin/python -m pytest -m "not full" $(ARGS)
+endif
 
 # no servers, no trainer ranks
 test-quick: install
-	bash tests/two_lanes.sh "not slow and not full" tests/config tests/data tests/engine tests/launch
+	bash tests/two_lanes.sh "not slow and not full" $(QUICK_LANE)
 
 # every variant
 test-full: install
@@ -56,6 +67,10 @@ demo-algorithms: install
 
 lock:
 	bash tools/lock.sh
+
+# releases that must not run, and PyPI's advisories where its database can be reached (else exit code 3 of the tool)
+audit: install
+	.venv/bin/python tools/audit.py $(ARGS)
 
 # the environment and caches; what runs wrote (runs/) stays
 clean:
