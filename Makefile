@@ -6,6 +6,9 @@ PYTHON ?=
 ARGS ?=
 DEVICE ?= cpu
 export PYTHON DEVICE
+# folders of the first lane, which take about half of the time (tests/two_lanes.sh)
+QUICK_LANE = tests/config tests/data tests/engine tests/launch
+TEST_LANE = tests/config tests/data tests/engine tests/launch
 
 .PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock audit clean
 
@@ -19,12 +22,20 @@ install:
 install-gpu:
 	@bash tools/install.sh gpu
 
+# two lanes for what keeps one core busy, then one test at a time; with ARGS all of it one test at a time
 test: install
+ifeq ($(strip $(ARGS)),)
+	@failed=0; \
+	bash tests/two_lanes.sh "not full and (not slow or one_core)" $(TEST_LANE) || failed=$$?; \
+	.venv/bin/python -m pytest -m "not full and slow and not one_core" || failed=$$?; \
+	exit $$failed
+else
 	.venv/bin/python -m pytest -m "not full" $(ARGS)
+endif
 
 # no servers, no trainer ranks
 test-quick: install
-	bash tests/two_lanes.sh "not slow and not full" tests/config tests/data tests/engine tests/launch
+	bash tests/two_lanes.sh "not slow and not full" $(QUICK_LANE)
 
 # every variant
 test-full: install

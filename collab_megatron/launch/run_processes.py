@@ -96,9 +96,11 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock, link: JobLink | N
         supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # rank 0 has told them to stop
 
 
-def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock, link: JobLink | None = None) -> None:
-    """Run the trainer ranks, each `python -m module`; returns when training is done. link: of a job of several nodes.
-    Raises RunError when one fails."""
+def launch_trainers(
+    config: RLConfig | SupervisedConfig, module: str, lock: RunLock, link: JobLink | None = None
+) -> None:
+    """Run trainer ranks alone, each `python -m module`: supervised training, or RL on a record. Returns when they are
+    done. link: of a job of several nodes. Raises RunError when one fails."""
     site: Site = OneNode(config) if link is None else ManyNodes(link, config, None)
     attempt = begin_attempt(config.run.logs_dir)
     with site.supervisor(config, attempt, lock) as supervisor:

@@ -155,6 +155,7 @@ def test_skipped_rows_are_counted(kind: Kind, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.slow
+@pytest.mark.one_core
 def test_what_is_printed_can_be_shown_on_any_terminal(tmp_path: Path) -> None:
     """Half a surrogate pair in the name of a column or metric: a strict stdout would raise."""
     odd = {"\ud83d": 1}

@@ -1,13 +1,17 @@
-"""The short demo, run once for all tests that check its output."""
+"""The short demo, run once for all tests that check its output; runs that start warm, and cold ones on its data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import ONE_USER, Ended, Run, Server
+from tests.conftest import ONE_USER, Ended, Run, Server, environment
+from tests.end_to_end.running import Running
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +21,22 @@ def short_demo(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     ended = run("tools/demo.py", "--short", "--run-dir", str(run_dir), timeout_s=560)
     assert ended.code == 0, ended.output[-6000:]
     return run_dir, ended
+
+
+@pytest.fixture(scope="session")
+def warm_run(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """As `run`, with processes that are forked from one that has their imports (tests/warm.py)."""
+    if torch.version.cuda is not None:  # it may be touched while importing
+        return run
+    from tests.engine.real_servers import SGLANG
+    from tests.warm import run_warm
+
+    def ran(*argv: str, timeout_s: float = 240) -> Ended:
+        log = tmp_path_factory.mktemp("warm") / "output"
+        code = run_warm(log, argv, environment(), SGLANG, timeout_s)
+        return Ended(code, log.read_text())
+
+    return ran
 
 
 @pytest.fixture
@@ -35,3 +55,18 @@ def rl_command(short_demo: tuple[Path, Ended], desk: Server, engine: Server) -> 
         ]
 
     return command
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
+
+    def begin(argv: list[str], *, warm: bool = False) -> Running:
+        started.append(Running(argv, tmp_path / "launcher.log", warm and torch.version.cuda is None))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.send(signal.SIGTERM)
+        running._process.wait(30)
+        shutil.rmtree(running.temporary)

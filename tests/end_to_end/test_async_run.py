@@ -15,8 +15,8 @@ from tests.conftest import Run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_one_step_ahead_on_two_shards(rl_command: Callable[..., list[str]], run: Run, tmp_path: Path) -> None:
-    ended = run(
+def test_one_step_ahead_on_two_shards(rl_command: Callable[..., list[str]], warm_run: Run, tmp_path: Path) -> None:
+    ended = warm_run(
         *rl_command(
             tmp_path / "run",
             "train.steps=4",

@@ -25,14 +25,14 @@ def answered_calls(run_dir: Path) -> int:
 
 
 def test_a_spent_budget_ends_with_three_and_a_higher_one_goes_on(
-    rl_command: Callable[..., list[str]], run: Run, tmp_path: Path
+    rl_command: Callable[..., list[str]], warm_run: Run, tmp_path: Path
 ) -> None:
     # a step is 4 trees, each of 8 conversations with two user turns and one judge at most: the cap lets the first step
     # be finished, whatever its users say, and cuts a later one
     tree = 8 * 3
     cap = 4 * tree
     asked = rl_command(tmp_path, "train.steps=3", "train.save_interval=0", "driver.shards=2")
-    ended = run(*asked, f"budget.hard_calls={cap}")
+    ended = warm_run(*asked, f"budget.hard_calls={cap}")
     assert ended.code == 3, ended.output[-4000:]
     (error,) = ended.errors
     calls = answered_calls(tmp_path)
@@ -47,7 +47,7 @@ def test_a_spent_budget_ends_with_three_and_a_higher_one_goes_on(
     saved = read_info(newest).step  # because of the cap: none was due before the end
     assert saved in (1, 2)
 
-    resumed = run(*asked, "budget.hard_calls=100000", "run.resume=true")
+    resumed = warm_run(*asked, "budget.hard_calls=100000", "run.resume=true")
     assert resumed.code == 0, resumed.output[-4000:]
     newest = newest_complete(tmp_path / "checkpoints" / "rl")
     assert newest is not None

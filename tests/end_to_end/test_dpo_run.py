@@ -24,13 +24,13 @@ def pairs(path: Path, *openings: str) -> Path:
     return path
 
 
-def test_a_resumed_run_equals_one_that_was_never_stopped(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_one_that_was_never_stopped(warm_run: Run, tiny_model: Path, tmp_path: Path) -> None:
     """Bit for bit, with the reference that the first attempt had."""
     train = pairs(tmp_path / "train.parquet", *OPENINGS[:4])
     held_out = pairs(tmp_path / "held_out.parquet", OPENINGS[4])
 
     def dpo(name: str, steps: int, *overrides: str) -> Ended:
-        ended = run(
+        ended = warm_run(
             *("-m", "collab_megatron.train_dpo", "conf/demo_dpo.yaml", f"run.dir={tmp_path / 'run'}"),
             *(f"run.name={name}", f"model.path={tiny_model}", f"data.train={train}", f"data.validation={held_out}"),
             *("parallel.tensor=1", f"train.steps={steps}", "train.eval_interval=3", "train.keep_best=false"),
@@ -66,9 +66,9 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(run: Run, tiny_model: P
 
 
 def test_online_dpo_trains_on_the_drivers_groups(
-    run: Run, rl_command: Callable[..., list[str]], tmp_path: Path
+    warm_run: Run, rl_command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    ended = run(*rl_command(tmp_path / "run", "online_dpo={beta: 0.2}", "train.steps=2"))
+    ended = warm_run(*rl_command(tmp_path / "run", "online_dpo={beta: 0.2}", "train.steps=2"))
     assert ended.code == 0, ended.output[-6000:]
     rows = [row for row in read_metrics(tmp_path / "run" / "tensorboard" / "rl") if "rollout/pairs" in row]
     assert [int(row["step"]) for row in rows] == [1, 2]

@@ -4,100 +4,28 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from collab_megatron.launch.ports import free_port
 from collab_megatron.rollout.record_files import read_trees
 from collab_megatron.trainer.report.dashboard import read_metrics
 from collab_megatron.wire.checkpoints import newest_complete, read_info
-from tests.conftest import DESK_KEY, REPOSITORY, Ended, Run, environment
+from tests.conftest import DESK_KEY, Ended, Run, environment
 from tests.end_to_end.another_user import require_nothing_for_another_user
+from tests.end_to_end.running import Running
 from tests.end_to_end.searched import require_files_clean, require_secrets_kept, secrets_of
 from tests.end_to_end.strangers import knock_at_the_driver, require_closed_to_strangers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-
-class Running:
-    """A launcher under way, with everything it has started, and a temporary folder of its own."""
-
-    def __init__(self, argv: list[str], log: Path) -> None:
-        self._log = log
-        self.temporary = Path(tempfile.mkdtemp(prefix="test_failures_"))  # short: sockets lie in it
-        env = {**environment(), "TMPDIR": str(self.temporary)}
-        with log.open("wb") as sink:
-            self._process = subprocess.Popen(
-                [sys.executable, *argv], cwd=REPOSITORY, env=env, stdout=sink, stderr=subprocess.STDOUT
-            )
-        self.family: list[psutil.Process] = []
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def shared_memory(self) -> set[Path]:
-        """The files of /dev/shm that its processes have mapped."""
-        maps = [line for p in self.family for line in Path(f"/proc/{p.pid}/maps").read_text().splitlines()]
-        return {
-            Path(line[line.index("/dev/shm/") :]) for line in maps if "/dev/shm/" in line and "(deleted)" not in line
-        }
-
-    def wait_until(self, said: str, timeout_s: float = 150) -> None:
-        deadline = time.monotonic() + timeout_s
-        while said not in self._log.read_text():
-            assert self._process.poll() is None, self._log.read_text()[-4000:]
-            assert time.monotonic() < deadline, self._log.read_text()[-4000:]
-            time.sleep(0.05)
-        self.family = psutil.Process(self._process.pid).children(recursive=True)
-
-    def child(self, *words: str) -> psutil.Process:
-        """The first started process whose command line holds all `words`."""
-        return next(p for p in self.family if all(word in " ".join(p.cmdline()) for word in words))
-
-    def rank(self, rank: int) -> psutil.Process:
-        """A trainer rank."""
-        ranks = (p for p in self.family if "--trainer-rank" in p.cmdline())
-        return next(p for p in ranks if p.environ()["RANK"] == str(rank))
-
-    def newest_step(self) -> int:
-        return max(int(step) for step in re.findall(r"^rl (\d+)/", self._log.read_text(), re.MULTILINE))
-
-    def send(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def end(self, timeout_s: float = 90) -> Ended:
-        code = self._process.wait(timeout_s)
-        gone, alive = psutil.wait_procs(self.family, timeout=15)
-        assert not alive, f"left running: {alive}"
-        assert gone
-        return Ended(code, self._log.read_text())
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    started: list[Running] = []
-
-    def begin(argv: list[str]) -> Running:
-        started.append(Running(argv, tmp_path / "launcher.log"))
-        return started[-1]
-
-    yield begin
-    for running in started:
-        running.send(signal.SIGTERM)
-        running._process.wait(30)
-        shutil.rmtree(running.temporary)
 
 
 def require_figures_of_saved_steps(run_dir: Path) -> Path:
@@ -162,7 +90,7 @@ def test_trainer_ranks_that_are_stopped_or_killed_start_again(
 ) -> None:
     """Stopped: they save first. Killed: they go on from the newest checkpoint, with the journal's batches."""
     settings = ["train.steps=500", "train.save_interval=0", "run.stopped_timeout_s=2", "train.max_restarts=2"]
-    running = start(rl_command(tmp_path / "run", *settings))
+    running = start(rl_command(tmp_path / "run", *settings), warm=True)
     running.wait_until("rl 1/500")
     rank = running.rank(1)
     rank.suspend()
@@ -232,7 +160,7 @@ def test_simulators_that_go_away_end_the_run(
             for role in ("user", "judge")
             for key in (f"api_base={base}", "timeout_s=10", "deadline_s=30", "max_attempts=2")
         ]
-        running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", *overrides))
+        running = start(rl_command(tmp_path / "run", "train.steps=500", "train.save_interval=0", *overrides), warm=True)
         running.wait_until("rl 1/500")
         endpoint.kill()
         ended = running.end()
@@ -269,7 +197,8 @@ def test_a_disk_that_fills_up_while_saving(
             *("-m", "collab_megatron.train_sft", "conf/demo_sft.yaml", f"run.dir={small_disk}", "export_hf=null"),
             *(f"model.path={demo / 'model'}", f"data.train={demo / 'data' / 'sft_train.parquet'}"),
             *("train.steps=2000", "train.save_interval=20", "batch_size=16", "optimizer.warmup_steps=1"),
-        ]
+        ],
+        warm=True,
     )
     running.wait_until("sft 40/2000")
     filler = small_disk / "filler"

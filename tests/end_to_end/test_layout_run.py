@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_pipeline_packed_rows_swapped_reference_background_saves_and_traces(
-    rl_command: Callable[..., list[str]], run: Run, tmp_path: Path
+    rl_command: Callable[..., list[str]], warm_run: Run, tmp_path: Path
 ) -> None:
-    ended = run(
+    ended = warm_run(
         *rl_command(tmp_path / "run", "train.steps=2", "parallel.tensor=1", "parallel.pipeline=2"),
         "rollout.temperature=1.3",  # of engine, trainer and reference, or the gap shows it
         *("train.packing=true", "train.recompute=full", "algorithm.reference=swap", "train.async_save=true"),

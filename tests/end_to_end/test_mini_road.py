@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from collab_megatron.data.parquet import read_pairs, read_tasks
 from collab_megatron.rollout.record_files import read_trees
-from tests.conftest import REPOSITORY
+from tests.conftest import Run
 
 ROAD_S = 900.0
 FAILED, SUCCEEDED = 0.1, 0.9
@@ -41,11 +39,11 @@ def require_both_ends(metric: str, run_dir: Path) -> None:
 @pytest.mark.parametrize(
     "task", [pytest.param("medium"), *(pytest.param(task, marks=pytest.mark.full) for task in ("math", "bigcodebench"))]
 )
-def test_a_miniature_goes_the_whole_road(task: str, tmp_path: Path) -> None:
+def test_a_miniature_goes_the_whole_road(task: str, warm_run: Run, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    command = [sys.executable, "tools/mini_task.py", task, *UNSAFE.get(task, ()), "--run-dir", str(run_dir)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=ROAD_S, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    command = ("tools/mini_task.py", task, *UNSAFE.get(task, ()), "--run-dir", str(run_dir))
+    ended = warm_run(*command, timeout_s=ROAD_S)
+    assert ended.code == 0, ended.output[-6000:]
     for kind in ("sft", "dpo"):
         assert (run_dir / f"{kind}_hf" / "model.safetensors").exists()
     figures = json.loads((run_dir / "evaluation.json").read_text())

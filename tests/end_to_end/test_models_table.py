@@ -59,9 +59,9 @@ def config(tmp_path: Path, tiny_model: Path) -> Path:
     return path
 
 
-def test_a_table_of_two_models(config: Path, tiny_model: Path, run: Run, desk: Server, tmp_path: Path) -> None:
+def test_a_table_of_two_models(config: Path, tiny_model: Path, warm_run: Run, desk: Server, tmp_path: Path) -> None:
     addresses = [text for text in desk_addresses(desk.url, "user", "judge", mixture=False) if "unseen" not in text]
-    ended = run("-m", "collab_megatron.evaluate", str(config), *addresses, "--models", *ROWS, timeout_s=500)
+    ended = warm_run("-m", "collab_megatron.evaluate", str(config), *addresses, "--models", *ROWS, timeout_s=500)
     assert ended.code == 0, ended.output[-4000:]
     assert DESK_KEY not in ended.output
     for row in ROWS:

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_the_same_reward_gives_the_same_advantages_and_a_judge_is_paid_once(
-    run: Run, short_demo: tuple[Path, Ended], desk: Server, tmp_path: Path
+    warm_run: Run, short_demo: tuple[Path, Ended], desk: Server, tmp_path: Path
 ) -> None:
     demo, _ = short_demo
     resolved = demo / "logs" / "rl" / "latest" / "resolved.yaml"
@@ -23,7 +23,7 @@ def test_the_same_reward_gives_the_same_advantages_and_a_judge_is_paid_once(
     record = ("--record", str(demo / "conversations" / "rl"))
     judge = (f"simulators.judge.api_base={desk.url}",)
 
-    same = run(*given, *record, "--output", str(tmp_path / "same.jsonl"))
+    same = warm_run(*given, *record, "--output", str(tmp_path / "same.jsonl"))
     assert same.code == 0, same.output
     assert "calls       0, $0.0000" in same.output
     before, after = (
@@ -36,7 +36,7 @@ def test_the_same_reward_gives_the_same_advantages_and_a_judge_is_paid_once(
             (r["mr"], r["advantage"], r["same_as"]) for r in new["replies"]
         ]
 
-    again = run(*given, *judge, *record, "--again", "interactivity")  # the demo's judge goes by rules
+    again = warm_run(*given, *judge, *record, "--again", "interactivity")  # the demo's judge goes by rules
     assert again.code == 0, again.output
     calls = re.search(r"^calls +(\d+),", again.output, re.M)
     assert calls is not None
@@ -45,9 +45,9 @@ def test_the_same_reward_gives_the_same_advantages_and_a_judge_is_paid_once(
     shown = re.search(r"^reward +(\S+) before, (\S+) now", again.output, re.M)
     assert shown is not None
     assert shown[1] == shown[2]
-    gone = run(*given, "simulators.judge.api_base=http://127.0.0.1:9/v1", *record, "--again", "interactivity")
+    gone = warm_run(*given, "simulators.judge.api_base=http://127.0.0.1:9/v1", *record, "--again", "interactivity")
     assert gone.code == 0, gone.output  # every answer was kept
 
-    wrong = run(*given, *record, "--steps", "99")
+    wrong = warm_run(*given, *record, "--steps", "99")
     assert (wrong.code, len(wrong.errors)) == (2, 1)
     assert "has no trees of steps 99" in wrong.errors[0]

@@ -25,12 +25,12 @@ def chats(path: Path, reply: str) -> Path:
     return path
 
 
-def test_the_best_checkpoint_is_kept_resumed_with_and_exported(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_resumed_with_and_exported(warm_run: Run, tiny_model: Path, tmp_path: Path) -> None:
     train = chats(tmp_path / "train.parquet", "which time and day and name?")
     held_out = chats(tmp_path / "held_out.parquet", "which time and judy?")
 
     def sft(steps: int, *overrides: str):
-        return run(
+        return warm_run(
             *("-m", "collab_megatron.train_sft", "conf/demo_sft.yaml", f"run.dir={tmp_path / 'run'}"),
             *(f"model.path={tiny_model}", f"data.train=[{train}]", f"data.validation={held_out}"),
             *("parallel.tensor=1", f"train.steps={steps}", "train.eval_interval=1", "train.keep_last=1"),
@@ -79,7 +79,7 @@ def test_the_best_checkpoint_is_kept_resumed_with_and_exported(run: Run, tiny_mo
     assert [path.name for path in complete_checkpoints(folder)] == [best.folder.name, "step_00000010"]
     assert plain_loss(tmp_path / "last", held_out) > best.loss * 1.05
 
-    converted = run(
+    converted = warm_run(
         *("tools/convert_checkpoint.py", "megatron-to-hf", "--checkpoint", str(folder), "--best"),
         *("--output", str(tmp_path / "converted")),
     )

@@ -214,7 +214,7 @@ def test_the_export_was_proved_against_the_engine(short_demo: tuple[Path, Ended]
 
 
 def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
-    short_demo: tuple[Path, Ended], run: Run, desk: Server, tmp_path: Path
+    short_demo: tuple[Path, Ended], warm_run: Run, desk: Server, tmp_path: Path
 ) -> None:
     """The same conversations as the run's own last evaluation: same weights, tasks, seeds, and greedy decoding."""
     run_dir, _ = short_demo
@@ -225,10 +225,10 @@ def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
         *(f"data.validation={data / 'rl_validation.parquet'}", "evaluation.num_tasks=24"),
         *desk_addresses(desk.url, "user", "judge"),
     ]
-    looked = run(*asked, "--dry-run")
+    looked = warm_run(*asked, "--dry-run")
     assert looked.code == 0, looked.output[-4000:]
     assert not (tmp_path / "converted").exists()
-    ended = run(*asked)
+    ended = warm_run(*asked)
     assert ended.code == 0, ended.output[-4000:]
     (model,) = (tmp_path / "converted").iterdir()
     assert model.name.startswith("rl-step_00000003-")
@@ -257,9 +257,9 @@ def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(
     assert DESK_KEY not in ended.output
 
 
-def test_a_wrong_export_is_found_out(short_demo: tuple[Path, Ended], run: Run) -> None:
+def test_a_wrong_export_is_found_out(short_demo: tuple[Path, Ended], warm_run: Run) -> None:
     run_dir, _ = short_demo
-    ended = run(
+    ended = warm_run(
         "tools/check_export.py", "--hf", str(run_dir / "model"), "--probe", str(run_dir / "engine_probe" / "rl.json")
     )
     assert ended.code == 1
@@ -274,25 +274,25 @@ def test_no_key_was_written_anywhere(short_demo: tuple[Path, Ended]) -> None:
     assert DESK_KEY not in ended.output
 
 
-def test_a_second_demo_does_not_write_over_the_first(short_demo: tuple[Path, Ended], run: Run) -> None:
+def test_a_second_demo_does_not_write_over_the_first(short_demo: tuple[Path, Ended], warm_run: Run) -> None:
     run_dir, _ = short_demo
-    ended = run("tools/demo.py", "--short", "--run-dir", str(run_dir))
+    ended = warm_run("tools/demo.py", "--short", "--run-dir", str(run_dir))
     assert ended.code == 2
     assert "is not empty" in ended.errors[0]
 
 
 def test_resume_goes_on_from_the_newest_checkpoint(
-    rl_command: Callable[..., list[str]], run: Run, tmp_path: Path
+    rl_command: Callable[..., list[str]], warm_run: Run, tmp_path: Path
 ) -> None:
-    first = run(*rl_command(tmp_path, "train.steps=2"))
+    first = warm_run(*rl_command(tmp_path, "train.steps=2"))
     assert first.code == 0, first.output[-4000:]
-    again = run(*rl_command(tmp_path, "train.steps=2"))
+    again = warm_run(*rl_command(tmp_path, "train.steps=2"))
     assert again.code == 2
     assert "run.resume=true" in again.errors[0]
     evaluations, metrics = tmp_path / "evaluations" / "rl.jsonl", tmp_path / "tensorboard" / "rl" / "metrics.jsonl"
     tear(evaluations)
     tear(metrics)
-    resumed = run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
+    resumed = warm_run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
     assert resumed.code == 0, resumed.output[-4000:]
     assert "rl 3/3" in resumed.output
     assert "rl 2/3" not in resumed.output
@@ -311,7 +311,7 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     tear(evaluations)
     tear(metrics)
     (tmp_path / "engine_probe" / "rl.json").unlink()
-    finished = run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
+    finished = warm_run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
     assert finished.code == 0, finished.output[-4000:]
     assert "still to do: the held-out evaluation after step 3, the engine probe" in finished.output
     assert "rl 3/3" not in finished.output
@@ -326,7 +326,7 @@ def test_resume_goes_on_from_the_newest_checkpoint(
     ]
     assert json.loads((tmp_path / "engine_probe" / "rl.json").read_text())["weight_version"] == "3"
     assert f"held out    after step 3: mr {made.rows[-1]['mr']:.3g}" in finished.output
-    done = run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
+    done = warm_run(*rl_command(tmp_path, "train.steps=3", "run.resume=auto"))
     assert done.code == 0, done.output[-4000:]
     assert "all 3 steps are done; nothing is left to do" in done.output
     assert "done        3 steps of rl" in done.output

@@ -50,6 +50,7 @@ def test_an_interpreter_starts_without_torch() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.one_core
 def test_torchvision_imports_with_operators_and_the_hook_sleeps_where_it_brings_its_own() -> None:
     result = run_python(
         "import torch, torchvision, sglang_cpu_support.hook as hook\n"
@@ -62,6 +63,7 @@ def test_torchvision_imports_with_operators_and_the_hook_sleeps_where_it_brings_
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_sglang_imports_with_the_support_and_not_without() -> None:
     """The second half tells when the support can go."""
     scheduler = "import sglang.srt.managers.scheduler"

@@ -34,6 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.one_core
 def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     package = REPOSITORY / "collab_megatron"
     files = {str(path.relative_to(REPOSITORY)) for path in package.rglob("*") if path.is_file()}
@@ -44,6 +45,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.one_core
 def test_its_commands_run_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as content:
         content.extractall(tmp_path / "site")
@@ -52,7 +54,8 @@ def test_its_commands_run_in_an_empty_folder(wheel: Path, tmp_path: Path) -> Non
         entries.read_string(content.read(listed).decode())
     scripts = dict(entries["console_scripts"])
     assert set(scripts) == {
-        f"collab-{name}" for name in ("train-rl", "train-sft", "train-dpo", "evaluate", "rescore", "view", "doctor")
+        f"collab-{name}"
+        for name in ("train-rl", "train-sft", "train-dpo", "evaluate", "rescore", "collect", "view", "doctor")
     }
     (tmp_path / "empty").mkdir()
     call = "import sys; from {} import {} as main; sys.argv = [sys.argv[1], '--help']; main()"

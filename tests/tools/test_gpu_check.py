@@ -105,6 +105,7 @@ def test_if_every_part_hangs_all_have_had_their_least_time(device: str, gpus: in
 
 
 @pytest.mark.slow
+@pytest.mark.one_core
 def test_tests_on_a_gpu_fail_before_the_check_ends_them() -> None:
     """By their own deadlines, which leave a reason; and no server captures graphs within them."""
     shows = "from tests.gpu import engines as e, test_ranks as r; print(e.START_S, r.ALL_S, *e.NO_GRAPHS)"

@@ -102,7 +102,7 @@ def test_peak_is_a_shard_and_a_gigabyte_at_most(big: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", [pytest.param("1", marks=pytest.mark.full), "2"])
 def test_ended_in_the_middle_it_leaves_nothing(big: Path, tmp_path: Path, processes: str) -> None:
     tool, output = str(REPO / "tools" / "convert_checkpoint.py"), tmp_path / "megatron"
     command = [sys.executable, "-W", "ignore", tool, "hf-to-megatron", "--hf-path", str(big), "--output", str(output)]

@@ -26,6 +26,9 @@ from collab_megatron.trainer.sync.threads import in_background
 from collab_megatron.types import Generation
 from tests.trainer.sync.two_engines import NUM_TENSORS, PROMPT, START_S, TIMEOUT_S, Run, running
 
+pytestmark = pytest.mark.slow
+FULL = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
@@ -59,7 +62,9 @@ def at_bucket(both: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Call
     return due.__setitem__
 
 
-@pytest.mark.parametrize("transport", ["broadcast", "one by one", "ipc", "disk"])
+@pytest.mark.parametrize(
+    "transport", ["broadcast", "one by one", pytest.param("ipc", marks=FULL), pytest.param("disk", marks=FULL)]
+)
 def test_two_engines_say_what_transformers_says(both: Run, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if transport == "one by one":  # as large models' tensors travel
         monkeypatch.setattr(buckets, "APART_BYTES", 0)
@@ -189,7 +194,7 @@ def test_killed_before_a_sync(both: Run) -> None:
     both.serving_alike()
 
 
-@pytest.mark.parametrize("first_news", ["from a server", "from the broadcast"])
+@pytest.mark.parametrize("first_news", ["from a server", pytest.param("from the broadcast", marks=FULL)])
 def test_killed_in_the_middle_of_a_sync(
     both: Run, at_bucket: Callable[..., None], first_news: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
