@@ -26,7 +26,6 @@ from collab_megatron.trainer.sync.threads import in_background
 from collab_megatron.types import Generation
 from tests.trainer.sync.two_engines import NUM_TENSORS, PROMPT, START_S, TIMEOUT_S, Run, running
 
-
 pytestmark = pytest.mark.slow
 FULL = pytest.mark.full
 
