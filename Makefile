@@ -1,4 +1,4 @@
-# make install | install-gpu | test | test-quick | test-full | lint | format | docs | lock | clean
+# make install | install-gpu | test | test-quick | test-full | lint | format | docs | lock | audit | clean
 # make demo | demo-ablation | demo-algorithms
 # PYTHON=/path/to/python chooses the interpreter of .venv (3.11, 3.12; GPU: 3.12); ARGS="..." goes to pytest or to the demo.
 # demo and tests run on the CPU, on any machine; DEVICE=cuda lets them use the GPUs of an environment with GPU packages.
@@ -9,7 +9,7 @@ export PYTHON DEVICE
 # of the first lane, about half of the time (tests/two_lanes.sh)
 LANE = tests/config tests/data tests/demo tests/engine tests/launch tests/trainer
 
-.PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock clean
+.PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock audit clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -66,6 +66,10 @@ demo-algorithms: install
 
 lock:
 	bash tools/lock.sh
+
+# releases that must not run, and PyPI's advisories where its database can be reached (else exit code 3 of the tool)
+audit: install
+	.venv/bin/python tools/audit.py $(ARGS)
 
 # the environment and caches; what runs wrote (runs/) stays
 clean:

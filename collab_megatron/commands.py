@@ -35,6 +35,10 @@ def rescore() -> None:
     run("rescore")
 
 
+def collect() -> None:
+    run("collect")
+
+
 def view() -> None:
     run("view.__main__")
 

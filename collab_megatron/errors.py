@@ -10,11 +10,14 @@ and keys in URLs are masked in every message.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
+import resource
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
@@ -115,8 +118,10 @@ def _one_line(error: Exception) -> str:
 def run_cli(main: Callable[[], None]) -> None:
     """Run an entry point and leave the process with 0, 1 (RunError), 2 (UserError), 3 (BudgetSpent) or 130 (a signal).
 
-    Any other exception is a bug and keeps its traceback, which is masked.
+    Any other exception is a bug and keeps its traceback, which is masked. A crash leaves no memory on disk, where keys
+    would be: for this process and all that it starts.
     """
+    no_core_dumps()
     sys.excepthook = _print_masked
     try:
         main()
@@ -154,6 +159,14 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def no_core_dumps() -> None:
+    """For this process and its future children: no core file, and no memory in what a system's handler of crashes gets,
+    which does not heed the limit. The hard limit stays, so that a user can raise the soft one for a process again."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    with contextlib.suppress(OSError):  # a kernel without the file writes no core either
+        Path("/proc/self/coredump_filter").write_text("0")
 
 
 def _print_masked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 from collab_megatron.errors import masked
@@ -57,6 +58,23 @@ def set_up_logging(who: str, stream: TextIO | None = None) -> None:
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at the import of transformers, over the level above
+
+
+def log_of_server(on_malformed: Callable[[], None] = lambda: None) -> logging.Logger:
+    """For an aiohttp server: its log of exceptions without those of malformed requests, for each of which it calls
+    `on_malformed`, and of clients that hang up. Strangers could fill the disk with their tracebacks."""
+    from aiohttp.http import HttpProcessingError  # few processes have a server
+
+    def is_bug(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            on_malformed()
+        return not isinstance(error, HttpProcessingError | ConnectionResetError)
+
+    log = logging.Logger("aiohttp.server", logging.ERROR)
+    log.parent = logging.getLogger()
+    log.addFilter(is_bug)
+    return log
 
 
 class _Formatter(logging.Formatter):

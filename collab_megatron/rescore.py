@@ -15,7 +15,6 @@ advantages of the replies. Advantages of later turns (algorithm.credit: tree) ar
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -37,7 +36,7 @@ from collab_megatron.log import set_up_logging
 from collab_megatron.rollout.group import GroupRules, with_other_scores
 from collab_megatron.rollout.journal.store import open_journal
 from collab_megatron.rollout.llm import Gateway, SimulatorError
-from collab_megatron.rollout.record_files import read_trees
+from collab_megatron.rollout.record_files import read_trees, steps_of
 from collab_megatron.rollout.record_lines import tree_record
 from collab_megatron.rollout.recorded_groups import group_of
 from collab_megatron.rollout.rewards import configured_scorer, conversation_reward
@@ -212,16 +211,6 @@ async def _batch(rescorer: Rescorer, rows: Sequence[Mapping[str, Any]], tasks: M
     ]
 
 
-def steps_of(text: str) -> range:
-    """`7`, `5-20` or `5-`. Raises UserError for another form."""
-    found = re.fullmatch(r"(\d+)(-(\d*))?", text)
-    if found is None:
-        raise UserError(f"--steps {text!r} is no step or range of steps: write 7, 5-20 or 5-")
-    first = int(found[1])
-    last = first if found[2] is None else int(found[3]) if found[3] else 2**31
-    return range(first, last + 1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m collab_megatron.rescore",
@@ -242,7 +231,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a new JSON lines file for the trees with the new scores")
     args = parser.parse_intermixed_args()
     set_up_logging("rescore")
-    steps = steps_of(args.steps)
+    steps = steps_of(args.steps, "--steps")
     config = load_config(RLConfig, args.config, args.overrides)
     if unknown := sorted(set(args.again) - set(config.reward.metric_weights)):
         known = ", ".join(config.reward.metric_weights)

@@ -5,7 +5,8 @@
 One step. The driver samples n replies per prompt from the engines, plays K futures of each against the simulated user,
 has them judged, and turns the rewards into group advantages. The trainer scores the replies under the reference, takes
 a clipped policy-gradient step, and publishes the new weights to the engines, with proof that they arrived. With
-online_dpo the step is a DPO step on the best and the worst reply of each group.
+online_dpo the step is a DPO step on the best and the worst reply of each group. With replay.record=RUN_DIR the batches
+come from recorded conversations, and nothing is sampled.
 
 `main` launches engines, driver and trainer ranks on this node, or on all nodes of a job. `train` runs in every trainer
 rank:
@@ -42,20 +43,16 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
     from collab_megatron.trainer.actor.grid import close_grid, init_grid
     from collab_megatron.trainer.actor.reference import build_reference
     from collab_megatron.trainer.checkpoint.manager import CheckpointManager
-    from collab_megatron.trainer.engine_probe import write_engine_probe
-    from collab_megatron.trainer.engines import Engines
+    from collab_megatron.trainer.engines import open_source
     from collab_megatron.trainer.evaluation_schedule import EvaluationSchedule
     from collab_megatron.trainer.interrupt import Interrupt
     from collab_megatron.trainer.online_dpo import update_on_pairs
     from collab_megatron.trainer.report.timers import PhaseTimer
     from collab_megatron.trainer.rl_reporter import RLReporter
     from collab_megatron.trainer.rl_step import update
-    from collab_megatron.trainer.rollout_client import RolloutClient
     from collab_megatron.trainer.saving import Saving, no_record
     from collab_megatron.trainer.skipped_steps import SkippedSteps
     from collab_megatron.trainer.step_profiler import StepProfiler
-    from collab_megatron.trainer.sync.proof.probe import probe_ids
-    from collab_megatron.trainer.sync.publisher import Publisher
 
     if config.engine.placement == "colocated" and config.parallel.device == "cuda":
         # before this rank uses its GPU: they divide the memory that is free at their start (launch/colocation.py)
@@ -88,29 +85,12 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
 
     arguments.wait_for_engine(config.engine.startup_timeout_s)
     interrupt = Interrupt(config.train.save_grace_s)
-    rollouts = RolloutClient(
-        grid,
-        driver_addresses=arguments.driver_addresses(config.driver.shards, config.engine.startup_timeout_s),
-        driver_token=arguments.driver_token(),
-        step_timeout_s=config.driver.step_timeout_s,
-        eval_timeout_s=config.evaluation.timeout_s,
-        interrupt=interrupt,
-    )
     engine_keys = EngineKeys.read(arguments.engine_keys) if arguments.engine_keys else None
-    publisher = Publisher(
-        actor,
-        roster=arguments.roster_folder(),
-        engine=config.engine,
-        sync=config.sync,
-        probe_ids=probe_ids(config.model.path),
-        weights_dir=config.run.weights_dir,
-        engine_keys=engine_keys,
-    )
-    engines = Engines(publisher, rollouts)
+    engines = open_source(config, arguments, actor, grid, interrupt, engine_keys, first_step=first_step)
     reporter = RLReporter(config, first_step=first_step, attempt=arguments.attempt) if grid.is_main else None
     timer = PhaseTimer()
     traces = config.run.profile_dir(arguments.attempt)
-    profiler = StepProfiler(config.profile, traces, grid, lambda: publisher.servers.live, engine_keys)
+    profiler = StepProfiler(config.profile, traces, grid, lambda: engines.live, engine_keys)
     evaluations = EvaluationSchedule(engines, reporter, grid, config)
     record = reporter.to_disk if reporter else no_record
     saving = Saving(checkpoints, grid, config.run, config.train, interrupt, record)
@@ -150,18 +130,18 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         skipped.check(saving.done)
         return metrics
 
-    def compare_logprobs(metrics: Mapping[str, float], sync: SyncReport) -> None:
+    def compare_logprobs(metrics: Mapping[str, float], sync: SyncReport | None) -> None:
         # a request in flight across the sync can have kept a prefix cache of older weights; rank 0 knows
-        comparable = sync.flushed or not config.driver.max_staleness
+        comparable = sync is not None and (sync.flushed or not config.driver.max_staleness)
         with fail_together(grid, "the check of the engines' log-probs", config.run.dir):
             if grid.is_main and comparable:
                 require_same_weights(metrics, config.sync.max_logprob_gap)
 
-    def publish_weights() -> SyncReport:
+    def publish_weights() -> SyncReport | None:
         with timer("weight_sync"):
             return engines.publish(saving.done)
 
-    def report_step(batch: RolloutBatch, metrics: Mapping[str, float], sync: SyncReport) -> None:
+    def report_step(batch: RolloutBatch, metrics: Mapping[str, float], sync: SyncReport | None) -> None:
         with fail_together(grid, "reporting", config.run.dir):
             if reporter:
                 reporter.step(saving.done, batch.metrics, metrics, sync, timer.drain(), batch.samples, batch.shown)
@@ -191,10 +171,9 @@ def train(config: RLConfig, arguments: TrainerArguments) -> None:
         saving.go_on()
     checkpoints.wait()
     if reporter:
-        write_engine_probe(config, publisher.control)
+        engines.write_probe()
         reporter.close()
-    rollouts.close()
-    publisher.close()
+    engines.close()
     close_grid()
 
 
@@ -221,20 +200,26 @@ def main() -> None:
     from collab_megatron.launch.epochs import epochs_to_steps
     from collab_megatron.launch.lock import run_lock
     from collab_megatron.launch.many_nodes import job_node, joined_job
-    from collab_megatron.launch.preflight import check_rl
-    from collab_megatron.launch.run_processes import launch_rl
+    from collab_megatron.launch.preflight import RLStart, check_rl
+    from collab_megatron.launch.record_checks import check_replay
+    from collab_megatron.launch.run_processes import launch_rl, launch_trainers
 
     config = epochs_to_steps(config)
+    check = check_rl if config.replay is None else check_replay
     if arguments.dry_run:
         print(show_config(config), flush=True)
-        check_rl(config, dry_run=True, node=arguments.node)
+        check(config, dry_run=True, node=arguments.node)
         return
     # the lock comes before the checks: they look for checkpoints
     with joined_job(arguments.job) as link, run_lock(config.run, config.train.save_grace_s) as lock:
-        start = check_rl(config, node=job_node(link, arguments.node))
+        start = check(config, node=job_node(link, arguments.node))
         with report_at_end(config.run, config.train.steps, arguments.config):
-            if not start.is_done:
+            if start.is_done:
+                return
+            if isinstance(start, RLStart):
                 launch_rl(config, start, lock, link)
+            else:
+                launch_trainers(config, "collab_megatron.train_rl", lock, link)
 
 
 if __name__ == "__main__":

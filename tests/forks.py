@@ -212,7 +212,8 @@ def _serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                     waiting.register(connection, selectors.EVENT_READ)
                     continue
                 connection = cast(socket.socket, key.fileobj)
-                packet, files = b"", []
+                packet = b""
+                files: list[int] = []
                 with contextlib.suppress(ConnectionResetError):  # its process was killed
                     packet, files, _, _ = socket.recv_fds(connection, MOST_BYTES, MOST_FILES)
                 if not packet:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(REPOSITORY))  # run as a file, Python finds only tools/
 
 from collab_megatron.errors import EXIT_RUN, UserError, run_cli  # noqa: E402
 from collab_megatron.files import publish_json  # noqa: E402
-from collab_megatron.launch.child_process import ChildProcess
+from collab_megatron.launch.child_process import ChildProcess  # noqa: E402
 from collab_megatron.launch.node import visible_gpus  # noqa: E402
 from collab_megatron.launch.supervisor import Supervisor  # noqa: E402
 from tools.gpu.parts import Part, parts  # noqa: E402

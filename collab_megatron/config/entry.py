@@ -50,6 +50,7 @@ from collab_megatron.config.sections import (
     PreferenceSection,
     ProfileSection,
     RecordSection,
+    ReplaySection,
     RewardSection,
     RolloutSection,
     RunSection,
@@ -87,11 +88,17 @@ class RLConfig(Section):
     budget: BudgetSection = BudgetSection()
     evaluation: EvaluationSection = EvaluationSection()
     profile: ProfileSection = ProfileSection()
+    replay: ReplaySection | None = None
 
     @property
     def extra_roles(self) -> dict[str, LLMSection]:
         """Roles of the LLM gateway that only the evaluation has."""
         return evaluation_roles(self.evaluation)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run plays held-out conversations; a replay has no engines for them."""
+        return self.data.validation is not None and self.replay is None
 
     @property
     def needs_reference(self) -> bool:
@@ -217,6 +224,7 @@ class EvaluateConfig(Section):
     train: TrainSection | None = None
     optimizer: OptimizerSection | None = None
     profile: ProfileSection | None = None
+    replay: ReplaySection | None = None
     sync: SyncSection | None = None
     driver: DriverSection | None = None
 

@@ -31,6 +31,7 @@ from collab_megatron.demo.mini_roles import learn_items
 from collab_megatron.demo.scripted_roles import ROLES, answer
 from collab_megatron.errors import UserError, run_cli
 from collab_megatron.files import publish_text
+from collab_megatron.log import log_of_server
 from collab_megatron.signals import die_with_parent
 
 API_KEY_VARIABLE = "DESK_API_KEY"
@@ -74,7 +75,7 @@ def build_app(api_key: str | None) -> web.Application:
     async def chat_completions(request: web.Request) -> web.Response:
         try:
             body = json.loads(await request.read())
-        except ValueError as error:  # JSON or UTF-8
+        except (ValueError, RecursionError) as error:  # JSON or UTF-8
             return _error(400, f"the body is not JSON: {error}", "invalid_json")
         if not isinstance(body, dict):
             return _error(400, "the body must be a JSON object", "invalid_request")
@@ -97,8 +98,8 @@ def build_app(api_key: str | None) -> web.Application:
 
     @web.middleware
     async def authorize(request: web.Request, handler: Any) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "")
-        if request.path.startswith("/v1/") and not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        if request.path.startswith("/v1/") and not hmac.compare_digest(given, f"Bearer {api_key}".encode()):
             return _error(401, "the bearer token is missing or wrong", "invalid_api_key")
         response: web.StreamResponse = await handler(request)
         return response
@@ -116,7 +117,7 @@ async def serve(host: str, port: int, ready_file: Path | None, api_key: str | No
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(build_app(api_key), access_log=None, shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(build_app(api_key), access_log=None, logger=log_of_server(), shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     try:
         try:

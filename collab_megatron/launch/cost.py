@@ -153,7 +153,7 @@ def _with_user(simulators: SimulatorsSection, user: UserSection) -> SimulatorsSe
 
 def evaluations(config: RLConfig) -> int:
     """Number of evaluations in the run: before the first step, at every interval, after the last step."""
-    if config.data.validation is None:
+    if not config.evaluates:
         return 0
     steps, interval = config.train.steps, config.train.eval_interval
     at_intervals = steps // interval if interval else 0

@@ -17,19 +17,29 @@ from collab_megatron.data.sft_tokens import UsableRows, read_sft_rows
 from collab_megatron.data.token_limit import fitting_tasks, max_context_tokens
 from collab_megatron.errors import UserError
 from collab_megatron.model.folder import read_hf_config, resolve_model_folder
+from collab_megatron.rollout.replay import open_replay
 
 C = TypeVar("C", bound=RLConfig | SupervisedConfig)
 
 
 def epochs_to_steps(config: C) -> C:
-    """The config with train.steps in place of train.epochs, which a printed line reports; unchanged without epochs.
+    """The config with train.steps in place of train.epochs, which a printed line reports; unchanged without epochs,
+    but a replay of a record does not go past its end unasked.
 
     The last step may reach into one more epoch. Raises UserError for a model, file or schedule that does not fit.
     """
     epochs = config.train.epochs
-    if epochs is None:
+    replays = isinstance(config, RLConfig) and config.replay is not None
+    if epochs is None and not replays:
         return config
     rows, per_step, what = _sizes(config)
+    if epochs is None:
+        if config.train.steps > rows:
+            raise UserError(
+                f"train.steps={config.train.steps} is more than the {rows} recorded steps of replay.record: set "
+                f"train.steps={rows}, or train.epochs for several passes with train.steps=null"
+            )
+        return config
     steps = max(1, math.ceil(epochs * rows / per_step))
     print(f"train.epochs={epochs:g}: {rows:,} usable {what} in steps of {per_step} make {steps:,} steps", flush=True)
     update = {**config.train.model_dump(), "steps": steps, "epochs": None}
@@ -38,6 +48,8 @@ def epochs_to_steps(config: C) -> C:
 
 def _sizes(config: RLConfig | SupervisedConfig) -> tuple[int, int, str]:
     """Usable rows, rows of a step, and what they are."""
+    if isinstance(config, RLConfig) and config.replay is not None:
+        return open_replay(config).num_steps(), 1, "recorded steps"
     if isinstance(config, RLConfig):
         return _usable_prompts(config), config.rollout.prompts_per_step, "prompts"
     what = "pairs" if isinstance(config, DPOConfig) else "conversations"

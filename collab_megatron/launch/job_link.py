@@ -21,7 +21,7 @@ import zmq
 
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.wire import job
-from collab_megatron.wire.curve import encrypt_server
+from collab_megatron.wire.curve import REFUSED, encrypt_server, watch_refusals
 from collab_megatron.wire.dropped import Dropped
 from collab_megatron.wire.sealed import HALF, MAX_BODY, NOBODY, Channel, Refused, new_half, parts_of
 
@@ -70,6 +70,7 @@ class JobLink:
         self._versions: Counter[str] = Counter()  # of files
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._refusals: zmq.Socket[bytes] = watch_refusals(self._socket)
         self._socket.linger = 1000
         self._socket.maxmsgsize = 2 * MAX_BODY
         encrypt_server(self._socket, key, "job")
@@ -134,6 +135,9 @@ class JobLink:
             if not self._socket.poll(0):
                 break
             self._take(self._socket.recv_multipart())
+        while self._refusals.poll(0):
+            self._refusals.recv_multipart()
+            self.dropped[REFUSED] += 1
         now = self._clock()
         for node in self._nodes.values():
             if not node.heard or node.lost:  # wait_until_joined has its own deadline
@@ -200,6 +204,7 @@ class JobLink:
 
     def close(self) -> None:
         self._socket.close()
+        self._refusals.close()
         self._context.term()
 
     def _has_left(self, node: _Node) -> bool:

@@ -16,6 +16,7 @@ from collab_megatron.model.flops import train_flops
 from collab_megatron.model.memory import RankMemory, Reference, engine_memory, size_of, trainer_memory
 from collab_megatron.model.spec import ModelSpec
 from collab_megatron.model.tables import parameter_count
+from collab_megatron.rollout.replay import RecordSize
 from collab_megatron.types import Task
 
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "working", "reference", "device", "host")
@@ -44,6 +45,45 @@ def rl_plan(config: RLConfig, spec: ModelSpec, *, node: Node, calls: Mapping[str
         *_driver_lines(config),
         f"training    {_count(config.train.steps, 'step')}",
         *_not_here(node, "the disk, ports, engine.python, addresses of the LLM services"),
+    ]
+    return "\n".join(lines)
+
+
+def replay_plan(config: RLConfig, spec: ModelSpec, *, node: Node, size: RecordSize) -> str:
+    """The plan of RL on a record, as text."""
+    steps, importance = config.train.steps, config.algorithm.importance
+    corrected = f"importance {importance}, {config.algorithm.importance_beyond} at {config.algorithm.importance_cap:g}"
+    if config.online_dpo is not None:
+        corrected = "online_dpo compares pairs of any policy"
+    elif importance == "none":
+        corrected = "nothing corrects for that (algorithm.importance=none)"
+    lines = [
+        *_training_lines(spec, config, node, samples=math.ceil(size.samples / size.steps), longest=size.longest),
+        f"replays     {size.path}: {_count(size.steps, 'step')}, {size.trees:,} trees, {size.samples:,} policy turns; "
+        "no engines, no driver, no LLM calls, no held-out conversations",
+        f"off-policy  other weights may have sampled them: {corrected}",
+        *_algorithm_lines(config),
+        f"training    {_count(steps, 'step')}, {steps / size.steps:.3g} times the record",
+        *_not_here(node, "the disk"),
+    ]
+    return "\n".join(lines)
+
+
+def collect_plan(config: RLConfig, spec: ModelSpec, *, node: Node, prompts: int, calls: Sequence[Calls]) -> str:
+    """The plan of conversation trees without training, as text. prompts: usable ones; calls: of a step."""
+    rollout, steps = config.rollout, config.train.steps
+    lines = [
+        _model_line(spec, config.model.dtype),
+        *_engine_memory_lines(spec, config),
+        f"grows       {_count(steps, 'step')} of {rollout.prompts_per_step} trees from {prompts:,} prompts; per tree "
+        f"{rollout.num_replies} replies with up to {rollout.most_futures if rollout.first_futures else 0} futures each "
+        f"on {node.chosen(config.parallel)}",
+        *call_lines("per step", calls),
+        *dollar_lines({"step" if steps == 1 else "steps": (steps, calls)}),
+        *_own_metric_lines(config.reward),
+        _budget_line(config),
+        f"writes      {config.run.conversations_dir}",
+        *_not_here(node, "ports, engine.python, addresses of the LLM services"),
     ]
     return "\n".join(lines)
 
@@ -125,6 +165,10 @@ def _driver_lines(config: RLConfig) -> list[str]:
     updates = _count(driver.max_staleness, "update")
     policy = f"tokens at most {updates} old" if driver.max_staleness else "strictly on-policy"
     lines = [f"driver      {_count(driver.shards, 'process', 'es')}, at most {trees} trees in flight: {policy}"]
+    return [*lines, _budget_line(config)]
+
+
+def _budget_line(config: RLConfig) -> str:
     budget = config.budget
     caps = [
         f"{kind} at {said}"
@@ -134,7 +178,7 @@ def _driver_lines(config: RLConfig) -> list[str]:
         )
         if said
     ]
-    return [*lines, f"budget      {', '.join(caps) if caps else 'none (budget.hard_usd)'}"]
+    return f"budget      {', '.join(caps) if caps else 'none (budget.hard_usd)'}"
 
 
 def _cap(usd: float | None, calls: int | None) -> str:

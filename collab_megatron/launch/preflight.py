@@ -92,11 +92,11 @@ def check_rl(
     dry_run: fetch no weights of a model on the hub. node: the machine to plan for; None: this machine.
     """
     node = node or this_node()
-    model = _check_model(config.model.path, config.parallel, config.rollout.inexact_template, weights=not dry_run)
+    model = check_model(config.model.path, config.parallel, config.rollout.inexact_template, weights=not dry_run)
     check_context_length(config.engine, model.spec)
     context_tokens = max_context_tokens(model.hf_config, config.engine)
     train, held_out = _check_prompts(config, model.chat, context_tokens)
-    gateway = _check_players(config, node)
+    gateway = check_players(config, node)
     check_placement(config, node.device(config.parallel))
     shared = with_share(config, model.spec, node)
     calls = {
@@ -104,7 +104,7 @@ def check_rl(
         "evaluations": (evaluations(config), evaluation_calls(config, lengths_of(held_out), len(held_out))),
     }
     report(rl_plan(shared, model.spec, node=node, calls=calls))
-    _report_placement(node, config.parallel, report, shared.engine, config.driver.shards)
+    report_placement(node, config.parallel, report, shared.engine, config.driver.shards)
     warn_of_config(config, model.spec, node)
     start = find_start(config, rl_missing, node)
     if not start.is_done:
@@ -115,8 +115,8 @@ def check_rl(
             if config.sync.disk_dir is not None:
                 check_folder("sync.disk_dir", config.sync.disk_dir)
             check_disk_space(config.run.dir, model.spec, config.model.dtype)
-        _check_engines(config, node)
-        asyncio.run(_check_reachable(gateway, node))
+        check_engines(config, node)
+        asyncio.run(check_reachable(gateway, node))
     return RLStart(start.first_step, start.missing, context_tokens, shared.engine)
 
 
@@ -126,13 +126,13 @@ def check_supervised(
     """All checks of train_sft and train_dpo, as `check_rl`. Raises UserError."""
     node = node or this_node()
     # chats are rendered whole and never grow
-    model = _check_model(config.model.path, config.parallel, "as_sampled", weights=not dry_run)
+    model = check_model(config.model.path, config.parallel, "as_sampled", weights=not dry_run)
     for files in filter(None, (config.data.train_files, config.data.validation_files)):
         rows = supervised_rows(config, files, model.chat)
         if dry_run:  # in a run the trainer prints them
             print(*rows.notices, sep="\n", end="\n" * bool(rows.notices), flush=True)
     report(supervised_plan(config, model.spec, node=node))
-    _report_placement(node, config.parallel, report)
+    report_placement(node, config.parallel, report)
     warn_of_memory(config, model.spec, node)
     start = find_start(config, supervised_missing, node)
     if start.is_done:
@@ -162,18 +162,18 @@ def check_evaluate(
     context_tokens: dict[str, int] = {}
     held_out = tasks = read_task_files(config.data.validation_files)[0]
     for path in config.served:
-        model = _check_model(path, one_rank, config.rollout.inexact_template, weights=not dry_run)
+        model = check_model(path, one_rank, config.rollout.inexact_template, weights=not dry_run)
         check_context_length(config.engine, model.spec)
         models[path] = model
         context_tokens[path] = max_context_tokens(model.hf_config, config.engine)
-        fit = _fitting(config, held_out, model.chat, context_tokens[path])
+        fit = fitting_prompts(config, held_out, model.chat, context_tokens[path])
         if fit.notice and dry_run:  # in a run the evaluation prints it
             print(fit.notice, flush=True)
         tasks = fit.kept
     if not models:  # the tokenizer of model.path counts the tokens of API models
         folder = resolve_model_folder(config.model.path, weights=False)
         ChatTemplate(load_tokenizer(folder)).check_growth(config.rollout.inexact_template)
-    gateway = _check_players(config, node)
+    gateway = check_players(config, node)
     calls = evaluation_calls(config, lengths_of(tasks), len(tasks))
     specs = {path: model.spec for path, model in models.items()}
     report(evaluate_plan(config, specs, node=node, tasks=len(tasks), calls=calls))
@@ -186,8 +186,8 @@ def check_evaluate(
         journal = config.journal.path
         check_folder("journal.path", config.run.dir / "journal" if journal is None else journal.parent)
     if models:
-        _check_engines(config, node)
-    asyncio.run(_check_reachable(gateway, node))
+        check_engines(config, node)
+    asyncio.run(check_reachable(gateway, node))
     return context_tokens
 
 
@@ -204,7 +204,7 @@ def check_build(config: BuildDatasetConfig, *, dry_run: bool = False, report: Re
     gateway = Gateway(llm_roles(config.simulators, config.reward), config.seed, budget=config.budget)
     gateway.check_models()
     if config.model is not None:
-        model = _check_model(
+        model = check_model(
             config.model.path, ParallelSection(device=config.parallel.device), "as_sampled", weights=not dry_run
         )
         check_context_length(config.engine, model.spec)
@@ -213,7 +213,7 @@ def check_build(config: BuildDatasetConfig, *, dry_run: bool = False, report: Re
     make_players(config, gateway)
     report(build_plan(config, tasks, build_calls(config, tasks)))
     warn_of_build(config)
-    asyncio.run(_check_reachable(gateway, this_node()))
+    asyncio.run(check_reachable(gateway, this_node()))
 
 
 def _check_prompts(config: RLConfig, chat: ChatTemplate, context_tokens: int) -> tuple[list[Task], list[Task]]:
@@ -225,7 +225,7 @@ def _check_prompts(config: RLConfig, chat: ChatTemplate, context_tokens: int) ->
         names = ", ".join(map(str, files))
         if repeated:
             print(f"{names}: left out: {repeated:,} tasks that an earlier file holds", flush=True)
-        fit = _fitting(config, tasks, chat, context_tokens)
+        fit = fitting_prompts(config, tasks, chat, context_tokens)
         if fit.notice:
             print(f"{names}: {fit.notice}", flush=True)
         kept.append(fit.kept)
@@ -239,7 +239,7 @@ def _check_prompts(config: RLConfig, chat: ChatTemplate, context_tokens: int) ->
     return train, held_out
 
 
-def _fitting(
+def fitting_prompts(
     config: RLConfig | EvaluateConfig, tasks: Sequence[Task], chat: ChatTemplate, context_tokens: int
 ) -> FittingRows[Task]:
     return fitting_tasks(
@@ -251,7 +251,7 @@ def _fitting(
     )
 
 
-def _check_model(path: str, parallel: ParallelSection, inexact_template: InexactTemplate, *, weights: bool) -> _Model:
+def check_model(path: str, parallel: ParallelSection, inexact_template: InexactTemplate, *, weights: bool) -> _Model:
     folder = resolve_model_folder(path, weights=weights)
     hf_config = read_hf_config(folder)
     check_layout(hf_config, parallel)
@@ -264,7 +264,7 @@ def _check_model(path: str, parallel: ParallelSection, inexact_template: Inexact
     return _Model(hf_config, spec, chat)
 
 
-def _report_placement(
+def report_placement(
     node: Node, parallel: ParallelSection, report: Report, engine: EngineSection | None = None, shards: int = 0
 ) -> None:
     """The map of a job of several nodes. Raises UserError where the layout does not fit on them."""
@@ -273,7 +273,7 @@ def _report_placement(
         report("\n".join(placement_lines(placement, parallel)))
 
 
-def _check_engines(config: RLConfig | EvaluateConfig, node: Node) -> None:
+def check_engines(config: RLConfig | EvaluateConfig, node: Node) -> None:
     """Interpreter, address and ports; last the flags, because that imports SGLang (some seconds)."""
     engine = config.engine
     if node.here:
@@ -293,7 +293,7 @@ def _check_engines(config: RLConfig | EvaluateConfig, node: Node) -> None:
         )
 
 
-def _check_players(config: RLConfig | EvaluateConfig, node: Node) -> Gateway:
+def check_players(config: RLConfig | EvaluateConfig, node: Node) -> Gateway:
     """Metrics, their modules, prompt files, keys and prices; no LLM is called."""
     check_prompt_files(config)
     SimulatorHealth(config.simulators.health)
@@ -311,7 +311,7 @@ def _check_players(config: RLConfig | EvaluateConfig, node: Node) -> Gateway:
     return gateway
 
 
-async def _check_reachable(gateway: Gateway, node: Node) -> None:
+async def check_reachable(gateway: Gateway, node: Node) -> None:
     try:
         if node.here:
             await gateway.check_reachable(REACH_TIMEOUT_S)

@@ -29,6 +29,7 @@ from collab_megatron.engine.keys import EngineKeys
 from collab_megatron.engine.server_args import EngineCommand, engine_command, nccl_settings
 from collab_megatron.errors import RunError
 from collab_megatron.files import publish_text
+from collab_megatron.launch.api_keys import key_variables
 from collab_megatron.launch.attempts import begin_attempt
 from collab_megatron.launch.drivers import READY_FILE, Drivers
 from collab_megatron.launch.fleet import Fleet
@@ -65,9 +66,8 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock, link: JobLink | N
         fleet = start_fleet(supervisor, shared, site, keys_file)
         addresses = site.driver_addresses(config.driver.shards)
         drivers = Drivers(supervisor, config.driver, resolved, start.max_context_tokens, keys_file, addresses)
-        ranks = TrainerRanks(
-            supervisor, site, "collab_megatron.train_rl", config.parallel.world_size, trainer_env(config)
-        )
+        module, size = "collab_megatron.train_rl", config.parallel.world_size
+        ranks = TrainerRanks(supervisor, site, module, size, trainer_env(config), key_variables(config))
 
         def start_ranks(resolved: Path, life: int) -> None:
             ready = f"engines-{life}"  # the file that is there once all engines have answered
@@ -96,13 +96,16 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock, link: JobLink | N
         supervisor.wait_for(drivers.children, timeout_s=DRIVER_END_S)  # rank 0 has told them to stop
 
 
-def launch_supervised(config: SupervisedConfig, module: str, lock: RunLock, link: JobLink | None = None) -> None:
-    """Run the trainer ranks, each `python -m module`; returns when training is done. link: of a job of several nodes.
-    Raises RunError when one fails."""
+def launch_trainers(
+    config: RLConfig | SupervisedConfig, module: str, lock: RunLock, link: JobLink | None = None
+) -> None:
+    """Run trainer ranks alone, each `python -m module`: supervised training, or RL on a record. Returns when they are
+    done. link: of a job of several nodes. Raises RunError when one fails."""
     site: Site = OneNode(config) if link is None else ManyNodes(link, config, None)
     attempt = begin_attempt(config.run.logs_dir)
     with site.supervisor(config, attempt, lock) as supervisor:
-        ranks = TrainerRanks(supervisor, site, module, config.parallel.world_size, trainer_env(config))
+        size = config.parallel.world_size
+        ranks = TrainerRanks(supervisor, site, module, size, trainer_env(config), key_variables(config))
 
         def start_ranks(resolved: Path, life: int) -> None:
             ranks.start(resolved, ["--attempt", str(attempt.number)])
@@ -175,7 +178,8 @@ def start_fleet(
             scratch=supervisor.scratch,
             text=isinstance(config, BuildDatasetConfig),
         )
-        return replace(command, env={**command.env, **site.engine_env(number)})
+        unset = (*command.unset, *key_variables(config))
+        return replace(command, env={**command.env, **site.engine_env(number)}, unset=unset)
 
     fleet = Fleet(supervisor, engine, site.roster(supervisor), build)
     fleet.start()

@@ -89,7 +89,7 @@ class OneNode:
             **rank_variables(rank, self._config.parallel.world_size, "127.0.0.1", self._port),
             "LOCAL_RANK": str(rank),
         }
-        if not isinstance(self._config, RLConfig) or engines_are_here(self._config.engine):
+        if not isinstance(self._config, RLConfig) or self._config.replay or engines_are_here(self._config.engine):
             env |= ON_LOOPBACK
         return env | cpu_variables(self._device, threads_of(self._config).trainer)
 
@@ -147,18 +147,19 @@ def engine_gpus(config: RLConfig) -> list[str] | None:
 def threads_of(config: AnyConfig) -> ThreadCounts:
     """Threads of a trainer rank and of an engine rank: from the config, else a share of the cores. Used on CPU only."""
     engine = None if isinstance(config, SupervisedConfig) else config.engine
+    replays = isinstance(config, RLConfig) and config.replay is not None
     return shared_threads(
         config,
         usable_cores(),
         trainer_ranks=0 if isinstance(config, EvaluateConfig | BuildDatasetConfig) else config.parallel.world_size,
-        engine_ranks=0 if engine is None or engine.urls else engine.count * engine.tensor,
+        engine_ranks=0 if engine is None or engine.urls or replays else engine.count * engine.tensor,
     )
 
 
 def shared_threads(config: AnyConfig, cores: int, *, trainer_ranks: int, engine_ranks: int) -> ThreadCounts:
     """As `threads_of`, of a node with so many cores and ranks."""
     engine = None if isinstance(config, SupervisedConfig) else config.engine
-    at_once = isinstance(config, RLConfig) and config.driver.max_staleness > 0
+    at_once = isinstance(config, RLConfig) and config.driver.max_staleness > 0 and config.replay is None
     shared = share_threads(cores, trainer_ranks=trainer_ranks, engine_ranks=engine_ranks, at_once=at_once)
     return ThreadCounts(
         trainer=config.parallel.threads or shared.trainer,

@@ -29,7 +29,7 @@ def run_supervised(kind: type[C], module: str, description: str | None, train: C
     from collab_megatron.launch.lock import run_lock
     from collab_megatron.launch.many_nodes import job_node, joined_job
     from collab_megatron.launch.preflight import check_supervised
-    from collab_megatron.launch.run_processes import launch_supervised
+    from collab_megatron.launch.run_processes import launch_trainers
 
     config = epochs_to_steps(config)
     if arguments.dry_run:
@@ -41,4 +41,4 @@ def run_supervised(kind: type[C], module: str, description: str | None, train: C
         start = check_supervised(config, node=job_node(link, arguments.node))
         with report_at_end(config.run, config.train.steps, None, exported=config.export_hf):
             if not start.is_done:
-                launch_supervised(config, module, lock, link)
+                launch_trainers(config, module, lock, link)

@@ -27,11 +27,18 @@ class TrainerRanks:
     """`start`, then `poll` until `done`."""
 
     def __init__(
-        self, supervisor: Supervisor, site: Site, module: str, world_size: int, env: Mapping[str, str]
+        self,
+        supervisor: Supervisor,
+        site: Site,
+        module: str,
+        world_size: int,
+        env: Mapping[str, str],
+        unset: Sequence[str] = (),
     ) -> None:
-        """module: run with `python -m` in each rank. env: of every rank besides the site's variables."""
+        """module: run with `python -m` in each rank. env: of every rank besides the site's variables. unset: variables
+        that no rank sees."""
         self._supervisor, self._site, self._module, self._env = supervisor, site, module, env
-        self._world_size = world_size
+        self._world_size, self._unset = world_size, unset
         self._failed_at: float | None = None
         self.children: list[ChildProcess] = []
 
@@ -47,6 +54,7 @@ class TrainerRanks:
                 show=rank == 0,
                 essential=False,
                 saves=True,
+                unset=self._unset,
             )
             for rank in range(self._world_size)
         ]

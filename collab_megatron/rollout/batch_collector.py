@@ -47,8 +47,9 @@ class BatchCollector:
         """Leave what happened since the last batch out of the next one's counters: it belongs to an evaluation."""
         self._counters.restart()
 
-    async def begin(self, step: int, version: int, saved: int) -> Answer | None:
-        """Start the trees of `step`; weights `version` are live, and the newest checkpoint has `saved` steps.
+    async def begin(self, step: int, version: int | None, saved: int) -> Answer | None:
+        """Start the trees of `step`; weights `version` are live (None: nobody trains), and the newest checkpoint has
+        `saved` steps.
 
         Returns the answer of a batch that was delivered before, else None.
         """
@@ -69,7 +70,7 @@ class BatchCollector:
             return None
         return self._recorded(step, before.answer, before.unpacked())
 
-    async def live(self, version: int) -> None:
+    async def live(self, version: int | None) -> None:
         """Weights `version` are live."""
         await self._clients.engine.trainer_at(version, self._horizon)
 
@@ -127,7 +128,8 @@ class BatchCollector:
     def _deliver(self, step: int, trees: Sequence[Tree]) -> Answer:
         groups = [tree.group for tree in trees if tree.group is not None]
         samples = tuple(sample for tree in trees for sample in self._samples(tree))
-        _require_versions(samples, step, self._config.driver.max_staleness)
+        if self._clients.engine.ages:
+            _require_versions(samples, step, self._config.driver.max_staleness)
         warnings, sick = self._clients.health.verdict()
         if sick is not None:
             return Answer(error=sick, stop="health")
@@ -172,7 +174,7 @@ class BatchCollector:
             **rollout_metrics(groups, self._config.reward.metric_weights, self._config.reward.metric_clamps),
             **hacking_metrics(groups, self._config.reward.metric_weights, self._config.reward.metric_clamps),
             **(preference_figures(groups, online) if online is not None else {}),
-            **staleness_metrics(groups, step),
+            **(staleness_metrics(groups, step) if self._clients.engine.ages else {}),
             "rollout/groups_replaced": Figure.of("sum", [sum(tree.replaced for tree in trees)]),
             "rollout/trees_carried_over": Figure.of("sum", [sum(tree.id.step < step for tree in trees)]),
             "time_s/rollout": Figure.of("max", [rollout_s]),

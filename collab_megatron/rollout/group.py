@@ -86,7 +86,7 @@ async def grow_group(
         count = min(count, rules.uniform_group_futures)
     group = Group(task=task, prompt_ids=tuple(prompt_ids), replies_G=(), kept=True, name=str(tree_id))
     if not count:
-        return replace(group, replies_G=tuple(Reply(turn, (), advantage=0.0, same_as=0) for turn in turns_G))
+        return _unplayed(group, turns_G)
     futures_G = await play_futures(
         task,
         prompt_ids,
@@ -103,7 +103,12 @@ async def grow_group(
         players=players,
     )
     replies = _replies(turns_G, futures_G, rules, least=min(rules.min_futures, count))
-    group = with_advantages(replace(group, replies_G=replies), rules)
+    return with_turn_credit(with_advantages(replace(group, replies_G=replies), rules), rules)
+
+
+def with_turn_credit(group: Group, rules: GroupRules) -> Group:
+    """The group with advantages of its later turns, whose futures need their contexts; as it is if only replies get
+    them."""
     if rules.tree_baseline is None:
         return group
     return with_turn_advantages(
@@ -114,6 +119,11 @@ async def grow_group(
         divides=rules.scale == "group_std",
         shaping=rules.shaping,
     )
+
+
+def _unplayed(group: Group, turns_G: Sequence[PolicyTurn]) -> Group:
+    """A group of equal replies without futures (rollout.uniform_group_futures: 0): none is better than another."""
+    return replace(group, replies_G=tuple(Reply(turn, (), advantage=0.0, same_as=0) for turn in turns_G))
 
 
 def _replies(
@@ -182,6 +192,8 @@ def with_other_scores(group: Group, futures_G: Sequence[Sequence[Future]], rules
     """The group with these futures of its replies in place of its own: rewards and advantages again. Later turns keep
     no advantages."""
     turns_G = [reply.turn for reply in group.replies_G]
+    if turns_G and not any(futures_G):
+        return replace(_unplayed(group, turns_G), kept=True)
     rules = replace(rules, equal_replies="once") if rules.equal_replies != "apart" and is_uniform(turns_G) else rules
     least = min(rules.min_futures, max(map(len, futures_G), default=0))
     replies = _replies(turns_G, [[replace(f, advantages=()) for f in own] for own in futures_G], rules, least=least)

@@ -30,16 +30,21 @@ class JournaledEngine:
         self._engine, self._journal, self._limiter = engine, journal, limiter
         self._max_staleness = max_staleness
         self._new_tokens: float | None = None  # moving average of turn lengths
-        self._version = 0
+        self._version: int | None = 0
         self._horizon = 0
         self._moved = asyncio.Condition()
         self.replayed = 0  # turns from the journal
 
-    async def trainer_at(self, version: int, horizon: int) -> None:
-        """Weights `version` are live. An earlier attempt reached version `horizon`: the journal has turns of versions
-        in between, usable once their version is live. Unblocks `generate`."""
+    @property
+    def ages(self) -> bool:
+        """Whether turns get older with the steps of a trainer."""
+        return self._max_staleness is not None and self._version is not None
+
+    async def trainer_at(self, version: int | None, horizon: int) -> None:
+        """Weights `version` are live (None: nobody trains). An earlier attempt reached version `horizon`: the journal
+        has turns of versions in between, usable once their version is live. Unblocks `generate`."""
         async with self._moved:
-            self._version, self._horizon = version, max(version, horizon)
+            self._version, self._horizon = version, horizon if version is None else max(version, horizon)
             self._moved.notify_all()
 
     async def generate(
@@ -59,10 +64,10 @@ class JournaledEngine:
         """
         key = turn_key(name, input_ids, n=n, temperature=temperature, max_new_tokens=max_new_tokens)
         recorded = self._recorded(key)
-        if recorded is not None and self._max_staleness is not None:
+        if recorded is not None and self.ages:
             newest = max((version for generation in recorded for version in generation.versions_T), default=0)
             async with self._moved:
-                await self._moved.wait_for(lambda: newest <= self._version)
+                await self._moved.wait_for(lambda: self._version is None or newest <= self._version)
         if recorded is not None:
             self.replayed += len(recorded)
             return [replace(generation, replayed=True) for generation in recorded]
@@ -84,7 +89,7 @@ class JournaledEngine:
     def _recorded(self, key: bytes) -> tuple[Generation, ...] | None:
         if self._journal is None:
             return None
-        if self._max_staleness is None:
+        if self._max_staleness is None or self._version is None:
             return self._journal.turn(key, oldest=-ANY_VERSION, newest=ANY_VERSION)
         return self._journal.turn(key, oldest=max(0, self._version - self._max_staleness), newest=self._horizon)
 

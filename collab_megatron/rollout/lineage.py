@@ -36,7 +36,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt")
 TEXTS = (".json", ".jinja", ".txt", ".model")  # config, index, tokenizer, chat template
 
 # sections about where, when and how fast, or about output only
-APART = ("engine", "sync", "journal", "budget", "parallel", "train", "record", "output", "profile")
+APART = ("engine", "sync", "journal", "budget", "parallel", "train", "record", "output", "profile", "replay")
 FREE: Mapping[str, frozenset[str]] = {
     "run": frozenset({"dir", "name", "resume", "init_from", "umask", "stopped_timeout_s"}),  # init_from by content
     "model": frozenset({"path"}),  # by content

@@ -8,6 +8,7 @@ dropped without an answer. A REP socket could not do this: it must answer a mess
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from typing import NamedTuple, cast
 
@@ -16,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from collab_megatron.errors import UserError
-from collab_megatron.wire.curve import encrypt_server
+from collab_megatron.wire.curve import REFUSED, encrypt_server, watch_refusals
 from collab_megatron.wire.dropped import Dropped
 from collab_megatron.wire.protocol import Answer, Request, encode_answer, request_decoder
 
@@ -50,10 +51,15 @@ class Listener:
             raise UserError(
                 f"the driver cannot listen at {address}: {error.strerror}; free the address, or start the run again"
             ) from None
+        tcp = address.startswith("tcp:")
+        self._refusals = cast(zmq.asyncio.Socket, watch_refusals(self._socket)) if tcp else None
+        self._counting: asyncio.Task[None] | None = None
         self.address = cast(bytes, self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
 
     async def next(self) -> Received:
         """The next request with the token. Unblocked by a message of the trainer; no deadline: it may pause."""
+        if self._refusals is not None and self._counting is None:
+            self._counting = asyncio.create_task(self._count(self._refusals))
         while True:
             frames = await self._socket.recv_multipart()
             received = self._admitted(frames)
@@ -70,7 +76,17 @@ class Listener:
 
     def close(self) -> None:
         """Close the socket. Waits at most a second until the last answer is sent."""
+        if self._counting is not None:
+            self._counting.cancel()
         self._socket.close(linger=1000)
+        if self._refusals is not None:
+            self._refusals.close()
+
+    async def _count(self, refusals: zmq.asyncio.Socket) -> None:
+        """Ends with the listener."""
+        while True:
+            await refusals.recv_multipart()
+            self.dropped[REFUSED] += 1
 
     def _admitted(self, frames: list[bytes]) -> Received | None:
         if len(frames) != 4 or frames[1]:
@@ -82,6 +98,6 @@ class Listener:
             return None
         try:
             return Received(self._decode(payload), peer)
-        except (msgspec.DecodeError, ValueError):  # a UnicodeDecodeError is the latter
+        except (msgspec.DecodeError, ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
             self.dropped["unknown"] += 1
             return None

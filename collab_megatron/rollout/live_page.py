@@ -2,7 +2,8 @@
 
 It listens on loopback, behind a random key of this start: a conversation is nobody else's business, also on this
 machine. Address and key are in live.json next to the logs, mode 600. A browser asks for the key as a password; other
-clients send it as a bearer token. It reads and changes nothing.
+clients send it as a bearer token. It reads and changes nothing. Strangers can hold MOST_CONNECTIONS of its connections,
+IDLE_S each, and so none of the file descriptors that the driver needs for its calls.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import orjson
 from aiohttp import web
@@ -28,11 +30,15 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from collab_megatron.errors import UserError
 from collab_megatron.files import publish_secret
+from collab_megatron.log import log_of_server
 from collab_megatron.text import duration
+from collab_megatron.wire.dropped import Dropped
 
 REFRESH_S = 3
 LONGEST_TEXT = 2000  # characters of a message on the page
 END_S = 2.0  # for requests in flight at the end
+IDLE_S = 30.0  # for a connection without a whole request
+MOST_CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -63,33 +69,58 @@ class LivePage:
     def __init__(self, status: Callable[[], Status]) -> None:
         self._status, self._key = status, secrets.token_urlsafe(24)
         self._runner: web.AppRunner | None = None
+        self._listening: asyncio.Server | None = None
+        self.refused = Dropped()
 
     async def start(self, port: int, file: Path) -> str:
         """Listen on 127.0.0.1 at `port` (0: a free one) and write address and key to `file`; returns the address.
         Raises UserError for a port that is in use."""
         app = web.Application(middlewares=[self._only_with_the_key])
         app.add_routes([web.get("/", self._page), web.get("/status", self._json), web.get("/metrics", self._metrics)])
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=END_S)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=log_of_server(self._count_malformed),
+            shutdown_timeout=END_S,
+            keepalive_timeout=IDLE_S,
+            lingering_time=0,  # no request has a body that should be waited for
+        )
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, "127.0.0.1", port).start()
+            self._listening = await asyncio.get_running_loop().create_server(self._connection, "127.0.0.1", port)
         except OSError as error:
             await self.close()
             raise UserError(f"driver.live_port={port} cannot be used: {os.strerror(error.errno or 0)}") from None
-        url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        url = f"http://127.0.0.1:{self._listening.sockets[0].getsockname()[1]}"
         publish_secret(file, json.dumps({"url": url, "key": self._key}) + "\n")
         return url
 
     async def close(self) -> None:
         """Stop listening. Waits at most END_S for requests in flight."""
+        if self._listening is not None:
+            self._listening.close()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    def _count_malformed(self) -> None:
+        self.refused["malformed"] += 1
+
+    def _connection(self) -> asyncio.Protocol:
+        """Of a new connection."""
+        assert self._runner is not None
+        server = self._runner.server
+        assert server is not None
+        if len(server.connections) < MOST_CONNECTIONS:
+            return server()
+        self.refused["too many connections"] += 1
+        return _Closed()
 
     @web.middleware
     async def _only_with_the_key(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         if not hmac.compare_digest(key_of(request.headers.get("Authorization", "")), self._key.encode()):
+            self.refused["without the key"] += 1
             return web.Response(status=401, headers={"WWW-Authenticate": 'Basic realm="live page"'})
         return await handler(request)
 
@@ -104,11 +135,12 @@ class LivePage:
         )
 
     async def _json(self, _: web.Request) -> web.Response:
-        body = orjson.dumps(asdict(self._status()), option=orjson.OPT_SERIALIZE_NUMPY)
+        status = {**asdict(self._status()), "refused": self.refused}
+        body = orjson.dumps(status, option=orjson.OPT_SERIALIZE_NUMPY)
         return web.Response(body=body, content_type="application/json", headers={"Cache-Control": "no-store"})
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        body = await asyncio.to_thread(prometheus, self._status())
+        body = await asyncio.to_thread(prometheus, self._status(), self.refused.total())
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
@@ -116,7 +148,7 @@ def key_of(header: str) -> bytes:
     """The key of an Authorization header: a bearer token, or the password of Basic; empty without one."""
     scheme, _, value = header.partition(" ")
     if scheme.lower() == "bearer":
-        return value.strip().encode()
+        return value.strip().encode(errors="surrogateescape")
     if scheme.lower() != "basic":
         return b""
     try:
@@ -125,7 +157,14 @@ def key_of(header: str) -> bytes:
         return b""
 
 
-def prometheus(status: Status) -> bytes:
+class _Closed(asyncio.Protocol):
+    """Of a connection beyond MOST_CONNECTIONS."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).abort()
+
+
+def prometheus(status: Status, refused: int = 0) -> bytes:
     """All numbers as gauges: collab_step, ..., and collab_reward_mr_mean for the figure reward/mr_mean."""
     numbers: dict[str, float] = {
         "step": status.step,
@@ -137,6 +176,7 @@ def prometheus(status: Status) -> bytes:
         "engines_lost": len(status.engines_lost),
         "usd_to_date": status.usd,
         "calls_to_date": status.calls,
+        "live_page_refused": refused,
         **{f"calls_in_flight_{role}": count for role, count in status.calls_in_flight.items()},
     }
     if status.eta_s is not None:

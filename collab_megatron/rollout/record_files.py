@@ -9,6 +9,7 @@ at its next start; a resumed run removes the steps that it will run again.
 
 from __future__ import annotations
 
+import heapq
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from collab_megatron.config.sections import RecordSection
-from collab_megatron.errors import RunError
+from collab_megatron.errors import RunError, UserError
 from collab_megatron.json_lines import append_lines, replace_lines, row_of
 
 PART_BYTES = 64 * 2**20
@@ -157,16 +158,48 @@ class RecordWriter:
 
 
 def read_trees(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every line of a run's record, shard by shard, in order of steps. An unfinished last line is skipped.
+    """Every line of a run's record in order of steps, of each step shard by shard. An unfinished last line is skipped.
 
     Raises UserError for a damaged line."""
     shards = sorted({int(path.name[len("shard") :].split(".")[0]) for path in folder.glob("shard*.jsonl*")})
-    for shard in shards:
-        for path in [*(part.path for part in _parts(folder, shard)[0]), folder / f"shard{shard}.jsonl"]:
-            if path.exists():
-                for number, line in enumerate(_lines(path), start=1):
-                    if line.endswith(b"\n"):
-                        yield row_of(line, path, number)
+    return heapq.merge(*(_trees_of(folder, shard) for shard in shards), key=lambda tree: tree["step"])
+
+
+def _trees_of(folder: Path, shard: int) -> Iterator[dict[str, Any]]:
+    for path in [*(part.path for part in _parts(folder, shard)[0]), folder / f"shard{shard}.jsonl"]:
+        if path.exists():
+            yield from read_lines(path)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The trees of one file, as `read_trees`."""
+    for number, line in enumerate(_lines(path), start=1):
+        if line.endswith(b"\n"):
+            yield row_of(line, path, number, numbers=("step",))
+
+
+def steps_of(text: str, key: str) -> range:
+    """`7`, `5-20` or `5-`. Raises UserError that names `key` for another form."""
+    found = re.fullmatch(r"(\d+)(-(\d*))?", text)
+    if found is None:
+        raise UserError(f"{key} {text!r} is no step or range of steps: write 7, 5-20 or 5-")
+    first = int(found[1])
+    last = first if found[2] is None else int(found[3]) if found[3] else 2**31
+    return range(first, last + 1)
+
+
+def whole_steps(folder: Path, shards: int) -> int:
+    """The newest step whose trees are there whole, of all shards; 0 without one. Reads the open files only."""
+    newest = []
+    for shard in range(shards):
+        parts = [part.last for part in _parts(folder, shard)[0]]
+        file = folder / f"shard{shard}.jsonl"
+        steps, torn = [max(parts, default=0)], False
+        for line in _lines(file) if file.exists() else ():
+            torn = not line.endswith(b"\n")
+            steps.append(_step_of(line))
+        newest.append(max(0, max(steps) - 1) if torn else max(steps))
+    return min(newest)
 
 
 def _parts(folder: Path, shard: int) -> tuple[list[_Part], list[Path]]:

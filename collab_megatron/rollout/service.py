@@ -54,7 +54,7 @@ class Service:
         self._config, self._clients = config, clients
         self._collector = BatchCollector(config, clients, TreeGrower(config, clients, shard), recorder)
         self._evaluator = ShardEvaluator(config, clients, shard)
-        self._engines: tuple[tuple[str, ...], int] | None = None
+        self._engines: tuple[tuple[str, ...], int | None] | None = None
         self._evaluation: asyncio.Task[Answer] | None = None
         self._asked: Request | None = None
         self._since = 0.0

@@ -69,7 +69,8 @@ class TreeGrower:
         except Exception as error:  # noqa: BLE001 - logged there; too many of them stop the run
             words = players.unexpected.note(error, f"the replies of tree {tree.id}, task {task.task_id},")
             return Group(task, (), (), kept=False, error=words)
-        tree.version = min((v for turn in turns_G for v in turn.generation.versions_T), default=None)
+        if self._clients.engine.ages:
+            tree.version = min((v for turn in turns_G for v in turn.generation.versions_T), default=None)
         return await grow_group(task, prompt_ids, turns_G, tree.id, rules=rules, limits=limits, players=players)
 
 

@@ -8,7 +8,7 @@ from collab_megatron.config import RLConfig
 from collab_megatron.errors import NoEngineLeft, RunError, RunStops, WeightsDiffer
 from collab_megatron.trainer.actor.agreement import fail_together, on_rank_zero
 from collab_megatron.trainer.actor.grid import RankGrid
-from collab_megatron.trainer.engines import Engines
+from collab_megatron.trainer.engines import BatchSource
 from collab_megatron.trainer.rl_reporter import RLReporter
 from collab_megatron.wire.completion import is_evaluated
 
@@ -19,7 +19,7 @@ ENDS_THE_RUN = (NoEngineLeft, WeightsDiffer, RunStops)
 class EvaluationSchedule:
     """Build and use it on every rank alike."""
 
-    def __init__(self, engines: Engines, reporter: RLReporter | None, grid: RankGrid, config: RLConfig) -> None:
+    def __init__(self, engines: BatchSource, reporter: RLReporter | None, grid: RankGrid, config: RLConfig) -> None:
         """reporter: on rank 0."""
         self._engines, self._reporter, self._grid, self._config = engines, reporter, grid, config
 
@@ -43,7 +43,7 @@ class EvaluationSchedule:
             self.evaluate_if_due(done)
 
     def _evaluate(self, done: int) -> None:
-        if self._config.data.validation is None:
+        if not self._config.evaluates:
             return
         figures, failure = None, ""
         try:

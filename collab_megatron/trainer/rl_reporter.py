@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 SHOWN_STEPS = 50  # of a run, about: steps whose trees are on the dashboard
 TREES: Sequence[Sequence[str]] = ((), ("best",), ("best", "worst"), ("best", "median", "worst"))
 
+OFF_POLICY = """This run trains on recorded conversations (replay.record in the config), which other weights may have
+sampled. Figures named recorded/... are of those conversations, not of the policy in training.
+train/logprob_gap, train/importance_weight and train/importance_effective_share show how far the policy is from the one
+that sampled them. No token counts as on-policy."""
+
 
 class RLReporter:
     """For the trainer's rank 0."""
@@ -36,6 +41,8 @@ class RLReporter:
         self._dashboard = Dashboard(config.run.tensorboard_dir, first_step=first_step, attempt=attempt)
         self._dashboard.text("config", show_config(config))
         self._dashboard.first_page()
+        if config.replay is not None:
+            self._dashboard.text("off-policy", OFF_POLICY)
         self._dashboard.settings(compared_settings(config), ("reward/mr_mean", "eval/mr"))
         self._progress = ProgressLine(config.run.name, first_step=first_step, total_steps=config.train.steps)
         self._alarms = Alarms()
@@ -68,15 +75,15 @@ class RLReporter:
         done: int,
         rollout: Mapping[str, float],
         update: Mapping[str, float],
-        sync: SyncReport,
+        sync: SyncReport | None,
         seconds: Mapping[str, float],
         samples: Sequence[TrainingSample] = (),
         shown: Sequence[ShownTree] = (),
     ) -> None:
-        """Report a finished step; `done` counts from 1. samples: the step's, for the histograms. shown: its best,
-        median and worst tree; of long runs not every step's."""
+        """Report a finished step; `done` counts from 1. sync: None without engines. samples: the step's, for the
+        histograms. shown: its best, median and worst tree; of long runs not every step's."""
         metrics = {**rollout, **update, **seconds}
-        metrics |= sync.metrics()
+        metrics |= sync.metrics() if sync is not None else {}
         metrics["train/tokens_per_s"] = update["train/tokens"] / max(seconds["time_s/update"], 1e-9)
         if "train/model_tflop" in update:  # not after a step without samples
             passes_s = seconds["time_s/logprobs"] + seconds["time_s/update"]
@@ -137,7 +144,9 @@ def progress_figures(metrics: Mapping[str, float], weighted: Sequence[str]) -> d
     online DPO, speed.
 
     Figures that the step does not have are left out."""
-    named = {"reward": "reward/mr_mean"} | {name: f"reward/{name}_mean" for name in weighted}
+    named = {"reward": "reward/mr_mean", "recorded reward": "recorded/reward/mr_mean"} | {
+        name: f"reward/{name}_mean" for name in weighted
+    }
     if "rollout/clarify_rate_ambiguous" in metrics or "rollout/clarify_rate_complete" in metrics:
         named |= {
             "asks if unclear": "rollout/clarify_rate_ambiguous",
@@ -146,6 +155,8 @@ def progress_figures(metrics: Mapping[str, float], weighted: Sequence[str]) -> d
     else:
         named["asks"] = "rollout/clarify_rate"
     named |= {"kl": "train/kl", "margin": "train/reward_margin"}
+    if "replay/recorded_step" in metrics:
+        named["log-prob gap"] = "train/logprob_gap"
     shown = {name: f"{metrics[figure]:.2f}" for name, figure in named.items() if figure in metrics}
     if "rollout/tokens_per_s" in metrics:
         shown["tokens/s"] = f"{metrics['rollout/tokens_per_s']:,.0f}"

@@ -24,9 +24,9 @@ def rl_missing(config: RLConfig) -> list[str]:
     """
     run, steps = config.run, config.train.steps
     missing = []
-    if config.data.validation is not None and not is_evaluated(run.evaluations_file, steps):
+    if config.evaluates and not is_evaluated(run.evaluations_file, steps):
         missing.append(f"the held-out evaluation after step {steps}")
-    if not is_probed(run.engine_probe_file, steps):
+    if config.replay is None and not is_probed(run.engine_probe_file, steps):
         missing.append("the engine probe")
     return missing
 

@@ -57,7 +57,7 @@ class Request(msgspec.Struct):
 
     op: Literal["step", "evaluate", "discard", "stop"]  # discard: the trainer refused the batch of `step`
     step: int = 0  # optimizer steps done, from 0; messages for users count from 1
-    version: int = 0  # live weight version of the engines
+    version: int | None = 0  # live weight version of the engines; None: they keep the weights that they have
     engines: tuple[str, ...] = ()  # URLs of the servers with these weights; the driver uses no others
     saved: int = 0  # step of the newest complete checkpoint
 
@@ -115,8 +115,9 @@ class DriverHasNoEngine(NoEngineLeft):
 class DriverClient:
     """The trainer's end: sends a request to every shard and merges the answers. Not thread-safe."""
 
-    def __init__(self, addresses: Sequence[str], token: bytes) -> None:
-        self._context = zmq.Context()
+    def __init__(self, addresses: Sequence[str], token: bytes, tick: Callable[[], None] = lambda: None) -> None:
+        """tick: called while it waits, at least every POLL_S; what it raises ends the wait."""
+        self._context, self._tick = zmq.Context(), tick
         self._lines = [_Line(self._context, address, token) for address in addresses]
 
     def close(self) -> None:
@@ -125,9 +126,10 @@ class DriverClient:
         self._context.term()
 
     def next_batch(
-        self, step: int, version: int, engines: Sequence[str], *, saved: int = 0, timeout_s: float
+        self, step: int, version: int | None, engines: Sequence[str], *, saved: int = 0, timeout_s: float
     ) -> DriverResult[RolloutBatch]:
-        """The batch of `step`, sampled by `engines`, which all have weights `version`. Waits at most `timeout_s`.
+        """The batch of `step`, sampled by `engines`, which all have weights `version` (None: nobody trains). Waits at
+        most `timeout_s`.
 
         Raises RunError at the deadline, for an error of the driver, or if the shards dropped more than half of the
         groups; DriverHasNoEngine if all engines are lost; BudgetSpent, SimulatorSick or TooManyErrors if the run must
@@ -186,6 +188,7 @@ class DriverClient:
             for line in waiting:
                 poller.register(line.socket, zmq.POLLIN)
             ready = dict(poller.poll(int(POLL_S * 1000)))
+            self._tick()
             for line in waiting:
                 poller.unregister(line.socket)
                 if line.socket not in ready:

@@ -31,7 +31,7 @@ _SILENT = ("run.resume",)  # differs because this is a resume
 # sections and keys that decide the weights of every step: if they differ, it is another run
 _DECIDES = (
     *("model", "data.train", "algorithm", "optimizer", "rollout", "reward", "batch_size", "max_tokens"),
-    *("dpo", "online_dpo"),
+    *("dpo", "online_dpo", "replay"),
     *("run.seed", "run.init_from", "driver.max_staleness", "driver.oversample_prompts"),
 )
 _DECIDES_NOT = (
@@ -41,8 +41,8 @@ _DECIDES_NOT = (
 )
 _DECIDES_OF_LLMS = ("model", "temperature", "prompt_file", "max_tokens")
 """Of simulators and judges, and all of `extra`; addresses, time limits and retries may change."""
-_CHOSEN = (".metric_weights.", ".metric_clamps.", "reward.settings.", ".extra.", "online_dpo.")
-"""Mappings with keys chosen by the user, and a section that is off by default: an absent key is a difference, not the
+_CHOSEN = (".metric_weights.", ".metric_clamps.", "reward.settings.", ".extra.", "online_dpo.", "replay.")
+"""Mappings with keys chosen by the user, and sections that are off by default: an absent key is a difference, not the
 default of an older version."""
 
 

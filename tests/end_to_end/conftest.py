@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import ONE_USER, Ended, Run, Server, environment
+from tests.end_to_end.running import Running
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +55,18 @@ def rl_command(short_demo: tuple[Path, Ended], desk: Server, engine: Server) -> 
         ]
 
     return command
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    started: list[Running] = []
+
+    def begin(argv: list[str], *, warm: bool = False) -> Running:
+        started.append(Running(argv, tmp_path / "launcher.log", warm and torch.version.cuda is None))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.send(signal.SIGTERM)
+        running._process.wait(30)
+        shutil.rmtree(running.temporary)

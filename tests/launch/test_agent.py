@@ -19,7 +19,7 @@ from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch.agent import Agent
 from collab_megatron.launch.job_link import JobLink
 from collab_megatron.wire import job as messages
-from collab_megatron.wire.curve import encrypt_client, encrypt_server
+from collab_megatron.wire.curve import REFUSED, encrypt_client, encrypt_server
 from collab_megatron.wire.sealed import NOBODY, Channel, new_half
 from tests.launch.agents import KEY, WAIT_S, Job, running_job
 
@@ -247,7 +247,8 @@ def test_without_the_key_nothing_is_read(job: Job) -> None:
             stranger.send_multipart(hello)
         job.start("gpu01", "print('well')")
         assert job.until_ended("gpu01").tail == "well"
-        assert not job.link.wait_for(lambda: bool(job.link.dropped), timeout_s=0.5)
+        assert job.link.wait_for(lambda: job.link.dropped[REFUSED] >= 2, timeout_s=WAIT_S)
+        assert set(job.link.dropped) == {REFUSED}
 
 
 def test_an_agent_obeys_nobody_without_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from collab_megatron.config import RLConfig
 from collab_megatron.errors import UserError
 from collab_megatron.rollout.group import TreeId
 from collab_megatron.rollout.llm import SimulatorError
+from collab_megatron.rollout.record_files import steps_of
 from collab_megatron.rollout.record_lines import tree_line, tree_record
 from collab_megatron.rollout.recorded_groups import group_of
 from collab_megatron.types import Future, Group, Message, Reply, RolloutStatus, ScoredConversation
@@ -156,13 +157,13 @@ def test_nobody_is_asked_for_where_the_record_has_every_score() -> None:
 
 @pytest.mark.parametrize(("text", "steps"), [("7", range(7, 8)), ("5-20", range(5, 21)), ("5-", range(5, 2**31 + 1))])
 def test_steps(text: str, steps: range) -> None:
-    assert rescore.steps_of(text) == steps
+    assert steps_of(text, "--steps") == steps
 
 
 @pytest.mark.parametrize("text", ["x", "-5", "5-x", "1,2", ""])
 def test_steps_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match="is no step or range of steps"):
-        rescore.steps_of(text)
+        steps_of(text, "--steps")
 
 
 async def test_the_penalty_of_a_reply_that_breaks_off_stays() -> None:

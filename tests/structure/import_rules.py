@@ -66,19 +66,22 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
 ADDED: Mapping[str, Mapping[str, str]] = {
     "demo.summary": {"rollout.llm.accounting": "reads the file of API calls that a run left"},
     "launch.cost": {"rollout.llm.prices": "the plan's dollars come from LiteLLM's price table"},
+    "launch.epochs": {"rollout.replay": "a pass over a record has as many steps as were recorded"},
+    "launch.plan": {"rollout.replay": "a type: what a replay trains on"},
     "launch.path_checks": {"rollout.journal.store": "can the journal be opened?"},
     "launch.preflight": {
         "data_engine": "can the problems of build_dataset be read?",
         "rollout.llm": "do the LLM services answer?",
         "rollout.rewards": "does the config name metrics that exist?",
     },
+    "launch.record_checks": {"rollout.replay": "is there a record to train on?"},
     "trainer.convert": {"trainer.actor.grid": "a type: the exporter is given the rank grid"},
     "trainer.local.layers": {"trainer.actor.backend": "a type: which layers the backend has"},
     "trainer.sync.proof.probe": {"data.chat": "the probe prompt goes through the model's tokenizer"},
 }
 
 # entry points and the parts of their loops may import every room
-FREE = ("trainer", "train_rl", "train_sft", "train_dpo", "evaluate", "rescore")
+FREE = ("trainer", "train_rl", "train_sft", "train_dpo", "evaluate", "rescore", "collect")
 
 # external package -> rooms that may import it; all rooms may import packages without a row
 OUTSIDE: Mapping[str, tuple[str, ...]] = {

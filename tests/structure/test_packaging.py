@@ -54,7 +54,8 @@ def test_its_commands_run_in_an_empty_folder(wheel: Path, tmp_path: Path) -> Non
         entries.read_string(content.read(listed).decode())
     scripts = dict(entries["console_scripts"])
     assert set(scripts) == {
-        f"collab-{name}" for name in ("train-rl", "train-sft", "train-dpo", "evaluate", "rescore", "view", "doctor")
+        f"collab-{name}"
+        for name in ("train-rl", "train-sft", "train-dpo", "evaluate", "rescore", "collect", "view", "doctor")
     }
     (tmp_path / "empty").mkdir()
     call = "import sys; from {} import {} as main; sys.argv = [sys.argv[1], '--help']; main()"

@@ -9,6 +9,7 @@ import pytest
 import zmq
 
 from collab_megatron.figures import of_kind
+from collab_megatron.wire.curve import encrypt_server
 from collab_megatron.wire.protocol import Answer, Request, encode_answer, request_decoder
 from tests.trainer.parallel.ranks import run_ranks
 
@@ -24,6 +25,7 @@ ANSWERS = [
 def test_every_rank_hears_of_a_batch_and_of_no_engine_being_left() -> None:
     context = zmq.Context()
     socket = context.socket(zmq.REP)
+    encrypt_server(socket, b"secret", "driver")
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     asked: list[Request] = []
 

@@ -37,6 +37,7 @@ from collab_megatron.config.sections.llm import (
 )
 from collab_megatron.config.sections.problems import ColumnTemplate, MappingSection
 from collab_megatron.config.sections.profile import ProfileSection
+from collab_megatron.config.sections.replay import ReplaySection
 from collab_megatron.config.sections.rollout import (
     DriverSection,
     JournalSection,
@@ -86,6 +87,7 @@ __all__ = [
     "PreferenceSection",
     "ProfileSection",
     "RecordSection",
+    "ReplaySection",
     "RewardSection",
     "RolloutSection",
     "RunSection",
