@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 from tests.structure.import_rules import PACKAGE, imports_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -10,6 +10,7 @@ import asyncio, gc, time
 from collab_megatron.config.sections import LLMSection
 from collab_megatron.rollout.llm.litellm_api import ApiRequest, Endpoint, LiteLLMApi
 from collab_megatron.types import LLMRequest, Message
+import pytest
 
 async def main():
     api = LiteLLMApi()
