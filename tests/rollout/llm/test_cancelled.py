@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 CANCELS = """
 import asyncio, gc, time
 from collab_megatron.config.sections import LLMSection
 from collab_megatron.rollout.llm.litellm_api import ApiRequest, Endpoint, LiteLLMApi
 from collab_megatron.types import LLMRequest, Message
-import pytest
 
 async def main():
     api = LiteLLMApi()
