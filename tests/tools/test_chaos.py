@@ -29,7 +29,11 @@ def test_steps_that_were_trained_again_are_counted() -> None:
 
 
 def test_a_step_that_is_missing_or_twice_is_a_problem(tmp_path: Path) -> None:
-    config = load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", [f"run.dir={tmp_path}", "train.steps=3"])
+    config = load_config(
+        RLConfig,
+        REPOSITORY / "conf" / "demo_rl.yaml",
+        [f"run.dir={tmp_path}", "train.steps=3", "optimizer.warmup_steps=1"],
+    )
     metrics = config.run.tensorboard_dir / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
 
