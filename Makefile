@@ -6,9 +6,8 @@ PYTHON ?=
 ARGS ?=
 DEVICE ?= cpu
 export PYTHON DEVICE
-# folders of the first lane, which take about half of the time (tests/two_lanes.sh)
-QUICK_LANE = tests/config tests/data tests/engine tests/launch
-TEST_LANE = tests/config tests/data tests/engine tests/launch
+# of the first lane, about half of the time (tests/two_lanes.sh)
+LANE = tests/config tests/data tests/demo tests/engine tests/launch tests/trainer
 
 .PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock audit clean
 
@@ -26,7 +25,7 @@ install-gpu:
 test: install
 ifeq ($(strip $(ARGS)),)
 	@failed=0; \
-	bash tests/two_lanes.sh "not full and (not slow or one_core)" $(TEST_LANE) || failed=$$?; \
+	bash tests/two_lanes.sh "not full and (not slow or one_core)" $(LANE) || failed=$$?; \
 	.venv/bin/python -m pytest -m "not full and slow and not one_core" || failed=$$?; \
 	exit $$failed
 else
@@ -35,7 +34,7 @@ endif
 
 # no servers, no trainer ranks
 test-quick: install
-	bash tests/two_lanes.sh "not slow and not full" $(QUICK_LANE)
+	bash tests/two_lanes.sh "not slow and not full" $(LANE)
 
 # every variant
 test-full: install

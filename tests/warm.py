@@ -82,6 +82,8 @@ class _Subprocess(types.SimpleNamespace):
 
 def read_starts(file: Path) -> list[Started]:
     """What WARM_STARTS names holds."""
+    if not file.exists():
+        return []
     return [Started(pid, tuple(argv), rank) for pid, argv, rank in map(json.loads, file.read_text().splitlines())]
 
 

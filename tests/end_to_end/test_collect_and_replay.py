@@ -19,13 +19,13 @@ from tests.conftest import ONE_USER, Ended, Run, Server
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_a_replay_of_a_run_is_that_run(run: Run, short_demo: tuple[Path, Ended], tmp_path: Path) -> None:
+def test_a_replay_of_a_run_is_that_run(warm_run: Run, short_demo: tuple[Path, Ended], tmp_path: Path) -> None:
     """The same start, config and record on the same machine: every figure of training and the whole state, optimizer
     included, are equal to the last bit at two ranks. No engine, no driver, no LLM."""
     demo, _ = short_demo
     resolved = str(demo / "logs" / "rl" / "latest" / "resolved.yaml")
     given = ("-m", "collab_megatron.train_rl", resolved, f"run.dir={tmp_path}", f"replay.record={demo}")
-    ended = run(*given)
+    ended = warm_run(*given)
     assert ended.code == 0, ended.output[-4000:]
     assert "no engines, no driver, no LLM calls" in ended.output
     assert "off-policy  other weights may have sampled them" in ended.output
@@ -50,16 +50,16 @@ def test_a_replay_of_a_run_is_that_run(run: Run, short_demo: tuple[Path, Ended],
     assert len(shards) == 2
     for shard in shards:
         assert (ours / "model" / shard.name).read_bytes() == shard.read_bytes()
-    other = run(*given, "replay.steps=2-3", "train.steps=2", "run.resume=auto")
+    other = warm_run(*given, "replay.steps=2-3", "train.steps=2", "run.resume=auto")
     assert other.code == 2
     assert "another config (replay.steps: 0- -> 2-3" in other.errors[0]
 
 
 def test_trees_are_collected_from_a_real_engine(
-    run: Run, short_demo: tuple[Path, Ended], desk: Server, tiny_engine: Server, tiny_model: Path, tmp_path: Path
+    warm_run: Run, short_demo: tuple[Path, Ended], desk: Server, tiny_engine: Server, tiny_model: Path, tmp_path: Path
 ) -> None:
     demo, _ = short_demo
-    ended = run(
+    ended = warm_run(
         *("-m", "collab_megatron.collect", "conf/demo_rl.yaml", f"run.dir={tmp_path}", f"model.path={tiny_model}"),
         *(f"data.train={demo / 'data' / 'rl_train.parquet'}", f"engine.urls=[{tiny_engine.url}]", *ONE_USER),
         *(f"simulators.user.api_base={desk.url}", f"simulators.judge.api_base={desk.url}"),

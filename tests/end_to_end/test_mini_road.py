@@ -35,10 +35,9 @@ def require_both_ends(metric: str, run_dir: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(ROAD_S + 30)
-@pytest.mark.parametrize(
-    "task", [pytest.param("medium"), *(pytest.param(task, marks=pytest.mark.full) for task in ("math", "bigcodebench"))]
-)
+@pytest.mark.parametrize("task", METRICS)
 def test_a_miniature_goes_the_whole_road(task: str, warm_run: Run, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     command = ("tools/mini_task.py", task, *UNSAFE.get(task, ()), "--run-dir", str(run_dir))

@@ -22,6 +22,8 @@ from collab_megatron.types import TERMINATION_SIGNAL, Generation, Message, Score
 from tests.rollout.fakes import TASK
 from tests.rollout.runs import counts, set_version, stand_in
 
+pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+
 
 @pytest.fixture(scope="module")
 def chat() -> ChatTemplate:

@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 from tests.structure.import_rules import PACKAGE, imports_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -44,6 +46,8 @@ def test_every_import_is_named() -> None:
     assert missing(REPOSITORY, named_in(REPOSITORY / "setup.cfg")) == []
 
 
+@pytest.mark.slow
+@pytest.mark.one_core
 def test_an_import_that_is_not_named_is_found() -> None:
     named = named_in(REPOSITORY / "setup.cfg")
     assert any("imports httpx" in where for where in missing(REPOSITORY, named - {"httpx"}))

@@ -37,6 +37,8 @@ def test_a_row_for_every_call(tmp_path: Path, run: Run) -> None:
         assert 0 < row["fastest_seconds"] <= row["seconds"] <= row["slowest_seconds"]
 
 
+@pytest.mark.slow
+@pytest.mark.one_core
 @pytest.mark.parametrize(
     "arguments, says",
     [

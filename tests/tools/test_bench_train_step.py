@@ -67,6 +67,8 @@ def test_a_row_for_every_phase(measured: dict[bool, tuple[Ran, Path]], packing: 
         assert "mfu" not in row  # nobody knows this CPU's peak
 
 
+@pytest.mark.slow
+@pytest.mark.one_core
 @pytest.mark.parametrize(
     "arguments, says",
     [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 CANCELS = """
 import asyncio, gc, time
 from collab_megatron.config.sections import LLMSection
@@ -35,6 +37,8 @@ forgotten()
 """
 
 
+@pytest.mark.slow
+@pytest.mark.one_core
 def test_a_call_cancelled_at_any_moment_leaves_no_coroutine_behind() -> None:
     done = subprocess.run([sys.executable, "-c", CANCELS], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
