@@ -63,13 +63,13 @@ def set_up_logging(who: str, stream: TextIO | None = None) -> None:
 def log_of_server(on_malformed: Callable[[], None] = lambda: None) -> logging.Logger:
     """For an aiohttp server: its log of exceptions without those of malformed requests, for each of which it calls
     `on_malformed`, and of clients that hang up. Strangers could fill the disk with their tracebacks."""
-    from aiohttp.http import HttpProcessingError  # few processes have a server
 
     def is_bug(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, HttpProcessingError):
+        malformed = type(error).__module__ == "aiohttp.http_exceptions"  # by name: few processes import aiohttp
+        if malformed:
             on_malformed()
-        return not isinstance(error, HttpProcessingError | ConnectionResetError)
+        return not malformed and not isinstance(error, ConnectionResetError)
 
     log = logging.Logger("aiohttp.server", logging.ERROR)
     log.parent = logging.getLogger()

@@ -144,14 +144,14 @@ def faults(number: int, rng: random.Random) -> Iterator[tuple[str, str]]:
 
 def strike(run: ChaosRun, role: str, fault: str, rng: random.Random) -> Cost:
     """One fault and what it costs. Raises RunError where the run does not go on."""
-    before = run.last_step
     while (victim := run.victim(role, rng)) is None:
         time.sleep(0.1)
+    done = run.last_step
     run.mark()
     begin = time.monotonic()
     family = run.family() if role == "launcher" else []
     victim.send_signal(getattr(signal, fault))
-    print(f"step {before}: {fault} to {role} (process {victim.pid})", flush=True)
+    print(f"step {done}: {fault} to {role} (process {victim.pid})", flush=True)
     if role == "launcher":
         run.process.wait()
         gone, alive = psutil.wait_procs(family, timeout=120)  # they end by themselves
@@ -161,9 +161,18 @@ def strike(run: ChaosRun, role: str, fault: str, rng: random.Random) -> Cost:
     else:
         run.wait_for(REPORTED[role], NEXT_STEP_S)
     detected_s = time.monotonic() - begin
+    before = run.last_step  # one may have ended between the choice of the victim and its end
     run.wait_for_step(before + 1, FIRST_STEP_S)
-    repeated = sum(1 for step in STEP.findall(run.new) if int(step) <= before)
-    return Cost(role, fault, before, detected_s, time.monotonic() - begin, repeated)
+    return Cost(role, fault, before, detected_s, time.monotonic() - begin, repetitions(done, run.new))
+
+
+def repetitions(done: int, output: str) -> int:
+    """Steps in the output that were trained again. done: the last one before it."""
+    found = 0
+    for step in map(int, STEP.findall(output)):
+        found += step <= done
+        done = max(done, step)
+    return found
 
 
 def problems(config: RLConfig, code: int) -> list[str]:

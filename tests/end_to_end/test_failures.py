@@ -20,7 +20,9 @@ from collab_megatron.rollout.record_files import read_trees
 from collab_megatron.trainer.report.dashboard import read_metrics
 from collab_megatron.wire.checkpoints import newest_complete, read_info
 from tests.conftest import DESK_KEY, Ended, Run, environment
+from tests.end_to_end.another_user import require_nothing_for_another_user
 from tests.end_to_end.running import Running
+from tests.end_to_end.searched import require_files_clean, require_secrets_kept, secrets_of
 from tests.end_to_end.strangers import knock_at_the_driver, require_closed_to_strangers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -119,6 +121,10 @@ def test_a_term_signal_ends_everything(
     running = start(command)
     running.wait_until("rl 1/500")
     require_closed_to_strangers(running.family, tmp_path / "run")
+    secrets = secrets_of(running.family, tmp_path / "run" / "logs" / "rl" / "latest")
+    require_secrets_kept(running.family, [tmp_path, running.temporary], secrets)
+    if os.getuid() == 0:  # only root can become another user
+        require_nothing_for_another_user(running.family, tmp_path / "run", sorted(running.shared_memory()))
     shared = running.shared_memory()
     assert any(path.name.startswith("sglang_loads_") for path in shared)
     assert any(running.temporary.glob("*/tmp*")), "what SGLang makes lies in the run's own folder"
@@ -138,6 +144,7 @@ def test_a_term_signal_ends_everything(
     assert f"is saved: {newest}; run.resume=true continues" in ended.output
     assert " of 500 steps: the same command with run.resume=true goes on from it" in ended.output
     assert "never awaited" not in ended.output
+    assert require_files_clean([tmp_path], secrets) == {"live.json"}
 
 
 def test_simulators_that_go_away_end_the_run(
