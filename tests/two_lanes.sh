@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests without servers in two lanes at the same time, one for each core: the folders given, and everything else.
+# Tests that keep one core busy, in two lanes at the same time: the folders given, and everything else.
 #
 #   two_lanes.sh MARKS FOLDER ...
 #
