@@ -92,7 +92,9 @@ def test_every_script_is_short_and_runs_its_program_through_it(script: Path) -> 
     text = script.read_text()
     assert len(text.splitlines()) < 80
     assert "source slurm/env.sh\nsource slurm/job.sh\n" in text
-    assert text.splitlines()[-1].startswith('run_job "${COLLAB_RUN[@]}" ')
+    trains = script.name.startswith("train_")
+    assert text.splitlines()[-1].startswith(f'{"run_on_all_nodes" if trains else "run_job"} "${{COLLAB_RUN[@]}}" ')
+    assert ("source slurm/nodes.sh\n" in text) == (trains or script.name == "check_nodes.sbatch")
     assert ("#SBATCH --requeue" in text) == (script.name != "check_nodes.sbatch")  # which takes half a minute
     saves = script.name not in ("convert.sbatch", "check_nodes.sbatch")
     assert ("#SBATCH --signal=B:USR1@180" in text) == saves

@@ -146,8 +146,7 @@ def test_a_killed_build_asks_for_nothing_twice(
     paid = spent_calls(config)
     assert 40 <= paid < whole.calls
     again = build(config, *overrides)
-    assert again.calls == whole.calls - paid
-    assert sum(usage.replayed for usage in again.counts.usage.values()) > 0
+    assert again.calls == whole.calls - paid  # also of conversations that the kill found in the middle
     assert spent_calls(config) == whole.calls  # a request that was paid for twice would count twice
     shards = (tmp_path / "built").glob("*.jsonl")
     assert sorted(line for shard in shards for line in shard.read_text().splitlines()) == rows
