@@ -21,11 +21,11 @@ install:
 install-gpu:
 	@bash tools/install.sh gpu
 
-# two lanes for what keeps one core busy, then one test at a time; with ARGS all of it one test at a time
+# what keeps one core busy at most, then the whole road; one test at a time
 test: install
 ifeq ($(strip $(ARGS)),)
 	@failed=0; \
-	bash tests/two_lanes.sh "not full and (not slow or one_core)" $(LANE) || failed=$$?; \
+	.venv/bin/python -m pytest -m "not full and (not slow or one_core)" || failed=$$?; \
 	.venv/bin/python -m pytest -m "not full and slow and not one_core" || failed=$$?; \
 	exit $$failed
 else
