@@ -21,7 +21,7 @@ from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch.attempts import Attempt
 from collab_megatron.launch.cli import JobArguments
 from collab_megatron.launch.hosts import Host, parse_hosts
-from collab_megatron.launch.job_link import JobLink
+from collab_megatron.launch.job_link import JOIN_S, JobLink
 from collab_megatron.launch.job_supervisor import SCRATCH, JobSupervisor
 from collab_megatron.launch.lock import RunLock
 from collab_megatron.launch.node import Node, device_of, this_node
@@ -33,7 +33,6 @@ from collab_megatron.wire.job import Hello
 from collab_megatron.wire.roster import ROSTER_FILE, EngineEntry, RosterFolder
 from collab_megatron.wire.sealed import read_key
 
-JOIN_S = 120.0  # srun on hundreds of nodes, cold file systems
 BYE_S = 10.0
 RANKS_PORT = 0  # index in Hello.ports of rank 0's node
 DRIVER_PORTS = 1  # of the first driver shard, on the drivers' node

@@ -76,13 +76,17 @@ def launch_rl(config: RLConfig, start: RLStart, lock: RunLock, link: JobLink | N
             more += ["--driver-ready-file", str(supervisor.scratch / READY_FILE)]
             more += ["--engine-keys", str(keys_file)] if keys_file else []
             ranks.start(resolved, more)
-            fleet.wait_until_ready(tick=look_after)
+            fleet.wait_until_ready(tick=look_after_ranks_too)
             supervisor.publish(ready, "ready")
 
         def look_after() -> None:
             supervisor.check()
             fleet.poll()
             drivers.poll()
+
+        def look_after_ranks_too() -> None:
+            look_after()
+            ranks.poll()  # one with an error message ends the run; `watch` sees one that was killed
 
         def start_again(resolved: Path, life: int) -> None:
             if config.engine.placement == "colocated":  # their memory may be the trainer's at this moment
