@@ -70,6 +70,7 @@ class LivePage:
         self._status, self._key = status, secrets.token_urlsafe(24)
         self._runner: web.AppRunner | None = None
         self._listening: asyncio.Server | None = None
+        self._accepted = 0  # connections that `_runner.server` does not list yet
         self.refused = Dropped()
 
     async def start(self, port: int, file: Path) -> str:
@@ -110,10 +111,17 @@ class LivePage:
         assert self._runner is not None
         server = self._runner.server
         assert server is not None
-        if len(server.connections) < MOST_CONNECTIONS:
-            return server()
-        self.refused["too many connections"] += 1
-        return _Closed()
+        if len(server.connections) + self._accepted >= MOST_CONNECTIONS:
+            self.refused["too many connections"] += 1
+            return _Closed()
+        # asyncio accepts up to 100 connections before the first of them is made
+        self._accepted += 1
+        asyncio.get_running_loop().call_soon(self._made)
+        return server()
+
+    def _made(self) -> None:
+        """Runs directly before `connection_made`, which asyncio schedules after it has called `_connection`."""
+        self._accepted -= 1
 
     @web.middleware
     async def _only_with_the_key(
