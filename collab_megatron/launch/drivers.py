@@ -16,6 +16,7 @@ from collab_megatron.config.sections import DriverSection
 from collab_megatron.errors import RunError
 from collab_megatron.launch.child_process import ChildProcess, Ready
 from collab_megatron.launch.cli import shard_file, token_file
+from collab_megatron.launch.restarts import Restarts
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.launch.trainer_ranks import end_children
 from collab_megatron.wire.live_file import live_file
@@ -48,7 +49,7 @@ class Drivers:
         self._argv = driver_command(resolved, max_context_tokens)
         self._keys = ["--engine-keys", str(engine_keys)] if engine_keys else []
         supervisor.publish(token_file(self._ready_file).name, secrets.token_hex(32))
-        self._restarts = [0] * section.shards
+        self._restarts = [Restarts(section.max_restarts) for _ in range(section.shards)]
         self._first_step: list[str] = []
         self._live_pages: dict[int, str] = {}  # addresses that were printed, by shard
         self.children: list[ChildProcess] = []
@@ -78,13 +79,12 @@ class Drivers:
                 child.hung = None  # the next poll finds it dead
             if not child.will_restart():  # it runs, is done, or has failed, which the supervisor handles
                 continue
-            if self._restarts[shard] >= self._section.max_restarts:
-                raise RunError(
-                    f"{child.name} ended with {child.ended()} after {self._restarts[shard]} restarts "
-                    f"(driver.max_restarts); see {child.log}"
-                )
             if self._supervisor.is_gone(child):
-                self._restarts[shard] += 1
+                if not self._restarts[shard].take():
+                    raise RunError(
+                        f"{child.name} ended with {child.ended()} after {self._restarts[shard].count} restarts "
+                        f"(driver.max_restarts); see {child.log}"
+                    )
                 print(f"{child.name} ended with {child.ended()}: restarting it", flush=True)
                 was_ready = self._supervisor.was_ready(child)
                 self.children[shard] = self._start(shard, [] if was_ready else self._first_step)
@@ -103,6 +103,7 @@ class Drivers:
                     )
 
     def _start(self, shard: int, more: Sequence[str]) -> ChildProcess:
+        self._restarts[shard].begin()
         name = "driver" if self._section.shards == 1 else f"driver-{shard}"
         file = shard_file(self._ready_file, shard)
         address = self._addresses[shard] if self._addresses else f"ipc://{file}.socket"

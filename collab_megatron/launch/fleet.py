@@ -2,7 +2,7 @@
 
 The first start of a server must succeed, else the run ends with the server's error: a wrong flag must not restart
 forever. Later, a server that dies, or that trainer or driver have given up (wire/roster.py), is killed with all its
-processes and restarted, at most `engine.max_restarts` times. Servers given as URLs are only listed.
+processes and restarted, at most `engine.max_restarts` times in a row. Servers given as URLs are only listed.
 
 `poll` never waits; call it in the loop that watches the rest of the run. `wait_until_ready` waits.
 """
@@ -21,6 +21,7 @@ from collab_megatron.engine.server_args import EngineCommand
 from collab_megatron.errors import RunError, UserError, masked
 from collab_megatron.launch.child_process import ChildProcess, Ready
 from collab_megatron.launch.readiness import Readiness, ReadinessProbe
+from collab_megatron.launch.restarts import Restarts
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.wire.roster import EngineEntry, RosterFolder
 
@@ -40,11 +41,12 @@ class _ManagedServer:
     number: int
     entry: EngineEntry
     readiness: Readiness
+    restarts: Restarts
     child: ChildProcess | None = None  # None: given by its URL, or abandoned
     ready: bool = False
     killed: bool = False  # the next start comes when no process of its group is left
     abandoned: bool = False  # no next start
-    uncounted: int = 0  # starts that were not the server's fault
+    again: bool = False  # after `Fleet.restart`
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -77,9 +79,10 @@ class Fleet:
             if self._settings.urls:
                 url = self._settings.urls[number].rstrip("/")
                 entry = EngineEntry(name, url, ranks, managed=False)
-                self._servers.append(_ManagedServer(number, entry, ReadinessProbe(url, every_s=ASK_FIRST_S)))
+                readiness = ReadinessProbe(url, every_s=ASK_FIRST_S)
+                self._servers.append(_ManagedServer(number, entry, readiness, Restarts(limit=0)))
             else:
-                self._start_server(number, EngineEntry(name, "", ranks), essential=True)
+                self._start_server(number, EngineEntry(name, "", ranks))
         self._publish()
 
     def wait_until_ready(self, tick: Callable[[], None] = lambda: None) -> None:
@@ -115,15 +118,14 @@ class Fleet:
                 self._supervisor.kill(server.child)
                 server.readiness.close()
                 server.ready, server.killed = False, True
-                server.uncounted += 1
+                server.again = True
                 self._say(server, f"{reason}: restarting it")
         self._publish()
 
     def _never_answered(self, server: _ManagedServer) -> bool:
         if server.child is None:
             return not server.entry.managed and not server.ready
-        restarted = server.uncounted > 0 and not server.ready and not server.abandoned
-        return server.child.essential or restarted
+        return server.child.essential or (server.again and not server.ready and not server.abandoned)
 
     def _failure(self, server: _ManagedServer, child: ChildProcess) -> str | None:
         """Why the server must be killed; None: it is fine."""
@@ -138,14 +140,19 @@ class Fleet:
             return f"was not ready within {limit:g} s"
         return None
 
-    def _start_server(self, number: int, entry: EngineEntry, *, essential: bool, uncounted: int = 0) -> None:
+    def _start_server(self, number: int, entry: EngineEntry, before: _ManagedServer | None = None) -> None:
+        """before: the server that it replaces; without one it is the first, which must come up."""
+        essential = before is None
         command = self._build(number, self._port(number))
         every_s = ASK_FIRST_S if essential else ASK_S
         child = self._supervisor.start(
             entry.name, command.argv, command.env, essential=essential, unset=command.unset, ready=Ready(command.url)
         )
         readiness = self._supervisor.readiness(child, every_s=every_s)
-        server = _ManagedServer(number, replace(entry, url=readiness.url), readiness, child, uncounted=uncounted)
+        restarts = Restarts(self._settings.max_restarts) if before is None else before.restarts
+        restarts.begin()
+        server = _ManagedServer(number, replace(entry, url=readiness.url), readiness, restarts, child)
+        server.again = before is not None and before.again
         self._servers[number : number + 1] = [server]
 
     def _kill_server(self, server: _ManagedServer, child: ChildProcess, reason: str) -> None:
@@ -158,12 +165,11 @@ class Fleet:
         server.readiness.close()
         server.ready, server.killed = False, True
         limit = self._settings.max_restarts
-        failures = server.entry.life - server.uncounted
-        server.abandoned = failures >= limit
+        server.abandoned = not server.restarts.take()
         if server.abandoned:
             self._say(server, f"{reason}: not restarted (engine.max_restarts={limit}); see {child.log}")
         else:
-            self._say(server, f"{reason}: restarting it ({failures + 1} of {limit})")
+            self._say(server, f"{reason}: restarting it ({server.restarts.count} of {limit})")
         self._publish()
 
     def _restart_when_gone(self, server: _ManagedServer) -> None:
@@ -175,7 +181,7 @@ class Fleet:
             server.child, server.killed = None, False
         else:
             entry = replace(server.entry, life=server.entry.life + 1)
-            self._start_server(server.number, entry, essential=False, uncounted=server.uncounted)
+            self._start_server(server.number, entry, server)
 
     def _mark_ready(self, server: _ManagedServer) -> None:
         if server.child is None:

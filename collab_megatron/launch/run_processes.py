@@ -38,6 +38,7 @@ from collab_megatron.launch.lock import RunLock
 from collab_megatron.launch.many_nodes import ManyNodes
 from collab_megatron.launch.node import device_of
 from collab_megatron.launch.preflight import RLStart
+from collab_megatron.launch.restarts import Restarts
 from collab_megatron.launch.site import OneNode, Site, engine_gpus
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.launch.trainer_ranks import TrainerRanks
@@ -127,18 +128,21 @@ def watch(
 ) -> None:
     """Until the trainer ranks are done. look_after: called repeatedly. start_again: starts what must be, with the
     config for resuming and the number of the start. Raises RunError when a part fails."""
-    lives, limit = 0, config.train.max_restarts
+    limit, lives, step = config.train.max_restarts, 0, 0
     if isinstance(config, RLConfig) and config.engine.placement == "colocated" and config.engine.urls:
         limit = 0
+    restarts = Restarts(limit)
     while not ranks.done:
         look_after()
         if reason := ranks.poll():
-            if lives == limit:
-                raise RunError(f"{reason}, after {lives} restarts of the trainer (train.max_restarts={limit})")
+            # a checkpoint of its own accord counts; one that hung ranks save below does not
+            if not restarts.take(recovered=newest_step(config.run) > step):
+                raise RunError(f"{reason}, after {restarts.count} restarts of the trainer (train.max_restarts={limit})")
             lives += 1
-            print(f"{reason}: restarting the trainer ({lives} of {limit})", flush=True)
+            print(f"{reason}: restarting the trainer ({restarts.count} of {limit})", flush=True)
             ranks.end(look_after, save_grace_s=config.train.save_grace_s)
-            print(f"all trainer ranks start again at step {newest_step(config.run) + 1}", flush=True)
+            step = newest_step(config.run)
+            print(f"all trainer ranks start again at step {step + 1}", flush=True)
             again = config.model_copy(
                 update={"run": config.run.model_copy(update={"resume": config.run.resume or "auto"})}
             )

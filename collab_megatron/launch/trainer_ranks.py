@@ -2,7 +2,7 @@
 
 A rank that a signal ended (the kernel's, when memory is short; a watchdog's; of a node that is lost) takes the others
 with it: they wait for it in a collective. Then all of them start again in the same job and go on from the newest
-checkpoint, `train.max_restarts` times. A rank that ends with an error message ends the run.
+checkpoint, `train.max_restarts` times in a row. A rank that ends with an error message ends the run.
 """
 
 from __future__ import annotations

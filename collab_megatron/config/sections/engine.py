@@ -35,7 +35,9 @@ class EngineSection(Section):
     # a server is given up after this long without an answer, and after this long without a finished batch while it has
     # requests and is not paused (on CPU, where one prefill can take a minute: 6 times as long)
     health_timeout_s: Seconds = 20.0
-    max_restarts: Count = 3  # of each server that the run started; then the run goes on without it
+    # of each server that the run started; the count starts over when it has lived for half an hour. Then the run
+    # goes on without it
+    max_restarts: Count = 3
     max_concurrency: Positive = 256  # generate requests in flight, per server
     max_running_tokens: Positive | None = None  # tokens of the requests in flight, per server; None: size of its cache
     # CPU threads of each rank. None: all cores; with

@@ -121,7 +121,9 @@ class DriverSection(Section):
     # trees per step that may replace dropped groups and groups below algorithm.min_group_std, which are then not
     # trained. Their prompts come from half an epoch later in the epoch's order
     refill_groups: Count = 0
-    max_restarts: Count = 3  # of a driver process that died; it resumes from the journal
+    # of a driver process that died; it resumes from the journal. The count starts over when it has lived for half
+    # an hour
+    max_restarts: Count = 3
     # of the live page on 127.0.0.1; shard n uses the n-th port after it. 0: free ports; None: no page
     live_port: int | None = Field(default=0, ge=0, le=65535)
 

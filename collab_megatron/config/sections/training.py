@@ -235,7 +235,8 @@ class TrainSection(Section):
     # consecutive optimizer steps that may be skipped because their gradient is not finite; then the run stops
     max_skipped_steps: Positive = 3
     # starts of all trainer ranks again, from the newest checkpoint in the same job, after one of them was killed or
-    # hung; with engine.urls of colocated engines none, because their memory may be the trainer's
+    # hung. The count starts over at each checkpoint that they write. With engine.urls of colocated engines none,
+    # because their memory may be the trainer's
     max_restarts: Count = 3
     async_save: bool = False  # write checkpoints in the background
     # steps between evaluations on data.validation; 0: only before the first step and after the last. RL plays whole
