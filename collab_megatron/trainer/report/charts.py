@@ -46,7 +46,7 @@ CHARTS: Mapping[str, tuple[Chart, ...]] = {
             "how often replies ask",
             (r"rollout/clarify_rate.*", r"eval/clarify_rate_(ambiguous|complete)"),
             "share of replies with a question; where the task says so, apart for unclear and for complete requests",
-            "rises for complete requests: let the metric needless_questions or token_amount cost more",
+            "rises for complete requests: more weight for interactivity or for token_amount",
         ),
         Chart(
             "tokens",
