@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from collab_megatron.config import RLConfig, load_config
+from collab_megatron.demo import scripted_roles
 from collab_megatron.doctor import of_config
 from collab_megatron.doctor.findings import findings_of
 from collab_megatron.errors import UserError
@@ -96,6 +97,18 @@ def test_one_token_goes_through_every_role_and_every_user() -> None:
     ]
     assert sorted(body["model"] for body in asked) == ["judge", "user-1", "user-a"]
     assert {body["max_tokens"] for body in asked} == {1}
+
+
+def test_the_demos_roles_answer_it() -> None:
+    """They reply to prompts of their own form only, but to this one too."""
+    config = load_config(RLConfig, CONF / "demo_rl.yaml")
+    assert config.simulators.judge is not None
+    models = [config.simulators.user.model, config.simulators.judge.model]
+    for model in (name.partition("/")[2] for name in models):
+        question = {"model": model, "messages": [{"role": "user", "content": of_config.QUESTION}]}
+        assert scripted_roles.answer({**question, "max_tokens": 1}) == ["ok"]
+        with pytest.raises(ValueError, match="holds no <request>"):
+            scripted_roles.answer(question)
 
 
 @pytest.mark.parametrize("fault", ["500", "hang"])
