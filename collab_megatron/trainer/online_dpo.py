@@ -13,7 +13,7 @@ from collab_megatron.trainer.actor.actor import Actor
 from collab_megatron.trainer.batching import MicroBatch, TokenSample, units_of
 from collab_megatron.trainer.loss.dpo import PAIR, make_dpo_loss, means_of_pairs, with_preference
 from collab_megatron.trainer.loss.losses import LossSum
-from collab_megatron.trainer.loss.policy_step import engine_gap, mini_batches, token_sample
+from collab_megatron.trainer.loss.policy_step import ENGINE_GAP, engine_gap, mini_batches, token_sample
 from collab_megatron.trainer.rank_batch import LogprobModel, attach_logprobs, rank_batch
 from collab_megatron.trainer.report.timers import PhaseTimer
 from collab_megatron.trainer.rl_step import step_metrics, without_samples
@@ -58,6 +58,9 @@ def update_on_pairs(
         means_of_pairs(result.metrics, pairs=pairs, tokens=tokens)
         for result, (_, pairs, tokens) in zip(results, prepared, strict=True)
     ]
+    # no log-probs of the start of the step are kept: after the first optimizer step they are those of another policy
+    with_engine = {name: means[0][name] for name in ENGINE_GAP}
+    means = [{**each, **with_engine} for each in means]
     return step_metrics(
         results,
         means,
@@ -96,10 +99,8 @@ def pair_tokens(pairs: Sequence[Pair], version: int) -> list[TokenSample]:
 
 
 def make_online_loss(beta: float) -> Callable[[Tensor, MicroBatch], LossSum]:
-    """The DPO loss, with the comparison of the engine's log-probs with the trainer's.
-
-    After the first of several mini-batches that comparison includes the policy's own change.
-    """
+    """The DPO loss, with the comparison of the engine's log-probs with the trainer's, which holds before the first
+    optimizer step."""
     dpo = make_dpo_loss(beta)
 
     def loss(logprobs: Tensor, batch: MicroBatch) -> LossSum:

@@ -69,10 +69,13 @@ def test_figures_are_means_over_pairs_and_those_of_tokens_over_tokens() -> None:
 
 def test_mini_batches_are_whole_pairs() -> None:
     model = Model(-1.0, norms=[2.0, 1.0], learns=0.25)
-    metrics, _ = run(model, [*pair(2, 3), *pair(1, 4)], Model(-1.0), mini_batches=2)
+    metrics, _ = run(model, [*pair(2, 3, gap=0.5), *pair(1, 4, gap=0.5)], Model(-1.0), mini_batches=2)
     assert model.passes == ["train", "train"]
     assert metrics["train/grad_norm"] == 2.0
     assert metrics["train/reward_margin"] == pytest.approx((0 + 0.5 * 0.25 * (1 - 4)) / 2)
+    # what the first mini-batch changed is no gap between engine and trainer
+    assert (metrics["train/on_policy_gap"], metrics["train/logprob_gap"]) == (0.5, 0.5)
+    assert metrics["train/on_policy_share"] == 1.0
     few = Model(-1.0)
     run(few, pair(2, 3), Model(-1.0), mini_batches=4)
     assert few.passes == ["train"]

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from collab_megatron.trainer.batching.micro_batch import MicroBatch, TokenSample
 from collab_megatron.trainer.loss.losses import LossSum
+from collab_megatron.trainer.loss.policy_step import ENGINE_GAP
 
 PAIR = 2
 """Samples of a pair: the chosen reply, then the rejected one."""
 PREFERENCE = "preference"
 """Per-token value: +n on the trained tokens of the chosen reply of pair n (from 1), -n on those of the rejected one."""
-PER_TOKEN = ("entropy", "logprob_gap", "on_policy_share", "on_policy_gap")
+PER_TOKEN = ("entropy", *ENGINE_GAP)
 """Metrics of a step that are sums over trained tokens; the others are sums over pairs."""
 
 

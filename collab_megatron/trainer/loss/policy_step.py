@@ -120,6 +120,10 @@ def make_policy_loss(
     return loss
 
 
+ENGINE_GAP = ("logprob_gap", "on_policy_share", "on_policy_gap")
+"""Metrics of engine_gap."""
+
+
 def engine_gap(old_logprobs: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
     """How far the engine's log-probs are from the trainer's at the start of the step, as sums over trained tokens."""
     gap = ((old_logprobs - batch.values["rollout_logprobs"]).abs() * batch.mask).detach()
