@@ -39,6 +39,10 @@ def collect() -> None:
     run("collect")
 
 
+def watch() -> None:
+    run("watch")
+
+
 def view() -> None:
     run("view.__main__")
 

@@ -1,4 +1,4 @@
-r"""Cleans text from outside for tokenizers, msgspec and line-based files.
+r"""Cleans text from outside for tokenizers, msgspec, line-based files and terminals.
 
 JSON can contain half of a surrogate pair ("\ud83d" without its other half), which has no UTF-8 encoding: tokenizers,
 msgspec and orjson raise an error.
@@ -35,6 +35,15 @@ def on_one_line(json_line: bytes) -> bytes:
         if end in json_line:
             json_line = json_line.replace(end, escape)
     return json_line
+
+
+def visible(text: str) -> str:
+    r"""For a terminal: what is no line end and cannot be printed, such as an escape sequence or a character that
+    changes the direction of a text, as its number (\x1b, \u202e)."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
 
 
 def duration(seconds: float) -> str:

@@ -18,8 +18,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -31,36 +31,14 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from collab_megatron.errors import UserError
 from collab_megatron.files import publish_secret
 from collab_megatron.log import log_of_server
-from collab_megatron.text import duration
 from collab_megatron.wire.dropped import Dropped
+from collab_megatron.wire.live_status import Status, rows_of, title_of
 
 REFRESH_S = 3
 LONGEST_TEXT = 2000  # characters of a message on the page
 END_S = 2.0  # for requests in flight at the end
 IDLE_S = 30.0  # for a connection without a whole request
 MOST_CONNECTIONS = 64
-
-
-@dataclass(frozen=True)
-class Status:
-    """One moment of a driver process."""
-
-    run: str
-    step: int  # that is made or was last delivered, from 1
-    steps: int
-    phase: str
-    phase_s: float
-    trees_running: int
-    calls_in_flight: Mapping[str, int]  # by role
-    turns_waiting: int  # policy turns without a slot of an engine
-    engines_live: int
-    engines_lost: Mapping[str, str]  # URL -> reason
-    seconds_per_step: float | None  # median of the last steps; None before two
-    eta_s: float | None
-    usd: float
-    calls: int
-    figures: Mapping[str, float] = field(default_factory=dict)  # of the last batch
-    chat: Sequence[tuple[str, str]] = ()  # role and text: the first future of the last batch's best reply
 
 
 class LivePage:
@@ -209,41 +187,19 @@ pre { white-space: pre-wrap; margin: .3rem 0; }
 @media (prefers-color-scheme: dark) { body { background: #16181d; color: #ddd; } .user { color: #e0b060; } }
 """
 STYLE_SUM = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-SHOWN: Mapping[str, str] = {
-    "reward": "reward/mr_mean",
-    "asks": "rollout/clarify_rate",
-    "asks if unclear": "rollout/clarify_rate_ambiguous",
-    "asks if clear": "rollout/clarify_rate_complete",
-    "tokens of a reply": "rollout/reply_tokens_mean",
-    "sampled tokens/s": "rollout/tokens_per_s",
-    "groups dropped": "rollout/groups_dropped",
-}
-"""Row of the page -> figure of the last batch."""
 
 
 def page(status: Status) -> str:
     """As HTML without scripts; it loads itself again. Everything that a model wrote is escaped."""
-    calls = ", ".join(f"{count} {role}" for role, count in status.calls_in_flight.items() if count) or "none"
-    rows = {
-        "phase": f"{status.phase}, for {duration(status.phase_s)}",
-        "trees running": str(status.trees_running),
-        "calls in flight": calls,
-        "policy turns waiting": str(status.turns_waiting),
-        "engines": str(status.engines_live),
-        "a step": "-" if status.seconds_per_step is None else duration(status.seconds_per_step),
-        "left": "-" if status.eta_s is None else duration(status.eta_s),
-        "so far": f"{status.calls:,} LLM calls, ${status.usd:.2f}",
-        **{row: f"{status.figures[name]:.4g}" for row, name in SHOWN.items() if name in status.figures},
-    }
     table = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows.items()
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows_of(status).items()
     )
     lost = "".join(f'<p class="lost">{html.escape(f"{url}: {why}")}</p>' for url, why in status.engines_lost.items())
     chat = "".join(
         f'<pre class="{"user" if role == "user" else "policy"}">{html.escape(f"{role}: {text[:LONGEST_TEXT]}")}</pre>'
         for role, text in status.chat
     )
-    title = html.escape(f"{status.run}: step {status.step} of {status.steps}")
+    title = html.escape(title_of(status))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_S}">'
         f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"

@@ -33,13 +33,14 @@ from collab_megatron.log import set_up_logging
 from collab_megatron.rollout.batch_collector import BatchCollector
 from collab_megatron.rollout.clients import RolloutClients, open_clients, open_journal
 from collab_megatron.rollout.listener import Listener
-from collab_megatron.rollout.live_page import LivePage, Status
+from collab_megatron.rollout.live_page import LivePage
 from collab_megatron.rollout.llm.accounting import API_USAGE_FILE
 from collab_megatron.rollout.record_files import RecordWriter
 from collab_megatron.rollout.shard_evaluator import ShardEvaluator
 from collab_megatron.rollout.tree_grower import TreeGrower
 from collab_megatron.signals import die_with_parent
 from collab_megatron.wire.live_file import live_file
+from collab_megatron.wire.live_status import Status
 from collab_megatron.wire.protocol import POLL_S, Answer, Request
 
 WAITING = "waiting for the trainer"

@@ -14,7 +14,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from collab_megatron.errors import UserError
-from collab_megatron.rollout.live_page import LivePage, Status, key_of, page
+from collab_megatron.rollout.live_page import LivePage, key_of, page
+from collab_megatron.wire.live_status import Status
 
 STATUS = Status(
     run="rl",

@@ -59,6 +59,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "launch": ("config", "data", "engine", "model", "wire"),
     "demo": ("launch.child_process", "launch.supervisor"),
     "doctor": ("config", "data", "launch", "model", "rollout.llm"),
+    "watch": ("wire",),
     "view": ("rollout.record_files", "rollout.rewards"),
 }
 

@@ -55,7 +55,7 @@ def test_its_commands_run_in_an_empty_folder(wheel: Path, tmp_path: Path) -> Non
     scripts = dict(entries["console_scripts"])
     assert set(scripts) == {
         f"collab-{name}"
-        for name in ("train-rl", "train-sft", "train-dpo", "evaluate", "rescore", "collect", "view", "doctor")
+        for name in ("train-rl", "train-sft", "train-dpo", "evaluate", "rescore", "collect", "watch", "view", "doctor")
     }
     (tmp_path / "empty").mkdir()
     call = "import sys; from {} import {} as main; sys.argv = [sys.argv[1], '--help']; main()"
