@@ -225,6 +225,7 @@ class EvaluateConfig(Section):
     optimizer: OptimizerSection | None = None
     profile: ProfileSection | None = None
     replay: ReplaySection | None = None
+    record: RecordSection | None = None
     sync: SyncSection | None = None
     driver: DriverSection | None = None
 

@@ -87,7 +87,7 @@ async def open_clients(
         observer=health,
         budget=config.budget,
         shards=shards,
-        go_on="set run.resume=true" if driver else "start the evaluation again",
+        go_on="start the same command again, training with run.resume=true," if driver else "start the evaluation again",
     )
     limiter = AdaptiveLimiter(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(

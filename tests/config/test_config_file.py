@@ -104,7 +104,8 @@ def test_what_is_dumped_loads_again(tmp_path: Path, rl_file: Path) -> None:
 
 
 def test_an_rl_config_can_be_evaluated_as_it_is(rl_file: Path) -> None:
-    rl = ["train.steps=7", "driver.shards=2", "optimizer.lr=1.0e-5", "sync.bucket_mb=8", "algorithm.kl_coef=0.1"]
+    rl = ["train.steps=7", "driver.shards=2", "optimizer.lr=1.0e-5", "sync.bucket_mb=8", "record.every=2"]
+    assert set(RLConfig.model_fields) <= set(EvaluateConfig.model_fields)
     config = load_config(EvaluateConfig, rl_file, [*rl, "data.validation=v.parquet", "budget.hard_usd=3"])
     assert config.budget.hard_usd == 3
     with pytest.raises(UserError, match=r"unknown key 'train.stepz'; did you mean 'steps'"):

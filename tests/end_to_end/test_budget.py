@@ -40,7 +40,7 @@ def test_a_spent_budget_ends_with_three_and_a_higher_one_goes_on(
     said = re.search(rf"the LLM APIs have answered (\d+) requests, and budget.hard_calls is {cap}:", error)
     assert said is not None, error
     assert cap <= int(said[1]) <= calls  # the other process ends the tree that it had begun
-    assert "raise budget.hard_calls and set run.resume=true" in error
+    assert "raise budget.hard_calls and start the same command again, training with run.resume=true, to go on" in error
     assert "Traceback" not in ended.output
     newest = newest_complete(tmp_path / "checkpoints" / "rl")
     assert newest is not None
