@@ -75,6 +75,7 @@ async def open_clients(
     driver = config.driver if isinstance(config, RLConfig) else None
     shards, staleness = (driver.shards, driver.max_staleness) if driver else (1, 0)
     chat = ChatTemplate(load_tokenizer(config.model.path), thought_tags=rollout.thought_tags)
+    go_on = "start the same command again, training with run.resume=true," if driver else "start the evaluation again"
     difference = chat.check_growth(rollout.inexact_template)
     if difference is not None:
         print(f"rollout.inexact_template={rollout.inexact_template}: {difference}", flush=True)
@@ -87,7 +88,7 @@ async def open_clients(
         observer=health,
         budget=config.budget,
         shards=shards,
-        go_on="start the same command again, training with run.resume=true," if driver else "start the evaluation again",
+        go_on=go_on,
     )
     limiter = AdaptiveLimiter(config.engine.max_running_tokens or float("inf"))
     async with EnginePool(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -62,6 +63,14 @@ class Running:
     def child(self, *words: str) -> psutil.Process:
         """The first started process whose command line holds all `words`."""
         return next(p for p in self.family if all(word in " ".join(p.cmdline()) for word in words))
+
+    def started(self, module: str) -> tuple[psutil.Process, Sequence[str]]:
+        """The process of `python -m MODULE` that was started last, and its command line."""
+        if self._warm:
+            last = next(one for one in reversed(read_starts(self._starts)) if module in one.argv)
+            return psutil.Process(last.pid), last.argv
+        process = self.child(module)
+        return process, process.cmdline()
 
     def rank(self, rank: int) -> psutil.Process:
         """A trainer rank, of those that were started last."""

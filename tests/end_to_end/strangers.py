@@ -53,9 +53,9 @@ def require_closed_to_strangers(family: Sequence[psutil.Process], folder: Path) 
 
 
 @contextlib.contextmanager
-def knock_at_the_driver(family: Sequence[psutil.Process]) -> Iterator[None]:
-    """With messages of all kinds, and raw connections that stay open for the length of the block."""
-    driver = _command(family, "collab_megatron.rollout.service")
+def knock_at_the_driver(driver: Sequence[str], family: Sequence[psutil.Process]) -> Iterator[None]:
+    """With messages of all kinds, and raw connections that stay open for the length of the block. driver: its command
+    line."""
     address = driver[driver.index("--address") + 1]
     path = Path(address.removeprefix("ipc://"))
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700

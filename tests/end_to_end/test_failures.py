@@ -68,12 +68,13 @@ def test_a_stopped_driver_comes_again_and_the_run_ends_well(
     rl_command: Callable[..., list[str]], start: Callable[..., Running], tmp_path: Path
 ) -> None:
     settings = ["train.steps=5", "driver.max_staleness=1", "run.stopped_timeout_s=2"]
-    running = start(rl_command(tmp_path / "run", *settings))
+    running = start(rl_command(tmp_path / "run", *settings), warm=True)
     running.wait_until("rl 1/5")
-    with knock_at_the_driver(running.family):
+    driver, command = running.started("collab_megatron.rollout.service")
+    with knock_at_the_driver(command, running.family):
         running.wait_until("messages at ipc://")
     running.wait_until("rl 2/5")
-    running.child("collab_megatron.rollout.service").suspend()
+    driver.suspend()
     running.wait_until("killing driver: process ")
     running.wait_until("driver ended with signal SIGKILL: restarting it")
     running.wait_until("rl 3/5")  # the processes again
