@@ -1,12 +1,15 @@
 """Chaos: an RL run in which processes are killed or stopped at random moments, and what each fault cost.
 
-    python tools/chaos.py conf/demo_rl.yaml --faults 12 [--seed 0] [--json FILE] [section.key=value ...]
+    python tools/chaos.py conf/demo_rl.yaml --faults 12 [--seed 0] [--json FILE] [--endpoint COMMAND]
+        [section.key=value ...]
 
 One node. A fault is SIGKILL or SIGSTOP to a trainer rank, an engine or a driver, or SIGKILL to the launcher, which is
-then started again as a scheduler would. It comes at a random moment of a step, once the run has gone on after the one
-before. The faults take turns in a random order of the seed. Printed at the end, and written with --json: for each
-fault and role seconds until the run reports it, seconds until a step that was not done before is done, and steps that
-were trained again. Ends with 1 if the run does not complete, or if a step is missing or twice in its figures.
+then started again as a scheduler would. With --endpoint, the command of the server that plays user and judge, which is
+started here, that server too is killed and started again after 5 s, or stopped for 5 s. A fault comes at a random
+moment of a step, once the run has gone on after the one before. The faults take turns in a random order of the seed.
+Printed at the end, and written with --json: for each fault and role seconds until the run reports it, seconds until a
+step that was not done before is done, and steps that were trained again. Ends with 1 if the run does not complete, or
+if a step is missing or twice in its figures.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import itertools
 import random
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -45,6 +49,8 @@ REPORTED = {
 }
 """The launcher's or the trainer's sentence, by role."""
 FAULTS = (*itertools.product(("trainer", "engine", "driver"), ("SIGKILL", "SIGSTOP")), ("launcher", "SIGKILL"))
+OF_ENDPOINT = (("endpoint", "SIGKILL"), ("endpoint", "SIGSTOP"))
+OUTAGE_S = 5.0  # of the endpoint
 FIRST_STEP_S, NEXT_STEP_S, END_S = 600.0, 600.0, 3600.0
 # restarts without an end, short deadlines for what hangs
 SETTINGS = ("train.max_restarts=10000", "engine.max_restarts=10000", "driver.max_restarts=10000", "run.resume=auto")
@@ -57,7 +63,7 @@ class Cost:
     role: str
     fault: str
     step: int  # the last one that was done before it
-    detected_s: float  # until the run reported it; of the launcher: until it is started again
+    detected_s: float  # until the run reported it; of launcher and endpoint: until it is there again
     recovered_s: float  # until the next step was done
     repeated_steps: int  # trained again, because no checkpoint had them
 
@@ -134,16 +140,41 @@ def _role(process: psutil.Process) -> str:
     return "engine" if "sglang.launch_server" in words or "sglang::scheduler" in "".join(words[:1]) else ""
 
 
-def faults(number: int, rng: random.Random) -> Iterator[tuple[str, str]]:
+class Endpoint:
+    """The server that plays user and judge."""
+
+    def __init__(self, command: str) -> None:
+        self._argv = shlex.split(command)
+        self.process = subprocess.Popen(self._argv)
+
+    def strike(self, fault: str) -> None:
+        """It is away for OUTAGE_S."""
+        self.process.send_signal(getattr(signal, fault))
+        time.sleep(OUTAGE_S)
+        if fault == "SIGKILL":
+            self.process.wait()
+            self.process = subprocess.Popen(self._argv)
+        else:
+            self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def faults(number: int, rng: random.Random, kinds: Sequence[tuple[str, str]] = FAULTS) -> Iterator[tuple[str, str]]:
     """Role and signal: each kind before any comes again, in random order."""
     made: list[tuple[str, str]] = []
     while len(made) < number:
-        made += rng.sample(FAULTS, len(FAULTS))
+        made += rng.sample(kinds, len(kinds))
     yield from made[:number]
 
 
-def strike(run: ChaosRun, role: str, fault: str, rng: random.Random) -> Cost:
+def strike(run: ChaosRun, endpoint: Endpoint | None, role: str, fault: str, rng: random.Random) -> Cost:
     """One fault and what it costs. Raises RunError where the run does not go on."""
+    if role == "endpoint":
+        assert endpoint is not None, "faults of an endpoint need one"
+        return strike_endpoint(run, endpoint, fault)
     while (victim := run.victim(role, rng)) is None:
         time.sleep(0.1)
     done = run.last_step
@@ -164,6 +195,19 @@ def strike(run: ChaosRun, role: str, fault: str, rng: random.Random) -> Cost:
     before = run.last_step  # one may have ended between the choice of the victim and its end
     run.wait_for_step(before + 1, FIRST_STEP_S)
     return Cost(role, fault, before, detected_s, time.monotonic() - begin, repetitions(done, run.new))
+
+
+def strike_endpoint(run: ChaosRun, endpoint: Endpoint, fault: str) -> Cost:
+    """Nothing restarts: calls are sent again until they are answered. Raises as `strike`."""
+    done = run.last_step
+    run.mark()
+    begin = time.monotonic()
+    print(f"step {done}: {fault} to endpoint (process {endpoint.process.pid})", flush=True)
+    endpoint.strike(fault)
+    detected_s = time.monotonic() - begin
+    before = run.last_step
+    run.wait_for_step(before + 1, FIRST_STEP_S)
+    return Cost("endpoint", fault, before, detected_s, time.monotonic() - begin, repetitions(done, run.new))
 
 
 def repetitions(done: int, output: str) -> int:
@@ -188,7 +232,7 @@ def problems(config: RLConfig, code: int) -> list[str]:
 def table(costs: Sequence[Cost]) -> Table:
     """A line per role and fault: medians, and the largest in brackets."""
     made = Table("role", "fault", "times", "s to detection", "s to recovery", "steps trained again")
-    for role, fault in FAULTS:
+    for role, fault in (*FAULTS, *OF_ENDPOINT):
         mine = [cost for cost in costs if (cost.role, cost.fault) == (role, fault)]
         if not mine:
             continue
@@ -211,6 +255,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--endpoint", metavar="COMMAND", help="of the server that plays user and judge")
     args = parser.parse_intermixed_args()
     if args.faults < 1:
         raise UserError(f"--faults {args.faults} is no number of faults: name at least 1")
@@ -221,16 +266,18 @@ def main() -> None:
     config.run.dir.mkdir(parents=True, exist_ok=True)
     end_at_signals()
     rng = random.Random(args.seed)
+    endpoint = Endpoint(args.endpoint) if args.endpoint else None
     run = ChaosRun([str(args.config), *overrides], config.run.dir / "chaos.log")
     costs: list[Cost] = []
+    kinds = (*FAULTS, *OF_ENDPOINT) if endpoint else FAULTS
     try:
         run.wait_for_step(1, FIRST_STEP_S)
-        for role, fault in faults(args.faults, rng):
+        for role, fault in faults(args.faults, rng, kinds):
             if run.last_step >= config.train.steps - 2:
                 raise UserError(f"the run is at its end after {len(costs)} faults: raise train.steps")
             pace = run.wait_for_step(run.last_step + 1, NEXT_STEP_S)
             time.sleep(rng.uniform(0, max(pace, 1.0)))
-            costs.append(strike(run, role, fault, rng))
+            costs.append(strike(run, endpoint, role, fault, rng))
             done = costs[-1]
             print(f"  reported after {done.detected_s:.1f} s, gone on after {done.recovered_s:.1f} s", flush=True)
         code = run.process.wait(END_S)
@@ -238,6 +285,8 @@ def main() -> None:
         if run.process.poll() is None:
             run.process.terminate()
             run.process.wait()
+        if endpoint is not None:
+            endpoint.end()
     Console().print(table(costs))
     wrong = problems(config, code)
     if args.json is not None:

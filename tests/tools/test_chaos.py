@@ -10,8 +10,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from collab_megatron.config import RLConfig, load_config
 from tests.conftest import REPOSITORY, environment
+from tools import chaos
 from tools.chaos import FAULTS, faults, problems, repetitions
 
 
@@ -20,6 +23,22 @@ def test_every_kind_comes_before_any_comes_again() -> None:
     assert set(made[: len(FAULTS)]) == set(made[len(FAULTS) : 2 * len(FAULTS)]) == set(FAULTS)
     assert made == list(faults(len(made), random.Random(0)))
     assert made != list(faults(len(made), random.Random(1)))
+
+
+def test_an_endpoint_is_away_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos, "OUTAGE_S", 0.2)
+    endpoint = chaos.Endpoint(f"{sys.executable} -c 'import time; time.sleep(60)'")
+    try:
+        first = endpoint.process
+        endpoint.strike("SIGSTOP")
+        assert (endpoint.process, first.poll()) == (first, None)
+        endpoint.strike("SIGKILL")
+        assert endpoint.process is not first
+        assert (first.poll(), endpoint.process.poll()) == (-9, None)
+    finally:
+        endpoint.end()
+    kinds = (*FAULTS, *chaos.OF_ENDPOINT)
+    assert set(faults(len(kinds), random.Random(0), kinds)) == set(kinds)
 
 
 def test_steps_that_were_trained_again_are_counted() -> None:
