@@ -6,8 +6,9 @@ PYTHON ?=
 ARGS ?=
 DEVICE ?= cpu
 export PYTHON DEVICE
-# of the first lane, about half of the time (tests/two_lanes.sh)
-LANE = tests/config tests/data tests/demo tests/engine tests/launch tests/trainer
+# of the first lane, about half of the time (tests/two_lanes.sh): of what keeps one core busy, and of the whole road
+LANE = $(addprefix tests/,config data data_engine demo doctor engine launch model structure trainer wire)
+ROAD = tests/end_to_end
 
 .PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock audit clean
 
@@ -21,12 +22,12 @@ install:
 install-gpu:
 	@bash tools/install.sh gpu
 
-# what keeps one core busy at most, then the whole road; one test at a time
+# what keeps one core busy at most, then the whole road; each in two lanes at the same time
 test: install
 ifeq ($(strip $(ARGS)),)
 	@failed=0; \
-	.venv/bin/python -m pytest -m "not full and (not slow or one_core)" || failed=$$?; \
-	.venv/bin/python -m pytest -m "not full and slow and not one_core" || failed=$$?; \
+	bash tests/two_lanes.sh "not full and (not slow or one_core)" $(LANE) || failed=$$?; \
+	bash tests/two_lanes.sh "not full and slow and not one_core" $(ROAD) || failed=$$?; \
 	exit $$failed
 else
 	.venv/bin/python -m pytest -m "not full" $(ARGS)

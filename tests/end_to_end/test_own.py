@@ -22,6 +22,7 @@ import yaml
 from collab_megatron.config import RLConfig, load_config
 from collab_megatron.config.sections import UserSection
 from collab_megatron.data.parquet import read_tasks
+from collab_megatron.launch.ports import free_port
 from collab_megatron.rollout.llm import Gateway
 from collab_megatron.rollout.llm.health import SimulatorHealth
 from collab_megatron.rollout.llm.user import LLMUserSimulator, user_simulator
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.slow
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LONGEST = 30  # lines of a block
+PORT = free_port()  # in place of the page's
 TASK = Task(
     "t", (Message("user", "Book me a table."),), "Book a table for two at noon on Monday.", "BOOK 2 monday noon"
 )
@@ -49,10 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     (folder / "tools").symlink_to(REPOSITORY / "tools")
     shutil.copytree(tiny_model, folder / "my_model")
     (folder / "conf").mkdir()
-    (folder / "conf" / "mine.yaml").write_text(blocks("yaml")[0])
+    (folder / "conf" / "mine.yaml").write_text(blocks("yaml")[0].replace("18480", str(PORT)))
     (folder / "tasks.jsonl").write_text(blocks("json")[0])
     server, metric = blocks("python")
-    (folder / "impatient.py").write_text(server)
+    (folder / "impatient.py").write_text(server.replace("18480", str(PORT)))
     (folder / "conf" / "my_metrics.py").write_text(metric)
     (folder / "conf" / "impatient.txt").write_text(blocks("text")[0])
     return folder
@@ -93,7 +95,7 @@ def served(place: Path) -> Iterator[None]:
         deadline = time.monotonic() + 20
         while True:
             try:
-                socket.create_connection(("127.0.0.1", 18480), timeout=1).close()
+                socket.create_connection(("127.0.0.1", PORT), timeout=1).close()
                 break
             except OSError:
                 assert server.poll() is None, (place / "log").read_text()
