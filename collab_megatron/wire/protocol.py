@@ -10,6 +10,7 @@ address; the same request may be sent any number of times.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -227,7 +228,9 @@ class _Line:
     def ask(self, payload: bytes) -> None:
         if self._owed:  # another shard's error ended the earlier request
             self.forget()
-        self.socket.send_multipart([self._token, payload])
+        # without a connection, as after a failed handshake, the request is lost, and asked again after ASK_AGAIN_S
+        with contextlib.suppress(zmq.Again):
+            self.socket.send_multipart([self._token, payload], zmq.NOBLOCK)
         self._owed = True
         self._asked = self._heard = time.monotonic()
 

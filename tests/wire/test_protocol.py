@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -134,6 +135,21 @@ def test_a_silent_driver_is_noticed(monkeypatch: pytest.MonkeyPatch, served: Cal
     with pytest.raises(RunError, match="has not answered for"):
         client.evaluate(0, 0, [], timeout_s=30)
     client.close()
+
+
+def test_where_the_handshake_fails_the_deadline_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeroMQ then takes the connection away, and a send without a connection would wait forever."""
+    monkeypatch.setattr(protocol, "SILENT_S", 2.0)
+    monkeypatch.setattr(protocol, "POLL_S", 0.1)
+    monkeypatch.setattr(protocol, "ASK_AGAIN_S", 0.3)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as other:  # does not encrypt
+        other.linger = 0
+        port = other.bind_to_random_port("tcp://127.0.0.1")
+        client = DriverClient([f"tcp://127.0.0.1:{port}"], TOKEN)
+        time.sleep(0.5)  # the handshake has failed
+        with pytest.raises(RunError, match=r"has not answered for 2 s"):
+            client.next_batch(0, 0, [], timeout_s=20)
+        client.close()
 
 
 def test_shards_become_one_stream(served: Callable[[list[Answer]], str]) -> None:
