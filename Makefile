@@ -8,7 +8,7 @@ DEVICE ?= cpu
 export PYTHON DEVICE
 # of the first lane, about half of the time (tests/two_lanes.sh): of what keeps one core busy, and of the whole road
 LANE = $(addprefix tests/,config data data_engine demo doctor engine launch model slurm structure trainer wire)
-ROAD = tests/end_to_end
+ROAD = $(addprefix tests/,demo end_to_end launch slurm tools view)
 
 .PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock audit clean
 

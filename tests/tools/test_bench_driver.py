@@ -39,6 +39,7 @@ KEYS = {
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_small_run_against_the_real_driver(tmp_path: Path, run: Run) -> None:
     output = tmp_path / "figures.json"
     done = run(TOOL, "--small", "--parts", "main", "recipe", "--json", str(output), timeout_s=TOOL_S)
