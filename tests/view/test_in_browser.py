@@ -62,7 +62,7 @@ def titles(page: Page) -> list[str]:
 
 
 def wait_for_count(page: Page, text: str) -> None:
-    wait_until(page, "text => document.querySelector('.count').textContent === text", text)
+    wait_until(page, "text => document.querySelector('.count')?.textContent === text", text)
 
 
 def test_filters_and_sorting_choose_the_rows(browser: Browser, file: Path) -> None:
@@ -144,7 +144,7 @@ def test_the_keyboard_does_everything(browser: Browser, file: Path) -> None:
         press("n")
         page.get_by_text("reply 2").wait_for()
         press("f")
-        wait_until(page, "document.querySelector('.conversation').innerText.includes('Saturday.')")
+        wait_until(page, "document.querySelector('.conversation')?.innerText.includes('Saturday.')")
         press("p")
         page.get_by_text("reply 1").wait_for()
         press("l")
@@ -200,7 +200,7 @@ def test_two_runs_are_compared_on_the_same_prompt(browser: Browser, tmp_path: Pa
             True,
         ]
         page.get_by_role("button", name="B, step 12").click()
-        wait_until(page, "document.querySelector('.related article:nth-child(2)').className === 'chosen'")
+        wait_until(page, "document.querySelector('.related article:nth-child(2)')?.className === 'chosen'")
         page.get_by_label("all trees").select_option("")
         wait_for_count(page, "4 of 4 trees")
 
