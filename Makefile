@@ -6,9 +6,8 @@ PYTHON ?=
 ARGS ?=
 DEVICE ?= cpu
 export PYTHON DEVICE
-# of the first lane, about half of the time (tests/two_lanes.sh): of what keeps one core busy, and of the whole road
+# of the first lane, about half of the time (tests/two_lanes.sh)
 LANE = $(addprefix tests/,config data data_engine demo doctor engine launch model slurm structure trainer wire)
-ROAD = $(addprefix tests/,demo end_to_end launch slurm tools view)
 
 .PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock audit clean
 
@@ -22,12 +21,12 @@ install:
 install-gpu:
 	@bash tools/install.sh gpu
 
-# what keeps one core busy at most, then the whole road; each in two lanes at the same time
+# what keeps one core busy at most, in two lanes at the same time; then the whole road, one test at a time
 test: install
 ifeq ($(strip $(ARGS)),)
 	@failed=0; \
 	bash tests/two_lanes.sh "not full and (not slow or one_core)" $(LANE) || failed=$$?; \
-	bash tests/two_lanes.sh "not full and slow and not one_core" $(ROAD) || failed=$$?; \
+	.venv/bin/python -m pytest -m "not full and slow and not one_core" || failed=$$?; \
 	exit $$failed
 else
 	.venv/bin/python -m pytest -m "not full" $(ARGS)
