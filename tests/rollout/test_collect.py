@@ -123,8 +123,8 @@ def test_killed_drivers_and_an_interrupted_command_lose_nothing_and_pay_nothing_
         figures = counts(another)
         assert lines(own.run.dir) == lines(alone.run.dir)
         assert figures["paid"] - figures["repeated"] == paid
-        # an answer that is on its way when a process ends is paid for and not seen: here twice a few, and more on a busy
-        # machine, but never a step
+        # an answer that is on its way when a process ends is paid for and not seen: twice a few here, more on a busy
+        # machine, and never half a step
         assert figures["repeated"] < each // 2
         grow(own)  # nothing is left
         assert counts(another)["paid"] == figures["paid"]
