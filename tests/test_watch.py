@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,16 +61,28 @@ def test_once(page: subprocess.Popen[bytes], tmp_path: Path) -> None:
     assert "\x1b" not in done.stdout
 
 
+def watched(page: subprocess.Popen[bytes], run: Path, console: Console, shown: Callable[[], bool]) -> None:
+    """Watch until the page ends, which it does once `shown`."""
+
+    def end() -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not shown() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        page.kill()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    watch.watch(watch.logs_of(run, None), console)
+    ending.join()
+
+
 def test_it_ends_with_the_run_and_has_a_line_for_each_step(
     page: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "ASK_S", 0.05)
     monkeypatch.setattr(watch, "GONE_S", 1.0)
-    said = io.StringIO()
-    end = threading.Timer(1.0, page.kill)
-    end.start()
-    watch.watch(watch.logs_of(tmp_path / "run", None), Console(file=said, width=80))
-    end.join()
+    said, since = io.StringIO(), time.monotonic()
+    watched(page, tmp_path / "run", Console(file=said, width=80), lambda: time.monotonic() > since + 1.0)
     assert said.getvalue().splitlines() == [
         "rl: step 12 of 40 | reward 1.75 | so far 4,321 LLM calls, $1.50 | 4m12s left",
         "no answer for 1 s: the run has ended",
@@ -85,13 +97,8 @@ def test_a_terminal_is_drawn_again_at_each_answer(
     monkeypatch.setattr(watch, "ASK_S", 0.2)
     monkeypatch.setattr(watch, "GONE_S", 0.5)
     said = io.StringIO()
-    end = threading.Timer(1.5, page.kill)
-    end.start()
-    watch.watch(
-        watch.logs_of(tmp_path / "run", None),
-        Console(file=said, force_terminal=True, width=80, color_system="standard"),
-    )
-    end.join()
+    console = Console(file=said, force_terminal=True, width=80, color_system="standard")
+    watched(page, tmp_path / "run", console, lambda: said.getvalue().count("rollouts of step 12") > 2)
     assert said.getvalue().count("rollouts of step 12") > 2
     assert "\x1b[2K" in said.getvalue()  # the lines of the picture before are erased
 

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Tests in two lanes at the same time: the folders given, and everything else. Two cores are enough, because tests of
-# servers and processes wait for a good part of their time.
+# Tests that keep one core busy, in two lanes at the same time: the folders given, and everything else.
 #
 #   two_lanes.sh MARKS FOLDER ...
 #
