@@ -6,8 +6,9 @@ PYTHON ?=
 ARGS ?=
 DEVICE ?= cpu
 export PYTHON DEVICE
-# of the first lane, about half of the time (tests/two_lanes.sh)
-LANE = $(addprefix tests/,config data data_engine demo doctor engine launch model slurm structure trainer wire)
+# of the tests; one takes the long files first, the others the short ones (tests/scheduling.py)
+WORKERS ?= 2
+PYTEST = .venv/bin/python -m pytest -n $(WORKERS)
 
 .PHONY: help install install-gpu test test-quick test-full lint format docs demo demo-ablation demo-algorithms lock audit clean
 
@@ -21,20 +22,16 @@ install:
 install-gpu:
 	@bash tools/install.sh gpu
 
-# what keeps one core busy at most, in two lanes at the same time; then the whole road, one test at a time
 test: install
 ifeq ($(strip $(ARGS)),)
-	@failed=0; \
-	bash tests/two_lanes.sh "not full and (not slow or one_core)" $(LANE) || failed=$$?; \
-	.venv/bin/python -m pytest -m "not full and slow and not one_core" || failed=$$?; \
-	exit $$failed
+	$(PYTEST) -m "not full"
 else
 	.venv/bin/python -m pytest -m "not full" $(ARGS)
 endif
 
 # no servers, no trainer ranks
 test-quick: install
-	bash tests/two_lanes.sh "not slow and not full" $(LANE)
+	$(PYTEST) -m "not slow and not full"
 
 # every variant
 test-full: install

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from collab_megatron.engine.control import EngineControl
 from collab_megatron.engine.server_args import engine_command
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Supervisor
+from tests.scheduling import LongAndShort, long_ones_first
 from tests.slurm.cluster import SlurmCluster, running_cluster, why_not
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -63,10 +65,16 @@ SLOW_FIXTURES = frozenset({"engine", "server_for", "slurm_cluster"})
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a real server or a real Slurm is slow."""
+    """What needs a real server or a real Slurm is slow; the long tests come first."""
     for item in items:
         if isinstance(item, pytest.Function) and not SLOW_FIXTURES.isdisjoint(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+    long_ones_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongAndShort:
+    return LongAndShort(config, log)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -80,6 +88,20 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     finally:
         if collects:
             gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, dict[str, Any] | None, dict[str, Any] | None]:
+    """pytest-xdist can send no halves of surrogate pairs, which tests of hostile text print."""
+    return _encodable((yield))
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    return type(value)(map(_encodable, value)) if isinstance(value, list | tuple) else value
 
 
 def environment() -> dict[str, str]:

@@ -75,6 +75,7 @@ def test_a_child_speaks_into_its_log_and_the_shown_one_on_the_terminal(
 
 
 @pytest.mark.parametrize("entry", ["train_rl", "train_sft", "train_dpo", "evaluate"])
+@pytest.mark.slow
 def test_every_entry_point_sets_it_up(entry: str, tmp_path: Path) -> None:
     """The first thing that `main` does after reading its arguments; a config that is missing ends it there."""
     code = (

@@ -76,6 +76,7 @@ def watched(page: subprocess.Popen[bytes], run: Path, console: Console, shown: C
     ending.join()
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_run_and_has_a_line_for_each_step(
     page: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,7 @@ def test_it_ends_with_the_run_and_has_a_line_for_each_step(
         watch.watch(watch.logs_of(tmp_path / "run", "rl"), Console(file=said))
 
 
+@pytest.mark.slow
 def test_a_terminal_is_drawn_again_at_each_answer(
     page: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,7 +161,7 @@ OVERRIDES = [
     rl("override-deep", "run.name", "nested", override="run.name=" + "[" * DEEP),
     rl("override-no-value", "optimizer.lr", "number", override="optimizer.lr="),
     rl("override-python-tag", "run.name", "not valid YAML", override="run.name=!!python/name:os.system"),
-    Row("two-configs", "train_rl", ("BASE",), ("train_rl.yaml", "section.key=value")),
+    Row("two-configs", "train_rl", ("BASE",), ("override", "section.key=value")),
 ]
 
 ROWS = (*FILES, *EXTENDS, *SECTIONS, *UNKNOWN, *OVERRIDES)

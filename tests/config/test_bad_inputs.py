@@ -24,6 +24,7 @@ ROWS = (
     *rows_places.ROWS,
     *rows_tools.ROWS,
 )
+IMPORT_SGLANG = frozenset({"sglang-unknown-flag"})
 FEWEST = 150
 AS_A_PROCESS = ("bool-lr", "duplicate-key", "truncated-weights", "run-name-slash", "show-a-folder")
 
@@ -56,7 +57,9 @@ def test_what_the_rows_change_is_sound(
     assert said.code == 0, said.err
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS])
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * (row.name in IMPORT_SGLANG)) for row in ROWS]
+)
 def test_a_bad_input_is_one_sentence(
     row: Row, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ from tests.data_engine.test_problems import ARTICLES, CODE, MATH
 from tests.launch.full_size_models import LLAMA_31_8B, QWEN_25_7B, write_full_size
 from tests.rollout.fakes import TASK
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+pytestmark = pytest.mark.slow
 
 CONF = REPOSITORY / "conf"
 TASKS = {

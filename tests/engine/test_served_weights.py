@@ -44,6 +44,7 @@ def server(checksum: str | None, version: str = "default") -> Iterator[str]:
         http.server_close()
 
 
+@pytest.mark.slow
 def test_running_servers_are_named_by_what_they_hold() -> None:
     with server("1") as one, server("1") as same, server("2") as other:
         name = served_weights([one], timeout_s=5)

@@ -82,6 +82,7 @@ def test_a_process_is_ready_when_its_file_is_there_or_its_url_answers(job: Job) 
     assert job.until_ready("gpu02").address.startswith("http://127.0.0.1:")
 
 
+@pytest.mark.slow
 def test_a_second_start_of_a_life_starts_nothing_and_the_next_life_does(job: Job) -> None:
     for _ in range(3):
         job.start("gpu01", READY, "{scratch}/ready", "first", ready_file="{scratch}/ready")
@@ -112,6 +113,7 @@ def test_the_end_of_a_process_and_of_its_descendants_is_told(job: Job) -> None:
     assert not runs(int(state.tail))
 
 
+@pytest.mark.slow
 def test_term_comes_first_and_kill_after_the_grace_time(job: Job) -> None:
     code = "import signal, sys, time; signal.signal(15, {}); open(sys.argv[1], 'w'); time.sleep(60)"
     polite, deaf = code.format("lambda *_: sys.exit(9)"), code.format("signal.SIG_IGN")
@@ -130,6 +132,7 @@ def test_what_cannot_be_started_is_a_sentence(job: Job) -> None:
     assert state.pid == 0
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_told_as_hung(job: Job) -> None:
     job.start("gpu01", SLEEP)
     assert job.link.wait_for(lambda: job.link.role("gpu01", "child") is not None, timeout_s=WAIT_S)
@@ -140,6 +143,7 @@ def test_a_stopped_process_is_told_as_hung(job: Job) -> None:
     assert job.until_ended("gpu01").code == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_shared_file_may_appear_late(job: Job) -> None:
     assert job.link.shared("gpu01") == ""
     (job.folder / "shared").write_text("random text\n")
@@ -164,6 +168,7 @@ def test_a_node_that_does_not_report_is_named(tmp_path: Path) -> None:
     link.close()
 
 
+@pytest.mark.slow
 def test_without_its_launcher_an_agent_ends_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_job(tmp_path, monkeypatch, "gpu01", lost_s=4.0, orphan_s=1.5) as job:
         job.join()
@@ -175,6 +180,7 @@ def test_without_its_launcher_an_agent_ends_its_processes(tmp_path: Path, monkey
         assert not psutil.pid_exists(pid)
 
 
+@pytest.mark.slow
 def test_a_silent_node_is_lost_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_job(tmp_path, monkeypatch, "gpu01", "gpu02", lost_s=3.5) as job:
         job.join()
@@ -253,6 +259,7 @@ def test_without_the_key_nothing_is_read(job: Job) -> None:
         assert set(job.link.dropped) == {REFUSED}
 
 
+@pytest.mark.slow
 def test_an_agent_obeys_nobody_without_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_job(tmp_path, monkeypatch, orphan_s=2.0) as job, zmq.Context() as context:
         with context.socket(zmq.ROUTER) as false_launcher:

@@ -85,7 +85,6 @@ def test_a_slow_import_stops_no_run(
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_this_interpreter_answers() -> None:
     import torch  # here: the other tests need none
 

@@ -13,7 +13,7 @@ from collab_megatron.types import Message
 from tests.conftest import REPOSITORY, environment
 from tests.launch.hub import Hub, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+pytestmark = pytest.mark.slow
 
 NAME = "someone/tiny"
 

@@ -31,6 +31,7 @@ def require_well(job: Job) -> None:
 
 
 @only_root
+@pytest.mark.slow
 def test_another_user_starts_nothing_stops_nothing_and_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder of the test is one that the other user can enter, as /tmp is."""
     with tempfile.TemporaryDirectory() as name:
@@ -64,6 +65,7 @@ def test_another_user_starts_nothing_stops_nothing_and_reads_nothing(monkeypatch
             require_well(job)
 
 
+@pytest.mark.slow
 def test_the_launchers_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(21)
     with running_job(tmp_path, monkeypatch, "gpu01") as job:
@@ -86,6 +88,7 @@ def test_the_launchers_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert not job.link.lost
 
 
+@pytest.mark.slow
 def test_an_agents_end(tmp_path: Path) -> None:
     """A false launcher that even knows the handshake, not the seal."""
     rng = random.Random(22)

@@ -108,6 +108,7 @@ def test_what_a_killed_launcher_left_is_waited_for(tmp_path: Path, monkeypatch: 
     assert set(told) == {f"process {first.pid} was killed: waiting until its children have ended"}
 
 
+@pytest.mark.slow
 def test_what_never_ends_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "LEFT_S", 0.5)
     with holding(tmp_path, SAVING) as (first, child):

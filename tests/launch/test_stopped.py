@@ -89,6 +89,7 @@ def stop_helper_of(pid: int) -> int:
     return helper.pid
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_ends_everything_and_is_named(tmp_path: Path) -> None:
     said = (
         r"trainer-1 is given up: process \d+ \(.*\) has been stopped by a signal for \d+ s \(run.stopped_timeout_s=1\)"
@@ -108,6 +109,7 @@ def _catches_term(pid: int) -> bool:
     return bool(int(line.split()[1], 16) & 1 << signal.SIGTERM - 1)
 
 
+@pytest.mark.slow
 def test_one_that_is_started_again_is_only_marked(tmp_path: Path) -> None:
     with Supervisor(tmp_path, stopped_timeout_s=1) as supervisor:
         child = supervisor.start("engine-0", [sys.executable, "-c", WITH_A_HELPER], {}, essential=False)

@@ -42,6 +42,7 @@ def test_a_failed_child_ends_the_others_and_is_quoted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("printed", [True, False])
+@pytest.mark.slow
 def test_a_spent_budget_keeps_its_exit_code_whichever_rank_ends_first(tmp_path: Path, printed: bool) -> None:
     """Rank 0 prints to our output and may end later; without it, the message comes from the other rank's log."""
     code = "import sys, time; time.sleep({}); print('error: the budget is spent', file=sys.stderr); sys.exit(3)"
@@ -125,6 +126,7 @@ def test_ports() -> None:
         assert port_in_use("127.0.0.1", port)
 
 
+@pytest.mark.slow
 def test_others_than_essential_children_end_without_us(tmp_path: Path) -> None:
     ticks = []
     with Supervisor(tmp_path) as supervisor:
@@ -186,6 +188,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("all_there", [True, False])
+@pytest.mark.slow
 def test_those_that_save_come_first_and_get_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], all_there: bool
 ) -> None:
@@ -261,6 +264,7 @@ run_cli(main)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.slow
 def test_a_second_signal_ends_a_save_at_once_and_one_that_comes_with_the_first_does_not(
     tmp_path: Path, number: signal.Signals
 ) -> None:

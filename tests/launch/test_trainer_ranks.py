@@ -76,6 +76,7 @@ def test_a_killed_rank_is_the_cause_though_its_peer_fails_first(
         assert ranks.children == []
 
 
+@pytest.mark.slow
 def test_a_rank_with_an_error_message_ends_the_run(tmp_path: Path, begin: Callable[..., TrainerRanks]) -> None:
     code = "if rank == 0: time.sleep(60)\nprint('error: the loss is not finite'); sys.exit(1)"
     said = "trainer-1 ended with exit code 1: the loss is not finite"
@@ -84,6 +85,7 @@ def test_a_rank_with_an_error_message_ends_the_run(tmp_path: Path, begin: Callab
         until(ranks, lambda: ranks.poll())
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_goes_on_and_all_save(tmp_path: Path, begin: Callable[..., TrainerRanks]) -> None:
     saved = tmp_path / "saved"
     code = (

@@ -46,7 +46,7 @@ from collab_megatron.wire.protocol import Answer, Request, encode_answer
 from tests.rollout.any_reply import ONCE_DEADLY, WELL, replies
 from tests.rollout.runs import forget_deliveries
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+pytestmark = pytest.mark.slow
 
 COUNT = 5200
 SLOWEST_S = 0.050

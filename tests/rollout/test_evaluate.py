@@ -37,7 +37,7 @@ from collab_megatron.types import Future, Group, Reply, RolloutStatus
 from tests.rollout.fakes import TASK, policy_turn
 from tests.rollout.runs import HELD_OUT, MAX_CONTEXT_TOKENS, config, counts, stand_in
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+pytestmark = pytest.mark.slow
 
 CALLS = ("paid", "turns", "repeated", "turns_repeated")
 

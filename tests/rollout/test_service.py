@@ -50,7 +50,8 @@ RECORD = Path("conversations", "run", "shard0.jsonl")
 
 
 class NoGateway:
-    budget = Budget(BudgetSection(), None, dict)
+    def __init__(self) -> None:
+        self.budget = Budget(BudgetSection(), None, dict)
 
     def snapshot(self) -> GatewaySnapshot:
         return GatewaySnapshot()
@@ -129,6 +130,7 @@ async def answered(driver: Service, request: Request) -> Answer:
     return answer
 
 
+@pytest.mark.slow
 async def test_a_step_without_engines_is_asked_for_again_with_others(tmp_path: Path) -> None:
     dying, fresh = FakeServer(version="0", answer=slowly(1)), FakeServer(version="0")
     async with service(tmp_path, dying, fresh) as driver:
@@ -164,6 +166,7 @@ async def test_a_server_that_is_lost_on_the_way_comes_with_the_batch(tmp_path: P
     assert values(answer.figures)["engine/lost"] == 1
 
 
+@pytest.mark.slow
 async def test_a_step_ends_the_evaluation_that_is_asked_for_no_longer(tmp_path: Path) -> None:
     server = FakeServer(version="0", answer=slowly(0.5))
     async with service(tmp_path, server) as driver:
@@ -222,6 +225,7 @@ async def test_an_evaluation_leaves_its_conversations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("staleness, apart", [(0, True), (1, False)])
+@pytest.mark.slow
 async def test_an_evaluation_is_not_counted_in_the_next_step(tmp_path: Path, staleness: int, apart: bool) -> None:
     """It has three policy turns of 0.3 s each. With trees in flight nothing tells its share apart."""
     server = FakeServer(version="0", answer=slowly(0.3))

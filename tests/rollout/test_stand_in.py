@@ -22,7 +22,7 @@ from collab_megatron.types import TERMINATION_SIGNAL, Generation, Message, Score
 from tests.rollout.fakes import TASK
 from tests.rollout.runs import counts, set_version, stand_in
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.slurm.cluster import SlurmCluster, poll
 
-pytestmark = [pytest.mark.slurm, pytest.mark.one_core]
+pytestmark = pytest.mark.slurm
 REPOSITORY = Path(__file__).parents[2]
 KINDS = ("rl", "sft", "dpo")
 PYTHON = {"COLLAB_PYTHON": sys.executable}

@@ -73,7 +73,6 @@ print("same")
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_one_call_for_all_sequences_gives_the_numbers_of_sglangs_loop() -> None:
     env = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(SOURCE)}
     ran = subprocess.run(

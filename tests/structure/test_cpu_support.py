@@ -50,7 +50,6 @@ def test_an_interpreter_starts_without_torch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_torchvision_imports_with_operators_and_the_hook_sleeps_where_it_brings_its_own() -> None:
     result = run_python(
         "import torch, torchvision, sglang_cpu_support.hook as hook\n"

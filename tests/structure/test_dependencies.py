@@ -47,7 +47,6 @@ def test_every_import_is_named() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_an_import_that_is_not_named_is_found() -> None:
     named = named_in(REPOSITORY / "setup.cfg")
     assert any("imports httpx" in where for where in missing(REPOSITORY, named - {"httpx"}))

@@ -122,6 +122,7 @@ run_rank(main)
         ("return", 0, ""),
     ],
 )
+@pytest.mark.slow
 def test_a_rank_leaves_with_its_exit_code_while_a_thread_is_in_native_code(ends: str, code: int, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", RANK.replace("{ends}", ends)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, "exit handlers ran\n"), done.stderr

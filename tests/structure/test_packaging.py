@@ -34,7 +34,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     package = REPOSITORY / "collab_megatron"
     files = {str(path.relative_to(REPOSITORY)) for path in package.rglob("*") if path.is_file()}
@@ -45,7 +44,6 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_its_commands_run_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as content:
         content.extractall(tmp_path / "site")

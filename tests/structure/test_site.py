@@ -38,6 +38,7 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_every_page_is_there_and_the_links_of_the_readme_lead_to_them(tmp_path: Path) -> None:
     done = build(REPOSITORY, tmp_path / "site")
     assert done.returncode == 0, done.stderr
@@ -58,6 +59,7 @@ def test_every_page_is_there_and_the_links_of_the_readme_lead_to_them(tmp_path: 
         ("[a](../conf/no_such.yaml)", "no_such.yaml does not exist"),
     ],
 )
+@pytest.mark.slow
 def test_a_link_that_leads_nowhere_fails(tree: Path, tmp_path: Path, link: str, says: str) -> None:
     page = tree / "docs" / "viewer.md"
     page.write_text(page.read_text() + f"\n{link}\n")

@@ -38,7 +38,6 @@ def test_a_row_for_every_call(tmp_path: Path, run: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 @pytest.mark.parametrize(
     "arguments, says",
     [

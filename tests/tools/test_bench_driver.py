@@ -192,6 +192,7 @@ def test_the_engine_speaks_sglang_and_depends_on_the_context(stand_ins: httpx.Cl
     assert stand_ins.get("/trace").json()["engine"] == {"requests": 4, "sequences": 6, "tokens": 60}
 
 
+@pytest.mark.slow
 def test_the_engine_serves_at_its_rate(stand_ins: httpx.Client) -> None:
     stand_ins.post("/settings", json={"reply_tokens": 20, "capacity": 200.0, "sequence_rate": 100.0})
 

@@ -68,7 +68,6 @@ def test_a_row_for_every_phase(measured: dict[bool, tuple[Ran, Path]], packing: 
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 @pytest.mark.parametrize(
     "arguments, says",
     [

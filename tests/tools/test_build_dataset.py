@@ -25,7 +25,7 @@ from collab_megatron.types import Message
 from tests.conftest import REPOSITORY
 from tests.tools.build_helpers import READY_S, TOOL_S, build, built_rows, tool
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+pytestmark = pytest.mark.slow
 
 
 def test_build_then_prepare(config: Path, tmp_path: Path) -> None:

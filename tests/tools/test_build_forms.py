@@ -13,7 +13,7 @@ from collab_megatron.data.dataset_source import load_rows
 from tests.conftest import REPOSITORY
 from tests.tools.build_helpers import TOOL_S, build, built_rows, tool
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+pytestmark = pytest.mark.slow
 
 
 def test_nested_rows_are_resumed_and_prepared_like_flat_ones(config: Path, tmp_path: Path) -> None:

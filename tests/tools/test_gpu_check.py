@@ -34,6 +34,7 @@ def part(name: str, code: str, deadline_s: float = 30.0, gpus: int = 1, least_s:
     return Part(name, lambda out: ["-c", code, str(out)], deadline_s, least_s, read_number, gpus)
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_does_not_stop_the_rest(tmp_path: Path) -> None:
     chosen = [
         part("breaks", f"{WRITES}; print('error: the bolt is loose'); sys.exit(1)"),
@@ -63,6 +64,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_rest(tmp_path: Path) -> No
     assert "waiting" in Path(outcomes["hangs"].log).read_text()
 
 
+@pytest.mark.slow
 def test_the_limit_ends_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_check, "END_S", 1.0)
     monkeypatch.setattr(gpu_check, "SHORTEST_S", 1.0)
@@ -74,6 +76,7 @@ def test_the_limit_ends_the_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert (slow.status, late.status) == ("timeout", "no time")
 
 
+@pytest.mark.slow
 def test_parts_that_hang_leave_the_others_their_least_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu_check, "END_S", 1.0)
     monkeypatch.setattr(gpu_check, "SHORTEST_S", 1.0)
@@ -105,7 +108,6 @@ def test_if_every_part_hangs_all_have_had_their_least_time(device: str, gpus: in
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_tests_on_a_gpu_fail_before_the_check_ends_them() -> None:
     """By their own deadlines, which leave a reason; and no server captures graphs within them."""
     shows = "from tests.gpu import engines as e, test_ranks as r; print(e.START_S, r.ALL_S, *e.NO_GRAPHS)"
@@ -132,6 +134,7 @@ def test_flags_for_engines_reach_the_programs_whole(monkeypatch: pytest.MonkeyPa
         assert f"--engine-args={flags}" in steps.argv(tmp_path / "x.json")
 
 
+@pytest.mark.slow
 def test_the_children_of_a_part_end_with_it(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     code = (
@@ -240,6 +243,7 @@ def run_check(run: Run, *arguments: str) -> Ended:
     return run("tools/gpu_check.py", *arguments)
 
 
+@pytest.mark.slow
 def test_mistakes_end_with_2(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")

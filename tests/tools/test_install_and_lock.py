@@ -164,7 +164,6 @@ def test_setup_cfg_and_the_table_of_bugs_have_the_locked_megatrons() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_the_locks_resolve() -> None:
     """No pinned version has gone from the index, and every lock follows from its .in file."""
     done = subprocess.run(

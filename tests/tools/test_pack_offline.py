@@ -135,7 +135,6 @@ def setting(name: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_the_engine_that_is_packed_can_be_imported() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_WITHOUT, setting("SGLANG_WITHOUT"), *(f"sglang.srt.{name}" for name in LOADED)],
@@ -158,7 +157,6 @@ def bash(script: Path, *arguments: str | Path, **env: str) -> subprocess.Complet
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_pieces_are_small_and_join_to_what_was_packed(tmp_path: Path) -> None:
     index = tmp_path / "index"
     large = make_wheel(index, "large", {"large.bin": random.Random(1).randbytes(5 * PIECE_BYTES // 2)})
@@ -221,7 +219,6 @@ sys.exit("transformer-engine==" in sys.argv[-1] and os.environ.get("BREAKS") == 
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_the_source_of_transformer_engine_is_fetched_without_cuda(tmp_path: Path) -> None:
     """Its setup.py wants a toolkit of CUDA and a torch for CUDA, where neither is."""
     (tmp_path / "pip.py").write_text(SETUP)
@@ -281,7 +278,6 @@ setuptools.setup(name="transformer_engine_torch", version="1.0", py_modules=["bu
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_what_has_arrived_is_installed_on_top_of_a_virtual_environment(tmp_path: Path) -> None:
     """The Python of these tests is one, with torch and pip, as the machine's may be."""
     make_wheel(tmp_path / "wheels", "arrived", {"arrived.py": b"x = 1\n"})

@@ -41,6 +41,7 @@ def figures(name: str, folder: Path, *more: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", list(STATED))
+@pytest.mark.slow
 def test_the_stated_plans_are_those_of_the_tool(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     title, nodes = STATED[name]
     plan = figures(name, tmp_path, "--nodes", str(nodes))

@@ -72,6 +72,7 @@ def test_evaluations_come_at_the_start_at_the_interval_and_at_the_end(config: RL
     assert resumed.asked == []
 
 
+@pytest.mark.slow
 def test_a_resume_evaluates_what_an_earlier_attempt_did_not_get_to(config: RLConfig, tmp_path: Path) -> None:
     """After a step that an evaluation was due at, and only where its line is missing or torn."""
     from collab_megatron.trainer.rl_reporter import RLReporter, append_evaluation
@@ -140,6 +141,7 @@ def test_a_failed_evaluation_is_a_counter_on_the_dashboard(config: RLConfig, tmp
     assert rows == {0: 1, 2: 2, 4: 2}
 
 
+@pytest.mark.slow
 def test_a_start_over_an_attempt_without_a_checkpoint_keeps_one_line_a_step(config: RLConfig, tmp_path: Path) -> None:
     import json
 

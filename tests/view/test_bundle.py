@@ -54,7 +54,6 @@ def test_every_librarys_license_is_there() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_a_new_build_gives_the_committed_bundle(tmp_path: Path) -> None:
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("node or npm is not installed: the viewer's script cannot be built again here")

@@ -95,6 +95,7 @@ def plain_tags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "x</script>" * 200_000], ids=[*map(repr, range(len(HOSTILE))), "2 MB"])
+@pytest.mark.slow
 def test_a_hostile_text_adds_no_element_and_arrives_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_tags: list[str], text: str
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_silent_driver_is_noticed(monkeypatch: pytest.MonkeyPatch, served: Cal
     client.close()
 
 
+@pytest.mark.slow
 def test_where_the_handshake_fails_the_deadline_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeroMQ then takes the connection away, and a send without a connection would wait forever."""
     monkeypatch.setattr(protocol, "SILENT_S", 2.0)

@@ -18,7 +18,7 @@ from collab_megatron.rollout.journal.store import Journal, Spent
 from tests.conftest import REPOSITORY
 from tests.rollout.journal.samples import key, reply, turn
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+pytestmark = pytest.mark.slow
 
 KILLS = 20
 

@@ -160,6 +160,7 @@ def test_metrics_count_look_ups_and_growth_since_the_last_call(path: Path) -> No
         assert figures["journal/grown_mb"] < 0.5
 
 
+@pytest.mark.slow
 def test_pruning_removes_older_steps_and_gives_their_space_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for batch in ("BATCH_ROWS", "BATCH_PAGES"):
         monkeypatch.setattr(housekeeping, batch, 300)
@@ -200,6 +201,7 @@ def test_what_was_written_leaves_the_log_beside_the_run(path: Path) -> None:
         assert path.stat().st_size > 500_000
 
 
+@pytest.mark.slow
 def test_a_log_that_is_written_to_all_the_time_stays_short(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(housekeeping, "TICK_S", 0.02)
     monkeypatch.setattr(housekeeping, "MAX_LOG_PAGES", 200)

@@ -20,7 +20,7 @@ from collab_megatron.types import CallRecord
 from tests.rollout.llm.calls import config_for, hello, use_role
 from tests.rollout.llm.misbehaving import MisbehavingEndpoint, completion
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+pytestmark = pytest.mark.slow
 
 BODIES = 60
 PLACES: list[list[Any]] = [

@@ -38,7 +38,6 @@ forgotten()
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_a_call_cancelled_at_any_moment_leaves_no_coroutine_behind() -> None:
     done = subprocess.run([sys.executable, "-c", CANCELS], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -69,6 +69,7 @@ def test_requests_that_may_have_several_answers_stay_apart(apart: dict[str, Any]
     assert (usage.answers, usage.shared) == (5, 0)
 
 
+@pytest.mark.slow
 def test_a_call_that_fails_does_not_fail_those_that_wait_for_it() -> None:
     # its answer comes after the change of faults, however busy the machine is
     with MisbehavingEndpoint(good, faults={"500": 1.0}, delay_s=0.5) as endpoint:

@@ -66,6 +66,7 @@ def failing(config: LLMSection) -> tuple[SimulatorError, GatewaySnapshot]:
 
 
 @pytest.mark.parametrize("provider", ["hosted_vllm", "openai"])
+@pytest.mark.slow
 def test_a_call_carries_what_the_config_says(endpoint: Any, provider: str) -> None:
     config = section(endpoint, model=f"{provider}/m", temperature=0.3, max_tokens=77)
     replies, after = use(config, lambda g: g.role("user").complete(hello(n=3, json_reply=True)))
@@ -104,6 +105,7 @@ def test_seeds_are_reproducible_and_differ_by_sample(endpoint: Any) -> None:
     assert 0 <= request_seed(1, LLMRequest([Message("user", "\ud800")], parse=str), 0) < 2**31
 
 
+@pytest.mark.slow
 def test_retry_after_is_honoured(endpoint: Any) -> None:
     endpoint.script = [(429, {"Retry-After": "1.2"})]
     began = time.monotonic()
@@ -122,6 +124,7 @@ def test_a_retry_after_beyond_the_deadline_fails_at_once(endpoint: Any) -> None:
 
 
 @pytest.mark.parametrize("provider", ["hosted_vllm", "openai"])
+@pytest.mark.slow
 def test_server_errors_are_retried_until_the_attempts_are_spent(endpoint: Any, provider: str) -> None:
     endpoint.script = [(500, {})] * 3
     error, after = failing(section(endpoint, model=f"{provider}/m", max_attempts=3))
@@ -135,12 +138,14 @@ def test_server_errors_are_retried_until_the_attempts_are_spent(endpoint: Any, p
     assert after.roles["user"].retries == 2
 
 
+@pytest.mark.slow
 def test_a_hanging_server_costs_one_attempt_each(endpoint: Any) -> None:
     endpoint.script = ["hang"]
     _, after = use(section(endpoint, timeout_s=0.5), lambda g: g.role("user").complete(HELLO))
     assert after.roles["user"].retries == 1
 
 
+@pytest.mark.slow
 def test_the_whole_call_has_a_deadline(endpoint: Any) -> None:
     endpoint.script = ["hang"] * 50
     began = time.monotonic()
@@ -176,6 +181,7 @@ def test_an_unusable_reply_is_asked_for_again(endpoint: Any, bad: str) -> None:
     assert first["seed"] != second["seed"]
 
 
+@pytest.mark.slow
 def test_unusable_replies_share_the_budget_of_retries(endpoint: Any) -> None:
     endpoint.script = ["nonsense", (500, {}), "nonsense", "never reached"]
 

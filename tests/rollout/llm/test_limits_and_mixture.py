@@ -56,6 +56,7 @@ async def ask(role: RoleClient, count: int) -> None:
     await asyncio.gather(*(role.complete(hello(sample_index=index)) for index in range(count)))
 
 
+@pytest.mark.slow
 def test_requests_per_minute_are_waited_for() -> None:
     with MisbehavingEndpoint(good) as endpoint:
         began = time.monotonic()

@@ -141,6 +141,7 @@ def test_code_that_avoids_the_tests_passes_nothing(mode: str, name: str) -> None
     assert details.get("tests", 4) in (1, 4)
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_the_sandbox_is_a_zero_with_the_reason(mode: str) -> None:
     assert score("while True: pass", mode, timeout_s=1.0)[1]["ended"] == "timeout"
     assert score("while True: print('x' * 65536)", mode, output_mb=1)[1]["ended"] == "output"

@@ -158,6 +158,7 @@ RULED = [  # reference, last assistant turn, verdict of the rules (None: the jud
 ]
 
 
+@pytest.mark.slow
 def test_rules_decide_accuracy_before_the_judge() -> None:
     judge = FakeJudge(lambda prompt: {"thought": "", "correct": True})
     scorer = make_scorer({"accuracy": 1.0}, judge, accuracy_verifier="rules")
@@ -180,7 +181,6 @@ def test_an_answer_that_the_user_gave_is_left_to_the_judge() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_the_math_worker_survives_what_it_cannot_compute() -> None:
     checker = MathChecker(timeout_s=0.5)
 
@@ -192,7 +192,6 @@ def test_the_math_worker_survives_what_it_cannot_compute() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_an_expression_that_cannot_be_computed_delays_nobody_else() -> None:
     """Neither what waits for asyncio's default pool, here of one thread, nor another comparison, nor those of the same
     pair that are cancelled meanwhile."""

@@ -103,6 +103,7 @@ while True:
     assert 0 < ran.result.count(b"forked") <= LIMITS.processes  # the end of the first one lets another begin
 
 
+@pytest.mark.slow
 def test_a_memory_bomb_is_ended(isolated: Sandbox, mark: str) -> None:
     ran = run(isolated, "kept = []\nwhile True: kept.append(bytearray(10 << 20))", mark=mark)
     assert (ran.ended, ran.exit_code) == ("ended", 1)
@@ -143,6 +144,7 @@ except OSError as error:
         "import signal, time; signal.pthread_sigmask(0, range(1, 65)); time.sleep(60)",
     ],
 )
+@pytest.mark.slow
 def test_an_endless_loop_meets_its_deadline(hurried: Sandbox, mark: str, code: str) -> None:
     start = time.monotonic()
     assert run(hurried, code, mark=mark).ended == "timeout"

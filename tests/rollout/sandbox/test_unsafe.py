@@ -27,6 +27,7 @@ def test_without_isolation_it_refuses_to_start_unless_unsafe_is_set(monkeypatch:
         Sandbox(LIMITS, python=Path("/bin/false"))
 
 
+@pytest.mark.slow
 def test_unsafe_keeps_the_limits(mark: str) -> None:
     unsafe = Sandbox(LIMITS, unsafe=True)
     code = (

@@ -14,7 +14,6 @@ from tests.trainer.parallel.ranks import run_ranks
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_an_error_is_raised_on_every_rank_by_its_class() -> None:
     run_ranks(Path(__file__).with_name("agreement_ranks.py"), 2, deadline_s=120)
 

@@ -21,7 +21,6 @@ INTERPRETED = Path(__file__).parent / "triton_head_interpreted.py"
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_the_numbers_are_those_of_torch() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -32,7 +31,6 @@ def test_the_numbers_are_those_of_torch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_no_kernel_spills_registers_on_an_h100(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 RESTRICTED = "collab_megatron/trainer/checkpoint/reader.py"  # an Unpickler with a list of classes
 
@@ -23,6 +25,7 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
             yield f"line {node.lineno}: {ast.unparse(node)}"
 
 
+@pytest.mark.slow
 def test_torch_load_is_always_weights_only_and_pickle_stays_in_one_place() -> None:
     found = {
         str(file.relative_to(REPOSITORY)): list(unsafe(ast.parse(file.read_text())))

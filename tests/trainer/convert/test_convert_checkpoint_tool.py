@@ -127,6 +127,7 @@ def test_a_full_disk_or_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     run_ranks(RANKS, 1, "fail", str(source), str(tmp_path / "work"))
 
 
+@pytest.mark.slow
 def test_mistakes_cost_two_and_one_line(tmp_path: Path) -> None:
     (tmp_path / "step_00000003").mkdir()
     for args, message in (

@@ -55,7 +55,6 @@ def test_the_compiled_functions_are_the_hand_written_ones(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 @pytest.mark.parametrize("name", list(compiled.TRIALS))
 def test_other_lengths_compile_nothing_again(name: str) -> None:
     _, shapes, others = compiled.TRIALS[name]

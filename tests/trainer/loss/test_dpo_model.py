@@ -53,6 +53,7 @@ def require_same(ours: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 80, 10_000])
+@pytest.mark.slow
 def test_dpo(models: tuple[Any, Any], tokens: int) -> None:
     policy, reference = models
     wanted, figures = dpo(policy, reference)

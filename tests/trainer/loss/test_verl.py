@@ -34,7 +34,7 @@ LOGITS = torch.randn(*STEP.mask.shape, 7, generator=torch.Generator().manual_see
 OVERLONG: dict[str, Any] = {"longest": 100, "buffer": 20, "penalty": 0.5, "lengths": [1, 79, 80, 81, 90, 99, 100]}
 CLIPS = {"ppo": (0.2, 0.3), "gspo": (0.05, 0.1), "cispo": (0.2, 0.3)}
 
-pytestmark = [pytest.mark.slow, pytest.mark.one_core]
+pytestmark = pytest.mark.slow
 
 
 def installed(folder: Path) -> Path:

@@ -54,7 +54,6 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.one_core
 def test_the_newer_megatron_saves_and_loads(python: Path) -> None:
     where = subprocess.run(
         [str(python), "-c", "import importlib.util as u; print(u.find_spec('megatron.core').origin)"],

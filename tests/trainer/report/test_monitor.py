@@ -87,6 +87,7 @@ def test_a_resume_keeps_the_points_of_the_checkpoints_own_step_and_drops_what_ru
     assert "bad" not in read_metrics(tmp_path)[0]
 
 
+@pytest.mark.slow
 def test_a_start_over_an_attempt_without_a_checkpoint_does_not_double_the_curves(tmp_path: Path) -> None:
     for value in (0.1, 0.5):
         dashboard = Dashboard(tmp_path, first_step=0)
@@ -97,6 +98,7 @@ def test_a_start_over_an_attempt_without_a_checkpoint_does_not_double_the_curves
     assert curve(tmp_path, "reward/mr_mean") == lines(tmp_path, "reward/mr_mean") == [(1, 0.5)]
 
 
+@pytest.mark.slow
 def test_every_step_has_the_number_of_the_attempt_that_made_it(tmp_path: Path) -> None:
     for attempt, first in ((1, 0), (2, 2)):
         dashboard = Dashboard(tmp_path, first_step=first, attempt=attempt)

@@ -90,6 +90,7 @@ def test_what_a_call_raises_about_an_answer_comes_first(found: SyncServers) -> N
 
 
 @pytest.mark.parametrize(("http_answers", "reason"), [(False, "silent during"), (True, "did not come back from")])
+@pytest.mark.slow
 def test_a_server_that_hangs_is_given_up(found: SyncServers, http_answers: bool, reason: str) -> None:
     over = threading.Event()
     first_server(lambda: over.wait(30))
