@@ -7,6 +7,7 @@ cores; so for most of the time only one of them runs.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
@@ -30,6 +31,10 @@ def long_ones_first(items: list[pytest.Item]) -> None:
 
 class LongAndShort(LoadFileScheduling):
     """The first worker takes from the begin of the queue, the others from its end."""
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        config.option.loadscopereorder = False  # by the number of tests
+        super().__init__(config, log)
 
     def _split_scope(self, nodeid: str) -> str:
         return unit(nodeid)

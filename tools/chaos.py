@@ -1,15 +1,16 @@
 """Chaos: an RL run in which processes are killed or stopped at random moments, and what each fault cost.
 
-    python tools/chaos.py conf/demo_rl.yaml --faults 12 [--seed 0] [--json FILE] [--endpoint COMMAND]
-        [section.key=value ...]
+    python tools/chaos.py conf/demo_rl.yaml --faults 12 [--seed 0] [--json FILE]
+        [--endpoint COMMAND [--answered FILE]] [section.key=value ...]
 
 One node. A fault is SIGKILL or SIGSTOP to a trainer rank, an engine or a driver, or SIGKILL to the launcher, which is
 then started again as a scheduler would. With --endpoint, the command of the server that plays user and judge, which is
-started here, that server too is killed and started again after 5 s, or stopped for 5 s. A fault comes at a random
-moment of a step, once the run has gone on after the one before. The faults take turns in a random order of the seed.
-Printed at the end, and written with --json: for each fault and role seconds until the run reports it, seconds until a
-step that was not done before is done, and steps that were trained again. Ends with 1 if the run does not complete, or
-if a step is missing or twice in its figures.
+started here, that server too is killed and started again after 5 s, or stopped for 5 s; --answered is the file with a
+byte for each of its answers (demo.endpoint --answered). A fault comes at a random moment of a step, once the run has
+gone on after the one before. The faults take turns in a random order of the seed. Printed at the end, and written with
+--json: for each fault and role seconds until the run reports it, seconds until a step that was not done before is done,
+and steps that were trained again; with --answered, answers that a process took with it before the journal had them.
+Ends with 1 if the run does not complete, or if a step is missing or twice in its figures.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,6 +40,7 @@ from collab_megatron.config import RLConfig, load_config
 from collab_megatron.errors import RunError, UserError, run_cli
 from collab_megatron.files import publish_json
 from collab_megatron.json_lines import read_rows
+from collab_megatron.rollout.clients import open_journal
 from collab_megatron.signals import end_at_signals
 from collab_megatron.wire.completion import METRICS_FILE
 
@@ -219,6 +222,13 @@ def repetitions(done: int, output: str) -> int:
     return found
 
 
+def lost_answers(config: RLConfig, answered: Path) -> tuple[int, int]:
+    """Answers of the endpoint, and those of them that the journal does not have."""
+    given = answered.stat().st_size
+    with closing(open_journal(config)) as journal:
+        return given, given - sum(spent.calls for spent in journal.spent().values())
+
+
 def problems(config: RLConfig, code: int) -> list[str]:
     """What is wrong at the end of the run."""
     found = [] if code == 0 else [f"the run ended with exit code {code}"]
@@ -256,6 +266,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--endpoint", metavar="COMMAND", help="of the server that plays user and judge")
+    parser.add_argument("--answered", type=Path, help="has a byte for each answer of that server")
     args = parser.parse_intermixed_args()
     if args.faults < 1:
         raise UserError(f"--faults {args.faults} is no number of faults: name at least 1")
@@ -289,10 +300,12 @@ def main() -> None:
             endpoint.end()
     Console().print(table(costs))
     wrong = problems(config, code)
+    report = {"costs": [asdict(cost) for cost in costs], "steps": config.train.steps, "wrong": wrong}
+    if args.answered is not None:
+        report["answered"], report["lost_answers"] = lost_answers(config, args.answered)
+        print(f"{report['lost_answers']} of {report['answered']} answers are not in the journal")
     if args.json is not None:
-        publish_json(
-            args.json, {"costs": [asdict(cost) for cost in costs], "steps": config.train.steps, "wrong": wrong}
-        )
+        publish_json(args.json, report)
     if wrong:
         raise RunError("; ".join(wrong))
     print(f"{len(costs)} faults, {config.train.steps} steps, each once in the figures")

@@ -68,8 +68,8 @@ def complete(request: Mapping[str, Any], completion_id: str) -> dict[str, Any]:
     }
 
 
-def build_app(api_key: str | None) -> web.Application:
-    """The web application; `api_key` None or empty serves without authentication."""
+def build_app(api_key: str | None, answered: Path | None = None) -> web.Application:
+    """The web application; `api_key` None or empty serves without authentication; `answered`: see --answered."""
     numbers = itertools.count(1)
 
     async def chat_completions(request: web.Request) -> web.Response:
@@ -85,9 +85,13 @@ def build_app(api_key: str | None) -> web.Application:
                 404, f"there is no model {body.get('model')!r}: use one of {known}", "model_not_found", "model"
             )
         try:
-            return _json(200, complete(body, f"chatcmpl-desk-{next(numbers)}"))
+            completion = complete(body, f"chatcmpl-desk-{next(numbers)}")
         except ValueError as error:
             return _error(400, str(error), "invalid_request", "messages")
+        if answered is not None:
+            with answered.open("ab") as counter:
+                counter.write(b".")
+        return _json(200, completion)
 
     async def models(request: web.Request) -> web.Response:
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "collab_megatron"} for name in ROLES]
@@ -111,13 +115,17 @@ def build_app(api_key: str | None) -> web.Application:
     return app
 
 
-async def serve(host: str, port: int, ready_file: Path | None, api_key: str | None) -> None:
+async def serve(
+    host: str, port: int, ready_file: Path | None, api_key: str | None, answered: Path | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT. `port` 0 takes a free port. Raises UserError if the address cannot be bound."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(build_app(api_key), access_log=None, logger=log_of_server(), shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(
+        build_app(api_key, answered), access_log=None, logger=log_of_server(), shutdown_timeout=SHUTDOWN_S
+    )
     await runner.setup()
     try:
         try:
@@ -154,6 +162,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free port (default)")
     parser.add_argument("--ready-file", type=Path, help="receives host:port once the endpoint listens")
     parser.add_argument("--items", type=Path, help="folder of JSON lines that mini-assistant knows (conf/mini)")
+    parser.add_argument("--answered", type=Path, help="gets one byte for each completion (what a provider would bill)")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends (Linux)")
     args = parser.parse_args()
     if args.ready_file is not None and not args.ready_file.parent.is_dir():
@@ -162,7 +171,7 @@ def main() -> None:
         learn_items(args.items)
     if args.die_with_parent:
         die_with_parent()
-    asyncio.run(serve(args.host, args.port, args.ready_file, os.environ.get(API_KEY_VARIABLE)))
+    asyncio.run(serve(args.host, args.port, args.ready_file, os.environ.get(API_KEY_VARIABLE), args.answered))
 
 
 if __name__ == "__main__":

@@ -37,9 +37,14 @@ def wait_for(ready: Path, process: subprocess.Popen[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("answers") / "answered"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory, answered: Path) -> Iterator[str]:
     ready = tmp_path_factory.mktemp("desk") / "address"
-    process = start(ready, "--die-with-parent", DESK_API_KEY=KEY)
+    process = start(ready, "--die-with-parent", "--answered", str(answered), DESK_API_KEY=KEY)
     try:
         yield wait_for(ready, process)
     finally:
@@ -78,6 +83,16 @@ def test_without_a_seed_samples_differ(address):
     body = {"model": "desk-assistant", "messages": [{"role": "user", "content": OPENING}]}
     replies = {call(address, "/v1/chat/completions", body)[1]["choices"][0]["message"]["content"] for _ in range(20)}
     assert len(replies) > 1
+
+
+def test_each_completion_is_counted_and_no_error(address, answered):
+    def count(messages: list[dict[str, str]]) -> int:
+        before = answered.stat().st_size if answered.exists() else 0
+        call(address, "/v1/chat/completions", {"model": "desk-assistant", "messages": messages, "n": 2})
+        return (answered.stat().st_size if answered.exists() else 0) - before
+
+    assert count([{"role": "user", "content": OPENING}]) == 1
+    assert count([]) == 0
 
 
 def test_models_and_health(address):

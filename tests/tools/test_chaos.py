@@ -8,14 +8,20 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from collab_megatron.config import RLConfig, load_config
+from collab_megatron.data.parquet import write_tasks
+from collab_megatron.demo.tiny_model import write_model
+from collab_megatron.rollout.clients import open_journal
+from collab_megatron.types import LLMReply
 from tests.conftest import REPOSITORY, environment
+from tests.rollout.fakes import TASK
 from tools import chaos
-from tools.chaos import FAULTS, faults, problems, repetitions
+from tools.chaos import FAULTS, faults, lost_answers, problems, repetitions
 
 
 def test_every_kind_comes_before_any_comes_again() -> None:
@@ -63,6 +69,18 @@ def test_a_step_that_is_missing_or_twice_is_a_problem(tmp_path: Path) -> None:
     assert wrong(1, 2, 3) == []
     assert wrong(1, 2, 3, code=1) == ["the run ended with exit code 1"]
     assert Counter(text[:28] for text in [*wrong(1, 3), *wrong(1, 2, 2, 3)]) == {"metrics.jsonl has the steps ": 2}
+
+
+def test_answers_that_the_journal_does_not_have_are_counted(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", seed=1)
+    write_tasks(tmp_path / "tasks.parquet", [TASK])
+    changes = [f"run.dir={tmp_path}", f"model.path={tmp_path}/model", f"data.train={tmp_path}/tasks.parquet"]
+    config = load_config(RLConfig, REPOSITORY / "conf" / "demo_rl.yaml", changes)
+    (tmp_path / "answered").write_bytes(b"..")
+    with closing(open_journal(config)) as journal:
+        reply = LLMReply(("yes",), prompt_tokens=1, completion_tokens=1, cost_usd=0.0)
+        journal.record_reply(b"key", "user", reply)
+    assert lost_answers(config, tmp_path / "answered") == (2, 1)
 
 
 def test_a_folder_with_files_is_refused(tmp_path: Path) -> None:
