@@ -2,8 +2,9 @@
 
 Of the 20 s that two cores take to the first step of a small run, imports are 17. These processes, their arguments,
 environments, outputs and ends are those of a cold run. Only their parents differ: each is a child of the fork server
-that has its imports, and ends with its launcher all the same. The demo, train_sft in test_seed_commands.py, and in
-test_failures.py the runs whose processes are looked at start cold.
+that has its imports, and ends with its launcher all the same. A job of many nodes, train_sft in
+test_seed_commands.py, and in test_failures.py the runs whose processes are looked at start cold; with make test-full
+the demo too.
 
     python -m tests.warm SOCKETS [-m] MODULE_OR_SCRIPT ...
 

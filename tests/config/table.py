@@ -117,13 +117,17 @@ def command_of(row: Row, world: World, own: Path) -> list[str]:
 
 def run_here(program: str, argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Said:
     """`python -m MODULE ARGV` without a new process."""
-    module = importlib.import_module(MODULES[program])
+    return run_main(importlib.import_module(MODULES[program]).main, [program, *argv], capsys)
+
+
+def run_main(main: Callable[[], object], argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Said:
+    """A command without a new process. argv: its name first."""
     capsys.readouterr()
     code = 0
     with _as_it_was(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [program, *argv])
+        patch.setattr(sys, "argv", list(argv))
         try:
-            run_cli(module.main)
+            run_cli(main)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
     said = capsys.readouterr()

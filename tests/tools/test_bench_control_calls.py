@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.config.table import run_main
 from tests.conftest import Run
+from tools.bench import control_calls
 
 TOOL = "tools/bench/control_calls.py"
 TOOL_S = 280.0
@@ -37,7 +39,6 @@ def test_a_row_for_every_call(tmp_path: Path, run: Run) -> None:
         assert 0 < row["fastest_seconds"] <= row["seconds"] <= row["slowest_seconds"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -46,7 +47,7 @@ def test_a_row_for_every_call(tmp_path: Path, run: Run) -> None:
         (["--smg", "/no/such/file"], "/no/such/file"),
     ],
 )
-def test_mistakes_end_with_2(arguments: list[str], says: str, run: Run) -> None:
-    done = run(TOOL, *arguments)
+def test_mistakes_end_with_2(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_main(control_calls.main, [TOOL, *arguments], capsys)
     assert done.code == 2
-    assert says in done.output
+    assert says in done.err

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from collab_megatron.trainer.actor import grid
+from tests.config.table import run_main
 from tests.trainer.parallel.ranks import Ran, run_script
 from tools.bench import train_step
 from tools.bench.train_step import Skipped, TrainStepRow, interleaved, measure
@@ -67,7 +68,6 @@ def test_a_row_for_every_phase(measured: dict[bool, tuple[Ran, Path]], packing: 
         assert "mfu" not in row  # nobody knows this CPU's peak
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -78,10 +78,10 @@ def test_a_row_for_every_phase(measured: dict[bool, tuple[Ran, Path]], packing: 
         (["--shapes", "70b"], "70b"),
     ],
 )
-def test_mistakes_end_with_2(arguments: list[str], says: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert says in done.stderr
+def test_mistakes_end_with_2(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_main(train_step.main, ["train_step.py", *arguments], capsys)
+    assert done.code == 2
+    assert says in done.err
 
 
 def test_a_grpo_batch_is_groups_of_short_replies_to_long_prompts() -> None:

@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from collab_megatron.data.dataset_source import load_rows
-from tests.conftest import REPOSITORY
-from tests.tools.build_helpers import TOOL_S, build, built_rows, tool
+from tests.conftest import REPOSITORY, environment
+from tests.engine.real_servers import SGLANG
+from tests.tools.build_helpers import TOOL_S, build, built_rows
+from tests.warm import STARTS, read_starts, run_warm
 
 pytestmark = pytest.mark.slow
 
@@ -56,11 +58,13 @@ def test_a_model_of_ones_own_is_the_assistant(config: Path, tmp_path: Path, tiny
     raw |= {"model": {"path": str(tiny_model), "dtype": "float32"}, "parallel": {"device": "cpu"}}
     raw |= {"engine": {"max_total_tokens": 4096, "max_running_requests": 8}, "max_total_turns": 1, "max_user_turns": 1}
     config.write_text(yaml.safe_dump(raw))
-    ran = tool("build_dataset", str(config), "num_conversations=4", timeout_s=3 * TOOL_S)
-    assert ran.returncode == 0, ran.stderr
+    log, starts = tmp_path / "output", tmp_path / "starts"
+    argv = ("tools/build_dataset.py", str(config), "num_conversations=4")
+    code = run_warm(log, argv, {**environment(), STARTS: str(starts)}, SGLANG, timeout_s=3 * TOOL_S)
+    assert code == 0, log.read_text()
     rows = built_rows(config)
     assert rows
-    assert "assistant: " in ran.stdout
+    assert "assistant: " in log.read_text()
     assert all(row["completion"].strip() for row in rows)
-    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(tiny_model) in " ".join(p.info["cmdline"] or [])]
-    assert left == []
+    servers = [one for one in read_starts(starts) if "sglang.launch_server" in one.argv]
+    assert [psutil.pid_exists(one.pid) and psutil.Process(one.pid).status() for one in servers] == [False]

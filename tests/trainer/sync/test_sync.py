@@ -48,7 +48,7 @@ class Case:
 
 # small buckets: tens of them per sync, and tensors that are larger than a bucket
 CASES = [
-    Case(("llama", 1), {}, {"transport": "broadcast"}),
+    Case(("llama", 1), {}, {"transport": "broadcast"}, full=True),
     Case(("llama", 1), {"tensor": 2}, {"transport": "broadcast", "pause": "retract"}),
     Case(("llama", 1), {"pipeline": 2}, {"transport": "ipc"}, {"placement": "colocated"}),
     Case(("llama", 1), {"tensor": 2}, {"transport": "disk"}),
