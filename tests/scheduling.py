@@ -13,20 +13,24 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
-TOGETHER = ("tests/end_to_end", "tests/trainer/sync")
-"""Folders whose files share servers that take long to start."""
+TOGETHER = {
+    "tests/end_to_end": "tests/end_to_end",
+    "tests/slurm": "tests/end_to_end",
+    "tests/trainer/sync": "tests/trainer/sync",
+}
+"""Folder -> name of those that one worker runs: their files share servers that take long to start, or Slurm."""
 
 
 def unit(nodeid: str) -> str:
-    """What one worker runs: a file, or all of a folder of TOGETHER."""
+    """What one worker runs: a file, or everything of one name in TOGETHER."""
     file = nodeid.partition("::")[0]
-    return next((folder for folder in TOGETHER if file.startswith(f"{folder}/")), file)
+    return next((name for folder, name in TOGETHER.items() if file.startswith(f"{folder}/")), file)
 
 
 def long_ones_first(items: list[pytest.Item]) -> None:
     """Order by unit, those with a slow test first; else as collected."""
     slow = {unit(item.nodeid) for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (unit(item.nodeid) not in TOGETHER, unit(item.nodeid) not in slow))
+    items.sort(key=lambda item: (unit(item.nodeid) not in TOGETHER.values(), unit(item.nodeid) not in slow))
 
 
 class LongAndShort(LoadFileScheduling):

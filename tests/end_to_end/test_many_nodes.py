@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from tests.launch import namespaces
 from tests.slurm import cluster
 from tests.slurm.cluster import SlurmCluster, poll, running_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
+END_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ TWO_RANKS = Job(
     ("parallel.tensor=2",),
     ranks=2,
     plan=("node1 to node2  trainer 0 to 1, 1 on each", "node3           engine 0"),
-    end_s=300,
+    end_s=END_S,
 )
 EIGHT_RANKS = Job(
     ("parallel.tensor=2", "parallel.data=2", "parallel.pipeline=2", "engine.count=4"),
@@ -92,6 +93,21 @@ def desk_on_first_node(nodes: SlurmCluster, tmp_path: Path) -> Iterator[str]:
         desk.wait(30)
 
 
+def settings(job: Job, desk: str) -> tuple[str, ...]:
+    return (
+        *("engine.urls=[]", *job.layout, "parallel.tensor_across_nodes=true"),
+        *(f"simulators.user.api_base={desk}", f"simulators.judge.api_base={desk}"),
+        *("parallel.threads=1", "engine.threads=1"),  # they share the cores of one machine
+    )
+
+
+def submit(nodes: SlurmCluster, job: Job, command: Sequence[str], folder: Path) -> int:
+    """The number of the job in Slurm. command: rl_command's."""
+    env = {"COLLAB_PYTHON": sys.executable, "PYTHONPATH": str(folder), "DESK_API_KEY": DESK_KEY}
+    arguments = command[2:]  # not -m and the module
+    return nodes.sbatch(f"--nodes={job.ranks + job.engines}", "slurm/train_rl.sbatch", *arguments, cwd=folder, env=env)
+
+
 @pytest.mark.parametrize(
     "job",
     [
@@ -108,17 +124,8 @@ def test_a_job_of_many_nodes_trains(
     submit_folder: Path,
 ) -> None:
     """Each trainer rank and each engine is on a node of its own; nothing meets on 127.0.0.1."""
-    desk, run = desk_on_first_node, submit_folder / "run"
-    _, _, *arguments = rl_command(
-        run,
-        *("train.steps=2", "engine.urls=[]", *job.layout, "parallel.tensor_across_nodes=true"),
-        *(f"simulators.user.api_base={desk}", f"simulators.judge.api_base={desk}"),
-        *("parallel.threads=1", "engine.threads=1"),  # they share the cores of one machine
-    )
-    env = {"COLLAB_PYTHON": sys.executable, "PYTHONPATH": str(submit_folder), "DESK_API_KEY": DESK_KEY}
-    number = nodes.sbatch(
-        f"--nodes={job.ranks + job.engines}", "slurm/train_rl.sbatch", *arguments, cwd=submit_folder, env=env
-    )
+    run = submit_folder / "run"
+    number = submit(nodes, job, rl_command(run, *settings(job, desk_on_first_node), "train.steps=2"), submit_folder)
     end = nodes.wait(number, timeout_s=job.end_s)
     text = (submit_folder / "runs" / "slurm" / f"train_rl-{number}.log").read_text()
     assert (end.state, end.exit_code) == ("COMPLETED", 0), text[-6000:]
@@ -133,3 +140,44 @@ def test_a_job_of_many_nodes_trains(
     assert newest_complete(run / "checkpoints" / "rl") is not None
     assert (run / "logs" / "rl" / "latest" / f"trainer-{job.ranks - 1}.log").exists()
     assert DESK_KEY not in text
+
+
+@pytest.mark.full  # its parts: tests/launch/test_agent_network.py, test_job_supervisor.py
+@pytest.mark.parametrize("job", [pytest.param(TWO_RANKS, id="two-ranks-one-engine")], indirect=True)
+def test_a_lost_node_ends_the_job_saved_and_the_next_job_goes_on(
+    rl_command: Callable[..., list[str]],
+    job: Job,
+    nodes: SlurmCluster,
+    desk_on_first_node: str,
+    submit_folder: Path,
+) -> None:
+    """The node of the engine loses its network."""
+    assert nodes.network is not None
+    run, third = submit_folder / "run", nodes.network.nodes[2]
+    command = rl_command(run, *settings(job, desk_on_first_node), "run.resume=auto")
+    number = submit(nodes, job, [*command, "train.steps=100"], submit_folder)
+    log = submit_folder / "runs" / "slurm" / f"train_rl-{number}.log"
+    trained = re.compile(r"^rl (\d+)/100 ", re.MULTILINE)
+    poll(lambda: trained.search(log.read_text()) if log.exists() else None, END_S, lambda: log.read_text()[-4000:])
+    third.cable("down")
+    try:
+        poll(lambda: True if "is saved: " in log.read_text() else None, END_S, lambda: log.read_text()[-4000:])
+        end = nodes.wait(number, timeout_s=END_S)
+    finally:
+        third.cable("up")
+    text = log.read_text()
+    done = max(map(int, trained.findall(text)))
+    assert end.state != "COMPLETED", text[-6000:]
+    assert "node3 is lost (no sign of life for 20 s)" in text
+    newest = newest_complete(run / "checkpoints" / "rl")
+    assert newest is not None
+    assert newest.name == f"step_{done:08}"
+    poll(
+        lambda: True if nodes.slurm("sinfo", "-h", "-o", "%T").split() == ["idle"] else None,
+        120,
+        lambda: nodes.slurm("sinfo"),
+    )
+    number = submit(nodes, job, [*command, f"train.steps={done + 1}"], submit_folder)
+    assert nodes.wait(number, timeout_s=END_S).state == "COMPLETED"
+    rows = [row for row in read_metrics(run / "tensorboard" / "rl") if "time_s/step" in row]
+    assert [row["step"] for row in rows] == list(range(1, done + 2))
