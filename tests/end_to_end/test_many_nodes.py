@@ -26,28 +26,27 @@ END_S = 300.0
 
 @dataclass(frozen=True)
 class Job:
-    """A layout of `ranks` trainer ranks, and its lines in the plan."""
+    """A layout, and its lines in the plan."""
 
     layout: tuple[str, ...]
     ranks: int
+    engines: int
     plan: tuple[str, ...]
     end_s: float
-
-    @property
-    def engines(self) -> int:
-        return len(self.plan) - 1
 
 
 TWO_RANKS = Job(
     ("parallel.tensor=2",),
     ranks=2,
+    engines=1,
     plan=("node1 to node2  trainer 0 to 1, 1 on each", "node3           engine 0"),
     end_s=END_S,
 )
 EIGHT_RANKS = Job(
     ("parallel.tensor=2", "parallel.data=2", "parallel.pipeline=2", "engine.count=4"),
     ranks=8,
-    plan=("node1 to node8   trainer 0 to 7, 1 on each", *(f"node{9 + k:<13}engine {k}" for k in range(4))),
+    engines=4,
+    plan=("node1 to node8   trainer 0 to 7, 1 on each", "node9 to node12  engine 0 to 3"),
     end_s=1500,
 )
 

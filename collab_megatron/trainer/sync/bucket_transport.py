@@ -76,19 +76,13 @@ class BucketTransport(ABC):
     def deliver(self, attempt: Attempt, version: int, expected: ExpectedChecksums) -> None:
         """As in Transport."""
         servers = self._servers
-        try:
-            self._connect(attempt)
-            if servers:
-                servers.pause(on_failure=attempt.abandon)
-                servers.begin_update(on_failure=attempt.abandon)
-        except (Abandoned, RunError):
-            self._give_up(attempt)
-            raise
+        failure = self._tried(attempt, partial(self._begin, attempt))
         stream = self._actor.bucket_stream(self._bucket_bytes)
-        loading = in_background("loading", self._load_all, servers, attempt, stream.plan, version) if servers else None
-        failure: Exception | None = None
+        loading = None
+        if servers and failure is None:
+            loading = in_background("loading", self._load_all, servers, attempt, stream.plan, version)
         try:
-            self._send_all(attempt, stream, expected)
+            self._send_all(attempt, stream, expected, failure)
         except (Abandoned, RunError) as error:
             failure = error
             self._give_up(attempt)
@@ -99,6 +93,13 @@ class BucketTransport(ABC):
             raise failure
         if servers:
             servers.end_update()
+
+    def _begin(self, attempt: Attempt) -> None:
+        """Connect; rank 0 also has the servers pause and expect weights."""
+        self._connect(attempt)
+        if self._servers:
+            self._servers.pause(on_failure=attempt.abandon)
+            self._servers.begin_update(on_failure=attempt.abandon)
 
     def _give_up(self, attempt: Attempt) -> None:
         attempt.abandon()
@@ -129,17 +130,19 @@ class BucketTransport(ABC):
         call.results(attempt.abandon)
         self._loaded(attempt, bucket)
 
-    def _send_all(self, attempt: Attempt, stream: BucketStream, expected: ExpectedChecksums) -> None:
+    def _send_all(
+        self, attempt: Attempt, stream: BucketStream, expected: ExpectedChecksums, failure: Exception | None
+    ) -> None:
         """Send this rank's buckets. Collective over the ranks of a stage.
 
-        After a failure it goes on with what other ranks wait for: gathering, and where every rank sends all stages,
-        handing buckets from stage to stage. It raises at the end: Abandoned, or RunError naming rank and bucket.
+        After a failure, or with one from before, it goes on with what other ranks wait for: gathering, and where every
+        rank sends all stages, handing buckets from stage to stage. It raises at the end: that failure, or Abandoned, or
+        RunError naming rank and bucket.
         """
         buckets = stream.plan if self.every_stage else stream.mine
         flats = self._room(stream, buckets) if self.sends else []
         tensors: list[Tensor] = []
         in_flight = _InFlight(attempt)
-        failure: Exception | None = None
         for count, bucket in enumerate(buckets):
             mine, is_packed = bucket.stage == self._grid.pp_rank, not (bucket.apart and self.unpacked)
             if mine:

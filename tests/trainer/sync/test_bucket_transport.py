@@ -190,6 +190,25 @@ def test_a_rank_that_cannot_send_goes_on_gathering_and_ends_everybodys_wait(serv
     assert Group.closed > closed, "servers that wait in the group wake up"
 
 
+@pytest.mark.parametrize("call", ["pause", "init_update_group", "begin_update"])
+def test_a_rank_whose_servers_are_gone_before_the_first_bucket_gathers_all_the_same(
+    servers: SyncServers, call: str
+) -> None:
+    """The other ranks of its tensor-parallel group know nothing of it yet."""
+
+    def does(url: str, called: str) -> None:
+        if called == call:
+            raise EngineGone(f"engine {url} is gone during {call}")
+
+    FakeControl.does = staticmethod(does)
+    stream, this = Stream(), attempt()
+    with pytest.raises(EnginesLost):
+        transport_of(servers, stream, lambda bucket: lambda: True).deliver(this, 3, NoChecksums())
+    assert stream.gathered == [0, 1, 2, 3]
+    assert SENT == []
+    assert this.is_posted("abandoned")
+
+
 def two_stages(
     servers: SyncServers, monkeypatch: pytest.MonkeyPatch, send: Callable[[Bucket], Callable[[], bool]]
 ) -> tuple[Any, Stream, list[tuple[int, int]]]:
