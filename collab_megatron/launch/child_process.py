@@ -58,10 +58,16 @@ class ChildProcess:
             return None
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
+    @property
+    def lost(self) -> str:
+        """Why its node is lost, where nothing can be started any more; empty while it is not, and for a process on this
+        node."""
+        return str(getattr(self.process, "lost", ""))
+
     def will_restart(self) -> bool:
         """Whether its starter starts it again after this end."""
         code = self.process.poll() or 0
-        return self.restarted and (code < 0 or code == EXIT_UNEXPECTED)
+        return self.restarted and not self.lost and (code < 0 or code == EXIT_UNEXPECTED)
 
 
 def tail(log: Path) -> list[str]:

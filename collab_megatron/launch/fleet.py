@@ -129,6 +129,8 @@ class Fleet:
 
     def _failure(self, server: _ManagedServer, child: ChildProcess) -> str | None:
         """Why the server must be killed; None: it is fine."""
+        if child.lost:
+            return f"is gone: {child.lost}"
         if how := child.ended():
             return f"died ({how})"
         if reason := self._folder.condemned(server.entry):
@@ -165,8 +167,10 @@ class Fleet:
         server.readiness.close()
         server.ready, server.killed = False, True
         limit = self._settings.max_restarts
-        server.abandoned = not server.restarts.take()
-        if server.abandoned:
+        server.abandoned = bool(child.lost) or not server.restarts.take()
+        if child.lost:
+            self._say(server, reason)
+        elif server.abandoned:
             self._say(server, f"{reason}: not restarted (engine.max_restarts={limit}); see {child.log}")
         else:
             self._say(server, f"{reason}: restarting it ({server.restarts.count} of {limit})")

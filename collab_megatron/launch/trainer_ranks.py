@@ -69,6 +69,8 @@ class TrainerRanks:
         message of its own."""
         codes = {child.name: child.process.poll() for child in self.children}
         for child in self.children:
+            if child.lost and codes[child.name] != 0:  # its peers cannot save without it
+                self._supervisor.fail(child)
             if child.hung and codes[child.name] is None:
                 return f"{child.name} was given up ({child.hung})"
             if (codes[child.name] or 0) < 0:

@@ -17,6 +17,7 @@ from collab_megatron.config.sections import EngineSection
 from collab_megatron.engine.server_args import EngineCommand
 from collab_megatron.errors import RunError, UserError
 from collab_megatron.launch import fleet as fleet_module
+from collab_megatron.launch.child_process import ChildProcess
 from collab_megatron.launch.fleet import Fleet
 from collab_megatron.launch.ports import free_port
 from collab_megatron.launch.supervisor import Supervisor
@@ -193,6 +194,18 @@ def test_restarts_have_a_limit(stage: Stage, capsys: pytest.CaptureFixture[str])
         fleet.poll()
     stage.supervisor.check()  # nor does it end the run
     assert fleet.urls == []
+
+
+def test_a_server_of_a_lost_node_does_not_come_again(
+    stage: Stage, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = stage.fleet()
+    fleet.wait_until_ready()
+    monkeypatch.setattr(ChildProcess, "lost", "node2 is lost (no sign of life for 20 s)")
+    stage.poll_until(fleet, lambda: stage.folder.read().coming == 0 and not stage.ready())
+    for _ in range(20):
+        fleet.poll()
+    assert capsys.readouterr().out.splitlines()[1:] == ["engine-0 is gone: node2 is lost (no sign of life for 20 s)"]
 
 
 def test_a_later_life_that_does_not_come_up_is_given_up(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,11 +117,14 @@ def test_a_program_that_cannot_be_started_ends_the_run(job: Job) -> None:
 
 def test_the_children_of_a_lost_node_count_as_killed(job: Job) -> None:
     with supervised(job) as supervisor:
-        child = python(supervisor, "engine-0", SLEEP, essential=False)
+        child = python(supervisor, "engine-0", SLEEP, essential=False, restarted=True)
         until(supervisor, lambda: child.process.pid)
+        assert child.lost == ""
         job.agents["gpu02"].agent._orphan_s = 0.0  # it leaves without a word
         until(supervisor, lambda: child.process.poll() is not None)
         assert child.ended() == "signal SIGKILL"
+        assert child.lost == "gpu02 is lost (no sign of life for 3 s)"
+        assert not child.will_restart()
         assert supervisor.is_gone(child)
         assert job.link.lost == {"gpu02": "no sign of life for 3 s"}
     assert job.agents["gpu02"].code() == 1

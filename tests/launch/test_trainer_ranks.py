@@ -12,6 +12,7 @@ import pytest
 
 from collab_megatron.errors import RunError
 from collab_megatron.launch import trainer_ranks
+from collab_megatron.launch.child_process import ChildProcess
 from collab_megatron.launch.supervisor import Supervisor
 from collab_megatron.launch.trainer_ranks import TrainerRanks
 
@@ -83,6 +84,18 @@ def test_a_rank_with_an_error_message_ends_the_run(tmp_path: Path, begin: Callab
     with Supervisor(tmp_path / "logs") as supervisor, pytest.raises(RunError, match=said):
         ranks = begin(supervisor, code)
         until(ranks, lambda: ranks.poll())
+
+
+def test_a_rank_on_a_lost_node_ends_the_run(
+    tmp_path: Path, begin: Callable[..., TrainerRanks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Supervisor(tmp_path / "logs") as supervisor:
+        ranks = begin(supervisor, "if rank: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)")
+        until(ranks, lambda: ranks.children[1].process.poll() is not None)
+        why = "node2 is lost (no sign of life for 20 s)"
+        monkeypatch.setattr(ChildProcess, "lost", property(lambda child: why if child.name == "trainer-1" else ""))
+        with pytest.raises(RunError, match="trainer-1 ended with signal SIGKILL"):
+            ranks.poll()
 
 
 @pytest.mark.slow
