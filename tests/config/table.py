@@ -120,7 +120,7 @@ def run_here(program: str, argv: Sequence[str], capsys: pytest.CaptureFixture[st
     return run_main(importlib.import_module(MODULES[program]).main, [program, *argv], capsys)
 
 
-def run_main(main: Callable[[], object], argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Said:
+def run_main(main: Callable[[], None], argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Said:
     """A command without a new process. argv: its name first."""
     capsys.readouterr()
     code = 0
