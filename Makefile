@@ -22,9 +22,13 @@ install:
 install-gpu:
 	@bash tools/install.sh gpu
 
+# the light tests in two workers, then what starts servers and runs, one test at a time
 test: install
 ifeq ($(strip $(ARGS)),)
-	$(PYTEST) -m "not full"
+	@failed=0; \
+	$(PYTEST) -m "not slow and not full" || failed=$$?; \
+	.venv/bin/python -m pytest -m "slow and not full" || failed=$$?; \
+	exit $$failed
 else
 	.venv/bin/python -m pytest -m "not full" $(ARGS)
 endif
