@@ -8,8 +8,9 @@ while importing on a machine without CUDA.
     python -m tests.forks SOCKET MODULE ...
 
 imports the modules and answers {"start": ...} and {"poll": pid}, one JSON value a packet, on a listening Unix-domain
-socket, its open file SOCKET, until the first to connect is gone. A start comes with the open files that the new process
-gets: stdout, stderr, and others that it keeps open. What a connection has started ends with it.
+socket, its open file SOCKET, until the first to connect is gone. An answer repeats the question's number. A start comes
+with the open files that the new process gets: stdout, stderr, and others that it keeps open. What a connection has
+started ends with it.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Connection:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._socket: socket.socket | None = None
+        self._number = 0  # of the newest question
         self._lock = threading.Lock()
 
     def start(self, main: str | Path, args: Sequence[str], env: Mapping[str, str], *files: int) -> Forked:
@@ -95,10 +97,14 @@ class Connection:
         with self._lock:
             if self._socket is None:
                 self._socket = self._connect()
-            socket.send_fds(self._socket, [json.dumps(question).encode()], files)
-            answer = self._socket.recv(MOST_BYTES)
-        assert answer, "the process that others are forked from has ended; its error output is above"
-        return json.loads(answer)
+            self._number += 1
+            socket.send_fds(self._socket, [json.dumps({**question, "number": self._number}).encode()], files)
+            number = None
+            while number != self._number:  # a signal's exception may have left an earlier answer unread
+                packet = self._socket.recv(MOST_BYTES)
+                assert packet, "the process that others are forked from has ended; its error output is above"
+                number, answer = json.loads(packet)
+        return answer
 
     def _connect(self) -> socket.socket:
         opened = _packets()
@@ -202,6 +208,7 @@ def _packets() -> socket.socket:
 def _serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Answer until the first connection ends. Returns only in a forked process, with its job and open files."""
     started: dict[socket.socket, set[int]] = {}
+    ended: dict[int, int] = {}  # exit codes, which are asked for again where an answer was not read
     with selectors.DefaultSelector() as waiting:
         waiting.register(listener, selectors.EVENT_READ)
         while True:
@@ -232,15 +239,19 @@ def _serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                         return question["start"], files
                     os.setpgid(pid, pid)  # here, so that the group is there when the answer is
                     started[connection].add(pid)
+                    ended.pop(pid, None)  # the number is in use again
                     for file in files:
                         os.close(file)
                     answer: int | None = pid
                 else:
-                    pid, status = os.waitpid(question["poll"], os.WNOHANG)  # 0: it still runs
-                    answer = os.waitstatus_to_exitcode(status) if pid else None
-                    started[connection].discard(pid)
+                    if question["poll"] not in ended:
+                        pid, status = os.waitpid(question["poll"], os.WNOHANG)  # 0: it still runs
+                        if pid:
+                            ended[pid] = os.waitstatus_to_exitcode(status)
+                            started[connection].discard(pid)
+                    answer = ended.get(question["poll"])
                 with contextlib.suppress(BrokenPipeError):  # killed while it waited: the next packet is its end
-                    connection.send(json.dumps(answer).encode())
+                    connection.send(json.dumps([question["number"], answer]).encode())
 
 
 def _end_all(groups: set[int]) -> None:

@@ -34,7 +34,7 @@ def long_ones_first(items: list[pytest.Item]) -> None:
 
 
 class LongAndShort(LoadFileScheduling):
-    """The first worker takes from the begin of the queue, the others from its end."""
+    """The first worker takes from the start of the queue, the others from its end."""
 
     def __init__(self, config: pytest.Config, log: Any) -> None:
         config.option.loadscopereorder = False  # by the number of tests
